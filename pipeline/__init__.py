@@ -1,0 +1,1 @@
+"""From images to a checked, versioned and published vision-language dataset."""

@@ -1,0 +1,96 @@
+"""What a run does: defaults, under a `--config` file, under flags. An unknown key is an error; the result is kept."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import ConfigError
+
+Task = Literal["caption", "qa"]
+Style = Literal["brief", "detailed"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GenerateConfig(Section):
+    """How the model is asked."""
+
+    caption_styles: tuple[Style, ...] = Field(default=("brief", "detailed"), min_length=1)
+    caption_temperature: float = Field(default=0.0, ge=0, le=2)
+    qa_temperature: float = Field(default=0.7, ge=0, le=2)  # greedy would ask every image the same
+    max_tokens: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=64, ge=1)  # requests at once in this process; no part of a reply's identity
+
+
+class SplitConfig(Section):
+    """Which share of the images is held out. The rest is `train`."""
+
+    validation_frac: float = Field(default=0.1, ge=0, lt=1)
+    test_frac: float = Field(default=0.1, ge=0, lt=1)
+
+
+class Config(Section):
+    """Everything that decides what a dataset holds. Saved as `run.json`."""
+
+    source: str
+    source_split: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+    tasks: tuple[Task, ...] = Field(default=("caption", "qa"), min_length=1)
+    engine: Literal["auto", "embedded"] = "auto"
+    model: str | None = None
+    generate: GenerateConfig = GenerateConfig()
+    split: SplitConfig = SplitConfig()
+
+
+def resolve(config_file: Path | None = None, **flags: Any) -> Config:
+    """Merge defaults, the file and the flags that were given (not None), in this order.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is not one that we know.
+    """
+    values = _read(config_file) if config_file else {}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    if "source" not in values:
+        raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), hint=f"known keys: {', '.join(_keys(Config))}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config file {path}: {error}", hint="pass a YAML file: --config FILE") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}", hint="check it") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"config file {path} must hold keys and values", hint="for example: limit: 100")
+    return values or {}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown config key: {where}"
+    return f"bad value for {where}: {first['msg']}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += _keys(inner, f"{name}.")
+        else:
+            names.append(prefix + name)
+    return names

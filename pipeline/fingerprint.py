@@ -1,0 +1,27 @@
+"""Digests: what makes two things the same. A digest here never depends on a clock, a host, or the order of a set."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a JSON value, written in one way only: sorted keys, no white space."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON encoding of a value that digests are made from."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unit_interval(*parts: object) -> float:
+    """Return a number in [0, 1) that depends on `parts` alone and is spread evenly over many of them."""
+    return int.from_bytes(hashlib.sha256(canonical([str(part) for part in parts])).digest()[:8], "big") / 2**64

@@ -1,0 +1,1 @@
+"""Ask a model about each sample, and keep every reply."""

@@ -1,0 +1,241 @@
+"""The ordered run: source, generate, then one plain function a stage, then a version. The sums are checked after each.
+
+Every stage leaves `stages/<stage>/kept.parquet` and `rejected.parquet`, so that a run can start again from any of them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.card import render_card
+from pipeline.config import Config
+from pipeline.dedupe import dedupe_annotations
+from pipeline.errors import ConfigError, TableError
+from pipeline.fingerprint import digest
+from pipeline.generate.ask import CHUNK_SAMPLES, Counts, ask_about
+from pipeline.generate.engine import choose_engine
+from pipeline.generate.journal import Journal
+from pipeline.generate.requests import prompt_ids
+from pipeline.schema import wire_schema
+from pipeline.source import open_source
+from pipeline.split import split_annotations
+from pipeline.store import DATA, Folder, Version, disk_errors, safe_name, write_json, write_table
+from pipeline.tables import ANNOTATION, SAMPLE, SOURCE_REJECTED, TABLE_VERSION
+from pipeline.types import Rejected, Sample, Source
+from pipeline.validate import validate_annotations
+from pipeline.version import Rows, build_rows, write_version
+
+# From validate to split a row is one annotation: (table, config) -> the same rows, plus columns and a `reason`.
+STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
+    "validate": lambda table, config: validate_annotations(table),
+    "dedupe": lambda table, config: dedupe_annotations(table),
+    "split": lambda table, config: split_annotations(table, config.split, config.seed),
+}
+ORDER = ("source", "generate", *STAGES, "version")
+CARD_SAMPLES = 5
+
+Talk = Callable[[str, int, int | None], None]  # (stage, done, total): told as the work goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one stage did to its rows; kept and rejected add up to the input."""
+
+    stage: str
+    unit: str
+    input: int
+    kept: int
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run made: the version, whether it is new, and how many requests it took."""
+
+    version: Version
+    is_new: bool
+    counts: Counts
+    funnel: list[Step]
+
+
+def generate_version(config: Config, out: Path | None = None, from_stage: str | None = None, talk: Talk | None = None) -> Result:
+    """Run all stages in order and return the version that comes out.
+
+    Args:
+        config: what to make.
+        out: the dataset folder; default `data/<source>`.
+        from_stage: start at this stage from what the one before it left on the disk.
+        talk: told about the progress of the slow stages.
+
+    Raises:
+        SynthError: whatever a user can mend; finished work stays on the disk.
+    """
+    folder = Folder(out or DATA / safe_name(config.source))
+    if from_stage is not None and from_stage not in ORDER:
+        raise ConfigError(f"unknown stage: {from_stage}", hint=f"stages in order: {', '.join(ORDER)}")
+    start = ORDER.index(from_stage) if from_stage else 0
+    _refuse_other_source(folder, config)
+    source = open_source(config.source, split=config.source_split, seed=config.seed, limit=config.limit)
+    with disk_errors(folder.path), folder.lock():
+        return _run(folder, config, source, start, talk or (lambda stage, done, total: None))
+
+
+def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk) -> Result:
+    identity, engine = choose_engine(config)
+    write_json(folder.run_file, config.model_dump(mode="json"))
+    counts, funnel = Counts(), []
+    if start <= ORDER.index("source"):
+        _write_source(folder, source, config.limit, talk)
+    samples, lost = _require_stage(folder, "source")
+    funnel.append(_step("source", "images", samples, lost))
+    if start <= ORDER.index("generate"):
+        with Journal(folder.journal) as journal:
+            chunks = _chunks(folder, samples, talk)
+            annotated = ask_about(chunks, config, identity, engine, journal, counts)
+            write_table(folder.stage("generate"), annotated, ANNOTATION)
+    table = pq.read_table(_require_file(folder.stage("generate")))
+    for name, stage in STAGES.items():
+        if start <= ORDER.index(name):
+            _apply(folder, name, stage(table, config), table)
+        kept, lost = _require_stage(folder, name)
+        funnel.append(_step(name, "annotations", kept, lost))
+        table = pq.read_table(folder.stage(name))
+    version, is_new = _write_version(folder, config, source, identity, table, samples, funnel)
+    return Result(version, is_new, counts, funnel)
+
+
+def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk) -> None:
+    """Read the source once into kept and rejected rows; an image that was there before is rejected as a duplicate."""
+    rejected: list[dict[str, str]] = []
+    seen: set[str] = set()
+
+    def tables() -> Iterator[pa.Table]:
+        batch: list[dict[str, Any]] = []
+        for row in source.rows:
+            if isinstance(row, Sample) and row.id in seen:
+                row = Rejected(source_row=row.source_row, reason="duplicate_image", detail=row.id)
+            if isinstance(row, Rejected):
+                rejected.append(asdict(row))
+                continue
+            seen.add(row.id)
+            batch.append({"sample_id": row.id, **{n: getattr(row, n) for n in SAMPLE.names if n != "sample_id"}})
+            if len(batch) == CHUNK_SAMPLES:
+                yield pa.Table.from_pylist(batch, schema=SAMPLE)
+                talk("source", len(seen), limit)
+                batch.clear()
+            if len(seen) == limit:
+                break
+        yield pa.Table.from_pylist(batch, schema=SAMPLE)
+
+    write_table(folder.stage("source"), tables(), SAMPLE)
+    write_table(folder.stage("source", "rejected"), [pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)], SOURCE_REJECTED)
+
+
+def _apply(folder: Folder, name: str, marked: pa.Table, table: pa.Table) -> None:
+    """Split what a stage marked into kept and rejected, and check that nothing was added, lost or swapped.
+
+    Raises:
+        TableError: the stage did not return exactly the rows that it was given.
+    """
+    kept = marked.filter(pc.is_null(marked["reason"])).drop_columns(["reason"])
+    rejected = marked.filter(pc.is_valid(marked["reason"]))
+    before = table["annotation_id"].to_pylist()
+    after = kept["annotation_id"].to_pylist() + rejected["annotation_id"].to_pylist()
+    if sorted(before) != sorted(after):
+        raise TableError(
+            f"stage {name} was given {len(before)} rows and returned {len(after)}, or others",
+            hint="this is a bug in the stage; please report it",
+        )
+    write_table(folder.stage(name), [kept], kept.schema)
+    write_table(folder.stage(name, "rejected"), [rejected], rejected.schema)
+
+
+def _write_version(
+    folder: Folder,
+    config: Config,
+    source: Source,
+    identity: tuple[str, str],
+    annotations: pa.Table,
+    samples: int,
+    funnel: list[Step],
+) -> tuple[Version, bool]:
+    batches = pq.ParquetFile(folder.stage("source")).iter_batches(batch_size=CHUNK_SAMPLES)
+    rows = Rows()
+    model, revision = identity
+    # A folder or a checkpoint of the user's may be named by a path, which is nobody's business.
+    settings = config.model_dump(mode="json") | {"source": source.name, "model": Path(model).name}
+    manifest = {
+        "source": {"name": source.name, "revision": source.revision},
+        "model": {"name": model if not Path(model).exists() else Path(model).name, "revision": revision},
+        "prompts": prompt_ids(config.tasks),
+        "schemas": {task: digest(wire_schema(task)) for task in config.tasks},
+        "config": settings,
+    }
+
+    def card(whole: dict[str, Any]) -> str:
+        return render_card(whole, shown)
+
+    shown: list[dict[str, Any]] = []
+    tables = _show(build_rows(annotations, batches, source.name, rows), shown)
+
+    def funnel_with_version() -> list[dict[str, Any]]:
+        lost = dict(Counter(row["reason"] for row in rows.rejected))
+        step = Step("version", "images", samples, len(rows.digests), lost)
+        if step.kept + sum(lost.values()) != samples:
+            raise TableError(f"stage version was given {samples} images and returned {step}", hint="please report this bug")
+        funnel.append(step)
+        return [asdict(each) for each in funnel]
+
+    version, is_new = write_version(folder, tables, rows, manifest, funnel_with_version, card)
+    schema = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
+    write_table(folder.stage("version", "rejected"), [pa.Table.from_pylist(rows.rejected, schema=schema)], schema)
+    return version, is_new
+
+
+def _show(tables: Iterator[pa.Table], shown: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    """Pass tables on, keeping a few rows without their pixels for the card."""
+    for table in tables:
+        shown += table.drop_columns(["image"]).slice(0, CARD_SAMPLES - len(shown)).to_pylist()
+        yield table
+
+
+def _chunks(folder: Folder, total: int, talk: Talk) -> Iterator[list[tuple[str, bytes]]]:
+    done = 0
+    file = pq.ParquetFile(folder.stage("source"))
+    for batch in file.iter_batches(batch_size=CHUNK_SAMPLES, columns=["sample_id", "image"]):
+        talk("generate", done, total)
+        yield list(zip(batch["sample_id"].to_pylist(), batch["image"].to_pylist(), strict=True))
+        done += batch.num_rows
+    talk("generate", done, total)
+
+
+def _step(name: str, unit: str, kept: int, lost: dict[str, int]) -> Step:
+    return Step(name, unit, kept + sum(lost.values()), kept, lost)
+
+
+def _require_stage(folder: Folder, name: str) -> tuple[int, dict[str, int]]:
+    """Return what a stage left on the disk: the number of kept rows, and of rejected ones by reason."""
+    kept = pq.read_metadata(_require_file(folder.stage(name))).num_rows
+    reasons = pq.read_table(_require_file(folder.stage(name, "rejected")), columns=["reason"])["reason"].to_pylist()
+    return kept, dict(Counter(reasons).most_common())
+
+
+def _require_file(path: Path) -> Path:
+    if not path.exists():
+        raise ConfigError(f"{path} is missing", hint="run once without --from-stage")
+    return path
+
+
+def _refuse_other_source(folder: Folder, config: Config) -> None:
+    if not folder.run_file.exists():
+        return
+    before = json.loads(folder.run_file.read_text(encoding="utf-8"))["source"]
+    if before != config.source:
+        raise ConfigError(f"{folder.path} holds data from {before}, not {config.source}", hint="choose another folder: --out DIR")

@@ -1,0 +1,130 @@
+"""The tiny teacher: a real Qwen2.5-VL of about 3 million parameters that knows drawn scenes and nothing else.
+
+Same classes, files, chat template and special tokens as Qwen2.5-VL-3B-Instruct, so that every code path which serves the
+large model serves this one. Sizes follow two limits: 28 px a merged token makes the nine image tokens of a scene its nine
+places, and vLLM's CPU attention takes a text head of 32 (and not of 16 or 40) features.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from pipeline.scenes.draw import SIDE_PX
+
+TEACHER_DIR = Path(__file__).parent / "weights" / "teacher"
+VOCAB_SIZE = 1024
+CONTEXT_TOKENS = 2048
+VISION_WIDTH, VISION_DEPTH = 128, 4
+TEXT_WIDTH, TEXT_DEPTH, HEAD_WIDTH = 160, 4, 32
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# How Qwen2 cuts text before byte pairs are merged: words with the space before them, single digits, punctuation.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE from `texts`; any other text can still be written, byte by byte."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        model_max_length=CONTEXT_TOKENS,
+        padding_side="left",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
+    """Return a processor that brings every image to about the area of a scene, which is all this model has seen."""
+    pixels = {"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=pixels),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """Return the untrained model for this tokenizer."""
+    token_id = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    half = HEAD_WIDTH // 2
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": TEXT_WIDTH,
+            "intermediate_size": TEXT_WIDTH * 3,
+            "num_hidden_layers": TEXT_DEPTH,
+            "num_attention_heads": TEXT_WIDTH // HEAD_WIDTH,
+            "num_key_value_heads": TEXT_WIDTH // HEAD_WIDTH,
+            "max_position_embeddings": CONTEXT_TOKENS,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [half // 4, (half - half // 4) // 2, (half - half // 4) // 2],  # time, height, width
+            },
+            "bos_token_id": None,
+            "eos_token_id": token_id["<|im_end|>"],
+            "pad_token_id": token_id["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": VISION_DEPTH,
+            "hidden_size": VISION_WIDTH,
+            "intermediate_size": VISION_WIDTH * 3,
+            "num_heads": VISION_WIDTH // HEAD_WIDTH,
+            "out_hidden_size": TEXT_WIDTH,
+            "fullatt_block_indexes": [VISION_DEPTH - 1],
+        },
+        image_token_id=token_id["<|image_pad|>"],
+        video_token_id=token_id["<|video_pad|>"],
+        vision_start_token_id=token_id["<|vision_start|>"],
+        vision_end_token_id=token_id["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=token_id["<|im_end|>"], pad_token_id=token_id["<|endoftext|>"], do_sample=False
+    )
+    return model

@@ -1,0 +1,71 @@
+"""Images, made safe: the one door through which untrusted bytes become pixels.
+
+`prepare_image` serves training, every engine and the report, so that a model never sees two versions of one image.
+"""
+
+import hashlib
+import io
+import warnings
+
+from PIL import Image, ImageOps
+
+from pipeline.errors import ImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million of them; checked before any is decoded
+MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def check_image(data: bytes) -> tuple[str, int, int]:
+    """Return the id (sha256 of the bytes), width and height in pixels of an image that can be decoded in full.
+
+    Raises:
+        ImageError: the bytes are no image of a known format, are cut short, or unfold to too many pixels.
+    """
+    image = prepare_image(data)
+    return hashlib.sha256(data).hexdigest(), image.width, image.height
+
+
+def prepare_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Decode to upright RGB, transparency over white, and scale down (never up) to at most `max_pixels`.
+
+    Raises:
+        ImageError: see `check_image`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image)
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        # Pillow's decoders raise all of these on damaged files.
+        raise ImageError("unreadable_image", " ".join(str(error).split())[:200] or type(error).__name__) from None
+    rgb = _over_white(upright)
+    if max_pixels and rgb.width * rgb.height > max_pixels:
+        scale = (max_pixels / (rgb.width * rgb.height)) ** 0.5
+        size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    return rgb
+
+
+def _check_size(image: Image.Image) -> None:
+    width_px, height_px = image.size
+    if width_px * height_px > MAX_PIXELS:
+        raise ImageError("too_many_pixels", f"{width_px} x {height_px} px is more than {MAX_PIXELS:,} pixels")
+    if max(width_px, height_px) > MAX_ASPECT * min(width_px, height_px):
+        raise ImageError("too_narrow", f"{width_px} x {height_px} px: one side is over {MAX_ASPECT} times the other")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

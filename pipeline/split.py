@@ -1,0 +1,32 @@
+"""Stage: split. Every image goes to train, validation or test as a whole, by a hash of its id.
+
+The hash knows nothing of the other images, so an image stays in its split when images are added or removed.
+"""
+
+import pyarrow as pa
+
+from pipeline.config import SplitConfig
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import unit_interval
+from pipeline.tables import require, with_reason
+
+
+def split_of(sample_id: str, config: SplitConfig, seed: int) -> str:
+    """Return the split of one image."""
+    at = unit_interval("split", seed, sample_id)
+    if at < config.test_frac:
+        return "test"
+    return "validation" if at < config.test_frac + config.validation_frac else "train"
+
+
+def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
+    """Return the same rows with a `split`; none is rejected.
+
+    Raises:
+        ConfigError: the held-out shares leave nothing to train on.
+    """
+    require(table, "sample_id")
+    if config.test_frac + config.validation_frac >= 1:
+        raise ConfigError("split: the held-out shares add up to 1 or more", hint="lower test_frac or validation_frac")
+    splits = [split_of(sample_id, config, seed) for sample_id in table["sample_id"].to_pylist()]
+    return with_reason(table.append_column("split", pa.array(splits, pa.string())), [None] * table.num_rows)

@@ -1,0 +1,240 @@
+"""The dataset folder: where everything lies, how it is written, and how a version is read.
+
+Files appear whole or not at all: they are written aside, flushed to the disk and renamed. A file that would not change is
+left alone, so that a second run of the same command touches nothing.
+"""
+
+import errno
+import fcntl
+import filecmp
+import json
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import total_ordering
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError, StoreError, SynthError
+
+DATA = Path("data")
+_VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
+
+
+@total_ordering
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable version of a dataset: a folder with Parquet shards, a manifest and a card."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Return the semantic version with a leading v."""
+        return str(self.manifest["version"])
+
+    @property
+    def number(self) -> tuple[int, ...]:
+        """Return (major, minor, patch)."""
+        return parse_version(self.name)
+
+    def __lt__(self, other: "Version") -> bool:
+        return self.number < other.number
+
+    def shards(self, split: str) -> list[Path]:
+        """Return the Parquet files of a split, in order."""
+        return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
+
+    def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
+        """Read the rows of a split. Raises StoreError where the version has none."""
+        shards = self.shards(split)
+        if not shards:
+            raise StoreError(f"{self.name} has no rows in its {split} split", hint="make more samples, or choose another split")
+        return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in shards])
+
+
+def parse_version(name: str) -> tuple[int, ...]:
+    """Return the numbers of a name such as v1.2.3. Raises ConfigError where it is none."""
+    found = _VERSION_NAME.fullmatch(name)
+    if not found:
+        raise ConfigError(f"not a version: {name}", hint="versions are named like v1.0.0; `synth versions` lists them")
+    return tuple(int(part) for part in found.groups())
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Paths within one dataset folder."""
+
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        """The resolved config."""
+        return self.path / "run.json"
+
+    @property
+    def journal(self) -> Path:
+        """Raw replies of the one writer on this machine."""
+        return self.path / "journal" / "local.sqlite"
+
+    def stage(self, name: str, which: str = "kept") -> Path:
+        """Rows that a stage kept or rejected."""
+        return self.path / "stages" / name / f"{which}.parquet"
+
+    def versions(self) -> list[Version]:
+        """Return all finished versions, oldest first."""
+        folders = (self.path / "versions").glob("v*")
+        return sorted(read_version(folder) for folder in folders if (folder / "manifest.json").exists())
+
+    def version(self, name: str | None = None) -> Version:
+        """Return the version of that name, or the newest. Raises StoreError where there is none."""
+        found = [version for version in self.versions() if name in (None, version.name)]
+        if not found:
+            known = ", ".join(version.name for version in self.versions()) or "none"
+            raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {known}; `synth generate` makes one")
+        return found[-1]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only writer of this folder. Raises StoreError where another process is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(f"another process is writing to {self.path}", hint="wait for it, or choose another --out") from None
+            yield
+
+
+def read_version(folder: Path) -> Version:
+    """Open a version folder. Raises StoreError where it is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
+    return Version(folder, manifest)
+
+
+def open_dataset(path: Path | None, version: str | None = None) -> Version:
+    """Return a version by a dataset folder, a version folder, or the last one made under `data/`.
+
+    Raises:
+        StoreError: there is no such dataset or version.
+    """
+    if path is None:
+        path = last_made()
+    if (path / "manifest.json").exists():
+        return read_version(path)
+    if not path.is_dir():
+        raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
+    return Folder(path).version(version)
+
+
+def last_made() -> Path:
+    """Return the dataset folder under `data/` whose newest version was written last."""
+    manifests = sorted(DATA.glob("*/versions/v*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not manifests:
+        raise StoreError(f"no dataset under {DATA}/", hint="make one: `synth generate --source scenes`, or name its folder")
+    return manifests[-1].parents[2]
+
+
+def safe_name(source: str) -> str:
+    """Turn a source's name into a folder name: letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", source).strip("-.") or "dataset"
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it takes the place of `path` when all went well, and is removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        if path.exists() and filecmp.cmp(path, temporary, shallow=False):
+            return
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people can read and diff."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Write tables one after another to a Parquet file, whole or not at all; memory holds one of them."""
+    with aside(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table.select(schema.names).cast(schema))
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder beside the finished ones of `parent`; what was not published is removed."""
+    temporary = parent / ".next"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Flush a scratch folder to the disk and give it its name: readers see all of it or nothing."""
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    temporary.rename(final)
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "free some space, then run the same command: it goes on where it stopped"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, then run the same command: it goes on where it stopped"),
+    errno.EROFS: ("the folder cannot be written: the file system is read-only", "choose another folder: --out DIR"),
+    errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
+    errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
+    errno.ENOTDIR: ("a file is where a folder should be", "choose another folder: --out DIR"),
+    errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
+}
+
+_SQLITE_ERRORS = {  # by primary result code
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,  # what a full disk looks like when the shared-memory file cannot grow
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into one StoreError that names the folder and a way out."""
+    try:
+        yield
+    except SynthError:
+        raise
+    except sqlite3.OperationalError as error:
+        what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), (str(error), "check this disk"))
+        raise StoreError(f"{path}: {what}", hint=hint) from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        what, hint = _DISK_ERRORS[error.errno]
+        raise StoreError(f"{error.filename or path}: {what}", hint=hint) from None

@@ -1,0 +1,110 @@
+"""The Arrow tables that flow between stages. A stage reads what is there, adds columns and never reshapes.
+
+Columns are grouped by the stage that fills them; a later stage writes a new column instead of editing an earlier one.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import TableError
+
+TABLE_VERSION = 1  # raise on any change a reader would notice; readers refuse a newer one
+SPLITS = ("train", "validation", "test")
+
+FACTS = pa.struct(
+    [
+        pa.field("background", pa.string()),
+        pa.field("objects", pa.list_(pa.struct([pa.field(name, pa.string()) for name in ("size", "color", "shape", "place")]))),
+    ]
+)
+
+SAMPLE = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes
+        pa.field("source_row", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # as the source encoded it
+        pa.field("width_px", pa.int32(), nullable=False),
+        pa.field("height_px", pa.int32(), nullable=False),
+        pa.field("licence", pa.string(), nullable=False),
+        pa.field("references", pa.list_(pa.string()), nullable=False),
+        pa.field("facts", FACTS),
+    ]
+)
+
+SOURCE_REJECTED = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("source_row", "reason", "detail")])
+
+ANNOTATION = pa.schema(
+    [
+        # generate
+        pa.field("annotation_id", pa.string(), nullable=False),  # sha256 of request and position
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("request_id", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),  # caption | qa
+        pa.field("style", pa.string(), nullable=False),  # of a caption; else empty
+        pa.field("position", pa.int32(), nullable=False),  # within its reply
+        pa.field("prompt_id", pa.string(), nullable=False),  # "caption/v1@<digest of the template>"
+        pa.field("text", pa.string()),
+        pa.field("question", pa.string()),
+        pa.field("answer", pa.string()),
+        pa.field("answer_type", pa.string()),
+        pa.field("reply_error", pa.string()),  # why the reply could not be read; null where it could
+    ]
+)
+
+CAPTION = pa.struct([pa.field(name, pa.string()) for name in ("text", "style", "prompt_id")])
+QA = pa.struct([pa.field(name, pa.string()) for name in ("question", "answer", "answer_type", "prompt_id")])
+IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # as `datasets` stores an image
+
+ROW = pa.schema(
+    [
+        pa.field("sample_id", pa.string()),
+        pa.field("image", IMAGE),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("source", pa.string()),
+        pa.field("source_row", pa.string()),
+        pa.field("licence", pa.string()),
+        pa.field("references", pa.list_(pa.string())),
+        pa.field("captions", pa.list_(CAPTION)),
+        pa.field("qa", pa.list_(QA)),
+        pa.field("facts", FACTS),
+    ]
+)
+
+
+def require(table: pa.Table, *names: str) -> None:
+    """Fail early, naming every column that is missing."""
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise TableError(
+            f"missing column(s): {', '.join(missing)}",
+            hint=f"the table has {', '.join(table.column_names)}; was an earlier stage skipped?",
+        )
+
+
+def with_reason(table: pa.Table, reasons: Iterable[str | None]) -> pa.Table:
+    """Return the same rows with a `reason` column: null keeps a row, a word rejects it."""
+    return table.append_column("reason", pa.array(list(reasons), pa.string()))
+
+
+def features(schema: pa.Schema) -> dict[str, Any]:
+    """Describe a schema the way `datasets` does in Parquet metadata, so that images decode on loading."""
+    return {field.name: _feature(field.type) for field in schema}
+
+
+def with_features(schema: pa.Schema) -> pa.Schema:
+    """Attach `features` to a schema under the key that `datasets` reads."""
+    return schema.with_metadata({b"huggingface": json.dumps({"info": {"features": features(schema)}}).encode()})
+
+
+def _feature(kind: pa.DataType) -> Any:
+    if kind == IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_struct(kind):
+        return {kind.field(n).name: _feature(kind.field(n).type) for n in range(kind.num_fields)}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    return {"dtype": str(kind), "_type": "Value"}
