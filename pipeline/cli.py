@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import ConfigError, SynthError
+from pipeline.errors import SynthError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-DataDir = Annotated[Path | None, typer.Argument(help="Dataset folder, or one of its versions.", show_default="the last one made")]
+DataDir = Annotated[
+    Path | None, typer.Argument(help="Dataset folder, or one of its versions.", show_default="the last one made")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 
@@ -27,10 +29,14 @@ def synth() -> None:
 def generate(
     source: Annotated[str | None, typer.Option(help="Where the images come from; `synth sources` lists the names.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split of the source to read, where it has some.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Draws scenes, samples replies and splits.", show_default="0")] = None,
     tasks: Annotated[str | None, typer.Option(help="What to ask, with commas.", show_default="caption,qa")] = None,
-    out: Annotated[Path | None, typer.Option(help="Dataset folder; run again to continue it.", show_default="data/SOURCE")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Dataset folder; run again to continue it.", show_default="data/SOURCE")
+    ] = None,
     from_stage: Annotated[str | None, typer.Option(help="Start at this stage, from what the one before it left.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto or embedded: a model in this process.", show_default="auto")] = None,
     model: Annotated[str | None, typer.Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="tiny")] = None,
@@ -87,6 +93,131 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
     for row in rows if not as_json else []:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
         typer.echo(f"{row['version']:<10} {row['digest'][:12]}  {counts}  (from {row['parent'] or 'nothing'})")
+
+
+@app.command()
+def push(
+    data: DataDir = None,
+    repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
+    version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push a version to the Hugging Face Hub: one commit, one tag that never moves."""
+    from pipeline.push import planned_files, push_version
+    from pipeline.store import open_dataset
+
+    chosen = open_dataset(data, version)
+    files = planned_files(chosen)
+    say(f"{chosen.path}: {len(files)} files, {sum(files.values()):,} bytes, licence of the images: {licences(chosen.manifest)}")
+    if dry_run:
+        show({"files": files, "repo": repo, "version": chosen.name}, as_json, "repo")
+        return
+    pushed = push_version(chosen, repo, private=private)
+    say(f"pushed {chosen.name} as {pushed.commit}" if pushed.is_new else f"nothing to do: {chosen.name} is there already")
+    say("load it with:\n  from datasets import load_dataset")
+    say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
+    show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
+
+
+@app.command()
+def train(
+    data: Annotated[Path | None, typer.Option(help="Dataset folder or version.", show_default="the last one made")] = None,
+    encoder: Annotated[str, typer.Option(help="auto or tiny-vit.")] = "auto",
+    decoder: Annotated[str, typer.Option(help="auto or scratch.")] = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="400")] = None,
+    seed: Annotated[int, typer.Option(help="Decides weights, dropout and the order of the data.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a captioner on a version, and score it on the test split."""
+    from pipeline.progress import progress
+    from pipeline.store import disk_errors, open_dataset
+    from trainer.config import resolve
+    from trainer.loop import train as train_captioner
+
+    version = open_dataset(data)
+    config = resolve(encoder=encoder, decoder=decoder, steps=steps, seed=seed)
+    say(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}, {config.steps} steps")
+    folder = out or version.path.parents[1] / "checkpoints" / f"{version.name}-{config.encoder}-{config.decoder}"
+    with progress() as talk, disk_errors(folder):
+        metrics = train_captioner(version, config, folder, resume=resume, talk=talk)
+    say_scores(metrics)
+    show(metrics | {"path": str(folder)}, as_json, "path")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    data: Annotated[Path | None, typer.Option(help="Dataset folder or version.", show_default="the last one made")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a captioner, on its images and on shuffled ones."""
+    from pipeline.store import open_dataset
+    from pipeline.tables import SPLITS
+    from trainer.checkpoint import load_checkpoint
+    from trainer.data import read_examples
+    from trainer.evaluate import evaluate as score
+    from trainer.evaluate import scored_style
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+    loaded = load_checkpoint(checkpoint)
+    examples = read_examples(open_dataset(data).read(split))
+    metrics = {"split": split, **score(loaded, examples, style or scored_style(loaded.captioner.config.styles))}
+    say_scores(metrics)
+    show(metrics, as_json, "scores")
+
+
+@app.command()
+def caption(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a caption for each image."""
+    from trainer.checkpoint import load_checkpoint
+    from trainer.evaluate import caption_files
+
+    written = caption_files(load_checkpoint(checkpoint), images, style)
+    for path, text in written.items():
+        typer.echo(json.dumps({"image": str(path), "caption": text}) if as_json else f"{path}: {text}")
+
+
+@app.command()
+def report(
+    data: DataDir = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Show this training.", show_default="the last one of the dataset")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file that shows a dataset and how a captioner learned from it."""
+    from pipeline.report import newest_checkpoint, write_report
+    from pipeline.store import disk_errors, open_dataset
+
+    version = open_dataset(data)
+    folder = version.path.parents[1]
+    with disk_errors(folder):
+        typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder)))
+
+
+def licences(manifest: dict[str, Any]) -> str:
+    """Name the licences of a version's images; `unknown` is said, not hidden."""
+    return ", ".join(manifest["licences"])
+
+
+def say_scores(metrics: dict[str, Any]) -> None:
+    """Talk about scores: own images beside shuffled ones."""
+    say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
+    for name, value in metrics["scores"].items():
+        say(f"  {name:<8} {value:6.3f}   with shuffled images {metrics['shuffled_scores'][name]:6.3f}")
 
 
 def say(text: str) -> None:

@@ -30,9 +30,7 @@ class _Shown:
         if stage != self.stage:
             self.end()
             self.stage, self.started, self.first = stage, now, done
-        elif not self.moves and now - self.last < EVERY_SECONDS and done != total:
-            return
-        elif done == self.first:
+        elif (not self.moves and now - self.last < EVERY_SECONDS and done != total) or done == self.first:
             return
         self.last = now
         rate = (done - self.first) / max(now - self.started, 1e-9)

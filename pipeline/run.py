@@ -27,7 +27,7 @@ from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
 from pipeline.store import DATA, Folder, Version, disk_errors, safe_name, write_json, write_table
-from pipeline.tables import ANNOTATION, SAMPLE, SOURCE_REJECTED, TABLE_VERSION
+from pipeline.tables import ANNOTATION, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Rejected, Sample, Source
 from pipeline.validate import validate_annotations
 from pipeline.version import Rows, build_rows, write_version
@@ -65,7 +65,9 @@ class Result:
     funnel: list[Step]
 
 
-def generate_version(config: Config, out: Path | None = None, from_stage: str | None = None, talk: Talk | None = None) -> Result:
+def generate_version(
+    config: Config, out: Path | None = None, from_stage: str | None = None, talk: Talk | None = None
+) -> Result:
     """Run all stages in order and return the version that comes out.
 
     Args:
@@ -238,4 +240,6 @@ def _refuse_other_source(folder: Folder, config: Config) -> None:
         return
     before = json.loads(folder.run_file.read_text(encoding="utf-8"))["source"]
     if before != config.source:
-        raise ConfigError(f"{folder.path} holds data from {before}, not {config.source}", hint="choose another folder: --out DIR")
+        raise ConfigError(
+            f"{folder.path} holds data from {before}, not {config.source}", hint="choose another folder: --out DIR"
+        )

@@ -99,7 +99,9 @@ class Folder:
         found = [version for version in self.versions() if name in (None, version.name)]
         if not found:
             known = ", ".join(version.name for version in self.versions()) or "none"
-            raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {known}; `synth generate` makes one")
+            raise StoreError(
+                f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {known}; `synth generate` makes one"
+            )
         return found[-1]
 
     @contextmanager
@@ -110,7 +112,9 @@ class Folder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StoreError(f"another process is writing to {self.path}", hint="wait for it, or choose another --out") from None
+                raise StoreError(
+                    f"another process is writing to {self.path}", hint="wait for it, or choose another --out"
+                ) from None
             yield
 
 

@@ -116,6 +116,7 @@ def write_version(
         if not rows.digests:
             raise TableError("no row is left to make a version of", hint="stages/*/rejected.parquet hold the reasons")
         content = version_digest(rows.digests, columns)
+        steps = funnel()
         if parent is not None and parent.manifest["digest"] == content:
             return parent, False
         name = next_version(parent, rows.digests, columns)
@@ -133,7 +134,7 @@ def write_version(
             "licences": sorted(rows.licences),
             "rows": counts,
             **manifest,
-            "funnel": funnel(),
+            "funnel": steps,
             "files": files,
         }
         write_text(aside / "README.md", render_card(whole))

@@ -43,13 +43,13 @@ def ask_about(
     for chunk in samples:
         requests = [r for sample_id, image in chunk for r in build_requests(sample_id, image, config, *identity)]
         missing = journal.missing(requests)
-        for group in _groups(missing, config.generate.batch_size):
+        for group in groups(missing, config.generate.batch_size):
             _ask_group(group, engine(), journal, counts)
         counts.total += len(requests)
         yield _annotations(requests, journal, counts)
 
 
-def _groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
+def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
     """Cut requests with the same words into groups: equal prompts need no padding and end at about the same time."""
     words = sorted(requests, key=lambda request: (request.task, request.style))  # stable: samples stay in order
     for _, same in groupby(words, key=lambda request: (request.task, request.style)):

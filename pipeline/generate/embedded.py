@@ -14,13 +14,13 @@ import llguidance.torch
 import numpy as np
 import torch
 from llguidance import LLMatcher
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
 
 from pipeline.errors import EngineError
 from pipeline.generate.prompt import Prompt
+from pipeline.image import prepare_image
 from pipeline.schema import wire_schema
-from pipeline.source.image import prepare_image
 from pipeline.types import Reply, Request
 
 
@@ -76,7 +76,7 @@ class EmbeddedEngine:
     def _loaded(self) -> tuple[Any, Any]:
         try:
             processor = AutoProcessor.from_pretrained(self._path)
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self._path, dtype=_dtype())
+            model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(self._path, dtype=_dtype())
         except (OSError, ValueError) as error:
             raise EngineError(
                 f"cannot load {self.model}: {' '.join(str(error).split())[:300]}",
@@ -100,13 +100,14 @@ class Grammars:
     def matcher(self, task: str) -> LLMatcher:
         """Return a fresh matcher for a task's wire schema."""
         if task not in self._prototypes:
-            options = {"whitespace_flexible": False}
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(wire_schema(task)), overrides=options)
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(wire_schema(task)), overrides={"whitespace_flexible": False}
+            )
             self._prototypes[task] = LLMatcher(self._tokenizer, grammar)
         return self._prototypes[task].deep_copy()
 
 
-class GrammarChooser(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
+class GrammarChooser(LogitsProcessor):
     """Choose the next token of each row: the likeliest, or one drawn at its temperature, of those its grammar allows.
 
     The choice is returned as scores that leave one token possible, so that `generate` stays greedy and each row keeps
@@ -120,7 +121,7 @@ class GrammarChooser(LogitsProcessor):  # type: ignore[misc]  # transformers is 
         self._mask = llguidance.torch.allocate_token_bitmask(len(requests), vocab_size)
         self._done = [False] * len(requests)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # the signature of transformers
         """Take ids [B, T] and scores [B, V] of the next token; return scores in which one token is left."""
         for row, matcher in enumerate(self._matchers):
             llguidance.torch.fill_next_token_bitmask(matcher, self._mask, row)

@@ -53,7 +53,5 @@ def _embedded(model: str, path: str, revision: str) -> Engine:
     try:
         from pipeline.generate.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
-        raise EngineError(
-            f"the embedded engine needs the package {error.name}", hint="pip install 'synth[embedded]'"
-        ) from None
+        raise EngineError(f"the embedded engine needs the package {error.name}", hint="pip install 'synth[embedded]'") from None
     return EmbeddedEngine(model, path, revision)

@@ -35,9 +35,7 @@ def prompt_ids(tasks: Iterable[str]) -> list[str]:
     return [prompt_id(task) for task in tasks]
 
 
-def _request_id(
-    sample_id: str, task: str, prompt: Prompt, sampling: Sampling, model: str, revision: str, seed: int
-) -> str:
+def _request_id(sample_id: str, task: str, prompt: Prompt, sampling: Sampling, model: str, revision: str, seed: int) -> str:
     asked = {
         "image": sample_id,
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

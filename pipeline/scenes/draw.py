@@ -14,6 +14,9 @@ from pipeline.scenes.facts import PLACES, Scene, Thing
 SIDE_PX = 84
 CELL_PX = SIDE_PX // 3
 OVERSAMPLE = 4  # drawn larger and averaged down, for smooth edges
+# The vision tower of Qwen2.5-VL knows relative positions only: on an even ground a corner would look like the center.
+# The frame makes every place look different.
+FRAME_PX = 2
 
 RADIUS_PX = {"small": (5.0, 6.2), "large": (9.5, 11.5)}
 COLOR_RGB = {
@@ -35,8 +38,11 @@ Point = tuple[float, float]
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Return the scene as an RGB image; `rng` moves each object a little within its cell and shifts each tone a little."""
-    canvas = Image.new("RGB", (SIDE_PX * OVERSAMPLE,) * 2, _tone(BACKGROUND_RGB[scene.background], rng, JITTER_RGB // 2))
+    ground = _tone(BACKGROUND_RGB[scene.background], rng, JITTER_RGB // 2)
+    canvas = Image.new("RGB", (SIDE_PX * OVERSAMPLE,) * 2, ground)
     pen = ImageDraw.Draw(canvas)
+    frame = tuple(level // 2 for level in ground)
+    pen.rectangle((0, 0, canvas.width - 1, canvas.height - 1), outline=frame, width=FRAME_PX * OVERSAMPLE)
     for thing in scene.objects:
         _draw_thing(pen, thing, rng)
     return canvas.reduce(OVERSAMPLE)
@@ -67,12 +73,18 @@ def _star(points: int, inner: float) -> list[Point]:
     return [((inner if k % 2 else 1.0) * math.sin(t), -(inner if k % 2 else 1.0) * math.cos(t)) for k, t in enumerate(turns)]
 
 
+def _cross(arm: float) -> list[Point]:
+    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]  # from the top arm to the right one, then turned three times
+    corners = []
+    for _ in range(4):
+        corners += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return corners
+
+
 OUTLINES: dict[str, list[Point]] = {  # corners in units of the radius, y down
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
-    "cross": [
-        (-0.34, -1.0), (0.34, -1.0), (0.34, -0.34), (1.0, -0.34), (1.0, 0.34), (0.34, 0.34),
-        (0.34, 1.0), (-0.34, 1.0), (-0.34, 0.34), (-1.0, 0.34), (-1.0, -0.34), (-0.34, -0.34),
-    ],  # fmt: skip
+    "cross": _cross(arm=0.34),
     "star": _star(5, 0.42),
 }

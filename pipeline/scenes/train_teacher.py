@@ -1,7 +1,7 @@
 """Train the tiny teacher from nothing: `python -m pipeline.scenes.train_teacher --out DIR`.
 
-Two phases. First the vision tower alone, with a linear head that reads size, color, shape and background off each of
-the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
+Two phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
 the project's own prompts and output schemas. All tasks of a scene are one packed sequence: they share the system text
 and the image, and no task sees another (shapes: B scenes, S tokens of the longest sequence).
 
@@ -49,7 +49,7 @@ class Phase:
 
 
 VISION = Phase("vision", steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
-TEXT = Phase("text", steps=3000, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
+TEXT = Phase("text", steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
 
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
@@ -160,7 +160,13 @@ class VisionHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        sizes = {"size": len(SIZES) + 1, "color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "background": len(BACKGROUNDS)}
+        sizes = {
+            "size": len(SIZES) + 1,
+            "color": len(COLORS) + 1,
+            "shape": len(SHAPES) + 1,
+            "background": len(BACKGROUNDS),
+            "place": len(PLACES),
+        }
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
     def forward(self, x_BPD: Tensor, scenes: list[Scene]) -> tuple[Tensor, float]:
@@ -182,6 +188,7 @@ def facts_at_places(scene: Scene) -> dict[str, list[int]]:
         "color": [1 + COLORS.index(at[place].color) if place in at else 0 for place in PLACES],
         "shape": [1 + SHAPES.index(at[place].shape) if place in at else 0 for place in PLACES],
         "background": [BACKGROUNDS.index(scene.background)] * len(PLACES),
+        "place": list(range(len(PLACES))),
     }
 
 
@@ -197,7 +204,8 @@ class Student:
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
         """Loss of phase one at this step, with the share of places read right."""
         drawn = scenes(VISION, step)
-        return self.heads(self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn])
+        loss, right = self.heads(self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn])
+        return loss, right
 
     def text_loss(self, step: int) -> tuple[Tensor, float]:
         """Loss of phase two at this step, with the share of reply tokens guessed right."""
@@ -205,7 +213,7 @@ class Student:
         ids_BS, positions_3BS, mask_B1SS, labels_BS = collate([self.packer.pack(scene, rng) for scene, _, rng in drawn])
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
-        embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see([pixels for _, pixels, _ in drawn]).to(embeds_BSD.dtype))
+        embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see([pixels for _, pixels, _ in drawn]))
         hidden_BSD = self.model.model.language_model(
             inputs_embeds=embeds_BSD, position_ids=positions_3BS, attention_mask=mask_B1SS, use_cache=False
         ).last_hidden_state
@@ -218,7 +226,8 @@ class Student:
         """Return image tokens [B, 9, D]."""
         inputs = self.processor.image_processor(images=pixels, return_tensors="pt")
         features = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-        return features.pooler_output.view(len(pixels), VISION_TOKENS, -1)
+        tokens_BPD: Tensor = features.pooler_output
+        return tokens_BPD.view(len(pixels), VISION_TOKENS, -1)
 
 
 def learning_rate(phase: Phase, step: int) -> float:
@@ -264,7 +273,7 @@ def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT)) -> None:
 def ship(student: Student, folder: Path) -> None:
     """Write the model as transformers and vLLM load it: weights in bfloat16, tokenizer, processor and chat template."""
     student.processor.save_pretrained(folder)
-    student.model.to(torch.bfloat16).save_pretrained(folder)
+    student.model.bfloat16().save_pretrained(folder)
 
 
 def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, at: dict[str, int]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import ImageError, SourceError
 from pipeline.fingerprint import digest, file_digest
-from pipeline.source.image import check_image
+from pipeline.image import check_image
 from pipeline.types import Rejected, Sample, Source
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -55,6 +55,4 @@ def _read(path: Path, root: Path) -> Sample | Rejected:
         return Rejected(source_row=row, reason=error.reason, detail=str(error))
     except OSError as error:
         return Rejected(source_row=row, reason="unreadable_file", detail=error.strerror or "unknown")
-    return Sample(
-        id=sample_id, source_row=row, image=data, width_px=width_px, height_px=height_px, licence="unknown"
-    )
+    return Sample(id=sample_id, source_row=row, image=data, width_px=width_px, height_px=height_px, licence="unknown")

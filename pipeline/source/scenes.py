@@ -4,10 +4,10 @@ import io
 import random
 from dataclasses import asdict
 
+from pipeline.image import check_image
 from pipeline.scenes.draw import SIDE_PX, draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
-from pipeline.source.image import check_image
 from pipeline.types import Sample, Source
 
 REVISION = "1"  # raise when the same seed would draw other pixels or facts

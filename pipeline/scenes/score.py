@@ -1,0 +1,90 @@
+"""How much of what a model wrote about scenes is true: captions phrase by phrase, answers against the facts."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.scenes.facts import Scene, Thing
+from pipeline.scenes.text import answer, background, phrases
+
+
+@dataclass(slots=True)
+class CaptionScore:
+    """Phrases of captions against objects of scenes, matched one to one on everything that the caption's style states."""
+
+    said: int = 0
+    there: int = 0
+    matched: int = 0
+    captions: int = 0
+    backgrounds_right: int = 0
+
+    @property
+    def precision(self) -> float:
+        """Return the share of phrases that are true."""
+        return self.matched / max(1, self.said)
+
+    @property
+    def recall(self) -> float:
+        """Return the share of objects that were named rightly."""
+        return self.matched / max(1, self.there)
+
+    def add(self, text: str, scene: Scene, style: str) -> None:
+        """Count one caption; a brief one states no places."""
+        with_place = style != "brief"
+        said = Counter((p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text))
+        there = Counter((t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects)
+        self.said += said.total()
+        self.there += there.total()
+        self.matched += (said & there).total()
+        self.captions += 1
+        self.backgrounds_right += background(text) == scene.background
+
+
+@dataclass(slots=True)
+class AnswerScore:
+    """Answers of one type against the facts. A question that has no single true answer counts as answered wrongly."""
+
+    asked: int = 0
+    right: int = 0
+    unanswerable: int = 0
+    truths: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of right answers."""
+        return self.right / max(1, self.asked)
+
+    @property
+    def majority(self) -> float:
+        """Return the accuracy of always giving the most frequent true answer of this type."""
+        return max(self.truths.values(), default=0) / max(1, self.truths.total())
+
+    def add(self, question: str, given: str, scene: Scene) -> None:
+        """Count one answer."""
+        truth = answer(scene, question)
+        self.asked += 1
+        self.right += truth is not None and given.strip().lower() == truth
+        self.unanswerable += truth is None
+        if truth is not None:
+            self.truths[truth] += 1
+
+
+def scene_of(facts: dict[str, Any]) -> Scene:
+    """Read a scene from the `facts` column."""
+    return Scene(facts["background"], tuple(Thing(**thing) for thing in facts["objects"]))
+
+
+def score_annotations(
+    annotations: Iterable[dict[str, Any]], facts: dict[str, dict[str, Any]]
+) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+    """Score rows of tables.ANNOTATION: captions by style and answers by type; `facts` are by sample id."""
+    captions: dict[str, CaptionScore] = {}
+    answers: dict[str, AnswerScore] = {}
+    for row in annotations:
+        scene = scene_of(facts[row["sample_id"]])
+        if row["task"] == "caption":
+            captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
+        else:
+            answers.setdefault(row["answer_type"] or "", AnswerScore()).add(row["question"] or "", row["answer"] or "", scene)
+    return captions, answers

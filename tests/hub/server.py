@@ -1,0 +1,70 @@
+"""Run the Hub in a thread of this process, or in front: `python -m tests.hub.server --port 8000`."""
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from tests.hub.app import TOKEN, Hub
+from tests.hub.storage import Storage
+
+
+@dataclass(frozen=True)
+class RunningHub:
+    """A server that answers at `endpoint`."""
+
+    hub: Hub
+    endpoint: str
+
+    def env(self, home: Path) -> dict[str, str]:
+        """Return an environment in which the client libraries talk to this server, with caches under `home`.
+
+        They read it when they are imported, so it is for another process.
+        """
+        return {
+            **os.environ,
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",  # this server takes large files by LFS
+            "NO_PROXY": "127.0.0.1",
+        }
+
+
+@contextmanager
+def running_hub(root: Path) -> Iterator[RunningHub]:
+    """Serve on a free port of loopback while the block runs."""
+    hub = Hub(Storage(root))
+    server = uvicorn.Server(uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield RunningHub(hub, f"http://127.0.0.1:{port}")
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def main() -> None:
+    """Serve in front until stopped."""
+    parser = argparse.ArgumentParser(description="A Hub-protocol server on loopback.")
+    parser.add_argument("--port", type=int, default=8000)
+    with tempfile.TemporaryDirectory() as root:
+        uvicorn.run(Hub(Storage(Path(root))), host="127.0.0.1", port=parser.parse_args().port, lifespan="off")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the Hub keeps: repositories as chains of commits over content-addressed files. State lives in memory, bytes on disk."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a commit. A large file is known by its sha256, a small one by its git blob id."""
+
+    sha256: str
+    git_oid: str
+    size: int
+    lfs: bool
+
+    def entry(self, path: str) -> dict[str, object]:
+        """Describe the file as the tree and paths-info answers do."""
+        found: dict[str, object] = {"type": "file", "path": path, "oid": self.git_oid, "size": self.size}
+        if self.lfs:
+            found["lfs"] = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": 130}
+        return found
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One state of a repository."""
+
+    oid: str
+    parent: str | None
+    title: str
+    files: dict[str, File]
+
+
+@dataclass
+class Repo:
+    """One repository with its branches and tags."""
+
+    kind: str
+    id: str
+    private: bool
+    commits: dict[str, Commit] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
+        """Add a commit on a branch."""
+        parent = self.branches.get(branch)
+        content = repr((self.kind, self.id, parent, title, len(self.commits), sorted(files.items())))
+        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files)  # as git does
+        self.commits[made.oid] = made
+        self.branches[branch] = made.oid
+        return made
+
+    def resolve(self, revision: str) -> Commit | None:
+        """Return the commit that a branch, a tag or a full commit id names."""
+        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        return self.commits.get(oid)
+
+
+class Storage:
+    """All repositories, and the bytes of their files by sha256."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.repos: dict[tuple[str, str], Repo] = {}
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        """Return where the bytes with this digest lie, or would."""
+        return self.root / sha256
+
+    def put(self, data: bytes) -> File:
+        """Keep a small file."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.path(sha256).write_bytes(data)
+        git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git does
+        return File(sha256, git_oid, len(data), lfs=False)
+
+    def large(self, sha256: str) -> File | None:
+        """Return a large file that was uploaded before."""
+        if not self.path(sha256).exists():
+            return None
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {self.path(sha256).stat().st_size}\n"
+        git_oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer.encode()).hexdigest()  # as git does
+        return File(sha256, git_oid, self.path(sha256).stat().st_size, lfs=True)

@@ -1,0 +1,90 @@
+"""A checkpoint folder: `model/` loads with `from_pretrained`, `resume.pt` goes on to the very bit, `log.jsonl` tells how."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from pipeline.errors import TrainError
+from pipeline.store import write_json
+from trainer.model.captioner import Captioner
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trained captioner with the tokenizer that it writes with."""
+
+    captioner: Captioner
+    tokenizer: Tokenizer
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and tokenizer.json."""
+        self.captioner.save_pretrained(folder)
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Load a checkpoint folder for use. Raises TrainError where it is none."""
+    if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
+        raise TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
+    captioner = Captioner.from_pretrained(str(folder)).eval()
+    return Checkpoint(captioner, Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+def save_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, best: float) -> None:
+    """Keep all that the next step depends on, whole or not at all."""
+    state = {
+        "captioner": captioner.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "step": step,
+        "best": best,
+    }
+    aside = folder / ".resume.tmp"
+    with aside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(folder / "resume.pt")
+
+
+def load_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Go back to where `save_resume` was; return the number of steps done and the best score so far."""
+    path = folder / "resume.pt"
+    if not path.exists():
+        raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    captioner.load_state_dict(state["captioner"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return int(state["step"]), float(state["best"])
+
+
+class Log:
+    """`log.jsonl`: one JSON object a line; on resume, lines from later steps are dropped."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, **values: float | int | str) -> None:
+        """Append one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; none where there is no log."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json beside the weights."""
+    write_json(folder / "metrics.json", metrics)

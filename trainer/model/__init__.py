@@ -1,0 +1,1 @@
+"""The captioner: an encoder of images, a connector, and a decoder of text."""
