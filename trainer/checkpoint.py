@@ -2,7 +2,9 @@
 
 import json
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a checkpoint folder for use. Raises TrainError where it is none."""
     if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
         raise TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
-    captioner = Captioner.from_pretrained(str(folder)).eval()
+    with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
+        captioner = Captioner.from_pretrained(str(folder)).eval()
     return Checkpoint(captioner, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainError
 from pipeline.store import Version, write_json
-from trainer.checkpoint import Checkpoint, Log, load_resume, save_resume, write_metrics
+from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, save_resume, write_metrics
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, caption_ids, collate, read_examples, train_tokenizer
 from trainer.evaluate import evaluate, scored_style, validation_loss
@@ -76,14 +76,14 @@ def train(
     write_json(out / "train.json", config.model_dump(mode="json"))
     log = Log(out / "log.jsonl", step)
     best = _run(trainer, optimizer, out, log, step, best, talk or (lambda stage, done, total: None))
-    captioner.load_state_dict(Captioner.from_pretrained(str(out)).state_dict())
+    chosen = load_checkpoint(out)
     style = scored_style(captioner.config.styles)
     metrics = {
         "data": captioner.config.data,
         "split": "test",
         "parameters": sum(p.numel() for p in captioner.parameters()),
         "best_validation_cider_d": best,
-        **evaluate(trainer.checkpoint, test, style),
+        **evaluate(chosen, test, style),
     }
     write_metrics(out, metrics)
     (out / "resume.pt").unlink(missing_ok=True)

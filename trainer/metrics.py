@@ -12,7 +12,7 @@ Tokens = Sequence[str]
 Counts = Counter[tuple[str, ...]]
 
 MAX_N = 4
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|\d+(?:[.,]\d+)*")
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 
 def tokenize(text: str) -> list[str]:

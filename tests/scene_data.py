@@ -1,0 +1,59 @@
+"""Small datasets of scenes whose captions are true by construction: what a perfect teacher would have written."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import SplitConfig
+from pipeline.scenes.score import scene_of
+from pipeline.scenes.text import STYLES, caption
+from pipeline.source.scenes import draw_sample
+from pipeline.split import split_of
+from pipeline.store import Folder, Version
+from pipeline.tables import SAMPLE
+from pipeline.types import Sample
+from pipeline.version import Rows, build_rows, write_version
+
+MADE_BY: dict[str, Any] = {
+    "source": {"name": "scenes", "revision": "test"},
+    "model": {"name": "facts", "revision": "test"},
+    "prompts": ["caption/v1@test"],
+    "schemas": {},
+    "config": {"tasks": ["caption"]},
+}
+
+
+def scene_samples(count: int, seed: int = 0) -> list[Sample]:
+    return [draw_sample(seed, index) for index in range(count)]
+
+
+def sample_table(samples: list[Sample]) -> pa.Table:
+    rows = [{"sample_id": s.id, **{n: getattr(s, n) for n in SAMPLE.names if n != "sample_id"}} for s in samples]
+    return pa.Table.from_pylist(rows, schema=SAMPLE)
+
+
+def true_captions(samples: list[Sample]) -> pa.Table:
+    """Annotations as they come out of the split stage."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "sample_id": sample.id,
+                "task": "caption",
+                "style": style,
+                "text": caption(scene_of(sample.facts or {}), style),
+                "prompt_id": "caption/v1@test",
+                "split": split_of(sample.id, SplitConfig(), 0),
+            }
+            for sample in samples
+            for style in STYLES
+        ]
+    )
+
+
+def make_version(folder: Path, samples: list[Sample], annotations: pa.Table | None = None) -> tuple[Version, bool]:
+    """Write the samples as the next version of a dataset folder."""
+    rows = Rows()
+    annotations = true_captions(samples) if annotations is None else annotations
+    tables = build_rows(annotations, sample_table(samples).to_batches(), "scenes", rows)
+    return write_version(Folder(folder), tables, rows, MADE_BY, lambda: [], lambda manifest: f"# {manifest['version']}\n")

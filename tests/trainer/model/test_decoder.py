@@ -1,0 +1,64 @@
+"""Decoder: it looks at the past and at the image, never ahead; a cache changes the speed and nothing else."""
+
+import pytest
+import torch
+
+from trainer.model.decoder import Cache, Decoder, DecoderConfig, rotate
+
+WORDS, WIDTH = 23, 32
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(vocab_size=WORDS, width=WIDTH, depth=2, heads=4)).eval()
+
+
+def test_a_token_does_not_see_what_comes_after_it(decoder: Decoder) -> None:
+    ids, memory = torch.randint(WORDS, (1, 8)), torch.randn(1, 5, WIDTH)
+    changed = ids.clone()
+    changed[0, 5] = (ids[0, 5] + 1) % WORDS
+    before, after = decoder(ids, memory), decoder(changed, memory)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_the_image_reaches_every_token(decoder: Decoder) -> None:
+    ids = torch.randint(WORDS, (1, 4))
+    one, other = decoder(ids, torch.randn(1, 5, WIDTH)), decoder(ids, torch.randn(1, 5, WIDTH))
+    assert ((one - other).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 4], [9]])
+def test_with_a_cache_the_states_are_the_same(decoder: Decoder, pieces: list[int]) -> None:
+    ids, memory = torch.randint(WORDS, (3, 9)), torch.randn(3, 5, WIDTH)
+    cache, at, states = Cache(), 0, []
+    for length in pieces:
+        states.append(decoder(ids[:, at : at + length], memory, cache))
+        at += length
+    torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory), rtol=1e-5, atol=1e-5)
+
+
+def test_the_keys_of_the_image_are_computed_once(decoder: Decoder) -> None:
+    cache = Cache()
+    decoder(torch.randint(WORDS, (1, 1)), torch.randn(1, 5, WIDTH), cache)
+    first = cache.blocks[0].image
+    decoder(torch.randint(WORDS, (1, 1)), torch.full((1, 5, WIDTH), torch.nan), cache)  # the memory is not read again
+    assert cache.blocks[0].image == first
+    assert first is not None
+    assert torch.isfinite(first[0]).all()
+
+
+def test_scores_of_rotated_vectors_depend_on_their_distance_alone() -> None:
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def product(at_q: int, at_k: int) -> float:
+        return float((rotate(q, at_q) * rotate(k, at_k)).sum())
+
+    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)
+
+
+def test_a_width_that_does_not_divide_into_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="width 30"):
+        DecoderConfig(vocab_size=9, width=30, depth=1, heads=4)

@@ -1,0 +1,55 @@
+"""Metrics: equal to pycocoevalcap on the same tokens, whatever the corpus."""
+
+import random
+
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from trainer.metrics import cider_d, score, tokenize
+
+Corpus = tuple[list[list[str]], list[list[list[str]]]]
+
+
+def random_corpus(seed: int, images: int = 60) -> Corpus:
+    """Hypotheses that share words, and sometimes everything, with one to five references; one is empty."""
+    rng = random.Random(seed)
+
+    def text() -> list[str]:
+        return rng.choices(["a", "red", "blue", "circle", "square", "on", "the", "left", "of", "and"], k=rng.randint(1, 14))
+
+    references = [[text() for _ in range(rng.randint(1, 5))] for _ in range(images)]
+    hypotheses = [list(mine[0]) if rng.random() < 0.3 else text() for mine in references]
+    hypotheses[seed % images] = []
+    return hypotheses, references
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
+    hypotheses, references = random_corpus(seed)
+    truth = {n: [" ".join(r) for r in mine] for n, mine in enumerate(references)}
+    given = {n: [" ".join(h)] for n, h in enumerate(hypotheses)}
+    scores = score(hypotheses, references)
+    bleus, _ = Bleu(4).compute_score(truth, given, verbose=0)
+    assert [scores[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(bleus, abs=1e-12)
+    assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(truth, given)[0], abs=1e-12)
+    cider, each = Cider().compute_score(truth, given)
+    assert scores["cider_d"] == pytest.approx(cider, abs=1e-12)
+    assert cider_d(hypotheses, references) == pytest.approx(list(each), abs=1e-12)
+
+
+def test_a_perfect_caption_scores_ten_and_a_foreign_one_nothing() -> None:
+    references = [[["a", "red", "circle", "here"]], [["two", "blue", "rings", "there"]]]
+    assert cider_d([references[0][0], references[1][0]], references) == pytest.approx([10.0, 10.0])
+    assert cider_d([references[1][0], references[0][0]], references) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("hypotheses", "references"), [([], []), ([["a"]], [[]]), ([["a"]], [[["a"]], [["b"]]])])
+def test_a_corpus_that_cannot_be_scored_is_refused(hypotheses: list[list[str]], references: list[list[list[str]]]) -> None:
+    with pytest.raises(ValueError, match="corpus"):
+        score(hypotheses, references)
+
+
+def test_tokens_are_lower_case_words_without_punctuation() -> None:
+    assert tokenize("A man's T-shirt, 3.5 m (red)!") == ["a", "man's", "t-shirt", "3.5", "m", "red"]
