@@ -1,5 +1,6 @@
 """The card of a version: README.md with YAML that a dumper wrote and text in which model output can break nothing."""
 
+import html
 import re
 from functools import cache
 from importlib.resources import files
@@ -52,7 +53,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
 def one_line(text: str) -> str:
     """Make model text harmless within a line of Markdown: no markup, no control characters, no line break."""
     flat = re.sub(r"[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", text)
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~-])", r"\\\1", flat)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(flat, quote=False))
 
 
 @cache

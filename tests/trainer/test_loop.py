@@ -11,7 +11,7 @@ import trainer.loop
 from pipeline.errors import TrainError
 from pipeline.store import Version
 from tests.scene_data import make_version, scene_samples
-from trainer.checkpoint import load_checkpoint, read_log
+from trainer.checkpoint import load_checkpoint, read_log, save_resume
 from trainer.config import TrainConfig
 from trainer.data import read_examples
 from trainer.evaluate import evaluate, write_captions
@@ -49,10 +49,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
 ) -> None:
     config = replace(steps=6, dropout=0.2)
     whole = train(version, config, tmp_path / "whole")
-    save = trainer.loop.save_resume
 
     def save_and_die(*arguments: object) -> None:
-        save(*arguments)  # type: ignore[arg-type]
+        save_resume(*arguments)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)

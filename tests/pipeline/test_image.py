@@ -1,0 +1,74 @@
+"""Images: what can be decoded becomes upright RGB; what cannot, or should not, is refused with a word."""
+
+import io
+import zlib
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import ImageError
+from pipeline.image import check_image, prepare_image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    data = encoded(Image.new(mode, (9, 7)), "TIFF")
+    assert (prepare_image(data).mode, prepare_image(data).size) == ("RGB", (9, 7))
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    assert prepare_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_that_was_taken_sideways_is_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
+    assert check_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif))[1:] == (20, 30)
+
+
+def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
+    data = encoded(Image.new("RGB", (200, 100)))
+    assert prepare_image(data, max_pixels=5000).size == (100, 50)
+    assert prepare_image(data, max_pixels=50_000).size == (200, 100)
+
+
+def bomb(width_px: int, height_px: int) -> bytes:
+    """A PNG of a few bytes whose header claims any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width_px.to_bytes(4, "big") + height_px.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable_image"),
+        (b"not an image", "unreadable_image"),
+        (GOOD[: len(GOOD) // 2], "unreadable_image"),
+        (bomb(10_000, 10_000), "too_many_pixels"),
+        (bomb(100_000, 100_000), "too_many_pixels"),
+        (encoded(Image.new("RGB", (500, 2))), "too_narrow"),
+    ],
+    ids=["empty", "text", "cut", "bomb", "huge bomb", "sliver"],
+)
+def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        check_image(data)
+    assert caught.value.reason == reason
+
+
+def test_the_id_is_the_digest_of_the_bytes() -> None:
+    assert check_image(GOOD)[0] == check_image(bytes(GOOD))[0]
+    assert len(check_image(GOOD)[0]) == 64

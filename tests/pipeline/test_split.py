@@ -1,0 +1,40 @@
+"""Split: by image, in the shares asked for, and for ever."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import SplitConfig
+from pipeline.errors import ConfigError
+from pipeline.split import split_annotations, split_of
+
+IDS = [f"{n:064x}" for n in range(4000)]
+
+
+def test_all_annotations_of_an_image_are_in_one_split() -> None:
+    table = split_annotations(pa.table({"sample_id": IDS[:50] * 3}), SplitConfig(), seed=0)
+    by_image = {(row["sample_id"], row["split"]) for row in table.to_pylist()}
+    assert len(by_image) == 50
+    assert table["reason"].null_count == 150
+
+
+def test_an_image_stays_where_it_is_when_others_come() -> None:
+    few = split_annotations(pa.table({"sample_id": IDS[:100]}), SplitConfig(), seed=0)["split"].to_pylist()
+    many = split_annotations(pa.table({"sample_id": IDS}), SplitConfig(), seed=0)["split"].to_pylist()
+    assert many[:100] == few
+
+
+def test_the_shares_are_those_of_the_config() -> None:
+    counts = Counter(split_of(sample_id, SplitConfig(validation_frac=0.2, test_frac=0.3), 0) for sample_id in IDS)
+    assert counts["validation"] / 4000 == pytest.approx(0.2, abs=0.02)
+    assert counts["test"] / 4000 == pytest.approx(0.3, abs=0.02)
+
+
+def test_another_seed_is_another_split() -> None:
+    assert [split_of(i, SplitConfig(), 0) for i in IDS] != [split_of(i, SplitConfig(), 1) for i in IDS]
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
+    with pytest.raises(ConfigError, match="add up to 1 or more"):
+        split_annotations(pa.table({"sample_id": IDS[:1]}), SplitConfig(validation_frac=0.6, test_frac=0.4), seed=0)

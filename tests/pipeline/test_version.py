@@ -1,0 +1,73 @@
+"""Versions: content-addressed, numbered by what changed, and readable by `datasets` with images decoded."""
+
+import os
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+from datasets import Image, load_dataset
+
+from pipeline.errors import TableError
+from pipeline.store import Folder
+from tests.scene_data import make_version, scene_samples, true_captions
+
+
+def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
+    first, is_new = make_version(tmp_path, scene_samples(20))
+    again, is_new_again = make_version(tmp_path, scene_samples(20))
+    assert (is_new, is_new_again) == (True, False)
+    assert again == first
+    assert os.listdir(tmp_path / "versions") == ["v1.0.0"]
+
+
+def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
+    one, other = (make_version(tmp_path / name, scene_samples(20))[0].manifest for name in ("one", "other"))
+    assert one["digest"] == other["digest"]
+    assert {n: f["sha256"] for n, f in one["files"].items()} == {n: f["sha256"] for n, f in other["files"].items()}
+    assert make_version(tmp_path / "third", scene_samples(20, seed=1))[0].manifest["digest"] != one["digest"]
+
+
+def test_added_rows_are_a_minor_version_and_removed_or_changed_ones_a_patch(tmp_path: Path) -> None:
+    make_version(tmp_path, scene_samples(20))
+    assert make_version(tmp_path, scene_samples(25))[0].name == "v1.1.0"
+    assert make_version(tmp_path, scene_samples(24))[0].name == "v1.1.1"
+    fewer = true_captions(scene_samples(24)).filter(pc.field("style") == "brief")
+    version, _ = make_version(tmp_path, scene_samples(24), fewer)
+    assert (version.name, version.manifest["parent"]) == ("v1.1.2", "v1.1.1")
+
+
+def test_a_sample_without_annotations_is_left_out(tmp_path: Path) -> None:
+    samples = scene_samples(20)
+    annotations = true_captions(samples).filter(pc.field("sample_id") != samples[3].id)
+    version, _ = make_version(tmp_path, samples, annotations)
+    assert sum(version.manifest["rows"].values()) == 19
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="no row is left"):
+        make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
+    assert os.listdir(tmp_path / "versions") == []
+
+
+def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(20))
+    files = {split: [str(p) for p in version.shards(split)] for split in ("train", "test") if version.shards(split)}
+    loaded = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
+    assert loaded.features["image"] == Image()
+    assert loaded[0]["image"].size == (84, 84)
+    assert loaded[0]["facts"]["background"] in loaded[0]["captions"][0]["text"]
+
+
+def test_a_folder_without_facts_has_no_column_for_them(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    samples = [replace(sample, facts=None) for sample in scene_samples(5)]
+    version, _ = make_version(tmp_path, samples, true_captions(scene_samples(5)))
+    assert "facts" not in version.manifest["columns"]
+
+
+def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
+    make_version(tmp_path, scene_samples(5))
+    (tmp_path / "versions" / ".next").mkdir()
+    (tmp_path / "versions" / "v9.0.0").mkdir()  # a folder without its manifest
+    assert [version.name for version in Folder(tmp_path).versions()] == ["v1.0.0"]
