@@ -5,6 +5,8 @@ import pytest
 
 from pipeline.dedupe import dedupe_annotations, text_key
 
+TABLE = pa.schema([(name, pa.string()) for name in ("sample_id", "task", "text", "question")])
+
 
 def reasons(*rows: tuple[str, str, str]) -> list[str | None]:
     """Mark (sample, task, text) rows."""
@@ -14,7 +16,7 @@ def reasons(*rows: tuple[str, str, str]) -> list[str | None]:
         "text": [text if task == "caption" else None for _, task, text in rows],
         "question": [text if task == "qa" else None for _, task, text in rows],
     }
-    marked: list[str | None] = dedupe_annotations(pa.table(columns))["reason"].to_pylist()
+    marked: list[str | None] = dedupe_annotations(pa.table(columns, schema=TABLE))["reason"].to_pylist()
     return marked
 
 

@@ -1,6 +1,5 @@
 """The dataset folder: files appear whole or not at all, and unchanged ones are not touched."""
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ def test_a_file_that_fails_half_way_is_never_seen(tmp_path: Path) -> None:
         temporary.write_text("half of what")
         raise RuntimeError
     assert target.read_text() == "before"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_file_that_would_not_change_is_left_alone(tmp_path: Path) -> None:
@@ -49,7 +48,7 @@ def test_a_source_makes_a_safe_folder_name(source: str, name: str) -> None:
 
 def test_versions_sort_by_number() -> None:
     assert parse_version("v1.10.0") > parse_version("v1.9.3")
-    with pytest.raises(ConfigError, match="not a version: 1.0"):
+    with pytest.raises(ConfigError, match="not a version"):
         parse_version("1.0")
 
 

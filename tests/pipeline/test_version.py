@@ -1,6 +1,5 @@
 """Versions: content-addressed, numbered by what changed, and readable by `datasets` with images decoded."""
 
-import os
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -17,7 +16,7 @@ def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
     again, is_new_again = make_version(tmp_path, scene_samples(20))
     assert (is_new, is_new_again) == (True, False)
     assert again == first
-    assert os.listdir(tmp_path / "versions") == ["v1.0.0"]
+    assert list((tmp_path / "versions").iterdir()) == [first.path]
 
 
 def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
@@ -46,7 +45,7 @@ def test_a_sample_without_annotations_is_left_out(tmp_path: Path) -> None:
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no row is left"):
         make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
-    assert os.listdir(tmp_path / "versions") == []
+    assert list((tmp_path / "versions").iterdir()) == []
 
 
 def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
