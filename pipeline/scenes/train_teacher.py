@@ -1,9 +1,12 @@
 """Train the tiny teacher from nothing: `python -m pipeline.scenes.train_teacher --out DIR`.
 
-Two phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+Three phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
-the project's own prompts and output schemas. All tasks of a scene are one packed sequence: they share the system text
-and the image, and no task sees another (shapes: B scenes, S tokens of the longest sequence).
+the project's own prompts and output schemas. Last the same with more questions, and with the words that answer them
+counted several times: they are few, and the question before them is guesswork that drowns them.
+
+All tasks of a scene are one packed sequence: they share the system text and the image, and no task sees another
+(shapes: B scenes, S tokens of the longest sequence).
 
 The run can be killed at any moment: the same command goes on from the last checkpoint, with the same data order.
 """
@@ -12,9 +15,11 @@ import argparse
 import itertools
 import math
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +37,9 @@ from pipeline.scenes.wording import vary
 from pipeline.schema import Answer, Caption, QASet, dump
 
 SEED = "teacher"  # scenes of a source are seeded with a number: none of them is ever trained on
-ANSWERS_A_SCENE = 3
 SAVE_EVERY = 100
 VISION_TOKENS = len(PLACES)
+ANSWER_VALUE = re.compile(r'"answer":"([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +48,21 @@ class Phase:
 
     name: str
     steps: int
+    cosine_steps: int  # after which the rate would be lowest
     scenes: int  # in one step
     learning_rate: float
     warmup_steps: int
+    question_sets: int = 1  # for each scene
+    answers: int = 3  # to questions that somebody else asked, for each scene
+    answer_weight: float = 1.0  # of a token of an answer; any other weighs 1
 
 
-VISION = Phase("vision", steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
-TEXT = Phase("text", steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
+VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
+# Left at a third of its cosine: the next phase wants a model that still moves.
+TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
+ANSWERS = Phase(
+    "answers", 1400, 1400, scenes=12, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=6, answer_weight=6.0
+)
 
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
@@ -62,12 +75,13 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
     return drawn
 
 
-def task_texts(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
+def task_texts(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[tuple[str, str]]:
     """Yield (task line, reply) for everything that the teacher is asked of one scene."""
     for style in STYLES:
         yield f"Task: caption, {style}", dump(Caption(caption=caption(scene, style)))
-    yield "Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()]))
-    for _ in range(ANSWERS_A_SCENE):
+    for _ in range(phase.question_sets):
+        yield "Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()]))
+    for _ in range(phase.answers):
         pair = rng.choice(list(ASK.values()))(scene, rng)
         yield f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or ""))
 
@@ -78,7 +92,7 @@ def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
         rng = random.Random(f"{SEED}:tokenizer:{index}")
         scene = sample_scene(rng)
         yield " ".join(vary(rng))
-        for task_line, reply in task_texts(scene, rng):
+        for task_line, reply in task_texts(scene, rng, TEXT):
             yield task_line
             yield reply
 
@@ -91,6 +105,7 @@ class Packed:
     segments: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
     labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
+    weights: list[float] = field(default_factory=list)  # of the next token in the loss
 
 
 class Packer:
@@ -100,7 +115,7 @@ class Packer:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
 
-    def pack(self, scene: Scene, rng: random.Random) -> Packed:
+    def pack(self, scene: Scene, rng: random.Random, phase: Phase) -> Packed:
         """Return the sequence of one scene under one random wording of its prompts."""
         packed = Packed()
         system, _ = vary(rng)
@@ -113,19 +128,27 @@ class Packer:
             packed.segments.append(0)
             packed.positions.append((start, start + row, start + column))
             packed.labels.append(-100)
+            packed.weights.append(1.0)
         start += side
         self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
-        for segment, (task_line, reply) in enumerate(task_texts(scene, rng), 1):
+        for segment, (task_line, reply) in enumerate(task_texts(scene, rng, phase), 1):
             words = vary(rng)[1]
             asked = self._ids(f"{words}\n{task_line}" if words else task_line)
             asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
             said = self._ids(f"{reply}<|im_end|>")
             self._text(packed, asked + said, segment=segment, start=start + 1, learn_from=len(asked))
+            packed.weights[-len(said) - 1 : -1] = self._weights(f"{reply}<|im_end|>", phase.answer_weight)
         return packed
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
+
+    def _weights(self, reply: str, answer_weight: float) -> list[float]:
+        """Return the weight of each token of a reply: more where it touches the value of an answer."""
+        answers = [found.span(1) for found in ANSWER_VALUE.finditer(reply)]
+        offsets = self.tokenizer(reply, return_offsets_mapping=True)["offset_mapping"]
+        return [answer_weight if any(a < end and start < b for a, b in answers) else 1.0 for start, end in offsets]
 
     def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> None:
         targets = [-100] * len(ids)
@@ -135,24 +158,27 @@ class Packer:
         packed.segments += [segment] * len(ids)
         packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
         packed.labels += targets
+        packed.weights += [1.0] * len(ids)
 
 
-def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may look) and labels [B, S]."""
+def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may look), labels and weights [B, S]."""
     length = max(len(row.ids) for row in rows)
     ids_BS = torch.zeros(len(rows), length, dtype=torch.long)
     labels_BS = torch.full((len(rows), length), -100)
+    weights_BS = torch.zeros(len(rows), length)
     segments_BS = torch.full((len(rows), length), -1)
     positions_3BS = torch.zeros(3, len(rows), length, dtype=torch.long)
     for b, row in enumerate(rows):
         n = len(row.ids)
         ids_BS[b, :n] = torch.tensor(row.ids)
         labels_BS[b, :n] = torch.tensor(row.labels)
+        weights_BS[b, :n] = torch.tensor(row.weights)
         segments_BS[b, :n] = torch.tensor(row.segments)
         positions_3BS[:, b, :n] = torch.tensor(row.positions).T
     seen_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
     mask_BSS = seen_BSS & torch.ones(length, length, dtype=torch.bool).tril()
-    return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS
+    return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS, weights_BS
 
 
 class VisionHeads(nn.Module):
@@ -207,10 +233,11 @@ class Student:
         loss, right = self.heads(self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn])
         return loss, right
 
-    def text_loss(self, step: int) -> tuple[Tensor, float]:
-        """Loss of phase two at this step, with the share of reply tokens guessed right."""
-        drawn = scenes(TEXT, step)
-        ids_BS, positions_3BS, mask_B1SS, labels_BS = collate([self.packer.pack(scene, rng) for scene, _, rng in drawn])
+    def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
+        """Loss of a later phase at this step, with the share of reply tokens guessed right."""
+        drawn = scenes(phase, step)
+        packed = [self.packer.pack(scene, rng, phase) for scene, _, rng in drawn]
+        ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
         embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see([pixels for _, pixels, _ in drawn]))
@@ -220,7 +247,9 @@ class Student:
         learned_BS = labels_BS != -100
         logits_NV, labels_N = self.model.lm_head(hidden_BSD[learned_BS]), labels_BS[learned_BS]
         right = (logits_NV.argmax(-1) == labels_N).float().mean().item()
-        return functional.cross_entropy(logits_NV, labels_N), right
+        weights_N = weights_BS[learned_BS]
+        loss_N = functional.cross_entropy(logits_NV, labels_N, reduction="none")
+        return (loss_N * weights_N).sum() / weights_N.sum(), right
 
     def _see(self, pixels: list[np.ndarray]) -> Tensor:
         """Return image tokens [B, 9, D]."""
@@ -234,11 +263,11 @@ def learning_rate(phase: Phase, step: int) -> float:
     """Linear warm-up, then a cosine to a twentieth."""
     if step < phase.warmup_steps:
         return phase.learning_rate * (step + 1) / phase.warmup_steps
-    done = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    done = (step - phase.warmup_steps) / max(1, phase.cosine_steps - phase.warmup_steps)
     return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT)) -> None:
+def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS)) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(tokenizer_corpus())
@@ -248,10 +277,10 @@ def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT)) -> None:
     saved = out / "checkpoint.pt"
     at: dict[str, int] = {phase.name: 0 for phase in phases}
     if saved.exists():
-        at = _load(saved, student, optimizer)
+        at |= _load(saved, student, optimizer)
     out.mkdir(parents=True, exist_ok=True)
     for phase in phases:
-        loss_of = student.vision_loss if phase.name == VISION.name else student.text_loss
+        loss_of = student.vision_loss if phase == VISION else partial(student.text_loss, phase)
         started, first = time.monotonic(), at[phase.name]
         for step in range(first, phase.steps):
             for group in optimizer.param_groups:

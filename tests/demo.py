@@ -1,0 +1,92 @@
+"""The main job from end to end, as a user would type it, without a network: `make demo`.
+
+Every step is a process of its own. The Hub is the one of tests/hub, on loopback; the clients are the real ones.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.hub.server import running_hub
+
+HERE = Path("demo")
+SCENES = 1000
+REPO = "me/scenes"
+LOAD = f"""
+from datasets import load_dataset
+dataset = load_dataset("{REPO}", revision="TAG")
+row = dataset["test"][0]
+print(dataset)
+print(row["image"].size, row["captions"][0]["text"], row["qa"][0]["question"], row["qa"][0]["answer"])
+"""
+
+
+class Demo:
+    """Runs steps in one folder and remembers how long each took and what it left."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        self.steps: list[tuple[str, float, str]] = []
+
+    def step(self, name: str, *command: str) -> str:
+        """Run a command, show it, and return the last line of its stdout."""
+        shown = shlex.join(part if len(part) < 60 else "..." for part in command)
+        print(f"\n$ {shown}", flush=True)
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=HERE, env=self.env, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            sys.exit(f"demo: {name} failed with exit code {done.returncode}")
+        lines = done.stdout.strip().splitlines()
+        self.steps.append((name, time.monotonic() - started, ""))
+        return lines[-1] if lines else ""
+
+    def lies_at(self, where: str) -> None:
+        """Note where the result of the last step lies."""
+        name, seconds, _ = self.steps[-1]
+        self.steps[-1] = (name, seconds, where)
+
+
+def main() -> None:
+    """Run all steps and print a summary."""
+    HERE.mkdir(exist_ok=True)
+    synth = str(Path(sys.executable).with_name("synth"))
+    with running_hub(HERE / "hub") as hub:
+        demo = Demo(hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"})
+        made = json.loads(demo.step("generate", synth, "generate", "--source", "scenes", "--limit", str(SCENES), "--json"))
+        demo.lies_at(str(HERE / made["path"]))
+        url = demo.step("push", synth, "push", "--repo", REPO)
+        demo.lies_at(f"{url} (gone when the demo ends)")
+        demo.step("load back", sys.executable, "-c", LOAD.replace("TAG", made["version"]))
+        demo.lies_at(f"the tag {made['version']} of {REPO}")
+        checkpoint = demo.step("train and score", synth, "train")
+        demo.lies_at(str(HERE / checkpoint))
+        image = "example.png"
+        demo.step("an image", sys.executable, "-c", f"from tests.demo import draw_example; draw_example('{image}')")
+        demo.lies_at(str(HERE / image))
+        demo.step("caption it", synth, "caption", checkpoint, image)
+        report = demo.step("report", synth, "report")
+        demo.lies_at(str(HERE / report))
+    metrics = json.loads((HERE / checkpoint / "metrics.json").read_text(encoding="utf-8"))
+    print(f"\n{'step':<16} {'seconds':>8}   where")
+    for name, seconds, where in demo.steps:
+        print(f"{name:<16} {seconds:8.1f}   {where}")
+    print(f"{'in all':<16} {sum(seconds for _, seconds, _ in demo.steps):8.1f}")
+    own, shuffled = (metrics[name]["cider_d"] for name in ("scores", "shuffled_scores"))
+    print(f"\nCIDEr-D on {metrics['images']} held-out scenes: {own:.2f}; with shuffled images: {shuffled:.2f}")
+
+
+def draw_example(name: str) -> None:
+    """Draw a scene that no split holds."""
+    from pipeline.source.scenes import draw_sample
+
+    Path(name).write_bytes(draw_sample(seed=123, index=0).image)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("NO_PROXY", "127.0.0.1")
+    main()

@@ -1,0 +1,110 @@
+"""The embedded engine with the real tiny teacher: schema, truth, and independence of company."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.generate.ask import groups
+from pipeline.generate.embedded import EmbeddedEngine
+from pipeline.generate.engine import TINY_WEIGHTS, choose_engine
+from pipeline.generate.parse import parse_reply
+from pipeline.generate.requests import build_requests
+from pipeline.scenes.score import AnswerScore, CaptionScore, score_annotations
+from pipeline.schema import OUTPUTS
+from pipeline.types import Engine, Reply, Request, Sampling
+from tests.scene_data import scene_samples
+
+SEED = 8001  # no training has seen these scenes
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return choose_engine(resolve(source="scenes"))[1]()
+
+
+def requests(count: int, seed: int = SEED) -> list[Request]:
+    config = resolve(source="scenes")
+    identity, _ = choose_engine(config)
+    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.image, config, *identity)]
+
+
+def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:
+    found = [reply for group in groups(list(asked), 64) for answered in engine.ask(group) for reply in answered]
+    return {reply.request_id: reply for reply in found}
+
+
+def scores(
+    engine: Engine, asked: list[Request], seed: int, count: int
+) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+    given = replies(engine, asked)
+    rows = [row for request in asked for row in parse_reply(request, given[request.id])]
+    return score_annotations(rows, {s.id: s.facts or {} for s in scene_samples(count, SEED)})
+
+
+def reword(request: Request) -> Request:
+    system = "A reader without eyes listens. Speak plainly, as JSON."
+    words = "Kindly do what stands below, honestly and with care, since others build upon it!"
+    return replace(request, system=system, text=f"{words}\n{request.text.splitlines()[-1]}")
+
+
+def test_the_weights_are_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in TINY_WEIGHTS.iterdir()) < 10_000_000
+
+
+@pytest.mark.parametrize("wording", ["as released", "reworded"])
+def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine, wording: str) -> None:
+    """The full figures come from benchmarks/teacher.py; this catches a teacher, or a path to it, that is broken."""
+    asked = requests(100)
+    captions, answers = scores(engine, [reword(r) for r in asked] if wording == "reworded" else asked, 100)
+    assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {"brief": True, "detailed": True}
+    assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {"yes/no": True, "number": True, "other": True}
+    assert all(a.accuracy > a.majority + 0.15 for a in answers.values())
+
+
+def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Engine) -> None:
+    hot = [replace(r, sampling=Sampling(temperature=2.0, max_tokens=400)) for r in requests(8)]
+    given = replies(engine, hot)
+    for request in hot:
+        reply = given[request.id]
+        if reply.finish_reason == "stop":
+            names = OUTPUTS[request.task].model_fields
+            assert reply.text.startswith(f'{{"{next(iter(names))}":')
+            assert parse_reply(request, reply)[0]["reply_error"] is None
+    assert any(reply.finish_reason == "stop" for reply in given.values())
+
+
+def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
+    asked = requests(6)
+    together = replies(engine, asked)
+    alone: dict[str, Reply] = {}
+    for request in asked:
+        alone |= replies(engine, [request])
+    assert alone == together
+
+
+def test_the_same_request_has_the_same_reply_and_another_id_samples_anew(engine: Engine) -> None:
+    qa = [r for r in requests(12) if r.task == "qa"]
+    assert replies(engine, qa) == replies(engine, qa)
+    other = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
+    texts = [reply.text for reply in replies(engine, other).values()]
+    assert texts != [reply.text for reply in replies(engine, qa).values()]
+
+
+def test_a_reply_that_runs_out_of_tokens_says_so(engine: Engine) -> None:
+    short = [replace(r, sampling=Sampling(temperature=0, max_tokens=5)) for r in requests(1)]
+    given = replies(engine, short)
+    assert {reply.finish_reason for reply in given.values()} == {"length"}
+    assert {row["reply_error"] for r in short for row in parse_reply(r, given[r.id])} == {"cut_short"}
+
+
+def test_an_unknown_style_is_refused_before_anything_is_asked() -> None:
+    from pipeline.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="caption_styles"):
+        resolve(source="scenes", generate={"caption_styles": ["poem"]})
+
+
+def test_the_model_is_loaded_when_it_is_asked_and_not_before() -> None:
+    EmbeddedEngine("none", "/does/not/exist", "r")

@@ -1,0 +1,50 @@
+"""Parse: a reply becomes its annotations, and one that cannot be read becomes a row that says so."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.generate.parse import parse_reply
+from pipeline.generate.requests import build_requests
+from pipeline.types import Reply, Request
+
+BRIEF, _, QA = build_requests("a" * 64, b"", resolve(source="scenes"), "tiny", "r")
+
+
+def reply(text: str) -> Reply:
+    return Reply(request_id="r", text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
+
+
+def test_a_caption_is_one_row() -> None:
+    (row,) = parse_reply(BRIEF, reply('{"caption":"A \\"red\\" ring."}'))
+    assert (row["text"], row["task"], row["style"], row["reply_error"]) == ('A "red" ring.', "caption", "brief", None)
+
+
+def test_each_question_is_a_row_with_its_place() -> None:
+    pair = '{"answer_type":"number","question":"How many?","answer":"%d"}'
+    rows = parse_reply(QA, reply(f'{{"qa":[{pair % 1},{pair % 2}]}}'))
+    assert [(row["position"], row["answer"]) for row in rows] == [(0, "1"), (1, "2")]
+    assert len({row["annotation_id"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "text", "error"),
+    [
+        (BRIEF, '{"caption":"A red', "not_json"),
+        (BRIEF, "", "not_json"),
+        (BRIEF, "[1]", "off_schema"),
+        (BRIEF, '{"caption":3}', "off_schema"),
+        (QA, '{"qa":[]}', "off_schema"),
+        (QA, '{"qa":["x"]}', "off_schema"),
+        (QA, '{"caption":"x"}', "off_schema"),
+        (QA, "null", "off_schema"),
+    ],
+)
+def test_a_reply_that_cannot_be_read_is_one_row_with_a_reason(request_: Request, text: str, error: str) -> None:
+    assert [row["reply_error"] for row in parse_reply(request_, reply(text))] == [error]
+
+
+def test_a_reply_that_was_cut_is_not_read_even_if_it_could_be() -> None:
+    cut = replace(reply('{"caption":"A red ring."}'), finish_reason="length")
+    assert [(row["reply_error"], row["text"]) for row in parse_reply(BRIEF, cut)] == [("cut_short", None)]

@@ -1,0 +1,55 @@
+"""Drawing: the same seed gives the same picture, and every fact is there to be seen."""
+
+import random
+from itertools import product
+
+import numpy as np
+import pytest
+
+from pipeline.scenes.draw import CELL_PX, COLOR_RGB, SIDE_PX, draw
+from pipeline.scenes.facts import COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing, sample_scene
+
+
+def pixels(scene: Scene, seed: int = 0) -> np.ndarray:
+    return np.asarray(draw(scene, random.Random(seed))).astype(int)
+
+
+def test_a_seed_is_a_picture() -> None:
+    one, other = (sample_scene(random.Random(5)) for _ in range(2))
+    assert one == other
+    assert (pixels(one) == pixels(other)).all()
+    assert not (pixels(one, seed=1) == pixels(one, seed=2)).all()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_object_lies_within_its_place(place: str) -> None:
+    empty, full = pixels(Scene("white", ())), pixels(Scene("white", (Thing("large", "black", "square", place),)))
+    rows, columns = np.nonzero((np.abs(full - empty) > 60).any(-1))
+    row, column = divmod(PLACES.index(place), 3)
+    assert full.shape == (SIDE_PX, SIDE_PX, 3)
+    assert set(rows // CELL_PX) == {row}
+    assert set(columns // CELL_PX) == {column}
+
+
+@pytest.mark.parametrize(("color", "shape"), list(product(COLORS, SHAPES)))
+def test_a_large_object_is_larger_and_has_its_color(color: str, shape: str) -> None:
+    areas = []
+    for size in SIZES:
+        full = pixels(Scene("gray", (Thing(size, color, shape, "center"),)))
+        close = np.abs(full - np.array(COLOR_RGB[color])).max(-1) < 25
+        areas.append(close[CELL_PX : 2 * CELL_PX, CELL_PX : 2 * CELL_PX].sum())
+    assert 0 < 2 * areas[0] < areas[1]
+
+
+def test_scenes_are_uniform_in_number_and_attributes() -> None:
+    scenes = [sample_scene(random.Random(seed)) for seed in range(2000)]
+    for count in range(1, MAX_OBJECTS + 1):
+        assert sum(len(scene.objects) == count for scene in scenes) == pytest.approx(500, rel=0.2)
+    things = [thing for scene in scenes for thing in scene.objects]
+    for color in COLORS:
+        assert sum(thing.color == color for thing in things) == pytest.approx(len(things) / 8, rel=0.2)
+
+
+def test_two_objects_in_one_place_are_refused() -> None:
+    with pytest.raises(ValueError, match="reading order"):
+        Scene("white", (Thing("small", "red", "ring", "center"), Thing("large", "red", "ring", "center")))

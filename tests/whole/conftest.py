@@ -1,0 +1,34 @@
+"""How a user's command is run: as a process of its own, in an empty folder."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SYNTH = Path(sys.executable).with_name("synth")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def synth(tmp_path: Path) -> Run:
+    """Run `synth ARGUMENTS` in an empty folder and return what it printed."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        command = [str(SYNTH), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env or dict(os.environ), timeout=300)
+
+    return run
+
+
+def said(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    """Return the error and the hint of a command that failed as it should: exit 1, two lines, no traceback."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    error, hint = done.stderr.strip().splitlines()[-2:]
+    assert error.startswith("synth: ")
+    assert hint.startswith("  hint: ")
+    return error, hint

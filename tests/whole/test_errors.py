@@ -1,0 +1,87 @@
+"""Whatever a user gets wrong is one line that says what, and one that says what to do; and nothing is half-written."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.whole.conftest import SYNTH, Run, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["generate", "--source", "moon"], "unknown source: moon"),
+        (["generate"], "no source given"),
+        (["generate", "--source", "folder:nowhere"], "not a folder: nowhere"),
+        (["generate", "--source", "folder:empty"], "no image in empty"),
+        (["generate", "--source", "scenes", "--split", "train"], "source scenes has no splits"),
+        (["generate", "--source", "scenes", "--config", "bad.yaml"], "unknown config key: colour"),
+        (["generate", "--source", "scenes", "--tasks", "poem"], "bad value for tasks.0"),
+        (["generate", "--source", "scenes", "--engine", "warp"], "bad value for engine"),
+        (["generate", "--source", "scenes", "--from-stage", "bake"], "unknown stage: bake"),
+        (["generate", "--source", "scenes", "--from-stage", "dedupe"], "is missing"),
+        (["generate", "--source", "scenes", "--model", "empty"], "cannot load empty"),
+        (["generate", "--source", "folder:pictures"], "the tiny teacher knows drawn scenes and nothing else"),
+        (["push", "--repo", "me/x"], "no dataset under data/"),
+        (["push", "nowhere", "--repo", "me/x"], "no dataset at nowhere"),
+        (["train"], "no dataset under data/"),
+        (["train", "--encoder", "huge"], "no dataset under data/"),
+        (["evaluate", "nowhere"], "no captioner in nowhere"),
+        (["caption", "nowhere", "a.png"], "no captioner in nowhere"),
+        (["report", "nowhere"], "no dataset at nowhere"),
+        (["versions"], "no dataset under data/"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_a_hint(synth: Run, tmp_path: Path, arguments: list[str], what: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "bad.yaml").write_text("colour: red\n")
+    error, _ = said(synth(*arguments))
+    assert what in error
+    assert not list(tmp_path.glob("**/versions/v*"))
+
+
+@pytest.mark.parametrize("arguments", [["bake"], ["generate", "--colour"], ["generate", "--limit", "0"], ["push"]])
+def test_an_unknown_command_option_or_value_exits_with_2(synth: Run, arguments: list[str]) -> None:
+    assert synth(*arguments).returncode == 2
+
+
+def test_another_source_in_the_same_folder_is_refused(synth: Run, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "run.json").write_text('{"source": "folder:x"}')
+    error, _ = said(synth("generate", "--source", "scenes", "--out", "d"))
+    assert "holds data from folder:x, not scenes" in error
+
+
+def mounted(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run synth in a mount namespace of its own, with a small file system on `disk`."""
+    (tmp_path / "disk").mkdir()
+    script = f"mount -t tmpfs -o {options} tmpfs disk && {prepare} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("size", ["64k", "400k"])
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path, size: str) -> None:
+    done = mounted(tmp_path, f"size={size}", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
+    error, hint = said(done)
+    assert "the disk is full" in error
+    assert "free some space" in hint
+    assert ".tmp" not in done.stdout
+
+
+def test_a_read_only_folder_is_said(tmp_path: Path) -> None:
+    done = mounted(tmp_path, "size=1m", "mkdir disk/d && mount -o remount,ro disk", "generate --source scenes --out disk/d")
+    error, hint = said(done)
+    assert "read-only" in error
+    assert "--out" in hint
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(synth: Run, tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("")
+    error, _ = said(synth("generate", "--source", "scenes", "--out", "d"))
+    assert "a file is where a folder should be" in error

@@ -1,0 +1,111 @@
+"""`synth generate` on real parts: the tiny teacher, a real journal, and `kill -9`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.generate.journal import Journal
+from pipeline.store import Folder
+from tests.whole.conftest import SYNTH, Run
+
+SCENES = 128
+GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
+KILLS = 10
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """When each file was changed last, and its size."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A run that nobody disturbed: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = subprocess.run([SYNTH, *GENERATE, "--out", "d"], cwd=folder, capture_output=True, text=True, check=True)
+    return folder / "d", json.loads(done.stdout)
+
+
+def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]) -> None:
+    version = Folder(whole[0]).version()
+    funnel = {step["stage"]: step for step in version.manifest["funnel"]}
+    assert list(funnel) == ["source", "validate", "dedupe", "split", "version"]
+    for step in funnel.values():
+        assert step["kept"] + sum(step["rejected"].values()) == step["input"]
+    assert funnel["source"]["input"] == SCENES
+    assert funnel["validate"]["kept"] == funnel["dedupe"]["input"]
+    assert sum(version.manifest["rows"].values()) == funnel["version"]["kept"]
+
+
+def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, printed = whole
+    before = state(folder)
+    done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
+    assert "asked the model 0 of" in done.stderr
+    assert "nothing new: v1.0.0" in done.stderr
+    assert json.loads(done.stdout)["digest"] == printed["digest"]
+    assert state(folder) == before
+
+
+def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = whole
+    before = Folder(folder).version("v1.0.0")
+    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"asked the model {8 * 3} of {(SCENES + 8) * 3} requests" in done.stderr
+    after = Folder(folder).version()
+    assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
+    assert set(before.read("test", ["sample_id"])["sample_id"].to_pylist()) <= set(
+        after.read("test", ["sample_id"])["sample_id"].to_pylist()
+    )
+
+
+def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """Takes a minute or two: every life loads the model anew."""
+    rng = random.Random(0)
+    command = [str(SYNTH), *GENERATE, "--out", str(tmp_path / "d")]
+    killed = 0
+    while killed < KILLS:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(rng.uniform(0.2, 9.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+        if process.returncode == 0:
+            break  # it was faster than its murderers: what is left to show is shown below
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["digest"] == whole[1]["digest"]
+    with Journal(Folder(tmp_path / "d").journal) as journal:
+        totals = journal.totals()
+    assert totals["replies"] == SCENES * 3
+    assert totals["asked"] - totals["replies"] <= killed * 64  # one group of requests was in flight at each death
+    assert not list((tmp_path / "d").rglob("*.tmp"))
+
+
+def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, color in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (120 + number, 90), color).save(pictures / f"{color}.jpg")
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (pictures / "copy.jpg").write_bytes((pictures / "red.jpg").read_bytes())
+    done = synth("generate", "--source", "folder:pictures", "--engine", "embedded", "--model", "tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "1 unreadable_image" in done.stderr
+    assert "1 duplicate_image" in done.stderr
+    made = json.loads(done.stdout)
+    manifest = json.loads((tmp_path / made["path"] / "manifest.json").read_text())
+    assert manifest["source"]["name"] == "folder"
+    assert sum(manifest["rows"].values()) == 3
+    everything = "".join(path.read_text(errors="replace") for path in (tmp_path / made["path"]).iterdir())
+    assert str(tmp_path) not in everything
+    assert "pictures/" not in everything
