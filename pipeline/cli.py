@@ -126,7 +126,7 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Dataset folder or version.", show_default="the last one made")] = None,
     encoder: Annotated[str, typer.Option(help="auto or tiny-vit.")] = "auto",
     decoder: Annotated[str, typer.Option(help="auto or scratch.")] = "auto",
-    steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="400")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, dropout and the order of the data.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
@@ -142,7 +142,7 @@ def train(
 
     version = open_dataset(data)
     config = resolve(encoder=encoder, decoder=decoder, steps=steps, seed=seed)
-    say(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}, {config.steps} steps")
+    say(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}")
     folder = out or version.path.parents[1] / "checkpoints" / f"{version.name}-{config.encoder}-{config.decoder}"
     with progress() as talk, disk_errors(folder):
         metrics = train_captioner(version, config, folder, resume=resume, talk=talk)

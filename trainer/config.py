@@ -20,15 +20,21 @@ class TrainConfig(BaseModel):
     vocab_size: int = Field(default=4096, ge=300)  # an upper bound: small data has fewer words
     max_caption_tokens: int = Field(default=64, ge=4)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    steps: int = Field(default=1500, ge=1)
+    epochs: int = Field(default=16, ge=1)
+    steps: int = Field(default=0, ge=0)  # 0: as many as the epochs take
     batch_images: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
-    evaluate_every: int = Field(default=300, ge=1)  # steps
+    evaluate_every: int = Field(default=0, ge=0)  # steps; 0: four times in all
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
     seed: int = 0
+
+    def for_images(self, count: int) -> "TrainConfig":
+        """Return the same settings with the steps that training on `count` images takes."""
+        steps = self.steps or -(-self.epochs * count // min(self.batch_images, count))
+        return self.model_copy(update={"steps": steps, "evaluate_every": self.evaluate_every or -(-steps // 4)})
 
 
 def resolve(**flags: Any) -> TrainConfig:

@@ -68,6 +68,7 @@ def train(
     torch.manual_seed(config.seed)
     train_set, validation, test = (read_examples(version.read(split)) for split in ("train", "validation", "test"))
     validation = validation[: config.evaluate_images]
+    config = config.for_images(len(train_set))
     trainer = Trainer(_build(version, config, train_set), config, train_set, validation)
     captioner = trainer.checkpoint.captioner
     optimizer = torch.optim.AdamW(_groups(captioner, config), lr=config.learning_rate, betas=(0.9, 0.95))

@@ -105,8 +105,9 @@ def _describe(which: dict[str, str], *, plural: bool = False) -> str:
 
 
 def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str, str]:
-    """Keep a random, non-empty choice of a thing's attributes."""
-    kept = rng.sample(names, rng.randint(1, len(names)))
+    """Keep a few of a thing's attributes: one or two, as people do, and now and then all of them."""
+    count = rng.choices((1, 2, len(names)), weights=(5, 4, 1))[0]
+    kept = rng.sample(names, min(count, len(names)))
     return {name: getattr(thing, name) for name in ("size", "color", "shape", "place") if name in kept}
 
 
@@ -114,13 +115,13 @@ _VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 
 
 def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask whether something is there. Half of the time it is; else one word of what is there was changed."""
+    """Ask whether something is there. Half of the time it is; else a word of what is there was changed, or every word."""
     wanted = rng.choice(("yes", "no"))
     while True:
         which = _some(rng.choice(scene.objects), ("size", "color", "shape", "place"), rng)
         if wanted == "no":
-            name = rng.choice(sorted(which))
-            which[name] = rng.choice([value for value in _VALUES[name] if value != which[name]])
+            for name in [rng.choice(sorted(which))] if rng.random() < 0.6 else sorted(which):
+                which[name] = rng.choice([value for value in _VALUES[name] if value != which[name]])
         text = _describe(which)
         question = f"Is there {'an' if text[0] in 'aeiou' else 'a'} {text}?"
         if answer(scene, question) == wanted:

@@ -61,7 +61,7 @@ VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate
 # Left at a third of its cosine: the next phase wants a model that still moves.
 TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
 ANSWERS = Phase(
-    "answers", 1400, 1400, scenes=12, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=6, answer_weight=6.0
+    "answers", 1500, 1500, scenes=10, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=16, answer_weight=6.0
 )
 
 
@@ -132,7 +132,7 @@ class Packer:
         start += side
         self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
         for segment, (task_line, reply) in enumerate(task_texts(scene, rng, phase), 1):
-            words = vary(rng)[1]
+            words = vary(rng)[1] if segment <= len(STYLES) + phase.question_sets or rng.random() < 0.3 else ""
             asked = self._ids(f"{words}\n{task_line}" if words else task_line)
             asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
             said = self._ids(f"{reply}<|im_end|>")
@@ -270,7 +270,7 @@ def learning_rate(phase: Phase, step: int) -> float:
 def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS)) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(tokenizer_corpus())
+    tokenizer = _tokenizer(out / "tokenizer")
     model = build_model(tokenizer)
     student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), VisionHeads(160))
     optimizer = torch.optim.AdamW([*model.parameters(), *student.heads.parameters()], lr=0.0, weight_decay=0.02)
@@ -297,6 +297,14 @@ def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS)) -> Non
                 _save(saved, student, optimizer, at | {phase.name: step + 1})
         at[phase.name] = phase.steps
     ship(student, out / "model")
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Train the tokenizer once: a checkpoint is worth nothing under another one, and its corpus may be reworded."""
+    if not folder.exists():
+        train_tokenizer(tokenizer_corpus()).save_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
 
 
 def ship(student: Student, folder: Path) -> None:

@@ -35,9 +35,7 @@ def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:
     return {reply.request_id: reply for reply in found}
 
 
-def scores(
-    engine: Engine, asked: list[Request], seed: int, count: int
-) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+def scores(engine: Engine, asked: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
     given = replies(engine, asked)
     rows = [row for request in asked for row in parse_reply(request, given[request.id])]
     return score_annotations(rows, {s.id: s.facts or {} for s in scene_samples(count, SEED)})
