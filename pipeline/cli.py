@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 DataDir = Annotated[
     Path | None, typer.Argument(help="Dataset folder, or one of its versions.", show_default="the last one made")
 ]
+INTERRUPTED = 130  # how typer ends on Ctrl-C
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 
@@ -239,6 +240,10 @@ def main() -> None:
         if error.hint:
             say(f"  hint: {error.hint}")
         raise SystemExit(1) from None
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            say("interrupted: what was done is kept; run the same command to go on")
+        raise
 
 
 if __name__ == "__main__":

@@ -91,6 +91,16 @@ def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[P
     assert not list((tmp_path / "d").rglob("*.tmp"))
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen([SYNTH, *GENERATE], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to go on" in talk
+    assert "Traceback" not in talk
+
+
 def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
