@@ -26,9 +26,11 @@ CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 def write_report(version: Version, folder: Path, checkpoint: Path | None = None) -> Path:
     """Write `report.html` into the dataset folder and return its path; the training of `checkpoint` is shown if given."""
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    rows = _rows(version)
     page = environment.from_string(_template()).render(
         manifest=version.manifest,
-        rows=_rows(version),
+        rows=rows,
+        uris={row["sample_id"]: row["uri"] for row in rows},
         total=sum(version.manifest["rows"].values()),
         answers=_answers(version),
         rejected=_rejected(folder),

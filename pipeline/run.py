@@ -103,6 +103,8 @@ def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk)
             annotated = ask_about(chunks, config, identity, engine, journal, counts)
             write_table(folder.stage("generate"), annotated, ANNOTATION)
     table = pq.read_table(_require_file(folder.stage("generate")))
+    replies = len(table["request_id"].unique())
+    funnel.append(_step("generate", "requests", replies, {}))  # a reply that cannot be read is rejected by validate
     for name, stage in STAGES.items():
         if start <= ORDER.index(name):
             _apply(folder, name, stage(table, config), table)

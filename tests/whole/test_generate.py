@@ -37,10 +37,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]) -> None:
     version = Folder(whole[0]).version()
     funnel = {step["stage"]: step for step in version.manifest["funnel"]}
-    assert list(funnel) == ["source", "validate", "dedupe", "split", "version"]
+    assert list(funnel) == ["source", "generate", "validate", "dedupe", "split", "version"]
     for step in funnel.values():
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     assert funnel["source"]["input"] == SCENES
+    assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["kept"] == funnel["dedupe"]["input"]
     assert sum(version.manifest["rows"].values()) == funnel["version"]["kept"]
 

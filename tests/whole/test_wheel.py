@@ -1,0 +1,35 @@
+"""A wheel holds all that the command needs: it runs from another folder, away from the source tree."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_wheel_generates_from_another_folder(tmp_path: Path) -> None:
+    """Some seconds: a build, and a model to load."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"  # a copy of what is committed or would be: building leaves traces
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*build, "--wheel-dir", str(tmp_path / "dist"), str(source)], check=True)
+    (wheel,) = (tmp_path / "dist").glob("synth-*.whl")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "installed")]
+    subprocess.run([*install, str(wheel)], check=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import pipeline, sys; sys.argv = ['synth', 'generate', '--source', 'scenes', '--limit', '12'];"
+        "assert 'installed' in pipeline.__file__; from pipeline.cli import main; main()"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (elsewhere / "data" / "scenes" / "versions" / "v1.0.0" / "README.md").exists()
