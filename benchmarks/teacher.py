@@ -34,14 +34,14 @@ def reword(request: Request) -> Request:
 def annotate(samples: list[Sample], *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
     """Return the annotations of all samples and the seconds it took, loading of the model left out."""
     config = resolve(source="scenes")
-    identity, make_engine = choose_engine(config)
+    (_, revision), make_engine = choose_engine(config)
     engine = make_engine()
-    list(engine.ask(list(build_requests(samples[0].id, samples[0].image, config, *identity))[:1]))
+    list(engine.ask(list(build_requests(samples[0].id, samples[0].image, config, revision))[:1]))
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     for at in range(0, len(samples), CHUNK_SAMPLES):
         chunk = samples[at : at + CHUNK_SAMPLES]
-        requests = [r for sample in chunk for r in build_requests(sample.id, sample.image, config, *identity)]
+        requests = [r for sample in chunk for r in build_requests(sample.id, sample.image, config, revision)]
         for group in groups(requests, config.generate.batch_size):
             asked = {request.id: reword(request) if reworded else request for request in group}
             for replies in engine.ask(list(asked.values())):

@@ -87,7 +87,8 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset, oldest first."""
     from pipeline.store import Folder, last_made
 
-    found = Folder(data or last_made()).versions()
+    folder = Folder(data or last_made())
+    found = folder.versions() or [folder.version()]  # which says what is wrong
     rows = [{name: v.manifest[name] for name in ("version", "parent", "digest", "rows")} for v in found]
     if as_json:
         typer.echo(json.dumps(rows))
@@ -144,7 +145,7 @@ def train(
     version = open_dataset(data)
     config = resolve(encoder=encoder, decoder=decoder, steps=steps, seed=seed)
     say(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}")
-    folder = out or version.path.parents[1] / "checkpoints" / f"{version.name}-{config.encoder}-{config.decoder}"
+    folder = out or version.dataset / "checkpoints" / f"{version.name}-{config.encoder}-{config.decoder}"
     with progress() as talk, disk_errors(folder):
         metrics = train_captioner(version, config, folder, resume=resume, talk=talk)
     say_scores(metrics)
@@ -170,7 +171,10 @@ def evaluate(
     if split not in SPLITS:
         raise typer.BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
     loaded = load_checkpoint(checkpoint)
-    examples = read_examples(open_dataset(data).read(split))
+    version = open_dataset(data)
+    if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
+        say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
+    examples = read_examples(version.read(split))
     metrics = {"split": split, **score(loaded, examples, style or scored_style(loaded.captioner.config.styles))}
     say_scores(metrics)
     show(metrics, as_json, "scores")
@@ -188,7 +192,7 @@ def caption(
     from trainer.evaluate import caption_files
 
     written = caption_files(load_checkpoint(checkpoint), images, style)
-    for path, text in written.items():
+    for path, text in zip(images, written, strict=True):
         typer.echo(json.dumps({"image": str(path), "caption": text}) if as_json else f"{path}: {text}")
 
 
@@ -204,7 +208,7 @@ def report(
     from pipeline.store import disk_errors, open_dataset
 
     version = open_dataset(data)
-    folder = version.path.parents[1]
+    folder = version.dataset
     with disk_errors(folder):
         typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder)))
 
@@ -240,9 +244,15 @@ def main() -> None:
         if error.hint:
             say(f"  hint: {error.hint}")
         raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("pipeline", "trainer", "prompts", "data_cards"):
+            raise
+        say(f"synth: this command needs the package {error.name}")
+        say("  hint: install synth with its extras `embedded` and `train`")
+        raise SystemExit(1) from None
     except SystemExit as done:
         if done.code == INTERRUPTED:
-            say("interrupted: what was done is kept; run the same command to go on")
+            say("interrupted: what was done is kept; run the same command to go on (train: with --resume)")
         raise
 
 

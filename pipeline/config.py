@@ -1,15 +1,25 @@
 """What a run does: defaults, under a `--config` file, under flags. An unknown key is an error; the result is kept."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 
 Task = Literal["caption", "qa"]
 Style = Literal["brief", "detailed"]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("named twice")
+    return values
+
+
+Item = TypeVar("Item")
+Distinct = Annotated[tuple[Item, ...], AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
@@ -21,7 +31,7 @@ class Section(BaseModel):
 class GenerateConfig(Section):
     """How the model is asked."""
 
-    caption_styles: tuple[Style, ...] = Field(default=("brief", "detailed"), min_length=1)
+    caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     qa_temperature: float = Field(default=0.7, ge=0, le=2)  # greedy would ask every image the same
     max_tokens: int = Field(default=256, ge=1)
@@ -34,6 +44,12 @@ class SplitConfig(Section):
     validation_frac: float = Field(default=0.1, ge=0, lt=1)
     test_frac: float = Field(default=0.1, ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> "SplitConfig":
+        if self.validation_frac + self.test_frac >= 1:
+            raise ValueError("validation_frac and test_frac add up to 1 or more")
+        return self
+
 
 class Config(Section):
     """Everything that decides what a dataset holds. Saved as `run.json`."""
@@ -42,7 +58,7 @@ class Config(Section):
     source_split: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
-    tasks: tuple[Task, ...] = Field(default=("caption", "qa"), min_length=1)
+    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)
     engine: Literal["auto", "embedded"] = "auto"
     model: str | None = None
     generate: GenerateConfig = GenerateConfig()

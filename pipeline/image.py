@@ -7,7 +7,7 @@ import hashlib
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import ImageError
 
@@ -35,6 +35,7 @@ def prepare_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow talks about every odd tag
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image)
@@ -44,8 +45,9 @@ def prepare_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
     except ImageError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        # Pillow's decoders raise all of these on damaged files.
+    except UnidentifiedImageError:
+        raise ImageError("unreadable_image", "not an image of a known format") from None
+    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise anything at all on damaged files
         raise ImageError("unreadable_image", " ".join(str(error).split())[:200] or type(error).__name__) from None
     rgb = _over_white(upright)
     if max_pixels and rgb.width * rgb.height > max_pixels:
@@ -68,4 +70,8 @@ def _over_white(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda level: level / 257).convert("L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
     return image.convert("RGB")

@@ -25,6 +25,7 @@ from pipeline.store import Version
 
 TRIES = 5
 RETRIED = (409, 412, 429, 500, 502, 503, 504)
+EMPTY_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
 PLACEHOLDER = "ORG/NAME"  # in the card of a version, for the repository that it is pushed to
 
 
@@ -61,16 +62,21 @@ def push_version(version: Version, repo: str, *, private: bool = False) -> Pushe
 def planned_files(version: Version) -> dict[str, int]:
     """Return what a push of this version sends, as path -> bytes."""
     names = [*sorted(version.manifest["files"]), "README.md", "manifest.json"]
+    missing = [name for name in names if not (version.path / name).is_file()]
+    if missing:
+        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
     return {name: (version.path / name).stat().st_size for name in names}
 
 
 def _push(api: HfApi, version: Version, repo: str, *, private: bool) -> Pushed:
     created = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
     repo = created.repo_id
+    if private and not api.repo_info(repo, repo_type="dataset").private:
+        raise PushError(f"{repo} exists and is public", hint="make it private in its settings, or choose another name")
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type="dataset").tags}
     digest = version.manifest["digest"]
     if version.name in tags:
-        if _remote_digest(api, repo, tags[version.name]) != digest:
+        if _remote_manifest(api, repo, tags[version.name]).get("digest") != digest:
             raise PushError(
                 f"{repo} already has another {version.name}", hint="a tag never moves: make a new version, or push elsewhere"
             )
@@ -87,8 +93,11 @@ def _commit(api: HfApi, version: Version, repo: str) -> str:
     for attempt in range(1, TRIES + 1):
         try:
             head = str(api.repo_info(repo, repo_type="dataset").sha)
-            if _remote_digest(api, repo, head) == version.manifest["digest"]:
+            remote = _remote_manifest(api, repo, head)
+            if all(remote.get(key) == version.manifest[key] for key in ("digest", "version")):
                 return head  # an earlier push was cut off between its commit and its tag
+            if not remote and len(api.list_repo_files(repo, repo_type="dataset", revision=head)) > len(EMPTY_REPO):
+                raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
             made = api.create_commit(
                 repo,
                 _operations(api, version, repo, head),
@@ -116,14 +125,16 @@ def _operations(api: HfApi, version: Version, repo: str, head: str) -> list[Any]
     ]
 
 
-def _remote_digest(api: HfApi, repo: str, revision: str) -> str | None:
+def _remote_manifest(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
+    """Return the manifest at a revision; nothing where there is none of ours."""
     if not api.file_exists(repo, "manifest.json", repo_type="dataset", revision=revision):
-        return None
+        return {}
     path = hf_hub_download(repo, "manifest.json", repo_type="dataset", revision=revision)
     try:
-        return str(json.loads(Path(path).read_text(encoding="utf-8"))["digest"])
-    except (ValueError, KeyError, TypeError):
-        return None  # somebody else's file of the same name
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # somebody else's file of the same name
+    return manifest if isinstance(manifest, dict) and "digest" in manifest else {}
 
 
 def _verify(api: HfApi, version: Version, repo: str, commit: str) -> None:

@@ -4,6 +4,7 @@ It needs no server and asks nothing of the network. Text of a model is data: the
 """
 
 import base64
+import io
 import json
 from collections import Counter
 from functools import cache
@@ -14,12 +15,14 @@ from typing import Any
 import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
+from pipeline.image import prepare_image
 from pipeline.store import Folder, Version, aside
 from pipeline.tables import SPLITS
 
 MAX_SHOWN = 300
 MAX_REJECTED = 100
-MEDIA_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"))
+THUMBNAIL_PIXELS = 320 * 320
+PNG_PIXELS = 128 * 128
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 
 
@@ -60,8 +63,11 @@ def _rows(version: Version) -> list[dict[str, Any]]:
 
 
 def _data_uri(data: bytes) -> str:
-    kind = next((name for magic, name in MEDIA_TYPES if data.startswith(magic)), "application/octet-stream")
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    """Return a thumbnail: small, in a format that every browser shows, and without what a camera wrote beside the pixels."""
+    small, buffer = prepare_image(data, max_pixels=THUMBNAIL_PIXELS), io.BytesIO()
+    kind = "PNG" if small.width * small.height < PNG_PIXELS else "JPEG"  # a drawing stays sharp, a photo small
+    small.save(buffer, kind, quality=80)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _answers(version: Version) -> dict[str, list[tuple[str, int]]]:

@@ -22,7 +22,7 @@ from pipeline.fingerprint import digest
 from pipeline.generate.ask import CHUNK_SAMPLES, Counts, ask_about
 from pipeline.generate.engine import choose_engine
 from pipeline.generate.journal import Journal
-from pipeline.generate.requests import prompt_ids
+from pipeline.generate.requests import build_requests, prompt_ids
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
@@ -83,7 +83,8 @@ def generate_version(
     if from_stage is not None and from_stage not in ORDER:
         raise ConfigError(f"unknown stage: {from_stage}", hint=f"stages in order: {', '.join(ORDER)}")
     start = ORDER.index(from_stage) if from_stage else 0
-    _refuse_other_source(folder, config)
+    with disk_errors(folder.path):
+        _refuse_other_settings(folder, config, start)
     source = open_source(config.source, split=config.source_split, seed=config.seed, limit=config.limit)
     with disk_errors(folder.path), folder.lock():
         return _run(folder, config, source, start, talk or (lambda stage, done, total: None))
@@ -100,15 +101,19 @@ def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk)
     if start <= ORDER.index("generate"):
         with Journal(folder.journal) as journal:
             chunks = _chunks(folder, samples, talk)
-            annotated = ask_about(chunks, config, identity, engine, journal, counts)
+            annotated = ask_about(chunks, config, identity[1], engine, journal, counts)
             write_table(folder.stage("generate"), annotated, ANNOTATION)
     table = pq.read_table(_require_file(folder.stage("generate")))
     replies = len(table["request_id"].unique())
+    if replies != samples * sum(1 for _ in build_requests("", b"", config, "")):
+        raise ConfigError("not every image has been asked about yet", hint="run once without --from-stage")
     funnel.append(_step("generate", "requests", replies, {}))  # a reply that cannot be read is rejected by validate
     for name, stage in STAGES.items():
         if start <= ORDER.index(name):
             _apply(folder, name, stage(table, config), table)
         kept, lost = _require_stage(folder, name)
+        if kept + sum(lost.values()) != table.num_rows:
+            raise TableError(f"stage {name} is not made from what the stage before it kept", hint="run without --from-stage")
         funnel.append(_step(name, "annotations", kept, lost))
         table = pq.read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, source, identity, table, samples, funnel)
@@ -237,11 +242,23 @@ def _require_file(path: Path) -> Path:
     return path
 
 
-def _refuse_other_source(folder: Folder, config: Config) -> None:
+def _refuse_other_settings(folder: Folder, config: Config, start: int) -> None:
+    """Refuse another source in the same folder, and, with --from-stage, settings that an earlier stage has not used."""
     if not folder.run_file.exists():
         return
-    before = json.loads(folder.run_file.read_text(encoding="utf-8"))["source"]
-    if before != config.source:
+    try:
+        before = json.loads(folder.run_file.read_text(encoding="utf-8"))
+        source = before["source"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder.run_file} is not ours", hint="choose another folder: --out DIR") from None
+    if source != config.source:
         raise ConfigError(
-            f"{folder.path} holds data from {before}, not {config.source}", hint="choose another folder: --out DIR"
+            f"{folder.path} holds data from {source}, not {config.source}", hint="choose another folder: --out DIR"
+        )
+    free = {"split"} if start <= ORDER.index("split") else set()
+    now = config.model_dump(mode="json")
+    changed = [name for name in now if start and name not in free and now[name] != before.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]} has changed since the stages before {ORDER[start]} ran", hint="run without --from-stage"
         )

@@ -23,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, StoreError, SynthError
+from pipeline.tables import SPLITS, TABLE_VERSION
 
 DATA = Path("data")
+_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 _VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 
@@ -46,6 +48,13 @@ class Version:
         """Return (major, minor, patch)."""
         return parse_version(self.name)
 
+    @property
+    def dataset(self) -> Path:
+        """Return the dataset folder that holds this version; the version's own parent where it was moved out of one."""
+        parent = self.path.resolve().parent
+        home = parent.parent if parent.name == "versions" else parent
+        return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
+
     def __lt__(self, other: "Version") -> bool:
         return self.number < other.number
 
@@ -58,7 +67,10 @@ class Version:
         shards = self.shards(split)
         if not shards:
             raise StoreError(f"{self.name} has no rows in its {split} split", hint="make more samples, or choose another split")
-        return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in shards])
+        try:
+            return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in shards])
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again") from None
 
 
 def parse_version(name: str) -> tuple[int, ...]:
@@ -122,8 +134,15 @@ def read_version(folder: Path) -> Version:
     """Open a version folder. Raises StoreError where it is none."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        parse_version(manifest["version"])
+        newer = manifest["table_version"] > TABLE_VERSION
+        strange = [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
+    if newer:
+        raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")
+    if strange:  # a manifest from elsewhere must not make us read, or publish, any other file
+        raise StoreError(f"the manifest of {folder} names files that are no shards: {strange[0]!r}", hint="do not use it")
     return Version(folder, manifest)
 
 
@@ -136,7 +155,10 @@ def open_dataset(path: Path | None, version: str | None = None) -> Version:
     if path is None:
         path = last_made()
     if (path / "manifest.json").exists():
-        return read_version(path)
+        found = read_version(path)
+        if version not in (None, found.name):
+            raise StoreError(f"{path} is {found.name}, not {version}", hint="name the dataset folder instead")
+        return found
     if not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
     return Folder(path).version(version)
@@ -167,6 +189,7 @@ def aside(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -207,6 +230,16 @@ def publish(temporary: Path, final: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     temporary.rename(final)
+    _flush_folder(final.parent)
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename last: the name is in the folder, not in the file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 _DISK_ERRORS = {
@@ -216,6 +249,7 @@ _DISK_ERRORS = {
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
     errno.ENOTDIR: ("a file is where a folder should be", "choose another folder: --out DIR"),
+    errno.ENOTEMPTY: ("a folder is in the way that is no version", "move it away, then run the same command"),
     errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
 }
 
@@ -234,8 +268,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except SynthError:
         raise
-    except sqlite3.OperationalError as error:
-        what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), (str(error), "check this disk"))
+    except sqlite3.DatabaseError as error:
+        damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
+        what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
         raise StoreError(f"{path}: {what}", hint=hint) from None
     except OSError as error:
         if error.errno not in _DISK_ERRORS:

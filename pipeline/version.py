@@ -72,20 +72,15 @@ def next_version(parent: Version | None, rows: dict[str, str], columns: list[str
     major, minor, patch = parent.number
     if parent.manifest["columns"] != columns:
         return f"v{major + 1}.0.0"
-    if rows.keys() - read_digests(parent).keys():
+    if rows.keys() - sample_ids(parent):
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
 
-def read_digests(version: Version) -> dict[str, str]:
-    """Return the digest of every row of a version, computed from its shards, in no particular order."""
-    columns = [name for name in version.manifest["columns"] if name != "image"]
-    return {
-        row["sample_id"]: row_digest(row | {"split": split})
-        for split in SPLITS
-        if version.shards(split)
-        for row in version.read(split, columns).to_pylist()
-    }
+def sample_ids(version: Version) -> set[str]:
+    """Return the ids of all images of a version."""
+    tables = [version.read(split, ["sample_id"]) for split in SPLITS if version.shards(split)]
+    return {sample_id for table in tables for sample_id in table["sample_id"].to_pylist()}
 
 
 def write_version(
@@ -175,6 +170,8 @@ def _write_shards(folder: Path, tables: Iterable[pa.Table]) -> tuple[list[str], 
     with ExitStack() as stack:
         writers: dict[str, pq.ParquetWriter] = {}
         for table in tables:
+            if not table.num_rows:
+                continue
             # A column that a source never fills is left out of the version; a source fills it always or never.
             columns = columns or [n for n in ROW.names if n != "facts" or table["facts"].null_count < table.num_rows]
             for split in SPLITS:

@@ -19,11 +19,11 @@ LOWER = {
     "tables": {"errors"},
     "config": {"errors"},
     "progress": set(),
-    "store": {"errors"},
+    "store": {"errors", "tables"},
     "scenes": {"errors", "schema", "generate.prompt"},
 }
 STAGE_MAY = {"errors", "types", "schema", "tables", "config", "store", "fingerprint", "image", "scenes"}
-TRAINER_MAY = {"errors", "types", "schema", "tables", "store", "image"}
+TRAINER_MAY = {"errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:

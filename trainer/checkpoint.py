@@ -1,7 +1,8 @@
-"""A checkpoint folder: `model/` loads with `from_pretrained`, `resume.pt` goes on to the very bit, `log.jsonl` tells how."""
+"""A checkpoint folder: it loads with `from_pretrained`, `resume.pt` goes on to the very bit, `log.jsonl` tells how."""
 
 import json
 import os
+import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -15,6 +16,8 @@ from pipeline.errors import TrainError
 from pipeline.store import write_json
 from trainer.model.captioner import Captioner
 
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -24,28 +27,36 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json."""
-        self.captioner.save_pretrained(folder)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        """Write config.json, model.safetensors and tokenizer.json, each of them whole or not at all."""
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            self.captioner.save_pretrained(aside)
+            self.tokenizer.save(str(Path(aside) / "tokenizer.json"))
+            for name in FILES:
+                (Path(aside) / name).replace(folder / name)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a checkpoint folder for use. Raises TrainError where it is none."""
-    if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
-        raise TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
-    with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
-        captioner = Captioner.from_pretrained(str(folder)).eval()
+    nothing = TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
+    if not all((folder / name).exists() for name in FILES):
+        raise nothing
+    try:
+        with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
+            captioner = Captioner.from_pretrained(str(folder)).eval()
+    except (TypeError, KeyError, RuntimeError):  # somebody else's model
+        raise nothing from None
     return Checkpoint(captioner, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def save_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, best: float) -> None:
-    """Keep all that the next step depends on, whole or not at all."""
+def save_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, best: float, run: str) -> None:
+    """Keep all that the next step depends on, whole or not at all; `run` names the settings and the data."""
     state = {
         "captioner": captioner.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "step": step,
         "best": best,
+        "run": run,
     }
     aside = folder / ".resume.tmp"
     with aside.open("wb") as file:
@@ -55,12 +66,14 @@ def save_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optim
     aside.replace(folder / "resume.pt")
 
 
-def load_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def load_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, run: str) -> tuple[int, float]:
     """Go back to where `save_resume` was; return the number of steps done and the best score so far."""
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
     state: dict[str, Any] = torch.load(path, weights_only=True)
+    if state["run"] != run:
+        raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
     captioner.load_state_dict(state["captioner"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])

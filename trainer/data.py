@@ -73,14 +73,16 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator((text for example in examples for _, text in example.captions), trainer)
+    tokenizer.encode_special_tokens = True  # a caption that holds the text "<eos>" does not end there
     assert (tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("<eos>")) == (PAD_ID, EOS_ID)
     return tokenizer
 
 
 def caption_ids(tokenizer: Tokenizer, style: str, text: str, max_tokens: int) -> list[int]:
     """Return start token, words and EOS; a text that is too long loses its end, and then has no EOS."""
-    ids: list[int] = tokenizer.encode(f"{start_token(style)}{text}").ids
-    return [*ids, EOS_ID][: max_tokens + 1]
+    start_id = tokenizer.token_to_id(start_token(style))
+    assert start_id is not None, f"the tokenizer was not trained on {style}"
+    return [start_id, *tokenizer.encode(text).ids, EOS_ID][: max_tokens + 1]
 
 
 def collate(rows: list[list[int]]) -> Tensor:

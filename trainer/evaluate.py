@@ -40,8 +40,8 @@ def write_captions(checkpoint: Checkpoint, images: Sequence[Callable[[], Image]]
     return captions
 
 
-def caption_files(checkpoint: Checkpoint, paths: list[Path], style: str | None = None) -> dict[Path, str]:
-    """Write a caption for each image file.
+def caption_files(checkpoint: Checkpoint, paths: list[Path], style: str | None = None) -> list[str]:
+    """Write a caption for each image file, in their order.
 
     Raises:
         TrainError: a file cannot be read, or the style is unknown.
@@ -54,7 +54,7 @@ def caption_files(checkpoint: Checkpoint, paths: list[Path], style: str | None =
             raise TrainError(f"cannot read {path}: {error}", hint="pass image files") from None
 
     style = style or scored_style(checkpoint.captioner.config.styles)
-    return dict(zip(paths, write_captions(checkpoint, [partial(open_file, path) for path in paths], style), strict=True))
+    return write_captions(checkpoint, [partial(open_file, path) for path in paths], style)
 
 
 def scored_style(styles: list[str]) -> str:
@@ -67,7 +67,7 @@ def evaluate(checkpoint: Checkpoint, examples: list[Example], style: str) -> dic
 
     `scores` are of each image's own caption, `shuffled_scores` of the caption of another image.
     """
-    against, references = _references(examples, style)
+    against, examples, references = _references(examples, style)
     hypotheses = write_captions(checkpoint, [example.open for example in examples], style)
     tokens = [tokenize(text) for text in hypotheses]
     return {
@@ -92,13 +92,17 @@ def derangement(count: int) -> list[int]:
     return [after[place] for place in range(count)]
 
 
-def _references(examples: list[Example], style: str) -> tuple[str, list[list[list[str]]]]:
-    if all(example.references for example in examples):
-        return "references of the source", [[tokenize(r) for r in example.references] for example in examples]
-    own = [[tokenize(text) for kind, text in example.captions if kind == style] for example in examples]
-    if not all(own):
-        raise TrainError(f"some held-out images have neither a reference nor a {style} caption", hint="choose another style")
-    return "captions of the teacher", own
+def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[list[str]]]]:
+    """Return what is scored against, and the examples that have it: a caption may have been rejected on the way."""
+    against = "references of the source"
+    mine = [(example, list(example.references)) for example in examples if example.references]
+    if not mine:
+        against = "captions of the teacher"
+        mine = [(example, [text for kind, text in example.captions if kind == style]) for example in examples]
+    mine = [(example, texts) for example, texts in mine if texts]
+    if not mine:
+        raise TrainError(f"no held-out image has a reference or a {style} caption", hint="choose another style")
+    return against, [example for example, _ in mine], [[tokenize(text) for text in texts] for _, texts in mine]
 
 
 @torch.no_grad()

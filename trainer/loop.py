@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from pipeline.errors import TrainError
+from pipeline.fingerprint import digest
 from pipeline.store import Version, write_json
 from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, save_resume, write_metrics
 from trainer.config import TrainConfig
@@ -73,17 +74,19 @@ def train(
     captioner = trainer.checkpoint.captioner
     optimizer = torch.optim.AdamW(_groups(captioner, config), lr=config.learning_rate, betas=(0.9, 0.95))
     out.mkdir(parents=True, exist_ok=True)
-    step, best = load_resume(out, captioner, optimizer) if resume else (0, -math.inf)
+    run = digest([config.model_dump(mode="json"), version.manifest["digest"]])
+    (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
+    step, best = load_resume(out, captioner, optimizer, run) if resume else (0, -math.inf)
     write_json(out / "train.json", config.model_dump(mode="json"))
     log = Log(out / "log.jsonl", step)
-    best = _run(trainer, optimizer, out, log, step, best, talk or (lambda stage, done, total: None))
+    best = _run(trainer, optimizer, out, log, (step, best, run), talk or (lambda stage, done, total: None))
     chosen = load_checkpoint(out)
     style = scored_style(captioner.config.styles)
     metrics = {
         "data": captioner.config.data,
         "split": "test",
         "parameters": sum(p.numel() for p in captioner.parameters()),
-        "best_validation_cider_d": best,
+        "best_validation": best,
         **evaluate(chosen, test, style),
     }
     write_metrics(out, metrics)
@@ -128,10 +131,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _run(
-    trainer: Trainer, optimizer: torch.optim.Optimizer, out: Path, log: Log, first_step: int, best: float, talk: Talk
+    trainer: Trainer, optimizer: torch.optim.Optimizer, out: Path, log: Log, at: tuple[int, float, str], talk: Talk
 ) -> float:
     """Train to the last step; keep the checkpoint that captions the validation split best, and return its CIDEr-D."""
     config, captioner = trainer.config, trainer.checkpoint.captioner
+    first_step, best, run = at
     held_out = [trainer.batch(trainer.validation)]
     started = time.monotonic()
     for step, batch in zip(range(first_step, config.steps), trainer.batches(first_step), strict=False):
@@ -154,14 +158,17 @@ def _run(
         if done % config.evaluate_every == 0 or done == config.steps:
             scored = evaluate(trainer.checkpoint, trainer.validation, scored_style(captioner.config.styles))
             cider_d = scored["scores"]["cider_d"]
+            held_out_loss = validation_loss(trainer.checkpoint, held_out)
             log.write(
                 step=done,
-                validation_loss=validation_loss(trainer.checkpoint, held_out),
+                validation_loss=held_out_loss,
                 validation_cider_d=cider_d,
                 validation_shuffled_cider_d=scored["shuffled_scores"]["cider_d"],
             )
-            if cider_d > best:
-                best = cider_d
+            # CIDEr-D weighs words by how rare they are among images: of a single image it is always 0.
+            quality = cider_d if scored["images"] > 1 else -held_out_loss
+            if quality > best:
+                best = quality
                 trainer.checkpoint.save(out)
-            save_resume(out, captioner, optimizer, done, best)
+            save_resume(out, captioner, optimizer, done, best, run)
     return best

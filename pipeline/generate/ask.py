@@ -1,7 +1,7 @@
 """The pass over all samples: ask what the journal does not hold yet, keep each reply, then read all of them back."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import pyarrow as pa
@@ -22,31 +22,28 @@ class Counts:
 
     total: int = 0
     asked: int = 0
-    reply_tokens: int = 0
-    annotations: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
 
 
 def ask_about(
     samples: Iterator[list[tuple[str, bytes]]],
     config: Config,
-    identity: tuple[str, str],
+    revision: str,
     engine: Callable[[], Engine],
     journal: Journal,
     counts: Counts,
 ) -> Iterator[pa.Table]:
     """Yield one table of annotations (tables.ANNOTATION) for each chunk of (sample_id, image).
 
-    `identity` is the (model, revision) that `engine` will have; the engine is only made when something must be asked.
+    `revision` names the weights that `engine` will have; the engine is only made when something must be asked.
     Chunks and groups have a fixed make-up, so that a run that was killed asks in the same company as one that was not.
     """
     for chunk in samples:
-        requests = [r for sample_id, image in chunk for r in build_requests(sample_id, image, config, *identity)]
+        requests = [r for sample_id, image in chunk for r in build_requests(sample_id, image, config, revision)]
         missing = journal.missing(requests)
         for group in groups(missing, config.generate.batch_size):
             _ask_group(group, engine(), journal, counts)
         counts.total += len(requests)
-        yield _annotations(requests, journal, counts)
+        yield _annotations(requests, journal)
 
 
 def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
@@ -63,12 +60,10 @@ def _ask_group(group: list[Request], engine: Engine, journal: Journal, counts: C
     for replies in engine.ask(group):
         journal.keep([(by_id[reply.request_id], reply) for reply in replies])
         counts.asked += len(replies)
-        counts.reply_tokens += sum(reply.reply_tokens for reply in replies)
 
 
-def _annotations(requests: list[Request], journal: Journal, counts: Counts) -> pa.Table:
+def _annotations(requests: list[Request], journal: Journal) -> pa.Table:
     rows = [row for request in requests for row in parse_reply(request, _reply(journal, request))]
-    counts.annotations += len(rows)
     return pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 

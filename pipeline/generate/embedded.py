@@ -7,6 +7,7 @@ seeded by its id: a reply does not depend on what else is in its batch, beyond t
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import llguidance.hf
@@ -31,6 +32,8 @@ class EmbeddedEngine:
         self.model = model
         self.revision = revision
         self._path = path
+        # Of a Hub model exactly the commit is loaded that the requests are named by; a folder has no other.
+        self._commit = "main" if Path(path).is_dir() else revision
 
     def ask(self, requests: list[Request]) -> Iterator[list[Reply]]:
         """Answer all requests of one task as one batch."""
@@ -75,8 +78,10 @@ class EmbeddedEngine:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         try:
-            processor = AutoProcessor.from_pretrained(self._path)
-            model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(self._path, dtype=_dtype())
+            processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
+            model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                self._path, revision=self._commit, dtype=_dtype()
+            )
         except (OSError, ValueError) as error:
             raise EngineError(
                 f"cannot load {self.model}: {' '.join(str(error).split())[:300]}",

@@ -10,7 +10,7 @@ from pipeline.schema import wire_schema
 from pipeline.types import Request, Sampling
 
 
-def build_requests(sample_id: str, image: bytes, config: Config, model: str, revision: str) -> Iterator[Request]:
+def build_requests(sample_id: str, image: bytes, config: Config, revision: str) -> Iterator[Request]:
     """Yield the requests for one image, in the order of the config's tasks and styles."""
     for task in config.tasks:
         for style in config.generate.caption_styles if task == "caption" else ("",):
@@ -18,7 +18,7 @@ def build_requests(sample_id: str, image: bytes, config: Config, model: str, rev
             prompt = render(task, style=style)
             sampling = Sampling(temperature=temperature, max_tokens=config.generate.max_tokens)
             yield Request(
-                id=_request_id(sample_id, task, prompt, sampling, model, revision, config.seed),
+                id=_request_id(sample_id, task, prompt, sampling, revision, config.seed),
                 sample_id=sample_id,
                 task=task,
                 style=style,
@@ -35,12 +35,12 @@ def prompt_ids(tasks: Iterable[str]) -> list[str]:
     return [prompt_id(task) for task in tasks]
 
 
-def _request_id(sample_id: str, task: str, prompt: Prompt, sampling: Sampling, model: str, revision: str, seed: int) -> str:
+def _request_id(sample_id: str, task: str, prompt: Prompt, sampling: Sampling, revision: str, seed: int) -> str:
     asked = {
         "image": sample_id,
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": wire_schema(task),
-        "model": [model, revision],
+        "model": revision,  # not its name: equal weights give equal replies
         "sampling": [sampling.temperature, sampling.max_tokens],
     }
     # A greedy reply does not depend on the seed: another seed must not pay for it again.

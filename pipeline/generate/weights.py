@@ -6,6 +6,6 @@ from pipeline.fingerprint import digest, file_digest
 
 
 def weights_revision(folder: Path) -> str:
-    """Return a digest over the weights, configs and templates of a model folder."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
+    """Return a digest over all files of a model folder but its card."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("README"))
     return digest([[path.name, file_digest(path)] for path in files])[:16]

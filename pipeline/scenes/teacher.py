@@ -6,7 +6,6 @@ places, and vLLM's CPU attention takes a text head of 32 (and not of 16 or 40) f
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -21,7 +20,6 @@ from transformers import (
 
 from pipeline.scenes.draw import SIDE_PX
 
-TEACHER_DIR = Path(__file__).parent / "weights" / "teacher"
 VOCAB_SIZE = 1024
 CONTEXT_TOKENS = 2048
 VISION_WIDTH, VISION_DEPTH = 128, 4

@@ -149,8 +149,11 @@ def ask_other(scene: Scene, rng: random.Random) -> QAPair:
             question = "What color is the background?"
         else:
             asked = rng.choice(("color", "shape", "size", "place"))
-            rest = tuple(name for name in ("size", "color", "shape", "place") if name != asked)
-            text = _describe(_some(rng.choice(scene.objects), rest, rng))
+            # A place, or all there is to see: one or two words of it seldom pick out one object of several.
+            by_place = asked != "place" and rng.random() < 0.6
+            rest = ("place",) if by_place else tuple(name for name in ("size", "color", "shape") if name != asked)
+            thing = rng.choice(scene.objects)
+            text = _describe({name: getattr(thing, name) for name in rest})
             question = f"Where is the {text}?" if asked == "place" else f"What {asked} is the {text}?"
         found = answer(scene, question)
         if found is not None:

@@ -63,6 +63,9 @@ TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5
 ANSWERS = Phase(
     "answers", 1500, 1500, scenes=10, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=16, answer_weight=6.0
 )
+QUESTIONS = Phase(
+    "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
+)
 
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
@@ -267,7 +270,7 @@ def learning_rate(phase: Phase, step: int) -> float:
     return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS)) -> None:
+def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS, QUESTIONS)) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(out / "tokenizer")

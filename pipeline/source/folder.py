@@ -21,11 +21,11 @@ def open_folder(root: Path) -> Source:
     """
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
-    paths = sorted(_image_files(root), key=lambda path: path.relative_to(root).as_posix())
+    paths = sorted(_image_files(root), key=lambda path: _row_name(path, root))
     if not paths:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
-    revision = digest([[path.relative_to(root).as_posix(), _digest(path)] for path in paths])
+    revision = digest([[_row_name(path, root), _digest(path)] for path in paths])
     return Source(name="folder", revision=revision, rows=(_read(path, root) for path in paths))
 
 
@@ -37,6 +37,11 @@ def _image_files(root: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
+def _row_name(path: Path, root: Path) -> str:
+    """Return the path below the root; bytes that are no UTF-8 are shown as escapes."""
+    return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
+
+
 def _digest(path: Path) -> str:
     try:
         return file_digest(path)
@@ -45,7 +50,7 @@ def _digest(path: Path) -> str:
 
 
 def _read(path: Path, root: Path) -> Sample | Rejected:
-    row = path.relative_to(root).as_posix().encode("utf-8", "replace").decode()
+    row = _row_name(path, root)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ImageError("file_too_large", f"more than {MAX_FILE_BYTES:,} bytes")

@@ -1,6 +1,8 @@
 """Images: what can be decoded becomes upright RGB; what cannot, or should not, is refused with a word."""
 
+import contextlib
 import io
+import random
 import zlib
 
 import pytest
@@ -16,10 +18,17 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     data = encoded(Image.new(mode, (9, 7)), "TIFF")
     assert (prepare_image(data).mode, prepare_image(data).size) == ("RGB", (9, 7))
+
+
+def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
+    assert prepare_image(encoded(Image.new("I;16", (4, 4), 128 * 257))).getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ImageError) as caught:
+        prepare_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
+    assert caught.value.reason == "unsupported_depth"
 
 
 def test_what_is_transparent_lies_on_white() -> None:
@@ -67,6 +76,24 @@ def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
         check_image(data)
     assert caught.value.reason == reason
+
+
+def test_the_reason_never_holds_an_address_in_memory() -> None:
+    with pytest.raises(ImageError) as caught:
+        check_image(b"not an image")
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_damage_raises_anything_else(seed: int) -> None:
+    rng = random.Random(seed)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif))
+    for _ in range(3):
+        data[rng.randrange(min(len(data), 120))] = rng.randrange(256)
+    with contextlib.suppress(ImageError):
+        check_image(bytes(data))
 
 
 def test_the_id_is_the_digest_of_the_bytes() -> None:

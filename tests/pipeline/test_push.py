@@ -11,6 +11,7 @@ import pytest
 from pipeline.store import Version
 from tests.hub.app import Fault
 from tests.hub.server import RunningHub, running_hub
+from tests.hub.storage import Repo
 from tests.scene_data import make_version, scene_samples
 
 PUSH = """
@@ -132,6 +133,22 @@ def test_a_refusal_is_said_plainly(hub: RunningHub, version: Version, repo: str,
     assert what in str(error)
     assert hint
     assert "hf_" not in f"{error}{str(hint).replace('HF_TOKEN', '')}"
+
+
+def test_data_of_somebody_else_is_not_overwritten(hub: RunningHub, version: Version) -> None:
+    repo = Repo("dataset", "me/theirs", private=False)
+    file = hub.hub.storage.put(b"theirs")
+    repo.commit("main", "theirs", dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], file))
+    hub.hub.storage.repos["dataset", "me/theirs"] = repo
+    error, _ = push(hub, version, "me/theirs")
+    assert "holds data that is not ours" in str(error)
+    assert len(repo.commits) == 1
+
+
+def test_private_photos_do_not_go_into_a_public_repository(hub: RunningHub, version: Version) -> None:
+    push(hub, version)
+    error, _ = push(hub, version, "me/scenes", "private")
+    assert "exists and is public" in str(error)
 
 
 def test_private_is_private(hub: RunningHub, version: Version) -> None:

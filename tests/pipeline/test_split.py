@@ -5,7 +5,7 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from pipeline.config import SplitConfig
+from pipeline.config import SplitConfig, resolve
 from pipeline.errors import ConfigError
 from pipeline.split import split_annotations, split_of
 
@@ -37,4 +37,4 @@ def test_another_seed_is_another_split() -> None:
 
 def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
     with pytest.raises(ConfigError, match="add up to 1 or more"):
-        split_annotations(pa.table({"sample_id": IDS[:1]}), SplitConfig(validation_frac=0.6, test_frac=0.4), seed=0)
+        resolve(source="scenes", split={"validation_frac": 0.6, "test_frac": 0.4})

@@ -1,5 +1,6 @@
 """The dataset folder: files appear whole or not at all, and unchanged ones are not touched."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,6 +51,26 @@ def test_versions_sort_by_number() -> None:
     assert parse_version("v1.10.0") > parse_version("v1.9.3")
     with pytest.raises(ConfigError, match="not a version"):
         parse_version("1.0")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x", "../a", "notes.txt"])
+def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
+    manifest = {"version": "v1.0.0", "table_version": 1, "files": {name: {}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="no shards"):
+        open_dataset(tmp_path)
+
+
+def test_a_version_of_a_newer_synth_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": "v1.0.0", "table_version": 99, "files": {}}))
+    with pytest.raises(StoreError, match="newer synth"):
+        open_dataset(tmp_path)
+
+
+def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": "v1.0.0", "table_version": 1, "files": {}}))
+    with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):
+        open_dataset(tmp_path, "v9.9.9")
 
 
 def test_what_is_no_dataset_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

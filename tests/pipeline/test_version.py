@@ -8,7 +8,8 @@ from datasets import Image, load_dataset
 
 from pipeline.errors import TableError
 from pipeline.store import Folder
-from tests.scene_data import make_version, scene_samples, true_captions
+from pipeline.version import Rows, build_rows, write_version
+from tests.scene_data import MADE_BY, make_version, sample_table, scene_samples, true_captions
 
 
 def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
@@ -55,6 +56,19 @@ def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
     assert loaded.features["image"] == Image()
     assert loaded[0]["image"].size == (84, 84)
     assert loaded[0]["facts"]["background"] in loaded[0]["captions"][0]["text"]
+
+
+def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
+    samples = scene_samples(6)
+    first = [sample.id for sample in samples[:3]]
+    rows = Rows()
+    tables = [sample_table(samples[:3]), sample_table(samples[3:])]
+    batches = [batch for table in tables for batch in table.to_batches()]
+    annotations = true_captions(samples).filter(~pc.field("sample_id").isin(first))
+    joined = build_rows(annotations, batches, "scenes", rows)
+    version, _ = write_version(Folder(tmp_path), joined, rows, MADE_BY, lambda: [], lambda manifest: "")
+    assert "facts" in version.manifest["columns"]
+    assert [row["reason"] for row in rows.rejected] == ["no_annotation_left"] * 3
 
 
 def test_a_folder_without_facts_has_no_column_for_them(tmp_path: Path) -> None:

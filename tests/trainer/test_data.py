@@ -31,10 +31,10 @@ def test_another_seed_gives_another_order() -> None:
 
 def test_a_caption_survives_its_tokens_and_ends_with_eos() -> None:
     tokenizer = train_tokenizer([example("A red circle.", "A blue ring.")], 400)
-    ids = caption_ids(tokenizer, "brief", 'A "red" Kreis é.', 64)
+    ids = caption_ids(tokenizer, "brief", 'A "red" <eos> Kreis é.', 64)
     assert ids[0] == tokenizer.token_to_id("<brief>")
     assert ids[-1] == EOS_ID
-    assert tokenizer.decode(ids[1:-1]).strip() == 'A "red" Kreis é.'
+    assert tokenizer.decode(ids[1:-1]).strip() == 'A "red" <eos> Kreis é.'
 
 
 def test_a_caption_that_is_too_long_is_cut_and_does_not_claim_to_end() -> None:

@@ -18,18 +18,22 @@ def example(references: tuple[str, ...], style: str = "brief") -> Example:
     return Example(sample_id="x", image=b"", captions=((style, "A ring."),), references=references)
 
 
-def test_scores_are_against_the_references_where_every_image_has_some() -> None:
-    against, references = _references([example(("A circle.", "One circle."))], "brief")
+def test_scores_are_against_the_references_where_there_are_some() -> None:
+    examples = [example(("A circle.", "One circle.")), example(())]
+    against, scored, references = _references(examples, "brief")
     assert (against, references) == ("references of the source", [[["a", "circle"], ["one", "circle"]]])
+    assert scored == examples[:1]
 
 
 def test_without_references_they_are_against_the_teacher_and_say_so() -> None:
-    against, references = _references([example(()), example(("A circle.",))], "brief")
+    examples = [example(()), example((), style="detailed"), example(())]
+    against, scored, references = _references(examples, "brief")
     assert (against, references) == ("captions of the teacher", [[["a", "ring"]], [["a", "ring"]]])
+    assert scored == [examples[0], examples[2]]
 
 
 def test_images_with_nothing_to_score_against_are_an_error() -> None:
-    with pytest.raises(TrainError, match="neither a reference nor a brief caption"):
+    with pytest.raises(TrainError, match="no held-out image has a reference or a brief caption"):
         _references([example((), style="detailed")], "brief")
 
 

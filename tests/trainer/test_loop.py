@@ -74,6 +74,18 @@ def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: P
     assert not (tmp_path / "resume.pt").exists()
 
 
+def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_and_die(*arguments: object) -> None:
+        save_resume(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, replace(steps=2), tmp_path)
+    with pytest.raises(TrainError, match="other settings or data"):
+        train(version, replace(steps=3), tmp_path, resume=True)
+
+
 def test_resuming_nothing_is_an_error(version: Version, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to resume"):
         train(version, SMALL, tmp_path, resume=True)

@@ -32,6 +32,8 @@ from tests.whole.conftest import SYNTH, Run, said
         (["caption", "nowhere", "a.png"], "no captioner in nowhere"),
         (["report", "nowhere"], "no dataset at nowhere"),
         (["versions"], "no dataset under data/"),
+        (["versions", "nowhere"], "nowhere has no version"),
+        (["generate", "--source", "folder:pictures", "--engine", "embedded"], "the tiny teacher knows drawn scenes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -110,8 +110,8 @@ def ask(server: str, request: Request) -> dict[str, Any]:
 
 def test_vllm_serves_the_teacher_as_the_embedded_engine_does(server: str) -> None:
     config = resolve(source="scenes")
-    identity, make_engine = choose_engine(config)
-    requests = [r for s in scene_samples(SCENES, seed=8001) for r in build_requests(s.id, s.image, config, *identity)]
+    (_, revision), make_engine = choose_engine(config)
+    requests = [r for s in scene_samples(SCENES, seed=8001) for r in build_requests(s.id, s.image, config, revision)]
     own = {reply.request_id: reply for g in groups(requests, 64) for done in make_engine().ask(g) for reply in done}
     same = 0
     for request in requests:

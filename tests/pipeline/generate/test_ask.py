@@ -46,13 +46,13 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Cou
             return engine
 
         settings = config or resolve(source="scenes")
-        tables = list(ask_about(chunks, settings, ("scripted", "1"), made, journal, counts))
+        tables = list(ask_about(chunks, settings, "1", made, journal, counts))
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 
 def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) -> None:
     counts, rows = run(tmp_path / "j", Scripted())
-    assert (counts.total, counts.asked, counts.annotations, len(rows)) == (18, 18, 18, 18)
+    assert (counts.total, counts.asked, len(rows)) == (18, 18, 18)
     engine = Scripted()
     again, same_rows = run(tmp_path / "j", engine)
     assert (again.total, again.asked, same_rows) == (18, 0, rows)
@@ -66,7 +66,7 @@ def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:
         raise AssertionError("an engine was made")
 
     with Journal(tmp_path / "j") as journal:
-        list(ask_about(iter([IMAGES]), resolve(source="scenes"), ("scripted", "1"), refuse, journal, Counts()))
+        list(ask_about(iter([IMAGES]), resolve(source="scenes"), "1", refuse, journal, Counts()))
 
 
 @pytest.mark.parametrize("groups_done", range(6))
@@ -93,7 +93,7 @@ def test_a_group_holds_one_prompt_and_no_more_than_asked(tmp_path: Path) -> None
     from pipeline.generate.requests import build_requests
 
     config = resolve(source="scenes")
-    requests = [r for sample_id, image in IMAGES for r in build_requests(sample_id, image, config, "m", "r")]
+    requests = [r for sample_id, image in IMAGES for r in build_requests(sample_id, image, config, "r")]
     made = list(groups(requests, 4))
     assert [len(group) for group in made] == [4, 2] * 3
     assert all(len({request.text for request in group}) == 1 for group in made)

@@ -26,8 +26,8 @@ def engine() -> Engine:
 
 def requests(count: int, seed: int = SEED) -> list[Request]:
     config = resolve(source="scenes")
-    identity, _ = choose_engine(config)
-    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.image, config, *identity)]
+    (_, revision), _ = choose_engine(config)
+    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.image, config, revision)]
 
 
 def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:

@@ -10,7 +10,7 @@ from pipeline.generate.journal import Journal
 from pipeline.generate.requests import build_requests
 from pipeline.types import Reply
 
-REQUESTS = list(build_requests("a" * 64, b"pixels", resolve(source="scenes"), "tiny", "r"))
+REQUESTS = list(build_requests("a" * 64, b"pixels", resolve(source="scenes"), "r"))
 
 
 def reply_to(number: int) -> Reply:

@@ -9,7 +9,7 @@ from pipeline.generate.parse import parse_reply
 from pipeline.generate.requests import build_requests
 from pipeline.types import Reply, Request
 
-BRIEF, _, QA = build_requests("a" * 64, b"", resolve(source="scenes"), "tiny", "r")
+BRIEF, _, QA = build_requests("a" * 64, b"", resolve(source="scenes"), "r")
 
 
 def reply(text: str) -> Reply:
@@ -28,6 +28,12 @@ def test_each_question_is_a_row_with_its_place() -> None:
     assert len({row["annotation_id"] for row in rows}) == 2
 
 
+def test_one_bad_question_does_not_cost_its_siblings() -> None:
+    pair = '{"answer_type":"number","question":"How many?","answer":"1"}'
+    rows = parse_reply(QA, reply(f'{{"qa":[{pair},{{"question":3}},{pair}]}}'))
+    assert [row["reply_error"] for row in rows] == [None, "off_schema", None]
+
+
 @pytest.mark.parametrize(
     ("request_", "text", "error"),
     [
@@ -35,6 +41,8 @@ def test_each_question_is_a_row_with_its_place() -> None:
         (BRIEF, "", "not_json"),
         (BRIEF, "[1]", "off_schema"),
         (BRIEF, '{"caption":3}', "off_schema"),
+        (BRIEF, '{"caption":"half a pair: \\ud83d"}', "off_schema"),
+        (BRIEF, "[" * 100_000, "not_json"),
         (QA, '{"qa":[]}', "off_schema"),
         (QA, '{"qa":["x"]}', "off_schema"),
         (QA, '{"caption":"x"}', "off_schema"),

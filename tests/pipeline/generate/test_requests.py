@@ -10,13 +10,13 @@ from pipeline.generate.requests import build_requests
 SAMPLE = "a" * 64
 
 
-def ids(sample_id: str = SAMPLE, model: str = "tiny", revision: str = "r", **settings: Any) -> list[str]:
+def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[str]:
     config = resolve(source="scenes", **settings)
-    return [request.id for request in build_requests(sample_id, b"", config, model, revision)]
+    return [request.id for request in build_requests(sample_id, b"", config, revision)]
 
 
 def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
-    requests = list(build_requests(SAMPLE, b"", resolve(source="scenes"), "tiny", "r"))
+    requests = list(build_requests(SAMPLE, b"", resolve(source="scenes"), "r"))
     assert [(r.task, r.style) for r in requests] == [("caption", "brief"), ("caption", "detailed"), ("qa", "")]
     assert len({r.id for r in requests}) == 3
 
@@ -25,7 +25,6 @@ def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
     "changed",
     [
         {"sample_id": "b" * 64},
-        {"model": "other"},
         {"revision": "other"},
         {"generate": {"max_tokens": 9}},
         {"generate": {"caption_temperature": 0.1, "qa_temperature": 0.1}},
