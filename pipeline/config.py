@@ -33,7 +33,7 @@ class GenerateConfig(Section):
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
-    qa_temperature: float = Field(default=0.7, ge=0, le=2)  # greedy would ask every image the same
+    qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy would ask every image the same; more is less true
     max_tokens: int = Field(default=256, ge=1)
     batch_size: int = Field(default=64, ge=1)  # requests at once in this process; no part of a reply's identity
 
