@@ -8,7 +8,7 @@ help:
 	@echo 'make demo    set up, then generate, push to a loopback Hub, load back, train, score and report'
 	@echo 'make test    set up, then lint, type-check and test'
 	@echo 'make format  rewrite the code in the one format'
-	@echo 'make teacher train the tiny teacher again (about an hour on 2 cores; resumable)'
+	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
 	@echo 'make clean   remove what was set up and built here'
 
 demo: .stamps/venv

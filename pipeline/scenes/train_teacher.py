@@ -1,8 +1,8 @@
 """Train the tiny teacher from nothing: `python -m pipeline.scenes.train_teacher --out DIR`.
 
-Three phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
-the project's own prompts and output schemas. Last the same with more questions, and with the words that answer them
+the project's own prompts and output schemas. Last, twice, the same with more questions, and with the words that answer them
 counted several times: they are few, and the question before them is guesswork that drowns them.
 
 All tasks of a scene are one packed sequence: they share the system text and the image, and no task sees another
