@@ -8,14 +8,15 @@ import argparse
 import os
 import platform
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pipeline.config import resolve
-from pipeline.generate.ask import CHUNK_SAMPLES, groups
 from pipeline.generate.engine import choose_engine
 from pipeline.generate.parse import parse_reply
 from pipeline.generate.requests import build_requests
+from pipeline.run import CHUNK_SAMPLES
 from pipeline.scenes.score import score_annotations
 from pipeline.source.scenes import draw_sample
 from pipeline.types import Request, Sample
@@ -31,21 +32,39 @@ def reword(request: Request) -> Request:
     return replace(request, system=REWORDED_SYSTEM, text=f"{REWORDED_TASK}\n{request.text.splitlines()[-1]}")
 
 
+class Rounds:
+    """The requests of one chunk after the other, as an engine takes them."""
+
+    def __init__(self, chunks: Iterator[list[Request]]) -> None:
+        self.asked: dict[str, Request] = {}
+        self._chunks = chunks
+
+    def take(self) -> list[Request]:
+        """Return the next chunk."""
+        chunk = next(self._chunks, [])
+        self.asked |= {request.id: request for request in chunk}
+        return chunk
+
+    def sending(self, requests: Sequence[Request]) -> None:
+        """Nothing is noted here."""
+
+
 def annotate(samples: list[Sample], *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
     """Return the annotations of all samples and the seconds it took, loading of the model left out."""
     config = resolve(source="scenes")
-    (_, revision), make_engine = choose_engine(config)
-    engine = make_engine()
-    list(engine.ask(list(build_requests(samples[0].id, samples[0].image, config, revision))[:1]))
+    choice = choose_engine(config)
+
+    def requests(chunk: list[Sample]) -> list[Request]:
+        made = [r for sample in chunk for r in build_requests(sample.id, sample.image, config, choice.revision)]
+        return [reword(request) if reworded else request for request in made]
+
+    engine = choice.make()
+    list(engine.ask(Rounds(iter([requests(samples[:1])]))))
     rows: list[dict[str, Any]] = []
+    work = Rounds(requests(samples[at : at + CHUNK_SAMPLES]) for at in range(0, len(samples), CHUNK_SAMPLES))
     started = time.perf_counter()
-    for at in range(0, len(samples), CHUNK_SAMPLES):
-        chunk = samples[at : at + CHUNK_SAMPLES]
-        requests = [r for sample in chunk for r in build_requests(sample.id, sample.image, config, revision)]
-        for group in groups(requests, config.generate.batch_size):
-            asked = {request.id: reword(request) if reworded else request for request in group}
-            for replies in engine.ask(list(asked.values())):
-                rows += [row for reply in replies for row in parse_reply(asked[reply.request_id], reply)]
+    for replies in engine.ask(work):
+        rows += [row for reply in replies for row in parse_reply(work.asked[reply.request_id], reply)]
     return rows, time.perf_counter() - started
 
 

@@ -5,18 +5,23 @@ Heavy imports wait until a command needs them: `synth --help` must not load torc
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.errors import SynthError
+
+if TYPE_CHECKING:
+    from pipeline.generate.ask import Counts
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 DataDir = Annotated[
     Path | None, typer.Argument(help="Dataset folder, or one of its versions.", show_default="the last one made")
 ]
+VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # what stands after --
 INTERRUPTED = 130  # how typer ends on Ctrl-C
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
@@ -26,8 +31,9 @@ def synth() -> None:
     """Make a vision-language dataset, publish it, train on it."""
 
 
-@app.command()
+@app.command(context_settings=VLLM_FLAGS)
 def generate(
+    context: typer.Context,
     source: Annotated[str | None, typer.Option(help="Where the images come from; `synth sources` lists the names.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split of the source to read, where it has some.")] = None,
     limit: Annotated[
@@ -39,13 +45,27 @@ def generate(
         Path | None, typer.Option(help="Dataset folder; run again to continue it.", show_default="data/SOURCE")
     ] = None,
     from_stage: Annotated[str | None, typer.Option(help="Start at this stage, from what the one before it left.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto or embedded: a model in this process.", show_default="auto")] = None,
-    model: Annotated[str | None, typer.Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="tiny")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="by source and engine")
+    ] = None,
+    base_url: Annotated[
+        list[str] | None, typer.Option(help="A vLLM server that runs already, ending in /v1; may be given several times.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same settings and more; flags win over it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Ask about a few images, and say what all of them would take.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn images into a checked, deduplicated and versioned dataset."""
+    """Turn images into a checked, deduplicated and versioned dataset.
+
+    What stands after -- goes to the vLLM server that is started: synth generate --engine vllm -- --max-num-seqs 64
+    """
     from pipeline.config import resolve
+    from pipeline.estimate import estimate_run
     from pipeline.progress import progress
     from pipeline.run import generate_version
 
@@ -58,16 +78,58 @@ def generate(
         tasks=tasks.split(",") if tasks else None,
         engine=engine,
         model=model,
+        base_url=base_url or None,
+        server=vllm_flags(context),
     )
+    if dry_run:
+        with progress() as talk:
+            estimate = estimate_run(resolved, out, talk)
+        say_estimate(estimate)
+        show(estimate, as_json, "hours")
+        return
     with progress() as talk:
         result = generate_version(resolved, out, from_stage, talk)
     for step in result.funnel:
         lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
         say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")
-    say(f"asked the model {result.counts.asked} of {result.counts.total} requests; the rest was in the journal")
+    say_counts(result.counts)
     name = result.version.name
     say(f"made {name}" if result.is_new else f"nothing new: {name} already holds exactly these rows")
     show({"version": name, "path": str(result.version.path), "digest": result.version.manifest["digest"]}, as_json, "path")
+
+
+@app.command(context_settings=VLLM_FLAGS)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A folder, a Hub id, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Listen here.", show_default="any free one")] = None,
+    log: Annotated[Path, typer.Option(help="Where the server's own output goes.")] = Path("vllm.log"),
+) -> None:
+    """Run a vLLM server on this machine until Ctrl-C, for `synth generate --base-url`.
+
+    It listens on loopback, behind the key in SYNTH_API_KEY, or a random one. What stands after -- goes to vLLM.
+    """
+    from pipeline.config import ServerConfig
+    from pipeline.generate.engine import serve_model
+    from pipeline.progress import progress
+
+    server = ServerConfig(**(vllm_flags(context) or {}))
+    with progress() as talk:
+        serve_model(model, server, port, log, talk, lambda values: show(values, False, "url"))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: what is installed, which engine would be used, and whether memory, disk and access suffice."""
+    from pipeline.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings]))
+    for finding in findings if not as_json else []:
+        typer.echo(f"{'ok  ' if finding.ok else 'no  '} {finding.what:<12} {finding.found}")
+        if finding.hint:
+            typer.echo(f"     {'':<12} {finding.hint}")
 
 
 @app.command()
@@ -216,6 +278,36 @@ def report(
 def licences(manifest: dict[str, Any]) -> str:
     """Name the licences of a version's images; `unknown` is said, not hidden."""
     return ", ".join(manifest["licences"])
+
+
+def vllm_flags(context: typer.Context) -> dict[str, Any] | None:
+    """Return what stands after `--` as settings; anything else that is left over is a mistake."""
+    if not context.args:
+        return None
+    if "--" not in sys.argv:
+        raise typer.BadParameter(f"unexpected argument: {context.args[0]}; flags for vLLM come after --")
+    return {"flags": context.args}
+
+
+def say_counts(counts: "Counts") -> None:
+    """Talk about requests: how many were sent, how many attempts they took, and what was wrong with replies."""
+    say(f"asked the model {counts.asked} times for {counts.total} replies; the rest was in the journal")
+    if set(counts.attempts) - {1}:
+        say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
+    if counts.flaws:
+        say("not usable: " + ", ".join(f"{count} {flaw}" for flaw, count in counts.flaws.most_common()))
+
+
+def say_estimate(estimate: dict[str, Any]) -> None:
+    """Talk about what a whole run would take."""
+    from pipeline.progress import duration
+
+    low, high = estimate["invalid_share"]
+    say(f"{estimate['sampled_images']} images took {estimate['sampled_seconds']:.1f} s, {estimate['asked']} requests sent")
+    say(f"all {estimate['images']} images: {estimate['requests']} requests, {duration(3600 * estimate['hours'])}")
+    say(f"tokens: {estimate['prompt_tokens']:,} read, {estimate['reply_tokens']:,} written")
+    say(f"dataset: about {estimate['bytes']:,} bytes")
+    say(f"annotations that would be rejected: {low:.1%} to {high:.1%} (95 % interval)")
 
 
 def say_scores(metrics: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.errors import ConfigError
 
 Task = Literal["caption", "qa"]
-Style = Literal["brief", "detailed"]
+Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt decides which it knows
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -35,7 +35,20 @@ class GenerateConfig(Section):
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy would ask every image the same; more is less true
     max_tokens: int = Field(default=256, ge=1)
+    attempts: int = Field(default=3, ge=1)  # at a reply that can be used
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger images are scaled down; None: as the model bounds them
+    prompts: Path | None = None  # a folder of templates that win over ours, such as caption/v1.j2
     batch_size: int = Field(default=64, ge=1)  # requests at once in this process; no part of a reply's identity
+
+
+class ServerConfig(Section):
+    """How vLLM is started and used. Nothing here is part of what a dataset holds."""
+
+    flags: tuple[str, ...] = ()  # go to vLLM as they are, and win over ours
+    start_seconds: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is away
+    restarts: int = Field(default=3, ge=0)  # of a server that dies
+    reply_seconds: float = Field(default=600, gt=0)  # for one reply
+    concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: follows the server's queue
 
 
 class SplitConfig(Section):
@@ -59,9 +72,11 @@ class Config(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)
-    engine: Literal["auto", "embedded"] = "auto"
+    engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
+    base_url: Distinct[Annotated[str, Field(pattern=r"^https?://[^/\s]+/.*v1/?$")]] = ()
     generate: GenerateConfig = GenerateConfig()
+    server: ServerConfig = ServerConfig()
     split: SplitConfig = SplitConfig()
 
 

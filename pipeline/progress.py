@@ -1,44 +1,142 @@
-"""A progress line on stderr: one that moves on a terminal, a plain line now and then anywhere else."""
+"""What a person sees while a command works: a panel that moves on a terminal, a plain line now and then anywhere else."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 EVERY_SECONDS = 10.0
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield a function to call with (stage, done, total) as work goes on."""
-    shown = _Shown()
+def progress() -> Iterator["Shown"]:
+    """Yield what to call as work goes on."""
+    shown = Moving() if sys.stderr.isatty() else Shown()
     try:
         yield shown
     finally:
         shown.end()
 
 
-class _Shown:
+class Shown:
+    """Plain lines on stderr; types.Talk."""
+
     def __init__(self) -> None:
-        self.moves = sys.stderr.isatty()
         self.stage = ""
         self.started = self.last = time.monotonic()
         self.first = 0
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
+        """Tell how far a stage is, with figures by name; most calls show nothing."""
         now = time.monotonic()
         if stage != self.stage:
             self.end()
             self.stage, self.started, self.first = stage, now, done
-        elif (not self.moves and now - self.last < EVERY_SECONDS and done != total) or done == self.first:
+        elif (now - self.last < EVERY_SECONDS and done != total) or done == self.first:
             return
         self.last = now
-        rate = (done - self.first) / max(now - self.started, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if total and rate > 0 and done < total else ""
-        line = f"{stage}: {done}{f' of {total}' if total else ''}{f' ({rate:.1f}/s{left})' if rate else ''}"
-        print(f"\r\x1b[K{line}" if self.moves else line, end="" if self.moves else "\n", file=sys.stderr, flush=True)
+        rate, left = self.speed(done, total)
+        told = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (figures or {}).items())]
+        about = ", ".join(part for part in told if part)
+        self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({about})' if about else ''}")
+
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """Tell that something happened; what is `passing` will be told again soon."""
+        if passing and time.monotonic() - self.last < EVERY_SECONDS:
+            return
+        self.last = time.monotonic()
+        self.line(text)
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def speed(self, done: int, total: int | None) -> tuple[float, str]:
+        """Return how many a second since the stage began, and the time left in words."""
+        rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        left = (total - done) / rate if total and rate > 0 and done < total else 0
+        return rate, f"{duration(left)} left" if left else ""
 
     def end(self) -> None:
-        if self.moves and self.stage:
-            print(file=sys.stderr)
+        """Leave the screen as the next command wants it."""
         self.stage = ""
+
+
+class Moving(Shown):
+    """A panel on a terminal that is drawn anew a few times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True, highlight=False)
+        self.now: tuple[int, int | None, Mapping[str, str]] = (0, None, {})
+        self.passing = ""
+        self.live = Live(console=self.console, get_renderable=self.panel, refresh_per_second=4, transient=True)
+        self.live.start()
+
+    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
+        """See Shown; here every call is shown."""
+        if stage != self.stage:
+            self.close_stage()
+            self.stage, self.started, self.first = stage, time.monotonic(), done
+        self.now, self.passing = (done, total, figures or {}), ""
+
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """See Shown; what is passing stands in the panel until something else does."""
+        if passing:
+            self.passing = text
+        else:
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """Print a line above the panel."""
+        self.console.print(text, markup=False)
+
+    def panel(self) -> "RenderableType":
+        """Draw the stage with its bar, and its figures under it."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        rows: list[Any] = []
+        if self.stage:
+            done, total, figures = self.now
+            rate, left = self.speed(done, total)
+            grid = Table.grid(padding=(0, 2))
+            bar = ProgressBar(total=total, completed=done, width=30, pulse=total is None)
+            speed = f"{rate:.1f}/s" if rate else ""
+            grid.add_row(Text(self.stage, "bold"), bar, f"{done:,}{f' of {total:,}' if total else ''}", speed, left)
+            rows.append(grid)
+            if figures:
+                rows.append(Text(" · ".join(f"{name} {value}" for name, value in figures.items()), "dim"))
+        if self.passing:
+            rows.append(Text(self.passing, "dim"))
+        return Group(*rows)
+
+    def close_stage(self) -> None:
+        """Leave one line of a stage that is over."""
+        if self.stage:
+            done, total, _ = self.now
+            seconds = time.monotonic() - self.started
+            self.line(f"{self.stage}: {done:,}{f' of {total:,}' if total else ''} in {duration(seconds)}")
+
+    def end(self) -> None:
+        """See Shown."""
+        self.close_stage()
+        self.stage = self.passing = ""
+        self.live.stop()
+
+
+def duration(seconds: float) -> str:
+    """Write a time as a person would."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

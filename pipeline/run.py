@@ -6,7 +6,9 @@ Every stage leaves `stages/<stage>/kept.parquet` and `rejected.parquet`, so that
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,16 @@ from pipeline.config import Config
 from pipeline.dedupe import dedupe_annotations
 from pipeline.errors import ConfigError, TableError
 from pipeline.fingerprint import digest
-from pipeline.generate.ask import CHUNK_SAMPLES, Counts, ask_about
-from pipeline.generate.engine import choose_engine
+from pipeline.generate.ask import Counts, ask_about, read_annotations
+from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
-from pipeline.generate.requests import build_requests, prompt_ids
+from pipeline.generate.requests import asked_of_each, check_prompts, prompt_ids
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
-from pipeline.store import DATA, Folder, Version, disk_errors, safe_name, write_json, write_table
+from pipeline.store import Folder, Version, dataset_folder, disk_errors, write_json, write_table
 from pipeline.tables import ANNOTATION, SAMPLE, SOURCE_REJECTED
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
 from pipeline.version import Rows, build_rows, write_version
 
@@ -40,8 +42,8 @@ STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
 }
 ORDER = ("source", "generate", *STAGES, "version")
 CARD_SAMPLES = 5
-
-Talk = Callable[[str, int, int | None], None]  # (stage, done, total): told as the work goes on
+CHUNK_SAMPLES = 64  # or fewer, where they come to CHUNK_BYTES
+CHUNK_BYTES = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +81,20 @@ def generate_version(
     Raises:
         SynthError: whatever a user can mend; finished work stays on the disk.
     """
-    folder = Folder(out or DATA / safe_name(config.source))
+    folder = Folder(out or dataset_folder(config.source))
     if from_stage is not None and from_stage not in ORDER:
         raise ConfigError(f"unknown stage: {from_stage}", hint=f"stages in order: {', '.join(ORDER)}")
     start = ORDER.index(from_stage) if from_stage else 0
+    check_prompts(config)
     with disk_errors(folder.path):
         _refuse_other_settings(folder, config, start)
     source = open_source(config.source, split=config.source_split, seed=config.seed, limit=config.limit)
     with disk_errors(folder.path), folder.lock():
-        return _run(folder, config, source, start, talk or (lambda stage, done, total: None))
+        return _run(folder, config, source, start, talk or Silence())
 
 
 def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk) -> Result:
-    identity, engine = choose_engine(config)
+    choice = choose_engine(config, folder.server_log, talk)
     write_json(folder.run_file, config.model_dump(mode="json"))
     counts, funnel = Counts(), []
     if start <= ORDER.index("source"):
@@ -99,13 +102,10 @@ def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk)
     samples, lost = _require_stage(folder, "source")
     funnel.append(_step("source", "images", samples, lost))
     if start <= ORDER.index("generate"):
-        with Journal(folder.journal) as journal:
-            chunks = _chunks(folder, samples, talk)
-            annotated = ask_about(chunks, config, identity[1], engine, journal, counts)
-            write_table(folder.stage("generate"), annotated, ANNOTATION)
+        _generate(folder, config, choice, samples, counts, talk)
     table = pq.read_table(_require_file(folder.stage("generate")))
     replies = len(table["request_id"].unique())
-    if replies != samples * sum(1 for _ in build_requests("", b"", config, "")):
+    if replies != samples * len(asked_of_each(config)):
         raise ConfigError("not every image has been asked about yet", hint="run once without --from-stage")
     funnel.append(_step("generate", "requests", replies, {}))  # a reply that cannot be read is rejected by validate
     for name, stage in STAGES.items():
@@ -116,8 +116,25 @@ def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk)
             raise TableError(f"stage {name} is not made from what the stage before it kept", hint="run without --from-stage")
         funnel.append(_step(name, "annotations", kept, lost))
         table = pq.read_table(folder.stage(name))
-    version, is_new = _write_version(folder, config, source, identity, table, samples, funnel)
+    version, is_new = _write_version(folder, config, source, choice, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def _generate(folder: Folder, config: Config, choice: Choice, samples: int, counts: Counts, talk: Talk) -> None:
+    """Have every image asked about, then write what the replies say."""
+    each = len(asked_of_each(config))
+    with Journal(folder.journal) as journal, ExitStack() as stack:
+
+        @cache
+        def engine() -> Engine:
+            return stack.enter_context(choice.make())
+
+        for ready in ask_about(_chunks(folder), config, choice.revision, engine, journal, counts):
+            again = {"not usable": f"{sum(counts.flaws.values()):,}"} if counts.flaws else {}
+            talk("generate", counts.done // each, samples, ready.figures() | again)
+        talk("generate", samples, samples)
+        ids = (batch["sample_id"].to_pylist() for batch in _batches(folder, ["sample_id"]))
+        write_table(folder.stage("generate"), read_annotations(ids, config, choice.revision, journal), ANNOTATION)
 
 
 def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk) -> None:
@@ -135,7 +152,7 @@ def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk)
                 continue
             seen.add(row.id)
             batch.append({"sample_id": row.id, **{n: getattr(row, n) for n in SAMPLE.names if n != "sample_id"}})
-            if len(batch) == CHUNK_SAMPLES:
+            if len(batch) == CHUNK_SAMPLES or sum(len(each["image"]) for each in batch) >= CHUNK_BYTES:
                 yield pa.Table.from_pylist(batch, schema=SAMPLE)
                 talk("source", len(seen), limit)
                 batch.clear()
@@ -170,20 +187,23 @@ def _write_version(
     folder: Folder,
     config: Config,
     source: Source,
-    identity: tuple[str, str],
+    choice: Choice,
     annotations: pa.Table,
     samples: int,
     funnel: list[Step],
 ) -> tuple[Version, bool]:
-    batches = pq.ParquetFile(folder.stage("source")).iter_batches(batch_size=CHUNK_SAMPLES)
+    batches = _batches(folder)
     rows = Rows()
-    model, revision = identity
     # A folder or a checkpoint of the user's may be named by a path, which is nobody's business.
-    settings = config.model_dump(mode="json") | {"source": source.name, "model": Path(model).name}
+    settings = config.model_dump(mode="json", exclude={"base_url", "server"})
+    name = Path(choice.model).name if Path(choice.model).exists() else choice.model
+    settings |= {"source": source.name, "model": name}
+    if config.generate.prompts:
+        settings["generate"]["prompts"] = config.generate.prompts.name
     manifest = {
         "source": {"name": source.name, "revision": source.revision},
-        "model": {"name": model if not Path(model).exists() else Path(model).name, "revision": revision},
-        "prompts": prompt_ids(config.tasks),
+        "model": {"name": name, "revision": choice.revision},
+        "prompts": prompt_ids(config.tasks, config),
         "schemas": {task: digest(wire_schema(task)) for task in config.tasks},
         "config": settings,
     }
@@ -215,14 +235,16 @@ def _show(tables: Iterator[pa.Table], shown: list[dict[str, Any]]) -> Iterator[p
         yield table
 
 
-def _chunks(folder: Folder, total: int, talk: Talk) -> Iterator[list[tuple[str, bytes]]]:
-    done = 0
-    file = pq.ParquetFile(folder.stage("source"))
-    for batch in file.iter_batches(batch_size=CHUNK_SAMPLES, columns=["sample_id", "image"]):
-        talk("generate", done, total)
+def _chunks(folder: Folder) -> Iterator[list[tuple[str, bytes]]]:
+    for batch in _batches(folder, ["sample_id", "image"]):
         yield list(zip(batch["sample_id"].to_pylist(), batch["image"].to_pylist(), strict=True))
-        done += batch.num_rows
-    talk("generate", done, total)
+
+
+def _batches(folder: Folder, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the samples as they were written: one row group a batch."""
+    file = pq.ParquetFile(folder.stage("source"))
+    for group in range(file.num_row_groups):
+        yield from file.read_row_group(group, columns=columns).combine_chunks().to_batches()
 
 
 def _step(name: str, unit: str, kept: int, lost: dict[str, int]) -> Step:
@@ -255,7 +277,7 @@ def _refuse_other_settings(folder: Folder, config: Config, start: int) -> None:
         raise ConfigError(
             f"{folder.path} holds data from {source}, not {config.source}", hint="choose another folder: --out DIR"
         )
-    free = {"split"} if start <= ORDER.index("split") else set()
+    free = {"base_url", "engine", "server"} | ({"split"} if start <= ORDER.index("split") else set())
     now = config.model_dump(mode="json")
     changed = [name for name in now if start and name not in free and now[name] != before.get(name)]
     if changed:

@@ -5,9 +5,10 @@ enforces. The model itself is the rest: lengths, a question that ends with "?", 
 """
 
 import json
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 AnswerType = Literal["yes/no", "number", "other"]
@@ -61,14 +62,27 @@ class Answer(Output):
 
 
 OUTPUTS: dict[str, type[Output]] = {"caption": Caption, "qa": QASet, "answer": Answer}
+ANNOTATIONS: dict[str, type[Output]] = {"caption": Caption, "qa": QAPair, "answer": Answer}  # what one row holds
 
 # Lengths and patterns are checked afterwards, on the full model: a grammar that counts characters is slow,
 # and a model that is cut off in the middle of a sentence by it is worth less than a rejected row.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
 
 
+def broken_rule(task: str, fields: dict[str, Any]) -> str | None:
+    """Return the first rule that an annotation breaks, as a word for its rejected row; None where it is sound."""
+    model = ANNOTATIONS[task]
+    try:
+        model.model_validate({name: fields.get(name) for name in model.model_fields})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        return "_".join([*(str(part) for part in first["loc"]), str(first["type"])])
+    return None
+
+
+@cache
 def wire_schema(task: str) -> dict[str, Any]:
-    """Return the JSON schema that the decoder enforces for `task`."""
+    """Return the JSON schema that the decoder enforces for `task`; not to be changed."""
     schema: dict[str, Any] = _strip(OUTPUTS[task].model_json_schema())
     return schema
 

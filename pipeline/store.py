@@ -97,6 +97,11 @@ class Folder:
         """Raw replies of the one writer on this machine."""
         return self.path / "journal" / "local.sqlite"
 
+    @property
+    def server_log(self) -> Path:
+        """What a vLLM server that we started has printed."""
+        return self.path / "vllm.log"
+
     def stage(self, name: str, which: str = "kept") -> Path:
         """Rows that a stage kept or rejected."""
         return self.path / "stages" / name / f"{which}.parquet"
@@ -172,9 +177,9 @@ def last_made() -> Path:
     return manifests[-1].parents[2]
 
 
-def safe_name(source: str) -> str:
-    """Turn a source's name into a folder name: letters, digits, dots and dashes."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", source).strip("-.") or "dataset"
+def dataset_folder(source: str) -> Path:
+    """Return where the dataset of a source lies unless told: its name, as letters, digits, dots and dashes."""
+    return DATA / (re.sub(r"[^A-Za-z0-9.]+", "-", source).strip("-.") or "dataset")
 
 
 @contextmanager

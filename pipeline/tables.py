@@ -51,6 +51,7 @@ ANNOTATION = pa.schema(
         pa.field("answer", pa.string()),
         pa.field("answer_type", pa.string()),
         pa.field("reply_error", pa.string()),  # why the reply could not be read; null where it could
+        pa.field("reply_text", pa.string()),  # the reply itself where it could not be read
     ]
 )
 

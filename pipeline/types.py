@@ -1,6 +1,6 @@
 """The few shapes that sources, engines and the run hand to each other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ class Source:
     name: str
     revision: str
     rows: Iterator[Sample | Rejected]
+    total: int | None = None  # rows, where that is known before they are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One question to a model about one image. `id` is the digest of all that the reply depends on."""
+    """One question to a model about one image. `id` is the digest of all that the first reply depends on.
+
+    A reply that is not usable is asked for again, in another way, under the same id: `attempt` counts from 0.
+    """
 
     id: str
     sample_id: str
@@ -58,6 +62,8 @@ class Request:
     text: str
     image: bytes
     sampling: Sampling
+    attempt: int = 0
+    failed: tuple[str, str] | None = None  # an earlier reply and what to say about it, shown to the model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +71,67 @@ class Reply:
     """What a model answered. Any `finish_reason` but "stop" means that the text is not whole."""
 
     request_id: str
+    attempt: int
     text: str
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
 
 
+# Finish reasons of our own, where no model answered; `text` is what the server said. A later run asks again.
+REFUSED_BY_SERVER = "refused_by_server"
+SERVER_ERROR = "server_error"
+UNANSWERED = (REFUSED_BY_SERVER, SERVER_ERROR)
+
+
+class Talk(Protocol):
+    """Somebody who is told how the work goes on."""
+
+    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
+        """Tell how far a stage is, with figures by name."""
+        ...
+
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """Tell that something happened; what is `passing` will be told again soon."""
+        ...
+
+
+class Silence:
+    """A Talk that nobody hears."""
+
+    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
+        """See Talk."""
+
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """See Talk."""
+
+
+class Work(Protocol):
+    """What is to be asked, as an engine sees it."""
+
+    def take(self) -> list[Request]:
+        """Return the next requests; none where there are none for now. Replies may lead to more."""
+        ...
+
+    def sending(self, requests: Sequence[Request]) -> None:
+        """Note that these are about to be sent."""
+        ...
+
+
 class Engine(Protocol):
-    """Something that answers requests: a model in this process, or a server."""
+    """Something that answers requests: a model in this process, or servers. A context manager; ready when entered."""
 
     model: str
     revision: str
 
-    def ask(self, requests: list[Request]) -> Iterator[list[Reply]]:
-        """Yield replies in groups as they are done, until each request has one."""
+    def __enter__(self) -> "Engine": ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def ask(self, work: Work) -> Iterator[list[Reply]]:
+        """Yield replies in groups as they are done, until nothing is left to take and each request has its reply."""
+        ...
+
+    def figures(self) -> dict[str, str]:
+        """Return what a person who watches would like to know, by name."""
         ...

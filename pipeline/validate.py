@@ -3,9 +3,8 @@
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ValidationError
 
-from pipeline.schema import Caption, QAPair
+from pipeline.schema import broken_rule
 from pipeline.tables import require, with_reason
 
 
@@ -16,13 +15,4 @@ def validate_annotations(table: pa.Table) -> pa.Table:
 
 
 def _reason(row: dict[str, Any]) -> str | None:
-    if row["reply_error"]:
-        return str(row["reply_error"])
-    model: type[BaseModel] = Caption if row["task"] == "caption" else QAPair
-    names = {"caption": "text", "question": "question", "answer": "answer", "answer_type": "answer_type"}
-    try:
-        model.model_validate({field: row[names[field]] for field in model.model_fields})
-    except ValidationError as error:
-        first = error.errors()[0]
-        return "_".join([*(str(part) for part in first["loc"]), str(first["type"])])
-    return None
+    return row["reply_error"] or broken_rule(row["task"], row | {"caption": row["text"]})

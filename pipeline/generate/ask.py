@@ -1,73 +1,126 @@
-"""The pass over all samples: ask what the journal does not hold yet, keep each reply, then read all of them back."""
+"""The pass over all samples: ask what the journal does not hold yet and keep each reply; then read all of them back."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.generate.journal import Journal
-from pipeline.generate.parse import parse_reply
-from pipeline.generate.requests import build_requests
+from pipeline.generate.parse import find_flaw, parse_reply
+from pipeline.generate.requests import ask_again, build_requests
 from pipeline.tables import ANNOTATION
-from pipeline.types import Engine, Reply, Request
-
-CHUNK_SAMPLES = 64
+from pipeline.types import UNANSWERED, Engine, Reply, Request
 
 
 @dataclass(slots=True)
 class Counts:
-    """What a pass did, in requests; `asked` were sent now, the rest was in the journal."""
+    """What a pass did, in requests; `asked` were sent now (again counts again), the rest was in the journal."""
 
     total: int = 0
+    done: int = 0
     asked: int = 0
+    attempts: Counter[int] = field(default_factory=Counter)  # how many requests were answered at which attempt, in this run
+    flaws: Counter[str] = field(default_factory=Counter)  # why replies of this run were asked for again, or given up
+
+
+class Pass:
+    """The requests that still need a reply, chunk by chunk; types.Work for an engine."""
+
+    def __init__(
+        self, chunks: Iterator[list[tuple[str, bytes]]], config: Config, revision: str, journal: Journal, counts: Counts
+    ) -> None:
+        self._chunks = chunks
+        self._config = config
+        self._revision = revision
+        self._journal = journal
+        self._counts = counts
+        self._first: list[Request] = []
+        self._again: list[Request] = []
+        self._open: dict[str, Request] = {}  # taken, and not answered for good
+
+    def has_work(self) -> bool:
+        """Whether anything must be asked now; looks only as far ahead as the next such chunk."""
+        while not self._first and not self._again and (chunk := next(self._chunks, None)) is not None:
+            for sample_id, image in chunk:
+                for request in build_requests(sample_id, image, self._config, self._revision):
+                    self._sort_in(request)
+        return bool(self._first or self._again)
+
+    def take(self) -> list[Request]:
+        """Return the rest of a chunk; or what a chunk left to ask again, once nothing else of it is to be taken.
+
+        One attempt comes after the other: the company is the same whether or not the run was killed in between.
+        """
+        if not self.has_work():
+            return []
+        waiting = self._first or self._again
+        attempt = min(request.attempt for request in waiting)
+        taken = [request for request in waiting if request.attempt == attempt]
+        waiting[:] = [request for request in waiting if request.attempt > attempt]
+        self._open |= {request.id: request for request in taken}
+        return taken
+
+    def sending(self, requests: Sequence[Request]) -> None:
+        """Note in the journal that these are about to be sent."""
+        self._journal.note_asked(requests)
+        self._counts.asked += len(requests)
+
+    def keep(self, replies: list[Reply]) -> None:
+        """Keep replies, and put those that are not usable back into the work, to be asked in another way."""
+        judged = [(self._open.pop(reply.request_id), reply) for reply in replies]
+        kept = [(request, reply, find_flaw(request, reply)) for request, reply in judged]
+        self._journal.keep(kept)
+        for request, reply, flaw in kept:
+            if flaw:
+                self._counts.flaws[flaw] += 1
+            if flaw and reply.finish_reason not in UNANSWERED and request.attempt + 1 < self._config.generate.attempts:
+                self._again.append(ask_again(request, reply, flaw))
+            else:
+                self._counts.done += 1
+                self._counts.attempts[request.attempt + 1] += 1
+
+    def _sort_in(self, request: Request) -> None:
+        self._counts.total += 1
+        last = self._journal.last(request.id)
+        if last is None or last[0].finish_reason in UNANSWERED:
+            self._first.append(request)
+            return
+        reply, flaw = last
+        if flaw and reply.attempt + 1 < self._config.generate.attempts:
+            self._again.append(ask_again(request, reply, flaw))
+        else:
+            self._counts.done += 1
 
 
 def ask_about(
-    samples: Iterator[list[tuple[str, bytes]]],
+    chunks: Iterator[list[tuple[str, bytes]]],
     config: Config,
     revision: str,
     engine: Callable[[], Engine],
     journal: Journal,
     counts: Counts,
-) -> Iterator[pa.Table]:
-    """Yield one table of annotations (tables.ANNOTATION) for each chunk of (sample_id, image).
+) -> Iterator[Engine]:
+    """Ask about every (sample_id, image) until the journal holds a reply to each request; yields after each group of replies.
 
     `revision` names the weights that `engine` will have; the engine is only made when something must be asked.
-    Chunks and groups have a fixed make-up, so that a run that was killed asks in the same company as one that was not.
     """
-    for chunk in samples:
-        requests = [r for sample_id, image in chunk for r in build_requests(sample_id, image, config, revision)]
-        missing = journal.missing(requests)
-        for group in groups(missing, config.generate.batch_size):
-            _ask_group(group, engine(), journal, counts)
-        counts.total += len(requests)
-        yield _annotations(requests, journal)
+    work = Pass(chunks, config, revision, journal, counts)
+    while work.has_work():
+        ready = engine()
+        for replies in ready.ask(work):
+            work.keep(replies)
+            yield ready
 
 
-def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Cut requests with the same words into groups: equal prompts need no padding and end at about the same time."""
-    words = sorted(requests, key=lambda request: (request.task, request.style))  # stable: samples stay in order
-    for _, same in groupby(words, key=lambda request: (request.task, request.style)):
-        group = list(same)
-        yield from (group[at : at + size] for at in range(0, len(group), size))
-
-
-def _ask_group(group: list[Request], engine: Engine, journal: Journal, counts: Counts) -> None:
-    journal.note_asked(group)
-    by_id = {request.id: request for request in group}
-    for replies in engine.ask(group):
-        journal.keep([(by_id[reply.request_id], reply) for reply in replies])
-        counts.asked += len(replies)
-
-
-def _annotations(requests: list[Request], journal: Journal) -> pa.Table:
-    rows = [row for request in requests for row in parse_reply(request, _reply(journal, request))]
-    return pa.Table.from_pylist(rows, schema=ANNOTATION)
-
-
-def _reply(journal: Journal, request: Request) -> Reply:
-    reply = journal.reply(request.id)
-    assert reply is not None, f"no reply to {request.id}: the engine left a request out"
-    return reply
+def read_annotations(sample_ids: Iterable[list[str]], config: Config, revision: str, journal: Journal) -> Iterator[pa.Table]:
+    """Yield one table of annotations (tables.ANNOTATION) for each list of sample ids; every request has its reply by now."""
+    for chunk in sample_ids:
+        rows = []
+        for sample_id in chunk:
+            for request in build_requests(sample_id, b"", config, revision):
+                last = journal.last(request.id)
+                assert last is not None, f"no reply to {request.id}: the engine left a request out"
+                rows += parse_reply(request, last[0])
+        yield pa.Table.from_pylist(rows, schema=ANNOTATION)

@@ -7,6 +7,7 @@ seeded by its id: a reply does not depend on what else is in its batch, beyond t
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,54 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor, nn
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
+from pipeline.config import GenerateConfig
 from pipeline.errors import EngineError
 from pipeline.generate.prompt import Prompt
 from pipeline.image import prepare_image
 from pipeline.schema import wire_schema
-from pipeline.types import Reply, Request
+from pipeline.types import Reply, Request, Work
 
 
 class EmbeddedEngine:
     """Answers requests in this process. `model` is a folder or a Hub id; `revision` names its exact weights."""
 
-    def __init__(self, model: str, path: str, revision: str) -> None:
+    def __init__(self, model: str, path: str, revision: str, config: GenerateConfig) -> None:
         self.model = model
         self.revision = revision
         self._path = path
+        self._batch_size = config.batch_size
+        self._max_pixels = config.max_pixels
+        self._tokens = 0
         # Of a Hub model exactly the commit is loaded that the requests are named by; a folder has no other.
         self._commit = "main" if Path(path).is_dir() else revision
 
-    def ask(self, requests: list[Request]) -> Iterator[list[Reply]]:
-        """Answer all requests of one task as one batch."""
+    def __enter__(self) -> "EmbeddedEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def ask(self, work: Work) -> Iterator[list[Reply]]:
+        """Answer what there is, one group after another; see types.Engine.
+
+        Groups have a fixed make-up, so that a run that was killed asks in the same company as one that was not.
+        """
+        while requests := work.take():
+            for group in groups(requests, self._batch_size):
+                work.sending(group)
+                yield self._answer(group)
+
+    def figures(self) -> dict[str, str]:
+        """See types.Engine."""
+        return {"reply tokens": f"{self._tokens:,}"}
+
+    def _answer(self, requests: list[Request]) -> list[Reply]:
         processor, model = self._loaded
         inputs = processor(
             text=[self._chat(request) for request in requests],
-            images=[prepare_image(request.image) for request in requests],
+            images=[prepare_image(request.image, self._max_pixels) for request in requests],
             padding=True,
             return_tensors="pt",
         ).to(model.device)
@@ -52,23 +77,26 @@ class EmbeddedEngine:
             )
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         replies_BT = output[:, inputs["input_ids"].shape[1] :]
-        yield [
-            self._reply(request, ids, prompt)
-            for request, ids, prompt in zip(requests, replies_BT.tolist(), prompt_tokens, strict=True)
-        ]
+        replies = zip(requests, replies_BT.tolist(), prompt_tokens, strict=True)
+        return [self._reply(request, ids, prompt) for request, ids, prompt in replies]
 
     def _chat(self, request: Request) -> str:
         processor, _ = self._loaded
-        prompt = Prompt(id=request.prompt_id, system=request.system, text=request.text)
-        text: str = processor.apply_chat_template(prompt.messages(), add_generation_prompt=True)
+        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages()
+        if request.failed:
+            said, told = request.failed
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
         return text
 
     def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
         tokenizer = self._loaded[0].tokenizer
         finished = tokenizer.eos_token_id in ids
         said = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+        self._tokens += len(said)
         return Reply(
             request_id=request.id,
+            attempt=request.attempt,
             text=tokenizer.decode(said, skip_special_tokens=True),
             finish_reason="stop" if finished else "length",
             prompt_tokens=prompt_tokens,
@@ -77,6 +105,7 @@ class EmbeddedEngine:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
+        disable_progress_bar()  # ours stands there already
         try:
             processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
             model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -93,6 +122,17 @@ class EmbeddedEngine:
     @cached_property
     def _grammars(self) -> "Grammars":
         return Grammars(self._loaded[0].tokenizer, self._loaded[1].config.text_config.vocab_size)
+
+
+def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
+    """Cut requests with the same words into groups: equal prompts need no padding and end at about the same time."""
+
+    def words(request: Request) -> tuple[str, str, int]:
+        return request.task, request.style, request.attempt
+
+    for _, same in groupby(sorted(requests, key=words), key=words):  # a stable sort: samples stay in order
+        group = list(same)
+        yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
 class Grammars:
@@ -121,7 +161,7 @@ class GrammarChooser(LogitsProcessor):
 
     def __init__(self, requests: list[Request], grammars: Grammars, vocab_size: int) -> None:
         self._matchers = [grammars.matcher(request.task) for request in requests]
-        self._rngs = [np.random.default_rng(int(request.id[:16], 16)) for request in requests]
+        self._rngs = [np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests]
         self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
         self._mask = llguidance.torch.allocate_token_bitmask(len(requests), vocab_size)
         self._done = [False] * len(requests)

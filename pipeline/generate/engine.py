@@ -1,34 +1,117 @@
 """Which engine answers, decided before anything is loaded: the name and revision of a model are part of every request."""
 
+import asyncio
+import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config import Config, ServerConfig
 from pipeline.errors import EngineError
 from pipeline.generate.weights import weights_revision
-from pipeline.types import Engine
+from pipeline.types import Engine, Talk
+
+if TYPE_CHECKING:
+    from pipeline.generate.server import Launch
 
 TINY = "tiny"
 TINY_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights" / "teacher"
+LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
+DRAWN = ("scenes",)  # the sources that the tiny teacher knows
+VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # names the interpreter of an environment of its own that has vLLM
 
 
-def choose_engine(config: Config) -> tuple[tuple[str, str], Callable[[], Engine]]:
-    """Return the (model, revision) that will answer, and a function that makes the engine when it is first needed.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The engine that will answer. `why` is for people; `make` is called when something must be asked."""
+
+    name: str
+    model: str
+    revision: str
+    why: str
+    make: Callable[[], Engine]
+
+
+def choose_engine(config: Config, log: Path = Path("vllm.log"), talk: Talk | None = None) -> Choice:
+    """Decide who answers. `log` is where the output of a server that we start goes; `talk` hears of what servers do.
 
     Raises:
-        EngineError: no model can answer for this source on this machine.
+        EngineError: no model can answer for this source on this machine, or a server named by --base-url does not.
     """
-    drawn = config.source == "scenes"
-    model = config.model or (TINY if drawn else None)
-    if model is None or (model == TINY and not drawn and config.engine != "embedded"):
+    name, why = pick_engine(config)
+    if name == "vllm" and config.base_url:
+        from pipeline.generate.client import Client, served_model
+
+        model = served_model(config)
+        return Choice(name, model, model, why, lambda: Client(model, model, config, talk=talk))
+    model = _model(config, name)
+    path = str(TINY_WEIGHTS) if model == TINY else model
+    revision = _revision(model, path)
+    if name == "vllm":
+        return Choice(name, model, revision, why, lambda: _managed(model, path, revision, config, log, talk))
+    return Choice(name, model, revision, why, lambda: _embedded(model, path, revision, config))
+
+
+def pick_engine(config: Config) -> tuple[str, str]:
+    """Return embedded or vllm, and why; what is left to `auto` goes to a server that is named, or to a GPU with vLLM."""
+    if config.engine == "embedded" and config.base_url:
+        raise EngineError("--base-url names a server, and --engine embedded uses none", hint="leave one of them out")
+    if config.engine != "auto":
+        return config.engine, f"--engine {config.engine}"
+    if config.base_url:
+        return "vllm", "--base-url names a server"
+    if has_gpu() and vllm_python():
+        return "vllm", "a GPU and vLLM are here"
+    return "embedded", "no server is named" + (", and there is no GPU" if not has_gpu() else ", and vLLM is not installed")
+
+
+def vllm_python() -> str | None:
+    """Return the interpreter that can import vLLM: the one that SYNTH_VLLM_PYTHON names, or this one."""
+    if named := os.environ.get(VLLM_PYTHON):
+        return named
+    return sys.executable if find_spec("vllm") else None
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU can be used; asks no library, since loading torch takes seconds."""
+    return Path("/dev/nvidia0").exists() and shutil.which("nvidia-smi") is not None
+
+
+def max_pixels(path: str) -> int | None:
+    """Return how many pixels the processor of a model folder lets an image have, where it says so."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = Path(path) / name
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            found = found.get("image_processor", found)
+            limit = found.get("max_pixels") or (found.get("size") or {}).get("longest_edge")
+            return int(limit) if limit else None
+    return None
+
+
+def _model(config: Config, engine: str) -> str:
+    drawn = config.source in DRAWN
+    model = config.model or (LARGE if engine == "vllm" and not drawn else TINY if drawn else None)
+    if model is None or (model == TINY and not drawn and config.engine == "auto"):
         raise EngineError(
             f"no model here can describe {config.source}: the tiny teacher knows drawn scenes and nothing else",
             hint="pass --model with a Qwen2.5-VL checkpoint; or --engine embedded --model tiny, to try the pipeline itself",
         )
-    path = str(TINY_WEIGHTS) if model == TINY else model
-    revision = _revision(model, path)
-    return (model, revision), cache(lambda: _embedded(model, path, revision))
+    if model == TINY:
+        from pipeline.scenes.text import STYLES
+
+        unknown = [style for style in config.generate.caption_styles if style not in STYLES]
+        if unknown:
+            raise EngineError(
+                f"the tiny teacher does not know the caption style {unknown[0]}",
+                hint=f"it knows {', '.join(STYLES)}; --model takes a larger Qwen2.5-VL",
+            )
+    return model
 
 
 def _revision(model: str, path: str) -> str:
@@ -55,11 +138,61 @@ def _hub_revision(model: str) -> str:
         ) from None
 
 
-def _embedded(model: str, path: str, revision: str) -> Engine:
+def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:
     try:
         from pipeline.generate.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
         raise EngineError(
             f"the embedded engine needs the package {error.name}", hint="install synth with its extra `embedded`"
         ) from None
-    return EmbeddedEngine(model, path, revision)
+    return EmbeddedEngine(model, path, revision, config.generate)
+
+
+def _managed(model: str, path: str, revision: str, config: Config, log: Path, talk: Talk | None) -> Engine:
+    from pipeline.generate.client import Client
+
+    return Client(model, revision, config, plan(path, revision, config, log), max_pixels(path), talk)
+
+
+def serve_model(
+    model: str, server: ServerConfig, port: int | None, log: Path, talk: Talk, ready: Callable[[dict[str, str]], None]
+) -> None:
+    """Run a server until the process is interrupted; `ready` is told its address and key once it answers.
+
+    Raises:
+        EngineError: vLLM is not here, cannot be started, or dies again and again.
+    """
+    from pipeline.generate.server import NAME, Server
+
+    path = str(TINY_WEIGHTS) if model == TINY else model
+    config = Config(source="none", server=server)
+    launch = replace(plan(path, _revision(model, path), config, log), port=port)
+
+    async def serve() -> None:
+        async with Server(launch, talk) as running:
+            talk.say(f"serving {model} as {NAME}; use it with:\n  export SYNTH_API_KEY={launch.api_key}")
+            talk.say(f"  synth generate --base-url {running.root}/v1 --source ...")
+            ready({"url": f"{running.root}/v1", "key": launch.api_key})
+            await running.gave_up.wait()
+            raise running.failure or EngineError("the server has ended", hint=f"its log: {log}")
+
+    asyncio.run(serve())
+
+
+def plan(path: str, revision: str, config: Config, log: Path) -> "Launch":
+    """Return how vLLM is to be started on this machine.
+
+    Raises:
+        EngineError: there is no vLLM here.
+    """
+    from pipeline.generate.server import plan_launch
+
+    python = vllm_python()
+    if python is None:
+        raise EngineError(
+            "vLLM is not installed here",
+            hint=f"pip install vllm; or let {VLLM_PYTHON} name an interpreter that has it; or name a server: --base-url",
+        )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    return plan_launch(python, path, revision, config, log, gpu=has_gpu(), cores=cores, memory_gib=memory_gib)

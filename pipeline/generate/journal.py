@@ -9,25 +9,38 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.errors import StoreError
 from pipeline.types import Reply, Request
 
+FORMAT = 2  # raise when a table changes
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
-    request_id TEXT PRIMARY KEY, sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
-    text TEXT NOT NULL, finish_reason TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL
+    request_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+    sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
+    text TEXT NOT NULL, finish_reason TEXT NOT NULL, flaw TEXT, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL,
+    PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
 """
 
 
 class Journal:
-    """Replies on disk. Use as a context manager; each call that writes is one transaction."""
+    """Replies on disk. Use as a context manager; each call that writes is one transaction.
+
+    Raises:
+        StoreError: the file was written by another version of synth.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path)
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        if self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() != (0,) and found != FORMAT:
+            self._db.close()
+            raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(f"PRAGMA user_version = {FORMAT}")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
         self._db.executescript(_TABLES)
 
@@ -37,24 +50,23 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._db.close()
 
-    def missing(self, requests: Iterable[Request]) -> list[Request]:
-        """Return the requests, in order, that have no reply yet."""
-        return [request for request in requests if self.reply(request.id) is None]
-
-    def reply(self, request_id: str) -> Reply | None:
-        """Return the reply to a request, if there is one."""
-        columns = "text, finish_reason, prompt_tokens, reply_tokens"
-        row = self._db.execute(f"SELECT {columns} FROM replies WHERE request_id = ?", (request_id,)).fetchone()  # noqa: S608
+    def last(self, request_id: str) -> tuple[Reply, str | None] | None:
+        """Return the newest reply to a request and its flaw, if there is one."""
+        columns = "attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw"
+        newest = f"SELECT {columns} FROM replies WHERE request_id = ? ORDER BY attempt DESC LIMIT 1"  # noqa: S608
+        row = self._db.execute(newest, (request_id,)).fetchone()
         if row is None:
             return None
-        text, finish_reason, prompt_tokens, reply_tokens = row
-        return Reply(
+        attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw = row
+        reply = Reply(
             request_id=request_id,
+            attempt=attempt,
             text=text,
             finish_reason=finish_reason,
             prompt_tokens=prompt_tokens,
             reply_tokens=reply_tokens,
         )
+        return reply, flaw
 
     def note_asked(self, requests: Iterable[Request]) -> None:
         """Note that these requests are about to be sent."""
@@ -64,24 +76,32 @@ class Journal:
                 [(request.id,) for request in requests],
             )
 
-    def keep(self, answered: Iterable[tuple[Request, Reply]]) -> None:
-        """Keep replies; when this returns they are on the disk."""
+    def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
+        """Keep replies with their flaws; when this returns they are on the disk.
+
+        A reply that is there already stays, unless no model gave it (types.UNANSWERED).
+        """
         with self._db:
             self._db.executemany(
-                "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
+                "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
+                "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens "
+                "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')",  # types.UNANSWERED
                 [
                     (
                         request.id,
+                        reply.attempt,
                         request.sample_id,
                         request.task,
                         request.style,
                         request.prompt_id,
                         reply.text,
                         reply.finish_reason,
+                        flaw,
                         reply.prompt_tokens,
                         reply.reply_tokens,
                     )
-                    for request, reply in answered
+                    for request, reply, flaw in answered
                 ],
             )
 

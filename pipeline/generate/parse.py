@@ -2,15 +2,23 @@
 with the reason in `reply_error`, so that nothing vanishes between the journal and the tables."""
 
 import json
+import re
 from typing import Any
 
 from pipeline.fingerprint import digest
+from pipeline.schema import broken_rule
 from pipeline.types import Reply, Request
+
+_REFUSAL = re.compile(
+    r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b",
+    re.IGNORECASE,
+)
+MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
+_UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
 
 def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
     """Return the annotations of one reply as rows of tables.ANNOTATION; at least one."""
-    found = _fields(request.task, reply)
     return [
         {
             "annotation_id": digest([request.id, position]),
@@ -25,15 +33,23 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "answer": values.get("answer"),
             "answer_type": values.get("answer_type"),
             "reply_error": error,
+            # What cannot be read is kept as it came, so that a person can see why.
+            "reply_text": reply.text if error else None,
         }
-        for position, (values, error) in enumerate(found)
+        for position, (values, error) in enumerate(_fields(request.task, reply))
     ]
+
+
+def find_flaw(request: Request, reply: Reply) -> str | None:
+    """Return why nothing in this reply can be used; None where one annotation or more is sound."""
+    flaws = [error or broken_rule(request.task, values) for values, error in _fields(request.task, reply)]
+    return None if None in flaws else flaws[0]
 
 
 def _fields(task: str, reply: Reply) -> list[tuple[dict[str, str], str | None]]:
     """Return (fields, error) for each annotation; one that is off the schema does not cost its siblings."""
     if reply.finish_reason != "stop":
-        return [({}, "cut_short")]
+        return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
     try:
         value = json.loads(reply.text)
     except (ValueError, RecursionError):
@@ -41,7 +57,22 @@ def _fields(task: str, reply: Reply) -> list[tuple[dict[str, str], str | None]]:
     found = value.get("qa") if task == "qa" and isinstance(value, dict) else [value]
     if not isinstance(found, list) or not found:
         return [({}, "off_schema")]
-    return [(item, None) if _is_text(item) else ({}, "off_schema") for item in found]
+    return [(item, _unusable(item)) if _is_text(item) else ({}, "off_schema") for item in found]
+
+
+def _unusable(item: dict[str, str]) -> str | None:
+    if any(_REFUSAL.match(value) for value in item.values()):
+        return "refusal"
+    return "repeats_itself" if any(_repeats(value.casefold().split()) for value in item.values()) else None
+
+
+def _repeats(words: list[str]) -> bool:
+    """Whether the last words, one to eight of them, stand there MAX_REPEATS times in a row: a model that cannot stop."""
+    for size in range(1, 9):
+        tail = words[-size:]
+        if len(words) >= size * MAX_REPEATS and words[-size * MAX_REPEATS :] == tail * MAX_REPEATS:
+            return True
+    return False
 
 
 def _is_text(item: Any) -> bool:

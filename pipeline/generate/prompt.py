@@ -8,12 +8,16 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from pipeline.errors import ConfigError
 
 SYSTEM = "system/v1"
 TASK_PROMPTS = {"caption": "caption/v1", "qa": "qa/v1", "answer": "answer/v1"}
+STYLES = ("brief", "detailed", "plain", "alt")  # that caption/v1 knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +34,42 @@ class Prompt:
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
-def render(task: str, **values: str) -> Prompt:
+def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
     """Render the prompt of a task; `values` are what its template names, such as `style`.
 
+    `folder` holds templates of the user's own, under the same names; one that it does not hold is ours.
+
     Raises:
-        jinja2.UndefinedError: a value that the template needs is missing.
+        ConfigError: the template is none, or does not know a value, such as a style.
     """
     name = TASK_PROMPTS[task]
-    text = _environment().from_string(template(name)).render(values).strip()
-    return Prompt(id=prompt_id(task), system=template(SYSTEM).strip(), text=text)
+    try:
+        text = _environment().from_string(template(name, folder)).render(values).strip()
+    except TemplateError as error:
+        given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
+        raise ConfigError(
+            f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}",
+            hint=f"caption styles of this version: {', '.join(STYLES)}; others need a template of your own (generate.prompts)",
+        ) from None
+    return Prompt(id=prompt_id(task, folder), system=template(SYSTEM, folder).strip(), text=text)
 
 
-def prompt_id(task: str) -> str:
+def prompt_id(task: str, folder: Path | None = None) -> str:
     """Return the name of a task's prompt with a digest of all it is rendered from: its template and the system text."""
     name = TASK_PROMPTS[task]
-    content = hashlib.sha256(f"{template(SYSTEM)}\0{template(name)}".encode()).hexdigest()
+    content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{template(name, folder)}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
 
 
 @cache
-def template(name: str) -> str:
-    """Return the source of a template, such as `caption/v1`."""
+def template(name: str, folder: Path | None = None) -> str:
+    """Return the source of a template, such as `caption/v1`: of the user's folder, or ours."""
+    own = folder / f"{name}.j2" if folder else None
+    try:
+        if own and own.exists():
+            return own.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompt {own}: {error}", hint="a prompt is a text file in UTF-8") from None
     return (files("prompts") / f"{name}.j2").read_text(encoding="utf-8")
 
 

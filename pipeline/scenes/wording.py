@@ -50,7 +50,7 @@ def _wording(rng: random.Random) -> str:
     if draw < 0.4:
         return " ".join(_nonsense(rng) for _ in range(rng.randint(1, 12)))
     own = template(rng.choice(("system/v1", *TASK_PROMPTS.values()))).split("\n")
-    own = [line for line in own if line and not line.startswith(("{%", "Task:", "Question:"))]
+    own = [line for line in own if line and not line.startswith(("{%", "}", "Task:", "Question:"))]
     words = " ".join(rng.sample((*SENTENCES, *own), rng.randint(1, 4))).split()
     if draw < 0.8:  # a few words of it
         first = rng.randrange(len(words))

@@ -26,7 +26,7 @@ def open_folder(root: Path) -> Source:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
     revision = digest([[_row_name(path, root), _digest(path)] for path in paths])
-    return Source(name="folder", revision=revision, rows=(_read(path, root) for path in paths))
+    return Source(name="folder", revision=revision, rows=(_read(path, root) for path in paths), total=len(paths))
 
 
 def _image_files(root: Path) -> Iterator[Path]:

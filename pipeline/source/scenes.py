@@ -16,8 +16,9 @@ DEFAULT_LIMIT = 1000
 
 def open_scenes(seed: int, limit: int | None) -> Source:
     """Return `limit` scenes; the first n of a longer run are the n of a shorter one."""
-    rows = (draw_sample(seed, index) for index in range(limit or DEFAULT_LIMIT))
-    return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows)
+    total = limit or DEFAULT_LIMIT
+    rows = (draw_sample(seed, index) for index in range(total))
+    return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, total=total)
 
 
 def draw_sample(seed: int, index: int) -> Sample:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConfigError, StoreError
-from pipeline.store import Folder, aside, open_dataset, parse_version, safe_name, write_table, write_text
+from pipeline.store import Folder, aside, dataset_folder, open_dataset, parse_version, write_table, write_text
 
 
 def test_a_file_that_fails_half_way_is_never_seen(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_two_writers_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
     ("source", "name"), [("scenes", "scenes"), ("folder:/a/b c", "folder-a-b-c"), ("folder:..", "folder"), ("://", "dataset")]
 )
 def test_a_source_makes_a_safe_folder_name(source: str, name: str) -> None:
-    assert safe_name(source) == name
+    assert dataset_folder(source) == Path("data") / name
 
 
 def test_versions_sort_by_number() -> None:

@@ -1,14 +1,16 @@
 """The command: help that reads, stdout that a program can read, and a start that is not slow."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.whole.conftest import SYNTH, Run
 
-COMMANDS = ("generate", "sources", "versions", "push", "train", "evaluate", "caption", "report")
+COMMANDS = ("generate", "serve", "doctor", "sources", "versions", "push", "train", "evaluate", "caption", "report")
 
 
 def test_help_lists_every_command(synth: Run) -> None:
@@ -25,6 +27,32 @@ def test_every_command_has_help(synth: Run, command: str) -> None:
 
 def test_sources_are_data_on_stdout(synth: Run) -> None:
     assert "scenes" in json.loads(synth("sources", "--json").stdout)
+
+
+def test_doctor_says_what_is_here_and_what_would_be_used(synth: Run) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "SYNTH_VLLM_PYTHON"}
+    found = {(f["what"], f["ok"]): f["found"] for f in json.loads(synth("doctor", "--json", env=env).stdout)}
+    assert "transformers" in found["embedded", True]
+    assert found["vllm", False] == "not installed"
+    assert found["auto", True].startswith("scenes: embedded with tiny")
+    shown = synth("doctor", env=env).stdout
+    assert "ok   embedded" in shown
+    assert "SYNTH_VLLM_PYTHON" in shown
+
+
+def test_a_dry_run_predicts_and_keeps_what_it_paid_for(synth: Run, tmp_path: Path) -> None:
+    wanted = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
+    done = synth(*wanted, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    estimate = json.loads(done.stdout)
+    assert (estimate["sampled_images"], estimate["asked"], estimate["requests"]) == (32, 64, 80)
+    assert 0 < estimate["hours"] < 1
+    assert estimate["reply_tokens"] > 40 * 2 * 10
+    assert not list(tmp_path.rglob("v1*"))
+    done = synth(*wanted)
+    assert "asked the model 16 times for 80 replies" in done.stderr
+    made = sum(path.stat().st_size for path in (tmp_path / done.stdout.strip()).glob("*.parquet"))
+    assert 0.3 < estimate["bytes"] / made < 3
 
 
 def test_help_loads_no_heavy_package() -> None:

@@ -20,6 +20,14 @@ from tests.whole.conftest import SYNTH, Run, said
         (["generate", "--source", "scenes", "--config", "bad.yaml"], "unknown config key: colour"),
         (["generate", "--source", "scenes", "--tasks", "poem"], "bad value for tasks.0"),
         (["generate", "--source", "scenes", "--engine", "warp"], "bad value for engine"),
+        (
+            ["generate", "--source", "scenes", "--config", "sonnet.yaml"],
+            "cannot be rendered with style 'sonnet'",
+        ),
+        (["generate", "--source", "scenes", "--base-url", "http://127.0.0.1:9/v1"], "no server answers"),
+        (["generate", "--source", "scenes", "--base-url", "127.0.0.1:9"], "bad value for base_url"),
+        (["generate", "--source", "scenes", "--engine", "vllm", "--dry-run"], "vLLM is not installed here"),
+        (["serve", "--model", "tiny"], "vLLM is not installed here"),
         (["generate", "--source", "scenes", "--from-stage", "bake"], "unknown stage: bake"),
         (["generate", "--source", "scenes", "--from-stage", "dedupe"], "is missing"),
         (["generate", "--source", "scenes", "--model", "empty"], "cannot load empty"),
@@ -42,12 +50,15 @@ def test_a_mistake_is_one_line_and_a_hint(synth: Run, tmp_path: Path, arguments:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
     (tmp_path / "bad.yaml").write_text("colour: red\n")
+    (tmp_path / "sonnet.yaml").write_text("generate: {caption_styles: [sonnet]}\n")
     error, _ = said(synth(*arguments))
     assert what in error
     assert not list(tmp_path.glob("**/versions/v*"))
 
 
-@pytest.mark.parametrize("arguments", [["bake"], ["generate", "--colour"], ["generate", "--limit", "0"], ["push"]])
+@pytest.mark.parametrize(
+    "arguments", [["bake"], ["generate", "--colour"], ["generate", "--limit", "0"], ["push"], ["generate", "scenes"]]
+)
 def test_an_unknown_command_option_or_value_exits_with_2(synth: Run, arguments: list[str]) -> None:
     assert synth(*arguments).returncode == 2
 

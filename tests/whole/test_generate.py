@@ -50,7 +50,7 @@ def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Pat
     folder, printed = whole
     before = state(folder)
     done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
-    assert "asked the model 0 of" in done.stderr
+    assert "asked the model 0 times" in done.stderr
     assert "nothing new: v1.0.0" in done.stderr
     assert json.loads(done.stdout)["digest"] == printed["digest"]
     assert state(folder) == before
@@ -61,7 +61,7 @@ def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Pa
     before = Folder(folder).version("v1.0.0")
     command = [str(SYNTH), "generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"asked the model {8 * 3} of {(SCENES + 8) * 3} requests" in done.stderr
+    assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr
     after = Folder(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
     assert set(before.read("test", ["sample_id"])["sample_id"].to_pylist()) <= set(

@@ -1,9 +1,9 @@
-"""The tiny teacher on a real vLLM server: the same files, the same grammar, the same words as in this process."""
+"""A real vLLM server on the tiny teacher's files: started, used, killed and stopped by `synth` as a user would run it."""
 
-import base64
 import json
 import os
-import socket
+import signal
+import sqlite3
 import subprocess
 import time
 import urllib.request
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import resolve
-from pipeline.generate.ask import groups
-from pipeline.generate.engine import TINY_WEIGHTS, choose_engine
-from pipeline.generate.requests import build_requests
-from pipeline.schema import OUTPUTS, wire_schema
-from pipeline.types import Request
+from pipeline.scenes.score import score_annotations
+from pipeline.store import Folder
 from tests.scene_data import scene_samples
+from tests.whole.conftest import SYNTH
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+KEY = "test-key-of-nobody"
+SEED = 8001
+SCENES = 64
 START_SECONDS = 300
-SCENES = 8
 
 
 def why_not() -> str | None:
@@ -36,90 +36,166 @@ def why_not() -> str | None:
     return errors[0] if errors else "run `make test`, which installs it"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start vLLM on the teacher; takes about a minute, which no smaller test can stand in for."""
+@pytest.fixture(scope="module", autouse=True)
+def vllm() -> None:
     if reason := why_not():
         if os.environ.get("CI") == "true":
             pytest.fail(f"vLLM is not installed, and CI must not pass without it: {reason}")
         pytest.skip(f"NOT RUN: {reason}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    backend = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
-    options = {
-        "--model": str(TINY_WEIGHTS),
-        "--served-model-name": "tiny",
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--max-model-len": "1024",
-        "--max-num-seqs": "16",
-        "--block-size": "32",
-        "--dtype": "bfloat16",
-        "--limit-mm-per-prompt": '{"image":1,"video":0}',
-        "--structured-outputs-config": json.dumps(backend),
-        "--generation-config": "vllm",
-    }
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *(p for pair in options.items() for p in pair)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    folder = tmp_path_factory.mktemp("vllm")
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--enforce-eager"], env=os.environ | settings | offline, cwd=folder, stdout=log, stderr=log
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-        yield f"http://127.0.0.1:{port}/v1/chat/completions"
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
-def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        assert process.poll() is None, f"vLLM ended: {log.read_text()[-3000:]}"
+def environment() -> dict[str, str]:
+    return os.environ | {"SYNTH_VLLM_PYTHON": str(PYTHON), "SYNTH_API_KEY": KEY}
+
+
+def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
+    wanted = ["--source", "scenes", "--seed", str(SEED), "--limit", str(scenes), "--json", "--out", str(folder)]
+    return [str(SYNTH), "generate", *wanted, *arguments]
+
+
+def annotations(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(Folder(folder).stage("validate")).to_pylist()
+    return rows
+
+
+def accuracy(folder: Path) -> dict[str, float]:
+    facts = {sample.id: sample.facts or {} for sample in scene_samples(SCENES, SEED)}
+    captions, answers = score_annotations(annotations(folder), facts)
+    return {style: c.precision for style, c in captions.items()} | {kind: a.accuracy for kind, a in answers.items()}
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def descendants(pid: int) -> list[int]:
+    return [each for child in children(pid) for each in (child, *descendants(child))]
+
+
+def wait_until(true: Any, what: str, seconds: float = START_SECONDS) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def replies(folder: Path) -> int:
+    journal = Folder(folder).journal
+    if not journal.exists():
+        return 0
+    with sqlite3.connect(journal) as db:
         try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except OSError:
-            time.sleep(1)
-        else:
-            return
-    pytest.fail(f"vLLM did not start within {START_SECONDS} s: {log.read_text()[-3000:]}")
+            return int(db.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
 
 
-def ask(server: str, request: Request) -> dict[str, Any]:
-    picture = {"url": f"data:image/png;base64,{base64.b64encode(request.image).decode()}"}
-    content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
-    body = {
-        "model": "tiny",
-        "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
-        "temperature": request.sampling.temperature,
-        "max_tokens": request.sampling.max_tokens,
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": request.task, "schema": wire_schema(request.task), "strict": True},
-        },
-    }
-    asked = urllib.request.Request(server, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(asked, timeout=120) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`synth serve`, as it runs in a second terminal; a start takes half a minute, which no smaller test can stand in for."""
+    folder = tmp_path_factory.mktemp("serve")
+    command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
+    with (folder / "talk").open("w") as talk:
+        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=talk, text=True)
+    try:
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), (folder / "talk").read_text()
+        yield url
+    finally:
+        family = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert process.returncode == 130
+    wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C", 20)
+    assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag went through
+    assert not list(Path("/dev/shm").glob(f"synth-{process.pid}-*"))
 
 
-def test_vllm_serves_the_teacher_as_the_embedded_engine_does(server: str) -> None:
-    config = resolve(source="scenes")
-    (_, revision), make_engine = choose_engine(config)
-    requests = [r for s in scene_samples(SCENES, seed=8001) for r in build_requests(s.id, s.image, config, revision)]
-    own = {reply.request_id: reply for g in groups(requests, 64) for done in make_engine().ask(g) for reply in done}
-    same = 0
-    for request in requests:
-        answer = ask(server, request)
-        choice = answer["choices"][0]
-        assert choice["finish_reason"] == "stop"
-        OUTPUTS[request.task].model_validate_json(choice["message"]["content"])
-        assert answer["usage"]["prompt_tokens"] == own[request.id].prompt_tokens
-        same += request.task == "caption" and choice["message"]["content"] == own[request.id].text
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedded") / "d"
+    subprocess.run(generate(folder, "--engine", "embedded"), capture_output=True, check=True)
+    return folder
+
+
+def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
+    served: str, embedded: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "d"
+    done = subprocess.run(generate(folder, "--base-url", served), capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
+    assert funnel["generate"]["kept"] == SCENES * 3
+    assert funnel["validate"]["rejected"] == {}
+    ours, theirs = accuracy(embedded), accuracy(folder)
+    assert all(theirs[name] > ours[name] - 0.1 for name in ours), (ours, theirs)
+    own = {(row["sample_id"], row["style"]): row["text"] for row in annotations(embedded) if row["task"] == "caption"}
+    same = [own[row["sample_id"], row["style"]] == row["text"] for row in annotations(folder) if row["task"] == "caption"]
     # vLLM computes in bfloat16: a near tie may fall the other way, but not often.
-    assert same >= 0.85 * SCENES * len(config.generate.caption_styles)
+    assert sum(same) >= 0.85 * len(same)
+
+
+def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
+    def ask(url: str, headers: dict[str, str]) -> int:
+        image = {"type": "image_url", "image_url": {"url": url}}
+        message = {"role": "user", "content": [image, {"type": "text", "text": "Task: caption, brief"}]}
+        body = json.dumps({"model": "model", "messages": [message], "max_tokens": 8}).encode()
+        request = urllib.request.Request(f"{served}/chat/completions", body, {"Content-Type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert ask("file:///etc/hostname", {}) == 401
+    assert ask("file:///etc/hostname", {"Authorization": f"Bearer {KEY}"}) == 400
+
+
+def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Takes two starts of vLLM."""
+    folder, scenes = tmp_path / "d", 256
+    command = generate(folder, "--engine", "vllm", scenes=scenes)
+    with (tmp_path / "talk").open("w") as talk:
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=talk, text=True)
+        wait_until(lambda: replies(folder) > 100 or process.poll() is not None, "a hundred replies")
+        assert process.poll() is None, (tmp_path / "talk").read_text()
+        (server,) = children(process.pid)
+        family = descendants(process.pid)
+        os.kill(server, signal.SIGKILL)
+        stdout, _ = process.communicate(timeout=START_SECONDS)
+    said = (tmp_path / "talk").read_text()
+    assert process.returncode == 0, said
+    assert "vLLM died" in said
+    assert KEY not in said + stdout + (folder / "vllm.log").read_text()
+    funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
+    assert funnel["generate"]["kept"] == scenes * 3
+    assert sum(Folder(folder).version().manifest["rows"].values()) == scenes
+    assert not any(map(is_alive, family))
+    assert not list(Path("/dev/shm").glob(f"synth-{process.pid}-*"))
+
+
+def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen(generate(tmp_path / "d", "--engine", "vllm"), env=environment(), stderr=subprocess.DEVNULL)
+    wait_until(lambda: children(process.pid), "a server process", 60)
+    time.sleep(5)
+    family = descendants(process.pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(is_alive, family)), "the server is gone", 30)
+
+
+def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -> None:
+    command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    error, hint = done.stderr.strip().splitlines()[-2:]
+    assert error.startswith("synth: vLLM ended while it started")
+    assert "a flag after -- is not one of vLLM's" in hint
+    assert "vllm.log" in hint

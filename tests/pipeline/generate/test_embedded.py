@@ -1,12 +1,12 @@
 """The embedded engine with the real tiny teacher: schema, truth, and independence of company."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
 
-from pipeline.config import resolve
-from pipeline.generate.ask import groups
+from pipeline.config import GenerateConfig, resolve
+from pipeline.errors import EngineError
 from pipeline.generate.embedded import EmbeddedEngine
 from pipeline.generate.engine import TINY_WEIGHTS, choose_engine
 from pipeline.generate.parse import parse_reply
@@ -21,18 +21,31 @@ SEED = 8001  # no training has seen these scenes
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return choose_engine(resolve(source="scenes"))[1]()
+    return choose_engine(resolve(source="scenes")).make()
 
 
 def requests(count: int, seed: int = SEED) -> list[Request]:
     config = resolve(source="scenes")
-    (_, revision), _ = choose_engine(config)
+    revision = choose_engine(config).revision
     return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.image, config, revision)]
 
 
+class Once:
+    """Work that is taken once; a reply leads to nothing more."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self.left = list(requests)
+
+    def take(self) -> list[Request]:
+        taken, self.left = self.left, []
+        return taken
+
+    def sending(self, requests: Sequence[Request]) -> None:
+        pass
+
+
 def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:
-    found = [reply for group in groups(list(asked), 64) for answered in engine.ask(group) for reply in answered]
-    return {reply.request_id: reply for reply in found}
+    return {reply.request_id: reply for answered in engine.ask(Once(asked)) for reply in answered}
 
 
 def scores(engine: Engine, asked: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
@@ -97,12 +110,25 @@ def test_a_reply_that_runs_out_of_tokens_says_so(engine: Engine) -> None:
     assert {row["reply_error"] for r in short for row in parse_reply(r, given[r.id])} == {"cut_short"}
 
 
-def test_an_unknown_style_is_refused_before_anything_is_asked() -> None:
-    from pipeline.errors import ConfigError
+def test_a_style_that_the_teacher_does_not_know_is_refused_before_anything_is_asked() -> None:
+    with pytest.raises(EngineError, match="does not know the caption style plain"):
+        choose_engine(resolve(source="scenes", generate={"caption_styles": ["plain"]}))
 
-    with pytest.raises(ConfigError, match="caption_styles"):
-        resolve(source="scenes", generate={"caption_styles": ["poem"]})
+
+def test_another_attempt_at_the_same_request_draws_other_numbers(engine: Engine) -> None:
+    qa = [replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(4) if r.task == "qa"]
+    again = [replace(r, attempt=1) for r in qa]
+    assert [r.text for r in replies(engine, qa).values()] != [r.text for r in replies(engine, again).values()]
+
+
+def test_a_failed_reply_can_be_shown_to_the_model(engine: Engine) -> None:
+    (brief, *_) = requests(1)
+    shown = replace(brief, attempt=2, failed=("{]", f"That cannot be used.\n{brief.text.splitlines()[-1]}"))
+    (reply,) = replies(engine, [shown]).values()
+    assert reply.attempt == 2
+    assert reply.prompt_tokens > replies(engine, [brief])[brief.id].prompt_tokens
+    assert parse_reply(shown, reply)[0]["reply_error"] is None
 
 
 def test_the_model_is_loaded_when_it_is_asked_and_not_before() -> None:
-    EmbeddedEngine("none", "/does/not/exist", "r")
+    EmbeddedEngine("none", "/does/not/exist", "r", GenerateConfig())

@@ -1,0 +1,112 @@
+"""`synth doctor`: look at this machine, and say what it can do and what stands in the way. Nothing is changed."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import EngineError
+from pipeline.generate.engine import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+
+LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
+DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
+EXTRAS = {
+    "embedded": ("torch", "transformers", "llguidance", "torchvision"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors"),
+}
+_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch.__version__)"
+_VLLM_SECONDS = 120  # importing it takes half of that on a busy machine
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    hint: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return all findings, in the order in which a person would mend them."""
+    return [*(_extra(name) for name in EXTRAS), _vllm(), _gpu(), _engine("scenes"), _engine("folder:PATH"), _hub(), _disk()]
+
+
+def _extra(name: str) -> Finding:
+    found, missing = [], []
+    for package in EXTRAS[name]:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    hint = f"pip install 'synth[{name}]' from the folder of synth" if missing else ""
+    lack = f"missing: {', '.join(missing)}; " if missing else ""
+    return Finding(name, not missing, lack + ", ".join(found), hint)
+
+
+def _vllm() -> Finding:
+    python = vllm_python()
+    if python is None:
+        return Finding("vllm", False, "not installed", f"pip install vllm, or name an interpreter that has it: {VLLM_PYTHON}")
+    try:
+        done = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, timeout=_VLLM_SECONDS)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("vllm", False, f"{python} cannot be run: {error}", f"check {VLLM_PYTHON}")
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["nothing was said"]
+    return Finding("vllm", done.returncode == 0, said[-1], "" if done.returncode == 0 else f"{python} cannot import vLLM")
+
+
+def _gpu() -> Finding:
+    if not has_gpu():
+        return Finding("gpu", False, "none", "the 3B model needs one, or a server elsewhere: --base-url")
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=30)  # noqa: S603
+    return judge_gpus(done.stdout)
+
+
+def judge_gpus(listed: str) -> Finding:
+    """Judge the lines of nvidia-smi: `name, total MiB, free MiB` each."""
+    cards = [[part.strip() for part in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    if not cards:
+        return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
+    name, total, free = max(cards, key=lambda card: int(card[2]))
+    found = f"{len(cards)} x {name}, {int(free) / 1024:.0f} of {int(total) / 1024:.0f} GiB free"
+    enough = int(free) >= LARGE_GIB * 1024
+    return Finding("gpu", enough, found, "" if enough else f"{LARGE} needs {LARGE_GIB} GiB: end what else uses the GPU")
+
+
+def _engine(source: str) -> Finding:
+    """Say what `--engine auto` would do, without asking the Hub."""
+    config = Config(source=source)
+    name, why = pick_engine(config)
+    if name == "vllm" and source != "scenes":
+        return Finding("auto", True, f"{source}: vllm with {LARGE}, because {why}")
+    try:
+        choice = choose_engine(config)
+    except EngineError as error:
+        return Finding("auto", False, f"{source}: {error}", error.hint)
+    return Finding("auto", True, f"{source}: {choice.name} with {choice.model}, because {choice.why}")
+
+
+def _hub() -> Finding:
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return Finding("hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load a model or dataset by name")
+    if get_token() is None:
+        return Finding("hub", False, f"no token for {ENDPOINT}", "hf auth login; only `synth push` and gated data need one")
+    return Finding("hub", True, f"a token for {ENDPOINT} is here; whether it may write is seen at the first push")
+
+
+def _disk() -> Finding:
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    writable = os.access(Path.cwd(), os.W_OK)
+    found = f"{free_gib:.0f} GiB free here" + ("" if writable else ", but this folder cannot be written to")
+    enough = free_gib >= DISK_GIB
+    hint = "" if enough else f"the 3B model and a dataset of photos want {DISK_GIB} GiB"
+    return Finding("disk", enough and writable, found, hint or ("" if writable else "go to another folder, or pass --out DIR"))

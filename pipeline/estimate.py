@@ -1,0 +1,101 @@
+"""`synth generate --dry-run`: ask about a few images, and say what all of them would take. The replies are kept."""
+
+import time
+from contextlib import ExitStack
+from functools import cache
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.generate.ask import Counts, ask_about
+from pipeline.generate.engine import choose_engine
+from pipeline.generate.journal import Journal
+from pipeline.generate.parse import parse_reply
+from pipeline.generate.requests import asked_of_each, build_requests, check_prompts
+from pipeline.schema import broken_rule
+from pipeline.source import open_source
+from pipeline.store import Folder, dataset_folder, disk_errors
+from pipeline.types import Engine, Sample, Silence, Talk
+
+SAMPLED_IMAGES = 32
+
+
+def estimate_run(config: Config, out: Path | None = None, talk: Talk | None = None) -> dict[str, Any]:
+    """Return hours, tokens, bytes and the share of invalid annotations that a run with this config is likely to have.
+
+    Images whose replies are in the journal already are passed over: only a request that is sent can be timed.
+
+    Raises:
+        SynthError: whatever `generate_version` would raise.
+    """
+    folder = Folder(out or dataset_folder(config.source))
+    talk = talk or Silence()
+    check_prompts(config)
+    source = open_source(config.source, split=config.source_split, seed=config.seed, limit=config.limit)
+    choice = choose_engine(config, folder.server_log, talk)
+    counts, samples = Counts(), []
+    with disk_errors(folder.path), folder.lock(), Journal(folder.journal) as journal, ExitStack() as stack:
+        for row in source.rows:
+            if isinstance(row, Sample) and _is_new(row, config, choice.revision, journal):
+                samples.append(row)
+            if len(samples) == min(SAMPLED_IMAGES, config.limit or SAMPLED_IMAGES):
+                break
+
+        @cache
+        def engine() -> Engine:
+            return stack.enter_context(choice.make())
+
+        if samples:
+            engine()
+        started = time.monotonic()
+        chunks = iter([[(sample.id, sample.image) for sample in samples]])
+        for ready in ask_about(chunks, config, choice.revision, engine, journal, counts):
+            talk("dry run", counts.done, len(samples) * len(asked_of_each(config)), ready.figures())
+        seconds = time.monotonic() - started
+        return _estimate(samples, source.total, seconds, config, choice.revision, journal, counts)
+
+
+def _is_new(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
+    return any(journal.last(request.id) is None for request in build_requests(sample.id, b"", config, revision))
+
+
+def _estimate(
+    samples: list[Sample], total: int | None, seconds: float, config: Config, revision: str, journal: Journal, counts: Counts
+) -> dict[str, Any]:
+    prompt_tokens = reply_tokens = text_bytes = invalid = annotations = 0
+    for sample in samples:
+        for request in build_requests(sample.id, b"", config, revision):
+            last = journal.last(request.id)
+            assert last is not None, f"no reply to {request.id}"
+            prompt_tokens += last[0].prompt_tokens
+            reply_tokens += last[0].reply_tokens
+            text_bytes += len(last[0].text.encode())
+            for row in parse_reply(request, last[0]):
+                annotations += 1
+                invalid += bool(row["reply_error"] or broken_rule(request.task, row | {"caption": row["text"]}))
+    images = total or len(samples)
+    scale = images / len(samples) if samples else 0.0
+    return {
+        "sampled_images": len(samples),
+        "sampled_seconds": round(seconds, 2),
+        "asked": counts.asked,
+        "images": images,
+        "requests": images * len(asked_of_each(config)),
+        "hours": seconds * scale / 3600,
+        "prompt_tokens": round(prompt_tokens * scale),
+        "reply_tokens": round(reply_tokens * scale),
+        "bytes": round((sum(len(sample.image) for sample in samples) + text_bytes) * scale),
+        "invalid_share": wilson_interval(invalid, annotations),
+    }
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % interval of a share (E. B. Wilson, 1927); all of [0, 1] where nothing was tried."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = hits / trials
+    center = share + z * z / (2 * trials)
+    half = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

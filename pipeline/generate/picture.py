@@ -1,0 +1,89 @@
+"""An image as a server gets it: the bytes of the source where they will do, else upright RGB within bounds, as JPEG."""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+from concurrent.futures import Executor
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.image import prepare_image
+
+MAX_BYTES = 1_000_000  # above this a photo is encoded anew: the server decodes it on one thread
+QUALITY = 92
+_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
+_ORIENTATION = 0x0112  # EXIF
+
+
+class Pictures:
+    """The images of requests that are under way, each made once for all of its tasks.
+
+    Args:
+        media: a folder that the server reads; images then travel as file:// and not within the request.
+        max_pixels: larger images are scaled down.
+        keep: how many images may be in use at once; older ones are dropped, and made again if need be.
+    """
+
+    def __init__(self, media: Path | None, max_pixels: int | None, pool: Executor) -> None:
+        self.keep = 256
+        self._media = media
+        self._max_pixels = max_pixels
+        self._pool = pool
+        self._made: dict[str, asyncio.Future[bytes]] = {}
+
+    async def part(self, sample_id: str, image: bytes) -> bytes:
+        """Return the JSON of the message part that shows this image.
+
+        Its uuid is the hash of the bytes that are sent: a server may show a cached image for it without looking.
+        """
+        made = self._made.get(sample_id)
+        if made is None or (made.done() and made.exception()):
+            made = asyncio.ensure_future(self._make(sample_id, image))
+            self._made[sample_id] = made
+            while len(self._made) > self.keep:
+                self._drop(next(iter(self._made)))
+        return await asyncio.shield(made)
+
+    async def _make(self, sample_id: str, image: bytes) -> bytes:
+        kind = fits(image, self._max_pixels)
+        if kind:
+            data, uuid = image, sample_id  # which is the hash of these very bytes
+        else:
+            loop = asyncio.get_running_loop()
+            data, kind = await loop.run_in_executor(self._pool, reencode, image, self._max_pixels), "jpeg"
+            uuid = hashlib.sha256(data).hexdigest()
+        if self._media is None:
+            return b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % (
+                kind.encode(),
+                base64.b64encode(data),
+                uuid.encode(),
+            )
+        path = self._media / sample_id
+        path.write_bytes(data)
+        return json.dumps({"type": "image_url", "image_url": {"url": path.as_uri()}, "uuid": uuid}).encode()
+
+    def _drop(self, sample_id: str) -> None:
+        del self._made[sample_id]
+        if self._media:
+            (self._media / sample_id).unlink(missing_ok=True)
+
+
+def fits(image: bytes, max_pixels: int | None) -> str | None:
+    """Return the type of an image that can be sent as it is, from its header alone; None where it must be made anew."""
+    with Image.open(io.BytesIO(image)) as header:
+        kind = _AS_THEY_ARE.get(header.format or "")
+        plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
+        turned = "exif" in header.info and header.getexif().get(_ORIENTATION, 1) != 1
+        moving = getattr(header, "is_animated", False)
+        small = len(image) <= MAX_BYTES and (max_pixels is None or header.width * header.height <= max_pixels)
+        return kind if plain and small and not turned and not moving and "transparency" not in header.info else None
+
+
+def reencode(image: bytes, max_pixels: int | None) -> bytes:
+    """Return the image as JPEG, upright, RGB, within the bound."""
+    out = io.BytesIO()
+    prepare_image(image, max_pixels).save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()

@@ -1,0 +1,288 @@
+"""A vLLM server of our own: started with flags for this machine, watched, started again when it dies, always stopped.
+
+It listens on loopback only, behind a random key. What it prints goes to a file.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import EngineError
+from pipeline.types import Talk
+
+NAME = "model"  # what the server calls the model: a path is nobody's business
+BACKEND = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+STOP_SECONDS = 15
+MIN_TOKENS = 1024
+MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are handed over in memory where the machine can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a server is started; all that can be known before."""
+
+    python: str
+    model: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    log: Path
+    max_num_seqs: int
+    max_model_len: int
+    restarts: int
+    start_seconds: float
+    api_key: str = field(default_factory=lambda: os.environ.get("SYNTH_API_KEY") or secrets.token_urlsafe(24), repr=False)
+    port: int | None = None
+
+    def command(self, port: int, media: Path) -> list[str]:
+        """Return the command line that serves on `port` and may read images under `media`."""
+        ours = ["--host", "127.0.0.1", "--port", str(port), "--allowed-local-media-path", str(media)]
+        return [self.python, *self.arguments, *ours]
+
+
+def plan_launch(
+    python: str, model: str, revision: str, config: Config, log: Path, *, gpu: bool, cores: int, memory_gib: float
+) -> Launch:
+    """Choose flags for a model (a folder or a Hub id) on this machine; the user's own come last and win."""
+    server = config.server
+    length = min(_context(model), MAX_TOKENS)
+    seqs = 256 if gpu else 32
+    chosen: dict[str, str] = {
+        "--served-model-name": NAME,
+        "--dtype": "bfloat16",
+        "--max-model-len": str(length),
+        "--max-num-seqs": str(seqs),
+        "--limit-mm-per-prompt": '{"image":1,"video":0}',
+        "--structured-outputs-config": json.dumps(BACKEND, separators=(",", ":")),
+        "--generation-config": "vllm",  # else the model's own file changes how tokens are chosen
+        "--uvicorn-log-level": "warning",
+    }
+    switches = ["--enable-prompt-tokens-details"]
+    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+    if Path(model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+        model = str(Path(model).absolute())
+    else:
+        chosen["--revision"] = revision
+    if gpu:
+        # Images are prepared on one thread of each API server: that thread, not the GPU, is what a small model waits for.
+        chosen |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
+        chosen["--api-server-count"] = str(max(1, min(4, cores // 4)))
+        entry = ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    else:
+        # Blocks of 32: the default of 128 tokens for CPUs would share hardly any prefix. Threads that spin cost 8 times.
+        chosen["--block-size"] = "32"
+        switches.append("--enforce-eager")
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, int(memory_gib // 8))),
+            "OMP_NUM_THREADS": str(max(1, cores - 1)),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        # The console script of vllm-cpu does not find its own version; the module does without.
+        entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    flags = [part for pair in chosen.items() for part in pair]
+    return Launch(
+        python=python,
+        model=model,
+        arguments=(*entry, *flags, *switches, *server.flags),
+        environment=environment,
+        log=log,
+        max_num_seqs=int(_given(server.flags, "--max-num-seqs") or seqs),
+        max_model_len=int(_given(server.flags, "--max-model-len") or length),
+        restarts=server.restarts,
+        start_seconds=server.start_seconds,
+    )
+
+
+class Server:
+    """A running vLLM: an async context manager, ready when entered."""
+
+    def __init__(self, launch: Launch, talk: Talk) -> None:
+        self.launch = launch
+        self.restarted = 0
+        self.failure: EngineError | None = None  # why it cannot be kept alive
+        self.gave_up = asyncio.Event()
+        self.media = _media_folder()
+        self._talk = talk
+        self._port = launch.port or _free_port()
+        self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def root(self) -> str:
+        """The address without `/v1`."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The process that listens, where there is one."""
+        return self._process.pid if self._process else None
+
+    async def __aenter__(self) -> "Server":
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._watcher:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._stop()
+
+    async def _watch(self) -> None:
+        """Start the server again when it dies, a bounded number of times; then say why it cannot be kept alive."""
+        while True:
+            assert self._process
+            code = await self._process.wait()
+            await self._kill()
+            if self.restarted == self.launch.restarts:
+                self.failure = self._failed(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
+                self.gave_up.set()
+                return
+            self.restarted += 1
+            self._talk.say(f"vLLM died (exit code {code}): starting it again, {self.restarted} of {self.launch.restarts}")
+            try:
+                await self._start()
+            except EngineError as error:
+                self._talk.say(str(error))
+                await self._kill()
+
+    async def _start(self) -> None:
+        self.launch.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
+        with self.launch.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.launch.command(self._port, self.media),
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while not await answers(f"{self.root}/health"):
+            seconds = loop.time() - started
+            if self._process.returncode is not None:
+                raise self._failed(f"vLLM ended while it started, with exit code {self._process.returncode}")
+            if seconds > self.launch.start_seconds:
+                raise self._failed(f"vLLM did not start within {self.launch.start_seconds:.0f} s")
+            self._talk.say(f"vLLM starts: {seconds:.0f} s; its log: {self.launch.log}", passing=True)
+            await asyncio.sleep(0.5)
+        self._talk.say(f"vLLM is ready after {loop.time() - started:.0f} s")
+
+    async def _stop(self) -> None:
+        if self._process and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        await self._kill()
+        shutil.rmtree(self.media, ignore_errors=True)
+
+    async def _kill(self) -> None:
+        """End all that is left of it: its engine is a process of its own."""
+        if self._process:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+
+    def _failed(self, what: str) -> EngineError:
+        tail = self.launch.log.read_text(encoding="utf-8", errors="replace")[-20_000:] if self.launch.log.exists() else ""
+        return EngineError(f"{what}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
+
+
+async def answers(url: str, seconds: float = 5) -> bool:
+    """Whether an HTTP server answers 200 here. Without a connection pool: a dead server must not poison one."""
+    import aiohttp
+
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds)) as session, session.get(url) as answer:
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+def _last_error(log: str) -> str:
+    errors = [line for line in log.splitlines() if "Error" in line and "Traceback" not in line]
+    return f": {' '.join(errors[-1].split())[-300:]}" if errors else ""
+
+
+def _advice(log: str) -> str:
+    low = log.lower()
+    if "out of memory" in low or "no available memory for the cache blocks" in low or "kv cache is needed" in low:
+        return "it needs more memory: try -- --max-model-len 4096 --gpu-memory-utilization 0.95, or a smaller model; "
+    if "no module named vllm" in low or "no module named 'vllm'" in low:
+        return "install vLLM here, or let SYNTH_VLLM_PYTHON name the interpreter that has it; "
+    if "unrecognized arguments" in low:
+        return "a flag after -- is not one of vLLM's; "
+    return ""
+
+
+def _context(model: str) -> int:
+    """Return how many tokens a model folder holds; of a Hub id it is not known before it is there."""
+    file = Path(model) / "config.json"
+    if not file.exists():
+        return MAX_TOKENS
+    found = json.loads(file.read_text(encoding="utf-8"))
+    found = found.get("text_config") or found
+    return int(found.get("max_position_embeddings") or MIN_TOKENS)
+
+
+def _given(flags: tuple[str, ...], name: str) -> str | None:
+    """Return the value of a flag, written `--flag value` or `--flag=value`; the last one counts."""
+    value = None
+    for at, flag in enumerate(flags):
+        if flag == name and at + 1 < len(flags):
+            value = flags[at + 1]
+        elif flag.startswith(f"{name}="):
+            value = flag.partition("=")[2]
+    return value
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _media_folder() -> Path:
+    """Make a folder for images under way, and remove those of processes that were killed."""
+    home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    for old in home.glob("synth-*-media-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"synth-{os.getpid()}-media-", dir=home))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end the server when we are killed and cannot (Linux: prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

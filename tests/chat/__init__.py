@@ -1,0 +1,1 @@
+"""A scripted chat server: it speaks vLLM's protocol over a real socket, and fails on demand."""

@@ -1,0 +1,158 @@
+"""A chat server on loopback that answers as a script says. It notes every request, so that a test can count them."""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+REPLIES = {
+    "caption": '{"caption":"A small red ring on a white background."}',
+    "qa": '{"qa":[{"answer_type":"number","question":"How many rings are there?","answer":"1"}]}',
+}
+
+
+@dataclass(frozen=True)
+class Act:
+    """What the server does with one request: answer with a text, or fail in one of the ways that servers fail."""
+
+    text: str | None = None
+    finish_reason: str = "stop"
+    status: int = 200
+    seconds: float = 0.0
+    raw: bytes | None = None  # the whole body, as it is
+    cut: bool = False  # close the connection in the middle of the body
+    close: bool = False  # close the connection after the body without saying so
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+Script = Callable[[int, dict[str, Any]], Act | None]  # (how often this very request came before, its body); None: be good
+
+
+class ChatServer:
+    """The state of a running server. `script` may be changed while it runs."""
+
+    def __init__(self, script: Script | None = None, model: str = "model", *, schemas: bool = True) -> None:
+        self.script: Script = script or (lambda times, body: None)
+        self.model = model
+        self.schemas = schemas
+        self.key: str | None = None
+        self.url = ""
+        self.bodies: list[dict[str, Any]] = []
+        self.times: Counter[str] = Counter()
+        self.flying = self.most_flying = 0
+        self.metrics = ""
+        self.dead = False  # refuses all, as a server whose engine has died
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    async def _models(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return web.json_response({"data": [{"id": self.model, "max_model_len": 4096}]})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.dead else 200)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        body = await request.json()
+        if body["model"] != self.model:
+            return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
+        schema = body["response_format"]["json_schema"]
+        if schema["name"] == "probe":
+            proof = schema["schema"]["properties"]["word"]["enum"][0]
+            return web.json_response(answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
+        self.bodies.append(body)
+        name = _name(body)
+        times = self.times[name]
+        self.times[name] += 1
+        self.flying += 1
+        self.most_flying = max(self.most_flying, self.flying)
+        try:
+            return await self._act(request, self.script(times, body) or Act(), REPLIES[schema["name"]])
+        finally:
+            self.flying -= 1
+
+    async def _act(self, request: web.Request, act: Act, good: str) -> web.StreamResponse:
+        await asyncio.sleep(act.seconds)
+        transport = request.transport
+        body = json.dumps(answer(good if act.text is None else act.text, act.finish_reason)).encode()
+        if act.status != 200:
+            body = json.dumps({"error": {"message": f"scripted {act.status}"}}).encode()
+        body = body if act.raw is None else act.raw
+        response = web.StreamResponse(status=act.status, headers={"Content-Type": "application/json", **act.headers})
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body[: len(body) // 2] if act.cut else body)
+        if not act.cut:
+            await response.write_eof()
+        if (act.cut or act.close) and transport:
+            transport.abort() if act.cut else transport.close()
+        return response
+
+
+def answer(text: str, finish_reason: str = "stop") -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return {"choices": [choice], "usage": {"prompt_tokens": 40, "completion_tokens": 12}}
+
+
+def task_of(body: dict[str, Any]) -> str:
+    """The last line of the first user message."""
+    first = next(message for message in body["messages"] if message["role"] == "user")
+    return str(first["content"][-1]["text"].splitlines()[-1])
+
+
+def uuid_of(body: dict[str, Any]) -> str:
+    first = next(message for message in body["messages"] if message["role"] == "user")
+    return str(first["content"][0]["uuid"])
+
+
+def _name(body: dict[str, Any]) -> str:
+    """One image and task, however often and in whatever way it is asked."""
+    return f"{uuid_of(body)} {task_of(body)}"
+
+
+@contextmanager
+def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
+    """Serve in a thread; `url` ends in /v1. All that hangs is cut off in the end."""
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    runner = web.AppRunner(chat.app(), shutdown_timeout=0.1)
+
+    async def start() -> None:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
+        await site.start()
+        chat.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        started.set()
+
+    def serve() -> None:
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert started.wait(10), "the scripted server did not start"
+    try:
+        yield chat
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()

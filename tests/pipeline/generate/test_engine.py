@@ -1,0 +1,79 @@
+"""Which engine answers: decided by what is named and what is here, with the reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import EngineError
+from pipeline.generate import engine
+from pipeline.generate.engine import LARGE, TINY_WEIGHTS, choose_engine, max_pixels, pick_engine
+from pipeline.generate.weights import weights_revision
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "has_gpu", lambda: True)
+    monkeypatch.setenv(engine.VLLM_PYTHON, "/opt/vllm/python")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "has_gpu", lambda: False)
+    monkeypatch.delenv(engine.VLLM_PYTHON, raising=False)
+
+
+def test_auto_takes_vllm_where_a_gpu_and_vllm_are_there(gpu: None) -> None:
+    assert pick_engine(resolve(source="scenes")) == ("vllm", "a GPU and vLLM are here")
+
+
+def test_auto_stays_in_this_process_elsewhere(no_gpu: None) -> None:
+    choice = choose_engine(resolve(source="scenes"))
+    assert (choice.name, choice.model, choice.revision) == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
+
+
+def test_auto_takes_a_server_that_is_named(no_gpu: None) -> None:
+    choice = choose_engine(resolve(source="folder:x", base_url=["http://localhost:1/v1"], model="m"))
+    assert (choice.name, choice.model, choice.revision) == ("vllm", "m", "m")
+
+
+def test_on_a_gpu_photos_go_to_the_large_model_and_scenes_to_the_tiny_one(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_hub_revision", lambda model: "c0ffee")
+    photos, scenes = choose_engine(resolve(source="folder:x")), choose_engine(resolve(source="scenes"))
+    assert (photos.model, photos.revision, scenes.model) == (LARGE, "c0ffee", "tiny")
+
+
+def test_the_tiny_teacher_is_not_chosen_for_photos(no_gpu: None) -> None:
+    with pytest.raises(EngineError, match="no model here can describe folder:x"):
+        choose_engine(resolve(source="folder:x"))
+    with pytest.raises(EngineError, match="no model here can describe folder:x"):
+        choose_engine(resolve(source="folder:x", model="tiny"))
+    assert choose_engine(resolve(source="folder:x", engine="embedded", model="tiny")).model == "tiny"
+
+
+def test_vllm_that_is_not_there_is_an_error_with_three_ways_out(no_gpu: None) -> None:
+    choice = choose_engine(resolve(source="scenes", engine="vllm"))
+    with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
+        choice.make()
+    assert all(way in caught.value.hint for way in ("pip install vllm", engine.VLLM_PYTHON, "--base-url"))
+
+
+def test_a_server_and_a_model_in_this_process_exclude_each_other() -> None:
+    with pytest.raises(EngineError, match="--base-url names a server"):
+        choose_engine(resolve(source="scenes", engine="embedded", base_url=["http://localhost:1/v1"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pixels"),
+    [
+        ("preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12845056}, 12845056),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1, "longest_edge": 7056}}, 7056),
+        ("processor_config.json", {"image_processor": {"size": {"longest_edge": 5}}}, 5),
+        ("preprocessor_config.json", {}, None),
+        ("other.json", {"max_pixels": 3}, None),
+    ],
+)
+def test_the_pixel_bound_is_the_processors_own(tmp_path: Path, name: str, content: object, pixels: int | None) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    assert max_pixels(str(tmp_path)) == pixels

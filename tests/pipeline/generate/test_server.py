@@ -1,0 +1,161 @@
+"""How vLLM is started on machines that are not this one, and what is said when it is not to be had."""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import EngineError
+from pipeline.generate import server
+from pipeline.generate.engine import TINY_WEIGHTS
+from pipeline.generate.server import Launch, Server, plan_launch
+from pipeline.types import Silence
+
+
+def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any) -> Launch:
+    config = resolve(source="scenes", server={"flags": flags, **settings})
+    return plan_launch("python", model, "c0ffee", config, tmp_path / "log", gpu=gpu, cores=16, memory_gib=64)
+
+
+def value_of(launch: Launch, flag: str) -> str:
+    at = launch.arguments.index(flag)
+    return launch.arguments[at + 1]
+
+
+def test_the_backend_is_guidance_and_json_is_compact_everywhere(tmp_path: Path) -> None:
+    for gpu in (False, True):
+        backend = json.loads(value_of(plan(tmp_path, gpu=gpu), "--structured-outputs-config"))
+        assert backend == {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+
+
+def test_a_large_gpu_gets_several_api_servers_and_a_cpu_gets_small_blocks(tmp_path: Path) -> None:
+    gpu, cpu = plan(tmp_path, gpu=True), plan(tmp_path)
+    assert value_of(gpu, "--api-server-count") == "4"
+    assert "--block-size" not in gpu.arguments
+    assert value_of(cpu, "--block-size") == "32"
+    assert cpu.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
+    assert (gpu.max_num_seqs, cpu.max_num_seqs) == (256, 32)
+
+
+def test_a_hub_model_is_pinned_to_its_commit_and_a_folder_needs_no_hub(tmp_path: Path) -> None:
+    hub, folder = plan(tmp_path, model="me/model"), plan(tmp_path)
+    assert value_of(hub, "--revision") == "c0ffee"
+    assert "HF_HUB_OFFLINE" not in hub.environment
+    assert folder.environment["HF_HUB_OFFLINE"] == "1"
+    assert "--revision" not in folder.arguments
+
+
+def test_the_context_is_the_models_own_up_to_what_an_image_needs(tmp_path: Path) -> None:
+    assert value_of(plan(tmp_path), "--max-model-len") == "2048"
+    assert value_of(plan(tmp_path, model="me/model"), "--max-model-len") == "8192"
+
+
+@pytest.mark.parametrize("flags", [("--max-num-seqs", "7"), ("--max-num-seqs=7",)])
+def test_a_users_flags_come_last_and_count(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    launch = plan(tmp_path, *flags)
+    assert launch.max_num_seqs == 7
+    assert launch.arguments[-len(flags) :] == flags
+
+
+def test_the_key_is_random_and_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SYNTH_API_KEY", raising=False)
+    one, other = plan(tmp_path), plan(tmp_path)
+    assert one.api_key != other.api_key
+    assert one.api_key not in " ".join(one.command(1, tmp_path)) + repr(one)
+    assert "127.0.0.1" in one.command(1, tmp_path)
+
+
+def stub(tmp_path: Path, code: str, **settings: Any) -> Launch:
+    """A launch of another program in vLLM's place: what is tested is how it is watched."""
+    script = tmp_path / "stub.py"
+    script.write_text(code)
+    launch = plan(tmp_path, **settings)
+    return Launch(
+        python=sys.executable,
+        model=launch.model,
+        arguments=(str(script),),
+        environment={},
+        log=tmp_path / "log",
+        max_num_seqs=1,
+        max_model_len=1,
+        restarts=launch.restarts,
+        start_seconds=launch.start_seconds,
+    )
+
+
+SERVES = """
+import sys, http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        if self.path == "/die": sys.stdout.flush(); import os; os._exit(7)
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "what", "hint"),
+    [
+        ("ValueError: no such model", "exit code 3: ValueError: no such model", "all it said"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "it needs more memory"),
+        ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
+        ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not one of vLLM's"),
+    ],
+)
+def test_a_server_that_ends_at_once_is_said_with_its_last_error(tmp_path: Path, printed: str, what: str, hint: str) -> None:
+    async def start() -> None:
+        async with Server(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)"), Silence()):
+            pass
+
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(start())
+    assert what in str(caught.value)
+    assert hint in caught.value.hint
+    assert str(tmp_path / "log") in caught.value.hint
+
+
+def test_a_server_that_never_answers_is_stopped(tmp_path: Path) -> None:
+    made: list[Server] = []
+
+    async def start() -> None:
+        made.append(Server(stub(tmp_path, "import time; time.sleep(60)", start_seconds=1), Silence()))
+        async with made[0]:
+            pass
+
+    with pytest.raises(EngineError, match="did not start within 1 s"):
+        asyncio.run(start())
+    pid = made[0].pid
+    assert pid and not Path(f"/proc/{pid}").exists()
+    assert not made[0].media.exists()
+
+
+def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path: Path) -> None:
+    async def die_often() -> tuple[int, str]:
+        async with Server(stub(tmp_path, SERVES, restarts=2), Silence()) as running:
+            first = running.root
+            while not running.gave_up.is_set():
+                await server.answers(f"{running.root}/die")
+                await asyncio.sleep(0.05)
+            assert running.root == first  # those who know its address find it again
+            return running.restarted, str(running.failure)
+
+    restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
+    assert restarted == 2
+    assert "died 3 times, the last with exit code 7" in failure
+
+
+def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_SHARED_MEMORY", tmp_path)
+    dead = tmp_path / "synth-999999999-media-x"
+    dead.mkdir()
+    alive = server._media_folder()
+    assert not dead.exists()
+    assert server._media_folder().parent == alive.parent
+    assert alive.exists()
+    assert time.time() - alive.stat().st_mtime < 60

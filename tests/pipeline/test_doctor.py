@@ -1,0 +1,39 @@
+"""Doctor: what is read off a machine, on machines that are not this one."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.doctor import examine, judge_gpus
+from pipeline.generate.engine import VLLM_PYTHON
+
+
+def test_the_roomiest_card_counts() -> None:
+    finding = judge_gpus("NVIDIA H100, 81559, 2000\nNVIDIA H100, 81559, 81000\n")
+    assert (finding.ok, finding.found) == (True, "2 x NVIDIA H100, 79 of 80 GiB free")
+
+
+def test_a_card_that_is_too_small_is_said_with_a_hint() -> None:
+    finding = judge_gpus("NVIDIA T4, 15360, 3000\n")
+    assert not finding.ok
+    assert "needs 8 GiB" in finding.hint
+
+
+def test_a_driver_that_lists_nothing_is_no_gpu() -> None:
+    assert not judge_gpus("No devices were found\n").ok
+
+
+def test_an_interpreter_that_has_no_vllm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VLLM_PYTHON, "/bin/false")
+    (vllm,) = [finding for finding in examine() if finding.what == "vllm"]
+    assert not vllm.ok
+    monkeypatch.setenv(VLLM_PYTHON, "/does/not/exist")
+    (vllm,) = [finding for finding in examine() if finding.what == "vllm"]
+    assert "cannot be run" in vllm.found
+
+
+def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VLLM_PYTHON, raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert all(finding.hint for finding in examine() if not finding.ok)
