@@ -48,7 +48,7 @@ class ServerConfig(Section):
     start_seconds: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is away
     restarts: int = Field(default=3, ge=0)  # of a server that dies
     reply_seconds: float = Field(default=600, gt=0)  # for one reply
-    concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: follows the server's queue
+    concurrency: Annotated[int, Field(ge=1)] | None = None  # requests without a kept reply; None: follows the server
 
 
 class SplitConfig(Section):

@@ -24,7 +24,7 @@ from pipeline.generate.picture import Pictures
 from pipeline.generate.server import NAME, Launch, Server, answers
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Silence, Talk, Work
 
-GROUP_REPLIES = 64  # are handed over together, or what there is after GROUP_SECONDS
+GROUP_REPLIES = 64  # are handed over together, or a quarter of the window, or what there is after GROUP_SECONDS
 GROUP_SECONDS = 1.0
 NOTED_AHEAD = 32  # requests are noted as sent in groups as well, just before they are
 FAULTS = 5  # of a server that is well otherwise, at one request
@@ -32,7 +32,7 @@ FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 LOUD_REFUSALS = 16  # in a row, before any reply: then it is not the images
 POLL_SECONDS = 1.0
-START_WINDOW = 32  # requests in flight to a server whose size is not known
+START_WINDOW = 32  # requests without a kept reply, for a server whose size is not known
 LARGEST_WINDOW = 1024
 PROMPT_TOKENS = 512  # room for the words beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
@@ -201,11 +201,12 @@ class Client:
     def _first_window(self) -> int:
         if self._config.server.concurrency:
             return self._config.server.concurrency
-        return (self._launch.max_num_seqs * 3 // 2) if self._launch else START_WINDOW * len(self._endpoints)
+        return (self._launch.max_num_seqs * 2) if self._launch else START_WINDOW * len(self._endpoints)
 
     def _set_window(self, window: int) -> None:
         self._window = window
-        self._pictures.keep = 4 * window + 256
+        self._group = max(1, min(GROUP_REPLIES, window // 4))
+        self._pictures.keep = window + 64
 
     async def _require_schemas(self, endpoint: Endpoint) -> None:
         try:
@@ -231,7 +232,7 @@ class Client:
         """Keep the window full until a group of replies is there; an empty one when all is done."""
         loop = asyncio.get_running_loop()
         self._fill(flow)
-        while len(flow.replies) < GROUP_REPLIES and flow.running and not flow.error:
+        while len(flow.replies) < self._group and flow.running and not flow.error:
             flow.wake.clear()
             timer = loop.call_later(GROUP_SECONDS, flow.wake.set)
             await flow.wake.wait()
@@ -244,7 +245,12 @@ class Client:
         return replies
 
     def _fill(self, flow: Flow) -> None:
-        while len(flow.running) - flow.resting < self._window and len(flow.running) < 2 * self._window and not flow.error:
+        # A reply that is not handed over yet counts: after a crash it is asked for again, like one under way.
+        while (
+            len(flow.running) + len(flow.replies) - flow.resting < self._window
+            and len(flow.running) < 2 * self._window
+            and not flow.error
+        ):
             request = self._next_request(flow)
             if request is None:
                 return
@@ -273,7 +279,7 @@ class Client:
             self._fill(flow)
         except Exception as error:  # noqa: BLE001  # raised where the flow is awaited
             flow.error = flow.error or error
-        if len(flow.replies) >= GROUP_REPLIES or not flow.running or flow.error:
+        if len(flow.replies) >= self._group or not flow.running or flow.error:
             flow.wake.set()
 
     # --- one request

@@ -1,0 +1,249 @@
+"""What a row costs on top of the server: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]`.
+
+A mock endpoint answers every request after 200 ms. Each client asks for one caption of each of N distinct JPEGs of 85 kB, 256
+requests at once: a bare aiohttp loop that throws the replies away, `synth` with its journal and its validation, and peers,
+each in an environment of its own (benchmarks/peers). CPU a row is the slope between a short and a long run, so that imports
+and start-up do not count. Then each is killed at half-way and started again: what it asks twice is counted by the endpoint.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CONCURRENCY = 256
+LATENCY_SECONDS = 0.2
+IMAGE_BYTES = 85_000
+KEPT_FILES = 2000  # above this, images differ in their last bytes only
+PROMPT = "Write one sentence that names the main things in view."
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a client took."""
+
+    cpu_seconds: float
+    peak_mb: float
+    disk_bytes: int
+
+
+# --- the images
+
+
+def make_images(folder: Path) -> None:
+    """Write distinct noisy JPEGs of about 85 kB."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(KEPT_FILES):
+        path = folder / f"{number:05d}.jpg"
+        if not path.exists():
+            rng = np.random.default_rng(number)
+            coarse = rng.integers(0, 255, (94, 125, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+            picture.save(path, "JPEG", quality=88)
+
+
+def read_image(folder: Path, number: int) -> bytes:
+    """Return the bytes of an image; beyond the files there are, a few bytes after its end make it another one."""
+    data = (folder / f"{number % KEPT_FILES:05d}.jpg").read_bytes()
+    return data if number < KEPT_FILES else data + number.to_bytes(8, "big")
+
+
+# --- our two clients, each run as a process of its own
+
+
+def run_raw(url: str, images: Path, rows: int) -> None:
+    """Ask in a bare aiohttp loop, as one would write it in ten minutes, and keep nothing."""
+    import aiohttp
+
+    async def work(session: aiohttp.ClientSession, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            picture = base64.b64encode(read_image(images, number)).decode()
+            content = [
+                {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
+                {"type": "text", "text": PROMPT},
+            ]
+            body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 256, "temperature": 0}
+            async with session.post(f"{url}/chat/completions", json=body) as answer:
+                json.loads((await answer.json())["choices"][0]["message"]["content"])["caption"]
+
+    async def loop() -> None:
+        numbers = iter(range(rows))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await asyncio.gather(*(work(session, numbers) for _ in range(CONCURRENCY)))
+
+    asyncio.run(loop())
+
+
+def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
+    """Run the pass of `synth generate` over the images: hashing, journal, validation and the table of annotations."""
+    from contextlib import ExitStack
+
+    from pipeline.config import resolve
+    from pipeline.generate.ask import Counts, ask_about, read_annotations
+    from pipeline.generate.client import Client
+    from pipeline.generate.journal import Journal
+    from pipeline.validate import validate_annotations
+
+    config = resolve(
+        source="folder:bench",
+        base_url=[url],
+        model="model",
+        tasks=["caption"],
+        generate={"caption_styles": ["brief"]},
+        server={"concurrency": CONCURRENCY},
+    )
+    ids: list[str] = []
+
+    def chunks() -> Iterator[list[tuple[str, bytes]]]:
+        for first in range(0, rows, 64):
+            data = [read_image(images, number) for number in range(first, min(first + 64, rows))]
+            chunk = [(hashlib.sha256(image).hexdigest(), image) for image in data]
+            ids.extend(name for name, _ in chunk)
+            yield chunk
+
+    with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
+        for _ in ask_about(chunks(), config, "m", lambda: stack.enter_context(Client("model", "m", config)), journal, Counts()):
+            pass
+        kept = 0
+        for table in read_annotations((ids[at : at + 64] for at in range(0, rows, 64)), config, "m", journal):
+            kept += validate_annotations(table)["reason"].null_count
+    assert kept == rows, f"{kept} of {rows} captions are valid"
+
+
+# --- measuring
+
+
+def measure(command: list[str], out: Path) -> Run:
+    """Run a client to its end; CPU and memory include the processes that it waited for."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    with (out.parent / f"{out.name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command} failed: {(out.parent / f'{out.name}.log').read_text()[-2000:]}")
+    used = sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())
+    return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, used)
+
+
+def redone(command: list[str], out: Path, root: str, rows: int) -> tuple[int, int]:
+    """Kill a client at half-way and run it again; return how many were answered before, and how many twice."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    urllib.request.urlopen(urllib.request.Request(f"{root}/reset", b""), timeout=10).close()
+    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    with (out.parent / f"{out.name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        while (before := stats(root)["answered"]) < rows // 2:
+            if process.poll() is not None:
+                raise SystemExit(f"{command} ended before it could be killed")
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run(command, stdout=log, stderr=log, env=env, timeout=900, check=True)
+    after = stats(root)
+    if after["different"] != rows:
+        raise SystemExit(f"{command} left rows out: {after}")
+    return before, after["answered"] - rows
+
+
+def stats(root: str) -> dict[str, int]:
+    """Ask the endpoint what it has counted."""
+    with urllib.request.urlopen(f"{root}/stats", timeout=10) as answer:
+        found: dict[str, int] = json.load(answer)
+    return found
+
+
+def commands(url: str, images: Path, peers: dict[str, str]) -> dict[str, list[str]]:
+    """Return the command line of each client, without rows and output."""
+    given = ["--url", url, "--images", str(images)]
+    ours = {name: [sys.executable, __file__, "--worker", name, *given] for name in ("raw", "synth")}
+    return ours | {name: [python, str(HERE / "peers" / f"{name}.py"), *given] for name, python in peers.items()}
+
+
+def main() -> None:
+    """Measure all clients, and print one line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--long-rows", type=int, default=20_000, help="of synth alone, for its memory")
+    parser.add_argument("--peer", action="append", default=[], help="NAME=PYTHON, see benchmarks/peers")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--worker")
+    parser.add_argument("--url")
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.worker == "raw":
+        return run_raw(arguments.url, arguments.images, arguments.rows)
+    if arguments.worker == "synth":
+        return run_synth(arguments.url, arguments.images, arguments.rows, arguments.out)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = f"http://127.0.0.1:{port}"
+    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(port), str(LATENCY_SECONDS)])
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            compare(arguments, root, Path(temporary))
+    finally:
+        mock.kill()
+    return None
+
+
+def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
+    """Run every client, and print what it took."""
+    images = scratch / "images"
+    make_images(images)
+    sizes = [path.stat().st_size for path in images.iterdir()]
+    print(f"{arguments.rows} rows, images of {sum(sizes) / len(sizes) / 1000:.0f} kB, {len(os.sched_getaffinity(0))} cores")
+    print(f"{'client':<16} {'CPU ms/row':>10} {'of raw':>7} {'peak MB':>8} {'disk B/row':>10} {'redone':>7}")
+    peers = dict(pair.split("=", 1) for pair in arguments.peer)
+    short = max(arguments.rows // 8, 64)
+    slopes: dict[str, list[float]] = {}
+    clients = commands(f"{root}/v1", images, peers)
+    runs: dict[str, Run] = {}
+    for _ in range(arguments.repeat):
+        for name, command in clients.items():  # one after the other, so that a busy minute hits all of them
+            out = scratch / name
+            few = measure([*command, "--rows", str(short), "--out", str(out)], out)
+            runs[name] = many = measure([*command, "--rows", str(arguments.rows), "--out", str(out)], out)
+            slopes.setdefault(name, []).append((many.cpu_seconds - few.cpu_seconds) / (arguments.rows - short) * 1000)
+    middle = {name: sorted(values)[len(values) // 2] for name, values in slopes.items()}
+    for name, command in clients.items():
+        again = ""
+        if name != "raw":
+            out = scratch / name
+            _, twice = redone([*command, "--rows", str(arguments.rows), "--out", str(out)], out, root, arguments.rows)
+            again = str(twice)
+        run = runs[name]
+        print(
+            f"{name:<16} {middle[name]:>10.2f} {middle[name] / middle['raw']:>7.2f} {run.peak_mb:>8.0f} "
+            f"{run.disk_bytes / arguments.rows:>10.0f} {again:>7}",
+            flush=True,
+        )
+    if arguments.long_rows:
+        out = scratch / "long"
+        run = measure([*clients["synth"], "--rows", str(arguments.long_rows), "--out", str(out)], out)
+        disk = run.disk_bytes / arguments.long_rows
+        print(f"synth, {arguments.long_rows} rows: peak {run.peak_mb:.0f} MB, {disk:.0f} B/row on disk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A chat endpoint that answers any request with one caption after a fixed time: what is left to measure is the client.
+
+`python benchmarks/mock_chat.py PORT [SECONDS]`. GET /stats tells how many requests came and were answered, and how many
+different ones; POST /reset forgets them. It enforces no schema: its probe answer is the one that is wanted.
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections import Counter
+
+from aiohttp import web
+
+CAPTION = json.dumps({"caption": "A man in a red jacket walks a brown dog along a wet beach under a gray sky."})
+
+
+def answer(text: str, finish_reason: str = "stop") -> bytes:
+    """Return the body of a chat completion."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    usage = {"prompt_tokens": 300, "completion_tokens": 24, "total_tokens": 324}
+    made = {"id": "c", "object": "chat.completion", "created": 0, "model": "model", "choices": [choice], "usage": usage}
+    return json.dumps(made).encode()
+
+
+class Mock:
+    """Counts what it is asked, by the hash of the body's messages."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.answered: Counter[bytes] = Counter()
+        self.came = 0
+        self.body = answer(CAPTION)
+
+    async def chat(self, request: web.Request) -> web.Response:
+        """Answer after a while."""
+        raw = await request.read()
+        if b'"probe"' in raw:
+            schema = json.loads(raw)["response_format"]["json_schema"]["schema"]
+            return web.Response(
+                body=answer(json.dumps({"word": schema["properties"]["word"]["enum"][0]})), content_type="application/json"
+            )
+        self.came += 1
+        # Image and words tell requests apart, whatever else a client sends along.
+        key = hashlib.sha1(raw[raw.find(b'"messages"') :], usedforsecurity=False).digest()
+        await asyncio.sleep(self.seconds)
+        self.answered[key] += 1
+        return web.Response(body=self.body, content_type="application/json")
+
+    async def stats(self, _request: web.Request) -> web.Response:
+        """Tell the counts."""
+        total = sum(self.answered.values())
+        return web.json_response({"came": self.came, "answered": total, "different": len(self.answered)})
+
+    async def reset(self, _request: web.Request) -> web.Response:
+        """Forget the counts."""
+        self.answered.clear()
+        self.came = 0
+        return web.Response()
+
+
+async def models(_request: web.Request) -> web.Response:
+    """List the one model."""
+    return web.json_response(
+        {
+            "object": "list",
+            "data": [{"id": "model", "object": "model", "created": 0, "owned_by": "mock", "max_model_len": 8192}],
+        }
+    )
+
+
+async def health(_request: web.Request) -> web.Response:
+    """All is well."""
+    return web.Response()
+
+
+def main() -> None:
+    """Serve until killed."""
+    mock = Mock(float(sys.argv[2]) if len(sys.argv) > 2 else 0.2)
+    app = web.Application(client_max_size=2**28)
+    app.router.add_post("/v1/chat/completions", mock.chat)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/health", health)
+    app.router.add_get("/stats", mock.stats)
+    app.router.add_post("/reset", mock.reset)
+    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What `synth` costs in front of a real server: `SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]`.
+
+One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the same kinds of
+requests, about other scenes each time, in interleaved pairs; the figure is synth's requests a second over the bare client's.
+Then a model of random weights with images of 448 px (256 tokens) shows how much of an image the second task about it reuses.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+from PIL import Image
+
+from pipeline.config import Config, resolve
+from pipeline.generate.ask import Counts, ask_about, read_annotations
+from pipeline.generate.client import Client
+from pipeline.generate.engine import TINY_WEIGHTS, plan
+from pipeline.generate.journal import Journal
+from pipeline.generate.requests import build_requests
+from pipeline.generate.server import NAME, Server
+from pipeline.schema import wire_schema
+from pipeline.source.scenes import draw_sample
+from pipeline.types import Request, Silence
+
+IMAGE_TOKENS = 256
+SIDE_PX = 448
+
+Images = list[tuple[str, bytes]]
+
+
+def body(request: Request) -> dict[str, object]:
+    """Return a request as one would write it by hand."""
+    picture = {"url": f"data:image/png;base64,{base64.b64encode(request.image).decode()}"}
+    content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
+    schema = {"name": request.task, "schema": wire_schema(request.task), "strict": True}
+    return {
+        "model": NAME,
+        "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
+        "temperature": request.sampling.temperature,
+        "max_tokens": request.sampling.max_tokens,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+    }
+
+
+async def ask_bare(url: str, requests: list[Request], concurrency: int) -> None:
+    """Send all requests, some at once, and parse the replies."""
+    left = iter(requests)
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        for request in left:
+            async with session.post(f"{url}/chat/completions", json=body(request)) as answer:
+                json.loads((await answer.json())["choices"][0]["message"]["content"])
+
+    headers = {"Authorization": f"Bearer {os.environ['SYNTH_API_KEY']}"}
+    async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(work(session) for _ in range(concurrency)))
+
+
+def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> None:
+    """Run the pass of `synth generate`: journal, validation of each reply, and the table of annotations."""
+    with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
+        chunks = iter([images[at : at + 64] for at in range(0, len(images), 64)])
+        for _ in ask_about(chunks, config, client.revision, lambda: client, journal, Counts()):
+            pass
+        list(read_annotations([[name for name, _ in images]], config, client.revision, journal))
+
+
+def scenes(seed: int, count: int) -> Images:
+    """Return scenes that no other seed draws."""
+    return [(sample.id, sample.image) for sample in (draw_sample(seed, index) for index in range(count))]
+
+
+@contextmanager
+def serving(model: str, config: Config, log: Path) -> Iterator[str]:
+    """Run a server, and yield its address without /v1; its key goes into the environment, as a user would do it."""
+    launch = plan(model, "", config, log)
+    os.environ["SYNTH_API_KEY"] = launch.api_key
+    server = Server(launch, Silence())
+    with asyncio.Runner() as runner:
+        runner.run(server.__aenter__())
+        try:
+            yield server.root
+        finally:
+            runner.run(server.__aexit__())
+
+
+def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:
+    """Print the ratio of both clients over interleaved pairs."""
+    with serving(str(TINY_WEIGHTS), resolve(source="scenes"), scratch / "vllm.log") as root:
+        config = resolve(source="scenes", base_url=[f"{root}/v1"], model=NAME, server={"concurrency": concurrency})
+        with Client(NAME, NAME, config) as client:
+            ratios = list(compare(pairs, count, concurrency, root, client, config, scratch))
+    low, high = bootstrap(ratios)
+    print(f"synth / bare client: median {np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, {pairs} pairs")
+
+
+def compare(
+    pairs: int, count: int, concurrency: int, root: str, client: Client, config: Config, scratch: Path
+) -> Iterator[float]:
+    """Yield one ratio a pair; who begins changes from pair to pair. The first pair warms both up and does not count."""
+    for pair in range(pairs + 1):
+        rates = {}
+        for who in ("bare", "synth") if pair % 2 else ("synth", "bare"):
+            images = scenes(9000 + 2 * pair + (who == "synth"), count)
+            requests = [r for name, image in images for r in build_requests(name, image, config, NAME)]
+            started = time.perf_counter()
+            if who == "bare":
+                asyncio.run(ask_bare(f"{root}/v1", requests, concurrency))
+            else:
+                ask_synth(client, images, config, scratch)
+            rates[who] = len(requests) / (time.perf_counter() - started)
+        print(f"pair {pair}: bare {rates['bare']:.1f} requests/s, synth {rates['synth']:.1f}", flush=True)
+        if pair:
+            yield rates["synth"] / rates["bare"]
+
+
+def bootstrap(ratios: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
+    return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
+def measure_prefix(count: int, scratch: Path) -> None:
+    """Print which share of an image's tokens the second task about it found in the prefix cache."""
+    folder = make_large_model(scratch / "model")
+    hits = {styles: prefix_hits(folder, styles, count, scratch) for styles in (("brief",), ("brief", "detailed"))}
+    one, two = hits["brief",] / count, hits["brief", "detailed"] / count
+    # One task an image finds nothing but the start of the system text, and each of two tasks finds that as well.
+    found = two - 2 * one
+    print(f"the second task of an image found {found:.0f} tokens more in the cache than the first; an image has {IMAGE_TOKENS}")
+
+
+def make_large_model(folder: Path) -> Path:
+    """Write a teacher of random weights whose processor lets an image have 448 px a side."""
+    from transformers import PreTrainedTokenizerFast
+
+    from pipeline.scenes.teacher import build_model, build_processor
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY_WEIGHTS)
+    processor = build_processor(tokenizer)
+    processor.image_processor.size = {"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}
+    build_model(tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path) -> float:
+    """Return how many tokens a run on `count` images found in the prefix cache of a new server."""
+    config = resolve(
+        source="scenes",
+        engine="vllm",
+        tasks=["caption"],
+        generate={"caption_styles": styles, "max_tokens": 16, "attempts": 1},
+        server={"flags": ["--block-size", "32"]},
+    )
+    rng = np.random.default_rng(0)
+    images: Images = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        coarse = rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((SIDE_PX, SIDE_PX)).save(buffer, "JPEG")
+        images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), buffer.getvalue()))
+    with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as root:
+        config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": NAME})
+        with Client(NAME, f"r{len(styles)}", config) as client:
+            ask_synth(client, images, config, scratch)
+        with urllib.request.urlopen(f"{root}/metrics", timeout=10) as page:
+            lines = [line for line in page.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def main() -> None:
+    """Measure both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--scenes", type=int, default=96, help="in each run; three requests each")
+    parser.add_argument("--concurrency", type=int, default=48)
+    parser.add_argument("--images", type=int, default=64, help="of 448 px")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        measure_throughput(arguments.pairs, arguments.scenes, arguments.concurrency, Path(scratch))
+        measure_prefix(arguments.images, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
