@@ -127,7 +127,9 @@ def _generate(folder: Folder, config: Config, choice: Choice, samples: int, coun
 
         @cache
         def engine() -> Engine:
-            return stack.enter_context(choice.make())
+            ready = stack.enter_context(choice.make())
+            talk("generate", counts.done // each, samples)
+            return ready
 
         for ready in ask_about(_chunks(folder), config, choice.revision, engine, journal, counts):
             again = {"not usable": f"{sum(counts.flaws.values()):,}"} if counts.flaws else {}
@@ -159,6 +161,7 @@ def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk)
             if len(seen) == limit:
                 break
         yield pa.Table.from_pylist(batch, schema=SAMPLE)
+        talk("source", len(seen), limit and len(seen))
 
     write_table(folder.stage("source"), tables(), SAMPLE)
     write_table(folder.stage("source", "rejected"), [pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)], SOURCE_REJECTED)
