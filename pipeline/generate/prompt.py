@@ -5,6 +5,7 @@ computed for the system text with every image, and what it computed for an image
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,7 +17,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from pipeline.errors import ConfigError
 
 SYSTEM = "system/v1"
-TASK_PROMPTS = {"caption": "caption/v1", "qa": "qa/v1", "answer": "answer/v1"}
+TASK_PROMPTS = {"caption": "caption/v1", "qa": "qa/v1", "deck_qa": "deck_qa/v1", "answer": "answer/v1"}
 STYLES = ("brief", "detailed", "plain", "alt")  # that caption/v1 knows
 
 
@@ -28,10 +29,23 @@ class Prompt:
     system: str
     text: str
 
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the chat in the form that a chat template of transformers takes, with a place for the image."""
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.text}]}
+    def messages(self, images: int = 1) -> list[dict[str, Any]]:
+        """Return the chat in the form that a chat template of transformers takes, with a place for each image."""
+        user = {"role": "user", "content": user_content([{"type": "image"}] * images, self.text)}
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
+
+
+def user_content(images: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return the parts of the user's turn: the images, then the text; of several images each stands after its page number."""
+    parts = []
+    for number, image in enumerate(images, 1):
+        parts += [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 else [image]
+    return [*parts, {"type": "text", "text": text}]
+
+
+def page_label(number: int) -> str:
+    """Return the words before a page of a deck."""
+    return f"Page {number}:"
 
 
 def render(task: str, folder: Path | None = None, **values: str) -> Prompt:

@@ -1,24 +1,22 @@
 """Train the tiny teacher from nothing: `python -m pipeline.scenes.train_teacher --out DIR`.
 
-Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+Five phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
-the project's own prompts and output schemas. Last, twice, the same with more questions, and with the words that answer them
-counted several times: they are few, and the question before them is guesswork that drowns them.
+the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
+counted several times: they are few, and the question before them is guesswork that drowns them. Last, decks of several
+pages beside single scenes.
 
-All tasks of a scene are one packed sequence: they share the system text and the image, and no task sees another
-(shapes: B scenes, S tokens of the longest sequence).
+All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
 
 The run can be killed at any moment: the same command goes on from the last checkpoint, with the same data order.
 """
 
 import argparse
-import itertools
 import math
 import random
-import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,17 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from pipeline.scenes.deck import ASK_DECK, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
+from pipeline.scenes.pack import VISION_TOKENS, Packed, Packer, Task, collate
 from pipeline.scenes.teacher import build_model, build_processor, train_tokenizer
 from pipeline.scenes.text import ASK, STYLES, answer, caption
 from pipeline.scenes.wording import vary
-from pipeline.schema import Answer, Caption, QASet, dump
+from pipeline.schema import Answer, Caption, DeckQASet, QASet, dump
 
 SEED = "teacher"  # scenes of a source are seeded with a number: none of them is ever trained on
 SAVE_EVERY = 100
-VISION_TOKENS = len(PLACES)
-ANSWER_VALUE = re.compile(r'"answer":"([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,7 @@ class Phase:
     question_sets: int = 1  # for each scene
     answers: int = 3  # to questions that somebody else asked, for each scene
     answer_weight: float = 1.0  # of a token of an answer; any other weighs 1
+    decks: int = 0  # in one step, beside the scenes
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
@@ -65,6 +64,9 @@ ANSWERS = Phase(
 )
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
+)
+DECKS = Phase(
+    "decks", 1200, 1200, scenes=4, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=8, answer_weight=4.0, decks=5
 )
 
 
@@ -78,15 +80,34 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
     return drawn
 
 
-def task_texts(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[tuple[str, str]]:
-    """Yield (task line, reply) for everything that the teacher is asked of one scene."""
+def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
+    """Return the decks of one step, the pixels of their pages, and the generator that goes on to word them."""
+    drawn = []
+    for index in range(phase.decks):
+        rng = random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}")
+        deck = sample_deck(rng)
+        drawn.append((deck, [np.array(draw(page, rng)) for page in deck], rng))
+    return drawn
+
+
+def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task]:
+    """Yield everything that the teacher is asked of one scene."""
     for style in STYLES:
-        yield f"Task: caption, {style}", dump(Caption(caption=caption(scene, style)))
+        yield Task(f"Task: caption, {style}", dump(Caption(caption=caption(scene, style))))
     for _ in range(phase.question_sets):
-        yield "Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()]))
+        yield Task("Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()])))
     for _ in range(phase.answers):
         pair = rng.choice(list(ASK.values()))(scene, rng)
-        yield f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or ""))
+        yield Task(f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True)
+
+
+def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
+    """Yield everything that the teacher is asked of one deck."""
+    for _ in range(phase.question_sets):
+        yield Task("Task: deck_qa", dump(DeckQASet(qa=tuple(ask(deck, rng) for ask in ASK_DECK.values()))))
+    for _ in range(phase.answers):
+        pair = rng.choice(list(ASK_DECK.values()))(deck, rng)
+        yield Task(f"Question: {pair.question}", dump(Answer(answer=pair.answer)), seldom_worded=True)
 
 
 def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
@@ -95,93 +116,9 @@ def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
         rng = random.Random(f"{SEED}:tokenizer:{index}")
         scene = sample_scene(rng)
         yield " ".join(vary(rng))
-        for task_line, reply in task_texts(scene, rng, TEXT):
-            yield task_line
-            yield reply
-
-
-@dataclass(slots=True)
-class Packed:
-    """One scene's tokens: a shared prefix (segment 0) and a segment for each task, whose positions restart after it."""
-
-    ids: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
-    positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
-    labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
-    weights: list[float] = field(default_factory=list)  # of the next token in the loss
-
-
-class Packer:
-    """Turn scenes into packed sequences, exactly as the chat template would write each of their tasks."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> None:
-        self.tokenizer = tokenizer
-        self.image_token_id = image_token_id
-
-    def pack(self, scene: Scene, rng: random.Random, phase: Phase) -> Packed:
-        """Return the sequence of one scene under one random wording of its prompts."""
-        packed = Packed()
-        system, _ = vary(rng)
-        turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        self._text(packed, self._ids(f"{turn}<|im_start|>user\n<|vision_start|>"), segment=0, start=0)
-        start = len(packed.ids)
-        side = math.isqrt(VISION_TOKENS)
-        for row, column in itertools.product(range(side), repeat=2):
-            packed.ids.append(self.image_token_id)
-            packed.segments.append(0)
-            packed.positions.append((start, start + row, start + column))
-            packed.labels.append(-100)
-            packed.weights.append(1.0)
-        start += side
-        self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
-        for segment, (task_line, reply) in enumerate(task_texts(scene, rng, phase), 1):
-            words = vary(rng)[1] if segment <= len(STYLES) + phase.question_sets or rng.random() < 0.3 else ""
-            asked = self._ids(f"{words}\n{task_line}" if words else task_line)
-            asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
-            said = self._ids(f"{reply}<|im_end|>")
-            self._text(packed, asked + said, segment=segment, start=start + 1, learn_from=len(asked))
-            packed.weights[-len(said) - 1 : -1] = self._weights(f"{reply}<|im_end|>", phase.answer_weight)
-        return packed
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
-
-    def _weights(self, reply: str, answer_weight: float) -> list[float]:
-        """Return the weight of each token of a reply: more where it touches the value of an answer."""
-        answers = [found.span(1) for found in ANSWER_VALUE.finditer(reply)]
-        offsets = self.tokenizer(reply, return_offsets_mapping=True)["offset_mapping"]
-        return [answer_weight if any(a < end and start < b for a, b in answers) else 1.0 for start, end in offsets]
-
-    def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> None:
-        targets = [-100] * len(ids)
-        if learn_from is not None:
-            targets[learn_from - 1 : -1] = ids[learn_from:]
-        packed.ids += ids
-        packed.segments += [segment] * len(ids)
-        packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
-        packed.labels += targets
-        packed.weights += [1.0] * len(ids)
-
-
-def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may look), labels and weights [B, S]."""
-    length = max(len(row.ids) for row in rows)
-    ids_BS = torch.zeros(len(rows), length, dtype=torch.long)
-    labels_BS = torch.full((len(rows), length), -100)
-    weights_BS = torch.zeros(len(rows), length)
-    segments_BS = torch.full((len(rows), length), -1)
-    positions_3BS = torch.zeros(3, len(rows), length, dtype=torch.long)
-    for b, row in enumerate(rows):
-        n = len(row.ids)
-        ids_BS[b, :n] = torch.tensor(row.ids)
-        labels_BS[b, :n] = torch.tensor(row.labels)
-        weights_BS[b, :n] = torch.tensor(row.weights)
-        segments_BS[b, :n] = torch.tensor(row.segments)
-        positions_3BS[:, b, :n] = torch.tensor(row.positions).T
-    seen_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
-    mask_BSS = seen_BSS & torch.ones(length, length, dtype=torch.bool).tril()
-    return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS, weights_BS
+        for task in scene_tasks(scene, rng, TEXT):
+            yield task.line
+            yield task.reply
 
 
 class VisionHeads(nn.Module):
@@ -237,13 +174,24 @@ class Student:
         return loss, right
 
     def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
-        """Loss of a later phase at this step, with the share of reply tokens guessed right."""
+        """Loss of a later phase at this step, with the share of reply tokens guessed right; decks and scenes weigh the same."""
         drawn = scenes(phase, step)
-        packed = [self.packer.pack(scene, rng, phase) for scene, _, rng in drawn]
+        packed = [self.packer.pack(1, rng, scene_tasks(scene, rng, phase), phase.answer_weight) for scene, _, rng in drawn]
+        loss, right = self._loss_of(packed, [pixels for _, pixels, _ in drawn])
+        if not phase.decks:
+            return loss, right
+        of_decks = decks(phase, step)
+        packed = [
+            self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight) for deck, _, rng in of_decks
+        ]
+        deck_loss, deck_right = self._loss_of(packed, [page for _, pages, _ in of_decks for page in pages])
+        return (loss + deck_loss) / 2, deck_right
+
+    def _loss_of(self, packed: list[Packed], pixels: list[np.ndarray]) -> tuple[Tensor, float]:
         ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
-        embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see([pixels for _, pixels, _ in drawn]))
+        embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see(pixels))
         hidden_BSD = self.model.model.language_model(
             inputs_embeds=embeds_BSD, position_ids=positions_3BS, attention_mask=mask_B1SS, use_cache=False
         ).last_hidden_state
@@ -270,7 +218,7 @@ def learning_rate(phase: Phase, step: int) -> float:
     return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS, QUESTIONS)) -> None:
+def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS, QUESTIONS, DECKS)) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(out / "tokenizer")

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.generate.prompt import Prompt
 from pipeline.scenes import train_teacher
+from pipeline.scenes.deck import PAGES, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.pack import Packed, Packer, Task, collate
 from pipeline.scenes.teacher import build_model, build_processor, train_tokenizer
 from pipeline.scenes.train_teacher import (
     ANSWERS,
+    DECKS,
     TEXT,
     VISION,
-    Packer,
     Student,
     VisionHeads,
-    collate,
-    task_texts,
+    deck_tasks,
+    scene_tasks,
     tokenizer_corpus,
     train,
 )
@@ -35,29 +38,51 @@ def student() -> Student:
     return Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), VisionHeads(160))
 
 
-def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Student) -> None:
-    rng = random.Random(1)
-    scene = sample_scene(rng)
-    image = draw(scene, rng)
-    packed = student.packer.pack(scene, rng, ANSWERS)
+def rebuilt(student: Student, packed: Packed, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of a packed sequence, and what the model makes of them."""
     ids, positions, mask, _, _ = collate([packed])
     embeds = student.model.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((ids == student.packer.image_token_id)[..., None], student._see([np.array(image)]))
+    embeds = embeds.masked_scatter((ids == student.packer.image_token_id)[..., None], student._see(pixels))
     hidden = student.model.model.language_model(
         inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
     ).last_hidden_state[0]
+    return ids[0], hidden
+
+
+@pytest.mark.parametrize("pages", [1, PAGES])
+def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Student, pages: int) -> None:
+    rng = random.Random(1)
+    deck = sample_deck(rng)[:pages]
+    images = [draw(scene, rng) for scene in deck]
+    tasks = list(deck_tasks(deck, rng, DECKS) if pages > 1 else scene_tasks(deck[0], rng, ANSWERS))
+    packed = student.packer.pack(pages, rng, tasks, 1.0)
+    ids, hidden = rebuilt(student, packed, [np.array(image) for image in images])
     segments = torch.tensor(packed.segments)
-    for segment in range(1, int(segments.max()) + 1):
+    assert int(segments.max()) == len(tasks)
+    for segment, task in enumerate(tasks, 1):
         mine = (segments == 0) | (segments == segment)
-        text = str(student.packer.tokenizer.decode(ids[0, mine])).replace("<|image_pad|>" * 9, "<|image_pad|>")
-        alone = student.processor(text=[text], images=[image], return_tensors="pt")
-        assert alone["input_ids"][0].tolist() == ids[0, mine].tolist()
+        text = str(student.packer.tokenizer.decode(ids[mine])).replace("<|image_pad|>" * 9, "<|image_pad|>")
+        assert text.endswith(f"{task.line}<|im_end|>\n<|im_start|>assistant\n{task.reply}<|im_end|>")
+        alone = student.processor(text=[text], images=images, return_tensors="pt")
+        assert alone["input_ids"][0].tolist() == ids[mine].tolist()
         torch.testing.assert_close(student.model.lm_head(hidden[mine]), student.model(**alone).logits[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_packed_deck_is_written_as_the_chat_template_writes_it(student: Student) -> None:
+    deck = sample_deck(random.Random(3))
+    packed = student.packer.pack(PAGES, random.Random(3), [Task("Task: deck_qa", "{}")], 1.0)
+    text = str(student.packer.tokenizer.decode(packed.ids)).replace("<|image_pad|>" * 9, "<|image_pad|>")
+    system = text.partition("<|im_start|>system\n")[2].partition("<|im_end|>")[0]
+    words = text.rpartition("<|vision_end|>")[2].partition("<|im_end|>")[0]
+    messages = Prompt(id="", system=system, text=words).messages(len(deck))
+    written = student.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == f"{written}{{}}<|im_end|>"
 
 
 def test_only_replies_are_learned_and_answers_weigh_more(student: Student) -> None:
     rng = random.Random(2)
-    packed = student.packer.pack(sample_scene(rng), rng, ANSWERS)
+    tasks = list(scene_tasks(sample_scene(rng), rng, ANSWERS))
+    packed = student.packer.pack(1, rng, tasks, ANSWERS.answer_weight)
     decode = student.packer.tokenizer.decode
     learned = decode([label for label in packed.labels if label != -100])
     assert learned.count("<|im_end|>") == 2 + ANSWERS.question_sets + ANSWERS.answers
@@ -75,15 +100,19 @@ def test_the_words_around_a_task_vary_and_may_be_missing() -> None:
 
 
 def test_every_phase_asks_for_every_task() -> None:
-    lines = [line for line, _ in task_texts(sample_scene(random.Random(0)), random.Random(0), TEXT)]
+    rng = random.Random(0)
+    lines = [task.line for task in scene_tasks(sample_scene(rng), rng, TEXT)]
     assert lines[:3] == ["Task: caption, brief", "Task: caption, detailed", "Task: qa"]
     assert all(line.startswith("Question: ") for line in lines[3:])
+    lines = [task.line for task in deck_tasks(sample_deck(rng), rng, DECKS)]
+    assert lines[: DECKS.question_sets] == ["Task: deck_qa"] * DECKS.question_sets
+    assert all(line.startswith("Question: ") for line in lines[DECKS.question_sets :])
 
 
 def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some seconds: three real runs of the script, with two steps a phase."""
     vision = replace(VISION, steps=2, scenes=2)
-    phases = (vision, replace(TEXT, steps=2, scenes=1))
+    phases = (vision, replace(TEXT, steps=2, scenes=1), replace(DECKS, steps=2, scenes=1, decks=1))
     monkeypatch.setattr(train_teacher, "VISION", vision)
     monkeypatch.setattr(train_teacher, "SAVE_EVERY", 1)
     train(tmp_path / "whole", phases)

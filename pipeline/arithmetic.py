@@ -1,0 +1,48 @@
+"""Arithmetic that a model wrote down, worked out without running any of it as code."""
+
+import ast
+import operator
+import re
+from collections.abc import Callable
+
+MAX_CHARACTERS = 200
+_OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_SPACED = re.compile(r"(?<=\d),(?=\d{3}\b)")  # thousands
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+
+
+def evaluate(expression: str) -> float | None:
+    """Return the value of numbers joined by + - * / and parentheses; None for anything else, a division by zero included."""
+    if len(expression) > MAX_CHARACTERS:
+        return None
+    try:
+        tree = ast.parse(_SPACED.sub("", expression).replace("%", "").replace("$", "").strip(), mode="eval")
+        return _value(tree.body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+
+
+def agrees(expression: str, answer: str) -> bool:
+    """Whether an answer is the value of an expression, rounded to as many places as the answer has."""
+    value, plain = evaluate(expression), _SPACED.sub("", answer)
+    said = _NUMBER.search(plain)
+    if value is None or said is None:
+        return False
+    places = len(said[0].partition(".")[2])
+    return bool(abs(value - float(said[0])) <= 0.5 * 10**-places + 1e-9)
+
+
+def _value(node: ast.expr) -> float:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        return float(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _value(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    raise ValueError(f"not arithmetic: {ast.dump(node)[:50]}")

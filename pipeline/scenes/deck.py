@@ -1,0 +1,96 @@
+"""Decks of drawn pages: what they hold, what can be asked of them, and what is true.
+
+A page is a scene, and no two pages of a deck share a background: "the gray page" names one. Every question can be read again,
+so that an answer by any model, with its pages and its arithmetic, can be checked against the facts.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+
+from pipeline.scenes.facts import BACKGROUNDS, Scene, sample_scene
+from pipeline.scenes.text import answer, ask_number, ask_other
+from pipeline.schema import DeckAnswerType, DeckQAPair
+
+PAGES = len(BACKGROUNDS)
+
+_ON = "|".join(BACKGROUNDS)
+_ONE_PAGE = re.compile(rf"(.+) on the ({_ON}) page\?")
+_MORE = re.compile(rf"how many more objects are there on the ({_ON}) page than on the ({_ON}) page\?")
+_TOGETHER = re.compile(rf"how many objects are there on the ({_ON}) and ({_ON}) pages together\?")
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The one true answer to a question, the pages that it is on, counted from 1, and how it is worked out."""
+
+    answer: str
+    evidence_pages: tuple[int, ...]
+    expression: str = ""
+
+
+def sample_deck(rng: random.Random) -> tuple[Scene, ...]:
+    """Draw a deck: one page of each background, in any order."""
+    grounds = rng.sample(BACKGROUNDS, PAGES)
+    return tuple(Scene(ground, sample_scene(rng).objects) for ground in grounds)
+
+
+def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
+    """Return what is true of a question in the words of `ask_*`; None where it has no single true answer."""
+    text = question.lower()
+    pages = {scene.background: number for number, scene in enumerate(deck, 1)}
+    for pattern, sign in ((_MORE, "-"), (_TOGETHER, "+")):
+        if found := pattern.fullmatch(text):
+            one, other = pages.get(found[1]), pages.get(found[2])
+            if one is None or other is None or one == other:
+                return None
+            left, right = len(deck[one - 1].objects), len(deck[other - 1].objects)
+            value = left - right if sign == "-" else left + right
+            return Truth(str(value), tuple(sorted((one, other))), f"{left} {sign} {right}") if value > 0 else None
+    found = _ONE_PAGE.fullmatch(text)
+    page = pages.get(found[2]) if found else None
+    if found is None or page is None:
+        return None
+    single = answer(deck[page - 1], f"{found[1]}?")
+    return None if single is None else Truth(single, (page,))
+
+
+def ask_span(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
+    """Ask for an attribute of one object of one page."""
+    scene = rng.choice(deck)
+    while True:
+        pair = ask_other(scene, rng)
+        if "background" not in pair.question:
+            return _pair(deck, "span", f"{pair.question[:-1]} on the {scene.background} page?")
+
+
+def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
+    """Ask how many there are on one page."""
+    scene = rng.choice(deck)
+    return _pair(deck, "number", f"{ask_number(scene, rng).question[:-1]} on the {scene.background} page?")
+
+
+def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
+    """Ask for a sum or a difference of two pages."""
+    one, other = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
+    if len(one.objects) > len(other.objects) and rng.random() < 0.6:
+        question = f"How many more objects are there on the {one.background} page than on the {other.background} page?"
+    else:
+        one, other = rng.sample((one, other), 2)
+        question = f"How many objects are there on the {one.background} and {other.background} pages together?"
+    return _pair(deck, "arithmetic", question)
+
+
+ASK_DECK = {"span": ask_span, "number": ask_count, "arithmetic": ask_arithmetic}
+
+
+def _pair(deck: tuple[Scene, ...], kind: DeckAnswerType, question: str) -> DeckQAPair:
+    truth = answer_deck(deck, question)
+    assert truth is not None, question
+    return DeckQAPair(
+        answer_type=kind,
+        evidence_pages=truth.evidence_pages,
+        question=question,
+        expression=truth.expression,
+        answer=truth.answer,
+    )

@@ -1,0 +1,125 @@
+"""All tasks about an image as one sequence: they share the system text and the image, and no task sees another.
+
+The tokens are exactly those that the chat template would write for each task alone, and so are their positions.
+"""
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.generate.prompt import page_label
+from pipeline.scenes.facts import PLACES
+from pipeline.scenes.wording import vary
+
+VISION_TOKENS = len(PLACES)
+SELDOM = 0.3  # how often a task that is `seldom_worded` has words before its line
+# What the facts decide within a reply; the rest is a choice of the writer.
+DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"|"evidence_pages":\[([^\]]*)\]')
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task line with the reply to learn."""
+
+    line: str
+    reply: str
+    seldom_worded: bool = False
+
+
+@dataclass(slots=True)
+class Packed:
+    """One document's tokens: a shared prefix (segment 0) and a segment for each task, whose positions restart after it."""
+
+    ids: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
+    labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
+    weights: list[float] = field(default_factory=list)  # of the next token in the loss
+
+
+class Packer:
+    """Turn tasks into packed sequences."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+
+    def pack(self, images: int, rng: random.Random, tasks: Iterable[Task], answer_weight: float) -> Packed:
+        """Return the sequence of a document of some images under one random wording of its prompts."""
+        packed = Packed()
+        system, _ = vary(rng)
+        before = (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + "<|im_start|>user\n"
+        start = 0
+        for number in range(1, images + 1):
+            label = page_label(number) if images > 1 else ""
+            start = self._text(packed, self._ids(f"{before}{label}<|vision_start|>"), segment=0, start=start)
+            start = self._image(packed, start)
+            before = "<|vision_end|>"
+        start = self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
+        for segment, task in enumerate(tasks, 1):
+            words = vary(rng)[1] if not task.seldom_worded or rng.random() < SELDOM else ""
+            asked = self._ids(f"{words}\n{task.line}" if words else task.line)
+            asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
+            said = self._ids(f"{task.reply}<|im_end|>")
+            self._text(packed, asked + said, segment=segment, start=start, learn_from=len(asked))
+            packed.weights[-len(said) - 1 : -1] = self._weights(f"{task.reply}<|im_end|>", answer_weight)
+        return packed
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _weights(self, reply: str, answer_weight: float) -> list[float]:
+        """Return the weight of each token of a reply: more where it touches what the facts decide."""
+        decided = [found.span(group) for found in DECIDED.finditer(reply) for group in (1, 2) if found[group] is not None]
+        offsets = self.tokenizer(reply, return_offsets_mapping=True)["offset_mapping"]
+        return [answer_weight if any(a < end and start < b for a, b in decided) else 1.0 for start, end in offsets]
+
+    def _image(self, packed: Packed, start: int) -> int:
+        """Add the tokens of one image; return the position after it: one past the largest of any axis."""
+        side = math.isqrt(VISION_TOKENS)
+        for row, column in itertools.product(range(side), repeat=2):
+            packed.ids.append(self.image_token_id)
+            packed.segments.append(0)
+            packed.positions.append((start, start + row, start + column))
+            packed.labels.append(-100)
+            packed.weights.append(1.0)
+        return start + side
+
+    def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> int:
+        targets = [-100] * len(ids)
+        if learn_from is not None:
+            targets[learn_from - 1 : -1] = ids[learn_from:]
+        packed.ids += ids
+        packed.segments += [segment] * len(ids)
+        packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
+        packed.labels += targets
+        packed.weights += [1.0] * len(ids)
+        return start + len(ids)
+
+
+def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may look), labels and weights [B, S]."""
+    length = max(len(row.ids) for row in rows)
+    ids_BS = torch.zeros(len(rows), length, dtype=torch.long)
+    labels_BS = torch.full((len(rows), length), -100)
+    weights_BS = torch.zeros(len(rows), length)
+    segments_BS = torch.full((len(rows), length), -1)
+    positions_3BS = torch.zeros(3, len(rows), length, dtype=torch.long)
+    for b, row in enumerate(rows):
+        n = len(row.ids)
+        ids_BS[b, :n] = torch.tensor(row.ids)
+        labels_BS[b, :n] = torch.tensor(row.labels)
+        weights_BS[b, :n] = torch.tensor(row.weights)
+        segments_BS[b, :n] = torch.tensor(row.segments)
+        positions_3BS[:, b, :n] = torch.tensor(row.positions).T
+    seen_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
+    mask_BSS = seen_BSS & torch.ones(length, length, dtype=torch.bool).tril()
+    return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS, weights_BS
