@@ -23,6 +23,10 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.types import Chunk
 
 HERE = Path(__file__).parent
 CONCURRENCY = 256
@@ -111,18 +115,19 @@ def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
     )
     ids: list[str] = []
 
-    def chunks() -> Iterator[list[tuple[str, bytes]]]:
+    def chunks() -> "Iterator[Chunk]":
         for first in range(0, rows, 64):
             data = [read_image(images, number) for number in range(first, min(first + 64, rows))]
-            chunk = [(hashlib.sha256(image).hexdigest(), image) for image in data]
+            chunk = [(hashlib.sha256(image).hexdigest(), (image,)) for image in data]
             ids.extend(name for name, _ in chunk)
             yield chunk
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         for _ in ask_about(chunks(), config, "m", lambda: stack.enter_context(Client("model", "m", config)), journal, Counts()):
             pass
+        samples = ([(name, 1, None) for name in ids[at : at + 64]] for at in range(0, rows, 64))
         kept = 0
-        for table in read_annotations((ids[at : at + 64] for at in range(0, rows, 64)), config, "m", journal):
+        for table in read_annotations(samples, config, "m", journal):
             kept += validate_annotations(table)["reason"].null_count
     assert kept == rows, f"{kept} of {rows} captions are valid"
 

@@ -55,7 +55,7 @@ def annotate(samples: list[Sample], *, reworded: bool) -> tuple[list[dict[str, A
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
-        made = [r for sample in chunk for r in build_requests(sample.id, sample.image, config, choice.revision)]
+        made = [r for sample in chunk for r in build_requests(sample.id, sample.images, config, choice.revision)]
         return [reword(request) if reworded else request for request in made]
 
     engine = choice.make()

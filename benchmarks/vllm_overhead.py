@@ -38,12 +38,12 @@ from pipeline.types import Request, Silence
 IMAGE_TOKENS = 256
 SIDE_PX = 448
 
-Images = list[tuple[str, bytes]]
+Images = list[tuple[str, tuple[bytes, ...]]]
 
 
 def body(request: Request) -> dict[str, object]:
     """Return a request as one would write it by hand."""
-    picture = {"url": f"data:image/png;base64,{base64.b64encode(request.image).decode()}"}
+    picture = {"url": f"data:image/png;base64,{base64.b64encode(request.images[0]).decode()}"}
     content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
     schema = {"name": request.task, "schema": wire_schema(request.task), "strict": True}
     return {
@@ -75,12 +75,12 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
         chunks = iter([images[at : at + 64] for at in range(0, len(images), 64)])
         for _ in ask_about(chunks, config, client.revision, lambda: client, journal, Counts()):
             pass
-        list(read_annotations([[name for name, _ in images]], config, client.revision, journal))
+        list(read_annotations([[(name, 1, None) for name, _ in images]], config, client.revision, journal))
 
 
 def scenes(seed: int, count: int) -> Images:
     """Return scenes that no other seed draws."""
-    return [(sample.id, sample.image) for sample in (draw_sample(seed, index) for index in range(count))]
+    return [(sample.id, sample.images) for sample in (draw_sample(seed, index) for index in range(count))]
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def compare(
         rates = {}
         for who in ("bare", "synth") if pair % 2 else ("synth", "bare"):
             images = scenes(9000 + 2 * pair + (who == "synth"), count)
-            requests = [r for name, image in images for r in build_requests(name, image, config, NAME)]
+            requests = [r for name, pages in images for r in build_requests(name, pages, config, NAME)]
             started = time.perf_counter()
             if who == "bare":
                 asyncio.run(ask_bare(f"{root}/v1", requests, concurrency))
@@ -173,7 +173,7 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
         buffer = io.BytesIO()
         coarse = rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((SIDE_PX, SIDE_PX)).save(buffer, "JPEG")
-        images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), buffer.getvalue()))
+        images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), (buffer.getvalue(),)))
     with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as root:
         config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": NAME})
         with Client(NAME, f"r{len(styles)}", config) as client:

@@ -49,7 +49,7 @@ def estimate_run(config: Config, out: Path | None = None, talk: Talk | None = No
         if samples:
             engine()
         started = time.monotonic()
-        chunks = iter([[(sample.id, sample.image) for sample in samples]])
+        chunks = iter([[(sample.id, sample.images) for sample in samples]])
         for ready in ask_about(chunks, config, choice.revision, engine, journal, counts):
             talk("dry run", counts.done, len(samples) * len(asked_of_each(config)), ready.figures())
         seconds = time.monotonic() - started
@@ -57,7 +57,7 @@ def estimate_run(config: Config, out: Path | None = None, talk: Talk | None = No
 
 
 def _is_new(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
-    return any(journal.last(request.id) is None for request in build_requests(sample.id, b"", config, revision))
+    return any(journal.last(request.id) is None for request in build_requests(sample.id, (), config, revision))
 
 
 def _estimate(
@@ -65,7 +65,7 @@ def _estimate(
 ) -> dict[str, Any]:
     prompt_tokens = reply_tokens = text_bytes = invalid = annotations = 0
     for sample in samples:
-        for request in build_requests(sample.id, b"", config, revision):
+        for request in build_requests(sample.id, (), config, revision):
             last = journal.last(request.id)
             assert last is not None, f"no reply to {request.id}"
             prompt_tokens += last[0].prompt_tokens
@@ -73,7 +73,8 @@ def _estimate(
             text_bytes += len(last[0].text.encode())
             for row in parse_reply(request, last[0]):
                 annotations += 1
-                invalid += bool(row["reply_error"] or broken_rule(request.task, row | {"caption": row["text"]}))
+                fields = row | {"caption": row["text"]}
+                invalid += bool(row["reply_error"] or broken_rule(request.task, fields, len(sample.images)))
     images = total or len(samples)
     scale = images / len(samples) if samples else 0.0
     return {
@@ -85,7 +86,7 @@ def _estimate(
         "hours": seconds * scale / 3600,
         "prompt_tokens": round(prompt_tokens * scale),
         "reply_tokens": round(reply_tokens * scale),
-        "bytes": round((sum(len(sample.image) for sample in samples) + text_bytes) * scale),
+        "bytes": round((sum(len(image) for sample in samples for image in sample.images) + text_bytes) * scale),
         "invalid_share": wilson_interval(invalid, annotations),
     }
 

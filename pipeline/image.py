@@ -6,6 +6,7 @@
 import hashlib
 import io
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -15,6 +16,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million of them; checked before any is decoded
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def deck_id(page_ids: Sequence[str]) -> str:
+    """Return the id of a deck: the sha256 of its pages' ids, in order; of one page, that page's own."""
+    return page_ids[0] if len(page_ids) == 1 else hashlib.sha256("".join(page_ids).encode()).hexdigest()
 
 
 def check_image(data: bytes) -> tuple[str, int, int]:

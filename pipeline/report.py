@@ -33,7 +33,7 @@ def write_report(version: Version, folder: Path, checkpoint: Path | None = None)
     page = environment.from_string(_template()).render(
         manifest=version.manifest,
         rows=rows,
-        uris={row["sample_id"]: row["uri"] for row in rows},
+        uris={row["sample_id"]: row["uris"] for row in rows},
         total=sum(version.manifest["rows"].values()),
         answers=_answers(version),
         rejected=_rejected(folder),
@@ -58,8 +58,15 @@ def _rows(version: Version) -> list[dict[str, Any]]:
             for batch in pq.ParquetFile(shard).iter_batches(batch_size=64):
                 if len(rows) >= MAX_SHOWN:
                     return rows
-                rows += [row | {"split": split, "uri": _data_uri(row["image"]["bytes"])} for row in batch.to_pylist()]
+                rows += [
+                    row | {"split": split, "uris": [_data_uri(image["bytes"]) for image in row.get("pages") or [row["image"]]]}
+                    for row in batch.to_pylist()
+                ]
     return rows[:MAX_SHOWN]
+
+
+def _page_uris(row: dict[str, Any]) -> list[str]:
+    return [_data_uri(image["bytes"]) for image in row.get("pages") or [row["image"]]]
 
 
 def _data_uri(data: bytes) -> str:

@@ -29,8 +29,8 @@ from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
 from pipeline.store import Folder, Version, dataset_folder, disk_errors, write_json, write_table
-from pipeline.tables import ANNOTATION, SAMPLE, SOURCE_REJECTED
-from pipeline.types import Engine, Rejected, Sample, Silence, Source, Talk
+from pipeline.tables import ANNOTATION, PIXELS, SAMPLE, SOURCE_REJECTED
+from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
 from pipeline.version import Rows, build_rows, write_version
 
@@ -135,8 +135,8 @@ def _generate(folder: Folder, config: Config, choice: Choice, samples: int, coun
             again = {"not usable": f"{sum(counts.flaws.values()):,}"} if counts.flaws else {}
             talk("generate", counts.done // each, samples, ready.figures() | again)
         talk("generate", samples, samples)
-        ids = (batch["sample_id"].to_pylist() for batch in _batches(folder, ["sample_id"]))
-        write_table(folder.stage("generate"), read_annotations(ids, config, choice.revision, journal), ANNOTATION)
+        read = read_annotations(_about_samples(folder), config, choice.revision, journal)
+        write_table(folder.stage("generate"), read, ANNOTATION)
 
 
 def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk) -> None:
@@ -153,8 +153,8 @@ def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk)
                 rejected.append(asdict(row))
                 continue
             seen.add(row.id)
-            batch.append({"sample_id": row.id, **{n: getattr(row, n) for n in SAMPLE.names if n != "sample_id"}})
-            if len(batch) == CHUNK_SAMPLES or sum(len(each["image"]) for each in batch) >= CHUNK_BYTES:
+            batch.append({"sample_id": row.id, **asdict(row)})
+            if len(batch) == CHUNK_SAMPLES or sum(len(image) for each in batch for image in each["images"]) >= CHUNK_BYTES:
                 yield pa.Table.from_pylist(batch, schema=SAMPLE)
                 talk("source", len(seen), limit)
                 batch.clear()
@@ -234,13 +234,19 @@ def _write_version(
 def _show(tables: Iterator[pa.Table], shown: list[dict[str, Any]]) -> Iterator[pa.Table]:
     """Pass tables on, keeping a few rows without their pixels for the card."""
     for table in tables:
-        shown += table.drop_columns(["image"]).slice(0, CARD_SAMPLES - len(shown)).to_pylist()
+        shown += table.drop_columns(list(PIXELS)).slice(0, CARD_SAMPLES - len(shown)).to_pylist()
         yield table
 
 
-def _chunks(folder: Folder) -> Iterator[list[tuple[str, bytes]]]:
-    for batch in _batches(folder, ["sample_id", "image"]):
-        yield list(zip(batch["sample_id"].to_pylist(), batch["image"].to_pylist(), strict=True))
+def _chunks(folder: Folder) -> Iterator[Chunk]:
+    for batch in _batches(folder, ["sample_id", "images"]):
+        yield list(zip(batch["sample_id"].to_pylist(), map(tuple, batch["images"].to_pylist()), strict=True))
+
+
+def _about_samples(folder: Folder) -> Iterator[Described]:
+    for batch in _batches(folder, ["sample_id", "images", "split"]):
+        pages = pc.list_value_length(batch["images"]).to_pylist()
+        yield list(zip(batch["sample_id"].to_pylist(), pages, batch["split"].to_pylist(), strict=True))
 
 
 def _batches(folder: Folder, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

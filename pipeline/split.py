@@ -1,4 +1,4 @@
-"""Stage: split. Every image goes to train, validation or test as a whole, by a hash of its id.
+"""Stage: split. Every sample goes to train, validation or test as a whole: as its source says, else by a hash of its id.
 
 The hash knows nothing of the other images, so an image stays in its split when images are added or removed.
 """
@@ -19,7 +19,8 @@ def split_of(sample_id: str, config: SplitConfig, seed: int) -> str:
 
 
 def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
-    """Return the same rows with a `split`; none is rejected."""
-    require(table, "sample_id")
-    splits = [split_of(sample_id, config, seed) for sample_id in table["sample_id"].to_pylist()]
+    """Return the same rows with a `split`: the one that the source says, else by the hash. None is rejected."""
+    require(table, "sample_id", "source_split")
+    rows = zip(table["sample_id"].to_pylist(), table["source_split"].to_pylist(), strict=True)
+    splits = [given or split_of(sample_id, config, seed) for sample_id, given in rows]
     return with_reason(table.append_column("split", pa.array(splits, pa.string())), [None] * table.num_rows)

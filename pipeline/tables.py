@@ -21,16 +21,29 @@ FACTS = pa.struct(
     ]
 )
 
+REFERENCE_QA = pa.struct(
+    [
+        pa.field("question", pa.string()),
+        pa.field("answers", pa.list_(pa.string())),
+        pa.field("answer_type", pa.string()),
+        pa.field("evidence_pages", pa.list_(pa.int32())),
+        pa.field("expression", pa.string()),
+    ]
+)
+
 SAMPLE = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes
+        pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes; of pages: of their hashes
         pa.field("source_row", pa.string(), nullable=False),
-        pa.field("image", pa.binary(), nullable=False),  # as the source encoded it
+        pa.field("images", pa.list_(pa.binary()), nullable=False),  # as the source encoded them; several are pages
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
+        pa.field("split", pa.string()),  # where the source puts it; null where it does not say
         pa.field("references", pa.list_(pa.string()), nullable=False),
+        pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("facts", FACTS),
+        pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
 
@@ -42,7 +55,7 @@ ANNOTATION = pa.schema(
         pa.field("annotation_id", pa.string(), nullable=False),  # sha256 of request and position
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("request_id", pa.string(), nullable=False),
-        pa.field("task", pa.string(), nullable=False),  # caption | qa
+        pa.field("task", pa.string(), nullable=False),  # caption | qa | deck_qa
         pa.field("style", pa.string(), nullable=False),  # of a caption; else empty
         pa.field("position", pa.int32(), nullable=False),  # within its reply
         pa.field("prompt_id", pa.string(), nullable=False),  # "caption/v1@<digest of the template>"
@@ -50,30 +63,49 @@ ANNOTATION = pa.schema(
         pa.field("question", pa.string()),
         pa.field("answer", pa.string()),
         pa.field("answer_type", pa.string()),
+        pa.field("evidence_pages", pa.list_(pa.int32())),  # of deck_qa, counted from 1
+        pa.field("expression", pa.string()),
+        pa.field("pages", pa.int32(), nullable=False),  # how many the sample has
+        pa.field("source_split", pa.string()),  # of the sample; null where its source does not say
         pa.field("reply_error", pa.string()),  # why the reply could not be read; null where it could
         pa.field("reply_text", pa.string()),  # the reply itself where it could not be read
     ]
 )
 
 CAPTION = pa.struct([pa.field(name, pa.string()) for name in ("text", "style", "prompt_id")])
-QA = pa.struct([pa.field(name, pa.string()) for name in ("question", "answer", "answer_type", "prompt_id")])
+QA = pa.struct(
+    [
+        pa.field("question", pa.string()),
+        pa.field("answer", pa.string()),
+        pa.field("answer_type", pa.string()),
+        pa.field("evidence_pages", pa.list_(pa.int32())),
+        pa.field("expression", pa.string()),
+        pa.field("prompt_id", pa.string()),
+    ]
+)
 IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # as `datasets` stores an image
 
 ROW = pa.schema(
     [
         pa.field("sample_id", pa.string()),
         pa.field("image", IMAGE),
+        pa.field("pages", pa.list_(IMAGE)),
         pa.field("width_px", pa.int32()),
         pa.field("height_px", pa.int32()),
         pa.field("source", pa.string()),
         pa.field("source_row", pa.string()),
         pa.field("licence", pa.string()),
         pa.field("references", pa.list_(pa.string())),
+        pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("captions", pa.list_(CAPTION)),
         pa.field("qa", pa.list_(QA)),
         pa.field("facts", FACTS),
+        pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
+PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
+# A source fills each of these always or never; a version leaves out those that are never filled.
+OPTIONAL = (*PIXELS, "reference_qa", "facts", "page_facts")
 
 
 def require(table: pa.Table, *names: str) -> None:

@@ -6,17 +6,38 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceQA:
+    """A question about a sample that people asked, with the answers that they gave."""
+
+    question: str
+    answers: tuple[str, ...]
+    answer_type: str | None = None
+    evidence_pages: tuple[int, ...] | None = None  # counted from 1
+    expression: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One image to annotate. `id` is the sha256 of `image`, the encoded bytes as the source holds them."""
+    """One image to annotate, or the pages of one deck, as the source encodes them.
+
+    `id` is the sha256 of the image; of a deck, of its pages' hashes (image.deck_id). Sizes are those of the first page.
+    """
 
     id: str
     source_row: str
-    image: bytes
+    images: tuple[bytes, ...]
     width_px: int
     height_px: int
     licence: str
+    split: str | None = None  # the one that the source puts it into: train, validation or test
     references: tuple[str, ...] = ()  # captions that the source holds to be true
+    reference_qa: tuple[ReferenceQA, ...] | None = None  # None: the source has no questions at all
     facts: dict[str, Any] | None = None  # what is known of a drawn scene; no model sees it
+    page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck
+
+
+Chunk = Sequence[tuple[str, tuple[bytes, ...]]]  # (sample_id, images) of some samples
+Described = Sequence[tuple[str, int, str | None]]  # (sample_id, number of pages, the split that its source says)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One question to a model about one image. `id` is the digest of all that the first reply depends on.
+    """One question to a model about one sample. `id` is the digest of all that the first reply depends on.
 
     A reply that is not usable is asked for again, in another way, under the same id: `attempt` counts from 0.
     """
@@ -60,7 +81,7 @@ class Request:
     prompt_id: str
     system: str
     text: str
-    image: bytes
+    images: tuple[bytes, ...]
     sampling: Sampling
     attempt: int = 0
     failed: tuple[str, str] | None = None  # an earlier reply and what to say about it, shown to the model

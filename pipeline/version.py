@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import TableError
 from pipeline.fingerprint import digest, file_digest
 from pipeline.store import Folder, Version, publish, scratch_folder, write_json, write_text
-from pipeline.tables import ROW, SPLITS, TABLE_VERSION, features, with_features
+from pipeline.tables import CAPTION, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, with_features
 
 SHARD_BYTES = 300_000_000
 FIRST = "v1.0.0"
@@ -57,7 +57,7 @@ def build_rows(annotations: pa.Table, samples: Iterable[pa.RecordBatch], source:
 
 def row_digest(row: dict[str, Any]) -> str:
     """Return the digest of a row and its split; `sample_id` stands for the pixels."""
-    return digest({name: value for name, value in row.items() if name != "image"})
+    return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 
 def version_digest(rows: dict[str, str], columns: list[str]) -> str:
@@ -141,19 +141,24 @@ def write_version(
 
 def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str) -> dict[str, Any]:
     captions = [a for a in annotations if a["task"] == "caption"]
-    pairs = [a for a in annotations if a["task"] == "qa"]
+    pairs = [a for a in annotations if a["task"] in ("qa", "deck_qa")]
+    images = [{"bytes": image, "path": None} for image in sample["images"]]
+    is_deck = len(images) > 1
     return {
         "sample_id": sample["sample_id"],
-        "image": {"bytes": sample["image"], "path": None},
+        "image": None if is_deck else images[0],
+        "pages": images if is_deck else None,
         "width_px": sample["width_px"],
         "height_px": sample["height_px"],
         "source": source,
         "source_row": sample["source_row"],
         "licence": sample["licence"],
         "references": sample["references"],
-        "captions": [{name: a[name] for name in ("text", "style", "prompt_id")} for a in captions],
-        "qa": [{name: a[name] for name in ("question", "answer", "answer_type", "prompt_id")} for a in pairs],
+        "reference_qa": sample["reference_qa"],
+        "captions": [{field.name: a[field.name] for field in CAPTION} for a in captions],
+        "qa": [{field.name: a[field.name] for field in QA} for a in pairs],
         "facts": sample["facts"],
+        "page_facts": sample["page_facts"],
         "split": annotations[0]["split"],
     }
 
@@ -172,8 +177,7 @@ def _write_shards(folder: Path, tables: Iterable[pa.Table]) -> tuple[list[str], 
         for table in tables:
             if not table.num_rows:
                 continue
-            # A column that a source never fills is left out of the version; a source fills it always or never.
-            columns = columns or [n for n in ROW.names if n != "facts" or table["facts"].null_count < table.num_rows]
+            columns = columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
             for split in SPLITS:
                 mine = table.filter(pc.equal(table["split"], split))
                 if not mine.num_rows:

@@ -68,7 +68,7 @@ def main() -> None:
         checkpoint = demo.step("train and score", synth, "train", "--steps", str(TRAIN_STEPS))
         demo.lies_at(str(HERE / checkpoint))
         image = "example.png"
-        (HERE / image).write_bytes(draw_sample(seed=123, index=0).image)  # a scene that no split holds
+        (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])  # a scene that no split holds
         demo.step("caption it", synth, "caption", checkpoint, image)
         report = demo.step("report", synth, "report")
         demo.lies_at(str(HERE / report))

@@ -1,5 +1,6 @@
 """Small datasets of scenes whose captions are true by construction: what a perfect teacher would have written."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def scene_samples(count: int, seed: int = 0) -> list[Sample]:
 
 
 def sample_table(samples: list[Sample]) -> pa.Table:
-    rows = [{"sample_id": s.id, **{n: getattr(s, n) for n in SAMPLE.names if n != "sample_id"}} for s in samples]
+    rows = [{"sample_id": s.id, **asdict(s)} for s in samples]
     return pa.Table.from_pylist(rows, schema=SAMPLE)
 
 

@@ -37,6 +37,8 @@ def read_examples(table: pa.Table) -> list[Example]:
     Raises:
         TrainError: no row has one.
     """
+    if "image" not in table.column_names:
+        raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")
     columns = ["sample_id", "image", "captions", "references"]
     rows: list[dict[str, Any]] = table.select(columns).to_pylist()
     examples = [

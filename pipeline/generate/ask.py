@@ -11,7 +11,7 @@ from pipeline.generate.journal import Journal
 from pipeline.generate.parse import find_flaw, parse_reply
 from pipeline.generate.requests import ask_again, build_requests
 from pipeline.tables import ANNOTATION
-from pipeline.types import UNANSWERED, Engine, Reply, Request
+from pipeline.types import UNANSWERED, Chunk, Described, Engine, Reply, Request
 
 
 @dataclass(slots=True)
@@ -29,7 +29,12 @@ class Pass:
     """The requests that still need a reply, chunk by chunk; types.Work for an engine."""
 
     def __init__(
-        self, chunks: Iterator[list[tuple[str, bytes]]], config: Config, revision: str, journal: Journal, counts: Counts
+        self,
+        chunks: Iterator[Chunk],
+        config: Config,
+        revision: str,
+        journal: Journal,
+        counts: Counts,
     ) -> None:
         self._chunks = chunks
         self._config = config
@@ -43,8 +48,8 @@ class Pass:
     def has_work(self) -> bool:
         """Whether anything must be asked now; looks only as far ahead as the next such chunk."""
         while not self._first and not self._again and (chunk := next(self._chunks, None)) is not None:
-            for sample_id, image in chunk:
-                for request in build_requests(sample_id, image, self._config, self._revision):
+            for sample_id, images in chunk:
+                for request in build_requests(sample_id, images, self._config, self._revision):
                     self._sort_in(request)
         return bool(self._first or self._again)
 
@@ -95,14 +100,14 @@ class Pass:
 
 
 def ask_about(
-    chunks: Iterator[list[tuple[str, bytes]]],
+    chunks: Iterator[Chunk],
     config: Config,
     revision: str,
     engine: Callable[[], Engine],
     journal: Journal,
     counts: Counts,
 ) -> Iterator[Engine]:
-    """Ask about every (sample_id, image) until the journal holds a reply to each request; yields after each group of replies.
+    """Ask about every (sample_id, images) until the journal holds a reply to each request; yields after each group of replies.
 
     `revision` names the weights that `engine` will have; the engine is only made when something must be asked.
     """
@@ -114,13 +119,16 @@ def ask_about(
             yield ready
 
 
-def read_annotations(sample_ids: Iterable[list[str]], config: Config, revision: str, journal: Journal) -> Iterator[pa.Table]:
-    """Yield one table of annotations (tables.ANNOTATION) for each list of sample ids; every request has its reply by now."""
-    for chunk in sample_ids:
+def read_annotations(samples: Iterable[Described], config: Config, revision: str, journal: Journal) -> Iterator[pa.Table]:
+    """Yield one table of annotations (tables.ANNOTATION) for each list of (sample_id, number of pages, split of the source).
+
+    Every request has its reply by now.
+    """
+    for chunk in samples:
         rows = []
-        for sample_id in chunk:
-            for request in build_requests(sample_id, b"", config, revision):
+        for sample_id, pages, split in chunk:
+            for request in build_requests(sample_id, (), config, revision):
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
-                rows += parse_reply(request, last[0])
+                rows += [row | {"pages": pages, "source_split": split} for row in parse_reply(request, last[0])]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)

@@ -20,13 +20,13 @@ class BadAnswerError(Exception):
     """A server answered 200, and not what the protocol promises."""
 
 
-def body(request: Request, image: bytes, model: str) -> bytes:
-    """Return the body of a chat request; `image` is the JSON of its message part (picture.Pictures.part).
+def body(request: Request, images: bytes, model: str) -> bytes:
+    """Return the body of a chat request; `images` is the JSON of its message parts (picture.Pictures.parts).
 
     No seed is sent: it kills vLLM's engine for CPUs.
     """
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    turns.append(b'{"role":"user","content":[%s,{"type":"text","text":%s}]}' % (image, _text(request.text)))
+    turns.append(b'{"role":"user","content":[%s,{"type":"text","text":%s}]}' % (images, _text(request.text)))
     if request.failed:
         said, told = request.failed
         turns.append(b'{"role":"assistant","content":%s}' % json.dumps(said).encode())

@@ -158,7 +158,9 @@ class Client:
             endpoint.back.set()
         context = self._launch.max_model_len if self._launch else await self._check_servers()
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "picture"))
-        self._pictures = Pictures(self._server.media if self._server else None, self._pixel_bound(context), pool)
+        media = self._server.media if self._server else None
+        bound = self._config.generate.max_pixels or self._max_pixels
+        self._pictures = Pictures(media, bound, self._sample_bound(context), pool)
         self._set_window(self._first_window())
         for endpoint in self._endpoints:
             if endpoint.back.is_set():
@@ -190,13 +192,12 @@ class Client:
         known = [length for length in lengths if length]
         return min(known) if known else None
 
-    def _pixel_bound(self, context: int | None) -> int | None:
-        """Return how large an image may be: as set, else as the model has it, and never more than its context holds."""
-        bounds = [self._config.generate.max_pixels or self._max_pixels]
-        if context:
-            tokens = context - PROMPT_TOKENS - 2 * self._config.generate.max_tokens
-            bounds.append(max(tokens, context // 4) * PATCH_PX**2)
-        return min((bound for bound in bounds if bound), default=None)
+    def _sample_bound(self, context: int | None) -> int | None:
+        """Return how many pixels the images of one request may have together: what the model's context holds."""
+        if not context:
+            return None
+        tokens = context - PROMPT_TOKENS - 2 * self._config.generate.max_tokens
+        return max(tokens, context // 4) * PATCH_PX**2
 
     def _first_window(self) -> int:
         if self._config.server.concurrency:
@@ -314,8 +315,8 @@ class Client:
                 await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), flow)
 
     async def _post(self, endpoint: Endpoint, request: Request) -> Reply:
-        image = await self._pictures.part(request.sample_id, request.image)
-        body = chat.body(request, image, self._name)
+        images = await self._pictures.parts(request.sample_id, request.images)
+        body = chat.body(request, images, self._name)
         try:
             async with self._session.post(f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers) as answer:
                 text = await answer.read()

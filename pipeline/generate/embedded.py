@@ -65,7 +65,7 @@ class EmbeddedEngine:
         processor, model = self._loaded
         inputs = processor(
             text=[self._chat(request) for request in requests],
-            images=[prepare_image(request.image, self._max_pixels) for request in requests],
+            images=[[prepare_image(image, self._max_pixels) for image in request.images] for request in requests],
             padding=True,
             return_tensors="pt",
         ).to(model.device)
@@ -82,7 +82,7 @@ class EmbeddedEngine:
 
     def _chat(self, request: Request) -> str:
         processor, _ = self._loaded
-        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages()
+        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages(len(request.images))
         if request.failed:
             said, told = request.failed
             messages += [{"role": "assistant", "content": said}, {"role": "user", "content": told}]

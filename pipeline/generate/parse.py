@@ -32,6 +32,8 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "question": values.get("question"),
             "answer": values.get("answer"),
             "answer_type": values.get("answer_type"),
+            "evidence_pages": values.get("evidence_pages"),
+            "expression": values.get("expression"),
             "reply_error": error,
             # What cannot be read is kept as it came, so that a person can see why.
             "reply_text": reply.text if error else None,
@@ -42,11 +44,12 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
 
 def find_flaw(request: Request, reply: Reply) -> str | None:
     """Return why nothing in this reply can be used; None where one annotation or more is sound."""
-    flaws = [error or broken_rule(request.task, values) for values, error in _fields(request.task, reply)]
+    pages = max(1, len(request.images))
+    flaws = [error or broken_rule(request.task, values, pages) for values, error in _fields(request.task, reply)]
     return None if None in flaws else flaws[0]
 
 
-def _fields(task: str, reply: Reply) -> list[tuple[dict[str, str], str | None]]:
+def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
     """Return (fields, error) for each annotation; one that is off the schema does not cost its siblings."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
@@ -54,16 +57,17 @@ def _fields(task: str, reply: Reply) -> list[tuple[dict[str, str], str | None]]:
         value = json.loads(reply.text)
     except (ValueError, RecursionError):
         return [({}, "not_json")]
-    found = value.get("qa") if task == "qa" and isinstance(value, dict) else [value]
+    found = value.get("qa") if task in ("qa", "deck_qa") and isinstance(value, dict) else [value]
     if not isinstance(found, list) or not found:
         return [({}, "off_schema")]
-    return [(item, _unusable(item)) if _is_text(item) else ({}, "off_schema") for item in found]
+    return [(item, _unusable(item)) if _is_readable(item) else ({}, "off_schema") for item in found]
 
 
-def _unusable(item: dict[str, str]) -> str | None:
-    if any(_REFUSAL.match(value) for value in item.values()):
+def _unusable(item: dict[str, Any]) -> str | None:
+    texts = [value for value in item.values() if isinstance(value, str)]
+    if any(_REFUSAL.match(text) for text in texts):
         return "refusal"
-    return "repeats_itself" if any(_repeats(value.casefold().split()) for value in item.values()) else None
+    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts) else None
 
 
 def _repeats(words: list[str]) -> bool:
@@ -75,8 +79,16 @@ def _repeats(words: list[str]) -> bool:
     return False
 
 
-def _is_text(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(value, str) and _is_unicode(value) for value in item.values())
+def _is_readable(item: Any) -> bool:
+    """Whether a table can hold it: texts, and a list of small numbers under the one name that has it."""
+    return isinstance(item, dict) and all(
+        _is_pages(value) if name == "evidence_pages" else isinstance(value, str) and _is_unicode(value)
+        for name, value in item.items()
+    )
+
+
+def _is_pages(value: Any) -> bool:
+    return isinstance(value, list) and all(type(page) is int and 0 < page < 2**31 for page in value)
 
 
 def _is_unicode(text: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.generate.prompt import user_content
 from pipeline.image import prepare_image
 
 MAX_BYTES = 1_000_000  # above this a photo is encoded anew: the server decodes it on one thread
@@ -19,56 +20,64 @@ _ORIENTATION = 0x0112  # EXIF
 
 
 class Pictures:
-    """The images of requests that are under way, each made once for all of its tasks.
+    """The images of requests that are under way, each sample's made once for all of its tasks.
 
     Args:
         media: a folder that the server reads; images then travel as file:// and not within the request.
-        max_pixels: larger images are scaled down.
-        keep: how many images may be in use at once; older ones are dropped, and made again if need be.
+        max_pixels: a larger image is scaled down.
+        max_sample_pixels: pages of a deck are scaled down further, so that all of them together have no more than this.
+        keep: how many samples may be in use at once; older ones are dropped, and made again if need be.
     """
 
-    def __init__(self, media: Path | None, max_pixels: int | None, pool: Executor) -> None:
+    def __init__(self, media: Path | None, max_pixels: int | None, max_sample_pixels: int | None, pool: Executor) -> None:
         self.keep = 256
         self._media = media
         self._max_pixels = max_pixels
+        self._max_sample_pixels = max_sample_pixels
         self._pool = pool
         self._made: dict[str, asyncio.Future[bytes]] = {}
+        self._files: dict[str, list[Path]] = {}
 
-    async def part(self, sample_id: str, image: bytes) -> bytes:
-        """Return the JSON of the message part that shows this image.
+    async def parts(self, sample_id: str, images: tuple[bytes, ...]) -> bytes:
+        """Return the JSON of the message parts that show a sample, joined by commas, in the order of prompt.user_content.
 
-        Its uuid is the hash of the bytes that are sent: a server may show a cached image for it without looking.
+        The uuid of an image is the hash of the bytes that are sent: a server may show a cached image for it without looking.
         """
         made = self._made.get(sample_id)
         if made is None or (made.done() and made.exception()):
-            made = asyncio.ensure_future(self._make(sample_id, image))
+            made = asyncio.ensure_future(self._make(sample_id, images))
             self._made[sample_id] = made
             while len(self._made) > self.keep:
                 self._drop(next(iter(self._made)))
         return await asyncio.shield(made)
 
-    async def _make(self, sample_id: str, image: bytes) -> bytes:
-        kind = fits(image, self._max_pixels)
-        if kind:
-            data, uuid = image, sample_id  # which is the hash of these very bytes
-        else:
+    async def _make(self, sample_id: str, images: tuple[bytes, ...]) -> bytes:
+        bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // len(images)]
+        bound = min((each for each in bounds if each), default=None)
+        parts = user_content([await self._part(image, bound, sample_id) for image in images], "")[:-1]
+        return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
+
+    async def _part(self, image: bytes, bound: int | None, sample_id: str) -> bytes:
+        data, kind = image, fits(image, bound)
+        if kind is None:
             loop = asyncio.get_running_loop()
-            data, kind = await loop.run_in_executor(self._pool, reencode, image, self._max_pixels), "jpeg"
-            uuid = hashlib.sha256(data).hexdigest()
+            data, kind = await loop.run_in_executor(self._pool, reencode, image, bound), "jpeg"
+        uuid = hashlib.sha256(data).hexdigest()
         if self._media is None:
             return b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % (
                 kind.encode(),
                 base64.b64encode(data),
                 uuid.encode(),
             )
-        path = self._media / sample_id
-        path.write_bytes(data)
-        return json.dumps({"type": "image_url", "image_url": {"url": path.as_uri()}, "uuid": uuid}).encode()
+        files = self._files.setdefault(sample_id, [])
+        files.append(self._media / f"{sample_id}-{len(files)}")
+        files[-1].write_bytes(data)
+        return json.dumps({"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}).encode()
 
     def _drop(self, sample_id: str) -> None:
         del self._made[sample_id]
-        if self._media:
-            (self._media / sample_id).unlink(missing_ok=True)
+        for file in self._files.pop(sample_id, []):
+            file.unlink(missing_ok=True)
 
 
 def fits(image: bytes, max_pixels: int | None) -> str | None:

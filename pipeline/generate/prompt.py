@@ -35,9 +35,9 @@ class Prompt:
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
-def user_content(images: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+def user_content(images: Sequence[Any], text: str) -> list[Any]:
     """Return the parts of the user's turn: the images, then the text; of several images each stands after its page number."""
-    parts = []
+    parts: list[Any] = []
     for number, image in enumerate(images, 1):
         parts += [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 else [image]
     return [*parts, {"type": "text", "text": text}]

@@ -15,8 +15,8 @@ WARMER = 0.5  # each further attempt adds this to the temperature, up to 1: equa
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
 
 
-def build_requests(sample_id: str, image: bytes, config: Config, revision: str) -> Iterator[Request]:
-    """Yield the requests for one image, in the order of the config's tasks and styles."""
+def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, revision: str) -> Iterator[Request]:
+    """Yield the requests for one sample, in the order of the config's tasks and styles."""
     for task, style in asked_of_each(config):
         prompt, sampling, about = _asked(task, style, config.generate, config.seed, revision)
         yield Request(
@@ -27,7 +27,7 @@ def build_requests(sample_id: str, image: bytes, config: Config, revision: str) 
             prompt_id=prompt.id,
             system=prompt.system,
             text=prompt.text,
-            image=image,
+            images=images,
             sampling=sampling,
         )
 

@@ -60,4 +60,4 @@ def _read(path: Path, root: Path) -> Sample | Rejected:
         return Rejected(source_row=row, reason=error.reason, detail=str(error))
     except OSError as error:
         return Rejected(source_row=row, reason="unreadable_file", detail=error.strerror or "unknown")
-    return Sample(id=sample_id, source_row=row, image=data, width_px=width_px, height_px=height_px, licence="unknown")
+    return Sample(id=sample_id, source_row=row, images=(data,), width_px=width_px, height_px=height_px, licence="unknown")

@@ -31,7 +31,7 @@ def draw_sample(seed: int, index: int) -> Sample:
     return Sample(
         id=sample_id,
         source_row=f"{seed}/{index}",
-        image=buffer.getvalue(),
+        images=(buffer.getvalue(),),
         width_px=SIDE_PX,
         height_px=SIDE_PX,
         licence="cc0-1.0",

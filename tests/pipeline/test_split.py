@@ -12,16 +12,26 @@ from pipeline.split import split_annotations, split_of
 IDS = [f"{n:064x}" for n in range(4000)]
 
 
+def table(ids: list[str], source_split: str | None = None) -> pa.Table:
+    return pa.table({"sample_id": ids, "source_split": pa.array([source_split] * len(ids), pa.string())})
+
+
 def test_all_annotations_of_an_image_are_in_one_split() -> None:
-    table = split_annotations(pa.table({"sample_id": IDS[:50] * 3}), SplitConfig(), seed=0)
-    by_image = {(row["sample_id"], row["split"]) for row in table.to_pylist()}
+    marked = split_annotations(table(IDS[:50] * 3), SplitConfig(), seed=0)
+    by_image = {(row["sample_id"], row["split"]) for row in marked.to_pylist()}
     assert len(by_image) == 50
-    assert table["reason"].null_count == 150
+    assert marked["reason"].null_count == 150
+
+
+@pytest.mark.parametrize("given", ["train", "validation", "test"])
+def test_the_split_of_the_source_is_kept(given: str) -> None:
+    marked = split_annotations(table(IDS[:200], given), SplitConfig(), seed=0)
+    assert set(marked["split"].to_pylist()) == {given}
 
 
 def test_an_image_stays_where_it_is_when_others_come() -> None:
-    few = split_annotations(pa.table({"sample_id": IDS[:100]}), SplitConfig(), seed=0)["split"].to_pylist()
-    many = split_annotations(pa.table({"sample_id": IDS}), SplitConfig(), seed=0)["split"].to_pylist()
+    few = split_annotations(table(IDS[:100]), SplitConfig(), seed=0)["split"].to_pylist()
+    many = split_annotations(table(IDS), SplitConfig(), seed=0)["split"].to_pylist()
     assert many[:100] == few
 
 

@@ -10,9 +10,9 @@ from pipeline.generate.ask import Counts, ask_about, read_annotations
 from pipeline.generate.embedded import groups
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import build_requests
-from pipeline.types import Engine, Reply, Work
+from pipeline.types import Chunk, Engine, Reply, Work
 
-IMAGES = [(f"{n:064x}", b"image") for n in range(6)]
+IMAGES: Chunk = [(f"{n:064x}", (b"image",)) for n in range(6)]
 REPLIES = {
     "caption": '{"caption":"A ring."}',
     "qa": '{"qa":[{"answer_type":"number","question":"How many?","answer":"1"}]}',
@@ -64,7 +64,7 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Cou
     with Journal(path) as journal:
         for _ in ask_about(iter([IMAGES[:3], IMAGES[3:]]), settings, "1", lambda: engine, journal, counts):
             pass
-        tables = list(read_annotations([[name for name, _ in IMAGES]], settings, "1", journal))
+        tables = list(read_annotations([[(name, 1, None) for name, _ in IMAGES]], settings, "1", journal))
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 

@@ -38,10 +38,10 @@ def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any
     config = resolve(source="scenes", base_url=list(urls), model="model", **settings)
     counts = Counts()
     with Journal(path) as journal, ExitStack() as stack:
-        chunks = iter([[(sample.id, sample.image) for sample in samples[at : at + 4]] for at in range(0, len(samples), 4)])
+        chunks = iter([[(sample.id, sample.images) for sample in samples[at : at + 4]] for at in range(0, len(samples), 4)])
         for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(Client("model", "r", config)), journal, counts):
             pass
-        (table,) = read_annotations([[sample.id for sample in samples]], config, "r", journal)
+        (table,) = read_annotations([[(sample.id, 1, None) for sample in samples]], config, "r", journal)
         stored = journal.totals()["replies"]
     assert counts.done == counts.total == len(samples) * 3  # nothing lost, nothing twice
     assert stored >= counts.total

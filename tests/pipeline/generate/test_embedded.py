@@ -27,7 +27,7 @@ def engine() -> Engine:
 def requests(count: int, seed: int = SEED) -> list[Request]:
     config = resolve(source="scenes")
     revision = choose_engine(config).revision
-    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.image, config, revision)]
+    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.images, config, revision)]
 
 
 class Once:

@@ -13,7 +13,7 @@ from pipeline.generate.journal import Journal
 from pipeline.generate.requests import build_requests
 from pipeline.types import UNANSWERED, Reply
 
-REQUESTS = list(build_requests("a" * 64, b"pixels", resolve(source="scenes"), "r"))
+REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
 
 
 def reply_to(number: int) -> Reply:

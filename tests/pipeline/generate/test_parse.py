@@ -9,7 +9,7 @@ from pipeline.generate.parse import find_flaw, parse_reply
 from pipeline.generate.requests import build_requests
 from pipeline.types import Reply, Request
 
-BRIEF, _, QA = build_requests("a" * 64, b"", resolve(source="scenes"), "r")
+BRIEF, _, QA = build_requests("a" * 64, (), resolve(source="scenes"), "r")
 
 
 def reply(text: str) -> Reply:

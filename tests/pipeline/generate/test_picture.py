@@ -58,15 +58,15 @@ def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
 
 
 def part(pictures: Pictures, image: bytes) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(asyncio.run(pictures.part(hashlib.sha256(image).hexdigest(), image)))
+    made: dict[str, Any] = json.loads(asyncio.run(pictures.parts(hashlib.sha256(image).hexdigest(), (image,))))
     return made
 
 
 @pytest.mark.parametrize("image", [encoded(), turned()], ids=["as it is", "made anew"])
 def test_the_uuid_is_the_hash_of_the_bytes_that_are_sent(tmp_path: Path, image: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
-        inline = part(Pictures(None, None, pool), image)
-        by_path = part(Pictures(tmp_path, None, pool), image)
+        inline = part(Pictures(None, None, None, pool), image)
+        by_path = part(Pictures(tmp_path, None, None, pool), image)
     head, _, data = inline["image_url"]["url"].partition(",")
     assert head == "data:image/jpeg;base64"
     sent = base64.b64decode(data)
@@ -80,12 +80,12 @@ def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_pat
 
     async def all_parts() -> None:
         with ThreadPoolExecutor(1) as pool:
-            pictures = Pictures(tmp_path, None, pool)
+            pictures = Pictures(tmp_path, None, None, pool)
             pictures.keep = 3
             for image in images:
                 name = hashlib.sha256(image).hexdigest()
-                one, other = await asyncio.gather(pictures.part(name, image), pictures.part(name, image))
+                one, other = await asyncio.gather(pictures.parts(name, (image,)), pictures.parts(name, (image,)))
                 assert one is other
 
     asyncio.run(all_parts())
-    assert {path.name for path in tmp_path.iterdir()} == {hashlib.sha256(image).hexdigest() for image in images[2:]}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]}

@@ -12,11 +12,11 @@ SAMPLE = "a" * 64
 
 def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[str]:
     config = resolve(source="scenes", **settings)
-    return [request.id for request in build_requests(sample_id, b"", config, revision)]
+    return [request.id for request in build_requests(sample_id, (), config, revision)]
 
 
 def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
-    requests = list(build_requests(SAMPLE, b"", resolve(source="scenes"), "r"))
+    requests = list(build_requests(SAMPLE, (), resolve(source="scenes"), "r"))
     assert [(r.task, r.style) for r in requests] == [("caption", "brief"), ("caption", "detailed"), ("qa", "")]
     assert len({r.id for r in requests}) == 3
 
