@@ -32,7 +32,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
 
     # Without network it fails when it is made, as it downloads a vocabulary. It only counts tokens with it, for rate limits
     # that are off here.
-    tiktoken.get_encoding = lambda name: SimpleNamespace(encode=lambda text, **options: text.split())
+    tiktoken.get_encoding = lambda _: SimpleNamespace(encode=lambda text, **_: text.split())
     # Before the rows it posts a request without messages, to read rate limits from the reply's headers, and one whose schema
     # the mock endpoint cannot know, to see whether schemas are obeyed. The endpoint would count both as rows.
     OpenAIOnlineRequestProcessor.get_header_based_rate_limits = lambda self: (NO_LIMIT, NO_LIMIT)

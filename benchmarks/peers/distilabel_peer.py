@@ -1,7 +1,8 @@
-"""Drives distilabel: `LoadDataFromDicts >> TextGenerationWithImage` over an `OpenAILLM` with a base URL, as in its vision example.
+"""Drives distilabel: `LoadDataFromDicts >> TextGenerationWithImage` over an `OpenAILLM` with a base URL, as its example does.
 
-Images go in as base64, as it takes no paths, in batches of as many rows as it may ask at once. The schema is a `response_format`
-in the `extra_body` that its LLM sends along. The pipeline's cache lies under `--out`; a second run resumes from it.
+Images go in as base64, as it takes no paths, in batches of as many rows as it may ask at once. The schema goes along as a
+`response_format` in the LLM's `extra_body`. The pipeline's cache lies under `--out`; a second run should resume there, and
+after a kill was seen to wait for ever (distilabel issue 1065).
 """
 
 import argparse

@@ -1,0 +1,69 @@
+"""VQA answers made comparable, by the rules of the official VQA evaluation (Antol et al., 2015), its quirks included.
+
+Lower case, number words as digits, no articles, contractions with their apostrophe, no punctuation but that within numbers.
+"""
+
+import re
+from collections.abc import Sequence
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
+_ARTICLES = ("a", "an", "the")
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_NUMBER_WITH_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_PERIODS_TAKEN = 32  # the official code hands a flag to the place of the count
+
+# Of every contraction that the official table knows, the right spelling. It is found when one apostrophe is missing.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
+how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
+shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've you'll you're you've
+"""
+
+
+def _misspelled(right: str) -> list[str]:
+    apostrophes = [at for at, letter in enumerate(right) if letter == "'"]
+    return [right[:at] + right[at + 1 :] for at in apostrophes]
+
+
+_RIGHT = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelled(right)} | {
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "somebody'd": "somebodyd",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
+
+
+def normalize_answer(answer: str) -> str:
+    """Return an answer as the official evaluation compares it."""
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
+    return " ".join(_RIGHT.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
+    """Return the share of people that an answer agrees with: three others make it right, averaged over leaving one out.
+
+    Where all people said the same, the official evaluation compares letter by letter.
+    """
+    said, people = answer.replace("\n", " ").replace("\t", " ").strip(), [each.strip() for each in given]
+    if len(set(people)) > 1:
+        said, people = normalize_answer(answer), [normalize_answer(each) for each in given]
+    agreeing = people.count(said)
+    scores = [min(1.0, (agreeing - (person == said)) / 3) for person in people]
+    return sum(scores) / len(scores)
+
+
+def _without_punctuation(text: str) -> str:
+    out = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside_space or _NUMBER_WITH_COMMA.search(text) else " ")
+    return _PERIOD.sub("", out, count=_PERIODS_TAKEN)

@@ -1,0 +1,101 @@
+"""Data sets of the Hugging Face Hub, at one commit: their Parquet files, or those of the Hub's own conversion.
+
+A repository whose files are made by a script has a conversion on a branch of its own. No script is ever run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, BinaryIO
+
+import httpx2
+from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from pipeline.errors import SourceError
+from pipeline.source.tables import Tables, split_of_path
+
+CONVERTED = "refs/convert/parquet"
+BLOCK_BYTES = 1 << 20  # is fetched at once; the default of 50 MB is more than some users want in all
+
+
+def open_hub(name: str) -> Tables:
+    """Return the tables of `ORG/NAME` or `ORG/NAME@REVISION`; the commit is pinned, whatever the revision was.
+
+    Raises:
+        SourceError: there is no such data set, no access to it, no Parquet in it, or no Hub.
+    """
+    repo, _, revision = name.partition("@")
+    api = HfApi()
+    with explained(repo, api.endpoint):
+        about = api.dataset_info(repo, revision=revision or None)
+        commit, files = str(about.sha), _parquet(api, repo, str(about.sha))
+        if not files and not revision:
+            commit, files = _converted(api, repo)
+    if not files:
+        raise SourceError(
+            f"{repo} holds no Parquet files, nor has the Hub converted it",
+            hint="download it, and use --source folder:PATH or parquet:PATH",
+        )
+    licence = (about.card_data or {}).get("license") or "unknown"
+    opened = HfFileSystem()
+    return Tables(
+        name=repo,
+        revision=commit,
+        licence=licence if isinstance(licence, str) else ", ".join(licence),
+        files=files,
+        open=partial(_open, opened, repo, commit, api.endpoint),
+    )
+
+
+@contextmanager
+def explained(repo: str, endpoint: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line and a hint."""
+    try:
+        yield
+    except GatedRepoError:
+        raise SourceError(
+            f"{repo} is gated: its owner wants you to accept terms first",
+            hint=f"accept them at {endpoint}/datasets/{repo}, then `hf auth login` with the same account",
+        ) from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"no data set {repo} at {endpoint}, or no access to it", hint="check the name; `hf auth login` if it is private"
+        ) from None
+    except HFValidationError:
+        raise SourceError(f"not the name of a data set: {repo}", hint="it looks like ORG/NAME") from None
+    except HfHubHTTPError as error:
+        raise SourceError(
+            f"the Hub refused {repo} ({error.response.status_code}): {error.server_message or 'no message'}",
+            hint="check the name and the revision, or try again later",
+        ) from None
+    except (OSError, httpx2.TransportError) as error:
+        raise SourceError(
+            f"cannot reach the Hub at {endpoint}: {' '.join(str(error).split())[:200]}",
+            hint="check the network; without one, --source scenes and folder:PATH work",
+        ) from None
+
+
+def _open(files: Any, repo: str, commit: str, endpoint: str, path: str) -> BinaryIO:
+    with explained(repo, endpoint):
+        opened: BinaryIO = files.open(f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead")
+        return opened
+
+
+def _parquet(api: HfApi, repo: str, commit: str) -> dict[str, list[str]]:
+    """Return the Parquet files at a commit by split, sorted."""
+    files: dict[str, list[str]] = {}
+    for path in sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit)):
+        if path.endswith(".parquet"):
+            files.setdefault(split_of_path(path), []).append(path)
+    return files
+
+
+def _converted(api: HfApi, repo: str) -> tuple[str, dict[str, list[str]]]:
+    try:
+        commit = str(api.dataset_info(repo, revision=CONVERTED).sha)
+    except GatedRepoError:
+        raise
+    except HfHubHTTPError:
+        return "", {}
+    return commit, _parquet(api, repo, commit)

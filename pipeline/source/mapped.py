@@ -1,0 +1,155 @@
+"""Sources: any table with images in it, on the Hub (`hub:ORG/NAME`) or on this disk (`parquet:PATH`).
+
+Which column is what is said by `--map`, or guessed where the columns make it plain.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import ImageError, SourceError
+from pipeline.fingerprint import digest, file_digest
+from pipeline.image import check_image, deck_id
+from pipeline.source.tables import SPLITS, Tables, embedded_bytes, split_of_path
+from pipeline.types import Rejected, Sample, Source
+
+ROLES = ("image", "pages", "references", "split")
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
+_REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
+_SAY = "say which with --map, such as --map image=COLUMN,references=COLUMN"
+
+
+def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, kind: str) -> Source:
+    """Return a source of the rows of some tables; a row without a usable image is rejected with a reason.
+
+    Raises:
+        SourceError: a column that is named is not there, or none can be guessed; or there is no such split.
+    """
+    columns = read_mapping(tables.schema, mapping)
+    if "split" not in columns:
+        check_split(tables, split)
+    return Source(name=f"{kind}:{tables.name}", revision=tables.revision, rows=mapped_rows(tables, columns, split))
+
+
+def open_parquet(path: Path) -> Tables:
+    """Return the tables of a Parquet file, or of all under a folder.
+
+    Raises:
+        SourceError: there is none.
+    """
+    paths = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not paths:
+        raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
+    root = path.parent if path.is_file() else path
+    files: dict[str, list[str]] = {}
+    for each in paths:
+        files.setdefault(split_of_path(str(each.relative_to(root))), []).append(str(each.relative_to(root)))
+    revision = digest([[str(each.relative_to(root)), file_digest(each)] for each in paths])
+    return Tables(path.name, revision, "unknown", files, lambda name: (root / name).open("rb"))
+
+
+def check_split(tables: Tables, split: str | None) -> None:
+    """Raise SourceError where there is no such split."""
+    if split is not None and split not in tables.files:
+        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(tables.files)}")
+
+
+def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[str]]:
+    """Return the columns of each role: as told, else as their names and types make plain."""
+    columns = {role: _named(schema, role, name) for role, name in mapping.items()}
+    if "image" not in columns and "pages" not in columns:
+        columns |= _guess_images(schema)
+    if "references" not in mapping:
+        texts = [name for name in _REFERENCE_NAMES if name in schema.names and _is_text(schema.field(name).type)]
+        columns["references"] = texts[:1]
+    if "split" not in mapping and "split" in schema.names and pa.types.is_string(schema.field("split").type):
+        columns["split"] = ["split"]
+    return columns
+
+
+def _named(schema: pa.Schema, role: str, name: str) -> list[str]:
+    """Return the columns that a name of the mapping stands for; `page_*` is all of them, by their number."""
+    if role not in ROLES:
+        raise SourceError(f"--map knows no {role}", hint=f"it maps {', '.join(ROLES)}")
+    pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+    found = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
+    if not found:
+        raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
+    return [column for _, column in sorted(found)]
+
+
+def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
+    images = [field.name for field in schema if _is_image(field.type)]
+    lists = [field.name for field in schema if pa.types.is_list(field.type) and _is_image(field.type.value_type)]
+    plain = [name for name in _IMAGE_NAMES if name in schema.names and pa.types.is_binary(schema.field(name).type)]
+    numbered = [name for name in images if re.fullmatch(r"page_\d+", name)]
+    if len(numbered) > 1 and numbered == images:
+        return {"pages": sorted(numbered, key=lambda name: int(name.partition("_")[2]))}
+    if len(images) == 1 or "image" in images:
+        return {"image": ["image" if "image" in images else images[0]]}
+    if not images and len(lists) == 1:
+        return {"pages": lists}
+    if not images and plain:
+        return {"image": plain[:1]}
+    several = f"several columns hold images: {', '.join([*images, *lists])}" if images or lists else "no column holds images"
+    raise SourceError(f"{several} (columns: {', '.join(schema.names)})", hint=_SAY)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or (pa.types.is_list(kind) and pa.types.is_string(kind.value_type))
+
+
+def mapped_rows(
+    tables: Tables, columns: dict[str, list[str]], split: str | None, names: dict[str, str] = SPLITS
+) -> Iterator[Sample | Rejected]:
+    """Yield the rows of one split, or of all. `names` maps what a split column holds to train, validation or test."""
+    wanted = [column for found in columns.values() for column in found]
+    own = columns.get("split")
+    for name, filed, row in tables.rows(wanted, None if own else split):
+        stated = names.get(str(row[own[0]])) if own else filed
+        if stated is None:
+            yield Rejected(source_row=name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
+            continue
+        if split is not None and stated != split:
+            continue
+        references = _texts(row[columns["references"][0]]) if columns.get("references") else ()
+        images = [image for column in columns.get("pages", columns.get("image", [])) for image in _images(row[column])]
+        # Whoever asks for the training rows alone wants some of them held out; else a row stays where it is filed.
+        yield sample_of(name, images, tables.licence, None if split == "train" else stated, references=references)
+
+
+def sample_of(name: str, images: list[Any], licence: str, split: str | None, **more: Any) -> Sample | Rejected:
+    """Return a sample of what a row holds, or why it is none; empty pages at the end of a deck are no pages."""
+    while len(images) > 1 and images[-1] is None:
+        images = images[:-1]
+    try:
+        pages = [embedded_bytes(image) for image in images] if images else [embedded_bytes(None)]
+        checked = [check_image(page) for page in pages]
+    except ImageError as error:
+        return Rejected(source_row=name, reason=error.reason, detail=str(error))
+    _, width_px, height_px = checked[0]
+    return Sample(
+        id=deck_id([page_id for page_id, _, _ in checked]),
+        source_row=name,
+        images=tuple(pages),
+        width_px=width_px,
+        height_px=height_px,
+        licence=licence,
+        split=split,
+        **more,
+    )
+
+
+def _images(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip())

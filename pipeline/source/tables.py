@@ -1,0 +1,115 @@
+"""Rows of Parquet files, wherever they lie: streamed, a few at a time, and only the columns that are asked for.
+
+Nothing here follows what a row says: a path or a URL in it is a value like any other.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ImageError, SourceError
+
+BATCH_ROWS = 16
+BUFFER_BYTES = 1 << 20  # of a column that is read as a stream: a row group of photos may be half a gigabyte
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "restval": "train",  # Karpathy's name for what is left of COCO's validation images, which everybody trains on
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "testdev": "test",
+    "eval": "test",
+}
+_WORDS = re.compile(r"[a-z]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Parquet files of one data set, by the split that they are filed under; `revision` names their exact content."""
+
+    name: str
+    revision: str
+    licence: str
+    files: dict[str, list[str]]
+    open: Callable[[str], BinaryIO]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, read from the first file."""
+        first = next(path for paths in self.files.values() for path in paths)
+        with self.open(first) as file, damaged(first):
+            return pq.read_schema(file)
+
+    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield (name of the row, split that it is filed under, its values) of one split or of all."""
+        for filed, paths in self.files.items():
+            if split is not None and filed != split:
+                continue
+            for path in paths:
+                number = 0
+                with self.open(path) as file, damaged(path):
+                    parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+                    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(columns), use_threads=False):
+                        for row in batch.to_pylist():
+                            yield f"{path}:{number}", filed, row
+                            number += 1
+
+    def require(self, *columns: str) -> None:
+        """Raise SourceError where a column is missing."""
+        names = self.schema.names
+        missing = [column for column in columns if column not in names]
+        if missing:
+            raise SourceError(
+                f"{self.name} has no column {', '.join(missing)}; it has {', '.join(names)}",
+                hint="use --source hub:ORG/NAME with --map for a data set of another layout",
+            )
+
+
+class damaged:  # noqa: N801  # reads as a word: with damaged(path)
+    """Turn what pyarrow and the network say about a file into one line."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, pa.ArrowException | OSError | EOFError):
+            what = " ".join(str(error).split())[:200]
+            raise SourceError(f"cannot read {self.path}: {what}", hint="run the same command again") from None
+
+
+def split_of_path(path: str) -> str:
+    """Return the split that the words of a path name, the last ones first; train where there is none.
+
+    `data/validation-00000-of-00002.parquet` and `default/val/0000.parquet` are both validation.
+    """
+    for word in reversed(_WORDS.findall(path.lower().removesuffix(".parquet"))):
+        if word in SPLITS:
+            return SPLITS[word]
+    return "train"
+
+
+def embedded_bytes(value: Any) -> bytes:
+    """Return the bytes of an image that a row holds.
+
+    Raises:
+        ImageError: it holds none, but perhaps a path or a URL, neither of which is ever opened.
+    """
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+        if value is None and path:
+            kind = "a URL" if "://" in str(path) else "a path"
+            raise ImageError("image_not_embedded", f"the row names {kind} in place of an image; it is not opened")
+    if not isinstance(value, bytes) or not value:
+        raise ImageError("image_missing", "the row holds no image")
+    return value
