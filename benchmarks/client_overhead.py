@@ -210,7 +210,8 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = f"http://127.0.0.1:{port}"
-    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(port), str(LATENCY_SECONDS)])
+    command = [sys.executable, str(HERE / "mock_chat.py"), str(port), str(LATENCY_SECONDS)]
+    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # it complains of clients that are killed
     try:
         with tempfile.TemporaryDirectory() as temporary:
             compare(arguments, root, Path(temporary))

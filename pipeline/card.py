@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipeline.generate.prompt import template
 
-TASK_CATEGORIES = {"caption": "image-to-text", "qa": "visual-question-answering"}
+TASK_CATEGORIES = {"caption": "image-to-text", "qa": "visual-question-answering", "deck_qa": "document-question-answering"}
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 

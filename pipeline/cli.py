@@ -36,11 +36,20 @@ def generate(
     context: typer.Context,
     source: Annotated[str | None, typer.Option(help="Where the images come from; `synth sources` lists the names.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split of the source to read, where it has some.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--map", help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."),
+    ] = None,
+    split_list: Annotated[
+        Path | None, typer.Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Draws scenes, samples replies and splits.", show_default="0")] = None,
-    tasks: Annotated[str | None, typer.Option(help="What to ask, with commas.", show_default="caption,qa")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="What to ask, with commas.", show_default="caption,qa; of decks deck_qa")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Dataset folder; run again to continue it.", show_default="data/SOURCE")
     ] = None,
@@ -73,6 +82,8 @@ def generate(
         config,
         source=source,
         source_split=split,
+        columns=read_pairs(columns, "--map") if columns else None,
+        split_list=split_list,
         limit=limit,
         seed=seed,
         tasks=tasks.split(",") if tasks else None,
@@ -133,15 +144,22 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def sources(as_json: AsJson = False) -> None:
-    """List the sources that `synth generate` can read."""
-    from pipeline.source import SOURCES
+def sources(
+    name: Annotated[str | None, typer.Argument(help="Show all about this one.", show_default="list all")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the sources that `synth generate` can read, or show one of them."""
+    from pipeline.source import SOURCES, find_source
 
     if as_json:
-        typer.echo(json.dumps(SOURCES))
+        found = [asdict(about) for about in ([find_source(name)] if name else SOURCES)]
+        typer.echo(json.dumps(found[0] if name else found))
+    elif name:
+        for field, value in asdict(find_source(name)).items():
+            typer.echo(f"{field:<8} {value}")
     else:
-        for name, what in SOURCES.items():
-            typer.echo(f"{name:<14} {what}")
+        for about in SOURCES:
+            typer.echo(f"{about.name:<14} {about.what}")
 
 
 @app.command()
@@ -287,6 +305,14 @@ def vllm_flags(context: typer.Context) -> dict[str, Any] | None:
     if "--" not in sys.argv:
         raise typer.BadParameter(f"unexpected argument: {context.args[0]}; flags for vLLM come after --")
     return {"flags": context.args}
+
+
+def read_pairs(text: str, option: str) -> dict[str, str]:
+    """Read NAME=VALUE,NAME=VALUE."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name and equals and value for name, equals, value in pairs):
+        raise typer.BadParameter(f"{text} does not look like NAME=VALUE,NAME=VALUE", param_hint=option)
+    return {name: value for name, _, value in pairs}
 
 
 def say_counts(counts: "Counts") -> None:

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pipeline.errors import ConfigError
 
-Task = Literal["caption", "qa"]
+DECKS = ("scenes-deck", "slidevqa")  # the sources whose samples are decks
+Task = Literal["caption", "qa", "deck_qa"]
 Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt decides which it knows
 
 
@@ -68,10 +69,12 @@ class Config(Section):
     """Everything that decides what a dataset holds. Saved as `run.json`."""
 
     source: str
-    source_split: str | None = None
+    source_split: Literal["train", "validation", "test"] | None = None
+    columns: dict[str, str] = {}  # role -> column, for tables whose columns are not plain
+    split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
-    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)
+    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)  # of decks: deck_qa
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
     base_url: Distinct[Annotated[str, Field(pattern=r"^https?://[^/\s]+/.*v1/?$")]] = ()
@@ -88,12 +91,18 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     """
     values = _read(config_file) if config_file else {}
     values |= {name: value for name, value in flags.items() if value is not None}
+    values.setdefault("tasks", list(_default_tasks(values)))
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error), hint=f"known keys: {', '.join(_keys(Config))}") from None
+
+
+def _default_tasks(values: dict[str, Any]) -> tuple[Task, ...]:
+    kind = str(values.get("source")).partition(":")[0]
+    return ("deck_qa",) if kind in DECKS or "pages" in (values.get("columns") or {}) else ("caption", "qa")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def estimate_run(config: Config, out: Path | None = None, talk: Talk | None = No
     folder = Folder(out or dataset_folder(config.source))
     talk = talk or Silence()
     check_prompts(config)
-    source = open_source(config.source, split=config.source_split, seed=config.seed, limit=config.limit)
+    source = open_source(config)
     choice = choose_engine(config, folder.server_log, talk)
     counts, samples = Counts(), []
     with disk_errors(folder.path), folder.lock(), Journal(folder.journal) as journal, ExitStack() as stack:

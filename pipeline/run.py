@@ -88,7 +88,7 @@ def generate_version(
     check_prompts(config)
     with disk_errors(folder.path):
         _refuse_other_settings(folder, config, start)
-    source = open_source(config.source, split=config.source_split, seed=config.seed, limit=config.limit)
+    source = open_source(config)
     with disk_errors(folder.path), folder.lock():
         return _run(folder, config, source, start, talk or Silence())
 

@@ -57,6 +57,7 @@ class Source:
     revision: str
     rows: Iterator[Sample | Rejected]
     total: int | None = None  # rows, where that is known before they are read
+    decks: bool = False  # whether its samples are documents of several pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

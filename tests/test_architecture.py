@@ -15,6 +15,7 @@ LOWER = {
     **BASE,
     "fingerprint": {"errors"},
     "image": {"errors"},
+    "answers": set(),
     "arithmetic": set(),
     "schema": {"errors", "arithmetic"},
     "tables": {"errors"},
@@ -23,7 +24,7 @@ LOWER = {
     "store": {"errors", "tables"},
     "scenes": {"errors", "schema", "generate.prompt"},
 }
-STAGE_MAY = {"errors", "types", "schema", "tables", "config", "store", "fingerprint", "image", "scenes"}
+STAGE_MAY = {"answers", "errors", "types", "schema", "tables", "config", "store", "fingerprint", "image", "scenes"}
 TRAINER_MAY = {"errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TINY = "tiny"
 TINY_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights" / "teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
-DRAWN = ("scenes",)  # the sources that the tiny teacher knows
+DRAWN = ("scenes", "scenes-deck")  # the sources that the tiny teacher knows
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # names the interpreter of an environment of its own that has vLLM
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import EngineError
+from pipeline.schema import MAX_PAGES
 from pipeline.types import Talk
 
 NAME = "model"  # what the server calls the model: a path is nobody's business
@@ -26,6 +27,7 @@ BACKEND = {"backend": "guidance", "disable_any_whitespace": True, "disable_addit
 STOP_SECONDS = 15
 MIN_TOKENS = 1024
 MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
+MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger ones are scaled down, all alike
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are handed over in memory where the machine can
 
 
@@ -56,14 +58,15 @@ def plan_launch(
 ) -> Launch:
     """Choose flags for a model (a folder or a Hub id) on this machine; the user's own come last and win."""
     server = config.server
-    length = min(_context(model), MAX_TOKENS)
+    decks = "deck_qa" in config.tasks
+    length = min(_context(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
     seqs = 256 if gpu else 32
     chosen: dict[str, str] = {
         "--served-model-name": NAME,
         "--dtype": "bfloat16",
         "--max-model-len": str(length),
         "--max-num-seqs": str(seqs),
-        "--limit-mm-per-prompt": '{"image":1,"video":0}',
+        "--limit-mm-per-prompt": json.dumps({"image": MAX_PAGES if decks else 1, "video": 0}, separators=(",", ":")),
         "--structured-outputs-config": json.dumps(BACKEND, separators=(",", ":")),
         "--generation-config": "vllm",  # else the model's own file changes how tokens are chosen
         "--uvicorn-log-level": "warning",
@@ -240,7 +243,7 @@ def _context(model: str) -> int:
     """Return how many tokens a model folder holds; of a Hub id it is not known before it is there."""
     file = Path(model) / "config.json"
     if not file.exists():
-        return MAX_TOKENS
+        return MAX_DECK_TOKENS
     found = json.loads(file.read_text(encoding="utf-8"))
     found = found.get("text_config") or found
     return int(found.get("max_position_embeddings") or MIN_TOKENS)

@@ -1,30 +1,178 @@
 """Stage: source. Where the images come from, by name; a source yields samples, or rows that it had to reject."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.source.folder import open_folder
-from pipeline.source.scenes import open_scenes
 from pipeline.types import Source
 
-SOURCES = {
-    "scenes": "drawn scenes with known facts, endless; --seed and --limit choose them",
-    "folder:PATH": "every image under a folder of yours, subfolders too",
-}
+DRAWN = ("scenes", "scenes-deck")
 
 
-def open_source(name: str, *, split: str | None, seed: int, limit: int | None) -> Source:
-    """Open a source by its name.
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a person wants to know of a source before using it."""
+
+    name: str
+    what: str
+    tasks: str
+    splits: str
+    size: str
+    licence: str
+    needs: str
+    example: str
+
+
+SOURCES = (
+    About(
+        "scenes",
+        "drawn pictures of one to four objects, with known facts",
+        "caption, qa",
+        "by hash",
+        "endless; --seed and --limit choose them",
+        "cc0-1.0",
+        "nothing",
+        "synth generate --source scenes --limit 500",
+    ),
+    About(
+        "scenes-deck",
+        "decks of four drawn pages, with known facts",
+        "deck_qa",
+        "by hash",
+        "endless; --seed and --limit choose them",
+        "cc0-1.0",
+        "nothing",
+        "synth generate --source scenes-deck --limit 200",
+    ),
+    About(
+        "folder:PATH",
+        "every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv beside them",
+        "caption, qa",
+        "by hash",
+        "yours",
+        "unknown: say it in the card",
+        "a vision-language model",
+        "synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
+    ),
+    About(
+        "parquet:PATH",
+        "the images in a Parquet file, or in all under a folder",
+        "caption, qa; deck_qa where pages are mapped",
+        "as the file names say, else by hash",
+        "yours",
+        "unknown: say it in the card",
+        "a vision-language model",
+        "synth generate --source parquet:rows.parquet --map image=photo,references=alt_text",
+    ),
+    About(
+        "hub:ORG/NAME",
+        "any data set of the Hub that is Parquet, or that the Hub has converted; @REVISION pins another commit than the newest",
+        "caption, qa; deck_qa where pages are mapped",
+        "as upstream files them",
+        "streamed: --limit downloads little",
+        "as its card says",
+        "the Hub, a vision-language model",
+        "synth generate --source hub:ORG/NAME --split train --limit 1000",
+    ),
+    About(
+        "flickr30k",
+        "everyday photos with five captions each (Young et al., 2014); another copy: flickr30k:ORG/NAME",
+        "caption, qa",
+        "Karpathy: train 29,000, validation 1,014, test 1,000",
+        "31,014 photos, about 4.4 GB",
+        "Flickr terms: research only, pixels stay here",
+        "the Hub, a vision-language model",
+        "synth generate --source flickr30k",
+    ),
+    About(
+        "vqav2",
+        "photos of COCO with questions and ten answers each (Goyal et al., 2017); one sample is a photo",
+        "caption, qa",
+        "validation 214,354 questions, test; the default copy has no train",
+        "about 40,000 photos in validation",
+        "CC-BY-4.0 words, Flickr terms for the photos: pixels stay here",
+        "the Hub, a vision-language model",
+        "synth generate --source vqav2 --split validation --limit 1000",
+    ),
+    About(
+        "slidevqa",
+        "decks of up to 20 slides with questions, evidence pages and arithmetic (Tanaka et al., 2023); one sample is a deck",
+        "deck_qa",
+        "train 10,617, validation 1,652, test 2,215 questions",
+        "2,619 decks, 10.9 GB",
+        "NTT's licence for evaluation: pixels stay here",
+        "the Hub, access granted there, a vision-language model",
+        "synth generate --source slidevqa --split validation --limit 50",
+    ),
+)
+
+
+def find_source(name: str) -> About:
+    """Return what is known of a source, by its name with or without what follows the colon."""
+    for about in SOURCES:
+        if about.name.partition(":")[0] == name.partition(":")[0]:
+            return about
+    raise ConfigError(f"unknown source: {name}", hint=f"known sources: {', '.join(about.name for about in SOURCES)}")
+
+
+def open_source(config: Config) -> Source:
+    """Open the source that a config names.
 
     Raises:
-        ConfigError: the name is unknown, or the source has no such split.
+        ConfigError: the name is unknown, or an option or a task does not go with it.
         SourceError: the source cannot be read.
     """
-    kind, _, argument = name.partition(":")
-    if split is not None and kind in ("scenes", "folder"):
-        raise ConfigError(f"source {kind} has no splits, but --split {split} was given", hint="leave --split out")
-    if name == "scenes":
-        return open_scenes(seed, limit)
+    kind, _, argument = config.source.partition(":")
+    _refuse_options(config, kind)
+    source = _open(config, kind, argument)
+    if source.decks != ("deck_qa" in config.tasks) or (source.decks and len(config.tasks) > 1):
+        wanted = "deck_qa" if source.decks else "caption,qa"
+        what = "decks of pages" if source.decks else "single images"
+        raise ConfigError(
+            f"{config.source} holds {what}, and cannot be asked for {', '.join(config.tasks)}", hint=f"pass --tasks {wanted}"
+        )
+    return source
+
+
+def _open(config: Config, kind: str, argument: str) -> Source:
+    if config.source in DRAWN:
+        from pipeline.source import scenes
+
+        opened = scenes.open_scenes if kind == "scenes" else scenes.open_decks
+        return opened(config.seed, config.limit)
     if kind == "folder" and argument:
+        from pipeline.source.folder import open_folder
+
         return open_folder(Path(argument).expanduser())
-    raise ConfigError(f"unknown source: {name}", hint=f"known sources: {', '.join(SOURCES)}")
+    if kind == "parquet" and argument:
+        from pipeline.source.mapped import open_mapped, open_parquet
+
+        return open_mapped(open_parquet(Path(argument).expanduser()), config.columns, config.source_split, "parquet")
+    if kind in ("flickr30k", "vqav2", "slidevqa") or (kind == "hub" and argument):
+        return _open_hub(config, kind, argument)
+    find_source(config.source)
+    raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {find_source(config.source).example}")
+
+
+def _open_hub(config: Config, kind: str, repo: str) -> Source:
+    from pipeline.source import flickr30k, mapped, slidevqa, vqav2
+    from pipeline.source.hub import open_hub
+
+    split = config.source_split
+    if kind == "flickr30k":
+        return flickr30k.open_flickr30k(open_hub(repo or flickr30k.REPO), split, config.split_list)
+    if kind == "vqav2":
+        return vqav2.open_vqav2(open_hub(repo or vqav2.REPO), split)
+    if kind == "slidevqa":
+        return slidevqa.open_slidevqa(open_hub(repo or slidevqa.REPO), split)
+    return mapped.open_mapped(open_hub(repo), config.columns, split, "hub")
+
+
+def _refuse_options(config: Config, kind: str) -> None:
+    if config.source_split is not None and kind in (*DRAWN, "folder"):
+        raise ConfigError(f"source {kind} has no splits, but --split {config.source_split} was given", hint="leave --split out")
+    if config.columns and kind not in ("hub", "parquet"):
+        raise ConfigError(f"source {kind} knows its columns, but --map was given", hint="leave --map out, or use hub:ORG/NAME")
+    if config.split_list and kind != "flickr30k":
+        raise ConfigError("--split-list goes with --source flickr30k alone", hint="leave --split-list out")

@@ -1,8 +1,15 @@
-"""Source: a local folder of images, read in an order that does not depend on the disk."""
+"""Source: a local folder of images, read in an order that does not depend on the disk.
 
+Captions that lie beside the images become references: `picture.txt`, one a line, or `metadata.jsonl` or `metadata.csv` with a
+column `file_name`, as `datasets` has it for its imagefolder.
+"""
+
+import csv
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ImageError, SourceError
 from pipeline.fingerprint import digest, file_digest
@@ -11,6 +18,7 @@ from pipeline.types import Rejected, Sample, Source
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_FILE_BYTES = 100_000_000
+REFERENCE_NAMES = ("text", "caption", "captions", "description")
 
 
 def open_folder(root: Path) -> Source:
@@ -25,8 +33,57 @@ def open_folder(root: Path) -> Source:
     if not paths:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
-    revision = digest([[_row_name(path, root), _digest(path)] for path in paths])
-    return Source(name="folder", revision=revision, rows=(_read(path, root) for path in paths), total=len(paths))
+    references = read_references(root, paths)
+    revision = digest([[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths])
+    rows = (_read(path, root, references.get(path, ())) for path in paths)
+    return Source(name="folder", revision=revision, rows=rows, total=len(paths))
+
+
+def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
+    """Return the captions that lie beside images, by image.
+
+    Raises:
+        SourceError: a metadata file cannot be read, or has no column `file_name` or no text.
+    """
+    found: dict[Path, list[str]] = {}
+    folders = sorted(
+        {folder for path in paths for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)}
+    )
+    for folder in folders:
+        for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
+            if (folder / name).is_file():
+                for row in _metadata(folder / name, read):
+                    texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
+                    said = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
+                    found.setdefault(folder / str(row["file_name"]), []).extend(str(text) for text in said)
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        if beside.is_file():
+            lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+            found.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
+    return {path: tuple(texts) for path, texts in found.items()}
+
+
+def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    try:
+        rows = read(file)
+        if not all(row["file_name"] for row in rows):
+            raise ValueError("a row has no file_name")
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        what = "no column file_name" if isinstance(error, KeyError) else str(error)
+        raise SourceError(
+            f"cannot read {file}: {what}", hint=f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}"
+        ) from None
+    return rows
+
+
+def _read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _read_csv(file: Path) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 def _image_files(root: Path) -> Iterator[Path]:
@@ -49,7 +106,7 @@ def _digest(path: Path) -> str:
         return "unreadable"
 
 
-def _read(path: Path, root: Path) -> Sample | Rejected:
+def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejected:
     row = _row_name(path, root)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -60,4 +117,12 @@ def _read(path: Path, root: Path) -> Sample | Rejected:
         return Rejected(source_row=row, reason=error.reason, detail=str(error))
     except OSError as error:
         return Rejected(source_row=row, reason="unreadable_file", detail=error.strerror or "unknown")
-    return Sample(id=sample_id, source_row=row, images=(data,), width_px=width_px, height_px=height_px, licence="unknown")
+    return Sample(
+        id=sample_id,
+        source_row=row,
+        images=(data,),
+        width_px=width_px,
+        height_px=height_px,
+        licence="unknown",
+        references=references,
+    )

@@ -6,7 +6,6 @@ A repository whose files are made by a script has a conversion on a branch of it
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, BinaryIO
 
 import httpx2
 from huggingface_hub import HfApi, HfFileSystem
@@ -37,14 +36,15 @@ def open_hub(name: str) -> Tables:
             f"{repo} holds no Parquet files, nor has the Hub converted it",
             hint="download it, and use --source folder:PATH or parquet:PATH",
         )
-    licence = (about.card_data or {}).get("license") or "unknown"
-    opened = HfFileSystem()
+    licence = about.card_data.get("license") if about.card_data else None
+    opened = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
     return Tables(
         name=repo,
         revision=commit,
-        licence=licence if isinstance(licence, str) else ", ".join(licence),
+        licence=", ".join(licence) if isinstance(licence, list) else licence or "unknown",
         files=files,
-        open=partial(_open, opened, repo, commit, api.endpoint),
+        open=lambda path: opened.open(f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead"),
+        explained=partial(explained, repo, api.endpoint),
     )
 
 
@@ -74,12 +74,6 @@ def explained(repo: str, endpoint: str) -> Iterator[None]:
             f"cannot reach the Hub at {endpoint}: {' '.join(str(error).split())[:200]}",
             hint="check the network; without one, --source scenes and folder:PATH work",
         ) from None
-
-
-def _open(files: Any, repo: str, commit: str, endpoint: str, path: str) -> BinaryIO:
-    with explained(repo, endpoint):
-        opened: BinaryIO = files.open(f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead")
-        return opened
 
 
 def _parquet(api: HfApi, repo: str, commit: str) -> dict[str, list[str]]:

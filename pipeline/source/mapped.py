@@ -31,7 +31,8 @@ def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, kind
     columns = read_mapping(tables.schema, mapping)
     if "split" not in columns:
         check_split(tables, split)
-    return Source(name=f"{kind}:{tables.name}", revision=tables.revision, rows=mapped_rows(tables, columns, split))
+    rows = mapped_rows(tables, columns, split)
+    return Source(name=f"{kind}:{tables.name}", revision=tables.revision, rows=rows, decks="pages" in columns)
 
 
 def open_parquet(path: Path) -> Tables:
@@ -99,11 +100,11 @@ def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or (pa.types.is_list(kind) and pa.types.is_string(kind.value_type))
+    return bool(pa.types.is_string(kind) or (pa.types.is_list(kind) and pa.types.is_string(kind.value_type)))
 
 
 def mapped_rows(

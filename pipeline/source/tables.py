@@ -5,6 +5,7 @@ Nothing here follows what a row says: a path or a URL in it is a value like any 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -40,12 +41,13 @@ class Tables:
     licence: str
     files: dict[str, list[str]]
     open: Callable[[str], BinaryIO]
+    explained: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the place into ours
 
     @property
     def schema(self) -> pa.Schema:
         """The columns, read from the first file."""
         first = next(path for paths in self.files.values() for path in paths)
-        with self.open(first) as file, damaged(first):
+        with self.explained(), damaged(first), self.open(first) as file:
             return pq.read_schema(file)
 
     def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -55,7 +57,7 @@ class Tables:
                 continue
             for path in paths:
                 number = 0
-                with self.open(path) as file, damaged(path):
+                with self.explained(), damaged(path), self.open(path) as file:
                     parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                     for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(columns), use_threads=False):
                         for row in batch.to_pylist():
@@ -73,19 +75,16 @@ class Tables:
             )
 
 
-class damaged:  # noqa: N801  # reads as a word: with damaged(path)
-    """Turn what pyarrow and the network say about a file into one line."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, pa.ArrowException | OSError | EOFError):
-            what = " ".join(str(error).split())[:200]
-            raise SourceError(f"cannot read {self.path}: {what}", hint="run the same command again") from None
+@contextmanager
+def damaged(path: str) -> Iterator[None]:
+    """Turn what pyarrow says about a file into one line."""
+    try:
+        yield
+    except (pa.ArrowException, EOFError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"cannot read {path}: {what}", hint="check that it is whole; then run the same command again"
+        ) from None
 
 
 def split_of_path(path: str) -> str:

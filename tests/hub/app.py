@@ -54,6 +54,8 @@ class Hub:
         self.storage = storage
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
+        self.granted: set[str] = set()  # gated repositories whose terms the user has accepted
+        self.sent_bytes = 0
         routes: list[tuple[str, str, Handler]] = [
             ("GET", r"/api/whoami-v2", self.whoami),
             ("POST", r"/api/repos/create", self.create),
@@ -142,8 +144,24 @@ class Hub:
         found = self._repo(request, kind, repo)
         commit = self._commit(found, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        about = {"id": repo, "sha": commit.oid, "private": found.private, "gated": False, "tags": [], "downloads": 0}
+        card = self._card(commit)
+        about = {
+            "id": repo,
+            "sha": commit.oid,
+            "private": found.private,
+            "gated": "auto" if found.gated else False,
+            "tags": [],
+            "downloads": 0,
+            "cardData": card,
+        }
         return JSONResponse(about | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
+
+    def _card(self, commit: Commit) -> dict[str, object]:
+        if "README.md" not in commit.files:
+            return {}
+        text = self.storage.path(commit.files["README.md"].sha256).read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        return header if isinstance(header, dict) else {}
 
     async def refs(self, request: Request, kind: str, repo: str) -> Response:
         """Branches and tags."""
@@ -188,6 +206,10 @@ class Hub:
     async def file(self, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
         """The bytes of a file, or of a part of it."""
         found = self._repo(request, kind, repo)
+        if found.gated and self._user(request) is None:
+            raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
+        if found.gated and repo not in self.granted:
+            raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
         commit = self._commit(found, revision)
         if path not in commit.files:
             error = HubError(404, "EntryNotFound", f"{path} not found")
@@ -197,6 +219,8 @@ class Hub:
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.sha256 if file.lfs else file.git_oid}"'}
         if file.lfs:
             headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        if request.method == "GET":
+            self.sent_bytes += _range_bytes(request.headers.get("range"), file.size)
         return FileResponse(self.storage.path(file.sha256), headers=headers)
 
     # --- writing ---
@@ -294,6 +318,14 @@ class Hub:
             raise HubError(409, "TagExists", f"Tag {name} already exists")
         found.tags[name] = self._commit(found, revision).oid
         return JSONResponse({})
+
+
+def _range_bytes(header: str | None, size: int) -> int:
+    """How many bytes a request for `bytes=first-last` gets."""
+    if header is None:
+        return size
+    first, last = header.removeprefix("bytes=").split("-")
+    return min(int(last) if last else size - 1, size - 1) - int(first) + 1
 
 
 def _safe(path: str) -> str:

@@ -1,7 +1,7 @@
 """What the Hub keeps: repositories as chains of commits over content-addressed files. State lives in memory, bytes on disk."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -39,6 +39,7 @@ class Repo:
     kind: str
     id: str
     private: bool
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -76,6 +77,14 @@ class Storage:
         self.path(sha256).write_bytes(data)
         git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git does
         return File(sha256, git_oid, len(data), lfs=False)
+
+    def seed(self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main", *, gated: bool = False) -> Repo:
+        """Put files on a branch of a repository, as somebody had pushed them; Parquet goes through LFS as on the Hub."""
+        found = self.repos.setdefault((kind, repo), Repo(kind, repo, private=False))
+        found.gated = found.gated or gated
+        kept = {path: replace(self.put(data), lfs=path.endswith((".parquet", ".safetensors"))) for path, data in files.items()}
+        found.commit(branch, "seed", kept)
+        return found
 
     def large(self, sha256: str) -> File | None:
         """Return a large file that was uploaded before."""

@@ -1,0 +1,54 @@
+"""Source: VQAv2, photos of COCO with questions and ten answers each. One sample is one photo with all of its questions.
+
+The tables repeat the photo with every question. They are read twice: first the words alone, then the photos, each once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.answers import normalize_answer
+from pipeline.source.mapped import check_split, sample_of
+from pipeline.source.tables import Tables
+from pipeline.types import ReferenceQA, Rejected, Sample, Source
+
+REPO = "lmms-lab/VQAv2"
+LICENCE = "flickr-terms"  # of the photos; the questions and answers are CC-BY-4.0
+_WORDS = ("image_id", "question", "answers", "answer_type")
+
+
+def open_vqav2(tables: Tables, split: str | None) -> Source:
+    """Return photos with the questions and answers of people, the answers as the official evaluation compares them.
+
+    Raises:
+        SourceError: a column is missing, or there is no such split.
+    """
+    tables.require("image", *_WORDS)
+    check_split(tables, split)
+    return Source(name="vqav2", revision=tables.revision, rows=_rows(tables, split))
+
+
+def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
+    asked = _questions(tables, split)
+    done: set[tuple[str, Any]] = set()
+    for name, filed, row in tables.rows(("image", "image_id"), split):
+        key = (filed, row["image_id"])
+        if key in done:
+            continue
+        done.add(key)
+        # Whoever asks for the training rows alone wants some of them held out; else a photo stays where it is filed.
+        stated = None if split == "train" else filed
+        yield sample_of(name, [row["image"]], LICENCE, stated, reference_qa=tuple(asked.get(key, ())))
+
+
+def _questions(tables: Tables, split: str | None) -> dict[tuple[str, Any], list[ReferenceQA]]:
+    """Return the questions of each photo, by split and image id."""
+    asked: dict[tuple[str, Any], list[ReferenceQA]] = {}
+    for _, filed, row in tables.rows(_WORDS, split):
+        answers = tuple(normalize_answer(_text(answer)) for answer in row["answers"] or ())  # the test split has none
+        question = ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
+        asked.setdefault((filed, row["image_id"]), []).append(question)
+    return asked
+
+
+def _text(answer: Any) -> str:
+    return str(answer["answer"] if isinstance(answer, dict) else answer)
