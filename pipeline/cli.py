@@ -183,20 +183,26 @@ def push(
     repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
     version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Push ids and texts without the pixels.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version to the Hugging Face Hub: one commit, one tag that never moves."""
-    from pipeline.push import planned_files, push_version
+    from pipeline.licence import staying_home
+    from pipeline.push import outgoing, planned_files, push_version
     from pipeline.store import open_dataset
 
     chosen = open_dataset(data, version)
-    files = planned_files(chosen)
+    held = staying_home(chosen.manifest["licences"])
+    if held:
+        say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
+    with outgoing(chosen, no_images=no_images) as sent:
+        files = planned_files(sent)
     say(f"{chosen.path}: {len(files)} files, {sum(files.values()):,} bytes, licence of the images: {licences(chosen.manifest)}")
     if dry_run:
         show({"files": files, "repo": repo, "version": chosen.name}, as_json, "repo")
         return
-    pushed = push_version(chosen, repo, private=private)
+    pushed = push_version(chosen, repo, private=private, no_images=no_images)
     say(f"pushed {chosen.name} as {pushed.commit}" if pushed.is_new else f"nothing to do: {chosen.name} is there already")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')

@@ -8,8 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import EngineError
-from pipeline.generate.engine import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.generate.engine import DRAWN, LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
 DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
@@ -83,13 +82,10 @@ def _engine(source: str) -> Finding:
     """Say what `--engine auto` would do, without asking the Hub."""
     config = Config(source=source)
     name, why = pick_engine(config)
-    if name == "vllm" and source != "scenes":
-        return Finding("auto", True, f"{source}: vllm with {LARGE}, because {why}")
-    try:
-        choice = choose_engine(config)
-    except EngineError as error:
-        return Finding("auto", False, f"{source}: {error}", error.hint)
-    return Finding("auto", True, f"{source}: {choice.name} with {choice.model}, because {choice.why}")
+    if source in DRAWN:
+        return Finding("auto", True, f"{source}: {name} with {choose_engine(config).model}, because {why}")
+    hint = "" if name == "vllm" else "slow without a GPU: name a server with --base-url, or a smaller model with --model"
+    return Finding("auto", name == "vllm", f"{source}: {name} with {LARGE}, because {why}", hint)
 
 
 def _hub() -> Finding:

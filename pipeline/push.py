@@ -5,12 +5,17 @@ A reader of the Hub sees the old version or the new one, never a mixture; a push
 
 import hashlib
 import json
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -21,11 +26,17 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from pipeline.errors import PushError
-from pipeline.store import Version
+from pipeline.fingerprint import file_digest
+from pipeline.licence import staying_home
+from pipeline.store import Version, write_json, write_text
+from pipeline.tables import PIXELS, ROW, features, with_features
 
 TRIES = 5
 RETRIED = (409, 412, 429, 500, 502, 503, 504)
 EMPTY_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
+LEFT_OUT = (
+    "**The pixels are not here**: their licence does not let them be passed on. `sample_id` is the sha256 of each image's file."
+)
 PLACEHOLDER = "ORG/NAME"  # in the card of a version, for the repository that it is pushed to
 
 
@@ -40,15 +51,18 @@ class Pushed:
     is_new: bool
 
 
-def push_version(version: Version, repo: str, *, private: bool = False) -> Pushed:
+def push_version(version: Version, repo: str, *, private: bool = False, no_images: bool = False) -> Pushed:
     """Push a version and tag the commit with its name; the same version twice is pushed once.
+
+    Pixels that may not be passed on are left out, and any with `no_images`; ids and texts go.
 
     Raises:
         PushError: no or a bad token, a name that is taken, a Hub that refuses or does not answer.
     """
     api = HfApi()
     try:
-        return _push(api, version, repo, private=private)
+        with outgoing(version, no_images=no_images) as sent:
+            return _push(api, sent, repo, private=private)
     except LocalTokenNotFoundError:
         raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
     except HFValidationError as error:
@@ -57,6 +71,36 @@ def push_version(version: Version, repo: str, *, private: bool = False) -> Pushe
         raise _explain(error, repo) from None
     except (OSError, httpx2.TransportError) as error:
         raise PushError(f"cannot reach the Hub at {api.endpoint}: {error}", hint="check the network, then push again") from None
+
+
+@contextmanager
+def outgoing(version: Version, *, no_images: bool = False) -> Iterator[Version]:
+    """Yield what leaves this machine: the version itself, or a copy of it without pixels that is removed afterwards."""
+    if not no_images and not staying_home(version.manifest["licences"]):
+        yield version
+        return
+    planned_files(version)  # before anything is copied
+    with tempfile.TemporaryDirectory() as folder:
+        yield without_pixels(version, Path(folder))
+
+
+def without_pixels(version: Version, folder: Path) -> Version:
+    """Write a copy without pixels, shard by shard; `sample_id` says which image each row is about."""
+    files = {}
+    for name, about in version.manifest["files"].items():
+        source = pq.ParquetFile(version.path / name)
+        kept = [column for column in version.manifest["columns"] if column not in PIXELS]
+        schema = with_features(pa.schema([ROW.field(column) for column in kept]))
+        with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
+            for batch in source.iter_batches(batch_size=256, columns=kept):
+                writer.write_table(pa.Table.from_batches([batch]).select(kept).cast(schema))
+        size = (folder / name).stat().st_size
+        files[name] = about | {"sha256": file_digest(folder / name), "bytes": size}
+    manifest = version.manifest | {"columns": kept, "features": features(schema), "files": files, "pixels": "left out"}
+    card = (version.path / "README.md").read_text(encoding="utf-8")
+    write_text(folder / "README.md", card.replace("## Load it", f"{LEFT_OUT}\n\n## Load it", 1))
+    write_json(folder / "manifest.json", manifest)
+    return Version(folder, manifest)
 
 
 def planned_files(version: Version) -> dict[str, int]:

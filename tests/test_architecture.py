@@ -16,6 +16,7 @@ LOWER = {
     "fingerprint": {"errors"},
     "image": {"errors"},
     "answers": set(),
+    "licence": set(),
     "arithmetic": set(),
     "schema": {"errors", "arithmetic"},
     "tables": {"errors"},
@@ -24,7 +25,7 @@ LOWER = {
     "store": {"errors", "tables"},
     "scenes": {"errors", "schema", "generate.prompt"},
 }
-STAGE_MAY = {"answers", "errors", "types", "schema", "tables", "config", "store", "fingerprint", "image", "scenes"}
+STAGE_MAY = {"answers", "errors", "licence", "types", "schema", "tables", "config", "store", "fingerprint", "image", "scenes"}
 TRAINER_MAY = {"errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 

@@ -23,6 +23,10 @@ TINY = "tiny"
 TINY_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights" / "teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 DRAWN = ("scenes", "scenes-deck")  # the sources that the tiny teacher knows
+HOW_TO_CHOOSE = (
+    "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
+    "to try the pipeline itself on any image: --engine embedded --model tiny"
+)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # names the interpreter of an environment of its own that has vLLM
 
 
@@ -49,7 +53,7 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), talk: Talk | Non
 
         model = served_model(config)
         return Choice(name, model, model, why, lambda: Client(model, model, config, talk=talk))
-    model = _model(config, name)
+    model = _model(config)
     path = str(TINY_WEIGHTS) if model == TINY else model
     revision = _revision(model, path)
     if name == "vllm":
@@ -94,13 +98,12 @@ def max_pixels(path: str) -> int | None:
     return None
 
 
-def _model(config: Config, engine: str) -> str:
+def _model(config: Config) -> str:
     drawn = config.source in DRAWN
-    model = config.model or (LARGE if engine == "vllm" and not drawn else TINY if drawn else None)
-    if model is None or (model == TINY and not drawn and config.engine == "auto"):
+    model = config.model or (TINY if drawn else LARGE)
+    if model == TINY and not drawn and config.engine != "embedded":
         raise EngineError(
-            f"no model here can describe {config.source}: the tiny teacher knows drawn scenes and nothing else",
-            hint="pass --model with a Qwen2.5-VL checkpoint; or --engine embedded --model tiny, to try the pipeline itself",
+            f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}", hint=HOW_TO_CHOOSE
         )
     if model == TINY:
         from pipeline.scenes.text import STYLES
@@ -134,7 +137,7 @@ def _hub_revision(model: str) -> str:
     except (HfHubHTTPError, HFValidationError, OSError, httpx2.TransportError) as error:
         raise EngineError(
             f"no model {model}: {' '.join(str(error).split())[:200]}",
-            hint="pass a folder, a Hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or tiny",
+            hint=HOW_TO_CHOOSE,
         ) from None
 
 

@@ -148,7 +148,7 @@ def _open(config: Config, kind: str, argument: str) -> Source:
     if kind == "parquet" and argument:
         from pipeline.source.mapped import open_mapped, open_parquet
 
-        return open_mapped(open_parquet(Path(argument).expanduser()), config.columns, config.source_split, "parquet")
+        return open_mapped(open_parquet(Path(argument).expanduser()), config.columns, config.source_split, kind)
     if kind in ("flickr30k", "vqav2", "slidevqa") or (kind == "hub" and argument):
         return _open_hub(config, kind, argument)
     find_source(config.source)
@@ -166,7 +166,7 @@ def _open_hub(config: Config, kind: str, repo: str) -> Source:
         return vqav2.open_vqav2(open_hub(repo or vqav2.REPO), split)
     if kind == "slidevqa":
         return slidevqa.open_slidevqa(open_hub(repo or slidevqa.REPO), split)
-    return mapped.open_mapped(open_hub(repo), config.columns, split, "hub")
+    return mapped.open_mapped(open_hub(repo), config.columns, split, f"{kind}:{repo.partition('@')[0]}")
 
 
 def _refuse_options(config: Config, kind: str) -> None:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import SourceError
+from pipeline.licence import FLICKR_TERMS
 from pipeline.source.mapped import check_split, mapped_rows, read_mapping
 from pipeline.source.tables import SPLITS, Tables
 from pipeline.types import Source
 
 REPO = "nlphuji/flickr30k"
-LICENCE = "flickr-terms"  # of the photos: for research and education, and not to be passed on
 
 
 def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
@@ -32,7 +32,7 @@ def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -
     if "split" not in columns:
         check_split(tables, split)
     names = read_split_list(split_list) if split_list else SPLITS
-    rows = mapped_rows(replace(tables, licence=LICENCE), columns, split, names)
+    rows = mapped_rows(replace(tables, licence=FLICKR_TERMS), columns, split, names)
     return Source(name="flickr30k", revision=tables.revision, rows=rows)
 
 

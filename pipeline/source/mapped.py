@@ -22,8 +22,8 @@ _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "ori
 _SAY = "say which with --map, such as --map image=COLUMN,references=COLUMN"
 
 
-def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, kind: str) -> Source:
-    """Return a source of the rows of some tables; a row without a usable image is rejected with a reason.
+def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str) -> Source:
+    """Return a source of that name of the rows of some tables; a row without a usable image is rejected with a reason.
 
     Raises:
         SourceError: a column that is named is not there, or none can be guessed; or there is no such split.
@@ -32,7 +32,7 @@ def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, kind
     if "split" not in columns:
         check_split(tables, split)
     rows = mapped_rows(tables, columns, split)
-    return Source(name=f"{kind}:{tables.name}", revision=tables.revision, rows=rows, decks="pages" in columns)
+    return Source(name=name, revision=tables.revision, rows=rows, decks="pages" in columns)
 
 
 def open_parquet(path: Path) -> Tables:

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.licence import NTT_EVALUATION
 from pipeline.source.mapped import check_split, sample_of
 from pipeline.source.tables import Tables
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 
 REPO = "NTT-hil-insight/SlideVQA"
-LICENCE = "ntt-evaluation"
 _WORDS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
 _PAGE = re.compile(r"page_(\d+)")
 
@@ -39,7 +39,7 @@ def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
             continue
         done.add(key)
         stated = None if split == "train" else filed
-        yield sample_of(name, [row[page] for page in pages], LICENCE, stated, reference_qa=tuple(asked.get(key, ())))
+        yield sample_of(name, [row[page] for page in pages], NTT_EVALUATION, stated, reference_qa=tuple(asked.get(key, ())))
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str, str], list[ReferenceQA]]:

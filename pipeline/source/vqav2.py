@@ -1,5 +1,6 @@
 """Source: VQAv2, photos of COCO with questions and ten answers each. One sample is one photo with all of its questions.
 
+The questions and answers are CC-BY-4.0, the photos are under the terms of Flickr.
 The tables repeat the photo with every question. They are read twice: first the words alone, then the photos, each once.
 """
 
@@ -7,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.answers import normalize_answer
+from pipeline.licence import FLICKR_TERMS
 from pipeline.source.mapped import check_split, sample_of
 from pipeline.source.tables import Tables
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 
 REPO = "lmms-lab/VQAv2"
-LICENCE = "flickr-terms"  # of the photos; the questions and answers are CC-BY-4.0
 _WORDS = ("image_id", "question", "answers", "answer_type")
 
 
@@ -37,7 +38,7 @@ def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
         done.add(key)
         # Whoever asks for the training rows alone wants some of them held out; else a photo stays where it is filed.
         stated = None if split == "train" else filed
-        yield sample_of(name, [row["image"]], LICENCE, stated, reference_qa=tuple(asked.get(key, ())))
+        yield sample_of(name, [row["image"]], FLICKR_TERMS, stated, reference_qa=tuple(asked.get(key, ())))
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str, Any], list[ReferenceQA]]:

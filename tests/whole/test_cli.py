@@ -26,7 +26,7 @@ def test_every_command_has_help(synth: Run, command: str) -> None:
 
 
 def test_sources_are_data_on_stdout(synth: Run) -> None:
-    assert "scenes" in json.loads(synth("sources", "--json").stdout)
+    assert "scenes" in [about["name"] for about in json.loads(synth("sources", "--json").stdout)]
 
 
 def test_doctor_says_what_is_here_and_what_would_be_used(synth: Run) -> None:

@@ -31,7 +31,10 @@ from tests.whole.conftest import SYNTH, Run, said
         (["generate", "--source", "scenes", "--from-stage", "bake"], "unknown stage: bake"),
         (["generate", "--source", "scenes", "--from-stage", "dedupe"], "is missing"),
         (["generate", "--source", "scenes", "--model", "empty"], "cannot load empty"),
-        (["generate", "--source", "folder:pictures"], "the tiny teacher knows drawn scenes and nothing else"),
+        (
+            ["generate", "--source", "folder:pictures", "--model", "tiny"],
+            "the tiny teacher knows drawn scenes and nothing else",
+        ),
         (["push", "--repo", "me/x"], "no dataset under data/"),
         (["push", "nowhere", "--repo", "me/x"], "no dataset at nowhere"),
         (["train"], "no dataset under data/"),
@@ -41,7 +44,7 @@ from tests.whole.conftest import SYNTH, Run, said
         (["report", "nowhere"], "no dataset at nowhere"),
         (["versions"], "no dataset under data/"),
         (["versions", "nowhere"], "nowhere has no version"),
-        (["generate", "--source", "folder:pictures", "--engine", "embedded"], "the tiny teacher knows drawn scenes"),
+        (["generate", "--source", "folder:pictures"], "no model Qwen/Qwen2.5-VL-3B-Instruct"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
