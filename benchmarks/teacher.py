@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config import resolve
+from pipeline.config import Config, resolve
 from pipeline.generate.engine import choose_engine
 from pipeline.generate.parse import parse_reply
 from pipeline.generate.requests import build_requests
 from pipeline.run import CHUNK_SAMPLES
-from pipeline.scenes.score import score_annotations
-from pipeline.source.scenes import draw_sample
+from pipeline.scenes.score import score_annotations, score_decks
+from pipeline.source.scenes import draw_deck, draw_sample
 from pipeline.types import Request, Sample
 
 REWORDED_SYSTEM = (
@@ -49,9 +49,8 @@ class Rounds:
         """Nothing is noted here."""
 
 
-def annotate(samples: list[Sample], *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
+def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
     """Return the annotations of all samples and the seconds it took, loading of the model left out."""
-    config = resolve(source="scenes")
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
@@ -72,25 +71,53 @@ def main() -> None:
     """Print the scores as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--decks", type=int, default=500)
     parser.add_argument("--seed", type=int, default=7001)
+    parser.add_argument("--model", default="tiny", help="another folder of weights, such as one that is being trained")
     arguments = parser.parse_args()
-    samples = [draw_sample(arguments.seed, index) for index in range(arguments.scenes)]
-    facts = {sample.id: sample.facts or {} for sample in samples}
-    print(f"{len(samples)} scenes, seed {arguments.seed}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores")
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, seed {arguments.seed}, {arguments.model}")
+    scenes = [draw_sample(arguments.seed, index) for index in range(arguments.scenes)]
+    decks = [draw_deck(arguments.seed, index) for index in range(arguments.decks)]
     for reworded in (False, True):
-        rows, seconds = annotate(samples, reworded=reworded)
-        captions, answers = score_annotations(rows, facts)
-        print(f"\nprompts {'reworded' if reworded else 'as released'}: {len(samples) / seconds:.1f} scenes/s")
-        unread = sum(row["reply_error"] is not None for row in rows)
-        print(f"  replies that could not be read: {unread}")
-        for style, c in sorted(captions.items()):
-            right = c.backgrounds_right / c.captions
-            print(f"  caption {style:<9} precision {c.precision:.4f}  recall {c.recall:.4f}  background {right:.4f}")
-        for kind, a in sorted(answers.items()):
+        words = "reworded" if reworded else "as released"
+        if scenes:
+            config = resolve(source="scenes", model=arguments.model)
+            rows, seconds = annotate(scenes, config, reworded=reworded)
             print(
-                f"  answer  {kind:<9} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  "
-                f"unanswerable {a.unanswerable}  asked {a.asked}"
+                f"\nprompts {words}: {len(scenes)} scenes, {len(scenes) / seconds:.1f} scenes/s, {unread(rows)} rows unreadable"
             )
+            show_scenes(rows, scenes)
+        if decks:
+            config = resolve(source="scenes-deck", model=arguments.model)
+            rows, seconds = annotate(decks, config, reworded=reworded)
+            print(f"\nprompts {words}: {len(decks)} decks, {len(decks) / seconds:.1f} decks/s, {unread(rows)} rows unreadable")
+            show_decks(rows, decks)
+
+
+def unread(rows: list[dict[str, Any]]) -> int:
+    """Return how many rows are replies that could not be read."""
+    return sum(row["reply_error"] is not None for row in rows)
+
+
+def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
+    """Print how true captions and answers are."""
+    captions, answers = score_annotations(rows, {sample.id: sample.facts or {} for sample in samples})
+    for style, c in sorted(captions.items()):
+        right = c.backgrounds_right / c.captions
+        print(f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}  background {right:.4f}")
+    for kind, a in sorted(answers.items()):
+        said = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  unanswerable {a.unanswerable} of {a.asked}"
+        print(f"  answer  {kind:<10} {said}")
+
+
+def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
+    """Print how true answers, evidence pages and calculations are."""
+    for kind, a in sorted(score_decks(rows, {sample.id: sample.page_facts or () for sample in samples}).items()):
+        expressions = a.expressions_right / max(1, a.asked)
+        print(
+            f"  answer  {kind:<10} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence {a.evidence:.4f}  "
+            f"expression {expressions:.4f}  unanswerable {a.unanswerable} of {a.asked}"
+        )
 
 
 if __name__ == "__main__":

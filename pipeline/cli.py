@@ -40,6 +40,9 @@ def generate(
         str | None,
         typer.Option("--map", help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."),
     ] = None,
+    allow_urls: Annotated[
+        bool | None, typer.Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.")
+    ] = None,
     split_list: Annotated[
         Path | None, typer.Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.")
     ] = None,
@@ -83,6 +86,7 @@ def generate(
         source=source,
         source_split=split,
         columns=read_pairs(columns, "--map") if columns else None,
+        allow_urls=allow_urls,
         split_list=split_list,
         limit=limit,
         seed=seed,

@@ -71,6 +71,7 @@ class Config(Section):
     source: str
     source_split: Literal["train", "validation", "test"] | None = None
     columns: dict[str, str] = {}  # role -> column, for tables whose columns are not plain
+    allow_urls: bool = False  # fetch images that rows name by URL
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0

@@ -15,6 +15,8 @@ from pipeline.schema import DeckAnswerType, DeckQAPair
 PAGES = len(BACKGROUNDS)
 
 _ON = "|".join(BACKGROUNDS)
+_WHICH_PAGE = re.compile(rf"which page is ({_ON})\?")
+_WHAT_COLOR = re.compile(r"what color is page (\d)\?")
 _ONE_PAGE = re.compile(rf"(.+) on the ({_ON}) page\?")
 _MORE = re.compile(rf"how many more objects are there on the ({_ON}) page than on the ({_ON}) page\?")
 _TOGETHER = re.compile(rf"how many objects are there on the ({_ON}) and ({_ON}) pages together\?")
@@ -47,6 +49,11 @@ def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
             left, right = len(deck[one - 1].objects), len(deck[other - 1].objects)
             value = left - right if sign == "-" else left + right
             return Truth(str(value), tuple(sorted((one, other))), f"{left} {sign} {right}") if value > 0 else None
+    if found := _WHAT_COLOR.fullmatch(text):
+        number = int(found[1])
+        return Truth(deck[number - 1].background, (number,)) if 1 <= number <= len(deck) else None
+    if found := _WHICH_PAGE.fullmatch(text):
+        return Truth(str(pages[found[1]]), (pages[found[1]],)) if found[1] in pages else None
     found = _ONE_PAGE.fullmatch(text)
     page = pages.get(found[2]) if found else None
     if found is None or page is None:
@@ -79,6 +86,19 @@ def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
         one, other = rng.sample((one, other), 2)
         question = f"How many objects are there on the {one.background} and {other.background} pages together?"
     return _pair(deck, "arithmetic", question)
+
+
+def page_questions(deck: tuple[Scene, ...]) -> list[str]:
+    """Return what is to be learned before anything else: which page is which, in both directions, and how full each is."""
+    return [
+        question
+        for number, scene in enumerate(deck, 1)
+        for question in (
+            f"Which page is {scene.background}?",
+            f"What color is page {number}?",
+            f"How many objects are there on the {scene.background} page?",
+        )
+    ]
 
 
 ASK_DECK = {"span": ask_span, "number": ask_count, "arithmetic": ask_arithmetic}

@@ -1,10 +1,11 @@
 """How much of what a model wrote about scenes is true: captions phrase by phrase, answers against the facts."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.scenes.deck import answer_deck
 from pipeline.scenes.facts import Scene, Thing
 from pipeline.scenes.text import answer, background, phrases
 
@@ -68,6 +69,54 @@ class AnswerScore:
         self.unanswerable += truth is None
         if truth is not None:
             self.truths[truth] += 1
+
+
+@dataclass(slots=True)
+class DeckScore:
+    """Answers to questions about decks, their evidence pages and their calculations, against the facts, by type."""
+
+    asked: int = 0
+    answers_right: int = 0
+    evidence_right: int = 0
+    expressions_right: int = 0
+    unanswerable: int = 0
+    truths: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of right answers."""
+        return self.answers_right / max(1, self.asked)
+
+    @property
+    def evidence(self) -> float:
+        """Return the share of questions whose evidence pages are exactly those that are needed."""
+        return self.evidence_right / max(1, self.asked)
+
+    @property
+    def majority(self) -> float:
+        """Return the accuracy of always giving the most frequent true answer of this type."""
+        return max(self.truths.values(), default=0) / max(1, self.truths.total())
+
+    def add(self, row: dict[str, Any], deck: tuple[Scene, ...]) -> None:
+        """Count one annotation; a question without a single true answer counts as answered wrongly."""
+        truth = answer_deck(deck, row["question"] or "")
+        self.asked += 1
+        if truth is None:
+            self.unanswerable += 1
+            return
+        self.truths[truth.answer] += 1
+        self.answers_right += (row["answer"] or "").strip().lower() == truth.answer
+        self.evidence_right += tuple(row["evidence_pages"] or ()) == truth.evidence_pages
+        self.expressions_right += (row["expression"] or "") == truth.expression
+
+
+def score_decks(annotations: Iterable[dict[str, Any]], page_facts: dict[str, Sequence[dict[str, Any]]]) -> dict[str, DeckScore]:
+    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `page_facts` are by sample id."""
+    scores: dict[str, DeckScore] = {}
+    for row in annotations:
+        deck = tuple(scene_of(page) for page in page_facts[row["sample_id"]])
+        scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, deck)
+    return scores
 
 
 def scene_of(facts: dict[str, Any]) -> Scene:

@@ -1,10 +1,10 @@
 """Train the tiny teacher from nothing: `python -m pipeline.scenes.train_teacher --out DIR`.
 
-Five phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+Six phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
 the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
 counted several times: they are few, and the question before them is guesswork that drowns them. Last, decks of several
-pages beside single scenes.
+pages beside single scenes: first which page is which, then questions about them.
 
 All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from pipeline.scenes.deck import ASK_DECK, sample_deck
+from pipeline.scenes.deck import ASK_DECK, answer_deck, page_questions, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
 from pipeline.scenes.pack import VISION_TOKENS, Packed, Packer, Task, collate
@@ -65,8 +65,10 @@ ANSWERS = Phase(
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
 )
+# To find a page by its ground, and its number, comes first: without it nothing else about a deck was learned in 700 steps.
+PAGES = Phase("pages", 1500, 3000, scenes=2, learning_rate=1.5e-3, warmup_steps=50, answers=4, answer_weight=4.0, decks=10)
 DECKS = Phase(
-    "decks", 1200, 1200, scenes=4, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=8, answer_weight=4.0, decks=5
+    "decks", 1000, 1000, scenes=4, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=8, answer_weight=4.0, decks=5
 )
 
 
@@ -103,6 +105,13 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
     """Yield everything that the teacher is asked of one deck."""
+    questions = page_questions(deck)
+    for question in questions if phase == PAGES else rng.sample(questions, 3):
+        truth = answer_deck(deck, question)
+        assert truth is not None, question
+        yield Task(f"Question: {question}", dump(Answer(answer=truth.answer)), seldom_worded=True)
+    if phase == PAGES:
+        return
     for _ in range(phase.question_sets):
         yield Task("Task: deck_qa", dump(DeckQASet(qa=tuple(ask(deck, rng) for ask in ASK_DECK.values()))))
     for _ in range(phase.answers):
@@ -218,7 +227,7 @@ def learning_rate(phase: Phase, step: int) -> float:
     return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS, QUESTIONS, DECKS)) -> None:
+def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS, QUESTIONS, PAGES, DECKS)) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(out / "tokenizer")

@@ -8,7 +8,7 @@ import random
 
 from pipeline.generate.prompt import TASK_PROMPTS, template
 
-MAX_WORDS = 80
+MAX_WORDS = 200  # the longest of our prompts has 160
 
 SENTENCES = (
     "Please look closely before you reply.",

@@ -148,7 +148,8 @@ def _open(config: Config, kind: str, argument: str) -> Source:
     if kind == "parquet" and argument:
         from pipeline.source.mapped import open_mapped, open_parquet
 
-        return open_mapped(open_parquet(Path(argument).expanduser()), config.columns, config.source_split, kind)
+        tables = open_parquet(Path(argument).expanduser())
+        return open_mapped(tables, config.columns, config.source_split, kind, allow_urls=config.allow_urls)
     if kind in ("flickr30k", "vqav2", "slidevqa") or (kind == "hub" and argument):
         return _open_hub(config, kind, argument)
     find_source(config.source)
@@ -166,7 +167,8 @@ def _open_hub(config: Config, kind: str, repo: str) -> Source:
         return vqav2.open_vqav2(open_hub(repo or vqav2.REPO), split)
     if kind == "slidevqa":
         return slidevqa.open_slidevqa(open_hub(repo or slidevqa.REPO), split)
-    return mapped.open_mapped(open_hub(repo), config.columns, split, f"{kind}:{repo.partition('@')[0]}")
+    name = f"{kind}:{repo.partition('@')[0]}"
+    return mapped.open_mapped(open_hub(repo), config.columns, split, name, allow_urls=config.allow_urls)
 
 
 def _refuse_options(config: Config, kind: str) -> None:
@@ -174,5 +176,7 @@ def _refuse_options(config: Config, kind: str) -> None:
         raise ConfigError(f"source {kind} has no splits, but --split {config.source_split} was given", hint="leave --split out")
     if config.columns and kind not in ("hub", "parquet"):
         raise ConfigError(f"source {kind} knows its columns, but --map was given", hint="leave --map out, or use hub:ORG/NAME")
+    if config.allow_urls and kind not in ("hub", "parquet"):
+        raise ConfigError(f"source {kind} holds its images, but --allow-urls was given", hint="leave --allow-urls out")
     if config.split_list and kind != "flickr30k":
         raise ConfigError("--split-list goes with --source flickr30k alone", hint="leave --split-list out")

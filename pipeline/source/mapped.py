@@ -22,7 +22,7 @@ _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "ori
 _SAY = "say which with --map, such as --map image=COLUMN,references=COLUMN"
 
 
-def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str) -> Source:
+def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str, *, allow_urls: bool = False) -> Source:
     """Return a source of that name of the rows of some tables; a row without a usable image is rejected with a reason.
 
     Raises:
@@ -31,7 +31,7 @@ def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name
     columns = read_mapping(tables.schema, mapping)
     if "split" not in columns:
         check_split(tables, split)
-    rows = mapped_rows(tables, columns, split)
+    rows = mapped_rows(tables, columns, split, allow_urls=allow_urls)
     return Source(name=name, revision=tables.revision, rows=rows, decks="pages" in columns)
 
 
@@ -108,7 +108,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def mapped_rows(
-    tables: Tables, columns: dict[str, list[str]], split: str | None, names: dict[str, str] = SPLITS
+    tables: Tables,
+    columns: dict[str, list[str]],
+    split: str | None,
+    names: dict[str, str] = SPLITS,
+    *,
+    allow_urls: bool = False,
 ) -> Iterator[Sample | Rejected]:
     """Yield the rows of one split, or of all. `names` maps what a split column holds to train, validation or test."""
     wanted = [column for found in columns.values() for column in found]
@@ -123,15 +128,18 @@ def mapped_rows(
         references = _texts(row[columns["references"][0]]) if columns.get("references") else ()
         images = [image for column in columns.get("pages", columns.get("image", [])) for image in _images(row[column])]
         # Whoever asks for the training rows alone wants some of them held out; else a row stays where it is filed.
-        yield sample_of(name, images, tables.licence, None if split == "train" else stated, references=references)
+        free = None if split == "train" else stated
+        yield sample_of(name, images, tables.licence, free, allow_urls=allow_urls, references=references)
 
 
-def sample_of(name: str, images: list[Any], licence: str, split: str | None, **more: Any) -> Sample | Rejected:
+def sample_of(
+    name: str, images: list[Any], licence: str, split: str | None, *, allow_urls: bool = False, **more: Any
+) -> Sample | Rejected:
     """Return a sample of what a row holds, or why it is none; empty pages at the end of a deck are no pages."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
     try:
-        pages = [embedded_bytes(image) for image in images] if images else [embedded_bytes(None)]
+        pages = [embedded_bytes(image, allow_urls=allow_urls) for image in images or [None]]
         checked = [check_image(page) for page in pages]
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ImageError, SourceError
+from pipeline.source.fetch import fetch_image
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 1 << 20  # of a column that is read as a stream: a row group of photos may be half a gigabyte
@@ -98,17 +99,22 @@ def split_of_path(path: str) -> str:
     return "train"
 
 
-def embedded_bytes(value: Any) -> bytes:
-    """Return the bytes of an image that a row holds.
+def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
+    """Return the bytes of an image that a row holds; what lies at its URL only where that is allowed.
 
     Raises:
-        ImageError: it holds none, but perhaps a path or a URL, neither of which is ever opened.
+        ImageError: it holds none, but perhaps a path, which is never opened.
     """
     if isinstance(value, dict):
-        value, path = value.get("bytes"), value.get("path")
-        if value is None and path:
-            kind = "a URL" if "://" in str(path) else "a path"
-            raise ImageError("image_not_embedded", f"the row names {kind} in place of an image; it is not opened")
+        path, value = value.get("path"), value.get("bytes")
+    else:
+        path = value if isinstance(value, str) else None
+    if not isinstance(value, bytes) and path:
+        is_url = str(path).startswith(("http://", "https://"))
+        if is_url and allow_urls:
+            return fetch_image(str(path))
+        kind = "a URL, which --allow-urls would fetch" if is_url else "a path, which is never opened"
+        raise ImageError("image_not_embedded", f"in place of an image the row names {kind}")
     if not isinstance(value, bytes) or not value:
         raise ImageError("image_missing", "the row holds no image")
     return value

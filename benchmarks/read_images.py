@@ -1,0 +1,79 @@
+"""How fast images are read and checked: `python benchmarks/read_images.py [--images 400]`.
+
+JPEGs of 500 x 375 px, each read, decoded in full, checked and hashed as every source does it, beside a bare Pillow loop that
+reads and decodes them; then what a server's client does on top: deciding whether the bytes can be sent as they are. One
+process each, in interleaved rounds; CPU seconds, not the clock.
+"""
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.generate.picture import fits, reencode
+from pipeline.source.folder import open_folder
+
+
+def make(folder: Path, count: int) -> None:
+    """Write distinct noisy photos."""
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number:05d}.jpg", quality=88)
+
+
+def bare(folder: Path) -> None:
+    """Read and decode, and nothing else."""
+    for path in sorted(folder.iterdir()):
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            image.convert("RGB").load()
+
+
+def ours(folder: Path) -> None:
+    """Read as the folder source does."""
+    for _ in open_folder(folder).rows:
+        pass
+
+
+def send(folder: Path) -> None:
+    """Decide from the header that the bytes can be sent as they are."""
+    for path in sorted(folder.iterdir()):
+        assert fits(path.read_bytes(), None)
+
+
+def shrink(folder: Path) -> None:
+    """Scale down to a bound and encode anew, as for an image that is too large."""
+    for path in sorted(folder.iterdir()):
+        reencode(path.read_bytes(), 100_000)
+
+
+def main() -> None:
+    """Print images a CPU second, and the ratio to the bare loop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    steps: dict[str, Callable[[Path], None]] = {"bare": bare, "ours": ours, "send": send, "shrink": shrink}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make(folder, arguments.images)
+        for _ in range(arguments.rounds):
+            for name, step in steps.items():
+                started = time.process_time()
+                step(folder)
+                seconds[name].append(time.process_time() - started)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{arguments.images} JPEGs of 500 x 375 px, medians of {arguments.rounds} rounds")
+    for name, value in middle.items():
+        print(f"{name:<8} {arguments.images / value:8.0f} images a CPU second, {value / middle['bare']:.2f} of the bare loop")
+
+
+if __name__ == "__main__":
+    main()
