@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.report import newest_checkpoint, write_report
+from pipeline.source.scenes import draw_deck
 from tests.scene_data import make_version, scene_samples, true_captions
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="a()"></script>\u202e{{ 7*7 }} & "quoted"'
@@ -55,3 +56,15 @@ def test_the_training_is_shown_with_both_scores(tmp_path: Path) -> None:
     assert "0.500" in page
     assert 'points="280.0,0.0 560.0,80.0"' in page
     assert page.count("<script") == 1
+
+
+def test_a_deck_is_shown_with_all_its_pages(tmp_path: Path) -> None:
+    samples = [draw_deck(0, index) for index in range(3)]
+    pair = {"question": "Which page is gray?", "answer": "2", "answer_type": "span", "evidence_pages": [2], "expression": ""}
+    rows = [{"sample_id": s.id, "task": "deck_qa", "prompt_id": "p", "style": "", "split": "train", **pair} for s in samples]
+    version, _ = make_version(tmp_path, samples, pa.Table.from_pylist(rows))
+    assert "pages" in version.manifest["columns"]
+    assert not {"image", "facts", "reference_qa"} & set(version.manifest["columns"])
+    page = write_report(version, tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 12
+    assert "page 4" in page

@@ -7,20 +7,30 @@ import pytest
 from llguidance import LLMatcher
 from pydantic import ValidationError
 
-from pipeline.schema import OUTPUTS, Caption, QAPair, QASet, dump, wire_schema
+from pipeline.schema import OUTPUTS, Caption, QAPair, QASet, broken_rule, dump, wire_schema
+
+# What guidance enforces (vLLM 0.32 with llguidance 1.7); it refuses or, elsewhere, ignores other keywords.
+ENFORCED = {
+    "$defs", "$ref", "additionalProperties", "anyOf", "const", "enum", "items", "maxItems", "maximum", "minItems", "minimum",
+    "properties", "required", "type",
+}  # fmt: skip
 
 
-def keys(node: Any) -> set[str]:
-    if isinstance(node, dict):
-        return set(node) | {key for value in node.values() for key in keys(value)}
-    return {key for item in node for key in keys(item)} if isinstance(node, list) else set()
+def keywords(node: Any) -> set[str]:
+    """The keywords of a schema; the names of properties and definitions are none."""
+    if isinstance(node, list):
+        return {key for item in node for key in keywords(item)}
+    if not isinstance(node, dict):
+        return set()
+    below = [value for key, inner in node.items() for value in (inner.values() if key in ("properties", "$defs") else [inner])]
+    return set(node) | keywords(below)
 
 
 @pytest.mark.parametrize("task", OUTPUTS)
 def test_the_wire_schema_is_one_that_guidance_takes_whole(task: str) -> None:
     schema = wire_schema(task)
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))) == ""
-    assert not keys(schema) & {"minLength", "maxLength", "pattern", "default", "title", "description"}
+    assert keywords(schema) <= ENFORCED
     assert schema["additionalProperties"] is False
 
 
@@ -56,3 +66,33 @@ def test_a_fault_has_a_word(values: dict[str, str], fault: str) -> None:
 def test_a_caption_of_a_megabyte_is_refused() -> None:
     with pytest.raises(ValidationError):
         Caption(caption="x" * 1_000_000)
+
+
+DECK_PAIR: dict[str, Any] = {
+    "answer_type": "span",
+    "evidence_pages": [2],
+    "question": "Who is on the stage?",
+    "expression": "",
+    "answer": "a singer",
+}
+SUM = DECK_PAIR | {"answer_type": "arithmetic", "evidence_pages": [1, 3], "expression": "3 - 1", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (DECK_PAIR, None),
+        (SUM, None),
+        (DECK_PAIR | {"evidence_pages": []}, "evidence_pages_too_short"),
+        (DECK_PAIR | {"evidence_pages": [0]}, "evidence_pages_0_greater_than_equal"),
+        (DECK_PAIR | {"evidence_pages": [5]}, "evidence_outside_deck"),
+        (DECK_PAIR | {"evidence_pages": [2, 1]}, "evidence_not_in_order"),
+        (DECK_PAIR | {"evidence_pages": [2, 2]}, "evidence_not_in_order"),
+        (DECK_PAIR | {"expression": "1 + 1"}, "expression_not_asked_for"),
+        (SUM | {"answer": "3"}, "expression_disagrees"),
+        (SUM | {"expression": "__import__('os')"}, "expression_disagrees"),
+        (SUM | {"question": "How many"}, "question_without_mark"),
+    ],
+)
+def test_a_question_about_a_deck_has_its_rules(fields: dict[str, Any], reason: str | None) -> None:
+    assert broken_rule("deck_qa", fields, pages=4) == reason
