@@ -48,6 +48,10 @@ class Rounds:
     def sending(self, requests: Sequence[Request]) -> None:
         """Nothing is noted here."""
 
+    def answered(self) -> bool:
+        """Nothing is known from before."""
+        return False
+
 
 def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
     """Return the annotations of all samples and the seconds it took, loading of the model left out."""
@@ -71,7 +75,7 @@ def main() -> None:
     """Print the scores as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--decks", type=int, default=500)
+    parser.add_argument("--decks", type=int, default=0, help="500 for a model that knows them")
     parser.add_argument("--seed", type=int, default=7001)
     parser.add_argument("--model", default="tiny", help="another folder of weights, such as one that is being trained")
     arguments = parser.parse_args()
@@ -88,7 +92,7 @@ def main() -> None:
             )
             show_scenes(rows, scenes)
         if decks:
-            config = resolve(source="scenes-deck", model=arguments.model)
+            config = resolve(source="scenes-deck", model=arguments.model, engine="embedded")
             rows, seconds = annotate(decks, config, reworded=reworded)
             print(f"\nprompts {words}: {len(decks)} decks, {len(decks) / seconds:.1f} decks/s, {unread(rows)} rows unreadable")
             show_decks(rows, decks)

@@ -30,24 +30,25 @@ from pipeline.generate.client import Client
 from pipeline.generate.engine import TINY_WEIGHTS, plan
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import build_requests
-from pipeline.generate.server import NAME, Server
+from pipeline.generate.server import Server
 from pipeline.schema import wire_schema
 from pipeline.source.scenes import draw_sample
 from pipeline.types import Request, Silence
 
 IMAGE_TOKENS = 256
 SIDE_PX = 448
+REVISION = "benchmark"
 
 Images = list[tuple[str, tuple[bytes, ...]]]
 
 
-def body(request: Request) -> dict[str, object]:
+def body(request: Request, model: str) -> dict[str, object]:
     """Return a request as one would write it by hand."""
     picture = {"url": f"data:image/png;base64,{base64.b64encode(request.images[0]).decode()}"}
     content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
     schema = {"name": request.task, "schema": wire_schema(request.task), "strict": True}
     return {
-        "model": NAME,
+        "model": model,
         "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
         "temperature": request.sampling.temperature,
         "max_tokens": request.sampling.max_tokens,
@@ -55,13 +56,13 @@ def body(request: Request) -> dict[str, object]:
     }
 
 
-async def ask_bare(url: str, requests: list[Request], concurrency: int) -> None:
+async def ask_bare(url: str, model: str, requests: list[Request], concurrency: int) -> None:
     """Send all requests, some at once, and parse the replies."""
     left = iter(requests)
 
     async def work(session: aiohttp.ClientSession) -> None:
         for request in left:
-            async with session.post(f"{url}/chat/completions", json=body(request)) as answer:
+            async with session.post(f"{url}/chat/completions", json=body(request, model)) as answer:
                 json.loads((await answer.json())["choices"][0]["message"]["content"])
 
     headers = {"Authorization": f"Bearer {os.environ['SYNTH_API_KEY']}"}
@@ -84,24 +85,24 @@ def scenes(seed: int, count: int) -> Images:
 
 
 @contextmanager
-def serving(model: str, config: Config, log: Path) -> Iterator[str]:
-    """Run a server, and yield its address without /v1; its key goes into the environment, as a user would do it."""
-    launch = plan(model, "", config, log)
+def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
+    """Run a server; yield its address without /v1, and what it calls the model. Its key goes into the environment."""
+    launch = plan(model, REVISION, config, log)
     os.environ["SYNTH_API_KEY"] = launch.api_key
     server = Server(launch, Silence())
     with asyncio.Runner() as runner:
         runner.run(server.__aenter__())
         try:
-            yield server.root
+            yield server.root, launch.name
         finally:
             runner.run(server.__aexit__())
 
 
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:
     """Print the ratio of both clients over interleaved pairs."""
-    with serving(str(TINY_WEIGHTS), resolve(source="scenes"), scratch / "vllm.log") as root:
-        config = resolve(source="scenes", base_url=[f"{root}/v1"], model=NAME, server={"concurrency": concurrency})
-        with Client(NAME, NAME, config) as client:
+    with serving(str(TINY_WEIGHTS), resolve(source="scenes"), scratch / "vllm.log") as (root, name):
+        config = resolve(source="scenes", base_url=[f"{root}/v1"], model=name, server={"concurrency": concurrency})
+        with Client(name, name, config) as client:
             ratios = list(compare(pairs, count, concurrency, root, client, config, scratch))
     low, high = bootstrap(ratios)
     print(f"synth / bare client: median {np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, {pairs} pairs")
@@ -115,10 +116,10 @@ def compare(
         rates = {}
         for who in ("bare", "synth") if pair % 2 else ("synth", "bare"):
             images = scenes(9000 + 2 * pair + (who == "synth"), count)
-            requests = [r for name, pages in images for r in build_requests(name, pages, config, NAME)]
+            requests = [r for sample_id, pages in images for r in build_requests(sample_id, pages, config, client.revision)]
             started = time.perf_counter()
             if who == "bare":
-                asyncio.run(ask_bare(f"{root}/v1", requests, concurrency))
+                asyncio.run(ask_bare(f"{root}/v1", client.model, requests, concurrency))
             else:
                 ask_synth(client, images, config, scratch)
             rates[who] = len(requests) / (time.perf_counter() - started)
@@ -174,9 +175,9 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
         coarse = rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((SIDE_PX, SIDE_PX)).save(buffer, "JPEG")
         images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), (buffer.getvalue(),)))
-    with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as root:
-        config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": NAME})
-        with Client(NAME, f"r{len(styles)}", config) as client:
+    with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as (root, name):
+        config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
+        with Client(name, f"r{len(styles)}", config) as client:
             ask_synth(client, images, config, scratch)
         with urllib.request.urlopen(f"{root}/metrics", timeout=10) as page:
             lines = [line for line in page.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")]

@@ -4,7 +4,6 @@ Lower case, number words as digits, no articles, contractions with their apostro
 """
 
 import re
-from collections.abc import Sequence
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
@@ -46,19 +45,6 @@ def normalize_answer(answer: str) -> str:
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
     return " ".join(_RIGHT.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """Return the share of people that an answer agrees with: three others make it right, averaged over leaving one out.
-
-    Where all people said the same, the official evaluation compares letter by letter.
-    """
-    said, people = answer.replace("\n", " ").replace("\t", " ").strip(), [each.strip() for each in given]
-    if len(set(people)) > 1:
-        said, people = normalize_answer(answer), [normalize_answer(each) for each in given]
-    agreeing = people.count(said)
-    scores = [min(1.0, (agreeing - (person == said)) / 3) for person in people]
-    return sum(scores) / len(scores)
 
 
 def _without_punctuation(text: str) -> str:

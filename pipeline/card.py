@@ -4,6 +4,7 @@ import html
 import re
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,14 +16,15 @@ TASK_CATEGORIES = {"caption": "image-to-text", "qa": "visual-question-answering"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]]) -> str:
-    """Return README.md for a manifest and a few of its rows (without pixels)."""
+def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], prompts: Path | None = None) -> str:
+    """Return README.md for a manifest and a few of its rows (without pixels); `prompts` holds templates of the user's own."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
     environment.filters["line"] = one_line
+    names = ["system/v1", *(name.split("@")[0] for name in manifest["prompts"])]
     body = environment.from_string(_template()).render(
         manifest=manifest,
         samples=samples,
-        prompts={name: template(name).strip() for name in ["system/v1", *(n.split("@")[0] for n in manifest["prompts"])]},
+        prompts={name: template(name, prompts).strip() for name in names},
     )
     return f"---\n{yaml.safe_dump(metadata(manifest), sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
 

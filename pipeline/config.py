@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.errors import ConfigError
 
 DECKS = ("scenes-deck", "slidevqa")  # the sources whose samples are decks
+DRAWN = ("scenes", "scenes-deck")  # the sources whose facts are known
+TAUGHT = ("scenes",)  # those that the tiny teacher has learned
 Task = Literal["caption", "qa", "deck_qa"]
 Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt decides which it knows
 
@@ -43,7 +45,7 @@ class GenerateConfig(Section):
 
 
 class ServerConfig(Section):
-    """How vLLM is started and used. Nothing here is part of what a dataset holds."""
+    """How vLLM is started and used. Only flags that may change a reply are part of what a dataset holds."""
 
     flags: tuple[str, ...] = ()  # go to vLLM as they are, and win over ours
     start_seconds: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is away
@@ -91,7 +93,11 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
         ConfigError: the file cannot be read, or a key or value is not one that we know.
     """
     values = _read(config_file) if config_file else {}
-    values |= {name: value for name, value in flags.items() if value is not None}
+    for name, value in flags.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            values[name] |= value  # a section: what it does not name stays as the file has it
+        elif value is not None:
+            values[name] = value
     values.setdefault("tasks", list(_default_tasks(values)))
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")

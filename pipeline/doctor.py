@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.generate.engine import DRAWN, LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.config import TAUGHT, Config
+from pipeline.generate.engine import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
 DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
@@ -63,13 +63,17 @@ def _gpu() -> Finding:
     if not has_gpu():
         return Finding("gpu", False, "none", "the 3B model needs one, or a server elsewhere: --base-url")
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=30)  # noqa: S603
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("gpu", False, f"nvidia-smi does not answer: {error}", "check the driver")
     return judge_gpus(done.stdout)
 
 
 def judge_gpus(listed: str) -> Finding:
     """Judge the lines of nvidia-smi: `name, total MiB, free MiB` each."""
-    cards = [[part.strip() for part in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    lines = [[part.strip() for part in line.split(",")] for line in listed.splitlines()]
+    cards = [card for card in lines if len(card) == 3 and card[1].isdigit() and card[2].isdigit()]
     if not cards:
         return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
     name, total, free = max(cards, key=lambda card: int(card[2]))
@@ -82,7 +86,7 @@ def _engine(source: str) -> Finding:
     """Say what `--engine auto` would do, without asking the Hub."""
     config = Config(source=source)
     name, why = pick_engine(config)
-    if source in DRAWN:
+    if source in TAUGHT:
         return Finding("auto", True, f"{source}: {name} with {choose_engine(config).model}, because {why}")
     hint = "" if name == "vllm" else "slow without a GPU: name a server with --base-url, or a smaller model with --model"
     return Finding("auto", name == "vllm", f"{source}: {name} with {LARGE}, because {why}", hint)

@@ -34,12 +34,15 @@ def estimate_run(config: Config, out: Path | None = None, talk: Talk | None = No
     check_prompts(config)
     source = open_source(config)
     choice = choose_engine(config, folder.server_log, talk)
-    counts, samples = Counts(), []
+    counts = Counts()
+    samples: list[Sample] = []
     with disk_errors(folder.path), folder.lock(), Journal(folder.journal) as journal, ExitStack() as stack:
+        seen: set[str] = set()
         for row in source.rows:
-            if isinstance(row, Sample) and _is_new(row, config, choice.revision, journal):
-                samples.append(row)
-            if len(samples) == min(SAMPLED_IMAGES, config.limit or SAMPLED_IMAGES):
+            if isinstance(row, Sample) and row.id not in seen:
+                seen.add(row.id)
+                samples += [row] if _is_new(row, config, choice.revision, journal) else []
+            if len(samples) == SAMPLED_IMAGES or len(seen) == config.limit:
                 break
 
         @cache
@@ -53,7 +56,8 @@ def estimate_run(config: Config, out: Path | None = None, talk: Talk | None = No
         for ready in ask_about(chunks, config, choice.revision, engine, journal, counts):
             talk("dry run", counts.done, len(samples) * len(asked_of_each(config)), ready.figures())
         seconds = time.monotonic() - started
-        return _estimate(samples, source.total, seconds, config, choice.revision, journal, counts)
+        known = [each for each in (source.count(), config.limit) if each is not None]
+        return _estimate(samples, min(known, default=None), seconds, config, choice.revision, journal, counts)
 
 
 def _is_new(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
@@ -75,7 +79,7 @@ def _estimate(
                 annotations += 1
                 fields = row | {"caption": row["text"]}
                 invalid += bool(row["reply_error"] or broken_rule(request.task, fields, len(sample.images)))
-    images = total or len(samples)
+    images = len(samples) if total is None else total
     scale = images / len(samples) if samples else 0.0
     return {
         "sampled_images": len(samples),

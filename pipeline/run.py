@@ -20,7 +20,7 @@ from pipeline.card import render_card
 from pipeline.config import Config
 from pipeline.dedupe import dedupe_annotations
 from pipeline.errors import ConfigError, TableError
-from pipeline.fingerprint import digest
+from pipeline.fingerprint import digest, file_digest
 from pipeline.generate.ask import Counts, ask_about, read_annotations
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
@@ -28,7 +28,7 @@ from pipeline.generate.requests import asked_of_each, check_prompts, prompt_ids
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
-from pipeline.store import Folder, Version, dataset_folder, disk_errors, write_json, write_table
+from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table
 from pipeline.tables import ANNOTATION, PIXELS, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
@@ -42,6 +42,7 @@ STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
 }
 ORDER = ("source", "generate", *STAGES, "version")
 CARD_SAMPLES = 5
+HELD_OUT = ("validation", "test")
 CHUNK_SAMPLES = 64  # or fewer, where they come to CHUNK_BYTES
 CHUNK_BYTES = 16_000_000
 
@@ -88,21 +89,23 @@ def generate_version(
     check_prompts(config)
     with disk_errors(folder.path):
         _refuse_other_settings(folder, config, start)
-    source = open_source(config)
+    source = open_source(config) if start <= ORDER.index("source") else None
     with disk_errors(folder.path), folder.lock():
         return _run(folder, config, source, start, talk or Silence())
 
 
-def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk) -> Result:
-    choice = choose_engine(config, folder.server_log, talk)
+def _run(folder: Folder, config: Config, source: Source | None, start: int, talk: Talk) -> Result:
+    choice = choose_engine(config, folder.server_log, talk) if start <= ORDER.index("generate") else None
     write_json(folder.run_file, config.model_dump(mode="json"))
     counts, funnel = Counts(), []
-    if start <= ORDER.index("source"):
+    if source is not None:
         _write_source(folder, source, config.limit, talk)
+        write_json(folder.made_by("source"), {"name": source.name, "revision": source.revision})
     samples, lost = _require_stage(folder, "source")
     funnel.append(_step("source", "images", samples, lost))
-    if start <= ORDER.index("generate"):
+    if choice is not None:
         _generate(folder, config, choice, samples, counts, talk)
+        write_json(folder.made_by("generate"), {"name": public_name(choice.model), "revision": choice.revision})
     table = pq.read_table(_require_file(folder.stage("generate")))
     replies = len(table["request_id"].unique())
     if replies != samples * len(asked_of_each(config)):
@@ -116,8 +119,14 @@ def _run(folder: Folder, config: Config, source: Source, start: int, talk: Talk)
             raise TableError(f"stage {name} is not made from what the stage before it kept", hint="run without --from-stage")
         funnel.append(_step(name, "annotations", kept, lost))
         table = pq.read_table(folder.stage(name))
-    version, is_new = _write_version(folder, config, source, choice, table, samples, funnel)
+    version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def public_name(model: str) -> str:
+    """Return what may be told of a model: its name without a path, and without the revision that a server puts behind it."""
+    name = model.rpartition("@")[0] or model
+    return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name
 
 
 def _generate(folder: Folder, config: Config, choice: Choice, samples: int, counts: Counts, talk: Talk) -> None:
@@ -142,17 +151,20 @@ def _generate(folder: Folder, config: Config, choice: Choice, samples: int, coun
 def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk) -> None:
     """Read the source once into kept and rejected rows; an image that was there before is rejected as a duplicate."""
     rejected: list[dict[str, str]] = []
-    seen: set[str] = set()
+    seen: dict[str, str | None] = {}  # the split that the source says of each sample
+    held_out: dict[str, str] = {}  # samples of which a copy stands in a split that nothing may be trained on
 
     def tables() -> Iterator[pa.Table]:
         batch: list[dict[str, Any]] = []
         for row in source.rows:
             if isinstance(row, Sample) and row.id in seen:
+                if row.split in HELD_OUT and seen[row.id] not in HELD_OUT:
+                    held_out[row.id] = str(row.split)
                 row = Rejected(source_row=row.source_row, reason="duplicate_image", detail=row.id)
             if isinstance(row, Rejected):
                 rejected.append(asdict(row))
                 continue
-            seen.add(row.id)
+            seen[row.id] = row.split
             batch.append({"sample_id": row.id, **asdict(row)})
             if len(batch) == CHUNK_SAMPLES or sum(len(image) for each in batch for image in each["images"]) >= CHUNK_BYTES:
                 yield pa.Table.from_pylist(batch, schema=SAMPLE)
@@ -164,7 +176,16 @@ def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk)
         talk("source", len(seen), limit and len(seen))
 
     write_table(folder.stage("source"), tables(), SAMPLE)
+    if held_out:
+        write_table(folder.stage("source"), (_with_split(batch, held_out) for batch in _batches(folder)), SAMPLE)
     write_table(folder.stage("source", "rejected"), [pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)], SOURCE_REJECTED)
+
+
+def _with_split(batch: pa.RecordBatch, held_out: dict[str, str]) -> pa.Table:
+    """Move samples of which a copy is held out to the split of that copy."""
+    rows = zip(batch["sample_id"].to_pylist(), batch["split"].to_pylist(), strict=True)
+    splits = pa.array([held_out.get(sample_id, split) for sample_id, split in rows], pa.string())
+    return pa.Table.from_batches([batch]).set_column(batch.schema.get_field_index("split"), "split", splits)
 
 
 def _apply(folder: Folder, name: str, marked: pa.Table, table: pa.Table) -> None:
@@ -189,33 +210,35 @@ def _apply(folder: Folder, name: str, marked: pa.Table, table: pa.Table) -> None
 def _write_version(
     folder: Folder,
     config: Config,
-    source: Source,
-    choice: Choice,
     annotations: pa.Table,
     samples: int,
     funnel: list[Step],
 ) -> tuple[Version, bool]:
     batches = _batches(folder)
     rows = Rows()
-    # A folder or a checkpoint of the user's may be named by a path, which is nobody's business.
-    settings = config.model_dump(mode="json", exclude={"base_url", "server"})
-    name = Path(choice.model).name if Path(choice.model).exists() else choice.model
-    settings |= {"source": source.name, "model": name}
+    source, model = (read_json(_require_file(folder.made_by(stage))) for stage in ("source", "generate"))
+    # A path of the user's is nobody's business.
+    settings = config.model_dump(mode="json", exclude={"base_url", "server"}) | {
+        "source": source["name"],
+        "model": model["name"],
+    }
+    if config.split_list:
+        settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompts:
         settings["generate"]["prompts"] = config.generate.prompts.name
     manifest = {
-        "source": {"name": source.name, "revision": source.revision},
-        "model": {"name": name, "revision": choice.revision},
+        "source": source,
+        "model": model,
         "prompts": prompt_ids(config.tasks, config),
         "schemas": {task: digest(wire_schema(task)) for task in config.tasks},
         "config": settings,
     }
 
     def card(whole: dict[str, Any]) -> str:
-        return render_card(whole, shown)
+        return render_card(whole, shown, config.generate.prompts)
 
     shown: list[dict[str, Any]] = []
-    tables = _show(build_rows(annotations, batches, source.name, rows), shown)
+    tables = _show(build_rows(annotations, batches, source["name"], rows), shown)
 
     def funnel_with_version() -> list[dict[str, Any]]:
         lost = dict(Counter(row["reason"] for row in rows.rejected))

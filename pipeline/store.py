@@ -106,6 +106,10 @@ class Folder:
         """Rows that a stage kept or rejected."""
         return self.path / "stages" / name / f"{which}.parquet"
 
+    def made_by(self, stage: str) -> Path:
+        """Which source or model a stage had: what starts after it must not name another one."""
+        return self.path / "stages" / stage / "made_by.json"
+
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first."""
         folders = (self.path / "versions").glob("v*")
@@ -208,6 +212,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that people can read and diff."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:

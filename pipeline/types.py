@@ -1,6 +1,6 @@
 """The few shapes that sources, engines and the run hand to each other."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,7 +56,7 @@ class Source:
     name: str
     revision: str
     rows: Iterator[Sample | Rejected]
-    total: int | None = None  # rows, where that is known before they are read
+    count: Callable[[], int | None] = lambda: None  # how many rows there are, where that can be told without reading all
     decks: bool = False  # whether its samples are documents of several pages
 
 
@@ -137,6 +137,10 @@ class Work(Protocol):
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Note that these are about to be sent."""
+        ...
+
+    def answered(self) -> bool:
+        """Whether any request has its reply already, from this run or an earlier one."""
         ...
 
 

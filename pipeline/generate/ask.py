@@ -44,12 +44,14 @@ class Pass:
         self._first: list[Request] = []
         self._again: list[Request] = []
         self._open: dict[str, Request] = {}  # taken, and not answered for good
+        self._answered = False
 
     def has_work(self) -> bool:
         """Whether anything must be asked now; looks only as far ahead as the next such chunk."""
         while not self._first and not self._again and (chunk := next(self._chunks, None)) is not None:
             for sample_id, images in chunk:
                 for request in build_requests(sample_id, images, self._config, self._revision):
+                    assert request.id not in self._open, f"{sample_id} is there twice"
                     self._sort_in(request)
         return bool(self._first or self._again)
 
@@ -72,12 +74,17 @@ class Pass:
         self._journal.note_asked(requests)
         self._counts.asked += len(requests)
 
+    def answered(self) -> bool:
+        """See types.Work."""
+        return self._answered
+
     def keep(self, replies: list[Reply]) -> None:
         """Keep replies, and put those that are not usable back into the work, to be asked in another way."""
         judged = [(self._open.pop(reply.request_id), reply) for reply in replies]
         kept = [(request, reply, find_flaw(request, reply)) for request, reply in judged]
         self._journal.keep(kept)
         for request, reply, flaw in kept:
+            self._answered = self._answered or reply.finish_reason not in UNANSWERED
             if flaw:
                 self._counts.flaws[flaw] += 1
             if flaw and reply.finish_reason not in UNANSWERED and request.attempt + 1 < self._config.generate.attempts:
@@ -88,10 +95,11 @@ class Pass:
 
     def _sort_in(self, request: Request) -> None:
         self._counts.total += 1
-        last = self._journal.last(request.id)
-        if last is None or last[0].finish_reason in UNANSWERED:
+        last = self._journal.last(request.id, answered=True)
+        if last is None:
             self._first.append(request)
             return
+        self._answered = True
         reply, flaw = last
         if flaw and reply.attempt + 1 < self._config.generate.attempts:
             self._again.append(ask_again(request, reply, flaw))

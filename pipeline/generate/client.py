@@ -19,9 +19,10 @@ import aiohttp
 
 from pipeline.config import Config
 from pipeline.errors import EngineError
+from pipeline.fingerprint import digest
 from pipeline.generate import chat
 from pipeline.generate.picture import Pictures
-from pipeline.generate.server import NAME, Launch, Server, answers
+from pipeline.generate.server import Launch, Server, answers, status_of
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Silence, Talk, Work
 
 GROUP_REPLIES = 64  # are handed over together, or a quarter of the window, or what there is after GROUP_SECONDS
@@ -30,10 +31,12 @@ NOTED_AHEAD = 32  # requests are noted as sent in groups as well, just before th
 FAULTS = 5  # of a server that is well otherwise, at one request
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
-LOUD_REFUSALS = 16  # in a row, before any reply: then it is not the images
+LOUD_REFUSALS = 16  # before any reply: then it is not the images
+SUSPECT_DEATHS = 2
 POLL_SECONDS = 1.0
 START_WINDOW = 32  # requests without a kept reply, for a server whose size is not known
 LARGEST_WINDOW = 1024
+FLIGHT_BYTES = 256_000_000  # of images in requests that are under way
 PROMPT_TOKENS = 512  # room for the words beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 KEY = "SYNTH_API_KEY"
@@ -54,10 +57,14 @@ class Endpoint:
     url: str  # ends in /v1
     headers: dict[str, str]
     back: asyncio.Event = field(default_factory=asyncio.Event)  # set while it answers
+    health: str = ""  # what answers 200 while all is well
     outstanding: int = 0
     waiting: float = 0
     running: float = 0
     cache: tuple[float, float] = (0, 0)  # prefix tokens looked up and found, since it started
+
+    def __post_init__(self) -> None:
+        self.health = f"{self.root}/health"
 
     @property
     def root(self) -> str:
@@ -101,10 +108,12 @@ class Client:
         self._launch = launch
         self._max_pixels = max_pixels
         self._talk: Talk = talk or Silence()
-        self._name = NAME if launch else model
+        self._name = launch.name if launch else model
         self._answered = self._refused = self._retried = 0
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._homes: dict[str, Endpoint] = {}
+        self._suspects = asyncio.Lock()
+        self._slowed = 0.0
 
     def __enter__(self) -> "Client":
         self._runner = asyncio.Runner()
@@ -162,13 +171,12 @@ class Client:
         bound = self._config.generate.max_pixels or self._max_pixels
         self._pictures = Pictures(media, bound, self._sample_bound(context), pool)
         self._set_window(self._first_window())
-        for endpoint in self._endpoints:
-            if endpoint.back.is_set():
-                await self._require_schemas(endpoint)
-        poller = asyncio.create_task(self._poll())
-        stack.push_async_callback(_cancel, {poller})
         self._revivers: set[asyncio.Task[None]] = set()
         stack.push_async_callback(_cancel, self._revivers)
+        for endpoint in self._endpoints:
+            await self._require_schemas(endpoint) if endpoint.back.is_set() else self._wait_for(endpoint)
+        poller = asyncio.create_task(self._poll())
+        stack.push_async_callback(_cancel, {poller})
 
     async def _check_servers(self) -> int | None:
         """Leave out servers that do not answer while one does; return the shortest context that any of them has."""
@@ -183,7 +191,9 @@ class Client:
                 raise EngineError(
                     f"{endpoint.url} does not serve {self._name}", hint=f"it serves {', '.join(served)}: pass --model"
                 )
-            lengths.append(served[self._name])
+            lengths.append(served[self._name].max_model_len)
+            if await status_of(endpoint.health) == 404:
+                endpoint.health = f"{endpoint.url}/models"  # not a vLLM, perhaps
         if not lengths:
             raise _nobody(self._endpoints)
         for endpoint in self._endpoints:
@@ -210,14 +220,20 @@ class Client:
         self._pictures.keep = window + 64
 
     async def _require_schemas(self, endpoint: Endpoint) -> None:
-        try:
-            async with self._session.post(
-                f"{endpoint.url}/chat/completions", json=chat.probe(self._name), headers=endpoint.headers
-            ) as answer:
-                text = await answer.read()
-                _raise_for_access(answer.status, endpoint, text)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
+        """Ask for what only a server that enforces schemas can say; one that is busy is asked again."""
+        for attempt in range(1, FAULTS + 1):
+            try:
+                async with self._session.post(
+                    f"{endpoint.url}/chat/completions", json=chat.probe(self._name), headers=endpoint.headers
+                ) as answer:
+                    text = await answer.read()
+                    _raise_for_access(answer.status, endpoint, text)
+                    if answer.status not in (429, 503):
+                        break
+            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                if attempt == FAULTS:
+                    raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
+            await asyncio.sleep(FIRST_BACKOFF_SECONDS * 2**attempt)
         if answer.status != 200 or not chat.proves_schemas(text):
             raise EngineError(
                 f"{endpoint.url} does not enforce JSON schemas, so no reply of it can be trusted",
@@ -287,34 +303,47 @@ class Client:
 
     async def _answer(self, request: Request, flow: Flow) -> Reply:
         """Send a request until a server has answered it; where servers fail at it again and again, say so in a reply."""
-        faults = 0
+        faults = busy = deaths = 0
         busy_until = time.monotonic() + self._config.server.reply_seconds
         while True:
-            endpoint = await self._pick(request.sample_id)
-            endpoint.outstanding += 1
-            try:
-                return await self._post(endpoint, request)
-            except _BusyError as busy:
-                if time.monotonic() > busy_until:
-                    return _unanswered(request, SERVER_ERROR, "the server is too busy")
-                self._set_window(max(1, self._window * 3 // 4))
-                pause = float(busy.args[0] or FIRST_BACKOFF_SECONDS * 2**faults)
-            except _FaultError as fault:
-                if not await self._is_well(endpoint):
-                    self._away(endpoint)  # which is not this request's fault
-                    continue
-                faults += 1
-                if faults == FAULTS:
-                    return _unanswered(request, SERVER_ERROR, str(fault))
-                # A connection that another request's error has closed costs nothing but a new one.
-                pause = 0.0 if faults == 1 else FIRST_BACKOFF_SECONDS * 2 ** (faults - 2)
-            finally:
-                endpoint.outstanding -= 1
+            # What was under way at two deaths of a server may be their cause: it goes alone, and is given up at the third.
+            async with self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext():
+                endpoint = await self._pick(request.sample_id)
+                endpoint.outstanding += 1
+                try:
+                    return await self._post(endpoint, request, flow)
+                except _BusyError as told:
+                    if time.monotonic() > busy_until:
+                        return _unanswered(request, SERVER_ERROR, "the server is too busy")
+                    self._slow_down()
+                    busy += 1
+                    pause = float(told.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
+                except _FaultError as fault:
+                    if not await self._is_well(endpoint):
+                        self._away(endpoint)
+                        deaths += 1
+                        if deaths > SUSPECT_DEATHS:
+                            return _unanswered(request, SERVER_ERROR, f"the server died each time: {fault}")
+                        continue
+                    faults += 1
+                    if faults == FAULTS:
+                        return _unanswered(request, SERVER_ERROR, str(fault))
+                    # A connection that another request's error has closed costs nothing but a new one.
+                    pause = 0.0 if faults == 1 else FIRST_BACKOFF_SECONDS * 2 ** (faults - 2)
+                finally:
+                    endpoint.outstanding -= 1
             self._retried += 1
             if pause:
                 await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), flow)
 
-    async def _post(self, endpoint: Endpoint, request: Request) -> Reply:
+    def _slow_down(self) -> None:
+        """Make the window smaller, once for all answers of one moment; it grows again while nobody complains."""
+        now = time.monotonic()
+        if now - self._slowed > POLL_SECONDS:
+            self._slowed = now
+            self._set_window(max(1, self._window * 3 // 4))
+
+    async def _post(self, endpoint: Endpoint, request: Request, flow: Flow) -> Reply:
         images = await self._pictures.parts(request.sample_id, request.images)
         body = chat.body(request, images, self._name)
         try:
@@ -328,7 +357,7 @@ class Client:
             raise _FaultError(f"{answer.status}: {chat.error_message(text)}")
         _raise_for_access(answer.status, endpoint, text)
         if answer.status >= 400:
-            return self._refuse(request, endpoint, text)
+            return self._refuse(request, endpoint, text, flow)
         try:
             reply = chat.read_reply(request, text)
         except chat.BadAnswerError as bad:
@@ -337,10 +366,10 @@ class Client:
         self._count_tokens(reply.reply_tokens)
         return reply
 
-    def _refuse(self, request: Request, endpoint: Endpoint, answer: bytes) -> Reply:
+    def _refuse(self, request: Request, endpoint: Endpoint, answer: bytes, flow: Flow) -> Reply:
         message = chat.error_message(answer)
         self._refused += 1
-        if self._refused >= LOUD_REFUSALS and not self._answered:
+        if self._refused >= LOUD_REFUSALS and not self._answered and not flow.work.answered():
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")
         return _unanswered(request, REFUSED_BY_SERVER, message)
 
@@ -381,18 +410,21 @@ class Client:
 
     async def _is_well(self, endpoint: Endpoint) -> bool:
         """Whether the server itself is up; one of ours with its own eyes, since its process may be gone already."""
-        return endpoint.back.is_set() and await answers(f"{endpoint.root}/health")
+        return endpoint.back.is_set() and await answers(endpoint.health, headers=endpoint.headers)
 
     def _away(self, endpoint: Endpoint) -> None:
         if endpoint.back.is_set():
             endpoint.back.clear()
             self._talk.say(f"{endpoint.url} does not answer; waiting for it")
-            reviver = asyncio.create_task(self._revive(endpoint))
-            self._revivers.add(reviver)
-            reviver.add_done_callback(self._revivers.discard)
+            self._wait_for(endpoint)
+
+    def _wait_for(self, endpoint: Endpoint) -> None:
+        reviver = asyncio.create_task(self._revive(endpoint))
+        self._revivers.add(reviver)
+        reviver.add_done_callback(self._revivers.discard)
 
     async def _revive(self, endpoint: Endpoint) -> None:
-        while not await answers(f"{endpoint.root}/health"):
+        while not await answers(endpoint.health, headers=endpoint.headers):
             if self._server and self._server.failure:
                 break  # those who wait are woken, and find the failure
             await asyncio.sleep(POLL_SECONDS)
@@ -408,18 +440,22 @@ class Client:
                     with contextlib.suppress(aiohttp.ClientError, TimeoutError, ConnectionError):
                         async with self._session.get(f"{endpoint.root}/metrics", headers=endpoint.headers) as answer:
                             _read_metrics(endpoint, await answer.text() if answer.status == 200 else "")
-            if not self._config.server.concurrency:
-                self._set_window(self._follow())
+            self._set_window(self._follow())
 
     def _follow(self) -> int:
+        """Return the next window: as asked for, else by the queue; smaller while servers complain or images are large."""
+        fixed = self._config.server.concurrency
+        most = min(fixed or LARGEST_WINDOW * len(self._endpoints), self._pictures.bound(FLIGHT_BYTES))
         waiting = sum(endpoint.waiting for endpoint in self._endpoints)
         running = sum(endpoint.running for endpoint in self._endpoints)
         outstanding = sum(endpoint.outstanding for endpoint in self._endpoints)
-        if running and waiting > running:
-            return max(1, int(running * 1.5))
-        if running and not waiting and outstanding >= self._window:
-            return min(self._window * 3 // 2, LARGEST_WINDOW * len(self._endpoints))
-        return self._window
+        wanted = self._window
+        if running and waiting > running and not fixed:
+            wanted = max(1, int(running * 1.5))
+        elif outstanding and not waiting and time.monotonic() - self._slowed > 2 * POLL_SECONDS:
+            has_room = bool(fixed) or self._window < self._first_window() or (running and outstanding >= self._window)
+            wanted += max(1, wanted // 2) if has_room else 0
+        return max(1, min(wanted, most))
 
     def _count_tokens(self, tokens: int) -> None:
         now = time.monotonic()
@@ -429,37 +465,53 @@ class Client:
             self._tokens.popleft()
 
 
-def served_model(config: Config) -> str:
-    """Return the model that the servers of `config.base_url` are asked for: the one that is named, or the only one there.
+def find_model(config: Config) -> tuple[str, str]:
+    """Return the model that the servers of `config.base_url` are asked for, and its revision.
+
+    `synth serve` puts the revision into the name, after an @; of another server it is a digest of what that says it serves.
 
     Raises:
         EngineError: no server answers, or it is not clear which model is meant.
     """
-    if config.model:
-        return config.model
-    return asyncio.run(_only_model([Endpoint(url.rstrip("/"), _headers()) for url in config.base_url]))
+    endpoints = [Endpoint(url.rstrip("/"), _headers()) for url in config.base_url]
+    name, root = asyncio.run(_one_model(endpoints, config.model))
+    return name, name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
 
 
-async def _only_model(endpoints: list[Endpoint]) -> str:
+async def _one_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
         for endpoint in endpoints:
             try:
                 served = await _served(session, endpoint)
             except _FaultError:
                 continue
-            if len(served) != 1:
+            if wanted is None and len(served) != 1:
                 raise EngineError(f"{endpoint.url} serves {len(served)} models", hint=f"pass --model: {', '.join(served)}")
-            return next(iter(served))
+            meant = [name for name in served if wanted in (None, name, name.rpartition("@")[0])]
+            if not meant:
+                raise EngineError(
+                    f"{endpoint.url} does not serve {wanted}", hint=f"it serves {', '.join(served)}: pass --model"
+                )
+            return meant[0], served[meant[0]].root
     raise _nobody(endpoints)
 
 
-async def _served(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, int | None]:
-    """Return the models of a server with their context in tokens, where it says so."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server says of a model: what it was made from, and its context in tokens, where it says so."""
+
+    root: str
+    max_model_len: int | None
+
+
+async def _served(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, Served]:
+    """Return the models of a server by name."""
     try:
         async with session.get(f"{endpoint.url}/models", headers=endpoint.headers) as answer:
             text = await answer.read()
             _raise_for_access(answer.status, endpoint, text)
-            return {model["id"]: model.get("max_model_len") for model in (await answer.json())["data"]}
+            models = (await answer.json())["data"]
+            return {each["id"]: Served(str(each.get("root") or ""), each.get("max_model_len")) for each in models}
     except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError, LookupError, TypeError) as error:
         raise _FaultError(str(error)) from None
 

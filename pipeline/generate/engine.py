@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, ServerConfig
+from pipeline.config import TAUGHT, Config, ServerConfig
 from pipeline.errors import EngineError
+from pipeline.fingerprint import digest
 from pipeline.generate.weights import weights_revision
 from pipeline.types import Engine, Talk
 
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
 TINY = "tiny"
 TINY_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights" / "teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
-DRAWN = ("scenes", "scenes-deck")  # the sources that the tiny teacher knows
 HOW_TO_CHOOSE = (
     "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
+HARMLESS_FLAGS = frozenset(  # they change how fast a reply comes, and not what it says
+    f"--{name}"
+    for name in (
+        "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
+        "kv-cache-memory-bytes", "max-model-len", "max-num-batched-tokens", "max-num-seqs", "performance-mode",
+        "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
+    )
+)  # fmt: skip
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # names the interpreter of an environment of its own that has vLLM
 
 
@@ -48,17 +56,32 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), talk: Talk | Non
         EngineError: no model can answer for this source on this machine, or a server named by --base-url does not.
     """
     name, why = pick_engine(config)
+    if config.server.flags and (name != "vllm" or config.base_url):
+        raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
     if name == "vllm" and config.base_url:
-        from pipeline.generate.client import Client, served_model
+        from pipeline.generate.client import Client, find_model
 
-        model = served_model(config)
-        return Choice(name, model, model, why, lambda: Client(model, model, config, talk=talk))
+        served, revision = find_model(config)
+        return Choice(name, served, revision, why, lambda: Client(served, revision, config, talk=talk))
     model = _model(config)
     path = str(TINY_WEIGHTS) if model == TINY else model
     revision = _revision(model, path)
     if name == "vllm":
+        revision += _telling(config.server.flags)
         return Choice(name, model, revision, why, lambda: _managed(model, path, revision, config, log, talk))
     return Choice(name, model, revision, why, lambda: _embedded(model, path, revision, config))
+
+
+def _telling(flags: tuple[str, ...]) -> str:
+    """Return a mark for flags that may change what the model says, such as --quantization; nothing where none does."""
+    words = " ".join(flags).replace("=", " ").split()
+    told = [
+        word
+        for at, word in enumerate(words)
+        if (word.startswith("--") and word not in HARMLESS_FLAGS)
+        or (not word.startswith("--") and words[at - 1] not in HARMLESS_FLAGS)
+    ]
+    return f"+{digest(told)[:8]}" if told else ""
 
 
 def pick_engine(config: Config) -> tuple[str, str]:
@@ -83,11 +106,14 @@ def vllm_python() -> str | None:
 
 def has_gpu() -> bool:
     """Whether an NVIDIA GPU can be used; asks no library, since loading torch takes seconds."""
-    return Path("/dev/nvidia0").exists() and shutil.which("nvidia-smi") is not None
+    cards = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]  # a container may have any one of them
+    return bool(cards) and shutil.which("nvidia-smi") is not None
 
 
-def max_pixels(path: str) -> int | None:
-    """Return how many pixels the processor of a model folder lets an image have, where it says so."""
+def max_pixels(path: str, revision: str | None = None) -> int | None:
+    """Return how many pixels the processor of a model lets an image have, where it says so; of a Hub id, at a revision."""
+    if not Path(path).is_dir():
+        return _hub_max_pixels(path, revision)
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = Path(path) / name
         if file.exists():
@@ -98,12 +124,20 @@ def max_pixels(path: str) -> int | None:
     return None
 
 
+def _hub_max_pixels(model: str, revision: str | None) -> int | None:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["preprocessor_config.json", "processor_config.json"]
+    return max_pixels(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
 def _model(config: Config) -> str:
-    drawn = config.source in DRAWN
-    model = config.model or (TINY if drawn else LARGE)
-    if model == TINY and not drawn and config.engine != "embedded":
+    taught = config.source in TAUGHT
+    model = config.model or (TINY if taught else LARGE)
+    if model == TINY and not taught and config.engine != "embedded":
         raise EngineError(
-            f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}", hint=HOW_TO_CHOOSE
+            f"the tiny teacher knows single drawn scenes and nothing else, and cannot describe {config.source}",
+            hint=HOW_TO_CHOOSE,
         )
     if model == TINY:
         from pipeline.scenes.text import STYLES
@@ -154,7 +188,8 @@ def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:
 def _managed(model: str, path: str, revision: str, config: Config, log: Path, talk: Talk | None) -> Engine:
     from pipeline.generate.client import Client
 
-    return Client(model, revision, config, plan(path, revision, config, log), max_pixels(path), talk)
+    bound = max_pixels(path, revision.partition("+")[0])
+    return Client(model, revision, config, plan(path, revision, config, log), bound, talk)
 
 
 def serve_model(
@@ -165,15 +200,15 @@ def serve_model(
     Raises:
         EngineError: vLLM is not here, cannot be started, or dies again and again.
     """
-    from pipeline.generate.server import NAME, Server
+    from pipeline.generate.server import Server
 
     path = str(TINY_WEIGHTS) if model == TINY else model
-    config = Config(source="none", server=server)
-    launch = replace(plan(path, _revision(model, path), config, log), port=port)
+    config = Config(source="none", tasks=("deck_qa",), server=server)  # which has room for single images as well
+    launch = replace(plan(path, _revision(model, path) + _telling(server.flags), config, log), port=port)
 
     async def serve() -> None:
         async with Server(launch, talk) as running:
-            talk.say(f"serving {model} as {NAME}; use it with:\n  export SYNTH_API_KEY={launch.api_key}")
+            talk.say(f"serving {launch.name}; use it with:\n  export SYNTH_API_KEY={launch.api_key}")
             talk.say(f"  synth generate --base-url {running.root}/v1 --source ...")
             ready({"url": f"{running.root}/v1", "key": launch.api_key})
             await running.gave_up.wait()

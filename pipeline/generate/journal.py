@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.errors import StoreError
-from pipeline.types import Reply, Request
+from pipeline.types import UNANSWERED, Reply, Request
 
 FORMAT = 2  # raise when a table changes
 _TABLES = """
@@ -35,14 +35,15 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path)
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
-        if self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() != (0,) and found != FORMAT:
+        (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        if tables and found != FORMAT:
             self._db.close()
             raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute(f"PRAGMA user_version = {FORMAT}")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
-        self._db.executescript(_TABLES)
+        if not tables:
+            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
 
     def __enter__(self) -> "Journal":
         return self
@@ -50,10 +51,11 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._db.close()
 
-    def last(self, request_id: str) -> tuple[Reply, str | None] | None:
-        """Return the newest reply to a request and its flaw, if there is one."""
+    def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
+        """Return the newest reply to a request and its flaw, if there is one; with `answered`, the newest by a model."""
         columns = "attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw"
-        newest = f"SELECT {columns} FROM replies WHERE request_id = ? ORDER BY attempt DESC LIMIT 1"  # noqa: S608
+        by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
+        newest = f"SELECT {columns} FROM replies WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"  # noqa: S608
         row = self._db.execute(newest, (request_id,)).fetchone()
         if row is None:
             return None

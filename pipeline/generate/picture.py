@@ -37,6 +37,12 @@ class Pictures:
         self._pool = pool
         self._made: dict[str, asyncio.Future[bytes]] = {}
         self._files: dict[str, list[Path]] = {}
+        self._made_count = self._made_bytes = 0
+
+    def bound(self, in_flight_bytes: int) -> int:
+        """Return how many requests may be under way at once, for their images to have about so many bytes at most."""
+        mean = self._made_bytes / self._made_count if self._made_count else 1
+        return max(4, int(in_flight_bytes / max(mean, 1)))
 
     async def parts(self, sample_id: str, images: tuple[bytes, ...]) -> bytes:
         """Return the JSON of the message parts that show a sample, joined by commas, in the order of prompt.user_content.
@@ -55,7 +61,10 @@ class Pictures:
         bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // len(images)]
         bound = min((each for each in bounds if each), default=None)
         parts = user_content([await self._part(image, bound, sample_id) for image in images], "")[:-1]
-        return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
+        joined = b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
+        self._made_count += 1
+        self._made_bytes += len(joined)
+        return joined
 
     async def _part(self, image: bytes, bound: int | None, sample_id: str) -> bytes:
         data, kind = image, fits(image, bound)

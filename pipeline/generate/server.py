@@ -22,9 +22,9 @@ from pipeline.errors import EngineError
 from pipeline.schema import MAX_PAGES
 from pipeline.types import Talk
 
-NAME = "model"  # what the server calls the model: a path is nobody's business
 BACKEND = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
 STOP_SECONDS = 15
+TAIL_BYTES = 20_000  # of the log, for what went wrong
 MIN_TOKENS = 1024
 MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
 MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger ones are scaled down, all alike
@@ -36,7 +36,7 @@ class Launch:
     """How a server is started; all that can be known before."""
 
     python: str
-    model: str
+    name: str  # what the server calls the model: its base name with its revision, and no path
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -59,10 +59,11 @@ def plan_launch(
     """Choose flags for a model (a folder or a Hub id) on this machine; the user's own come last and win."""
     server = config.server
     decks = "deck_qa" in config.tasks
+    name = f"{Path(model).name}@{revision}"
     length = min(_context(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
     seqs = 256 if gpu else 32
     chosen: dict[str, str] = {
-        "--served-model-name": NAME,
+        "--served-model-name": name,
         "--dtype": "bfloat16",
         "--max-model-len": str(length),
         "--max-num-seqs": str(seqs),
@@ -77,7 +78,7 @@ def plan_launch(
         environment["HF_HUB_OFFLINE"] = "1"
         model = str(Path(model).absolute())
     else:
-        chosen["--revision"] = revision
+        chosen["--revision"] = revision.partition("+")[0]
     if gpu:
         # Images are prepared on one thread of each API server: that thread, not the GPU, is what a small model waits for.
         chosen |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
@@ -97,12 +98,12 @@ def plan_launch(
     flags = [part for pair in chosen.items() for part in pair]
     return Launch(
         python=python,
-        model=model,
+        name=name,
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=int(_given(server.flags, "--max-num-seqs") or seqs),
-        max_model_len=int(_given(server.flags, "--max-model-len") or length),
+        max_num_seqs=_number(_given(server.flags, "--max-num-seqs"), seqs),
+        max_model_len=_number(_given(server.flags, "--max-model-len"), length),
         restarts=server.restarts,
         start_seconds=server.start_seconds,
     )
@@ -121,6 +122,7 @@ class Server:
         self._port = launch.port or _free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._log_start = 0
 
     @property
     def root(self) -> str:
@@ -165,20 +167,30 @@ class Server:
             except EngineError as error:
                 self._talk.say(str(error))
                 await self._kill()
+                if self._process is None:
+                    self.failure = error
+                    self.gave_up.set()
+                    return
 
     async def _start(self) -> None:
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
+        self._process = None
         with self.launch.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.launch.command(self._port, self.media),
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
+            self._log_start = log.tell()
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self.launch.command(self._port, self.media),
+                    env=environment,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                )
+            except OSError as error:
+                what = f"cannot run {self.launch.python}: {error.strerror}"
+                raise EngineError(what, hint="let SYNTH_VLLM_PYTHON name an interpreter with vLLM") from None
         loop = asyncio.get_running_loop()
         started = loop.time()
         while not await answers(f"{self.root}/health"):
@@ -208,19 +220,28 @@ class Server:
             await self._process.wait()
 
     def _failed(self, what: str) -> EngineError:
-        tail = self.launch.log.read_text(encoding="utf-8", errors="replace")[-20_000:] if self.launch.log.exists() else ""
+        with self.launch.log.open("rb") as log:  # only what this start has said
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - TAIL_BYTES))
+            tail = log.read().decode(errors="replace")
         return EngineError(f"{what}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
 
 
-async def answers(url: str, seconds: float = 5) -> bool:
-    """Whether an HTTP server answers 200 here. Without a connection pool: a dead server must not poison one."""
+async def answers(url: str, headers: dict[str, str] | None = None) -> bool:
+    """Whether an HTTP server answers 200 here."""
+    return await status_of(url, headers) == 200
+
+
+async def status_of(url: str, headers: dict[str, str] | None = None, seconds: float = 5) -> int | None:
+    """Return the status of an answer; None where there is none. No pool of connections: a dead server would poison one."""
     import aiohttp
 
     try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds)) as session, session.get(url) as answer:
-            return answer.status == 200
+        limit = aiohttp.ClientTimeout(total=seconds)
+        async with aiohttp.ClientSession(timeout=limit, headers=headers) as session, session.get(url) as answer:
+            return int(answer.status)
     except (aiohttp.ClientError, TimeoutError, OSError):
-        return False
+        return None
 
 
 def _last_error(log: str) -> str:
@@ -258,6 +279,11 @@ def _given(flags: tuple[str, ...], name: str) -> str | None:
         elif flag.startswith(f"{name}="):
             value = flag.partition("=")[2]
     return value
+
+
+def _number(given: str | None, ours: int) -> int:
+    """Return a plain number that the user gave; vLLM also takes `auto` and `8k`, which are its own business."""
+    return int(given) if given and given.isdigit() else ours
 
 
 def _free_port() -> int:

@@ -1,10 +1,10 @@
 """Train the tiny teacher from nothing: `python -m pipeline.scenes.train_teacher --out DIR`.
 
-Six phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
 the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
-counted several times: they are few, and the question before them is guesswork that drowns them. Last, decks of several
-pages beside single scenes: first which page is which, then questions about them.
+counted several times: they are few, and the question before them is guesswork that drowns them. Two more, with
+`--decks`, are an experiment that has not worked yet (docs/experiments/teacher.md): decks of several pages.
 
 All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
 
@@ -65,11 +65,14 @@ ANSWERS = Phase(
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
 )
-# To find a page by its ground, and its number, comes first: without it nothing else about a deck was learned in 700 steps.
-PAGES = Phase("pages", 1500, 3000, scenes=2, learning_rate=1.5e-3, warmup_steps=50, answers=4, answer_weight=4.0, decks=10)
+# A page must be found by its number or its ground before anything else. Every word of a description depends on the right
+# page; an answer of one word taught nothing.
+PAGES = Phase("pages", 1500, 2500, scenes=2, learning_rate=1.0e-3, warmup_steps=50, answers=4, answer_weight=4.0, decks=6)
 DECKS = Phase(
     "decks", 1000, 1000, scenes=4, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=8, answer_weight=4.0, decks=5
 )
+
+SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
@@ -105,11 +108,14 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
     """Yield everything that the teacher is asked of one deck."""
-    questions = page_questions(deck)
-    for question in questions if phase == PAGES else rng.sample(questions, 3):
+    for question in rng.sample(page_questions(deck), 6 if phase == PAGES else 3):
         truth = answer_deck(deck, question)
         assert truth is not None, question
         yield Task(f"Question: {question}", dump(Answer(answer=truth.answer)), seldom_worded=True)
+    for number, scene in rng.sample(list(enumerate(deck, 1)), len(deck) if phase == PAGES else 1):
+        said = dump(Answer(answer=caption(scene, "detailed")))
+        yield Task(f"Question: What is on page {number}?", said, seldom_worded=True)
+        yield Task(f"Question: What is on the {scene.background} page?", said, seldom_worded=True)
     if phase == PAGES:
         return
     for _ in range(phase.question_sets):
@@ -227,7 +233,7 @@ def learning_rate(phase: Phase, step: int) -> float:
     return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(out: Path, phases: tuple[Phase, ...] = (VISION, TEXT, ANSWERS, QUESTIONS, PAGES, DECKS)) -> None:
+def train(out: Path, phases: tuple[Phase, ...] = SCENES) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(out / "tokenizer")
@@ -292,4 +298,6 @@ def _load(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dic
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the tiny teacher on drawn scenes.")
     parser.add_argument("--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree.")
-    train(parser.parse_args().out)
+    parser.add_argument("--decks", action="store_true", help="Go on with decks of pages: an experiment.")
+    arguments = parser.parse_args()
+    train(arguments.out, (*SCENES, PAGES, DECKS) if arguments.decks else SCENES)

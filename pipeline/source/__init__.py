@@ -1,13 +1,11 @@
 """Stage: source. Where the images come from, by name; a source yields samples, or rows that it had to reject."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import DRAWN, Config
 from pipeline.errors import ConfigError
 from pipeline.types import Source
-
-DRAWN = ("scenes", "scenes-deck")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +35,13 @@ SOURCES = (
     ),
     About(
         "scenes-deck",
-        "decks of four drawn pages, with known facts",
+        "decks of four drawn pages, with known facts; the tiny teacher has not learned them yet",
         "deck_qa",
         "by hash",
         "endless; --seed and --limit choose them",
         "cc0-1.0",
-        "nothing",
-        "synth generate --source scenes-deck --limit 200",
+        "a vision-language model",
+        "synth generate --source scenes-deck --limit 200 --base-url http://HOST:PORT/v1",
     ),
     About(
         "folder:PATH",
@@ -161,12 +159,13 @@ def _open_hub(config: Config, kind: str, repo: str) -> Source:
     from pipeline.source.hub import open_hub
 
     split = config.source_split
+    named = config.source.partition("@")[0]  # another copy than the usual one is told by its name
     if kind == "flickr30k":
-        return flickr30k.open_flickr30k(open_hub(repo or flickr30k.REPO), split, config.split_list)
+        return replace(flickr30k.open_flickr30k(open_hub(repo or flickr30k.REPO), split, config.split_list), name=named)
     if kind == "vqav2":
-        return vqav2.open_vqav2(open_hub(repo or vqav2.REPO), split)
+        return replace(vqav2.open_vqav2(open_hub(repo or vqav2.REPO), split), name=named)
     if kind == "slidevqa":
-        return slidevqa.open_slidevqa(open_hub(repo or slidevqa.REPO), split)
+        return replace(slidevqa.open_slidevqa(open_hub(repo or slidevqa.REPO), split), name=named)
     name = f"{kind}:{repo.partition('@')[0]}"
     return mapped.open_mapped(open_hub(repo), config.columns, split, name, allow_urls=config.allow_urls)
 

@@ -4,10 +4,12 @@ The address is looked up once, checked, and connected to as checked: a name that
 nothing. Redirects are followed few times, each with the same checks.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -37,16 +39,16 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
     """
     deadline = time.monotonic() + MAX_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ImageError("url_refused", "not an address of the web")
         try:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ImageError("url_refused", "not an address of the web")
             moved, data = _get(parts, allowed, deadline)
+            if moved is None:
+                return data
+            url = urljoin(url, moved)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ImageError("url_unreachable", f"{parts.hostname}: {' '.join(str(error).split())[:100]}") from None
-        if moved is None:
-            return data
-        url = urljoin(url, moved)
+            raise ImageError("url_unreachable", " ".join(str(error).split())[:100] or type(error).__name__) from None
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -56,27 +58,42 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not all(allowed(ipaddress.ip_address(address)) for address in found):
         raise ImageError("url_refused", f"{host} is not on the public network")
-    connection = http.client.HTTPConnection(host, port, timeout=_left(deadline))
     raw = socket.create_connection((str(found[0]), port), timeout=_left(deadline))
-    secure = parts.scheme == "https"
-    connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
+    # Whatever the server does, and however slowly: at the deadline the connection is cut under it.
+    watch = threading.Timer(_left(deadline), _cut, (raw.dup(),))
+    watch.daemon = True
+    watch.start()
+    connection = http.client.HTTPConnection(host, port)
     try:
-        connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else "") or "/", headers={"Accept": "image/*"})
-        answer = connection.getresponse()
-        if answer.status in _REDIRECTS and answer.headers["Location"]:
-            return answer.headers["Location"], b""
-        if answer.status != 200:
-            raise ImageError("url_unreachable", f"{host} answers {answer.status}")
-        data = bytearray()
-        while block := answer.read(BLOCK_BYTES):
-            data += block
-            if len(data) > MAX_BYTES:
-                raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
-            raw.settimeout(_left(deadline))
-        return None, bytes(data)
+        secure = parts.scheme == "https"
+        connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
+        connection.request(
+            "GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), headers={"Accept": "image/*"}
+        )
+        return _read(connection.getresponse(), host, deadline)
     finally:
+        watch.cancel()
         connection.close()
         raw.close()
+
+
+def _read(answer: http.client.HTTPResponse, host: str, deadline: float) -> tuple[str | None, bytes]:
+    if answer.status in _REDIRECTS and answer.headers["Location"]:
+        return answer.headers["Location"], b""
+    if answer.status != 200:
+        raise ImageError("url_unreachable", f"{host} answers {answer.status}")
+    data = bytearray()
+    while block := answer.read1(BLOCK_BYTES):
+        data += block
+        if len(data) > MAX_BYTES:
+            raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
+    _left(deadline)  # an answer that was cut at the deadline looks as if it had ended
+    return None, bytes(data)
+
+
+def _cut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError), connected:
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

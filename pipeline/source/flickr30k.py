@@ -10,11 +10,12 @@ from pathlib import Path
 
 from pipeline.errors import SourceError
 from pipeline.licence import FLICKR_TERMS
-from pipeline.source.mapped import check_split, mapped_rows, read_mapping
+from pipeline.source.mapped import check_split, count_mapped, mapped_rows, read_mapping
 from pipeline.source.tables import SPLITS, Tables
 from pipeline.types import Source
 
 REPO = "nlphuji/flickr30k"
+ALL = ("train", "validation", "test")
 
 
 def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
@@ -24,16 +25,21 @@ def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -
         SourceError: the layout has lost the split, and no list tells it.
     """
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
-    if "split" not in columns and len(tables.files) == 1 and split not in tables.files:
+    if "split" not in columns and len(tables.files) < len(ALL) and (split != "test" or split not in tables.files):
         raise SourceError(
-            f"{tables.name} has lost which images are for testing: all are filed under {next(iter(tables.files))}",
+            f"{tables.name} has lost which images are for testing: all are filed under {', '.join(map(str, tables.files))}",
             hint=f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE",
         )
     if "split" not in columns:
         check_split(tables, split)
     names = read_split_list(split_list) if split_list else SPLITS
     rows = mapped_rows(replace(tables, licence=FLICKR_TERMS), columns, split, names)
-    return Source(name="flickr30k", revision=tables.revision, rows=rows)
+    return Source(
+        name="flickr30k",
+        revision=tables.revision,
+        rows=rows,
+        count=lambda: count_mapped(tables, columns, split, names),
+    )
 
 
 def read_split_list(path: Path) -> dict[str, str]:

@@ -36,7 +36,7 @@ def open_folder(root: Path) -> Source:
     references = read_references(root, paths)
     revision = digest([[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths])
     rows = (_read(path, root, references.get(path, ())) for path in paths)
-    return Source(name="folder", revision=revision, rows=rows, total=len(paths))
+    return Source(name="folder", revision=revision, rows=rows, count=lambda: len(paths))
 
 
 def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]]:

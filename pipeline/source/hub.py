@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from pipeline.errors import SourceError
+from pipeline.licence import GATED, UNDECLARED
 from pipeline.source.tables import Tables, split_of_path
 
 CONVERTED = "refs/convert/parquet"
@@ -36,12 +37,14 @@ def open_hub(name: str) -> Tables:
             f"{repo} holds no Parquet files, nor has the Hub converted it",
             hint="download it, and use --source folder:PATH or parquet:PATH",
         )
-    licence = about.card_data.get("license") if about.card_data else None
+    files = _one_config(repo, files)
+    declared = about.card_data.get("license") if about.card_data else None
+    licence = ", ".join(declared) if isinstance(declared, list) else declared or UNDECLARED
     opened = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
     return Tables(
         name=repo,
         revision=commit,
-        licence=", ".join(licence) if isinstance(licence, list) else licence or "unknown",
+        licence=f"{GATED}, {licence}" if about.gated else licence,
         files=files,
         open=lambda path: opened.open(f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead"),
         explained=partial(explained, repo, api.endpoint),
@@ -76,16 +79,29 @@ def explained(repo: str, endpoint: str) -> Iterator[None]:
         ) from None
 
 
-def _parquet(api: HfApi, repo: str, commit: str) -> dict[str, list[str]]:
+def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | None, list[str]]:
+    """Return the files of the default configuration, where a repository has several, each in a folder of its name."""
+    tops = {path.partition("/")[0] if path.count("/") > 1 else "" for paths in files.values() for path in paths}
+    if len(tops) == 1:
+        return files
+    if "default" not in tops:
+        raise SourceError(
+            f"{repo} holds several tables: {', '.join(sorted(tops))}", hint="download the one you want, and use parquet:PATH"
+        )
+    chosen = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
+    return {split: paths for split, paths in chosen.items() if paths}
+
+
+def _parquet(api: HfApi, repo: str, commit: str) -> dict[str | None, list[str]]:
     """Return the Parquet files at a commit by split, sorted."""
-    files: dict[str, list[str]] = {}
+    files: dict[str | None, list[str]] = {}
     for path in sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit)):
         if path.endswith(".parquet"):
             files.setdefault(split_of_path(path), []).append(path)
     return files
 
 
-def _converted(api: HfApi, repo: str) -> tuple[str, dict[str, list[str]]]:
+def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]:
     try:
         commit = str(api.dataset_info(repo, revision=CONVERTED).sha)
     except GatedRepoError:

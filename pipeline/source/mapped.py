@@ -13,7 +13,8 @@ import pyarrow as pa
 from pipeline.errors import ImageError, SourceError
 from pipeline.fingerprint import digest, file_digest
 from pipeline.image import check_image, deck_id
-from pipeline.source.tables import SPLITS, Tables, embedded_bytes, split_of_path
+from pipeline.schema import MAX_PAGES
+from pipeline.source.tables import SPLITS, Tables, embedded_bytes, is_list, is_text, split_of_path
 from pipeline.types import Rejected, Sample, Source
 
 ROLES = ("image", "pages", "references", "split")
@@ -32,7 +33,20 @@ def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name
     if "split" not in columns:
         check_split(tables, split)
     rows = mapped_rows(tables, columns, split, allow_urls=allow_urls)
-    return Source(name=name, revision=tables.revision, rows=rows, decks="pages" in columns)
+    return Source(
+        name=name,
+        revision=tables.revision,
+        rows=rows,
+        count=lambda: count_mapped(tables, columns, split),
+        decks="pages" in columns,
+    )
+
+
+def count_mapped(tables: Tables, columns: dict[str, list[str]], split: str | None, names: dict[str, str] = SPLITS) -> int:
+    """Return how many rows `mapped_rows` would yield."""
+    if split is None or "split" not in columns:
+        return tables.count(split)
+    return sum(names.get(str(value)) == split for value in tables.values(columns["split"][0]))
 
 
 def open_parquet(path: Path) -> Tables:
@@ -41,11 +55,11 @@ def open_parquet(path: Path) -> Tables:
     Raises:
         SourceError: there is none.
     """
-    paths = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    paths = [path] if path.is_file() else sorted(each for each in path.rglob("*.parquet") if each.is_file())
     if not paths:
         raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
     root = path.parent if path.is_file() else path
-    files: dict[str, list[str]] = {}
+    files: dict[str | None, list[str]] = {}
     for each in paths:
         files.setdefault(split_of_path(str(each.relative_to(root))), []).append(str(each.relative_to(root)))
     revision = digest([[str(each.relative_to(root)), file_digest(each)] for each in paths])
@@ -55,7 +69,7 @@ def open_parquet(path: Path) -> Tables:
 def check_split(tables: Tables, split: str | None) -> None:
     """Raise SourceError where there is no such split."""
     if split is not None and split not in tables.files:
-        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(tables.files)}")
+        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(str(name) for name in tables.files)}")
 
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[str]]:
@@ -66,7 +80,7 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[s
     if "references" not in mapping:
         texts = [name for name in _REFERENCE_NAMES if name in schema.names and _is_text(schema.field(name).type)]
         columns["references"] = texts[:1]
-    if "split" not in mapping and "split" in schema.names and pa.types.is_string(schema.field("split").type):
+    if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
 
@@ -84,8 +98,8 @@ def _named(schema: pa.Schema, role: str, name: str) -> list[str]:
 
 def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
     images = [field.name for field in schema if _is_image(field.type)]
-    lists = [field.name for field in schema if pa.types.is_list(field.type) and _is_image(field.type.value_type)]
-    plain = [name for name in _IMAGE_NAMES if name in schema.names and pa.types.is_binary(schema.field(name).type)]
+    lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
+    plain = [name for name in _IMAGE_NAMES if name in schema.names and _is_bytes(schema.field(name).type)]
     numbered = [name for name in images if re.fullmatch(r"page_\d+", name)]
     if len(numbered) > 1 and numbered == images:
         return {"pages": sorted(numbered, key=lambda name: int(name.partition("_")[2]))}
@@ -103,8 +117,12 @@ def _is_image(kind: pa.DataType) -> bool:
     return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or (pa.types.is_list(kind) and pa.types.is_string(kind.value_type)))
+    return is_text(kind) or (is_list(kind) and is_text(kind.value_type))
 
 
 def mapped_rows(
@@ -120,7 +138,7 @@ def mapped_rows(
     own = columns.get("split")
     for name, filed, row in tables.rows(wanted, None if own else split):
         stated = names.get(str(row[own[0]])) if own else filed
-        if stated is None:
+        if stated is None and own:
             yield Rejected(source_row=name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
             continue
         if split is not None and stated != split:
@@ -128,6 +146,9 @@ def mapped_rows(
         references = _texts(row[columns["references"][0]]) if columns.get("references") else ()
         images = [image for column in columns.get("pages", columns.get("image", [])) for image in _images(row[column])]
         # Whoever asks for the training rows alone wants some of them held out; else a row stays where it is filed.
+        if "pages" not in columns and len(images) > 1:
+            yield Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
+            continue
         free = None if split == "train" else stated
         yield sample_of(name, images, tables.licence, free, allow_urls=allow_urls, references=references)
 
@@ -138,6 +159,8 @@ def sample_of(
     """Return a sample of what a row holds, or why it is none; empty pages at the end of a deck are no pages."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
+    if len(images) > MAX_PAGES:
+        return Rejected(source_row=name, reason="too_many_pages", detail=f"{len(images)} pages are more than {MAX_PAGES}")
     try:
         pages = [embedded_bytes(image, allow_urls=allow_urls) for image in images or [None]]
         checked = [check_image(page) for page in pages]

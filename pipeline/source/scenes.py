@@ -20,14 +20,14 @@ def open_scenes(seed: int, limit: int | None) -> Source:
     """Return `limit` scenes; the first n of a longer run are the n of a shorter one."""
     total = limit or DEFAULT_LIMIT
     rows = (draw_sample(seed, index) for index in range(total))
-    return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, total=total)
+    return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total)
 
 
 def open_decks(seed: int, limit: int | None) -> Source:
     """Return `limit` decks of drawn pages."""
     total = limit or DEFAULT_LIMIT
     rows = (draw_deck(seed, index) for index in range(total))
-    return Source(name="scenes-deck", revision=f"{REVISION}.{seed}", rows=rows, total=total, decks=True)
+    return Source(name="scenes-deck", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=True)
 
 
 def draw_sample(seed: int, index: int) -> Sample:

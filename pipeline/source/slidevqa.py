@@ -1,7 +1,8 @@
 """Source: SlideVQA, decks of up to twenty slides with questions, evidence pages and arithmetic. One sample is one deck.
 
 It is gated, and its licence is for evaluation within one's own walls: `push` leaves its pixels out.
-The tables repeat the deck with every question. They are read twice: first the words alone, then the pages, each once.
+The tables repeat the deck with every question. They are read twice: first the words of all rows, which are kept, then the
+decks, of which one of each is taken.
 """
 
 import re
@@ -26,13 +27,19 @@ def open_slidevqa(tables: Tables, split: str | None) -> Source:
     """
     tables.require("page_1", *_WORDS)
     check_split(tables, split)
-    return Source(name="slidevqa", revision=tables.revision, rows=_rows(tables, split), decks=True)
+    return Source(
+        name="slidevqa",
+        revision=tables.revision,
+        rows=_rows(tables, split),
+        count=lambda: len(set(tables.values("deck_name", split))),
+        decks=True,
+    )
 
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
     pages = sorted((name for name in tables.schema.names if _PAGE.fullmatch(name)), key=_number)
     asked = _questions(tables, split)
-    done: set[tuple[str, str]] = set()
+    done: set[tuple[str | None, str]] = set()
     for name, filed, row in tables.rows(("deck_name", *pages), split):
         key = (filed, row["deck_name"])
         if key in done:
@@ -42,9 +49,9 @@ def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
         yield sample_of(name, [row[page] for page in pages], NTT_EVALUATION, stated, reference_qa=tuple(asked.get(key, ())))
 
 
-def _questions(tables: Tables, split: str | None) -> dict[tuple[str, str], list[ReferenceQA]]:
+def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str], list[ReferenceQA]]:
     """Return the questions of each deck, by split and name."""
-    asked: dict[tuple[str, str], list[ReferenceQA]] = {}
+    asked: dict[tuple[str | None, str], list[ReferenceQA]] = {}
     for _, filed, row in tables.rows(_WORDS, split):
         question = ReferenceQA(
             question=row["question"],

@@ -29,8 +29,11 @@ SPLITS = {
     "testing": "test",
     "testdev": "test",
     "eval": "test",
+    "heldout": "test",
+    "holdout": "test",
 }
-_WORDS = re.compile(r"[a-z]+")
+_WORD = re.compile(r"[a-z]+")
+_VARIANT = re.compile(r"(train|val|dev|test)[a-z]?")  # testA and testB of RefCOCO
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Tables:
     name: str
     revision: str
     licence: str
-    files: dict[str, list[str]]
+    files: dict[str | None, list[str]]  # None: the path names no split
     open: Callable[[str], BinaryIO]
     explained: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the place into ours
 
@@ -51,7 +54,7 @@ class Tables:
         with self.explained(), damaged(first), self.open(first) as file:
             return pq.read_schema(file)
 
-    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
         """Yield (name of the row, split that it is filed under, its values) of one split or of all."""
         for filed, paths in self.files.items():
             if split is not None and filed != split:
@@ -60,10 +63,27 @@ class Tables:
                 number = 0
                 with self.explained(), damaged(path), self.open(path) as file:
                     parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+                    missing = set(columns) - set(parquet.schema_arrow.names)
+                    if missing:
+                        raise SourceError(
+                            f"{path} of {self.name} lacks the column {min(missing)}", hint="do its files belong together?"
+                        )
                     for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(columns), use_threads=False):
                         for row in batch.to_pylist():
                             yield f"{path}:{number}", filed, row
                             number += 1
+
+    def count(self, split: str | None = None) -> int:
+        """Return the number of rows of a split, or of all, from the footers of the files."""
+        total = 0
+        for path in (path for filed, paths in self.files.items() if split in (None, filed) for path in paths):
+            with self.explained(), damaged(path), self.open(path) as file:
+                total += pq.read_metadata(file).num_rows
+        return total
+
+    def values(self, column: str, split: str | None = None) -> list[Any]:
+        """Return one column of a split, or of all."""
+        return [row[column] for _, _, row in self.rows((column,), split)]
 
     def require(self, *columns: str) -> None:
         """Raise SourceError where a column is missing."""
@@ -88,15 +108,28 @@ def damaged(path: str) -> Iterator[None]:
         ) from None
 
 
-def split_of_path(path: str) -> str:
-    """Return the split that the words of a path name, the last ones first; train where there is none.
+def split_of_path(path: str) -> str | None:
+    """Return the split that the words of a path name, the last ones first; None where it names none.
 
     `data/validation-00000-of-00002.parquet` and `default/val/0000.parquet` are both validation.
     """
-    for word in reversed(_WORDS.findall(path.lower().removesuffix(".parquet"))):
-        if word in SPLITS:
-            return SPLITS[word]
-    return "train"
+    for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
+        variant = _VARIANT.fullmatch(word)
+        if word in SPLITS or variant:
+            return SPLITS[word if word in SPLITS else str(variant and variant[1])]
+    return None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, in any of the ways in which Arrow writes it."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:

@@ -1,7 +1,7 @@
 """Source: VQAv2, photos of COCO with questions and ten answers each. One sample is one photo with all of its questions.
 
-The questions and answers are CC-BY-4.0, the photos are under the terms of Flickr.
-The tables repeat the photo with every question. They are read twice: first the words alone, then the photos, each once.
+The questions and answers are CC-BY-4.0, the photos are under the terms of Flickr. The tables repeat the photo with every
+question. They are read twice: first the words of all rows, which are kept, then the photos, of which one of each is taken.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,17 @@ def open_vqav2(tables: Tables, split: str | None) -> Source:
     """
     tables.require("image", *_WORDS)
     check_split(tables, split)
-    return Source(name="vqav2", revision=tables.revision, rows=_rows(tables, split))
+    return Source(
+        name="vqav2",
+        revision=tables.revision,
+        rows=_rows(tables, split),
+        count=lambda: len(set(tables.values("image_id", split))),
+    )
 
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
     asked = _questions(tables, split)
-    done: set[tuple[str, Any]] = set()
+    done: set[tuple[str | None, Any]] = set()
     for name, filed, row in tables.rows(("image", "image_id"), split):
         key = (filed, row["image_id"])
         if key in done:
@@ -41,9 +46,9 @@ def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
         yield sample_of(name, [row["image"]], FLICKR_TERMS, stated, reference_qa=tuple(asked.get(key, ())))
 
 
-def _questions(tables: Tables, split: str | None) -> dict[tuple[str, Any], list[ReferenceQA]]:
+def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, Any], list[ReferenceQA]]:
     """Return the questions of each photo, by split and image id."""
-    asked: dict[tuple[str, Any], list[ReferenceQA]] = {}
+    asked: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
     for _, filed, row in tables.rows(_WORDS, split):
         answers = tuple(normalize_answer(_text(answer)) for answer in row["answers"] or ())  # the test split has none
         question = ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])

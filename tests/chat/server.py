@@ -13,6 +13,8 @@ from aiohttp import web
 
 REPLIES = {
     "caption": '{"caption":"A small red ring on a white background."}',
+    "deck_qa": '{"qa":[{"answer_type":"arithmetic","evidence_pages":[1,2],"question":"How many together?",'
+    '"expression":"1 + 2","answer":"3"}]}',
     "qa": '{"qa":[{"answer_type":"number","question":"How many rings are there?","answer":"1"}]}',
 }
 
@@ -48,6 +50,13 @@ class ChatServer:
         self.flying = self.most_flying = 0
         self.metrics = ""
         self.dead = False  # refuses all, as a server whose engine has died
+        self.has_health = True
+        self.model_root = ""
+        self.flights: list[int] = []  # how many were under way as each came
+
+    def most_flying_since(self, request: int) -> int:
+        """How many were under way at once, after so many had come."""
+        return max(self.flights[request:])
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
@@ -60,10 +69,10 @@ class ChatServer:
     async def _models(self, request: web.Request) -> web.Response:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        return web.json_response({"data": [{"id": self.model, "max_model_len": 4096}]})
+        return web.json_response({"data": [{"id": self.model, "root": self.model_root, "max_model_len": 4096}]})
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=503 if self.dead else 200)
+        return web.Response(status=404 if not self.has_health else 503 if self.dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics)
@@ -84,6 +93,7 @@ class ChatServer:
         self.times[name] += 1
         self.flying += 1
         self.most_flying = max(self.most_flying, self.flying)
+        self.flights.append(self.flying)
         try:
             return await self._act(request, self.script(times, body) or Act(), REPLIES[schema["name"]])
         finally:
@@ -120,7 +130,7 @@ def task_of(body: dict[str, Any]) -> str:
 
 def uuid_of(body: dict[str, Any]) -> str:
     first = next(message for message in body["messages"] if message["role"] == "user")
-    return str(first["content"][0]["uuid"])
+    return str(next(part["uuid"] for part in first["content"] if "uuid" in part))
 
 
 def _name(body: dict[str, Any]) -> str:

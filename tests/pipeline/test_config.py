@@ -41,3 +41,16 @@ def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, what: str) -> 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read config file"):
         resolve(tmp_path / "none.yaml")
+
+
+def test_a_flag_of_a_section_leaves_the_rest_of_it_as_the_file_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("source: scenes\nserver: {concurrency: 8}\n")
+    server = resolve(file, server={"flags": ["--x"]}).server
+    assert (server.concurrency, server.flags) == (8, ("--x",))
+
+
+def test_decks_are_asked_for_questions_about_decks() -> None:
+    assert resolve(source="scenes-deck").tasks == resolve(source="slidevqa").tasks == ("deck_qa",)
+    assert resolve(source="hub:a/b", columns={"pages": "page_*"}).tasks == ("deck_qa",)
+    assert resolve(source="scenes").tasks == ("caption", "qa")

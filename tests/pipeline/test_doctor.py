@@ -19,6 +19,10 @@ def test_a_card_that_is_too_small_is_said_with_a_hint() -> None:
     assert "needs 8 GiB" in finding.hint
 
 
+def test_memory_that_is_not_told_is_no_crash() -> None:
+    assert not judge_gpus("NVIDIA GB10, [N/A], [N/A]\n").ok
+
+
 def test_a_driver_that_lists_nothing_is_no_gpu() -> None:
     assert not judge_gpus("No devices were found\n").ok
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.whole.conftest import SYNTH, Run
 
@@ -53,6 +54,15 @@ def test_a_dry_run_predicts_and_keeps_what_it_paid_for(synth: Run, tmp_path: Pat
     assert "asked the model 16 times for 80 replies" in done.stderr
     made = sum(path.stat().st_size for path in (tmp_path / done.stdout.strip()).glob("*.parquet"))
     assert 0.3 < estimate["bytes"] / made < 3
+
+
+def test_a_dry_run_takes_two_copies_of_an_image_for_one(synth: Run, tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 60), "red").save(tmp_path / "p" / name)
+    done = synth("generate", "--source", "folder:p", "--engine", "embedded", "--model", "tiny", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sampled_images"] == 1
 
 
 def test_help_loads_no_heavy_package() -> None:

@@ -15,7 +15,7 @@ from pipeline.config import resolve
 from pipeline.errors import EngineError
 from pipeline.generate import client
 from pipeline.generate.ask import Counts, ask_about, read_annotations
-from pipeline.generate.client import Client, served_model
+from pipeline.generate.client import Client, find_model
 from pipeline.generate.journal import Journal
 from pipeline.types import Sample
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
@@ -190,7 +190,86 @@ def test_a_server_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="does not serve model") as caught:
             run(tmp_path / "j", chat.url)
         assert "it serves llama" in caught.value.hint
-        assert served_model(resolve(source="scenes", base_url=[chat.url])) == "llama"
+        name, revision = find_model(resolve(source="scenes", base_url=[chat.url]))
+        assert (name, len(revision)) == ("llama", 16)
+
+
+def test_the_revision_of_a_server_is_in_its_name_or_in_what_it_says_it_serves() -> None:
+    """Two servers that call different models by one name must not share replies."""
+
+    def revision(chat: ChatServer, **settings: Any) -> str:
+        with running_chat(chat):
+            return find_model(resolve(source="scenes", base_url=[chat.url], **settings))[1]
+
+    assert revision(ChatServer(model="tiny@c0ffee")) == "c0ffee"
+    assert revision(ChatServer(model="tiny@c0ffee"), model="tiny") == "c0ffee"
+    one, other = ChatServer(model="m"), ChatServer(model="m")
+    one.model_root, other.model_root = "/models/a", "/models/b"
+    assert revision(one) != revision(other)
+
+
+def test_what_was_refused_before_does_not_stop_a_later_run(tmp_path: Path) -> None:
+    samples = scene_samples(24)
+    with running_chat(ChatServer(always(Act(status=400)))) as chat:
+        _, errors = run(tmp_path / "j", chat.url, samples=samples)
+        assert errors["refused_by_server"] == 24
+        _, errors = run(tmp_path / "j", chat.url, samples=samples)  # asks for the refused ones alone
+    assert errors["refused_by_server"] == 24
+
+
+def test_a_reply_after_a_servers_fault_goes_on_with_the_ladder(tmp_path: Path) -> None:
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        if task_of(body) != "Task: qa":
+            return None
+        return Act(text="{]") if times == 0 else Act(status=500)
+
+    with running_chat(ChatServer(script)) as chat:
+        _, errors = run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+        assert errors["server_error"] == 2
+        chat.script = lambda times, body: None
+        sent = len(chat.bodies)
+        _, errors = run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+        assert errors == {None: 6}
+        assert [body["temperature"] for body in chat.bodies[sent:]] == [0.8, 0.8]  # the second attempt, not the first
+        run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+    assert len(chat.bodies) == sent + 2
+
+
+def test_a_burst_of_busy_answers_slows_down_once_and_not_for_ever(tmp_path: Path) -> None:
+    chat = ChatServer()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        return Act(status=429) if len(chat.bodies) <= 20 else Act(seconds=0.05)
+
+    chat.script = script
+    with running_chat(chat):
+        run(tmp_path / "j", chat.url, samples=scene_samples(120), server={"concurrency": 16})
+        late = chat.most_flying_since(40)
+    assert late >= 14
+
+
+def test_a_request_that_kills_its_server_again_and_again_is_given_up_and_the_others_are_not(tmp_path: Path) -> None:
+    chat = ChatServer()
+    poison = SAMPLES[3].id
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        if uuid_of(body) == poison and task_of(body) == "Task: qa":
+            chat.dead = True
+            later(0.2, lambda: setattr(chat, "dead", False))
+        return Act(status=500, close=True) if chat.dead else Act(seconds=0.02)
+
+    chat.script = script
+    with running_chat(chat):
+        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 8})
+    assert errors == {None: ASKED - 1, "server_error": 1}
+
+
+def test_a_server_without_a_health_page_is_asked_for_its_models(tmp_path: Path) -> None:
+    chat = ChatServer(once(Act(status=500)))
+    chat.has_health = False
+    with running_chat(chat):
+        _, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED}
 
 
 def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ class Once:
     def sending(self, requests: Sequence[Request]) -> None:
         pass
 
+    def answered(self) -> bool:
+        return False
+
 
 def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:
     return {reply.request_id: reply for answered in engine.ask(Once(asked)) for reply in answered}
@@ -71,7 +74,7 @@ def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine, wording
     captions, answers = scores(engine, [reword(r) for r in asked] if wording == "reworded" else asked, 100)
     assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {"brief": True, "detailed": True}
     assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {"yes/no": True, "number": True, "other": True}
-    assert all(a.accuracy > a.majority + 0.15 for a in answers.values())
+    assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
 
 
 def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Engine) -> None:

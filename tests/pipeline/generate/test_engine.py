@@ -10,6 +10,7 @@ from pipeline.errors import EngineError
 from pipeline.generate import engine
 from pipeline.generate.engine import LARGE, TINY_WEIGHTS, choose_engine, max_pixels, pick_engine
 from pipeline.generate.weights import weights_revision
+from tests.chat.server import ChatServer, running_chat
 
 
 @pytest.fixture
@@ -34,8 +35,22 @@ def test_auto_stays_in_this_process_elsewhere(no_gpu: None) -> None:
 
 
 def test_auto_takes_a_server_that_is_named(no_gpu: None) -> None:
-    choice = choose_engine(resolve(source="folder:x", base_url=["http://localhost:1/v1"], model="m"))
-    assert (choice.name, choice.model, choice.revision) == ("vllm", "m", "m")
+    with running_chat(ChatServer(model="m@c0ffee")) as chat:
+        choice = choose_engine(resolve(source="folder:x", base_url=[chat.url]))
+    assert (choice.name, choice.model, choice.revision) == ("vllm", "m@c0ffee", "c0ffee")
+
+
+def test_flags_that_may_change_a_reply_change_the_revision(no_gpu: None) -> None:
+    def revision(*flags: str) -> str:
+        return choose_engine(resolve(source="scenes", engine="vllm", server={"flags": flags})).revision
+
+    assert revision("--max-num-seqs", "7", "--block-size=16") == revision() == weights_revision(TINY_WEIGHTS)
+    assert len({revision(), revision("--quantization", "fp8"), revision("--quantization=awq")}) == 3
+
+
+def test_flags_without_a_server_to_start_are_an_error(no_gpu: None) -> None:
+    with pytest.raises(EngineError, match="no server is to be started"):
+        choose_engine(resolve(source="scenes", server={"flags": ["--max-num-seqs", "7"]}))
 
 
 def test_on_a_gpu_photos_go_to_the_large_model_and_scenes_to_the_tiny_one(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def stub(tmp_path: Path, code: str, **settings: Any) -> Launch:
     launch = plan(tmp_path, **settings)
     return Launch(
         python=sys.executable,
-        model=launch.model,
+        name=launch.name,
         arguments=(str(script),),
         environment={},
         log=tmp_path / "log",
@@ -148,6 +149,45 @@ def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path:
     restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
     assert restarted == 2
     assert "died 3 times, the last with exit code 7" in failure
+
+
+def test_an_interpreter_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
+    async def start() -> None:
+        async with Server(replace(stub(tmp_path, ""), python="/does/not/exist"), Silence()):
+            pass
+
+    with pytest.raises(EngineError, match="cannot run /does/not/exist") as caught:
+        asyncio.run(start())
+    assert "SYNTH_VLLM_PYTHON" in caught.value.hint
+
+
+def test_an_error_of_an_earlier_run_is_not_told_again(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
+
+    async def start() -> None:
+        async with Server(stub(tmp_path, "raise SystemExit(3)"), Silence()):
+            pass
+
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(start())
+    assert "memory" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["8k", "auto"])
+def test_numbers_that_only_vllm_understands_are_left_to_it(tmp_path: Path, value: str) -> None:
+    assert plan(tmp_path, "--max-model-len", value).max_model_len == 2048
+
+
+def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) -> None:
+    assert plan(tmp_path).name == "teacher@c0ffee"
+    assert value_of(plan(tmp_path, model="me/model"), "--served-model-name") == "model@c0ffee"
+
+
+def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
+    config = resolve(source="scenes-deck")
+    launch = plan_launch("python", "me/m", "c0ffee", config, tmp_path / "log", gpu=False, cores=2, memory_gib=8)
+    assert json.loads(value_of(launch, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
+    assert launch.max_model_len == 16_384
 
 
 def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

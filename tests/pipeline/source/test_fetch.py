@@ -1,8 +1,11 @@
 """Fetching by URL: only what the user allows, only from the public network, never without a bound."""
 
+import contextlib
 import http.server
 import ipaddress
+import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -64,6 +67,29 @@ def test_every_bound_holds(server: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert refused(f"{server}/gone", anywhere) == "url_unreachable"
     monkeypatch.setattr(fetch, "MAX_SECONDS", 0.0)
     assert refused(f"{server}/photo", anywhere) == "url_unreachable"
+
+
+@pytest.mark.parametrize("url", ["http://[foo/x.png", "http://a:b:c/", "http://127.0.0.1:99999/"])
+def test_what_is_no_url_is_a_reason_and_not_a_crash(url: str) -> None:
+    assert refused(url, anywhere) == "url_unreachable"
+
+
+def test_a_server_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "MAX_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connected, _ = listening.accept()
+            with contextlib.suppress(OSError):
+                connected.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for _ in range(200):
+                    connected.sendall(b"x")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        started = time.monotonic()
+        assert refused(f"http://127.0.0.1:{listening.getsockname()[1]}/", anywhere) == "url_unreachable"
+        assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

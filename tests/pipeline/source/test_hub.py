@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.image import check_image, deck_id
+from pipeline.licence import staying_home
 from pipeline.source import open_source
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 from tests.hub import datasets
@@ -84,6 +85,15 @@ def test_a_copy_that_has_lost_the_split_calls_no_row_train_without_a_list(hub: R
     samples, rejected = read("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
     assert Counter(sample.split for sample in samples) == {"train": 6, "validation": 1, "test": 1}
     assert reasons(rejected) == {"unknown_split": 2}  # the list does not name them
+
+
+def test_a_copy_that_files_everything_under_train_is_refused_too(hub: RunningHub) -> None:
+    schema = datasets.FLICKR.remove(datasets.FLICKR.get_field_index("split"))
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in datasets.flickr_rows(5)]
+    hub.hub.storage.seed("dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)})
+    for split in (None, "train", "test"):
+        with pytest.raises(SourceError, match="has lost which images are for testing"):
+            opened("flickr30k:me/copy", source_split=split)
 
 
 def test_a_list_that_is_none_is_said(hub: RunningHub, tmp_path: Path) -> None:
@@ -218,6 +228,54 @@ def test_numbered_pages_are_decks(hub: RunningHub) -> None:
     samples, _ = read("hub:me/slides", columns={"pages": "page_*"}, source_split="validation")
     # Without their names the same deck comes twice, once with each question.
     assert [len(sample.images) for sample in samples] == [7, 7]
+
+
+def test_text_is_text_however_arrow_writes_it(hub: RunningHub) -> None:
+    """polars writes large_string: a split that is overlooked would put test rows into training."""
+    schema = pa.schema([("photo", datasets.IMAGE), ("caption", pa.large_string()), ("split", pa.large_string())])
+    rows = [{"photo": datasets.cell(n), "caption": f"Photo {n}.", "split": split} for n, split in enumerate(("train", "test"))]
+    seed_plain(hub, rows, schema)
+    samples, _ = read("hub:me/plain")
+    assert [(sample.split, sample.references) for sample in samples] == [("train", ("Photo 0.",)), ("test", ("Photo 1.",))]
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00001.parquet", "train"),
+        ("default/val/0000.parquet", "validation"),
+        ("data/testA-00000.parquet", "test"),
+        ("heldout-0.parquet", "test"),
+        ("rows.parquet", None),
+    ],
+)
+def test_a_split_is_read_off_a_path_or_left_open(hub: RunningHub, path: str, split: str | None) -> None:
+    hub.hub.storage.seed("dataset", "me/filed", {path: datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)})
+    samples, _ = read("hub:me/filed", columns={"image": "photo"})
+    assert [sample.split for sample in samples] == [split]
+
+
+def test_several_tables_in_one_repository_are_not_mixed(hub: RunningHub) -> None:
+    one = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
+    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": one, "fr/train/0.parquet": one})
+    with pytest.raises(SourceError, match="holds several tables: en, fr"):
+        opened("hub:me/mixed")
+
+
+def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read(hub: RunningHub) -> None:
+    datasets.seed_slidevqa(hub.hub.storage)
+    hub.hub.granted.add("NTT-hil-insight/SlideVQA")
+    samples, _ = read("hub:NTT-hil-insight/SlideVQA", columns={"pages": "page_*"}, source_split="validation")
+    assert staying_home([samples[0].licence]) == ["gated, undeclared"]
+    assert staying_home(["apache-2.0", "cc0-1.0", "unknown"]) == []
+
+
+def test_how_many_rows_there_are_is_told_without_reading_images(hub: RunningHub) -> None:
+    datasets.seed_flickr30k(hub.hub.storage, 20)
+    datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
+    assert opened("flickr30k").count() == 20
+    assert opened("flickr30k", source_split="test").count() == 4
+    assert opened("vqav2", source_split="validation").count() == 6
 
 
 def test_the_commit_is_pinned_and_another_one_may_be_named(hub: RunningHub) -> None:
