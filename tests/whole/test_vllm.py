@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.generate.engine import TINY_WEIGHTS
+from pipeline.generate.weights import weights_revision
 from pipeline.scenes.score import score_annotations
 from pipeline.store import Folder
 from tests.scene_data import scene_samples
@@ -131,6 +133,7 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     folder = tmp_path / "d"
     done = subprocess.run(generate(folder, "--base-url", served), capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
+    assert Folder(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
     funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
@@ -143,10 +146,15 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
 
 
 def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
+    key = {"Authorization": f"Bearer {KEY}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=60) as listed:
+        (model,) = json.load(listed)["data"]
+    assert model["id"] == f"teacher@{weights_revision(TINY_WEIGHTS)}"
+
     def ask(url: str, headers: dict[str, str]) -> int:
         image = {"type": "image_url", "image_url": {"url": url}}
         message = {"role": "user", "content": [image, {"type": "text", "text": "Task: caption, brief"}]}
-        body = json.dumps({"model": "model", "messages": [message], "max_tokens": 8}).encode()
+        body = json.dumps({"model": model["id"], "messages": [message], "max_tokens": 8}).encode()
         request = urllib.request.Request(f"{served}/chat/completions", body, {"Content-Type": "application/json", **headers})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -155,7 +163,7 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
             return error.code
 
     assert ask("file:///etc/hostname", {}) == 401
-    assert ask("file:///etc/hostname", {"Authorization": f"Bearer {KEY}"}) == 400
+    assert ask("file:///etc/hostname", key) == 400
 
 
 def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
