@@ -24,7 +24,7 @@ from pipeline.config import GenerateConfig
 from pipeline.errors import EngineError
 from pipeline.generate.prompt import Prompt
 from pipeline.image import prepare_image
-from pipeline.schema import wire_schema
+from pipeline.schema import MAX_PAGES, wire_schema
 from pipeline.types import Reply, Request, Work
 
 
@@ -53,7 +53,9 @@ class EmbeddedEngine:
         Groups have a fixed make-up, so that a run that was killed asks in the same company as one that was not.
         """
         while requests := work.take():
-            for group in groups(requests, self._batch_size):
+            # A batch of decks has as many images at most as one of single images.
+            size = self._batch_size // MAX_PAGES if requests[0].task == "deck_qa" else self._batch_size
+            for group in groups(requests, max(1, size)):
                 work.sending(group)
                 yield self._answer(group)
 

@@ -1,6 +1,7 @@
 """How a user's command is run: as a process of its own, in an empty folder."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,11 @@ def synth(tmp_path: Path) -> Run:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env or dict(os.environ), timeout=300)
 
     return run
+
+
+def hears_ctrl_c() -> None:
+    """In a child: hear SIGINT, which a shell that runs the tests in the background has made all of them ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.generate.journal import Journal
 from pipeline.store import Folder
-from tests.whole.conftest import SYNTH, Run
+from tests.whole.conftest import SYNTH, Run, hears_ctrl_c
 
 SCENES = 128
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
@@ -93,7 +93,8 @@ def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[P
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    process = subprocess.Popen([SYNTH, *GENERATE], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = [str(SYNTH), *GENERATE]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     _, talk = process.communicate(timeout=60)

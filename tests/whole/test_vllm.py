@@ -19,7 +19,7 @@ from pipeline.generate.weights import weights_revision
 from pipeline.scenes.score import score_annotations
 from pipeline.store import Folder
 from tests.scene_data import scene_samples
-from tests.whole.conftest import SYNTH
+from tests.whole.conftest import SYNTH, hears_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -104,7 +104,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("serve")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as talk:
-        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=talk, text=True)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=talk, text=True, preexec_fn=hears_ctrl_c
+        )
     try:
         assert process.stdout
         url = process.stdout.readline().strip()
