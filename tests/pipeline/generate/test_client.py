@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,6 +371,38 @@ def test_the_window_is_never_passed_and_waits_take_no_slot(tmp_path: Path) -> No
     with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as chat:
         run(tmp_path / "j", chat.url, server={"concurrency": 5})
     assert chat.most_flying == 5
+
+
+def test_what_a_crash_would_ask_again_is_never_more_than_the_window(tmp_path: Path) -> None:
+    chat = ChatServer(lambda times, body: Act(seconds=0.01 * (len(chat.bodies) % 7)))
+    lost: list[int] = []
+
+    class Watched(Journal):
+        def keep(self, answered: Any) -> None:
+            lost.append(len(chat.bodies) - self.totals()["replies"])  # by a crash just before this
+            super().keep(answered)
+
+    chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])
+    with running_chat(chat):
+        config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
+        with Watched(tmp_path / "j") as journal, Client("model", "r", config) as client:
+            for _ in ask_about(chunks, config, "r", lambda: client, journal, Counts()):
+                pass
+    assert len(chat.bodies) == 90
+    assert max(lost) <= 8
+
+
+def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    config = resolve(source="scenes", model="model", server={"concurrency": 2})
+    chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])
+    with ExitStack() as stack, Journal(tmp_path / "j") as journal:
+        chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
+        with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as client:
+            client._server = SimpleNamespace(failure=EngineError("vLLM died 4 times"))  # type: ignore[assignment]
+            later(0.2, stack.pop_all().close)
+            with pytest.raises(EngineError, match="vLLM died 4 times"):
+                for _ in ask_about(chunks, config, "r", lambda: client, journal, Counts()):
+                    pass
 
 
 @pytest.mark.parametrize(("waiting", "grows"), [(0, True), (200, False)])
