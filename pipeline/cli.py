@@ -202,11 +202,12 @@ def push(
         say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
     with outgoing(chosen, no_images=no_images) as sent:
         files = planned_files(sent)
-    say(f"{chosen.path}: {len(files)} files, {sum(files.values()):,} bytes, licence of the images: {licences(chosen.manifest)}")
-    if dry_run:
-        show({"files": files, "repo": repo, "version": chosen.name}, as_json, "repo")
-        return
-    pushed = push_version(chosen, repo, private=private, no_images=no_images)
+        size = f"{len(files)} files, {sum(files.values()):,} bytes"
+        say(f"{chosen.path}: {size}, licence of the images: {licences(chosen.manifest)}")
+        if dry_run:
+            show({"files": files, "repo": repo, "version": chosen.name}, as_json, "repo")
+            return
+        pushed = push_version(sent, repo, private=private)
     say(f"pushed {chosen.name} as {pushed.commit}" if pushed.is_new else f"nothing to do: {chosen.name} is there already")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')

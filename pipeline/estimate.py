@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.generate.ask import Counts, ask_about
+from pipeline.generate.ask import Counts, ask_about, read_annotations
 from pipeline.generate.engine import choose_engine
 from pipeline.generate.journal import Journal
-from pipeline.generate.parse import parse_reply
 from pipeline.generate.requests import asked_of_each, build_requests, check_prompts
-from pipeline.schema import broken_rule
 from pipeline.source import open_source
 from pipeline.store import Folder, dataset_folder, disk_errors
 from pipeline.types import Engine, Sample, Silence, Talk
+from pipeline.validate import validate_annotations
 
 SAMPLED_IMAGES = 32
 
@@ -67,7 +66,7 @@ def _is_new(sample: Sample, config: Config, revision: str, journal: Journal) -> 
 def _estimate(
     samples: list[Sample], total: int | None, seconds: float, config: Config, revision: str, journal: Journal, counts: Counts
 ) -> dict[str, Any]:
-    prompt_tokens = reply_tokens = text_bytes = invalid = annotations = 0
+    prompt_tokens = reply_tokens = text_bytes = 0
     for sample in samples:
         for request in build_requests(sample.id, (), config, revision):
             last = journal.last(request.id)
@@ -75,10 +74,9 @@ def _estimate(
             prompt_tokens += last[0].prompt_tokens
             reply_tokens += last[0].reply_tokens
             text_bytes += len(last[0].text.encode())
-            for row in parse_reply(request, last[0]):
-                annotations += 1
-                fields = row | {"caption": row["text"]}
-                invalid += bool(row["reply_error"] or broken_rule(request.task, fields, len(sample.images)))
+    described = [(sample.id, len(sample.images), sample.split) for sample in samples]
+    (table,) = read_annotations([described], config, revision, journal)
+    reasons = validate_annotations(table)["reason"]
     images = len(samples) if total is None else total
     scale = images / len(samples) if samples else 0.0
     return {
@@ -91,7 +89,7 @@ def _estimate(
         "prompt_tokens": round(prompt_tokens * scale),
         "reply_tokens": round(reply_tokens * scale),
         "bytes": round((sum(len(image) for sample in samples for image in sample.images) + text_bytes) * scale),
-        "invalid_share": wilson_interval(invalid, annotations),
+        "invalid_share": wilson_interval(len(reasons) - reasons.null_count, len(reasons)),
     }
 
 

@@ -35,7 +35,8 @@ TRIES = 5
 RETRIED = (409, 412, 429, 500, 502, 503, 504)
 EMPTY_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
 LEFT_OUT = (
-    "**The pixels are not here**: their licence does not let them be passed on. `sample_id` is the sha256 of each image's file."
+    "**The pixels are not here**: they may not be passed on, or were left out on request. "
+    "`sample_id` is the sha256 of each image's file."
 )
 PLACEHOLDER = "ORG/NAME"  # in the card of a version, for the repository that it is pushed to
 
@@ -51,17 +52,17 @@ class Pushed:
     is_new: bool
 
 
-def push_version(version: Version, repo: str, *, private: bool = False, no_images: bool = False) -> Pushed:
+def push_version(version: Version, repo: str, *, private: bool = False) -> Pushed:
     """Push a version and tag the commit with its name; the same version twice is pushed once.
 
-    Pixels that may not be passed on are left out, and any with `no_images`; ids and texts go.
+    Pixels that may not be passed on are left out, whoever calls this; ids and texts go.
 
     Raises:
         PushError: no or a bad token, a name that is taken, a Hub that refuses or does not answer.
     """
     api = HfApi()
     try:
-        with outgoing(version, no_images=no_images) as sent:
+        with outgoing(version) as sent:
             return _push(api, sent, repo, private=private)
     except LocalTokenNotFoundError:
         raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
@@ -76,7 +77,8 @@ def push_version(version: Version, repo: str, *, private: bool = False, no_image
 @contextmanager
 def outgoing(version: Version, *, no_images: bool = False) -> Iterator[Version]:
     """Yield what leaves this machine: the version itself, or a copy of it without pixels that is removed afterwards."""
-    if not no_images and not staying_home(version.manifest["licences"]):
+    manifest = version.manifest
+    if not set(PIXELS) & set(manifest["columns"]) or not (no_images or staying_home(manifest["licences"])):
         yield version
         return
     planned_files(version)  # before anything is copied
@@ -87,10 +89,10 @@ def outgoing(version: Version, *, no_images: bool = False) -> Iterator[Version]:
 def without_pixels(version: Version, folder: Path) -> Version:
     """Write a copy without pixels, shard by shard; `sample_id` says which image each row is about."""
     files = {}
+    kept = [column for column in version.manifest["columns"] if column not in PIXELS]
+    schema = with_features(pa.schema([ROW.field(column) for column in kept]))
     for name, about in version.manifest["files"].items():
         source = pq.ParquetFile(version.path / name)
-        kept = [column for column in version.manifest["columns"] if column not in PIXELS]
-        schema = with_features(pa.schema([ROW.field(column) for column in kept]))
         with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
             for batch in source.iter_batches(batch_size=256, columns=kept):
                 writer.write_table(pa.Table.from_batches([batch]).select(kept).cast(schema))

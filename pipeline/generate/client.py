@@ -131,7 +131,7 @@ class Client:
 
     def ask(self, work: Work) -> Iterator[list[Reply]]:
         """See types.Engine. Replies come in groups of up to GROUP_REPLIES, in no certain order."""
-        flow = self._runner.run(self._new_flow(work))
+        flow = Flow(work)
         try:
             while replies := self._runner.run(self._next_group(flow)):
                 yield replies
@@ -241,9 +241,6 @@ class Client:
             )
 
     # --- the flow
-
-    async def _new_flow(self, work: Work) -> Flow:
-        return Flow(work)
 
     async def _next_group(self, flow: Flow) -> list[Reply]:
         """Keep the window full until a group of replies is there; an empty one when all is done."""

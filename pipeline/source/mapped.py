@@ -4,7 +4,7 @@ Which column is what is said by `--map`, or guessed where the columns make it pl
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,8 @@ def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
     images = [field.name for field in schema if _is_image(field.type)]
     lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
     plain = [name for name in _IMAGE_NAMES if name in schema.names and _is_bytes(schema.field(name).type)]
-    numbered = [name for name in images if re.fullmatch(r"page_\d+", name)]
-    if len(numbered) > 1 and numbered == images:
-        return {"pages": sorted(numbered, key=lambda name: int(name.partition("_")[2]))}
+    if len(images) > 1 and all(re.fullmatch(r"page_\d+", name) for name in images):
+        return {"pages": _named(schema, "pages", "page_*")}
     if len(images) == 1 or "image" in images:
         return {"image": ["image" if "image" in images else images[0]]}
     if not images and len(lists) == 1:
@@ -145,12 +144,27 @@ def mapped_rows(
             continue
         references = _texts(row[columns["references"][0]]) if columns.get("references") else ()
         images = [image for column in columns.get("pages", columns.get("image", [])) for image in _images(row[column])]
-        # Whoever asks for the training rows alone wants some of them held out; else a row stays where it is filed.
         if "pages" not in columns and len(images) > 1:
             yield Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
             continue
-        free = None if split == "train" else stated
-        yield sample_of(name, images, tables.licence, free, allow_urls=allow_urls, references=references)
+        kept = kept_split(stated, split)
+        yield sample_of(name, images, tables.licence, kept, allow_urls=allow_urls, references=references)
+
+
+def first_of_each(
+    tables: Tables, key: str, columns: Sequence[str], split: str | None
+) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Yield (name, split that it is filed under, values) of the first row of each value of `key`, in each split."""
+    done: set[tuple[str | None, Any]] = set()
+    for name, filed, row in tables.rows((key, *columns), split):
+        if (filed, row[key]) not in done:
+            done.add((filed, row[key]))
+            yield name, filed, row
+
+
+def kept_split(stated: str | None, asked: str | None) -> str | None:
+    """Return the split that a row stays in; none where training rows alone are asked for: some of them are to be held out."""
+    return None if asked == "train" else stated
 
 
 def sample_of(

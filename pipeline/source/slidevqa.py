@@ -5,18 +5,16 @@ The tables repeat the deck with every question. They are read twice: first the w
 decks, of which one of each is taken.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.licence import NTT_EVALUATION
-from pipeline.source.mapped import check_split, sample_of
+from pipeline.source.mapped import check_split, first_of_each, kept_split, read_mapping, sample_of
 from pipeline.source.tables import Tables
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 
 REPO = "NTT-hil-insight/SlideVQA"
 _WORDS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
-_PAGE = re.compile(r"page_(\d+)")
 
 
 def open_slidevqa(tables: Tables, split: str | None) -> Source:
@@ -37,16 +35,11 @@ def open_slidevqa(tables: Tables, split: str | None) -> Source:
 
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
-    pages = sorted((name for name in tables.schema.names if _PAGE.fullmatch(name)), key=_number)
+    pages = read_mapping(tables.schema, {"pages": "page_*"})["pages"]
     asked = _questions(tables, split)
-    done: set[tuple[str | None, str]] = set()
-    for name, filed, row in tables.rows(("deck_name", *pages), split):
-        key = (filed, row["deck_name"])
-        if key in done:
-            continue
-        done.add(key)
-        stated = None if split == "train" else filed
-        yield sample_of(name, [row[page] for page in pages], NTT_EVALUATION, stated, reference_qa=tuple(asked.get(key, ())))
+    for name, filed, row in first_of_each(tables, "deck_name", pages, split):
+        of_deck = tuple(asked.get((filed, row["deck_name"]), ()))
+        yield sample_of(name, [row[page] for page in pages], NTT_EVALUATION, kept_split(filed, split), reference_qa=of_deck)
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str], list[ReferenceQA]]:
@@ -62,10 +55,6 @@ def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str]
         )
         asked.setdefault((filed, row["deck_name"]), []).append(question)
     return asked
-
-
-def _number(page: str) -> int:
-    return int(page.partition("_")[2])
 
 
 def _optional(value: Any) -> str | None:

@@ -1,6 +1,6 @@
 """Rows of Parquet files, wherever they lie: streamed, a few at a time, and only the columns that are asked for.
 
-Nothing here follows what a row says: a path or a URL in it is a value like any other.
+A path that a row names is never opened, and a URL only where the user allows it (source/fetch.py).
 """
 
 import re

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.answers import normalize_answer
 from pipeline.licence import FLICKR_TERMS
-from pipeline.source.mapped import check_split, sample_of
+from pipeline.source.mapped import check_split, first_of_each, kept_split, sample_of
 from pipeline.source.tables import Tables
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 
@@ -35,15 +35,9 @@ def open_vqav2(tables: Tables, split: str | None) -> Source:
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
     asked = _questions(tables, split)
-    done: set[tuple[str | None, Any]] = set()
-    for name, filed, row in tables.rows(("image", "image_id"), split):
-        key = (filed, row["image_id"])
-        if key in done:
-            continue
-        done.add(key)
-        # Whoever asks for the training rows alone wants some of them held out; else a photo stays where it is filed.
-        stated = None if split == "train" else filed
-        yield sample_of(name, [row["image"]], FLICKR_TERMS, stated, reference_qa=tuple(asked.get(key, ())))
+    for name, filed, row in first_of_each(tables, "image_id", ("image",), split):
+        of_photo = tuple(asked.get((filed, row["image_id"]), ()))
+        yield sample_of(name, [row["image"]], FLICKR_TERMS, kept_split(filed, split), reference_qa=of_photo)
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, Any], list[ReferenceQA]]:
