@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.errors import SynthError
+from pipeline.errors import ConfigError, SynthError
 
 if TYPE_CHECKING:
     from pipeline.generate.ask import Counts
+    from pipeline.store import Version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -23,6 +24,13 @@ DataDir = Annotated[
 ]
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # what stands after --
 INTERRUPTED = 130  # how typer ends on Ctrl-C
+DataName = Annotated[
+    str | None, typer.Option(help="Dataset folder, version, or ORG/NAME@VERSION on the Hub.", show_default="the last one made")
+]
+Images = Annotated[
+    str | None,
+    typer.Option(help="Where the images are, for a version without pixels: a folder of files, a dataset folder, or a source."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 
@@ -168,17 +176,50 @@ def sources(
 
 @app.command()
 def versions(data: DataDir = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset, oldest first."""
+    """List the versions of a dataset, oldest first: rows, size, parent, date, digest, and where each was pushed."""
     from pipeline.store import Folder, last_made
 
     folder = Folder(data or last_made())
     found = folder.versions() or [folder.version()]  # which says what is wrong
-    rows = [{name: v.manifest[name] for name in ("version", "parent", "digest", "rows")} for v in found]
+    rows = [version.summary() for version in found]
+    for row in rows:
+        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in folder.pushed() if push["version"] == row["version"]]
     if as_json:
         typer.echo(json.dumps(rows))
     for row in rows if not as_json else []:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
-        typer.echo(f"{row['version']:<10} {row['digest'][:12]}  {counts}  (from {row['parent'] or 'nothing'})")
+        counts += f"  (from {row['parent'] or 'nothing'})"
+        typer.echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
+        for place in row["pushed"]:
+            typer.echo(f"          pushed to {place}")
+
+
+@app.command()
+def diff(
+    names: Annotated[list[str], typer.Argument(metavar="[DIR] V1 V2", help="Versions here, or ORG/NAME@VERSION on the Hub.")],
+    rows: Annotated[int, typer.Option(min=0, help="Show so many of the rows that differ.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Say what changed from one version to another, field by field, and why."""
+    from pipeline.diff import diff_versions
+    from pipeline.pull import names_hub, pull_version
+    from pipeline.store import Folder, last_made, open_dataset
+
+    folder = Path(names.pop(0)) if len(names) == 3 else None
+    if len(names) != 2:
+        raise typer.BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
+
+    def opened(name: str) -> "Version":
+        if names_hub(name):
+            return pull_version(name)
+        return open_dataset(Path(name)) if Path(name).is_dir() else Folder(folder or last_made()).version(name)
+
+    found = diff_versions(*map(opened, names))
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"counts": found.counts(), "reasons": found.reasons()}))
+    else:
+        for line in found.lines(rows):
+            typer.echo(line)
 
 
 @app.command()
@@ -187,27 +228,41 @@ def push(
     repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
     version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
-    no_images: Annotated[bool, typer.Option("--no-images", help="Push ids and texts without the pixels.")] = False,
+    images: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"
+        ),
+    ] = None,
+    acknowledge: Annotated[
+        list[str] | None, typer.Option(help="A licence under which you hold the right to pass pixels on; the card says so.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version to the Hugging Face Hub: one commit, one tag that never moves."""
     from pipeline.licence import staying_home
-    from pipeline.push import outgoing, planned_files, push_version
-    from pipeline.store import open_dataset
+    from pipeline.outgoing import outgoing
+    from pipeline.progress import progress
+    from pipeline.push import push_version
+    from pipeline.store import Folder, open_dataset
 
     chosen = open_dataset(data, version)
     held = staying_home(chosen.manifest["licences"])
-    if held:
-        say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
-    with outgoing(chosen, no_images=no_images) as sent:
-        files = planned_files(sent)
-        size = f"{len(files)} files, {sum(files.values()):,} bytes"
-        say(f"{chosen.path}: {size}, licence of the images: {licences(chosen.manifest)}")
+    with outgoing(chosen, repo, images=images, acknowledged=acknowledge or ()) as package:
+        if package.manifest.get("acknowledged"):
+            say(f"note: pixels under {', '.join(held)} are pushed, and the card says that you acknowledged their terms")
+        elif held and images is None:
+            say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
+        sizes = package.bytes()
+        size = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
+        say(f"{chosen.path}: {size}, licence of the images: {', '.join(chosen.manifest['licences'])}")
         if dry_run:
-            show({"files": files, "repo": repo, "version": chosen.name}, as_json, "repo")
+            show({"files": sizes, "repo": repo, "version": chosen.name, "staying_home": held}, as_json, "repo")
             return
-        pushed = push_version(sent, repo, private=private)
+        with progress() as talk:
+            pushed = push_version(package, repo, private=private, talk=talk)
+    Folder(chosen.dataset).note_push(chosen.name, pushed.repo, pushed.commit)
     say(f"pushed {chosen.name} as {pushed.commit}" if pushed.is_new else f"nothing to do: {chosen.name} is there already")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
@@ -216,7 +271,8 @@ def push(
 
 @app.command()
 def train(
-    data: Annotated[Path | None, typer.Option(help="Dataset folder or version.", show_default="the last one made")] = None,
+    data: DataName = None,
+    images: Images = None,
     encoder: Annotated[str, typer.Option(help="auto or tiny-vit.")] = "auto",
     decoder: Annotated[str, typer.Option(help="auto or scratch.")] = "auto",
     steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
@@ -229,11 +285,11 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split."""
     from pipeline.progress import progress
-    from pipeline.store import disk_errors, open_dataset
+    from pipeline.store import disk_errors
     from trainer.config import resolve
     from trainer.loop import train as train_captioner
 
-    version = open_dataset(data)
+    version = open_data(data, images)
     config = resolve(encoder=encoder, decoder=decoder, steps=steps, seed=seed)
     say(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}")
     folder = out or version.dataset / "checkpoints" / f"{version.name}-{config.encoder}-{config.decoder}"
@@ -246,13 +302,13 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    data: Annotated[Path | None, typer.Option(help="Dataset folder or version.", show_default="the last one made")] = None,
+    data: DataName = None,
+    images: Images = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a captioner, on its images and on shuffled ones."""
-    from pipeline.store import open_dataset
     from pipeline.tables import SPLITS
     from trainer.checkpoint import load_checkpoint
     from trainer.data import read_examples
@@ -262,7 +318,7 @@ def evaluate(
     if split not in SPLITS:
         raise typer.BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
     loaded = load_checkpoint(checkpoint)
-    version = open_dataset(data)
+    version = open_data(data, images)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
     examples = read_examples(version.read(split))
@@ -304,9 +360,26 @@ def report(
         typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder)))
 
 
-def licences(manifest: dict[str, Any]) -> str:
-    """Name the licences of a version's images; `unknown` is said, not hidden."""
-    return ", ".join(manifest["licences"])
+def open_data(name: str | None, images: str | None) -> "Version":
+    """Open what `--data` names, with pixels: from this machine or the Hub, joined from `--images` where it has none."""
+    from pipeline.join import images_of_dataset, images_of_files, join_pixels, lacks_pixels
+    from pipeline.pull import names_hub, pull_version
+    from pipeline.store import open_dataset
+
+    version = pull_version(name) if name and names_hub(name) else open_dataset(Path(name) if name else None)
+    if not lacks_pixels(version):
+        return version
+    if images is None:
+        raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the image files are: --images FOLDER")
+    folder = Path(images)
+    if not folder.is_dir():
+        from pipeline.run import images_of_source
+
+        found = images_of_source(images)
+    else:
+        is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
+        found = images_of_dataset(folder) if is_dataset else images_of_files(folder)
+    return join_pixels(version, found, version.dataset / "joined")
 
 
 def vllm_flags(context: typer.Context) -> dict[str, Any] | None:

@@ -121,6 +121,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}", hint="check it") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"config file {path} must hold keys and values", hint="for example: limit: 100")
+    if values and "config" in values and "version" in values:  # the manifest of a version
+        values = values["config"]
     return values or {}
 
 

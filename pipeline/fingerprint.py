@@ -16,6 +16,11 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
+def annotation_digest(annotation: dict[str, Any]) -> str:
+    """Return the name of what an annotation says: a caption by its text, a pair by its question and answer."""
+    return digest([annotation.get(name) for name in ("text", "question", "answer")])
+
+
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:

@@ -1,21 +1,18 @@
 """Stage: push. A version goes to the Hugging Face Hub in one commit, then gets a tag that never moves.
 
-A reader of the Hub sees the old version or the new one, never a mixture; a push that was cut off can be run again.
+A reader of the Hub sees the old version or the new one, never a mixture. Every attempt begins by looking at what is there, so
+that whatever cut off the one before, the next goes on from it.
 """
 
 import hashlib
 import json
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -25,20 +22,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from pipeline.errors import PushError
-from pipeline.fingerprint import file_digest
-from pipeline.licence import staying_home
-from pipeline.store import Version, write_json, write_text
-from pipeline.tables import PIXELS, ROW, features, with_features
+from pipeline.errors import ConfigError, PushError
+from pipeline.outgoing import Package
+from pipeline.store import LEDGER_FILE, parse_version
+from pipeline.types import Silence, Talk
 
-TRIES = 5
-RETRIED = (409, 412, 429, 500, 502, 503, 504)
-EMPTY_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
-LEFT_OUT = (
-    "**The pixels are not here**: they may not be passed on, or were left out on request. "
-    "`sample_id` is the sha256 of each image's file."
-)
-PLACEHOLDER = "ORG/NAME"  # in the card of a version, for the repository that it is pushed to
+TRIES = 6
+RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
+NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,123 +43,113 @@ class Pushed:
     is_new: bool
 
 
-def push_version(version: Version, repo: str, *, private: bool = False) -> Pushed:
+def push_version(package: Package, repo: str, *, private: bool = False, talk: Talk | None = None) -> Pushed:
     """Push a version and tag the commit with its name; the same version twice is pushed once.
-
-    Pixels that may not be passed on are left out, whoever calls this; ids and texts go.
 
     Raises:
         PushError: no or a bad token, a name that is taken, a Hub that refuses or does not answer.
     """
     api = HfApi()
     try:
-        with outgoing(version) as sent:
-            return _push(api, sent, repo, private=private)
+        return _persist(lambda: _push(api, package, repo, private=private, talk=talk or Silence()))
     except LocalTokenNotFoundError:
         raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
     except HFValidationError as error:
         raise PushError(f"not a repository name: {repo}", hint=f"it looks like ORG/NAME ({error})") from None
     except HfHubHTTPError as error:
         raise _explain(error, repo) from None
+    except RuntimeError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _explain(error.__cause__, repo) from None
+        if not isinstance(error.__cause__, OSError | httpx2.TransportError):
+            raise
+        raise _unreachable(api, error.__cause__) from None
     except (OSError, httpx2.TransportError) as error:
-        raise PushError(f"cannot reach the Hub at {api.endpoint}: {error}", hint="check the network, then push again") from None
+        raise _unreachable(api, error) from None
 
 
-@contextmanager
-def outgoing(version: Version, *, no_images: bool = False) -> Iterator[Version]:
-    """Yield what leaves this machine: the version itself, or a copy of it without pixels that is removed afterwards."""
-    manifest = version.manifest
-    if not set(PIXELS) & set(manifest["columns"]) or not (no_images or staying_home(manifest["licences"])):
-        yield version
-        return
-    planned_files(version)  # before anything is copied
-    with tempfile.TemporaryDirectory() as folder:
-        yield without_pixels(version, Path(folder))
+def _persist(attempt: Callable[[], Pushed]) -> Pushed:
+    """Try again where the Hub is busy, somebody else was faster, or a connection broke."""
+    for tried in range(1, TRIES):
+        try:
+            return attempt()
+        except (HfHubHTTPError, OSError, RuntimeError, httpx2.TransportError) as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(_pause_seconds(error, tried))
+    return attempt()
 
 
-def without_pixels(version: Version, folder: Path) -> Version:
-    """Write a copy without pixels, shard by shard; `sample_id` says which image each row is about."""
-    files = {}
-    kept = [column for column in version.manifest["columns"] if column not in PIXELS]
-    schema = with_features(pa.schema([ROW.field(column) for column in kept]))
-    for name, about in version.manifest["files"].items():
-        source = pq.ParquetFile(version.path / name)
-        with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
-            for batch in source.iter_batches(batch_size=256, columns=kept):
-                writer.write_table(pa.Table.from_batches([batch]).select(kept).cast(schema))
-        size = (folder / name).stat().st_size
-        files[name] = about | {"sha256": file_digest(folder / name), "bytes": size}
-    manifest = version.manifest | {"columns": kept, "features": features(schema), "files": files, "pixels": "left out"}
-    card = (version.path / "README.md").read_text(encoding="utf-8")
-    write_text(folder / "README.md", card.replace("## Load it", f"{LEFT_OUT}\n\n## Load it", 1))
-    write_json(folder / "manifest.json", manifest)
-    return Version(folder, manifest)
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error may be gone the next time; an upload by LFS wraps what went wrong in a RuntimeError."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in RETRIED
+    if isinstance(error, RuntimeError):
+        return error.__cause__ is not None and _may_pass(error.__cause__)
+    broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
+    return broken and not isinstance(error, httpx2.ConnectError)  # which says that nobody listens there
 
 
-def planned_files(version: Version) -> dict[str, int]:
-    """Return what a push of this version sends, as path -> bytes."""
-    names = [*sorted(version.manifest["files"]), "README.md", "manifest.json"]
-    missing = [name for name in names if not (version.path / name).is_file()]
-    if missing:
-        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
-    return {name: (version.path / name).stat().st_size for name in names}
-
-
-def _push(api: HfApi, version: Version, repo: str, *, private: bool) -> Pushed:
+def _push(api: HfApi, package: Package, repo: str, *, private: bool, talk: Talk) -> Pushed:
     created = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-    repo = created.repo_id
+    repo, name = created.repo_id, package.version.name
     if private and not api.repo_info(repo, repo_type="dataset").private:
         raise PushError(f"{repo} exists and is public", hint="make it private in its settings, or choose another name")
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type="dataset").tags}
-    digest = version.manifest["digest"]
-    if version.name in tags:
-        if _remote_manifest(api, repo, tags[version.name]).get("digest") != digest:
-            raise PushError(
-                f"{repo} already has another {version.name}", hint="a tag never moves: make a new version, or push elsewhere"
-            )
-        _verify(api, version, repo, tags[version.name])
-        return Pushed(repo, str(created), tags[version.name], version.name, is_new=False)
-    commit = _commit(api, version, repo)
-    _verify(api, version, repo, commit)
-    api.create_tag(repo, repo_type="dataset", tag=version.name, revision=commit, tag_message=f"digest {digest}")
-    return Pushed(repo, str(created), commit, version.name, is_new=True)
+    is_new = name not in tags
+    commit = _commit(api, package, repo, talk) if is_new else tags[name]
+    _verify(api, package, repo, commit)
+    if is_new:
+        api.create_tag(repo, repo_type="dataset", tag=name, revision=commit, tag_message=f"digest {package.manifest['digest']}")
+    return Pushed(repo, str(created), commit, name, is_new)
 
 
-def _commit(api: HfApi, version: Version, repo: str) -> str:
-    """Make the one commit; where somebody else was faster or the Hub is busy, look again and try again."""
-    for attempt in range(1, TRIES + 1):
-        try:
-            head = str(api.repo_info(repo, repo_type="dataset").sha)
-            remote = _remote_manifest(api, repo, head)
-            if all(remote.get(key) == version.manifest[key] for key in ("digest", "version")):
-                return head  # an earlier push was cut off between its commit and its tag
-            if not remote and len(api.list_repo_files(repo, repo_type="dataset", revision=head)) > len(EMPTY_REPO):
-                raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
-            made = api.create_commit(
-                repo,
-                _operations(api, version, repo, head),
-                repo_type="dataset",
-                commit_message=f"{version.name}: {sum(version.manifest['rows'].values())} images",
-                commit_description=f"digest {version.manifest['digest']}",
-                parent_commit=head,
-            )
-            return str(made.oid)
-        except HfHubHTTPError as error:
-            if attempt == TRIES or error.response.status_code not in RETRIED:
-                raise
-            time.sleep(_pause_seconds(error, attempt))
-    raise AssertionError("the last attempt returns or raises")
+def _commit(api: HfApi, package: Package, repo: str, talk: Talk) -> str:
+    """Upload what is large, then make the one commit on top of the head that was looked at; return its id."""
+    manifest, name = package.manifest, package.version.name
+    head = str(api.repo_info(repo, repo_type="dataset").sha)
+    there = _remote_manifest(api, repo, head)
+    files = set(api.list_repo_files(repo, repo_type="dataset", revision=head))
+    if there and there["version"] == name:
+        _require_same(package, there, repo)
+        return head  # an earlier push was cut off between its commit and its tag
+    if there and parse_version(there["version"]) > package.version.number:
+        raise PushError(
+            f"{repo} already holds {there['version']}, which is newer than {name}",
+            hint="push the newest version, or an older one to a repository of its own",
+        )
+    if not there and files - {*NEW_REPO}:
+        raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
+    # Made anew in each attempt: an operation remembers what the branch held when it was uploaded, and would be left out of
+    # the commit as unchanged although somebody has changed that file since.
+    additions = [CommitOperationAdd(path, what) for path, what in package.files.items()]
+    large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
+    for done, addition in enumerate(large):
+        talk("push", done, len(large))
+        api.preupload_lfs_files(repo, [addition], repo_type="dataset", free_memory=False)
+    talk("push", len(large), len(large))
+    stale = [path for path in there.get("files", ()) if path in files and path not in package.files]
+    made = api.create_commit(
+        repo,
+        [*additions, *map(CommitOperationDelete, stale)],
+        repo_type="dataset",
+        commit_message=f"{name}: {sum(manifest['rows'].values())} samples",
+        commit_description=f"digest {manifest['digest']}",
+        parent_commit=head,
+    )
+    return str(made.oid)
 
 
-def _operations(api: HfApi, version: Version, repo: str, head: str) -> list[Any]:
-    ours = planned_files(version)
-    card = (version.path / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo)
-    stale = [path for path in api.list_repo_files(repo, repo_type="dataset", revision=head) if path.endswith(".parquet")]
-    return [
-        *(CommitOperationAdd(name, str(version.path / name)) for name in ours if name != "README.md"),
-        CommitOperationAdd("README.md", card.encode()),
-        *(CommitOperationDelete(path) for path in stale if path not in ours),
-    ]
+def _require_same(package: Package, there: dict[str, Any], repo: str) -> None:
+    """Refuse to go on where the Hub has something else under the name of this version."""
+    name = package.version.name
+    if there.get("digest") != package.manifest["digest"]:
+        raise PushError(
+            f"{repo} already has another {name}", hint="a tag never moves: make a new version, or push to another repository"
+        )
+    if there.get("pixels") != package.manifest.get("pixels"):
+        which = "without its images" if there.get("pixels") else "with its images"
+        raise PushError(f"{repo} already has {name} {which}", hint="a tag never moves: push to another repository")
 
 
 def _remote_manifest(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
@@ -178,36 +159,41 @@ def _remote_manifest(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
     path = hf_hub_download(repo, "manifest.json", repo_type="dataset", revision=revision)
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+        parse_version(manifest["version"])
+        ours = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict)
+    except (ValueError, KeyError, TypeError, ConfigError):
         return {}  # somebody else's file of the same name
-    return manifest if isinstance(manifest, dict) and "digest" in manifest else {}
+    return manifest if ours else {}
 
 
-def _verify(api: HfApi, version: Version, repo: str, commit: str) -> None:
-    """Compare what lies on the Hub with the manifest, by checksum."""
-    wanted = {name: str(file["sha256"]) for name, file in version.manifest["files"].items()}
+def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
+    """Read back what lies on the Hub, and compare it with its own manifest by checksum."""
+    manifest = _remote_manifest(api, repo, commit)
+    _require_same(package, manifest, repo)
+    wanted = {name: about["sha256"] for name, about in manifest["files"].items()}
+    wanted[LEDGER_FILE] = manifest["ledger"]["sha256"]
     found: dict[str, str] = {}
     for entry in api.get_paths_info(repo, list(wanted), repo_type="dataset", revision=commit):
-        if not isinstance(entry, RepoFile):
-            continue
-        if entry.lfs is not None:
-            found[entry.path] = str(entry.lfs.sha256)
-        elif entry.blob_id == _git_oid(version.path / entry.path):
-            found[entry.path] = wanted[entry.path]
+        if isinstance(entry, RepoFile):
+            found[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(repo, entry.path, commit)
     wrong = sorted(name for name, sha256 in wanted.items() if found.get(name) != sha256)
     if wrong:
-        raise PushError(f"{repo} holds other bytes than this version: {', '.join(wrong)}", hint="push again")
+        raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
 
 
-def _git_oid(path: Path) -> str:
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324  # how git names content
+def _small_file_digest(repo: str, path: str, commit: str) -> str:
+    local = hf_hub_download(repo, path, repo_type="dataset", revision=commit)
+    return hashlib.sha256(Path(local).read_bytes()).hexdigest()
 
 
-def _pause_seconds(error: HfHubHTTPError, attempt: int) -> float:
+def _pause_seconds(error: Exception, tried: int) -> float:
     # 429 says in its ratelimit header how long the window lasts: "api";r=0;t=1
-    told = error.response.headers.get("ratelimit", "").rpartition("t=")[2]
-    return float(told) + 1 if told.isdigit() else min(2.0 ** (attempt - 2), 8.0)
+    told = error.response.headers.get("ratelimit", "").rpartition("t=")[2] if isinstance(error, HfHubHTTPError) else ""
+    return float(told) + 1 if told.isdigit() else min(2.0 ** (tried - 2), 8.0)
+
+
+def _unreachable(api: HfApi, error: BaseException) -> PushError:
+    return PushError(f"cannot reach the Hub at {api.endpoint}: {error}", hint="check the network, then push again")
 
 
 def _explain(error: HfHubHTTPError, repo: str) -> PushError:

@@ -16,15 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.card import render_card
-from pipeline.config import Config
+from pipeline.card import CARD_SAMPLES
+from pipeline.config import Config, resolve
 from pipeline.dedupe import dedupe_annotations
 from pipeline.errors import ConfigError, TableError
-from pipeline.fingerprint import digest, file_digest
+from pipeline.fingerprint import file_digest
 from pipeline.generate.ask import Counts, ask_about, read_annotations
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
-from pipeline.generate.requests import asked_of_each, check_prompts, prompt_ids
+from pipeline.generate.requests import asked_of_each, check_prompts, prompt_texts
+from pipeline.ledger import build_ledger
+from pipeline.measure import Measure
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
@@ -32,7 +34,7 @@ from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_js
 from pipeline.tables import ANNOTATION, PIXELS, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
-from pipeline.version import Rows, build_rows, write_version
+from pipeline.version import Rows, build_rows, draft_version
 
 # From validate to split a row is one annotation: (table, config) -> the same rows, plus columns and a `reason`.
 STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
@@ -41,7 +43,7 @@ STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
     "split": lambda table, config: split_annotations(table, config.split, config.seed),
 }
 ORDER = ("source", "generate", *STAGES, "version")
-CARD_SAMPLES = 5
+LEFT_OUT = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
 HELD_OUT = ("validation", "test")
 CHUNK_SAMPLES = 64  # or fewer, where they come to CHUNK_BYTES
 CHUNK_BYTES = 16_000_000
@@ -121,6 +123,13 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         table = pq.read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def images_of_source(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
+    """Yield (sample_id, images) of a source, all of it, for whoever joins them with a version that has none."""
+    for row in open_source(resolve(source=name)).rows:
+        if isinstance(row, Sample):
+            yield row.id, row.images
 
 
 def public_name(model: str) -> str:
@@ -214,51 +223,48 @@ def _write_version(
     samples: int,
     funnel: list[Step],
 ) -> tuple[Version, bool]:
-    batches = _batches(folder)
-    rows = Rows()
     source, model = (read_json(_require_file(folder.made_by(stage))) for stage in ("source", "generate"))
-    # A path of the user's is nobody's business.
-    settings = config.model_dump(mode="json", exclude={"base_url", "server"}) | {
-        "source": source["name"],
-        "model": model["name"],
-    }
+    rows, measure = Rows(), Measure()
+    shown: list[dict[str, Any]] = []
+    with draft_version(folder) as draft:
+        for table in build_rows(annotations, _batches(folder), source["name"], rows):
+            draft.add(table)
+            texts = table.drop_columns(list(PIXELS)).to_pylist()
+            measure.add(texts)
+            shown += texts[: CARD_SAMPLES - len(shown)]
+        lost = dict(Counter(row["reason"] for row in rows.rejected))
+        step = _step("version", "images", len(rows.digests), lost)
+        if step.input != samples:
+            raise TableError(f"stage version was given {samples} images and returned {step}", hint="please report this bug")
+        funnel.append(step)
+        left_out = {"version": pa.Table.from_pylist(rows.rejected, schema=LEFT_OUT)}
+        made_by = {
+            "source": source,
+            "model": model,
+            "prompts": prompt_texts(config.tasks, config),
+            "schemas": {task: wire_schema(task) for task in config.tasks},
+            "config": _public(config, source["name"], model["name"]),
+            "funnel": [asdict(each) for each in funnel],
+            "measured": measure.result(),
+        }
+        version, is_new = draft.publish(rows, made_by, build_ledger(_rejected(folder) | left_out), shown)
+    write_table(folder.stage("version", "rejected"), [left_out["version"]], LEFT_OUT)
+    return version, is_new
+
+
+def _public(config: Config, source: str, model: str) -> dict[str, Any]:
+    """Return the settings that may be published: a path of the user's is nobody's business."""
+    settings = config.model_dump(mode="json", exclude={"base_url", "server"}) | {"source": source, "model": model}
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompts:
         settings["generate"]["prompts"] = config.generate.prompts.name
-    manifest = {
-        "source": source,
-        "model": model,
-        "prompts": prompt_ids(config.tasks, config),
-        "schemas": {task: digest(wire_schema(task)) for task in config.tasks},
-        "config": settings,
-    }
-
-    def card(whole: dict[str, Any]) -> str:
-        return render_card(whole, shown, config.generate.prompts)
-
-    shown: list[dict[str, Any]] = []
-    tables = _show(build_rows(annotations, batches, source["name"], rows), shown)
-
-    def funnel_with_version() -> list[dict[str, Any]]:
-        lost = dict(Counter(row["reason"] for row in rows.rejected))
-        step = Step("version", "images", samples, len(rows.digests), lost)
-        if step.kept + sum(lost.values()) != samples:
-            raise TableError(f"stage version was given {samples} images and returned {step}", hint="please report this bug")
-        funnel.append(step)
-        return [asdict(each) for each in funnel]
-
-    version, is_new = write_version(folder, tables, rows, manifest, funnel_with_version, card)
-    schema = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
-    write_table(folder.stage("version", "rejected"), [pa.Table.from_pylist(rows.rejected, schema=schema)], schema)
-    return version, is_new
+    return settings
 
 
-def _show(tables: Iterator[pa.Table], shown: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    """Pass tables on, keeping a few rows without their pixels for the card."""
-    for table in tables:
-        shown += table.drop_columns(list(PIXELS)).slice(0, CARD_SAMPLES - len(shown)).to_pylist()
-        yield table
+def _rejected(folder: Folder) -> dict[str, pa.Table]:
+    """Return what each stage before the last rejected."""
+    return {name: pq.read_table(_require_file(folder.stage(name, "rejected"))) for name in ("source", *STAGES)}
 
 
 def _chunks(folder: Folder) -> Iterator[Chunk]:

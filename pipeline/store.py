@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import total_ordering
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.errors import ConfigError, StoreError, SynthError
 from pipeline.tables import SPLITS, TABLE_VERSION
 
 DATA = Path("data")
+LEDGER_FILE = "ledger.parquet"
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 _VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
@@ -37,6 +39,7 @@ class Version:
 
     path: Path
     manifest: dict[str, Any]
+    repo: str | None = None  # of the Hub that it came from; its files lie in a cache then
 
     @property
     def name(self) -> str:
@@ -50,10 +53,19 @@ class Version:
 
     @property
     def dataset(self) -> Path:
-        """Return the dataset folder that holds this version; the version's own parent where it was moved out of one."""
+        """Return the folder for what is made of this version: the dataset folder that holds it, or its own parent."""
+        if self.repo:
+            return dataset_folder(self.repo)
         parent = self.path.resolve().parent
         home = parent.parent if parent.name == "versions" else parent
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a list of versions shows. The date is that of the manifest's file: rows and manifest hold no clock."""
+        written = datetime.fromtimestamp((self.path / "manifest.json").stat().st_mtime, UTC)
+        kept = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
+        size = sum(about["bytes"] for about in self.manifest["files"].values())
+        return kept | {"bytes": size, "date": written.strftime("%Y-%m-%d %H:%M")}
 
     def __lt__(self, other: "Version") -> bool:
         return self.number < other.number
@@ -109,6 +121,20 @@ class Folder:
     def made_by(self, stage: str) -> Path:
         """Which source or model a stage had: what starts after it must not name another one."""
         return self.path / "stages" / stage / "made_by.json"
+
+    @property
+    def push_file(self) -> Path:
+        """Which version was pushed where."""
+        return self.path / "pushed.json"
+
+    def pushed(self) -> list[dict[str, str]]:
+        """Return every push from here: version, repo and commit."""
+        return list(read_json(self.push_file)["pushed"]) if self.push_file.exists() else []
+
+    def note_push(self, version: str, repo: str, commit: str) -> None:
+        """Remember a push; the same one twice is noted once."""
+        push = {"version": version, "repo": repo, "commit": commit}
+        write_json(self.push_file, {"pushed": [*(known for known in self.pushed() if known != push), push]})
 
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first."""

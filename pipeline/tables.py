@@ -103,6 +103,9 @@ ROW = pa.schema(
         pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
+# What the stages rejected on the way to a version, so that a later version can say why a row is gone. No text of a model.
+LEDGER = pa.schema([pa.field(name, pa.string()) for name in ("stage", "reason", "source_row", "sample_id", "task", "content")])
+
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
 OPTIONAL = (*PIXELS, "reference_qa", "facts", "page_facts")

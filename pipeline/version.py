@@ -1,12 +1,11 @@
 """Stage: version. Group annotations by image and write one immutable, content-addressed dataset.
 
-Rows stay in the order of the source, and shards are cut at a size, so that a later version shares most of its bytes with
-this one.
+The digest of a version is that of its rows as a set: where they came from in another order, they are the same version.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.card import render_card
 from pipeline.errors import TableError
 from pipeline.fingerprint import digest, file_digest
-from pipeline.store import Folder, Version, publish, scratch_folder, write_json, write_text
-from pipeline.tables import CAPTION, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, with_features
+from pipeline.shards import SplitWriter
+from pipeline.store import LEDGER_FILE, Folder, Version, publish, scratch_folder, write_json, write_table, write_text
+from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features
 
-SHARD_BYTES = 300_000_000
 FIRST = "v1.0.0"
 
 
@@ -61,8 +61,8 @@ def row_digest(row: dict[str, Any]) -> str:
 
 
 def version_digest(rows: dict[str, str], columns: list[str]) -> str:
-    """Return the name of a version's content: its columns and its rows in order."""
-    return digest([TABLE_VERSION, columns, list(rows.items())])
+    """Return the name of a version's content: its columns and its rows, in whatever order."""
+    return digest([TABLE_VERSION, columns, sorted(rows.items())])
 
 
 def next_version(parent: Version | None, rows: dict[str, str], columns: list[str]) -> str:
@@ -83,60 +83,86 @@ def sample_ids(version: Version) -> set[str]:
     return {sample_id for table in tables for sample_id in table["sample_id"].to_pylist()}
 
 
-def write_version(
-    folder: Folder,
-    tables: Iterable[pa.Table],
-    rows: Rows,
-    manifest: dict[str, Any],
-    funnel: Callable[[], list[dict[str, Any]]],
-    render_card: Callable[[dict[str, Any]], str],
-) -> tuple[Version, bool]:
-    """Write the next version, or return the newest one (and False) if it holds the very same rows.
+@dataclass(slots=True)
+class Draft:
+    """A version that is being written: rows go in, then it is published or forgotten."""
 
-    Args:
-        folder: the dataset folder.
-        tables: rows with their split, from `build_rows`; read once.
-        rows: filled by `tables` as it is read.
-        manifest: what made this version; counts, files, digest and names are added here.
-        funnel: called when all rows are written; returns what every stage kept and rejected.
-        render_card: a function from the finished manifest to the text of README.md.
+    folder: Folder
+    path: Path
+    columns: list[str] = field(default_factory=list)
+    _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
-    Raises:
-        TableError: no row is left.
-    """
-    known = folder.versions()
-    parent = known[-1] if known else None
-    with scratch_folder(folder.path / "versions") as aside:
-        columns, counts = _write_shards(aside, tables)
+    def add(self, table: pa.Table) -> None:
+        """Write rows (tables.ROW) to the shards of their `split`."""
+        if not table.num_rows:
+            return
+        self.columns = self.columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
+        for split in SPLITS:
+            mine = table.filter(pc.equal(table["split"], split))
+            if mine.num_rows:
+                if split not in self._writers:
+                    self._writers[split] = SplitWriter(self.path, split, _schema(self.columns))
+                self._writers[split].add(mine)
+
+    def close(self) -> None:
+        """Finish all shards."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def publish(
+        self, rows: Rows, made_by: dict[str, Any], ledger: pa.Table, samples: list[dict[str, Any]]
+    ) -> tuple[Version, bool]:
+        """Give the draft the next name, or return the newest version (and False) if that holds the very same rows.
+
+        Args:
+            rows: what was learned of the rows that went in.
+            made_by: what made this version; counts, files, digest and names are added here.
+            ledger: what every stage rejected (tables.LEDGER).
+            samples: a few rows without their pixels, for the card.
+
+        Raises:
+            TableError: no row is left.
+        """
+        self.close()
         if not rows.digests:
             raise TableError("no row is left to make a version of", hint="stages/*/rejected.parquet hold the reasons")
-        content = version_digest(rows.digests, columns)
-        steps = funnel()
+        known = self.folder.versions()
+        parent = known[-1] if known else None
+        content = version_digest(rows.digests, self.columns)
         if parent is not None and parent.manifest["digest"] == content:
             return parent, False
-        name = next_version(parent, rows.digests, columns)
-        files = {
-            path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": pq.read_metadata(path).num_rows}
-            for path in sorted(aside.iterdir())
-        }
-        whole = {
+        name = next_version(parent, rows.digests, self.columns)
+        files = {path.name: _about(path) for path in sorted(self.path.iterdir())}
+        write_table(self.path / LEDGER_FILE, [ledger], LEDGER)
+        manifest = {
             "version": name,
             "digest": content,
             "parent": parent.name if parent else None,
             "table_version": TABLE_VERSION,
-            "columns": columns,
-            "features": features(_schema(columns)),
+            "columns": self.columns,
+            "features": features(_schema(self.columns)),
             "licences": sorted(rows.licences),
-            "rows": counts,
-            **manifest,
-            "funnel": steps,
+            "rows": {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS},
+            **made_by,
             "files": files,
+            "ledger": _about(self.path / LEDGER_FILE),
         }
-        write_text(aside / "README.md", render_card(whole))
-        write_json(aside / "manifest.json", whole)
-        final = folder.path / "versions" / name
-        publish(aside, final)
-    return Version(final, whole), True
+        write_text(self.path / "README.md", render_card(manifest, samples))
+        write_json(self.path / "manifest.json", manifest)
+        final = self.folder.path / "versions" / name
+        publish(self.path, final)
+        return Version(final, manifest), True
+
+
+@contextmanager
+def draft_version(folder: Folder) -> Iterator[Draft]:
+    """Yield a draft of the next version; what was not published is removed."""
+    with scratch_folder(folder.path / "versions") as aside:
+        draft = Draft(folder, aside)
+        try:
+            yield draft
+        finally:
+            draft.close()
 
 
 def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str) -> dict[str, Any]:
@@ -167,27 +193,5 @@ def _schema(columns: list[str]) -> pa.Schema:
     return pa.schema([ROW.field(name) for name in columns])
 
 
-def _write_shards(folder: Path, tables: Iterable[pa.Table]) -> tuple[list[str], dict[str, int]]:
-    """Write each row to its split's shard; return the columns and the number of rows by split."""
-    counts = dict.fromkeys(SPLITS, 0)
-    shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    columns: list[str] = []
-    with ExitStack() as stack:
-        writers: dict[str, pq.ParquetWriter] = {}
-        for table in tables:
-            if not table.num_rows:
-                continue
-            columns = columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
-            for split in SPLITS:
-                mine = table.filter(pc.equal(table["split"], split))
-                if not mine.num_rows:
-                    continue
-                if split not in writers or shards[split][-1].stat().st_size > SHARD_BYTES:
-                    if split in writers:
-                        writers[split].close()
-                    shards[split].append(folder / f"{split}-{len(shards[split]):05d}.parquet")
-                    writer = pq.ParquetWriter(shards[split][-1], with_features(_schema(columns)), compression="zstd")
-                    writers[split] = stack.enter_context(writer)
-                writers[split].write_table(mine.select(columns).cast(with_features(_schema(columns))))
-                counts[split] += mine.num_rows
-    return columns, counts
+def _about(path: Path) -> dict[str, Any]:
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": pq.read_metadata(path).num_rows}

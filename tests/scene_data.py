@@ -12,16 +12,18 @@ from pipeline.scenes.text import STYLES, caption
 from pipeline.source.scenes import draw_sample
 from pipeline.split import split_of
 from pipeline.store import Folder, Version
-from pipeline.tables import SAMPLE
+from pipeline.tables import LEDGER, SAMPLE
 from pipeline.types import Sample
-from pipeline.version import Rows, build_rows, write_version
+from pipeline.version import Rows, build_rows, draft_version
 
 MADE_BY: dict[str, Any] = {
     "source": {"name": "scenes", "revision": "test"},
     "model": {"name": "facts", "revision": "test"},
-    "prompts": ["caption/v1@test"],
+    "prompts": {"caption/v1@test": "Task: caption"},
     "schemas": {},
     "config": {"tasks": ["caption"]},
+    "funnel": [],
+    "measured": {},
 }
 
 
@@ -52,9 +54,15 @@ def true_captions(samples: list[Sample]) -> pa.Table:
     )
 
 
-def make_version(folder: Path, samples: list[Sample], annotations: pa.Table | None = None) -> tuple[Version, bool]:
+def make_version(
+    folder: Path, samples: list[Sample], annotations: pa.Table | None = None, ledger: pa.Table | None = None
+) -> tuple[Version, bool]:
     """Write the samples as the next version of a dataset folder."""
     rows = Rows()
+    shown: list[dict[str, Any]] = []
     annotations = true_captions(samples) if annotations is None else annotations
-    tables = build_rows(annotations, sample_table(samples).to_batches(), "scenes", rows)
-    return write_version(Folder(folder), tables, rows, MADE_BY, lambda: [], lambda manifest: f"# {manifest['version']}\n")
+    with draft_version(Folder(folder)) as draft:
+        for table in build_rows(annotations, sample_table(samples).to_batches(), "scenes", rows):
+            draft.add(table)
+            shown += table.drop_columns(["image", "pages"]).to_pylist()
+        return draft.publish(rows, MADE_BY, LEDGER.empty_table() if ledger is None else ledger, shown[:5])

@@ -7,7 +7,7 @@ from functools import cache
 
 from pipeline.config import Config, GenerateConfig
 from pipeline.fingerprint import digest
-from pipeline.generate.prompt import Prompt, prompt_id, render
+from pipeline.generate.prompt import SYSTEM, TASK_PROMPTS, Prompt, prompt_id, render, template
 from pipeline.schema import wire_schema
 from pipeline.types import Reply, Request, Sampling
 
@@ -63,9 +63,11 @@ def ask_again(request: Request, reply: Reply, flaw: str) -> Request:
     return replace(request, attempt=attempt, sampling=sampling, failed=(reply.text, said) if show else None)
 
 
-def prompt_ids(tasks: Iterable[str], config: Config) -> list[str]:
-    """Return the ids of the prompts that the tasks use, as annotations name them."""
-    return [prompt_id(task, config.generate.prompts) for task in tasks]
+def prompt_texts(tasks: Iterable[str], config: Config) -> dict[str, str]:
+    """Return the templates of the tasks in full, by the ids that annotations name, after the system text."""
+    folder = config.generate.prompts
+    of_tasks = {prompt_id(task, folder): template(TASK_PROMPTS[task], folder) for task in tasks}
+    return {SYSTEM: template(SYSTEM, folder), **of_tasks}
 
 
 @cache

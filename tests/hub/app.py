@@ -1,11 +1,10 @@
-"""The Hub's protocol over tests.hub.storage: as much of it as huggingface_hub and datasets use.
+"""The Hub's protocol over tests.hub.storage: as much of it as huggingface_hub, hf_xet and datasets use.
 
-Paths are matched on the raw URL, since clients send `refs%2Fconvert%2Fparquet` as one segment. Faults can be injected:
-each entry of `faults` is spent on the first request that it matches.
+This file is access, faults and reading; `write.py` and `xet.py` are the rest. Paths are matched on the raw URL, since clients
+send `refs%2Fconvert%2Fparquet` as one segment.
 """
 
-import base64
-import hashlib
+import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -17,21 +16,33 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from tests.hub.storage import Commit, File, Repo, Storage
+from tests.hub.storage import Commit, Repo, Storage
 
-TOKEN = "hf_loopback"  # not a secret: the one token that this server knows
 USER = "me"
-LFS_BYTES = 1_000_000  # files from this size on, and Parquet always, go through LFS
+TOKEN = "hf_loopback"  # not a secret: this server knows three tokens, and this one may write
+READ_TOKEN = "hf_loopback_read"
+OTHER_TOKEN = "hf_loopback_other"
+TOKENS = {TOKEN: (USER, "write"), READ_TOKEN: (USER, "read"), OTHER_TOKEN: ("you", "write")}
+NAMESPACES = {USER: {USER, "ORG"}, "you": {"you"}}  # where each user may have repositories
 KINDS = {"datasets": "dataset", "models": "model"}
 
 
 @dataclass
 class Fault:
-    """Answer `status` once to the next request whose method and path match."""
+    """What happens once to a request whose method and path match, after `skip` such requests went through.
+
+    A status is answered instead of doing what was asked. Without one, the connection is dropped: before anything is done,
+    or, with `after`, when all is done and only the answer is missing. `call` runs at that moment. With `before`, the
+    request only waits until that has run.
+    """
 
     method: str
     path: str
-    status: int
+    status: int = 0
+    after: bool = False
+    skip: int = 0
+    call: Callable[[], None] | None = None
+    before: Callable[[], object] | None = None
 
 
 class HubError(Exception):
@@ -41,283 +52,233 @@ class HubError(Exception):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
 
+    def answer(self) -> Response:
+        """Return it as the clients read it."""
+        headers = {"X-Error-Code": self.code, "X-Error-Message": self.message}
+        return JSONResponse({"error": self.message}, self.status, headers)
+
 
 Handler = Callable[..., Awaitable[Response]]
-_ID = r"(?P<repo>[^/]+(?:/[^/]+)?)"
-_API = rf"/api/(?P<kind>datasets|models)/{_ID}"
+ID = r"(?P<repo>[^/]+(?:/[^/]+)?)"
+API = rf"/api/(?P<kind>datasets|models)/{ID}"
+FILES = rf"/(?:(?P<kind>datasets)/)?{ID}"
 
 
 class Hub:
-    """The ASGI app. `log` lists (method, path) of every request."""
+    """The ASGI app. `log` lists (method, path) of every request; `received_bytes` counts what uploads sent."""
 
     def __init__(self, storage: Storage) -> None:
+        from tests.hub import write, xet
+
         self.storage = storage
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
         self.granted: set[str] = set()  # gated repositories whose terms the user has accepted
         self.sent_bytes = 0
-        routes: list[tuple[str, str, Handler]] = [
-            ("GET", r"/api/whoami-v2", self.whoami),
-            ("POST", r"/api/repos/create", self.create),
-            ("POST", r"/api/validate-yaml", self.validate_yaml),
-            ("GET", rf"{_API}/refs", self.refs),
-            ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", self.tree),
-            ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", self.paths_info),
-            ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", self.commits),
-            ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", self.tag),
-            ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", self.preupload),
-            ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", self.commit),
-            ("GET", rf"{_API}/revision/(?P<revision>[^/]+)", self.info),
-            ("GET", _API, self.info),
-            ("POST", rf"/(?:(?P<kind>datasets)/)?{_ID}\.git/info/lfs/objects/batch", self.lfs_batch),
-            ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", self.lfs_put),
-            ("GET", rf"/(?:(?P<kind>datasets)/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", self.file),
-        ]
-        self.routes = [(method, re.compile(pattern), handler) for method, pattern, handler in routes]
+        self.received_bytes = 0
+        self.page_entries = 1000  # of one answer that lists things
+        self.xet = xet.Store(storage)
+        routes = [*READING, *write.ROUTES, *xet.ROUTES]
+        self.routes: list[tuple[str, re.Pattern[str], Handler]] = [(m, re.compile(p), handler) for m, p, handler in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request, or do to it what a fault says."""
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
         path = scope["raw_path"].decode().split("?")[0]
         self.log.append((request.method, path))
+        fault = self._fault(request.method, path)
+        if fault is not None and fault.before:
+            await asyncio.to_thread(fault.before)
+            fault = None
+        if fault is not None and not fault.status and not fault.after:
+            _drop(send, fault)
+            return
         try:
+            if fault is not None and fault.status:
+                raise HubError(fault.status, "Injected", f"injected {fault.status}")
             response = await self._route(request, path)
         except HubError as error:
-            headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
-            response = JSONResponse({"error": error.message}, error.status, headers)
+            response = error.answer()
+        if fault is not None and fault.after:
+            _drop(send, fault)
+            return
         await response(scope, receive, send)
 
-    async def _route(self, request: Request, path: str) -> Response:
+    def _fault(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
-            if fault.method == request.method and re.search(fault.path, path):
+            if re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
                 self.faults.remove(fault)
-                raise HubError(fault.status, "Injected", f"injected {fault.status}")
+                return fault
+        return None
+
+    async def _route(self, request: Request, path: str) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
         for wanted, pattern, handler in self.routes:
             found = pattern.fullmatch(path)
             if found and wanted == method:
                 values = {k: unquote(v) for k, v in found.groupdict().items() if v is not None}
-                return await handler(request, **values)
+                return await handler(self, request, **values)
         raise HubError(404, "NotFound", f"no such route: {request.method} {path}")
 
     # --- access ---
 
-    def _user(self, request: Request) -> str | None:
+    def who(self, request: Request) -> tuple[str | None, str]:
+        """Return the user of the token that was sent, and what it may do."""
         sent = request.headers.get("authorization")
         if sent is None:
-            return None
-        if sent != f"Bearer {TOKEN}":
+            return None, "none"
+        known = TOKENS.get(sent.removeprefix("Bearer "))
+        if known is None:
             raise HubError(401, "Unauthorized", "Invalid user token.")
-        return USER
+        return known
 
-    def _repo(self, request: Request, kind: str, repo: str) -> Repo:
+    def repo(self, request: Request, kind: str, repo: str) -> Repo:
+        """Return a repository that the user may see."""
         found = self.storage.repos.get((KINDS[kind], repo))
-        user = self._user(request)
-        if found is None or (found.private and user is None):
+        user, _ = self.who(request)
+        if found is None or (found.private and repo.split("/")[0] not in NAMESPACES.get(user or "", ())):
             raise HubError(404 if user else 401, "RepoNotFound", "Repository not found")
         return found
 
-    def _writable(self, request: Request, kind: str, repo: str) -> Repo:
-        if self._user(request) is None:
-            raise HubError(401, "Unauthorized", "a token is needed to write")
-        return self._repo(request, kind, repo)
+    def writable(self, request: Request, kind: str, repo: str) -> Repo:
+        """Return a repository that the token may write to."""
+        self.require_writer(request, repo.split("/")[0])
+        return self.repo(request, kind, repo)
 
-    def _commit(self, repo: Repo, revision: str) -> Commit:
+    def require_writer(self, request: Request, namespace: str) -> None:
+        """Refuse whoever may not write there."""
+        user, role = self.who(request)
+        if user is None:
+            raise HubError(401, "Unauthorized", "a token is needed to write")
+        if role != "write" or namespace not in NAMESPACES[user]:
+            raise HubError(403, "Forbidden", "You don't have the rights to do this with this token")
+
+    def commit_at(self, repo: Repo, revision: str) -> Commit:
+        """Return the commit that a revision names."""
         found = repo.resolve(revision)
         if found is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
-    # --- reading ---
+    def page(self, request: Request, entries: list[dict[str, object]]) -> Response:
+        """Answer with one page of a list, and say where the next one is."""
+        first = int(request.query_params.get("cursor", 0))
+        after = first + self.page_entries
+        headers = {"Link": f'<{request.url.include_query_params(cursor=after)}>; rel="next"'} if after < len(entries) else {}
+        return JSONResponse(entries[first:after], headers=headers)
 
-    async def whoami(self, request: Request) -> Response:
-        """Who the token belongs to."""
-        if self._user(request) is None:
-            raise HubError(401, "Unauthorized", "Invalid username or password.")
-        token = {"accessToken": {"role": "write", "displayName": "loopback"}}
-        return JSONResponse({"type": "user", "name": USER, "orgs": [{"name": "ORG"}], "auth": token})
 
-    async def info(self, request: Request, kind: str, repo: str, revision: str = "main") -> Response:
-        """A repository at a revision."""
-        found = self._repo(request, kind, repo)
-        commit = self._commit(found, revision)
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        card = self._card(commit)
-        about = {
-            "id": repo,
-            "sha": commit.oid,
-            "private": found.private,
-            "gated": "auto" if found.gated else False,
-            "tags": [],
-            "downloads": 0,
-            "cardData": card,
+def _drop(send: Send, fault: Fault) -> None:
+    if fault.call:
+        fault.call()
+    send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's connection: no answer at all
+
+
+async def whoami(hub: Hub, request: Request) -> Response:
+    """Who the token belongs to."""
+    user, role = hub.who(request)
+    if user is None:
+        raise HubError(401, "Unauthorized", "Invalid username or password.")
+    orgs = [{"name": name} for name in sorted(NAMESPACES[user] - {user})]
+    return JSONResponse({"type": "user", "name": user, "orgs": orgs, "auth": {"accessToken": {"role": role}}})
+
+
+async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str = "main") -> Response:
+    """A repository at a revision."""
+    found = hub.repo(request, kind, repo)
+    commit = hub.commit_at(found, revision)
+    about = {
+        "id": repo,
+        "sha": commit.oid,
+        "private": found.private,
+        "gated": "auto" if found.gated else False,
+        "tags": [],
+        "downloads": 0,
+        "cardData": _card(hub, commit),
+    }
+    siblings = [{"rfilename": path} for path in sorted(commit.files)]
+    return JSONResponse(about | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
+
+
+def _card(hub: Hub, commit: Commit) -> dict[str, object]:
+    if "README.md" not in commit.files:
+        return {}
+    text = hub.storage.path(commit.files["README.md"].sha256).read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    return header if isinstance(header, dict) else {}
+
+
+async def refs(hub: Hub, request: Request, kind: str, repo: str) -> Response:
+    """Branches and tags; a branch of a conversion is listed apart."""
+    found = hub.repo(request, kind, repo)
+    converts = {name: oid for name, oid in found.branches.items() if name.startswith("refs/convert/")}
+    branches = {name: oid for name, oid in found.branches.items() if name not in converts}
+    return JSONResponse(
+        {
+            "branches": [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches.items()],
+            "converts": [{"name": n.rpartition("/")[2], "ref": n, "targetCommit": oid} for n, oid in converts.items()],
+            "tags": [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in found.tags.items()],
         }
-        return JSONResponse(about | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
+    )
 
-    def _card(self, commit: Commit) -> dict[str, object]:
-        if "README.md" not in commit.files:
-            return {}
-        text = self.storage.path(commit.files["README.md"].sha256).read_text(encoding="utf-8")
-        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        return header if isinstance(header, dict) else {}
 
-    async def refs(self, request: Request, kind: str, repo: str) -> Response:
-        """Branches and tags."""
-        found = self._repo(request, kind, repo)
-        named = {"branches": (found.branches, "heads"), "tags": (found.tags, "tags")}
-        listed = {
-            name: [{"name": n, "ref": f"refs/{folder}/{n}", "targetCommit": oid} for n, oid in refs.items()]
-            for name, (refs, folder) in named.items()
-        }
-        return JSONResponse(listed | {"converts": []})
+async def commits(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
+    """History, newest first."""
+    found = hub.repo(request, kind, repo)
+    listed: list[dict[str, object]] = []
+    at: Commit | None = hub.commit_at(found, revision)
+    while at is not None:
+        when = "2026-01-01T00:00:00.000Z"
+        listed.append({"id": at.oid, "title": at.title, "message": at.message, "date": when, "authors": [{"user": USER}]})
+        at = found.commits[at.parent] if at.parent else None
+    return hub.page(request, listed)
 
-    async def commits(self, request: Request, kind: str, repo: str, revision: str) -> Response:
-        """History, newest first."""
-        found = self._repo(request, kind, repo)
-        listed, at = [], self._commit(found, revision)
-        while True:
-            when = "2026-01-01T00:00:00.000Z"
-            listed.append({"id": at.oid, "title": at.title, "message": "", "date": when, "authors": [{"user": USER}]})
-            if at.parent is None:
-                return JSONResponse(listed)
-            at = found.commits[at.parent]
 
-    async def tree(self, request: Request, kind: str, repo: str, revision: str, path: str = "") -> Response:
-        """Files and folders, below a folder or all of them."""
-        files = self._commit(self._repo(request, kind, repo), revision).files
-        under = f"{path}/" if path else ""
-        inside = {name: file for name, file in files.items() if name.startswith(under)}
-        if path and not inside:
-            raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}")
-        recursive = request.query_params.get("recursive", "").lower() == "true"
-        direct = {name: file for name, file in inside.items() if recursive or "/" not in name[len(under) :]}
-        folders = {under + name[len(under) :].split("/")[0] for name in inside if "/" in name[len(under) :]}
-        entries = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
-        return JSONResponse(entries + [file.entry(name) for name, file in sorted(direct.items())])
+async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, path: str = "") -> Response:
+    """Files and folders, below a folder or all of them."""
+    files = hub.commit_at(hub.repo(request, kind, repo), revision).files
+    under = f"{path}/" if path else ""
+    inside = {name: file for name, file in files.items() if name.startswith(under)}
+    if path and not inside:
+        raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}")
+    recursive = request.query_params.get("recursive", "").lower() == "true"
+    direct = {name: file for name, file in inside.items() if recursive or "/" not in name[len(under) :]}
+    folders = {under + name[len(under) :].split("/")[0] for name in inside if "/" in name[len(under) :]}
+    entries = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+    return hub.page(request, entries + [file.entry(name) for name, file in sorted(direct.items())])
 
-    async def paths_info(self, request: Request, kind: str, repo: str, revision: str) -> Response:
-        """The named files; those that do not exist are left out."""
-        files = self._commit(self._repo(request, kind, repo), revision).files
-        asked = parse_qs((await request.body()).decode())["paths"]
-        return JSONResponse([files[path].entry(path) for path in asked if path in files])
 
-    async def file(self, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
-        """The bytes of a file, or of a part of it."""
-        found = self._repo(request, kind, repo)
-        if found.gated and self._user(request) is None:
-            raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
-        if found.gated and repo not in self.granted:
-            raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
-        commit = self._commit(found, revision)
-        if path not in commit.files:
-            error = HubError(404, "EntryNotFound", f"{path} not found")
-            headers = {"X-Error-Code": error.code, "X-Repo-Commit": commit.oid}
-            return JSONResponse({"error": error.message}, 404, headers)
-        file = commit.files[path]
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.sha256 if file.lfs else file.git_oid}"'}
-        if file.lfs:
-            headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
-        if request.method == "GET":
-            self.sent_bytes += _range_bytes(request.headers.get("range"), file.size)
-        return FileResponse(self.storage.path(file.sha256), headers=headers)
+async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
+    """The named files; those that do not exist are left out."""
+    files = hub.commit_at(hub.repo(request, kind, repo), revision).files
+    asked = parse_qs((await request.body()).decode())["paths"]
+    return JSONResponse([files[path].entry(path) for path in asked if path in files])
 
-    # --- writing ---
 
-    async def create(self, request: Request) -> Response:
-        """A new, empty repository."""
-        body = await request.json()
-        owner = body.get("organization") or self._user(request)
-        if self._user(request) is None:
-            raise HubError(401, "Unauthorized", "a token is needed to write")
-        repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
-        url = {"url": f"{request.base_url}{'datasets/' if kind == 'dataset' else ''}{repo}", "name": repo, "id": repo}
-        if (kind, repo) in self.storage.repos:
-            return JSONResponse({"error": "You already created this repo", **url}, 409)
-        made = Repo(kind, repo, private=body.get("visibility") == "private")
-        made.commit("main", "initial commit", {})
-        self.storage.repos[kind, repo] = made
-        return JSONResponse(url)
-
-    async def validate_yaml(self, request: Request) -> Response:
-        """Say what is wrong with the header of a card."""
-        content = (await request.json())["content"]
-        try:
-            header = yaml.safe_load(content.split("---")[1]) if content.startswith("---") else {}
-            errors = [] if isinstance(header, dict) else [{"message": "the header is no mapping"}]
-        except (yaml.YAMLError, IndexError) as error:
-            errors = [{"message": str(error)}]
-        return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
-
-    async def preupload(self, request: Request, kind: str, repo: str, revision: str) -> Response:
-        """Tell, for each file, whether it goes through LFS, and what is there already."""
-        found = self._writable(request, kind, repo)
-        files = self._commit(found, revision).files
-        answers = []
-        for file in (await request.json())["files"]:
-            large = file["size"] >= LFS_BYTES or file["path"].endswith((".parquet", ".safetensors"))
-            here = files.get(file["path"])
-            oid = {} if here is None else {"oid": here.sha256 if here.lfs else here.git_oid}
-            mode = "lfs" if large else "regular"
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
-        return JSONResponse({"files": answers})
-
-    async def lfs_batch(self, request: Request, repo: str, kind: str = "models") -> Response:
-        """Where to upload each large file that is not there yet."""
-        self._writable(request, kind, repo)
-        answers = []
-        for wanted in (await request.json())["objects"]:
-            here = self.storage.path(wanted["oid"]).exists()
-            actions = {} if here else {"actions": {"upload": {"href": f"{request.base_url}lfs/{wanted['oid']}"}}}
-            answers.append(wanted | actions)
-        return JSONResponse({"transfer": "basic", "objects": answers})
-
-    async def lfs_put(self, request: Request, sha256: str) -> Response:
-        """Receive a large file, and refuse other bytes than were announced."""
-        aside, digest = self.storage.path(f".{sha256}.tmp"), hashlib.sha256()
-        with aside.open("wb") as file:
-            async for part in request.stream():
-                digest.update(part)
-                file.write(part)
-        if digest.hexdigest() != sha256:
-            aside.unlink()
-            raise HubError(400, "BadChecksum", "the bytes are not those announced")
-        aside.replace(self.storage.path(sha256))
-        return Response()
-
-    async def commit(self, request: Request, kind: str, repo: str, revision: str) -> Response:
-        """Apply all operations at once, on top of the parent that the client saw."""
-        found = self._writable(request, kind, repo)
-        head = self._commit(found, revision)
-        files: dict[str, File] = dict(head.files)
-        title = "commit"
-        for line in (await request.body()).decode().splitlines():
-            key, value = (operation := json.loads(line))["key"], operation["value"]
-            if key == "header":
-                title = value["summary"]
-                if value.get("parentCommit") not in (None, head.oid):
-                    raise HubError(412, "StaleParent", "the branch has moved on")
-            elif key == "file":
-                files[_safe(value["path"])] = self.storage.put(base64.b64decode(value["content"]))
-            elif key == "lfsFile":
-                large = self.storage.large(value["oid"])
-                if large is None:
-                    raise HubError(400, "MissingObject", f"{value['path']} was not uploaded")
-                files[_safe(value["path"])] = large
-            elif key == "deletedFile":
-                files.pop(value["path"], None)
-        made = found.commit(revision, title, files)
-        return JSONResponse({"commitOid": made.oid, "commitUrl": f"{request.base_url}{kind}/{repo}/commit/{made.oid}"})
-
-    async def tag(self, request: Request, kind: str, repo: str, revision: str) -> Response:
-        """Name a commit; a name that is taken stays where it is."""
-        found = self._writable(request, kind, repo)
-        name = (await request.json())["tag"]
-        if name in found.tags:
-            raise HubError(409, "TagExists", f"Tag {name} already exists")
-        found.tags[name] = self._commit(found, revision).oid
-        return JSONResponse({})
+async def file(hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
+    """The bytes of a file, or of a part of it."""
+    found = hub.repo(request, kind, repo)
+    if found.gated and hub.who(request)[0] is None:
+        raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
+    if found.gated and repo not in hub.granted:
+        raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
+    commit = hub.commit_at(found, revision)
+    if path not in commit.files:
+        missing = HubError(404, "EntryNotFound", f"{path} not found").answer()
+        missing.headers["X-Repo-Commit"] = commit.oid
+        return missing
+    wanted = commit.files[path]
+    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{wanted.sha256 if wanted.lfs else wanted.git_oid}"'}
+    if wanted.lfs:
+        headers |= {"X-Linked-Etag": f'"{wanted.sha256}"', "X-Linked-Size": str(wanted.size)}
+    if request.method == "GET":
+        hub.sent_bytes += _range_bytes(request.headers.get("range"), wanted.size)
+    return FileResponse(hub.storage.path(wanted.sha256), headers=headers)
 
 
 def _range_bytes(header: str | None, size: int) -> int:
@@ -328,8 +289,18 @@ def _range_bytes(header: str | None, size: int) -> int:
     return min(int(last) if last else size - 1, size - 1) - int(first) + 1
 
 
-def _safe(path: str) -> str:
-    parts = path.split("/")
-    if not path or path.startswith("/") or "\\" in path or {"", ".", "..", ".git"} & set(parts):
-        raise HubError(400, "BadPath", f"not a path within a repository: {path!r}")
-    return path
+async def read_json_lines(request: Request) -> list[dict[str, object]]:
+    """Return the objects of a body that has one on each line."""
+    return [json.loads(line) for line in (await request.body()).decode().splitlines()]
+
+
+READING: list[tuple[str, str, Handler]] = [
+    ("GET", r"/api/whoami-v2", whoami),
+    ("GET", rf"{API}/refs", refs),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", tree),
+    ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", paths_info),
+    ("GET", rf"{API}/commits/(?P<revision>[^/]+)", commits),
+    ("GET", rf"{API}/revision/(?P<revision>[^/]+)", info),
+    ("GET", API, info),
+    ("GET", rf"{FILES}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", file),
+]

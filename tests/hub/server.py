@@ -23,7 +23,7 @@ class RunningHub:
     hub: Hub
     endpoint: str
 
-    def env(self, home: Path) -> dict[str, str]:
+    def env(self, home: Path, *, xet: bool = False) -> dict[str, str]:
         """Return an environment in which the client libraries talk to this server, with caches under `home`.
 
         They read it when they are imported, so it is for another process.
@@ -36,7 +36,7 @@ class RunningHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "1",  # this server takes large files by LFS
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",  # large files go by LFS
             "NO_PROXY": "127.0.0.1",
         }
 

@@ -30,6 +30,7 @@ class Commit:
     parent: str | None
     title: str
     files: dict[str, File]
+    message: str = ""
 
 
 @dataclass
@@ -44,11 +45,11 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
+    def commit(self, branch: str, title: str, files: dict[str, File], message: str = "") -> Commit:
         """Add a commit on a branch."""
         parent = self.branches.get(branch)
         content = repr((self.kind, self.id, parent, title, len(self.commits), sorted(files.items())))
-        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files)  # as git does
+        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files, message)  # as git does
         self.commits[made.oid] = made
         self.branches[branch] = made.oid
         return made

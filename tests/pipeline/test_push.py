@@ -1,37 +1,33 @@
 """Push, through the real clients over HTTP: one commit, one tag, all or nothing, and twice is once."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.store import Version
-from tests.hub.app import Fault
+from tests.hub.app import READ_TOKEN, Fault
+from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
 from tests.scene_data import make_version, scene_samples
 
-PUSH = """
-import json, sys
-from pathlib import Path
-from pipeline.errors import PushError
-from pipeline.push import push_version
-from pipeline.store import read_version
-try:
-    pushed = push_version(read_version(Path(sys.argv[1])), sys.argv[2], private=len(sys.argv) > 3)
-    print(json.dumps([pushed.commit, pushed.tag, pushed.is_new]))
-except PushError as error:
-    print(json.dumps([str(error), error.hint]))
-"""
+EXTRA = {"README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[RunningHub]:
     with running_hub(tmp_path / "hub") as running:
         yield running
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def client(request: pytest.FixtureRequest, hub: RunningHub, tmp_path: Path) -> Iterator[Pusher]:
+    with Pusher(hub, tmp_path / "home", xet=request.param == "xet") as pusher:
+        yield pusher
 
 
 @pytest.fixture(scope="module")
@@ -44,121 +40,177 @@ def version(folder: Path) -> Version:
     return make_version(folder, scene_samples(20))[0]
 
 
-def push(hub: RunningHub, version: Version, repo: str = "me/scenes", *more: str, **env: str) -> list[object]:
-    """Push in a process of its own: the client reads where the Hub is when it is imported."""
-    home = hub.hub.storage.root.parent / "home"
-    command = [sys.executable, "-c", PUSH, str(version.path), repo, *more]
-    done = subprocess.run(command, env=hub.env(home) | env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    answer: list[object] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+@pytest.fixture(scope="module")
+def later(folder: Path, version: Version) -> Version:
+    return make_version(folder, scene_samples(24))[0]
 
 
-def load(hub: RunningHub, code: str) -> str:
-    home = hub.hub.storage.root.parent / "home"
-    code = f"from datasets import load_dataset\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], env=hub.env(home), capture_output=True, text=True, timeout=120)
+def repo_of(client: Pusher, name: str = "me/scenes") -> Repo:
+    return client.hub.hub.storage.repos["dataset", name]
+
+
+def load(client: Pusher, code: str) -> str:
+    code = f"from datasets import load_dataset\nfrom huggingface_hub import snapshot_download\n{code}"
+    env = client.hub.env(client.home, xet=client.xet)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def test_a_version_is_one_commit_with_a_tag_and_loads_back_at_it(hub: RunningHub, version: Version) -> None:
-    commit, tag, is_new = push(hub, version)
-    repo = hub.hub.storage.repos["dataset", "me/scenes"]
-    assert (tag, is_new) == ("v1.0.0", True)
-    assert repo.tags == {"v1.0.0": commit}
+def test_a_version_is_one_commit_with_a_tag_and_loads_back_at_it(client: Pusher, version: Version) -> None:
+    made = client.push(version)
+    repo = repo_of(client)
+    assert (made["tag"], made["is_new"]) == ("v1.0.0", True)
+    assert repo.tags == {"v1.0.0": made["commit"]}
     assert len(repo.commits) == 2  # the empty first one, and ours
-    assert set(repo.commits[str(commit)].files) == {*version.manifest["files"], "README.md", "manifest.json"}
+    assert set(repo.commits[made["commit"]].files) == {*version.manifest["files"], *EXTRA}
     shown = load(
-        hub,
-        "d = load_dataset('me/scenes', revision='v1.0.0')\n"
-        "print({s: len(d[s]) for s in d}, d['train'][0]['image'].size, d['train'][0]['captions'][0]['style'])",
+        client,
+        f"tag, commit = 'v1.0.0', {made['commit']!r}\n"
+        "for at in (tag, commit):\n"
+        "    d = load_dataset('me/scenes', revision=at)\n"
+        "    print({s: len(d[s]) for s in d}, d['train'][0]['image'].size, d['train'][0]['captions'][0]['style'])\n"
+        "print(sum(1 for _ in load_dataset('me/scenes', revision=tag, split='train', streaming=True)))\n"
+        "import os; print(len(os.listdir(snapshot_download('me/scenes', repo_type='dataset', revision=tag))))",
     )
     counts = {split: count for split, count in version.manifest["rows"].items() if count}
-    assert shown == f"{counts} (84, 84) brief"
+    files = len(version.manifest["files"]) + len(EXTRA)
+    assert shown.splitlines() == [f"{counts} (84, 84) brief"] * 2 + [str(counts["train"]), str(files)]
 
 
-def test_the_same_version_again_is_no_commit(hub: RunningHub, version: Version) -> None:
-    first, *_ = push(hub, version)
-    assert push(hub, version) == [first, "v1.0.0", False]
-    assert len(hub.hub.storage.repos["dataset", "me/scenes"].commits) == 2
+def test_the_same_version_again_is_no_commit(client: Pusher, version: Version) -> None:
+    first = client.push(version)
+    assert client.push(version) == first | {"is_new": False}
+    assert len(repo_of(client).commits) == 2
 
 
-def test_a_tag_never_moves(hub: RunningHub, version: Version, tmp_path: Path) -> None:
-    push(hub, version)
+def test_a_tag_never_moves(client: Pusher, version: Version, tmp_path: Path) -> None:
+    client.push(version)
     other, _ = make_version(tmp_path / "other", scene_samples(20, seed=5))
-    error, hint = push(hub, other)
-    assert "already has another v1.0.0" in str(error)
-    assert "never moves" in str(hint)
+    refused = client.push(other)
+    assert "already has another v1.0.0" in refused["error"]
+    assert "never moves" in refused["hint"]
 
 
-def test_a_later_version_replaces_the_files_and_keeps_the_old_tag(hub: RunningHub, version: Version, folder: Path) -> None:
-    push(hub, version)
-    later, _ = make_version(folder, scene_samples(24))
-    commit, tag, _ = push(hub, later)
-    repo = hub.hub.storage.repos["dataset", "me/scenes"]
-    assert (tag, set(repo.tags)) == ("v1.1.0", {"v1.0.0", "v1.1.0"})
-    assert set(repo.commits[str(commit)].files) == {*later.manifest["files"], "README.md", "manifest.json"}
-    assert load(hub, "print(sum(len(d) for d in load_dataset('me/scenes', revision='v1.0.0').values()))") == "20"
+def test_a_later_version_replaces_the_files_and_keeps_the_old_tag(client: Pusher, version: Version, later: Version) -> None:
+    client.push(version)
+    made = client.push(later)
+    repo = repo_of(client)
+    assert (made["tag"], set(repo.tags)) == ("v1.1.0", {"v1.0.0", "v1.1.0"})
+    assert set(repo.commits[made["commit"]].files) == {*later.manifest["files"], *EXTRA}
+    assert load(client, "print(sum(len(d) for d in load_dataset('me/scenes', revision='v1.0.0').values()))") == "20"
+
+
+def test_an_older_version_does_not_take_the_place_of_a_newer_one(client: Pusher, version: Version, later: Version) -> None:
+    client.push(later)
+    assert "already holds v1.1.0, which is newer" in client.push(version)["error"]
+    assert set(repo_of(client).tags) == {"v1.1.0"}
+
+
+def test_a_shard_that_a_later_version_lacks_is_gone_from_main(client: Pusher, version: Version, tmp_path: Path) -> None:
+    few = make_version(tmp_path / "few", scene_samples(20))[0]
+    client.push(few)
+    one_split = [sample for sample in scene_samples(60) if sample.id]
+    smaller = make_version(tmp_path / "few", one_split[:1])[0]
+    made = client.push(smaller)
+    kept = set(repo_of(client).commits[made["commit"]].files)
+    assert kept == {*smaller.manifest["files"], *EXTRA}
+    assert kept < {*few.manifest["files"], *EXTRA}
 
 
 @pytest.mark.parametrize("status", [409, 412, 429, 503])
-def test_a_busy_hub_is_asked_again(hub: RunningHub, version: Version, status: int) -> None:
-    hub.hub.faults.append(Fault("POST", "/commit/main", status))
-    assert push(hub, version)[1:] == ["v1.0.0", True]
-    assert hub.hub.faults == []
+def test_a_busy_hub_is_asked_again(client: Pusher, version: Version, status: int) -> None:
+    client.hub.hub.faults.append(Fault("POST", "/commit/main", status))
+    assert client.push(version)["is_new"]
+    assert client.hub.hub.faults == []
 
 
-def test_a_push_that_died_before_its_tag_only_adds_the_tag(hub: RunningHub, version: Version) -> None:
-    hub.hub.faults.append(Fault("POST", "/tag/", 400))
-    error, _ = push(hub, version)
-    assert "the Hub refused (400)" in str(error)
-    repo = hub.hub.storage.repos["dataset", "me/scenes"]
+def test_a_push_that_died_before_its_tag_only_adds_the_tag(client: Pusher, version: Version) -> None:
+    client.hub.hub.faults.append(Fault("POST", "/tag/", 400))
+    assert "the Hub refused (400)" in client.push(version)["error"]
+    repo = repo_of(client)
     assert repo.tags == {}
-    commit, *_ = push(hub, version)
-    assert repo.tags == {"v1.0.0": commit}
+    made = client.push(version)
+    assert repo.tags == {"v1.0.0": made["commit"]}
     assert len(repo.commits) == 2
 
 
 @pytest.mark.parametrize(
-    ("repo", "env", "what"),
+    ("repo", "token", "what"),
     [
-        ("me/scenes", {"HF_TOKEN": "hf_wrong"}, "does not accept the token"),
-        ("me/sc enes", {}, "not a repository name"),
-        ("me/scenes", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot reach the Hub"),
+        ("me/scenes", "hf_wrong", "does not accept the token"),
+        ("me/scenes", READ_TOKEN, "may not write to me/scenes"),
+        ("you/scenes", "hf_loopback", "may not write to you/scenes"),
+        ("me/sc enes", "hf_loopback", "not a repository name"),
     ],
 )
-def test_a_refusal_is_said_plainly(hub: RunningHub, version: Version, repo: str, env: dict[str, str], what: str) -> None:
-    error, hint = push(hub, version, repo, **env)
-    assert what in str(error)
-    assert hint
-    assert "hf_" not in f"{error}{str(hint).replace('HF_TOKEN', '')}"
+def test_a_refusal_is_said_plainly(hub: RunningHub, version: Version, tmp_path: Path, repo: str, token: str, what: str) -> None:
+    with Pusher(hub, tmp_path / "home", token=token) as client:
+        refused = client.push(version, repo)
+    assert what in refused["error"]
+    assert refused["hint"]
 
 
-def test_data_of_somebody_else_is_not_overwritten(hub: RunningHub, version: Version) -> None:
+def test_a_hub_that_is_not_there_is_said_at_once(hub: RunningHub, version: Version, tmp_path: Path) -> None:
+    with Pusher(RunningHub(hub.hub, "http://127.0.0.1:9"), tmp_path / "home") as client:
+        assert "cannot reach the Hub" in client.push(version)["error"]
+
+
+def test_data_of_somebody_else_is_not_overwritten(client: Pusher, version: Version) -> None:
+    storage = client.hub.hub.storage
     repo = Repo("dataset", "me/theirs", private=False)
-    file = hub.hub.storage.put(b"theirs")
-    repo.commit("main", "theirs", dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], file))
-    hub.hub.storage.repos["dataset", "me/theirs"] = repo
-    error, _ = push(hub, version, "me/theirs")
-    assert "holds data that is not ours" in str(error)
+    repo.commit("main", "theirs", dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], storage.put(b"theirs")))
+    storage.repos["dataset", "me/theirs"] = repo
+    assert "holds data that is not ours" in client.push(version, "me/theirs")["error"]
     assert len(repo.commits) == 1
 
 
-def test_private_photos_do_not_go_into_a_public_repository(hub: RunningHub, version: Version) -> None:
-    push(hub, version)
-    error, _ = push(hub, version, "me/scenes", "private")
-    assert "exists and is public" in str(error)
+def test_private_photos_do_not_go_into_a_public_repository(client: Pusher, version: Version) -> None:
+    client.push(version)
+    assert "exists and is public" in client.push(version, private=True)["error"]
 
 
-def test_private_is_private(hub: RunningHub, version: Version) -> None:
-    push(hub, version, "me/secret", "private")
-    assert hub.hub.storage.repos["dataset", "me/secret"].private
+def test_private_is_private(client: Pusher, version: Version) -> None:
+    client.push(version, "me/secret", private=True)
+    assert repo_of(client, "me/secret").private
 
 
-def test_the_card_on_the_hub_names_its_repository(hub: RunningHub, folder: Path) -> None:
-    version, _ = make_version(folder / "named", scene_samples(5))
-    (version.path / "README.md").write_text('load_dataset("ORG/NAME")')
-    commit, *_ = push(hub, version, "me/named")
-    file = hub.hub.storage.repos["dataset", "me/named"].commits[str(commit)].files["README.md"]
-    assert hub.hub.storage.path(file.sha256).read_text() == 'load_dataset("me/named")'
+def test_the_card_on_the_hub_names_its_repository(client: Pusher, version: Version) -> None:
+    made = client.push(version, "me/named")
+    file = repo_of(client, "me/named").commits[made["commit"]].files["README.md"]
+    assert 'load_dataset("me/named", revision="v1.0.0")' in client.hub.hub.storage.path(file.sha256).read_text()
+
+
+def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: Version) -> None:
+    client.push(version)
+    repo, storage = repo_of(client), client.hub.hub.storage
+    head = repo.commits[repo.branches["main"]].files
+    repo.commit("main", "notes", head | {"notes.md": storage.put(b"mine"), "extra/train-00000.parquet": storage.put(b"mine")})
+    made = client.push(later)
+    assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[made["commit"]].files)
+
+
+def test_with_and_without_images_are_not_mixed_up(client: Pusher, version: Version) -> None:
+    client.push(version)
+    assert "already has v1.0.0 with its images" in client.push(version, images=False)["error"]
+
+
+def test_no_token_reaches_a_log_even_when_debugging(hub: RunningHub, version: Version, tmp_path: Path) -> None:
+    with Pusher(hub, tmp_path / "home", debug=True) as client:
+        hub.hub.faults.append(Fault("POST", "/commit/main", 400))
+        answers: list[dict[str, Any]] = [client.push(version), client.push(version)]
+    log = (tmp_path / "home.stderr").read_text()
+    assert "/commit/main" in log  # it did debug
+    assert "hf_loopback" not in log + str(answers)
+    assert answers[1]["is_new"]
+
+
+def test_no_path_and_no_token_is_published(client: Pusher, version: Version) -> None:
+    made = client.push(version)
+    storage = client.hub.hub.storage
+    commit = repo_of(client).commits[made["commit"]]
+    for file in commit.files.values():
+        data = storage.path(file.sha256).read_bytes()
+        for secret in (str(version.path), str(client.home), str(Path.home()) + "/", "hf_loopback"):
+            assert secret.encode() not in data
+    assert str(version.path) not in commit.title + commit.message

@@ -8,7 +8,8 @@ from datasets import Image, load_dataset
 
 from pipeline.errors import TableError
 from pipeline.store import Folder
-from pipeline.version import Rows, build_rows, write_version
+from pipeline.tables import LEDGER
+from pipeline.version import Rows, build_rows, draft_version
 from tests.scene_data import MADE_BY, make_version, sample_table, scene_samples, true_captions
 
 
@@ -65,8 +66,10 @@ def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> 
     tables = [sample_table(samples[:3]), sample_table(samples[3:])]
     batches = [batch for table in tables for batch in table.to_batches()]
     annotations = true_captions(samples).filter(~pc.field("sample_id").isin(first))
-    joined = build_rows(annotations, batches, "scenes", rows)
-    version, _ = write_version(Folder(tmp_path), joined, rows, MADE_BY, lambda: [], lambda manifest: "")
+    with draft_version(Folder(tmp_path)) as draft:
+        for table in build_rows(annotations, batches, "scenes", rows):
+            draft.add(table)
+        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
     assert "facts" in version.manifest["columns"]
     assert [row["reason"] for row in rows.rejected] == ["no_annotation_left"] * 3
 

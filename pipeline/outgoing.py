@@ -1,0 +1,107 @@
+"""What leaves this machine when a version is pushed: shards and ledger, with a manifest and a card that say what they hold."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.card import CARD_SAMPLES, render_card
+from pipeline.errors import PushError
+from pipeline.fingerprint import file_digest
+from pipeline.licence import staying_home
+from pipeline.store import LEDGER_FILE, Version
+from pipeline.tables import PIXELS, ROW, SPLITS, features, with_features
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A version on its way: its manifest as it will be read there, and the content of every file by its path there."""
+
+    version: Version
+    manifest: dict[str, Any]
+    files: dict[str, Path | bytes]
+
+    def bytes(self) -> dict[str, int]:
+        """Return the size of each file."""
+        return {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in self.files.items()}
+
+
+@contextmanager
+def outgoing(version: Version, repo: str, *, images: bool | None = None, acknowledged: Sequence[str] = ()) -> Iterator[Package]:
+    """Yield what is pushed to `repo`; shards that must be rewritten lie in a folder that is removed afterwards.
+
+    Args:
+        version: what is to be pushed.
+        repo: where to; the card names it.
+        images: whether pixels go too; None leaves out what may not be passed on.
+        acknowledged: licences under which the caller may pass on pixels all the same; the card says so.
+
+    Raises:
+        PushError: files of the version are missing, or pixels are asked for that may not be passed on.
+    """
+    missing = [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]
+    if missing:
+        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
+    held = staying_home(version.manifest["licences"])
+    unsaid = [licence for licence in held if licence not in acknowledged]
+    if images and unsaid:
+        raise PushError(
+            f"pixels under {', '.join(unsaid)} may not be passed on",
+            hint=f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(unsaid)}; the card will say it",
+        )
+    has_pixels = bool(set(PIXELS) & set(version.manifest["columns"]))
+    if has_pixels and (images is False or (images is None and held)):
+        with tempfile.TemporaryDirectory() as folder:
+            yield _pack(version, repo, without_pixels(version, Path(folder)), Path(folder))
+    else:
+        said = {"acknowledged": held} if has_pixels and held else {}
+        yield _pack(version, repo, version.manifest | said, version.path)
+
+
+def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
+    """Write a copy of each shard without pixels; return the manifest that goes with them."""
+    files = {}
+    kept = [column for column in version.manifest["columns"] if column not in PIXELS]
+    schema = with_features(pa.schema([ROW.field(column) for column in kept]))
+    for name, about in version.manifest["files"].items():
+        source = pq.ParquetFile(version.path / name)
+        with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
+            for group in range(source.num_row_groups):  # one at a time, so that they stay where they are
+                writer.write_table(source.read_row_group(group, columns=kept).select(kept).cast(schema))
+        size = (folder / name).stat().st_size
+        files[name] = about | {"sha256": file_digest(folder / name), "bytes": size}
+    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
+    return version.manifest | {"columns": kept, "features": features(schema), "files": files} | left_out
+
+
+def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    return Package(
+        version,
+        manifest,
+        {
+            **{name: folder / name for name in sorted(manifest["files"])},
+            LEDGER_FILE: version.path / LEDGER_FILE,
+            "README.md": render_card(manifest, first_rows(version), repo).encode(),
+            "manifest.json": text.encode(),
+        },
+    )
+
+
+def first_rows(version: Version, count: int = CARD_SAMPLES) -> list[dict[str, Any]]:
+    """Return a few rows without their pixels, as the card of a new version shows them."""
+    columns = [column for column in version.manifest["columns"] if column not in PIXELS]
+    rows: list[dict[str, Any]] = []
+    for split in SPLITS:
+        for shard in version.shards(split):
+            for batch in pq.ParquetFile(shard).iter_batches(batch_size=count, columns=columns):
+                rows += batch.slice(0, count - len(rows)).to_pylist()
+                if len(rows) >= count:
+                    return rows
+    return rows

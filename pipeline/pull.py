@@ -1,0 +1,100 @@
+"""A version that lies on the Hub: found by its tag, fetched once, checked against its manifest, and opened like any other."""
+
+import re
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pipeline.errors import ConfigError, StoreError
+from pipeline.fingerprint import file_digest
+from pipeline.store import LEDGER_FILE, Version, parse_version, read_version
+
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
+WANTED = ["manifest.json", "README.md", LEDGER_FILE, "*.parquet"]
+
+
+def names_hub(text: str) -> bool:
+    """Whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and no folder of this machine."""
+    return bool(_NAME.fullmatch(text)) and not Path(text).exists()
+
+
+def pull_version(name: str) -> Version:
+    """Fetch a version from the Hub into the Hub's own cache, and check every file; the second time needs no network.
+
+    Args:
+        name: ORG/NAME@VERSION, where a version is a tag, a branch or a commit; without one, the newest tag.
+
+    Raises:
+        StoreError: there is no such dataset or version, it is not ours, it is damaged, or it is not here and the Hub is far.
+    """
+    found = _NAME.fullmatch(name)
+    if not found:
+        raise StoreError(f"not a dataset of the Hub: {name}", hint="it looks like ORG/NAME@v1.0.0")
+    repo, wanted = found[1], found[2]
+    try:
+        revision = wanted or _newest(_tags(repo))
+        if revision is None:
+            raise StoreError(f"{repo} has no version", hint="`synth push` makes them; or name a commit: ORG/NAME@COMMIT")
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=WANTED)
+    except GatedRepoError:
+        raise StoreError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        known = ", ".join(sorted(_tags(repo), key=parse_version)) or "none"
+        raise StoreError(f"{repo} has no version {wanted}", hint=f"versions there: {known}") from None
+    except RepositoryNotFoundError:
+        raise StoreError(
+            f"no folder and no dataset of the Hub: {name}", hint="check the name; a private one needs `hf auth login`"
+        ) from None
+    except HFValidationError as error:
+        raise StoreError(f"not a dataset of the Hub: {name} ({error})", hint="it looks like ORG/NAME@v1.0.0") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, httpx2.TransportError) as error:
+        raise StoreError(
+            f"{name} is not in the cache, and the Hub does not answer: {' '.join(str(error).split())[:200]}",
+            hint="check the network, then try again; what was fetched is kept",
+        ) from None
+    version = read_version(Path(folder))
+    _check(version, name)
+    return Version(version.path, version.manifest, repo)
+
+
+def _tags(repo: str) -> list[str]:
+    """Return the versions of a dataset, by the Hub, or where it does not answer by what the cache holds."""
+    try:
+        names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
+    except (OfflineModeIsEnabled, httpx2.TransportError):
+        cached = [found for found in scan_cache_dir().repos if found.repo_id == repo and found.repo_type == "dataset"]
+        names = [name for found in cached for name in found.refs]
+    return [name for name in names if _is_version(name)]
+
+
+def _newest(names: list[str]) -> str | None:
+    return max(names, key=parse_version, default=None)
+
+
+def _is_version(name: str) -> bool:
+    try:
+        parse_version(name)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check(version: Version, name: str) -> None:
+    files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
+    for file, about in files.items():
+        path = version.path / file
+        if not path.is_file() or file_digest(path) != about.get("sha256"):
+            raise StoreError(
+                f"{file} of {name} is not what its manifest says",
+                hint=f"fetch it again: remove {path.parent}; if that does not help, do not use the dataset",
+            )

@@ -1,0 +1,86 @@
+"""The Parquet files of a version, cut where the rows themselves say so.
+
+A row group, and a shard, ends before a row whose `sample_id` (a sha256, so as good as a draw of lots) is a multiple of a
+number. A row that is added or removed then moves no cut but the one next to it: every other shard of the next version has the
+same bytes, and is not uploaded again. Pixels are stored as they are, since JPEG and PNG are compressed already: a
+content-defined chunk of Xet finds an image again wherever it lies.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.tables import PIXELS, with_features
+
+GROUP_ROWS = 64  # of a row group, on average
+SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
+GROUP_BYTES = 16_000_000  # a group of large images ends early, so that a reader need not hold it
+MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
+
+
+class SplitWriter:
+    """Writes the rows of one split in order to `folder/SPLIT-00000.parquet` and so on; memory holds one row group."""
+
+    def __init__(self, folder: Path, split: str, schema: pa.Schema) -> None:
+        self.folder, self.split, self.schema = folder, split, with_features(schema)
+        self.rows = 0
+        self._shards = 0
+        self._group: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._bytes = 0  # of the shard so far
+
+    def add(self, table: pa.Table) -> None:
+        """Take rows; a group is written when the next row begins another one."""
+        table = table.select(self.schema.names).cast(self.schema)
+        self.rows += table.num_rows
+        if sum(part.nbytes for part in self._group) >= GROUP_BYTES:
+            self._flush(may_end_shard=False)
+        first = 0
+        for at, sample_id in enumerate(table["sample_id"].to_pylist()):
+            draw = int(sample_id[-12:], 16)
+            if draw % GROUP_ROWS == 0:
+                self._group.append(table.slice(first, at - first))
+                self._flush(may_end_shard=draw % (GROUP_ROWS * SHARD_GROUPS) == 0)
+                first = at
+        self._group.append(table.slice(first))
+
+    def close(self) -> None:
+        """Write what is held, and finish the last shard."""
+        self._flush(may_end_shard=False)
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+    def _flush(self, *, may_end_shard: bool) -> None:
+        group = pa.concat_tables(self._group) if self._group else None
+        self._group = []
+        if group is not None and group.num_rows:
+            if self._writer is None:
+                path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
+                self._writer = pq.ParquetWriter(path, self.schema, **_how_to_write(self.schema))
+                self._shards, self._bytes = self._shards + 1, 0
+            self._writer.write_table(group.combine_chunks())
+            self._bytes += group.nbytes
+        ends = self._bytes >= MAX_SHARD_BYTES or (may_end_shard and self._bytes >= MIN_SHARD_BYTES)
+        if self._writer and ends:
+            self._writer.close()
+            self._writer = None
+
+
+def _how_to_write(schema: pa.Schema) -> dict[str, object]:
+    """Compress texts and not pixels; keep no dictionary and no statistics of pixels."""
+    leaves = [path for field in schema for path in _leaves(field.name, field.type)]
+    texts = [path for path in leaves if path.split(".")[0] not in PIXELS]
+    return {
+        "compression": {path: "zstd" if path in texts else "none" for path in leaves},
+        "use_dictionary": texts,
+        "write_statistics": texts,
+    }
+
+
+def _leaves(path: str, kind: pa.DataType) -> list[str]:
+    """Return the names that Parquet gives to the columns of a nested type."""
+    if pa.types.is_struct(kind):
+        return [leaf for n in range(kind.num_fields) for leaf in _leaves(f"{path}.{kind.field(n).name}", kind.field(n).type)]
+    return _leaves(f"{path}.list.element", kind.value_type) if pa.types.is_list(kind) else [path]

@@ -1,0 +1,108 @@
+"""Pushes with the real client, each in a process of its own that can be killed, without paying for its imports each time.
+
+The client reads where the Hub is when it is imported: so one process imports it, and forks for each push.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.store import Version
+from tests.hub.app import TOKEN
+from tests.hub.server import RunningHub
+
+PARENT = """
+import json, os, sys, traceback
+from pathlib import Path
+from pipeline.errors import SynthError
+from pipeline.outgoing import outgoing
+from pipeline.push import push_version
+from pipeline.store import read_version
+
+if os.environ.get("HASTY"):
+    import time
+    wait = time.sleep
+    time.sleep = lambda seconds: wait(min(seconds, 0.02))
+
+def push(version, repo, images=None, acknowledged=(), private=False):
+    with outgoing(read_version(Path(version)), repo, images=images, acknowledged=acknowledged) as package:
+        pushed = push_version(package, repo, private=private)
+    return {"commit": pushed.commit, "tag": pushed.tag, "is_new": pushed.is_new, "url": pushed.url, "repo": pushed.repo}
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            print(json.dumps(push(**json.loads(line))), flush=True)
+        except SynthError as error:
+            print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
+        except BaseException:
+            print(json.dumps({"crash": traceback.format_exc()}), flush=True)
+        os._exit(0)
+    print(json.dumps({"pid": child}), flush=True)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps({"status": status}), flush=True)
+"""
+
+
+@dataclass
+class Pusher:
+    """A client of one Hub. `pid` is that of the push that runs."""
+
+    hub: RunningHub
+    home: Path
+    xet: bool = False
+    token: str = TOKEN
+    debug: bool = False
+    hasty: bool = False  # do not wait long before trying again
+    pid: int = 0
+
+    def __enter__(self) -> "Pusher":
+        env = self.hub.env(self.home, xet=self.xet) | {"HF_TOKEN": self.token} | ({"HF_DEBUG": "1"} if self.debug else {})
+        env |= {"HASTY": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"} if self.hasty else {}
+        self.log = (self.home.parent / f"{self.home.name}.stderr").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PARENT], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+    def push(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> dict[str, Any]:
+        """Push and return what came of it: where it is, an error with its hint, or {} where the process was killed."""
+        self.start(version, repo, **options)
+        return self.finish()
+
+    def start(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> None:
+        """Begin a push."""
+        assert self.process.stdin
+        assert self.process.stdout
+        path = version.path if isinstance(version, Version) else version
+        self.process.stdin.write(json.dumps({"version": str(path), "repo": repo, **options}) + "\n")
+        self.process.stdin.flush()
+        self.answers: dict[str, Any] = {}
+        while "pid" not in self.answers:
+            self.answers |= json.loads(self.process.stdout.readline())
+        self.pid = self.answers.pop("pid")
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the push that was begun."""
+        assert self.process.stdout
+        while "status" not in self.answers:
+            self.answers |= json.loads(self.process.stdout.readline())
+        del self.answers["status"]
+        assert "crash" not in self.answers, self.answers["crash"]
+        return self.answers
+
+    def kill(self) -> None:
+        """End the push that runs, at once."""
+        os.kill(self.pid, 9)
