@@ -362,24 +362,24 @@ def report(
 
 def open_data(name: str | None, images: str | None) -> "Version":
     """Open what `--data` names, with pixels: from this machine or the Hub, joined from `--images` where it has none."""
-    from pipeline.join import images_of_dataset, images_of_files, join_pixels, lacks_pixels
+    from pipeline.join import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
     from pipeline.pull import names_hub, pull_version
     from pipeline.store import open_dataset
 
     version = pull_version(name) if name and names_hub(name) else open_dataset(Path(name) if name else None)
-    if not lacks_pixels(version):
-        return version
+    home = version.dataset / "joined"
+    found = joined_before(version, home) if lacks_pixels(version) else version
+    if found:
+        return found
     if images is None:
         raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the image files are: --images FOLDER")
     folder = Path(images)
     if not folder.is_dir():
         from pipeline.run import images_of_source
 
-        found = images_of_source(images)
-    else:
-        is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
-        found = images_of_dataset(folder) if is_dataset else images_of_files(folder)
-    return join_pixels(version, found, version.dataset / "joined")
+        return join_pixels(version, images_of_source(images), home)
+    is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
+    return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home)
 
 
 def vllm_flags(context: typer.Context) -> dict[str, Any] | None:

@@ -22,15 +22,21 @@ def lacks_pixels(version: Version) -> bool:
     return not set(PIXELS) & set(version.manifest["columns"])
 
 
+def joined_before(version: Version, home: Path) -> Version | None:
+    """Return the copy that `join_pixels` made under `home`, if it did."""
+    final = _place(version, home)
+    if not (final / "manifest.json").exists():
+        return None
+    joined = read_version(final)
+    return Version(joined.path, joined.manifest, version.repo)
+
+
 def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Version:
-    """Return a copy of a version with its pixels, made once under `home`; rows stand in the order of the images.
+    """Return a copy of a version with its pixels, written under `home`; rows stand in the order of the images.
 
     Raises:
         StoreError: images of some rows are not there.
     """
-    final = home / f"{version.name}-{version.manifest['digest'][:12]}"
-    if (final / "manifest.json").exists():
-        return _reopen(final, version)
     rows = {row["sample_id"]: row | {"split": split} for split in SPLITS for row in _texts(version, split)}
     count = len(rows)
     with scratch_folder(home) as aside:
@@ -45,8 +51,9 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
         schema = pq.read_schema(aside / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
         write_json(aside / "manifest.json", version.manifest | joined)
+        final = _place(version, home)
         publish(aside, final)
-    return _reopen(final, version)
+    return Version(final, version.manifest | joined, version.repo)
 
 
 def images_of_files(folder: Path) -> Iterator[Images]:
@@ -101,6 +108,5 @@ def _texts(version: Version, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _reopen(folder: Path, version: Version) -> Version:
-    joined = read_version(folder)
-    return Version(joined.path, joined.manifest, version.repo)
+def _place(version: Version, home: Path) -> Path:
+    return home / f"{version.name}-{version.manifest['digest'][:12]}"

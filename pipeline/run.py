@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.card import CARD_SAMPLES
 from pipeline.config import Config, resolve
+from pipeline.copies import Copies
 from pipeline.dedupe import dedupe_annotations
 from pipeline.errors import ConfigError, TableError
 from pipeline.fingerprint import file_digest
@@ -44,7 +45,6 @@ STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
 }
 ORDER = ("source", "generate", *STAGES, "version")
 LEFT_OUT = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
-HELD_OUT = ("validation", "test")
 CHUNK_SAMPLES = 64  # or fewer, where they come to CHUNK_BYTES
 CHUNK_BYTES = 16_000_000
 
@@ -158,43 +158,32 @@ def _generate(folder: Folder, config: Config, choice: Choice, samples: int, coun
 
 
 def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk) -> None:
-    """Read the source once into kept and rejected rows; an image that was there before is rejected as a duplicate."""
+    """Read the source once into kept and rejected rows; of several copies of an image one is kept."""
     rejected: list[dict[str, str]] = []
-    seen: dict[str, str | None] = {}  # the split that the source says of each sample
-    held_out: dict[str, str] = {}  # samples of which a copy stands in a split that nothing may be trained on
+    copies = Copies()
 
     def tables() -> Iterator[pa.Table]:
         batch: list[dict[str, Any]] = []
         for row in source.rows:
-            if isinstance(row, Sample) and row.id in seen:
-                if row.split in HELD_OUT and seen[row.id] not in HELD_OUT:
-                    held_out[row.id] = str(row.split)
-                row = Rejected(source_row=row.source_row, reason="duplicate_image", detail=row.id)
-            if isinstance(row, Rejected):
-                rejected.append(asdict(row))
+            found = copies.settle(row) if isinstance(row, Sample) else row
+            if isinstance(found, Rejected):
+                rejected.append(asdict(found))
                 continue
-            seen[row.id] = row.split
-            batch.append({"sample_id": row.id, **asdict(row)})
+            batch.append({"sample_id": found.id, **asdict(found)})
             if len(batch) == CHUNK_SAMPLES or sum(len(image) for each in batch for image in each["images"]) >= CHUNK_BYTES:
                 yield pa.Table.from_pylist(batch, schema=SAMPLE)
-                talk("source", len(seen), limit)
+                talk("source", len(copies.kept), limit)
                 batch.clear()
-            if len(seen) == limit:
+            if len(copies.kept) == limit:
                 break
         yield pa.Table.from_pylist(batch, schema=SAMPLE)
-        talk("source", len(seen), limit and len(seen))
+        talk("source", len(copies.kept), limit and len(copies.kept))
 
     write_table(folder.stage("source"), tables(), SAMPLE)
-    if held_out:
-        write_table(folder.stage("source"), (_with_split(batch, held_out) for batch in _batches(folder)), SAMPLE)
+    if copies.changes:
+        write_table(folder.stage("source"), map(copies.apply, _batches(folder)), SAMPLE)
+    rejected.sort(key=lambda row: row["source_row"])
     write_table(folder.stage("source", "rejected"), [pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)], SOURCE_REJECTED)
-
-
-def _with_split(batch: pa.RecordBatch, held_out: dict[str, str]) -> pa.Table:
-    """Move samples of which a copy is held out to the split of that copy."""
-    rows = zip(batch["sample_id"].to_pylist(), batch["split"].to_pylist(), strict=True)
-    splits = pa.array([held_out.get(sample_id, split) for sample_id, split in rows], pa.string())
-    return pa.Table.from_batches([batch]).set_column(batch.schema.get_field_index("split"), "split", splits)
 
 
 def _apply(folder: Folder, name: str, marked: pa.Table, table: pa.Table) -> None:

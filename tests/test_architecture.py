@@ -25,6 +25,8 @@ LOWER = {
     "ledger": {"fingerprint", "tables"},
     "measure": {"scenes"},
     "shards": {"tables"},
+    "copies": {"tables", "types"},
+    "outgoing": {"card", "errors", "fingerprint", "licence", "store", "tables"},
     "diff": {"errors", "fingerprint", "store", "tables"},
     "pull": {"errors", "fingerprint", "store"},
     "join": {"errors", "fingerprint", "image", "shards", "store", "tables", "types"},
@@ -32,21 +34,8 @@ LOWER = {
     "store": {"errors", "tables"},
     "scenes": {"errors", "schema", "generate.prompt"},
 }
-STAGE_MAY = {
-    "answers",
-    "card",
-    "shards",
-    "errors",
-    "licence",
-    "types",
-    "schema",
-    "tables",
-    "config",
-    "store",
-    "fingerprint",
-    "image",
-    "scenes",
-}
+STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
+STAGE_MAY |= {"store", "tables", "types"}
 TRAINER_MAY = {"errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 

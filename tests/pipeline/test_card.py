@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.card import one_line, render_card
+from pipeline.card import metadata, one_line, render_card
+from pipeline.tables import ROW, features, with_features
 
 MANIFEST: dict[str, Any] = {
     "version": "v1.0.0",
@@ -13,10 +15,14 @@ MANIFEST: dict[str, Any] = {
     "digest": "d" * 64,
     "source": {"name": "scenes", "revision": "1.0"},
     "model": {"name": "tiny", "revision": "abc"},
-    "prompts": ["caption/v1@123", "qa/v1@456"],
+    "prompts": {"system/v1": "Be brief.", "caption/v1@123": "Task: caption", "qa/v1@456": "Task: qa"},
+    "schemas": {"qa": {"type": "object"}},
     "config": {"tasks": ["caption", "qa"]},
     "licences": ["cc0-1.0"],
     "columns": ["sample_id", "image"],
+    "features": features(pa.schema([ROW.field("sample_id"), ROW.field("image")])),
+    "files": {"train-00000.parquet": {"bytes": 900}, "validation-00000.parquet": {"bytes": 100}},
+    "measured": {},
     "rows": {"train": 8, "validation": 1, "test": 0},
     "funnel": [{"stage": "dedupe", "unit": "annotations", "input": 9, "kept": 8, "rejected": {"duplicate": 1}}],
 }
@@ -43,6 +49,38 @@ def test_the_header_says_what_the_hub_asks_for() -> None:
     assert files == [{"split": split, "path": f"{split}-*.parquet"} for split in ("train", "validation")]
 
 
+def test_the_features_of_the_header_are_those_that_datasets_reads_from_a_shard() -> None:
+    from datasets import Features
+
+    info = metadata(MANIFEST | {"features": features(ROW)})["dataset_info"]
+    assert Features._from_yaml_list(info["features"]) == Features.from_arrow_schema(with_features(ROW))
+    assert [split["num_examples"] for split in info["splits"]] == [8, 1]
+    assert info["dataset_size"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "upstream"),
+    [("scenes", "original"), ("hub:me/photos", "me/photos"), ("flickr30k:me/copy", "me/copy"), ("folder", "original")],
+)
+def test_the_header_names_the_dataset_that_it_is_made_from(name: str, upstream: str) -> None:
+    assert metadata(MANIFEST | {"source": {"name": name, "revision": "1"}})["source_datasets"] == [upstream]
+
+
+def test_what_was_measured_is_told_with_what_it_is_measured_against() -> None:
+    measured = {
+        "captions": {"brief": {"count": 9, "mean_words": 7.5}},
+        "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
+        "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
+        "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
+        "words_shared_with_references": {"brief": 0.7, "references": 0.6},
+    }
+    card = render_card(MANIFEST | {"measured": measured}, [])
+    assert "| objects named in captions, brief | 0.99 | of the objects that are there, 0.98 are named |" in card
+    assert "| answers, number | 0.9 | always giving the most frequent answer: 0.4 |" in card
+    assert "| one of the source's captions, by the others | 0.6 |" in card
+    assert "| answers, yes/no | 9 | yes: 0.6 of them |" in card
+
+
 def test_counts_prompts_and_the_way_to_load_it_are_there() -> None:
     card = render_card(MANIFEST, [])
     assert 'load_dataset("ORG/NAME", revision="v1.0.0")' in card
@@ -62,4 +100,5 @@ def test_model_text_stays_within_its_line(text: str) -> None:
 
 
 def test_an_unknown_licence_is_called_other() -> None:
-    assert header(render_card(MANIFEST | {"licences": ["unknown"]}, []))["license"] == "other"
+    found = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
+    assert (found["license"], found["license_name"]) == ("other", "flickr-terms-and-unknown")

@@ -1,5 +1,6 @@
 """Versions: content-addressed, numbered by what changed, and readable by `datasets` with images decoded."""
 
+import random
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -87,3 +88,16 @@ def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
     (tmp_path / "versions" / ".next").mkdir()
     (tmp_path / "versions" / "v9.0.0").mkdir()  # a folder without its manifest
     assert [version.name for version in Folder(tmp_path).versions()] == ["v1.0.0"]
+
+
+def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path: Path) -> None:
+    samples = scene_samples(40)
+    shuffled = random.Random(5).sample(samples, len(samples))
+    by_style = true_captions(shuffled).sort_by([("style", "descending"), ("sample_id", "ascending")])
+    one, other = make_version(tmp_path / "one", samples), make_version(tmp_path / "other", shuffled, by_style)
+    captions = {row["sample_id"]: row["captions"] for row in one[0].read("train").to_pylist()}
+    assert one[0].manifest["digest"] != other[0].manifest["digest"]  # the captions of a row do have an order
+    assert captions.keys() == {row["sample_id"] for row in other[0].read("train").to_pylist()}
+    again, _ = make_version(tmp_path / "again", shuffled)
+    assert again.manifest["digest"] == one[0].manifest["digest"]
+    assert again.read("train")["sample_id"].to_pylist() != one[0].read("train")["sample_id"].to_pylist()

@@ -1,0 +1,137 @@
+"""What it takes to push a dataset of images: time, memory, and bytes for a child version, beside `Dataset.push_to_hub`.
+
+    python benchmarks/push.py [--megabytes 2000] [--mode xet|lfs]
+
+Both push the same rows (random bytes of 90 kB stand for JPEGs, which do not compress either) to the same Hub-protocol server on
+loopback, each in a process of its own, one after the other. Peak memory is that of the process (VmHWM) above what it held
+when all was imported. Then 1 % of the rows change, spread over the whole, and both push again.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.store import Folder, Version
+from pipeline.tables import LEDGER, ROW
+from pipeline.version import Rows, draft_version, row_digest
+from tests.hub.server import RunningHub, running_hub
+from tests.scene_data import MADE_BY
+
+IMAGE_BYTES = 90_000
+CHANGED = 0.01
+MEASURE = """
+import json, re, sys, time
+def kilobytes(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+from pathlib import Path
+{imports}
+idle, started = kilobytes("VmRSS"), time.monotonic()
+{push}
+seconds = time.monotonic() - started
+print(json.dumps({{"seconds": seconds, "peak_mb": (kilobytes("VmHWM") - idle) / 1000}}))
+"""
+OURS = {
+    "imports": "from pipeline.outgoing import outgoing\nfrom pipeline.push import push_version\n"
+    "from pipeline.store import read_version\nimport huggingface_hub.hf_api",
+    "push": "with outgoing(read_version(Path(sys.argv[1])), sys.argv[2]) as package:\n    push_version(package, sys.argv[2])",
+}
+THEIRS = {
+    "imports": "import datasets, huggingface_hub.hf_api\n"
+    "files = sorted(map(str, Path(sys.argv[1]).glob('train-*.parquet')))\n"
+    "dataset = datasets.load_dataset('parquet', data_files=files, split='train')",
+    "push": "dataset.push_to_hub(sys.argv[2])",
+}
+
+
+def pixels(number: int) -> bytes:
+    """Return what stands for one image."""
+    return random.Random(number).randbytes(IMAGE_BYTES)
+
+
+def row(number: int, image: int, text: str) -> dict[str, Any]:
+    """Return one row of a version; the same image and text are the same row."""
+    data = pixels(image)
+    caption = {"text": text, "style": "brief", "prompt_id": "caption/v1@test"}
+    return {
+        "sample_id": hashlib.sha256(data).hexdigest(),
+        "image": {"bytes": data, "path": None},
+        "width_px": 500,
+        "height_px": 375,
+        "source": "random",
+        "source_row": str(number),
+        "licence": "cc0-1.0",
+        "references": [],
+        "captions": [caption],
+        "qa": [],
+        "split": "train",
+    }
+
+
+def make(folder: Path, count: int, *, new_texts: set[int] = frozenset(), new_images: set[int] = frozenset()) -> Version:  # type: ignore[assignment]
+    """Write the next version of a dataset; some rows have another text or another image than in the first."""
+    rows = Rows(licences={"cc0-1.0"})
+    words = " ".join(f"word{n}" for n in range(20))
+    with draft_version(Folder(folder)) as draft:
+        for first in range(0, count, 100):
+            batch = [
+                row(n, n + (count if n in new_images else 0), f"{'Another' if n in new_texts else 'A'} caption {n} {words}")
+                for n in range(first, min(count, first + 100))
+            ]
+            rows.digests |= {each["sample_id"]: row_digest(each) for each in batch}
+            draft.add(pa.Table.from_pylist(batch, schema=ROW.append(pa.field("split", pa.string()))))
+        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
+    return version
+
+
+def push(hub: RunningHub, home: Path, how: dict[str, str], version: Version, repo: str, *, xet: bool) -> dict[str, float]:
+    """Push in a process of its own; return its seconds and peak memory, and the bytes that the server received."""
+    before = hub.hub.received_bytes
+    command = [sys.executable, "-c", MEASURE.format(**how), str(version.path), repo]
+    done = subprocess.run(command, env=hub.env(home, xet=xet), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured | {"sent_mb": (hub.hub.received_bytes - before) / 1e6}
+
+
+def main() -> None:
+    """Measure and print a table with ratios."""
+    parser = argparse.ArgumentParser(description="Push a dataset of images, beside Dataset.push_to_hub.")
+    parser.add_argument("--megabytes", type=int, default=2000)
+    parser.add_argument("--mode", choices=("xet", "lfs"), default="xet")
+    arguments = parser.parse_args()
+    count = arguments.megabytes * 1_000_000 // IMAGE_BYTES
+    some = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))
+    with tempfile.TemporaryDirectory() as name, running_hub(Path(name) / "hub") as hub:
+        root = Path(name)
+        print(f"{count} rows, {arguments.megabytes} MB, {arguments.mode}; {len(some)} rows change")
+        changes: dict[str, dict[str, set[int]]] = {
+            "the first version": {},
+            "1 % other captions": {"new_texts": some},
+            "1 % other images": {"new_images": some},
+        }
+        for title, change in changes.items():
+            version = make(root / "data", count, **change)
+            size_mb = sum(about["bytes"] for about in version.manifest["files"].values()) / 1e6
+            print(f"{title}, {version.name}, {size_mb:.0f} MB in {len(version.manifest['files'])} shards")
+            for who, how in (("synth", OURS), ("push_to_hub", THEIRS)):
+                got = push(hub, root / who, how, version, f"me/{who}", xet=arguments.mode == "xet")
+                print(
+                    f"  {who:<12} {got['seconds']:7.1f} s   peak +{got['peak_mb']:7.0f} MB   "
+                    f"sent {got['sent_mb']:8.1f} MB ({got['sent_mb'] / size_mb:6.1%})",
+                    flush=True,
+                )
+            if version.manifest["parent"]:
+                shutil.rmtree(version.path)  # the next one is a child of the first again
+
+
+if __name__ == "__main__":
+    main()

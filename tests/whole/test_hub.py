@@ -1,0 +1,135 @@
+"""A dataset on its way to the Hub and back, by commands: generate, push, versions, diff, train, evaluate."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.store import Folder
+from tests.hub.server import RunningHub, running_hub
+from tests.whole.conftest import SYNTH
+
+SCENES = 80
+
+
+class User:
+    """Somebody at a terminal, in a folder, with a Hub."""
+
+    def __init__(self, hub: RunningHub, folder: Path) -> None:
+        self.hub, self.folder = hub, folder
+        folder.mkdir(exist_ok=True)
+
+    def synth(self, *arguments: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
+        env = self.hub.env(self.folder / "home")
+        done = subprocess.run([SYNTH, *arguments], cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == int(fails), done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.synth(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def maker(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> User:
+    """Who made two versions and pushed both."""
+    user = User(hub, tmp_path_factory.mktemp("maker"))
+    for scenes in (SCENES - 10, SCENES):
+        user.synth("generate", "--source", "scenes", "--limit", str(scenes))
+        user.synth("push", "--repo", "me/scenes")
+    return user
+
+
+@pytest.fixture
+def reader(hub: RunningHub, tmp_path: Path) -> User:
+    return User(hub, tmp_path / "reader")
+
+
+def test_versions_say_what_there_is_and_where_it_was_pushed(maker: User, hub: RunningHub) -> None:
+    first, second = maker.json("versions")
+    assert (first["version"], first["parent"], second["version"], second["parent"]) == ("v1.0.0", None, "v1.1.0", "v1.0.0")
+    assert sum(second["rows"].values()) == SCENES
+    assert second["bytes"] > 0
+    tags = hub.hub.storage.repos["dataset", "me/scenes"].tags
+    assert second["pushed"] == [f"me/scenes@{tags['v1.1.0']}"]
+    shown = maker.synth("versions").stdout
+    assert f"pushed to me/scenes@{tags['v1.0.0']}" in shown
+    assert "(from v1.0.0)" in shown
+
+
+def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
+    same = maker.json("diff", "v1.1.0", "me/scenes@v1.1.0")
+    assert same["counts"] == {"same": SCENES, "added": 0, "removed": 0, "changed": 0}
+    shown = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
+    assert shown[0] == f"v1.0.0 -> v1.1.0: {SCENES - 10} same, 10 added, 0 removed, 0 changed"
+    assert "  config.limit: 70 -> 80" in shown
+
+
+def test_one_version_is_nothing_to_compare(maker: User) -> None:
+    done = subprocess.run([SYNTH, "diff", "v1.0.0"], cwd=maker.folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "name two versions" in done.stderr
+
+
+def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, hub: RunningHub, maker: User) -> None:
+    made = reader.json("train", "--data", "me/scenes@v1.0.0", "--steps", "2")
+    assert made["path"].startswith("data/me-scenes/checkpoints/v1.0.0")
+    asked = hub.hub.sent_bytes
+    reader.synth("train", "--data", "me/scenes@v1.0.0", "--steps", "2", "--seed", "1", "--out", "again")
+    assert hub.hub.sent_bytes == asked  # all of it was in the cache
+    scores = reader.json("evaluate", "again", "--data", "me/scenes@v1.0.0")
+    assert scores["images"] > 0
+
+
+def test_pixels_that_stayed_at_home_are_joined_again(reader: User, maker: User) -> None:
+    maker.synth("push", "--repo", "me/texts", "--no-images")
+    refused = reader.synth("train", "--data", "me/texts", "--steps", "2", fails=True).stderr
+    assert "me/texts holds no pixels" in refused
+    assert "--images" in refused
+    of_dataset = ("--images", str(maker.folder / "data" / "scenes"))
+    reader.synth("train", "--data", "me/texts", *of_dataset, "--steps", "2")
+    # The second time it lies here already.
+    scores = reader.json(
+        "evaluate", str(next(reader.folder.glob("data/me-texts/checkpoints/*"))), "--data", "me/texts", *of_dataset
+    )
+    assert scores["images"] > 0
+
+
+def test_a_source_gives_the_pixels_too(reader: User, maker: User) -> None:
+    maker.synth("push", "--repo", "me/texts", "--no-images")
+    few = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True)
+    assert "nowhere" in few.stderr
+    reader.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
+
+
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(maker: User, hub: RunningHub) -> None:
+    asked = len(hub.hub.log)
+    told = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
+    assert set(told["files"]) == {p.name for p in Folder(maker.folder / "data" / "scenes").version().path.iterdir()}
+    assert len(hub.hub.log) == asked
+
+
+def test_a_manifest_and_the_journal_are_enough_to_make_a_version_again(maker: User, tmp_path: Path) -> None:
+    data = maker.folder / "data" / "scenes"
+    manifest = Folder(data).version("v1.0.0").path / "manifest.json"
+    shutil.copytree(data / "journal", tmp_path / "again" / "journal")
+    done = maker.synth("generate", "--config", str(manifest), "--out", str(tmp_path / "again"), "--json")
+    assert "asked the model 0 times" in done.stderr
+    assert json.loads(done.stdout)["digest"] == json.loads(manifest.read_text())["digest"]
+
+
+def test_the_report_holds_no_token_and_no_path(maker: User) -> None:
+    report = Path(maker.synth("report").stdout.strip())
+    text = (maker.folder / report).read_text()
+    assert "hf_loopback" not in text
+    assert str(maker.folder) not in text
