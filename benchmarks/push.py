@@ -39,9 +39,9 @@ seconds = time.monotonic() - started
 print(json.dumps({{"seconds": seconds, "peak_mb": (kilobytes("VmHWM") - idle) / 1000}}))
 """
 OURS = {
-    "imports": "from pipeline.outgoing import outgoing\nfrom pipeline.push import push_version\n"
+    "imports": "from pipeline.outgoing import outgoing\nfrom pipeline.push import push_package\n"
     "from pipeline.store import read_version\nimport huggingface_hub.hf_api",
-    "push": "with outgoing(read_version(Path(sys.argv[1])), sys.argv[2]) as package:\n    push_version(package, sys.argv[2])",
+    "push": "with outgoing(read_version(Path(sys.argv[1])), sys.argv[2]) as package:\n    push_package(package, sys.argv[2])",
 }
 THEIRS = {
     "imports": "import datasets, huggingface_hub.hf_api\n"

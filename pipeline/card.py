@@ -1,4 +1,4 @@
-"""The card of a version: README.md with YAML that a dumper wrote and text in which model output can break nothing."""
+"""Cards of datasets and models: README.md with YAML that a dumper wrote and text in which model output can break nothing."""
 
 import html
 import json
@@ -20,6 +20,26 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
     """Return README.md for a manifest and a few of its rows without pixels."""
     body = environment().from_string(read_template("dataset.md.j2")).render(manifest=manifest, samples=samples, repo=repo)
     return f"---\n{dump_header(metadata(manifest))}---\n\n{body.strip()}\n"
+
+
+def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
+    """Return README.md for a checkpoint.
+
+    Args:
+        about: `config`, `train` and `metrics` as the checkpoint holds them, and the `digest` of its files.
+        repo: where the model is pushed to.
+        dataset: the repository of the data, where it is known.
+    """
+    values = about | {"title": repo, "data": about["config"]["data"], "dataset": dataset}
+    body = environment().from_string(read_template("model.md.j2")).render(values)
+    header = {
+        "language": ["en"],
+        "license": "other",
+        "pipeline_tag": "image-to-text",
+        "tags": ["image-captioning", "synthetic", "synth"],
+        **({"datasets": [dataset]} if dataset else {}),
+    }
+    return f"---\n{dump_header(header)}---\n\n{body.strip()}\n"
 
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError, SynthError
 
 if TYPE_CHECKING:
     from pipeline.generate.ask import Counts
+    from pipeline.outgoing import Package
+    from pipeline.push import Pushed
     from pipeline.store import Version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -224,7 +226,10 @@ def diff(
 
 @app.command()
 def push(
-    data: DataDir = None,
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Dataset folder, one of its versions, or a checkpoint.", show_default="the last dataset made"),
+    ] = None,
     repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
     version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
@@ -240,33 +245,27 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push a version to the Hugging Face Hub: one commit, one tag that never moves."""
+    """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
     from pipeline.licence import staying_home
-    from pipeline.outgoing import outgoing
-    from pipeline.progress import progress
-    from pipeline.push import push_version
+    from pipeline.outgoing import outgoing, outgoing_checkpoint
     from pipeline.store import Folder, open_dataset
 
+    if data and (data / "train.json").exists():
+        send(outgoing_checkpoint(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
+        return
     chosen = open_dataset(data, version)
     held = staying_home(chosen.manifest["licences"])
     with outgoing(chosen, repo, images=images, acknowledged=acknowledge or ()) as package:
+        say(f"licence of the images: {', '.join(chosen.manifest['licences'])}")
         if package.manifest.get("acknowledged"):
             say(f"note: pixels under {', '.join(held)} are pushed, and the card says that you acknowledged their terms")
         elif held and images is None:
             say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
-        sizes = package.bytes()
-        size = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
-        say(f"{chosen.path}: {size}, licence of the images: {', '.join(chosen.manifest['licences'])}")
-        if dry_run:
-            show({"files": sizes, "repo": repo, "version": chosen.name, "staying_home": held}, as_json, "repo")
-            return
-        with progress() as talk:
-            pushed = push_version(package, repo, private=private, talk=talk)
-    Folder(chosen.dataset).note_push(chosen.name, pushed.repo, pushed.commit)
-    say(f"pushed {chosen.name} as {pushed.commit}" if pushed.is_new else f"nothing to do: {chosen.name} is there already")
-    say("load it with:\n  from datasets import load_dataset")
-    say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
-    show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
+        pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
+    if pushed:
+        Folder(chosen.dataset).note_push(chosen.name, pushed.repo, pushed.commit)
+        say("load it with:\n  from datasets import load_dataset")
+        say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 
 
 @app.command()
@@ -358,6 +357,23 @@ def report(
     folder = version.dataset
     with disk_errors(folder):
         typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder)))
+
+
+def send(package: "Package", repo: str, *, private: bool, dry_run: bool, as_json: bool) -> "Pushed | None":
+    """Push a package and print where it is, or with `dry_run` only what would be sent."""
+    from pipeline.progress import progress
+    from pipeline.push import push_package
+
+    sizes = package.bytes()
+    say(f"{package.name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    if dry_run:
+        show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
+        return None
+    with progress() as talk:
+        pushed = push_package(package, repo, private=private, talk=talk)
+    say(f"pushed {pushed.tag} as {pushed.commit}" if pushed.is_new else f"nothing to do: {pushed.tag} is there already")
+    show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
+    return pushed
 
 
 def open_data(name: str | None, images: str | None) -> "Version":

@@ -1,4 +1,4 @@
-"""What leaves this machine when a version is pushed: shards and ledger, with a manifest and a card that say what they hold."""
+"""What leaves this machine in a push: the files of a version or a model, with a manifest and a card that say what they hold."""
 
 import json
 import tempfile
@@ -6,24 +6,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.card import CARD_SAMPLES, render_card
+from pipeline.card import CARD_SAMPLES, render_card, render_model_card
 from pipeline.errors import PushError
-from pipeline.fingerprint import file_digest
+from pipeline.fingerprint import digest, file_digest
 from pipeline.licence import staying_home
-from pipeline.store import LEDGER_FILE, Version
+from pipeline.store import LEDGER_FILE, Folder, Version, read_json
 from pipeline.tables import PIXELS, ROW, SPLITS, features, with_features
+
+CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A version on its way: its manifest as it will be read there, and the content of every file by its path there."""
+    """A version of a dataset, or a model, on its way.
 
-    version: Version
+    `name` is its tag, `title` the message of its commit; `manifest` is as it will be read there, and says of `files` what
+    their bytes are; `files` holds the content of every file by its path there.
+    """
+
+    kind: Literal["dataset", "model"]
+    name: str
+    title: str
     manifest: dict[str, Any]
     files: dict[str, Path | bytes]
 
@@ -81,17 +89,53 @@ def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
 
 
 def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     return Package(
-        version,
-        manifest,
-        {
+        kind="dataset",
+        name=version.name,
+        title=f"{version.name}: {sum(manifest['rows'].values())} samples",
+        manifest=manifest,
+        files={
             **{name: folder / name for name in sorted(manifest["files"])},
             LEDGER_FILE: version.path / LEDGER_FILE,
             "README.md": render_card(manifest, first_rows(version), repo).encode(),
-            "manifest.json": text.encode(),
+            "manifest.json": _json(manifest),
         },
     )
+
+
+def outgoing_checkpoint(folder: Path, repo: str) -> Package:
+    """Return the package of a trained captioner; its tag names the version of the data and its own content.
+
+    Raises:
+        PushError: the folder holds no finished training.
+    """
+    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
+    if missing:
+        raise PushError(f"{folder} is no finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
+    about = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
+    files = {name: {"sha256": file_digest(folder / name), "bytes": (folder / name).stat().st_size} for name in CHECKPOINT_FILES}
+    content = digest([files[name]["sha256"] for name in CHECKPOINT_FILES])
+    data = about["config"]["data"]
+    name = f"{data['version']}-{content[:8]}"
+    manifest = {"version": name, "digest": content, "data": data, "files": files}
+    pushes = Folder(folder.resolve().parents[1]).pushed()  # of the dataset, where the checkpoint lies with it
+    dataset = next((push["repo"] for push in pushes if push["version"] == data["version"]), None)
+    card = render_model_card(about | {"digest": content}, repo, dataset)
+    return Package(
+        kind="model",
+        name=name,
+        title=f"{name}: trained on {data['source']['name']}",
+        manifest=manifest,
+        files={
+            **{name: folder / name for name in CHECKPOINT_FILES},
+            "README.md": card.encode(),
+            "manifest.json": _json(manifest),
+        },
+    )
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def first_rows(version: Version, count: int = CARD_SAMPLES) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Stage: push. A version goes to the Hugging Face Hub in one commit, then gets a tag that never moves.
+"""Stage: push. A version, or a model, goes to the Hugging Face Hub in one commit, then gets a tag that never moves.
 
 A reader of the Hub sees the old version or the new one, never a mixture. Every attempt begins by looking at what is there, so
 that whatever cut off the one before, the next goes on from it.
@@ -49,7 +49,7 @@ NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new re
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where a version lies on the Hub. `is_new` is False where it was there before."""
+    """Where a package lies on the Hub. `is_new` is False where it was there before."""
 
     repo: str
     url: str
@@ -58,8 +58,8 @@ class Pushed:
     is_new: bool
 
 
-def push_version(package: Package, repo: str, *, private: bool = False, talk: Talk | None = None) -> Pushed:
-    """Push a version and tag the commit with its name; the same version twice is pushed once.
+def push_package(package: Package, repo: str, *, private: bool = False, talk: Talk | None = None) -> Pushed:
+    """Push a package and tag the commit with its name; the same one twice is pushed once.
 
     Raises:
         PushError: no or a bad token, a name that is taken, a Hub that refuses or does not answer.
@@ -106,29 +106,31 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, talk: Talk) -> Pushed:
-    created = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-    repo, name = created.repo_id, package.version.name
-    if private and not api.repo_info(repo, repo_type="dataset").private:
+    created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True)
+    repo, name = created.repo_id, package.name
+    if private and not api.repo_info(repo, repo_type=package.kind).private:
         raise PushError(f"{repo} exists and is public", hint="make it private in its settings, or choose another name")
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type="dataset").tags}
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=package.kind).tags}
     is_new = name not in tags
     commit = _commit(api, package, repo, talk) if is_new else tags[name]
     _verify(api, package, repo, commit)
     if is_new:
-        api.create_tag(repo, repo_type="dataset", tag=name, revision=commit, tag_message=f"digest {package.manifest['digest']}")
+        api.create_tag(
+            repo, repo_type=package.kind, tag=name, revision=commit, tag_message=f"digest {package.manifest['digest']}"
+        )
     return Pushed(repo, str(created), commit, name, is_new)
 
 
 def _commit(api: HfApi, package: Package, repo: str, talk: Talk) -> str:
     """Upload what is large, then make the one commit on top of the head that was looked at; return its id."""
-    manifest, name = package.manifest, package.version.name
-    head = str(api.repo_info(repo, repo_type="dataset").sha)
-    there = _remote_manifest(api, repo, head)
-    files = set(api.list_repo_files(repo, repo_type="dataset", revision=head))
+    manifest, name = package.manifest, package.name
+    head = str(api.repo_info(repo, repo_type=package.kind).sha)
+    there = _remote_manifest(api, package, repo, head)
+    files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
     if there and there["version"] == name:
         _require_same(package, there, repo)
         return head  # an earlier push was cut off between its commit and its tag
-    if there and parse_version(there["version"]) > package.version.number:
+    if there and package.kind == "dataset" and parse_version(there["version"]) > parse_version(name):
         raise PushError(
             f"{repo} already holds {there['version']}, which is newer than {name}",
             hint="push the newest version, or an older one to a repository of its own",
@@ -141,14 +143,14 @@ def _commit(api: HfApi, package: Package, repo: str, talk: Talk) -> str:
     large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
     for done, addition in enumerate(large):
         talk("push", done, len(large))
-        api.preupload_lfs_files(repo, [addition], repo_type="dataset", free_memory=False)
+        api.preupload_lfs_files(repo, [addition], repo_type=package.kind, free_memory=False)
     talk("push", len(large), len(large))
     stale = [path for path in there.get("files", ()) if path in files and path not in package.files]
     made = api.create_commit(
         repo,
         [*additions, *map(CommitOperationDelete, stale)],
-        repo_type="dataset",
-        commit_message=f"{name}: {sum(manifest['rows'].values())} samples",
+        repo_type=package.kind,
+        commit_message=package.title,
         commit_description=f"digest {manifest['digest']}",
         parent_commit=head,
     )
@@ -157,7 +159,7 @@ def _commit(api: HfApi, package: Package, repo: str, talk: Talk) -> str:
 
 def _require_same(package: Package, there: dict[str, Any], repo: str) -> None:
     """Refuse to go on where the Hub has something else under the name of this version."""
-    name = package.version.name
+    name = package.name
     if there.get("digest") != package.manifest["digest"]:
         raise PushError(
             f"{repo} already has another {name}", hint="a tag never moves: make a new version, or push to another repository"
@@ -167,15 +169,16 @@ def _require_same(package: Package, there: dict[str, Any], repo: str) -> None:
         raise PushError(f"{repo} already has {name} {which}", hint="a tag never moves: push to another repository")
 
 
-def _remote_manifest(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
+def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> dict[str, Any]:
     """Return the manifest at a revision; nothing where there is none of ours."""
-    if not api.file_exists(repo, "manifest.json", repo_type="dataset", revision=revision):
+    if not api.file_exists(repo, "manifest.json", repo_type=package.kind, revision=revision):
         return {}
-    path = hf_hub_download(repo, "manifest.json", repo_type="dataset", revision=revision)
+    path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        parse_version(manifest["version"])
         ours = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict)
+        if package.kind == "dataset":
+            parse_version(manifest["version"])
     except (ValueError, KeyError, TypeError, ConfigError):
         return {}  # somebody else's file of the same name
     return manifest if ours else {}
@@ -183,21 +186,21 @@ def _remote_manifest(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
     """Read back what lies on the Hub, and compare it with its own manifest by checksum."""
-    manifest = _remote_manifest(api, repo, commit)
+    manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
-    wanted = {name: about["sha256"] for name, about in manifest["files"].items()}
-    wanted[LEDGER_FILE] = manifest["ledger"]["sha256"]
+    files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {})
+    wanted = {name: about["sha256"] for name, about in files.items()}
     found: dict[str, str] = {}
-    for entry in api.get_paths_info(repo, list(wanted), repo_type="dataset", revision=commit):
+    for entry in api.get_paths_info(repo, list(wanted), repo_type=package.kind, revision=commit):
         if isinstance(entry, RepoFile):
-            found[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(repo, entry.path, commit)
+            found[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(package, repo, entry.path, commit)
     wrong = sorted(name for name, sha256 in wanted.items() if found.get(name) != sha256)
     if wrong:
         raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
 
 
-def _small_file_digest(repo: str, path: str, commit: str) -> str:
-    local = hf_hub_download(repo, path, repo_type="dataset", revision=commit)
+def _small_file_digest(package: Package, repo: str, path: str, commit: str) -> str:
+    local = hf_hub_download(repo, path, repo_type=package.kind, revision=commit)
     return hashlib.sha256(Path(local).read_bytes()).hexdigest()
 
 

@@ -21,7 +21,7 @@ import json, os, sys, traceback
 from pathlib import Path
 from pipeline.errors import SynthError
 from pipeline.outgoing import outgoing
-from pipeline.push import push_version
+from pipeline.push import push_package
 from pipeline.store import read_version
 
 if os.environ.get("HASTY"):
@@ -31,7 +31,7 @@ if os.environ.get("HASTY"):
 
 def push(version, repo, images=None, acknowledged=(), private=False):
     with outgoing(read_version(Path(version)), repo, images=images, acknowledged=acknowledged) as package:
-        pushed = push_version(package, repo, private=private)
+        pushed = push_package(package, repo, private=private)
     return {"commit": pushed.commit, "tag": pushed.tag, "is_new": pushed.is_new, "url": pushed.url, "repo": pushed.repo}
 
 for line in sys.stdin:

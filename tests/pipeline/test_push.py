@@ -1,20 +1,25 @@
 """Push, through the real clients over HTTP: one commit, one tag, all or nothing, and twice is once."""
 
+import hashlib
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.store import Version
+from pipeline.types import Sample
 from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
-from tests.scene_data import make_version, scene_samples
+from tests.scene_data import make_version, scene_samples, true_captions
 
+EMPTY = {"background": "white", "objects": []}
 EXTRA = {"README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
 
 
@@ -193,6 +198,33 @@ def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: V
 def test_with_and_without_images_are_not_mixed_up(client: Pusher, version: Version) -> None:
     client.push(version)
     assert "already has v1.0.0 with its images" in client.push(version, images=False)["error"]
+
+
+def test_a_child_version_sends_by_xet_only_what_changed(hub: RunningHub, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    samples = [photo_like(rng, number) for number in range(300)]
+    captions = true_captions(scene_samples(300))
+    ids = pa.array([sample.id for sample in samples for _ in range(captions.num_rows // 300)])
+    captions = captions.set_column(captions.schema.get_field_index("sample_id"), "sample_id", ids)
+    parent, _ = make_version(tmp_path / "data", samples, captions)
+    texts = captions["text"].to_pylist()
+    texts[:: len(texts) // 3] = ["Something else."] * len(texts[:: len(texts) // 3])
+    captions = captions.set_column(captions.schema.get_field_index("text"), "text", pa.array(texts))
+    child, _ = make_version(tmp_path / "data", samples, captions)
+    with Pusher(hub, tmp_path / "home", xet=True) as client:
+        client.push(parent)
+        sent = hub.hub.received_bytes
+        assert client.push(child)["is_new"]
+    size = sum(about["bytes"] for about in child.manifest["files"].values())
+    assert sent > size * 0.95
+    assert hub.hub.received_bytes - sent < size * 0.05
+
+
+def photo_like(rng: random.Random, number: int) -> Sample:
+    """A sample whose bytes compress as little as those of a photo."""
+    data = rng.randbytes(30_000)
+    sample_id = hashlib.sha256(data).hexdigest()
+    return Sample(id=sample_id, source_row=str(number), images=(data,), width_px=9, height_px=9, licence="cc0-1.0", facts=EMPTY)
 
 
 def test_no_token_reaches_a_log_even_when_debugging(hub: RunningHub, version: Version, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.store import Folder
 from tests.hub.server import RunningHub, running_hub
@@ -110,6 +111,27 @@ def test_a_source_gives_the_pixels_too(reader: User, maker: User) -> None:
     few = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True)
     assert "nowhere" in few.stderr
     reader.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
+
+
+def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub: RunningHub) -> None:
+    checkpoint = maker.json("train", "--steps", "2")["path"]
+    pushed = maker.json("push", checkpoint, "--repo", "me/captioner")
+    repo = hub.hub.storage.repos["model", "me/captioner"]
+    assert pushed["tag"].startswith("v1.1.0-")
+    assert repo.tags == {pushed["tag"]: pushed["commit"]}
+    files = repo.commits[pushed["commit"]].files
+    card = hub.hub.storage.path(files["README.md"].sha256).read_text()
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["me/scenes"]
+    assert Folder(maker.folder / "data" / "scenes").version().manifest["digest"] in card
+    again = maker.synth("push", checkpoint, "--repo", "me/captioner")
+    assert "nothing to do" in again.stderr
+    assert len(repo.commits) == 2
+
+
+def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:
+    (maker.folder / "half").mkdir()
+    (maker.folder / "half" / "train.json").write_text("{}")
+    assert "is no finished training: it lacks config.json" in maker.synth("push", "half", "--repo", "me/x", fails=True).stderr
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(maker: User, hub: RunningHub) -> None:
