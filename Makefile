@@ -9,6 +9,7 @@ help:
 	@echo 'make test    set up, then lint, type-check and test'
 	@echo 'make format  rewrite the code in the one format'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
+	@echo 'make check-real REPO=ORG/NAME   the main job on 64 photos with your GPU, network and Hub token'
 	@echo 'make clean   remove what was set up and built here'
 
 demo: .stamps/venv
@@ -27,6 +28,14 @@ format: .stamps/venv
 teacher: .stamps/venv
 	$(BIN)/python -m pipeline.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
 
+# Needs a GPU with vLLM, a network and a Hub token: nothing of this is pretended elsewhere.
+check-real: .stamps/venv
+	@test -n "$(REPO)" || { echo 'say where to push: make check-real REPO=ORG/NAME'; exit 2; }
+	$(BIN)/synth doctor
+	$(BIN)/synth generate --source flickr30k --limit 64 --out check-real
+	$(BIN)/synth push check-real --repo $(REPO) --private
+	$(BIN)/synth train --data check-real --steps 50
+
 .stamps/venv: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
@@ -42,6 +51,6 @@ teacher: .stamps/venv
 	else rm -rf .venv-vllm; echo "vLLM for CPUs cannot be installed here: $$(grep -m 1 ERROR .stamps/vllm.log)"; fi
 
 clean:
-	rm -rf .venv .venv-vllm .stamps demo build dist *.egg-info
+	rm -rf .venv .venv-vllm .stamps demo check-real build dist *.egg-info
 
-.PHONY: help demo test format teacher clean
+.PHONY: help demo test format teacher check-real clean

@@ -272,10 +272,24 @@ def push(
 def train(
     data: DataName = None,
     images: Images = None,
-    encoder: Annotated[str, typer.Option(help="auto or tiny-vit.")] = "auto",
-    decoder: Annotated[str, typer.Option(help="auto or scratch.")] = "auto",
+    encoder: Annotated[
+        str, typer.Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
+    ] = "auto",
+    layer: Annotated[int | None, typer.Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
+    decoder: Annotated[str, typer.Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
+    texts: Annotated[
+        str | None, typer.Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic")
+    ] = None,
+    align_steps: Annotated[
+        int | None, typer.Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
-    seed: Annotated[int, typer.Option(help="Decides weights, dropout and the order of the data.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides weights, dropout and the order of the data.", show_default="0")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or train.json with the same settings and more; flags win over it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
@@ -284,18 +298,26 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split."""
     from pipeline.progress import progress
-    from pipeline.store import disk_errors
-    from trainer.config import resolve
+    from pipeline.store import disk_errors, safe_name
+    from trainer.config import is_of_other_settings, resolve
+    from trainer.loop import choose_encoder
     from trainer.loop import train as train_captioner
 
     version = open_data(data, images)
-    config = resolve(encoder=encoder, decoder=decoder, steps=steps, seed=seed)
-    say(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}")
-    folder = out or version.dataset / "checkpoints" / f"{version.name}-{config.encoder}-{config.decoder}"
+    flags = {"encoder": encoder, "layer": layer, "decoder": decoder, "texts": texts, "align_steps": align_steps}
+    settings = resolve(config, **flags, steps=steps, seed=seed)
+    if encoder == "auto" and "encoder" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"encoder": choose_encoder(say)})
+    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
+    name = safe_name(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
+    folder = out or version.dataset / "checkpoints" / name
+    if not resume and is_of_other_settings(folder, settings):
+        raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     with progress() as talk, disk_errors(folder):
-        metrics = train_captioner(version, config, folder, resume=resume, talk=talk)
-    say_scores(metrics)
-    show(metrics | {"path": str(folder)}, as_json, "path")
+        metrics = train_captioner(version, settings, folder, resume=resume, talk=talk)
+    if metrics:  # of several processes one speaks
+        say_scores(metrics)
+        show(metrics | {"path": str(folder)}, as_json, "path")
 
 
 @app.command()
@@ -305,14 +327,16 @@ def evaluate(
     images: Images = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    clip_score: Annotated[
+        str | None, typer.Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a captioner, on its images and on shuffled ones."""
     from pipeline.tables import SPLITS
     from trainer.checkpoint import load_checkpoint
-    from trainer.data import read_examples
-    from trainer.evaluate import evaluate as score
-    from trainer.evaluate import scored_style
+    from trainer.evaluate import evaluate_version
 
     if split not in SPLITS:
         raise typer.BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
@@ -320,8 +344,7 @@ def evaluate(
     version = open_data(data, images)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
-    examples = read_examples(version.read(split))
-    metrics = {"split": split, **score(loaded, examples, style or scored_style(loaded.captioner.config.styles))}
+    metrics = evaluate_version(loaded, version, split, style, beams, clip_score)
     say_scores(metrics)
     show(metrics, as_json, "scores")
 
@@ -331,15 +354,19 @@ def caption(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
+    question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",
+    beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Write a caption for each image."""
+    """Write a caption for each image, or the answer to a question about it."""
     from trainer.checkpoint import load_checkpoint
-    from trainer.evaluate import caption_files
+    from trainer.evaluate import describe_files
+    from trainer.model.search import Search
 
-    written = caption_files(load_checkpoint(checkpoint), images, style)
+    written = describe_files(load_checkpoint(checkpoint), images, style, question, Search(beams=beams))
+    what = "answer" if question else "caption"
     for path, text in zip(images, written, strict=True):
-        typer.echo(json.dumps({"image": str(path), "caption": text}) if as_json else f"{path}: {text}")
+        typer.echo(json.dumps({"image": str(path), what: text}) if as_json else f"{path}: {text}")
 
 
 @app.command()
@@ -380,22 +407,24 @@ def open_data(name: str | None, images: str | None) -> "Version":
     """Open what `--data` names, with pixels: from this machine or the Hub, joined from `--images` where it has none."""
     from pipeline.join import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
     from pipeline.pull import names_hub, pull_version
-    from pipeline.store import open_dataset
+    from pipeline.store import Folder, disk_errors, open_dataset
 
     version = pull_version(name) if name and names_hub(name) else open_dataset(Path(name) if name else None)
-    home = version.dataset / "joined"
-    found = joined_before(version, home) if lacks_pixels(version) else version
-    if found:
-        return found
-    if images is None:
-        raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the image files are: --images FOLDER")
-    folder = Path(images)
-    if not folder.is_dir():
-        from pipeline.run import images_of_source
+    if not lacks_pixels(version):
+        return version
+    home = Folder(version.dataset / "joined")
+    with disk_errors(home.path), home.lock(wait=True):  # of several processes one joins
+        if found := joined_before(version, home.path):
+            return found
+        if images is None:
+            raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the images are: --images FOLDER")
+        folder = Path(images)
+        if not folder.is_dir():
+            from pipeline.run import images_of_source
 
-        return join_pixels(version, images_of_source(images), home)
-    is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
-    return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home)
+            return join_pixels(version, images_of_source(images), home.path)
+        is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
+        return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home.path)
 
 
 def vllm_flags(context: typer.Context) -> dict[str, Any] | None:
@@ -440,7 +469,14 @@ def say_scores(metrics: dict[str, Any]) -> None:
     """Talk about scores: own images beside shuffled ones."""
     say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
     for name, value in metrics["scores"].items():
-        say(f"  {name:<8} {value:6.3f}   with shuffled images {metrics['shuffled_scores'][name]:6.3f}")
+        low, high = metrics["intervals"].get(name, (None, None))
+        interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""
+        say(f"  {name:<8} {value:6.3f}   with shuffled images {metrics['shuffled_scores'][name]:6.3f}{interval}")
+    for kind, found in metrics.get("questions", {}).items():
+        say(
+            f"  {kind:<8} {found['accuracy']:6.3f}   with shuffled images {found['shuffled']:6.3f}"
+            f"   most frequent answer {found['majority']:6.3f}   ({found['count']} questions)"
+        )
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """What leaves this machine in a push: the files of a version or a model, with a manifest and a card that say what they hold."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -113,13 +114,16 @@ def outgoing_checkpoint(folder: Path, repo: str) -> Package:
     if missing:
         raise PushError(f"{folder} is no finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
     about = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
+    for part in ("encoder", "decoder"):  # a path of the user's is nobody's business
+        about["train"][part] = Path(about["train"][part]).name if Path(about["train"][part]).is_dir() else about["train"][part]
+    train = _json(about["train"])
     files = {name: {"sha256": file_digest(folder / name), "bytes": (folder / name).stat().st_size} for name in CHECKPOINT_FILES}
+    files["train.json"] = {"sha256": hashlib.sha256(train).hexdigest(), "bytes": len(train)}
     content = digest([files[name]["sha256"] for name in CHECKPOINT_FILES])
     data = about["config"]["data"]
     name = f"{data['version']}-{content[:8]}"
     manifest = {"version": name, "digest": content, "data": data, "files": files}
-    pushes = Folder(folder.resolve().parents[1]).pushed()  # of the dataset, where the checkpoint lies with it
-    dataset = next((push["repo"] for push in pushes if push["version"] == data["version"]), None)
+    dataset = data.get("repo") or _pushed_as(folder, data)
     card = render_model_card(about | {"digest": content}, repo, dataset)
     return Package(
         kind="model",
@@ -128,10 +132,18 @@ def outgoing_checkpoint(folder: Path, repo: str) -> Package:
         manifest=manifest,
         files={
             **{name: folder / name for name in CHECKPOINT_FILES},
+            "train.json": train,
             "README.md": card.encode(),
             "manifest.json": _json(manifest),
         },
     )
+
+
+def _pushed_as(folder: Path, data: dict[str, Any]) -> str | None:
+    """Return where the data of a checkpoint was pushed to, where it lies in the folder of that very dataset."""
+    home = Folder(folder.resolve().parent.parent)
+    version = next((v for v in home.versions() if v.manifest["digest"] == data["digest"]), None)
+    return next((push["repo"] for push in home.pushed() if version and push["version"] == version.name), None)
 
 
 def _json(value: dict[str, Any]) -> bytes:

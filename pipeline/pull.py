@@ -5,6 +5,7 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -44,7 +45,10 @@ def pull_version(name: str) -> Version:
     try:
         revision = wanted or _newest(_tags(repo))
         if revision is None:
-            raise StoreError(f"{repo} has no version", hint="`synth push` makes them; or name a commit: ORG/NAME@COMMIT")
+            raise StoreError(
+                f"{repo} is no folder here, and no version of it is known",
+                hint="`synth push` makes versions; or name a commit: ORG/NAME@COMMIT",
+            )
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=WANTED)
     except GatedRepoError:
         raise StoreError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
@@ -59,7 +63,7 @@ def pull_version(name: str) -> Version:
         raise StoreError(f"not a dataset of the Hub: {name} ({error})", hint="it looks like ORG/NAME@v1.0.0") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, httpx2.TransportError) as error:
         raise StoreError(
-            f"{name} is not in the cache, and the Hub does not answer: {' '.join(str(error).split())[:200]}",
+            f"{name} is no folder here and not in the cache, and the Hub does not answer: {' '.join(str(error).split())[:200]}",
             hint="check the network, then try again; what was fetched is kept",
         ) from None
     version = read_version(Path(folder))
@@ -72,6 +76,8 @@ def _tags(repo: str) -> list[str]:
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (OfflineModeIsEnabled, httpx2.TransportError):
+        if not Path(HF_HUB_CACHE).is_dir():
+            return []
         cached = [found for found in scan_cache_dir().repos if found.repo_id == repo and found.repo_type == "dataset"]
         names = [name for found in cached for name in found.refs]
     return [name for name in names if _is_version(name)]

@@ -79,8 +79,10 @@ def push_package(package: Package, repo: str, *, private: bool = False, talk: Ta
         if not isinstance(error.__cause__, OSError | httpx2.TransportError):
             raise
         raise _unreachable(api, error.__cause__) from None
-    except (OSError, httpx2.TransportError) as error:
+    except (ConnectionError, TimeoutError, httpx2.TransportError) as error:
         raise _unreachable(api, error) from None
+    except OSError as error:
+        raise PushError(f"cannot read or keep a file: {error}", hint="check the disk, then push again") from None
 
 
 def _persist(attempt: Callable[[], Pushed]) -> Pushed:
@@ -176,7 +178,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
     path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        ours = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict)
+        ours = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict) and "version" in manifest
         if package.kind == "dataset":
             parse_version(manifest["version"])
     except (ValueError, KeyError, TypeError, ConfigError):

@@ -24,6 +24,7 @@ MAX_REJECTED = 100
 THUMBNAIL_PIXELS = 320 * 320
 PNG_PIXELS = 128 * 128
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
+CURVE_POINTS = 600
 
 
 def write_report(version: Version, folder: Path, checkpoint: Path | None = None) -> Path:
@@ -117,7 +118,8 @@ def _training(checkpoint: Path) -> dict[str, Any]:
 
 
 def _points(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in lines if name in line]
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [*points[:-1][:: max(1, len(points) // CURVE_POINTS)], *points[-1:]]  # more than a screen can show are thinned out
 
 
 def _chart(title: str, series: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
     counts, funnel = Counts(), []
     if source is not None:
         _write_source(folder, source, config.limit, talk)
-        write_json(folder.made_by("source"), {"name": source.name, "revision": source.revision})
+        write_json(folder.made_by("source"), {"name": source.name, "revision": source.revision, "decks": source.decks})
     samples, lost = _require_stage(folder, "source")
     funnel.append(_step("source", "images", samples, lost))
     if choice is not None:
@@ -216,7 +216,8 @@ def _write_version(
     rows, measure = Rows(), Measure()
     shown: list[dict[str, Any]] = []
     with draft_version(folder) as draft:
-        for table in build_rows(annotations, _batches(folder), source["name"], rows):
+        decks = bool(source.pop("decks", False))
+        for table in build_rows(annotations, _batches(folder), source["name"], rows, decks=decks):
             draft.add(table)
             texts = table.drop_columns(list(PIXELS)).to_pylist()
             measure.add(texts)

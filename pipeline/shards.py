@@ -2,7 +2,8 @@
 
 A row group, and a shard, ends before a row whose `sample_id` (a sha256, so as good as a draw of lots) is a multiple of a
 number. A row that is added or removed then moves no cut but the one next to it: every other shard of the next version has the
-same bytes, and is not uploaded again. Pixels are stored as they are, since JPEG and PNG are compressed already: a
+same bytes, and is not uploaded again. (Where 64 images come to more than GROUP_BYTES, groups end at that size too, and shards
+of LFS do change; Xet still finds the images.) Pixels are stored as they are, since JPEG and PNG are compressed already: a
 content-defined chunk of Xet finds an image again wherever it lies.
 """
 

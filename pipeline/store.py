@@ -152,12 +152,12 @@ class Folder:
         return found[-1]
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the only writer of this folder. Raises StoreError where another process is."""
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Be the only writer of this folder. Raises StoreError where another process is, unless told to wait for it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise StoreError(
                     f"another process is writing to {self.path}", hint="wait for it, or choose another --out"
@@ -209,7 +209,12 @@ def last_made() -> Path:
 
 def dataset_folder(source: str) -> Path:
     """Return where the dataset of a source lies unless told: its name, as letters, digits, dots and dashes."""
-    return DATA / (re.sub(r"[^A-Za-z0-9.]+", "-", source).strip("-.") or "dataset")
+    return DATA / (safe_name(source) or "dataset")
+
+
+def safe_name(text: str) -> str:
+    """Return a text as a name of a folder: letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
 
 
 @contextmanager

@@ -33,10 +33,13 @@ class Rows:
     licences: set[str] = field(default_factory=set)
 
 
-def build_rows(annotations: pa.Table, samples: Iterable[pa.RecordBatch], source: str, rows: Rows) -> Iterator[pa.Table]:
+def build_rows(
+    annotations: pa.Table, samples: Iterable[pa.RecordBatch], source: str, rows: Rows, *, decks: bool = False
+) -> Iterator[pa.Table]:
     """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (tables.ROW) with their `split`.
 
-    A sample whose annotations were all rejected is noted in `rows.rejected`.
+    With `decks`, a sample is a document, though it may have one page only. A sample whose annotations were all rejected is
+    noted in `rows.rejected`.
     """
     of_sample: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for annotation in annotations.to_pylist():
@@ -48,7 +51,7 @@ def build_rows(annotations: pa.Table, samples: Iterable[pa.RecordBatch], source:
             if not mine:
                 rows.rejected.append({"sample_id": sample["sample_id"], "reason": "no_annotation_left"})
                 continue
-            row = _row(sample, mine, source)
+            row = _row(sample, mine, source, decks=decks)
             rows.digests[row["sample_id"]] = row_digest(row)
             rows.licences.add(row["licence"])
             kept.append(row)
@@ -97,6 +100,12 @@ class Draft:
         if not table.num_rows:
             return
         self.columns = self.columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
+        lost = [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]
+        if lost:
+            raise TableError(
+                f"some samples have {', '.join(lost)} and the first ones have not",
+                hint="a source fills such a column always or never",
+            )
         for split in SPLITS:
             mine = table.filter(pc.equal(table["split"], split))
             if mine.num_rows:
@@ -165,11 +174,11 @@ def draft_version(folder: Folder) -> Iterator[Draft]:
             draft.close()
 
 
-def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str) -> dict[str, Any]:
+def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str, *, decks: bool) -> dict[str, Any]:
     captions = [a for a in annotations if a["task"] == "caption"]
     pairs = [a for a in annotations if a["task"] in ("qa", "deck_qa")]
     images = [{"bytes": image, "path": None} for image in sample["images"]]
-    is_deck = len(images) > 1
+    is_deck = decks or len(images) > 1
     return {
         "sample_id": sample["sample_id"],
         "image": None if is_deck else images[0],

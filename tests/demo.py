@@ -16,7 +16,8 @@ from tests.hub.server import running_hub
 
 HERE = Path("demo")
 SCENES = 1100
-TRAIN_STEPS = 300
+TRAIN_STEPS = 200
+ENCODER = "tiny-clip"
 REPO = "me/scenes"
 LOAD = f"""
 from datasets import load_dataset
@@ -65,7 +66,7 @@ def main() -> None:
         demo.lies_at(f"{url} (gone when the demo ends)")
         demo.step("load back", sys.executable, "-c", LOAD.replace("TAG", made["version"]))
         demo.lies_at(f"the tag {made['version']} of {REPO}")
-        checkpoint = demo.step("train and score", synth, "train", "--steps", str(TRAIN_STEPS))
+        checkpoint = demo.step("train and score", synth, "train", "--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
         demo.lies_at(str(HERE / checkpoint))
         image = "example.png"
         (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])  # a scene that no split holds

@@ -36,7 +36,7 @@ LOWER = {
 }
 STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
 STAGE_MAY |= {"store", "tables", "types"}
-TRAINER_MAY = {"errors", "types", "schema", "tables", "store", "image", "fingerprint"}
+TRAINER_MAY = {"answers", "errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:

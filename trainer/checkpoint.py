@@ -7,57 +7,55 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
-from pipeline.store import write_json
 from trainer.model.captioner import Captioner
+from trainer.text import Words
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A trained captioner with the tokenizer that it writes with."""
+    """A trained captioner with the words that it writes with."""
 
     captioner: Captioner
-    tokenizer: Tokenizer
+    words: Words
 
     def save(self, folder: Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json, each of them whole or not at all."""
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             self.captioner.save_pretrained(aside)
-            self.tokenizer.save(str(Path(aside) / "tokenizer.json"))
+            self.words.tokenizer.save(str(Path(aside) / "tokenizer.json"))
             for name in FILES:
                 (Path(aside) / name).replace(folder / name)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path | str, device: str | torch.device = "cpu") -> Checkpoint:
     """Load a checkpoint folder for use. Raises TrainError where it is none."""
+    folder = Path(folder)
     nothing = TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
     if not all((folder / name).exists() for name in FILES):
         raise nothing
     try:
         with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
-            captioner = Captioner.from_pretrained(str(folder)).eval()
-    except (TypeError, KeyError, RuntimeError):  # somebody else's model
+            captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device)
+    except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # somebody else's model, or half a file
         raise nothing from None
-    return Checkpoint(captioner, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    kind: Literal["scratch", "pretrained"] = "pretrained" if "language_model" in captioner.config.decoder else "scratch"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if kind == "scratch":
+        tokenizer.encode_special_tokens = True
+    return Checkpoint(captioner, Words(tokenizer, kind, captioner.config.eos_id))
 
 
-def save_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, best: float, run: str) -> None:
-    """Keep all that the next step depends on, whole or not at all; `run` names the settings and the data."""
-    state = {
-        "captioner": captioner.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "step": step,
-        "best": best,
-        "run": run,
-    }
+def save_resume(folder: Path, state: dict[str, Any]) -> None:
+    """Keep all that the next step depends on, whole or not at all."""
     aside = folder / ".resume.tmp"
     with aside.open("wb") as file:
         torch.save(state, file)
@@ -66,18 +64,15 @@ def save_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optim
     aside.replace(folder / "resume.pt")
 
 
-def load_resume(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, run: str) -> tuple[int, float]:
-    """Go back to where `save_resume` was; return the number of steps done and the best score so far."""
+def load_resume(folder: Path, run: str) -> dict[str, Any]:
+    """Return what `save_resume` kept. Raises TrainError where there is nothing, or another run."""
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     if state["run"] != run:
         raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
-    captioner.load_state_dict(state["captioner"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return int(state["step"]), float(state["best"])
+    return state
 
 
 class Log:
@@ -99,8 +94,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write metrics.json beside the weights."""
-    write_json(folder / "metrics.json", metrics)

@@ -1,95 +1,91 @@
-"""Rows of a version to batches: each image once, with all its captions, in an order that only seed and step decide."""
+"""Rows of a version to examples: each image once, with all its texts, in an order that only seed and step decide."""
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.image import prepare_image
-from trainer.model.captioner import EOS_ID, PAD_ID
+from trainer.text import Text
+
+HUMAN_STYLE = "brief"  # as people caption
+Mixture = Literal["synthetic", "human", "mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about an image with the answers that count as right; several where several people were asked."""
+
+    question: str
+    answers: tuple[str, ...]
+    answer_type: str
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image (as its file's bytes) with its captions as (style, text), and captions that people hold to be true."""
+    """One image (as its file's bytes) with the texts to learn, captions that people hold to be true, and questions."""
 
     sample_id: str
     image: bytes
-    captions: tuple[tuple[str, str], ...]
+    texts: tuple[Text, ...]
     references: tuple[str, ...]
+    questions: tuple[Question, ...] = ()
 
     def open(self) -> Image.Image:
         """Decode the image to RGB."""
         return prepare_image(self.image)
 
 
-def read_examples(table: pa.Table) -> list[Example]:
-    """Return the rows of a version (tables.ROW) that have a caption.
+def read_examples(table: pa.Table, mixture: Mixture = "synthetic", *, questions: bool = True) -> list[Example]:
+    """Return the rows of a version (tables.ROW) that have something to learn.
+
+    Args:
+        table: rows of one split.
+        mixture: whose texts to learn: the model's, people's, or both.
+        questions: whether answers to questions are learned too.
 
     Raises:
-        TrainError: no row has one.
+        TrainError: the samples are decks, or no row has a text of that kind.
     """
     if "image" not in table.column_names:
         raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")
-    columns = ["sample_id", "image", "captions", "references"]
-    rows: list[dict[str, Any]] = table.select(columns).to_pylist()
-    examples = [
-        Example(
-            sample_id=row["sample_id"],
-            image=row["image"]["bytes"],
-            captions=tuple((caption["style"], caption["text"]) for caption in row["captions"]),
-            references=tuple(row["references"]),
-        )
-        for row in rows
-        if row["captions"]
-    ]
-    if not examples:
-        raise TrainError("no captions to learn from", hint="generate with --tasks caption,qa")
-    return examples
+    names = ["sample_id", "image", "captions", "references", "qa", "reference_qa"]
+    rows = table.select([name for name in names if name in table.column_names]).to_pylist()
+    examples = [_example(row, mixture, questions=questions) for row in rows]
+    if not any(text.style for example in examples for text in example.texts):
+        raise TrainError(f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or take other --texts")
+    return [example for example in examples if example.texts]
 
 
-def start_token(style: str) -> str:
-    """Return the token that begins a caption of a style, and so asks for one."""
-    return f"<{style}>"
-
-
-def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE from the captions of the training split, and from nothing else."""
-    styles = sorted({style for example in examples for style, _ in example.captions})
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>", *map(start_token, styles)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def _example(row: dict[str, Any], mixture: Mixture, *, questions: bool) -> Example:
+    asked = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in row.get("qa") or ()]
+    human = [(pair["question"], tuple(pair["answers"]), pair["answer_type"]) for pair in row.get("reference_qa") or ()]
+    texts: list[Text] = []
+    if mixture != "human":
+        texts += [Text("synthetic", caption["text"], style=caption["style"]) for caption in row["captions"]]
+        texts += [Text("synthetic", answers[0], question=question) for question, answers, _ in asked if questions]
+    if mixture != "synthetic":
+        texts += [Text("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
+        texts += [
+            Text("human", most_common(answers), question=question) for question, answers, _ in human if questions and answers
+        ]
+    return Example(
+        sample_id=row["sample_id"],
+        image=row["image"]["bytes"],
+        texts=tuple(texts),
+        references=tuple(row["references"]),
+        questions=tuple(Question(q, answers, kind or "other") for q, answers, kind in human or asked if answers),
     )
-    tokenizer.train_from_iterator((text for example in examples for _, text in example.captions), trainer)
-    tokenizer.encode_special_tokens = True  # a caption that holds the text "<eos>" does not end there
-    assert (tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("<eos>")) == (PAD_ID, EOS_ID)
-    return tokenizer
 
 
-def caption_ids(tokenizer: Tokenizer, style: str, text: str, max_tokens: int) -> list[int]:
-    """Return start token, words and EOS; a text that is too long loses its end, and then has no EOS."""
-    start_id = tokenizer.token_to_id(start_token(style))
-    assert start_id is not None, f"the tokenizer was not trained on {style}"
-    return [start_id, *tokenizer.encode(text).ids, EOS_ID][: max_tokens + 1]
-
-
-def collate(rows: list[list[int]]) -> Tensor:
-    """Pad token ids on the right: -> (C, T)."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD_ID)
+def most_common(answers: tuple[str, ...]) -> str:
+    """Return the answer that most people gave, the first of several."""
+    return max(answers, key=answers.count)
 
 
 def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:

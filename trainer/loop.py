@@ -1,33 +1,52 @@
-"""The training loop: one stage, AdamW, warm-up and cosine, and a checkpoint from which it goes on to the very bit."""
+"""The training loop: stages, AdamW, warm-up and cosine, and a checkpoint from which it goes on to the very bit.
+
+The first stage, if there is one, aligns: only the connector learns. The second trains every part at its own rate. What a step
+sees is a function of seed and step alone; several processes (torchrun) each take a share of its images and learn the same.
+"""
 
 import math
+import os
+import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+import torch.distributed
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
 
 from pipeline.errors import TrainError
 from pipeline.fingerprint import digest
 from pipeline.store import Version, write_json
-from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, save_resume, write_metrics
+from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, save_resume
 from trainer.config import TrainConfig
-from trainer.data import Example, batches, caption_ids, collate, read_examples, train_tokenizer
-from trainer.evaluate import evaluate, scored_style, validation_loss
-from trainer.model.captioner import Captioner, CaptionerConfig
-from trainer.model.encoder import TINY_VIT
+from trainer.data import Example, batches, read_examples
+from trainer.evaluate import Asked, evaluate, scored_prompt
+from trainer.features import Look, States, cache_features
+from trainer.model.captioner import Captioner, build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.encoder import HUB, TINY_CLIP, load_encoder
+from trainer.model.pretrained import PretrainedDecoder, load_decoder
+from trainer.model.search import Search
+from trainer.text import train_words
 
-LOG_EVERY = 20  # steps
+CLIP = HUB["clip"]
+ALIGNED = ("connector", "contrast")  # what learns in the first stage
+SPIKE = 10.0  # times the usual norm of the gradient: such a step is left out
+SPIKE_STEPS = 64  # what is usual is the median of so many steps
+GIVE_UP = 10  # steps left out in a row
 
-Batch = tuple[Tensor, Tensor, Tensor]  # pixels (B, 3, H, W), image of each caption (C), ids (C, T)
 Talk = Callable[[str, int, int | None], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Trainer:
     """What the loop works on."""
 
@@ -35,20 +54,75 @@ class Trainer:
     config: TrainConfig
     train: list[Example]
     validation: list[Example]
+    states_of: States
+    device: torch.device
+    rank: int = 0
+    processes: int = 1
+    norms: list[float] = field(default_factory=list)  # of the last gradients
+    left_out: int = 0  # steps in a row
 
-    def batch(self, examples: list[Example]) -> Batch:
-        """Read images and captions: every image once, with all its captions."""
-        pixels_BCHW = self.checkpoint.captioner.encoder.pixels([example.open() for example in examples])
-        owned = [(at, *caption) for at, example in enumerate(examples) for caption in example.captions]
-        tokenizer, longest = self.checkpoint.tokenizer, self.config.max_caption_tokens
-        ids_CT = collate([caption_ids(tokenizer, style, text, longest) for _, style, text in owned])
-        return pixels_BCHW, torch.tensor([at for at, _, _ in owned]), ids_CT
+    @property
+    def asked(self) -> Asked:
+        """Return how the captioner is asked on held-out images."""
+        return Asked(scored_prompt(self.checkpoint.captioner.config.prompts))
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """Yield the training batch of each step, for ever."""
+    def batches(self, first_step: int) -> Iterator[list[Example]]:
+        """Yield the images of each step, for ever."""
         size = min(self.config.batch_images, len(self.train))
         for indices in batches(len(self.train), size, self.config.seed, first_step):
-            yield self.batch([self.train[index] for index in indices])
+            yield [self.train[index] for index in indices]
+
+    def step_loss(self, examples: list[Example]) -> tuple[float, int]:
+        """Add up the gradients of one step; return the mean loss of a token, and the number of tokens.
+
+        The loss is over the tokens of all images of the step, in however many parts or processes they are.
+        """
+        words, longest = self.checkpoint.words, self.config.max_caption_tokens
+        parts = [examples[part :: self.config.accumulate * self.processes] for part in self._parts()]
+        texts = [words.collate([example.texts for example in part], longest) for part in parts if part]
+        everything = words.collate([example.texts for example in examples], longest)
+        tokens = int(everything.learned_CT.sum())
+        total = 0.0
+        for part, mine in zip([part for part in parts if part], texts, strict=True):
+            captioner, mine = self.checkpoint.captioner, mine.to(self.device)
+            with self._autocast():
+                states_BNV = self.states_of(part).to(self.device)
+                loss = captioner.loss(states_BNV, mine) / tokens
+                total += loss.item()
+                if self.config.contrast:  # among the images of one part: more parts, fewer to be told apart
+                    everywhere = self.config.accumulate * self.processes
+                    loss = loss + self.config.contrast * captioner.contrast_loss(states_BNV, mine) / everywhere
+            loss.backward()
+        return self._summed(total), tokens
+
+    def _parts(self) -> range:
+        first = self.rank * self.config.accumulate
+        return range(first, first + self.config.accumulate)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+
+    def _summed(self, loss: float) -> float:
+        """Add up gradients and loss over all processes."""
+        if self.processes == 1:
+            return loss
+        for parameter in self.checkpoint.captioner.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+        value = torch.tensor(loss, device=self.device)
+        torch.distributed.all_reduce(value)
+        return value.item()
+
+    def may_learn(self, loss: float, norm: float) -> bool:
+        """Whether a step is to be taken: its loss is a number, and its gradient not far larger than usual."""
+        usual = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
+        good = math.isfinite(loss) and math.isfinite(norm) and norm <= SPIKE * usual
+        if good:
+            self.norms = [*self.norms[1 - SPIKE_STEPS :], norm]
+        self.left_out = 0 if good else self.left_out + 1
+        return good
 
 
 def train(
@@ -64,111 +138,238 @@ def train(
 
     Raises:
         StoreError: the version lacks a split.
-        TrainError: there is nothing to learn from or to resume.
+        TrainError: there is nothing to learn from or to resume, a model is not there, or the loss does not stay a number.
     """
+    say = talk or (lambda stage, done, total: None)
+    rank, processes = _join_processes()
+    device = _device(rank)
     torch.manual_seed(config.seed)
-    train_set, validation, test = (read_examples(version.read(split)) for split in ("train", "validation", "test"))
-    validation = validation[: config.evaluate_images]
-    config = config.for_images(len(train_set))
-    trainer = Trainer(_build(version, config, train_set), config, train_set, validation)
-    captioner = trainer.checkpoint.captioner
-    optimizer = torch.optim.AdamW(_groups(captioner, config), lr=config.learning_rate, betas=(0.9, 0.95))
-    out.mkdir(parents=True, exist_ok=True)
-    run = digest([config.model_dump(mode="json"), version.manifest["digest"]])
-    (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
-    step, best = load_resume(out, captioner, optimizer, run) if resume else (0, -math.inf)
-    write_json(out / "train.json", config.model_dump(mode="json"))
-    log = Log(out / "log.jsonl", step)
-    best = _run(trainer, optimizer, out, log, (step, best, run), talk or (lambda stage, done, total: None))
-    chosen = load_checkpoint(out)
-    style = scored_style(captioner.config.styles)
-    metrics = {
-        "data": captioner.config.data,
-        "split": "test",
-        "parameters": sum(p.numel() for p in captioner.parameters()),
-        "best_validation": best,
-        **evaluate(chosen, test, style),
+    sets = {
+        split: read_examples(version.read(split), config.texts, questions=config.questions)
+        for split in ("train", "validation", "test")
     }
-    write_metrics(out, metrics)
-    (out / "resume.pt").unlink(missing_ok=True)
+    train_set, test = sets["train"], sets["test"]
+    validation = sets["validation"][: config.evaluate_images]
+    config = config.settled(len(train_set))
+    if not any((config.encoder_rate, config.connector_rate, config.decoder_rate)):
+        raise TrainError("nothing would learn: all rates are 0", hint="give connector_rate, decoder_rate or encoder_rate")
+    checkpoint = _build(version, config, train_set)
+    captioner = checkpoint.captioner.to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, say)
+    trainer = Trainer(checkpoint, config, train_set, validation, states_of, device, rank, processes)
+    settings = config.model_dump(mode="json")
+    run = digest([settings, version.manifest["digest"], processes])
+    state = load_resume(out, run) if resume else None
+    if rank == 0:
+        (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
+        write_json(out / "train.json", settings)
+    best = _run(trainer, out, run, say, state)
+    metrics: dict[str, Any] = {}
+    if rank == 0:
+        chosen = load_checkpoint(out, device)
+        asked = Asked(trainer.asked.prompt, Search(beams=config.beams), questions=True)
+        chosen_states = states_of if not isinstance(states_of, Look) else Look(chosen.captioner.encoder, device)
+        metrics = {
+            "data": captioner.config.data,
+            "split": "test",
+            "parameters": sum(p.numel() for p in captioner.parameters()),
+            "best_validation": best,
+            **evaluate(chosen, test, asked, chosen_states),
+        }
+        write_json(out / "metrics.json", metrics)
+        (out / "resume.pt").unlink(missing_ok=True)
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return metrics
 
 
+def choose_encoder(say: Callable[[str], None]) -> str:
+    """Return CLIP where its weights are here or can be had, else the tiny one that is shipped, and say so."""
+    try:
+        snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
+    except (OSError, HfHubHTTPError, httpx2.TransportError):
+        say(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
+        return TINY_CLIP
+    return "clip"
+
+
 def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    tokenizer: Tokenizer = train_tokenizer(train_set, config.vocab_size)
-    captioner = Captioner(
-        CaptionerConfig(
-            encoder=TINY_VIT,
-            decoder={
-                "vocab_size": tokenizer.get_vocab_size(),
-                "width": config.decoder_width,
-                "depth": config.decoder_depth,
-                "heads": config.decoder_heads,
-                "dropout": config.dropout,
-            },
-            styles=sorted({style for example in train_set for style, _ in example.captions}),
-            max_caption_tokens=config.max_caption_tokens,
-            data={"version": version.name, "digest": version.manifest["digest"], "source": version.manifest["source"]},
+    encoder = load_encoder(config.encoder, layer=config.layer, frozen=config.encoder_rate == 0)
+    texts = [text for example in train_set for text in example.texts]
+    if config.is_scratch:
+        words = train_words(texts, config.vocab_size)
+        decoder: Any = DecoderConfig(
+            vocab_size=words.tokenizer.get_vocab_size(),
+            width=config.decoder_width,
+            depth=config.decoder_depth,
+            heads=config.decoder_heads,
+            dropout=config.dropout,
         )
+    else:
+        decoder, words = load_decoder(config.decoder)
+    captioner = build_captioner(
+        encoder,
+        decoder,
+        prompts=sorted({(text.source, text.style) for text in texts}),
+        eos_id=words.eos_id,
+        max_caption_tokens=config.max_caption_tokens,
+        contrast_width=config.contrast_width if config.contrast else 0,
+        data={
+            "version": version.name,
+            "digest": version.manifest["digest"],
+            "source": version.manifest["source"],
+            "texts": config.texts,
+            **({"repo": version.repo} if version.repo else {}),
+        },
     )
-    return Checkpoint(captioner, tokenizer)
+    return Checkpoint(captioner, words)
 
 
-def _groups(captioner: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Decay matrices only: a bias or a norm that is pulled to zero learns nothing from it."""
-    matrices = [p for p in captioner.parameters() if p.ndim >= 2]
-    rest = [p for p in captioner.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def _states(captioner: Captioner, version: Version, examples: list[Example], device: torch.device, talk: Talk) -> States:
+    """Return where hidden states come from: a frozen encoder looks at each image once."""
+    if not captioner.encoder.config.frozen:
+        return Look(captioner.encoder, device)
+    return cache_features(captioner.encoder, examples, version.dataset / "features", device, talk)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
-    warmup = max(1, round(config.warmup_frac * config.steps))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+def _join_processes() -> tuple[int, int]:
+    """Return the number of this process and how many there are, as torchrun says."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), processes
 
 
-def _run(
-    trainer: Trainer, optimizer: torch.optim.Optimizer, out: Path, log: Log, at: tuple[int, float, str], talk: Talk
-) -> float:
+def _device(rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _groups(captioner: Captioner, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return parameters with the rate of their part. Matrices decay only: a bias or a norm that is pulled to zero learns
+    nothing from it.
+    """
+    rates = {"encoder": config.encoder_rate, "connector": config.connector_rate, "decoder": config.decoder_rate}
+    rates |= {"contrast": config.connector_rate} if config.contrast else {}
+    groups = []
+    for part, rate in rates.items():
+        parameters = list(getattr(captioner, part).parameters())
+        for decay, matrices in ((config.weight_decay, True), (0.0, False)):
+            mine = [p for p in parameters if (p.ndim >= 2) == matrices]
+            if mine:
+                groups.append({"params": mine, "weight_decay": decay, "part": part, "rate": rate or 0.0})
+    return groups
+
+
+def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:
+    """Set rates for a step, and let only those parts learn that have one; return the name of the stage."""
+    aligning = step < config.align_steps
+    for group in optimizer.param_groups:
+        rate = (config.align_rate if group["part"] in ALIGNED else 0.0) if aligning else group["rate"]
+        group["lr"] = rate * schedule(config, step)
+        for parameter in group["params"]:
+            parameter.requires_grad_(rate > 0)
+    return "align" if aligning else "train"
+
+
+def schedule(config: TrainConfig, step: int) -> float:
+    """Return the share of a rate at a step: linear warm-up, then a cosine to a tenth, in each stage."""
+    steps, at = (config.align_steps, step) if step < config.align_steps else (config.steps, step - config.align_steps)
+    warmup = max(1, round(config.warmup_frac * steps))
+    if at < warmup:
+        return (at + 1) / warmup
+    done = (at - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _run(trainer: Trainer, out: Path, run: str, talk: Talk, state: dict[str, Any] | None) -> float:
     """Train to the last step; keep the checkpoint that captions the validation split best, and return its CIDEr-D."""
     config, captioner = trainer.config, trainer.checkpoint.captioner
-    first_step, best, run = at
-    held_out = [trainer.batch(trainer.validation)]
-    started = time.monotonic()
-    for step, batch in zip(range(first_step, config.steps), trainer.batches(first_step), strict=False):
+    optimizer = torch.optim.AdamW(_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
+    first_step, best = 0, -math.inf
+    if state:
+        captioner.load_state_dict(state["captioner"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
+    log = Log(out / "log.jsonl", first_step) if trainer.rank == 0 else None
+    if config.compile:
+        learner = captioner.decoder
+        (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
+    total, started, images, tokens_done = config.align_steps + config.steps, time.monotonic(), 0, 0
+    for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
         captioner.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        loss = captioner.loss(*batch)
-        if not loss.isfinite():
-            raise TrainError(f"the loss is {loss.item()} at step {step}", hint="lower the learning rate")
+        # Dropout is a function of seed, step and process: nothing of a generator need be kept.
+        torch.manual_seed(int(digest([config.seed, step, trainer.rank])[:15], 16))
+        stage = set_stage(optimizer, config, step)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(captioner.parameters(), config.clip_norm)
-        optimizer.step()
-        done = step + 1
-        if done % LOG_EVERY == 0:
-            log.write(
-                step=done, loss=loss.item(), learning_rate=learning_rate(config, step), seconds=time.monotonic() - started
-            )
-            talk("train", done, config.steps)
-        if done % config.evaluate_every == 0 or done == config.steps:
-            scored = evaluate(trainer.checkpoint, trainer.validation, scored_style(captioner.config.styles))
-            cider_d = scored["scores"]["cider_d"]
-            held_out_loss = validation_loss(trainer.checkpoint, held_out)
+        loss, tokens = trainer.step_loss(examples)
+        learning = [p for p in captioner.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(learning, config.clip_norm))
+        if trainer.may_learn(loss, norm):
+            optimizer.step()
+        elif trainer.left_out >= GIVE_UP:
+            raise TrainError(f"the loss is {loss} and the gradient {norm} at step {step}", hint="lower the rates")
+        done, images, tokens_done = step + 1, images + len(examples), tokens_done + tokens
+        if log:
+            seconds = time.monotonic() - started
             log.write(
                 step=done,
-                validation_loss=held_out_loss,
-                validation_cider_d=cider_d,
-                validation_shuffled_cider_d=scored["shuffled_scores"]["cider_d"],
+                stage=stage,
+                loss=loss,
+                norm=norm,
+                rate=max(group["lr"] for group in optimizer.param_groups),
+                seconds=seconds,
+                images_per_s=images / seconds,
+                tokens_per_s=tokens_done / seconds,
+                memory_mb=_memory_mb(),
             )
-            # CIDEr-D weighs words by how rare they are among images: of a single image it is always 0.
-            quality = cider_d if scored["images"] > 1 else -held_out_loss
-            if quality > best:
-                best = quality
-                trainer.checkpoint.save(out)
-            save_resume(out, captioner, optimizer, done, best, run)
+            talk("align" if stage == "align" else "train", done, total)
+        if done % config.evaluate_every == 0 or done in (config.align_steps, total):
+            best = _check(trainer, out, log, done, best)
+            if log:
+                state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
+                save_resume(out, state | {"norms": trainer.norms, "run": run})
     return best
+
+
+def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float) -> float:
+    """Score the validation split, and keep the captioner where it is the best so far."""
+    if log is None:
+        return best
+    scored = evaluate(trainer.checkpoint, trainer.validation, trainer.asked, trainer.states_of)
+    cider_d = scored["scores"]["cider_d"]
+    loss = validation_loss(trainer)
+    log.write(
+        step=done,
+        validation_loss=loss,
+        validation_cider_d=cider_d,
+        validation_shuffled_cider_d=scored["shuffled_scores"]["cider_d"],
+    )
+    # CIDEr-D weighs words by how rare they are among images: of a single image it is always 0.
+    quality = cider_d if scored["images"] > 1 else -loss
+    if quality > best:
+        trainer.checkpoint.save(out)
+    return max(quality, best)
+
+
+@torch.no_grad()
+def validation_loss(trainer: Trainer) -> float:
+    """Return the mean loss of a token over the images of the validation split that are looked at while training."""
+    captioner, total, tokens = trainer.checkpoint.captioner.eval(), 0.0, 0
+    for at in range(0, len(trainer.validation), trainer.config.batch_images):
+        part = trainer.validation[at : at + trainer.config.batch_images]
+        texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
+        total += captioner.loss(trainer.states_of(part).to(trainer.device), texts.to(trainer.device)).item()
+        tokens += int(texts.learned_CT.sum())
+    return total / max(1, tokens)
+
+
+def _memory_mb() -> float:
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)

@@ -3,8 +3,11 @@
 A corpus is a list of images; each has one hypothesis and one or more references, all of them lists of tokens.
 """
 
+import importlib.util
 import math
+import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 
@@ -117,3 +120,40 @@ def _clipped_cosine(ours: dict[tuple[str, ...], float], theirs: dict[tuple[str, 
     dot = sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs)
     norm = math.sqrt(sum(w * w for w in ours.values())) * math.sqrt(sum(w * w for w in theirs.values()))
     return dot / norm if norm else 0.0
+
+
+def meteor(corpora: Sequence[Sequence[Tokens]], references: Sequence[Sequence[Tokens]]) -> list[float]:
+    """Return METEOR (Denkowski and Lavie, 2014) of several sets of hypotheses for the same images.
+
+    By the program that pycocoevalcap brings, which takes some seconds to start; nothing without Java or that package.
+    """
+    if shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None:
+        return []
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    theirs = {at: [" ".join(reference) for reference in mine] for at, mine in enumerate(references)}
+    program = Meteor()
+    return [
+        float(program.compute_score(theirs, {at: [" ".join(text)] for at, text in enumerate(hypotheses)})[0])
+        for hypotheses in corpora
+    ]
+
+
+def bootstrap(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], draws: int = 1000
+) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals of ROUGE-L and CIDEr-D: percentiles over corpora that are drawn from the images with replacement.
+
+    The weights of CIDEr-D stay those of the whole corpus, as is usual; draws are always the same.
+    """
+    each = {
+        "rouge_l": [rouge_l(hypothesis, mine) for hypothesis, mine in zip(hypotheses, references, strict=True)],
+        "cider_d": cider_d(hypotheses, references),
+    }
+    rng = random.Random(0)
+    means: dict[str, list[float]] = {name: [] for name in each}
+    for _ in range(draws):
+        drawn = rng.choices(range(len(hypotheses)), k=len(hypotheses))
+        for name, values in each.items():
+            means[name].append(sum(values[at] for at in drawn) / len(drawn))
+    return {name: (sorted(found)[int(0.025 * draws)], sorted(found)[int(0.975 * draws)]) for name, found in means.items()}

@@ -3,8 +3,8 @@
 Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
 the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
-counted several times: they are few, and the question before them is guesswork that drowns them. Two more, with
-`--decks`, are an experiment that has not worked yet (docs/experiments/teacher.md): decks of several pages.
+counted several times: they are few, and the question before them is guesswork that drowns them. One more, with `--decks`,
+is an experiment that is on its way (docs/experiments/teacher.md): decks of several pages, with the help of scenes/guide.py.
 
 All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
 
@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from pipeline.scenes.deck import ASK_DECK, answer_deck, page_questions, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
+from pipeline.scenes.guide import Asked, PageGuide
 from pipeline.scenes.pack import VISION_TOKENS, Packed, Packer, Task, collate
-from pipeline.scenes.teacher import build_model, build_processor, train_tokenizer
+from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.text import ASK, STYLES, answer, caption
 from pipeline.scenes.wording import vary
 from pipeline.schema import Answer, Caption, DeckQASet, QASet, dump
@@ -65,12 +66,20 @@ ANSWERS = Phase(
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
 )
-# A page must be found by its number or its ground before anything else. Every word of a description depends on the right
-# page; an answer of one word taught nothing.
-PAGES = Phase("pages", 1500, 2500, scenes=2, learning_rate=1.0e-3, warmup_steps=50, answers=4, answer_weight=4.0, decks=6)
+# Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
-    "decks", 1000, 1000, scenes=4, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=8, answer_weight=4.0, decks=5
+    "decks",
+    3600,
+    3600,
+    scenes=2,
+    learning_rate=1.0e-3,
+    warmup_steps=100,
+    question_sets=2,
+    answers=10,
+    answer_weight=10.0,
+    decks=5,
 )
+GUIDE_ATTENTION_EVERY = 5  # steps; it costs twice the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
@@ -85,12 +94,18 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
     return drawn
 
 
+def pages_at(step: int) -> int:
+    """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
+    rng = random.Random(f"{SEED}:pages:{step}")
+    return 2 if step < 700 else rng.choice((2, 3)) if step < 1100 else rng.choice((2, 3, 4, 4, 4))
+
+
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
     """Return the decks of one step, the pixels of their pages, and the generator that goes on to word them."""
     drawn = []
     for index in range(phase.decks):
         rng = random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}")
-        deck = sample_deck(rng)
+        deck = sample_deck(rng)[: pages_at(step)]
         drawn.append((deck, [np.array(draw(page, rng)) for page in deck], rng))
     return drawn
 
@@ -106,23 +121,25 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
         yield Task(f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True)
 
 
-def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
-    """Yield everything that the teacher is asked of one deck."""
-    for question in rng.sample(page_questions(deck), 6 if phase == PAGES else 3):
+def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> tuple[list[Task], list[tuple[int, ...]]]:
+    """Return what the teacher is asked of one deck, and for each but the last tasks the pages where the answer is."""
+    pairs = [rng.choices(list(ASK_DECK.values()), weights=(1, 2, 2))[0](deck, rng) for _ in range(phase.answers)]
+    questions = [*rng.sample(page_questions(deck), 3), *(pair.question for pair in pairs)]
+    tasks, evidence = [], []
+    for question in questions:
         truth = answer_deck(deck, question)
         assert truth is not None, question
-        yield Task(f"Question: {question}", dump(Answer(answer=truth.answer)), seldom_worded=True)
-    for number, scene in rng.sample(list(enumerate(deck, 1)), len(deck) if phase == PAGES else 1):
+        tasks.append(Task(f"Question: {question}", dump(Answer(answer=truth.answer)), seldom_worded=True))
+        evidence.append(truth.evidence_pages)
+    if rng.random() < 0.3:
+        number, scene = rng.choice(list(enumerate(deck, 1)))
         said = dump(Answer(answer=caption(scene, "detailed")))
-        yield Task(f"Question: What is on page {number}?", said, seldom_worded=True)
-        yield Task(f"Question: What is on the {scene.background} page?", said, seldom_worded=True)
-    if phase == PAGES:
-        return
-    for _ in range(phase.question_sets):
-        yield Task("Task: deck_qa", dump(DeckQASet(qa=tuple(ask(deck, rng) for ask in ASK_DECK.values()))))
-    for _ in range(phase.answers):
-        pair = rng.choice(list(ASK_DECK.values()))(deck, rng)
-        yield Task(f"Question: {pair.question}", dump(Answer(answer=pair.answer)), seldom_worded=True)
+        for which in (f"page {number}", f"the {scene.background} page"):
+            tasks.append(Task(f"Question: What is on {which}?", said, seldom_worded=True))
+            evidence.append((number,))
+    # Several questions a reply, each with pages of its own.
+    sets = [DeckQASet(qa=tuple(ask(deck, rng) for ask in ASK_DECK.values())) for _ in range(phase.question_sets)]
+    return [*tasks, *(Task("Task: deck_qa", dump(each)) for each in sets)], evidence
 
 
 def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
@@ -181,6 +198,7 @@ class Student:
     processor: Qwen2_5_VLProcessor
     packer: Packer
     heads: VisionHeads
+    guide: PageGuide
 
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
         """Loss of phase one at this step, with the share of places read right."""
@@ -189,33 +207,51 @@ class Student:
         return loss, right
 
     def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
-        """Loss of a later phase at this step, with the share of reply tokens guessed right; decks and scenes weigh the same."""
+        """Loss of a later phase at this step, with the share of reply tokens guessed right."""
         drawn = scenes(phase, step)
         packed = [self.packer.pack(1, rng, scene_tasks(scene, rng, phase), phase.answer_weight) for scene, _, rng in drawn]
         loss, right = self._loss_of(packed, [pixels for _, pixels, _ in drawn])
         if not phase.decks:
             return loss, right
-        of_decks = decks(phase, step)
-        packed = [
-            self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight) for deck, _, rng in of_decks
-        ]
-        deck_loss, deck_right = self._loss_of(packed, [page for _, pages, _ in of_decks for page in pages])
-        return (loss + deck_loss) / 2, deck_right
+        deck_loss, deck_right = self._deck_loss(phase, step)
+        return 0.3 * loss + deck_loss, deck_right
+
+    def _deck_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
+        asked, pixels = [], []
+        for deck, pages, rng in decks(phase, step):
+            tasks, evidence = deck_tasks(deck, rng, phase)
+            asked.append(Asked(self.packer.pack(len(deck), rng, tasks, phase.answer_weight), deck, evidence))
+            pixels += pages
+        guided = step % GUIDE_ATTENTION_EVERY == 0
+        self.model.set_attn_implementation("eager" if guided else "sdpa")  # only the first tells where it looked
+        output, image_BS, loss, right = self._read([each.packed for each in asked], pixels, guided=guided)
+        self.model.set_attn_implementation("sdpa")
+        return 0.7 * loss + 0.3 * self.guide(output, image_BS, asked), right
 
     def _loss_of(self, packed: list[Packed], pixels: list[np.ndarray]) -> tuple[Tensor, float]:
+        _, _, loss, right = self._read(packed, pixels, guided=False)
+        return loss, right
+
+    def _read(self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool) -> tuple[Any, Tensor, Tensor, float]:
+        """Return the model's output, where the image tokens are, the loss, and the share of reply tokens guessed right."""
         ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
         embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see(pixels))
-        hidden_BSD = self.model.model.language_model(
-            inputs_embeds=embeds_BSD, position_ids=positions_3BS, attention_mask=mask_B1SS, use_cache=False
-        ).last_hidden_state
+        output = self.model.model.language_model(
+            inputs_embeds=embeds_BSD,
+            position_ids=positions_3BS,
+            attention_mask=torch.where(mask_B1SS, 0.0, -1e9) if guided else mask_B1SS,
+            use_cache=False,
+            output_hidden_states=True,
+            output_attentions=guided,
+        )
         learned_BS = labels_BS != -100
-        logits_NV, labels_N = self.model.lm_head(hidden_BSD[learned_BS]), labels_BS[learned_BS]
+        logits_NV, labels_N = self.model.lm_head(output.last_hidden_state[learned_BS]), labels_BS[learned_BS]
         right = (logits_NV.argmax(-1) == labels_N).float().mean().item()
         weights_N = weights_BS[learned_BS]
         loss_N = functional.cross_entropy(logits_NV, labels_N, reduction="none")
-        return (loss_N * weights_N).sum() / weights_N.sum(), right
+        return output, image_BS, (loss_N * weights_N).sum() / weights_N.sum(), right
 
     def _see(self, pixels: list[np.ndarray]) -> Tensor:
         """Return image tokens [B, 9, D]."""
@@ -238,8 +274,10 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES) -> None:
     torch.manual_seed(0)
     tokenizer = _tokenizer(out / "tokenizer")
     model = build_model(tokenizer)
-    student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), VisionHeads(160))
-    optimizer = torch.optim.AdamW([*model.parameters(), *student.heads.parameters()], lr=0.0, weight_decay=0.02)
+    heads, guide = VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
+    student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
+    learned = [*model.parameters(), *heads.parameters(), *guide.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.02)
     saved = out / "checkpoint.pt"
     at: dict[str, int] = {phase.name: 0 for phase in phases}
     if saved.exists():
@@ -280,7 +318,7 @@ def ship(student: Student, folder: Path) -> None:
 
 
 def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, at: dict[str, int]) -> None:
-    state = {"model": student.model.state_dict(), "heads": student.heads.state_dict()}
+    state = {name: getattr(student, name).state_dict() for name in ("model", "heads", "guide")}
     aside = path.with_suffix(".tmp")
     torch.save({**state, "optimizer": optimizer.state_dict(), "at": at}, aside)
     aside.replace(path)
@@ -288,8 +326,8 @@ def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, at: di
 
 def _load(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     state: dict[str, Any] = torch.load(path, weights_only=True)
-    student.model.load_state_dict(state["model"])
-    student.heads.load_state_dict(state["heads"])
+    for name in ("model", "heads", "guide"):
+        getattr(student, name).load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     at: dict[str, int] = state["at"]
     return at
@@ -300,4 +338,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree.")
     parser.add_argument("--decks", action="store_true", help="Go on with decks of pages: an experiment.")
     arguments = parser.parse_args()
-    train(arguments.out, (*SCENES, PAGES, DECKS) if arguments.decks else SCENES)
+    train(arguments.out, (*SCENES, DECKS) if arguments.decks else SCENES)

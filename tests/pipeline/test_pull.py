@@ -67,7 +67,7 @@ def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: 
     asked = len(hub.hub.log)
     named, newest, other = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
     assert (named["rows"], newest["name"]) == (20, "v1.1.0")
-    assert "is not in the cache, and the Hub does not answer" in other["error"]
+    assert "is no folder here and not in the cache, and the Hub does not answer" in other["error"]
     assert len(hub.hub.log) == asked
 
 

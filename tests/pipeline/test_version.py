@@ -1,6 +1,7 @@
 """Versions: content-addressed, numbered by what changed, and readable by `datasets` with images decoded."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -76,8 +77,6 @@ def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> 
 
 
 def test_a_folder_without_facts_has_no_column_for_them(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     samples = [replace(sample, facts=None) for sample in scene_samples(5)]
     version, _ = make_version(tmp_path, samples, true_captions(scene_samples(5)))
     assert "facts" not in version.manifest["columns"]
@@ -101,3 +100,26 @@ def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path:
     again, _ = make_version(tmp_path / "again", shuffled)
     assert again.manifest["digest"] == one[0].manifest["digest"]
     assert again.read("train")["sample_id"].to_pylist() != one[0].read("train")["sample_id"].to_pylist()
+
+
+def test_a_deck_of_one_page_is_a_deck_all_the_same(tmp_path: Path) -> None:
+    samples, rows = scene_samples(4), Rows()
+    two = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
+    decks = [two, *(replace(sample, facts=None) for sample in samples[2:])]
+    with draft_version(Folder(tmp_path)) as draft:
+        for table in build_rows(true_captions(samples), sample_table(decks).to_batches(), "decks", rows, decks=True):
+            draft.add(table)
+        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
+    assert "image" not in version.manifest["columns"]
+    found = [row for split, count in version.manifest["rows"].items() if count for row in version.read(split).to_pylist()]
+    assert sorted(len(row["pages"]) for row in found) == [1, 1, 2]
+
+
+def test_pixels_that_have_no_column_are_an_error_and_are_not_dropped(tmp_path: Path) -> None:
+    samples, rows = scene_samples(4), Rows()
+    two = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
+    tables = [sample_table([two]), sample_table([replace(samples[2], facts=None)])]
+    batches = [batch for table in tables for batch in table.to_batches()]
+    with draft_version(Folder(tmp_path)) as draft, pytest.raises(TableError, match="some samples have image"):
+        for table in build_rows(true_captions(samples), batches, "mixed", rows):
+            draft.add(table)

@@ -1,15 +1,62 @@
-"""Data: the order of training is a pure function, and nothing outside the training split shapes the vocabulary."""
+"""Data: whose texts are learned is a choice, and the order of training is a pure function."""
 
 from itertools import islice
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from trainer.data import Example, batches, caption_ids, collate, train_tokenizer
-from trainer.model.captioner import EOS_ID, PAD_ID
+from pipeline.errors import TrainError
+from trainer.data import batches, most_common, read_examples
+from trainer.text import Text
+
+ROW: dict[str, Any] = {
+    "sample_id": "a",
+    "image": {"bytes": b"x", "path": None},
+    "captions": [{"text": "A ring.", "style": "brief", "prompt_id": "p"}],
+    "references": ["One ring.", "A circle."],
+    "qa": [{"question": "How many?", "answer": "1", "answer_type": "number"}],
+    "reference_qa": [{"question": "What?", "answers": ["ring", "hoop", "ring"], "answer_type": "other"}],
+}
 
 
-def example(*texts: str) -> Example:
-    return Example(sample_id="x", image=b"", captions=tuple(("brief", text) for text in texts), references=())
+def table(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist([ROW | row for row in rows])
+
+
+def test_the_texts_of_the_model_those_of_people_or_both() -> None:
+    ours = {Text("synthetic", "A ring.", style="brief"), Text("synthetic", "1", question="How many?")}
+    theirs = {
+        Text("human", "One ring.", style="brief"),
+        Text("human", "A circle.", style="brief"),
+        Text("human", "ring", question="What?"),
+    }
+    for mixture, wanted in (("synthetic", ours), ("human", theirs), ("mixed", ours | theirs)):
+        (example,) = read_examples(table({}), mixture)  # type: ignore[arg-type]
+        assert set(example.texts) == wanted
+
+
+def test_questions_can_be_left_out_of_learning_and_are_still_there_to_score() -> None:
+    (example,) = read_examples(table({}), questions=False)
+    assert [text.style for text in example.texts] == ["brief"]
+    assert [(q.question, q.answers) for q in example.questions] == [("What?", ("ring", "hoop", "ring"))]
+
+
+def test_without_questions_of_people_those_of_the_model_are_scored() -> None:
+    (example,) = read_examples(table({"reference_qa": None}))
+    assert [(q.question, q.answers, q.answer_type) for q in example.questions] == [("How many?", ("1",), "number")]
+
+
+def test_nothing_of_that_kind_to_learn_is_an_error() -> None:
+    with pytest.raises(TrainError, match="no human captions"):
+        read_examples(table({"references": []}), "human")
+    with pytest.raises(TrainError, match="are decks"):
+        read_examples(table({}).drop_columns(["image"]))
+
+
+def test_the_answer_of_most_people_wins_and_the_first_of_equals() -> None:
+    assert most_common(("a", "b", "b")) == "b"
+    assert most_common(("b", "a")) == "b"
 
 
 def test_every_example_comes_once_an_epoch_in_another_order_each_time() -> None:
@@ -27,22 +74,3 @@ def test_starting_late_gives_the_rest_of_the_same_order(size: int) -> None:
 
 def test_another_seed_gives_another_order() -> None:
     assert next(batches(50, 50, 0, 0)) != next(batches(50, 50, 1, 0))
-
-
-def test_a_caption_survives_its_tokens_and_ends_with_eos() -> None:
-    tokenizer = train_tokenizer([example("A red circle.", "A blue ring.")], 400)
-    ids = caption_ids(tokenizer, "brief", 'A "red" <eos> Kreis é.', 64)
-    assert ids[0] == tokenizer.token_to_id("<brief>")
-    assert ids[-1] == EOS_ID
-    assert tokenizer.decode(ids[1:-1]).strip() == 'A "red" <eos> Kreis é.'
-
-
-def test_a_caption_that_is_too_long_is_cut_and_does_not_claim_to_end() -> None:
-    tokenizer = train_tokenizer([example("a b c d e f g h")], 400)
-    ids = caption_ids(tokenizer, "brief", "a b c d e f g h", 4)
-    assert len(ids) == 5
-    assert EOS_ID not in ids
-
-
-def test_shorter_captions_are_padded_on_the_right() -> None:
-    assert collate([[2, 3, 4], [2]]).tolist() == [[2, 3, 4], [2, PAD_ID, PAD_ID]]

@@ -3,8 +3,10 @@
 import pytest
 
 from pipeline.errors import TrainError
-from trainer.data import Example
-from trainer.evaluate import _references, derangement, scored_style
+from trainer.data import Example, Question
+from trainer.evaluate import _references, answering_prompt, derangement, scored_prompt, vqa_accuracy
+from trainer.metrics import bootstrap
+from trainer.text import Text
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])
@@ -15,7 +17,8 @@ def test_shuffling_leaves_no_image_at_its_place(count: int) -> None:
 
 
 def example(references: tuple[str, ...], style: str = "brief") -> Example:
-    return Example(sample_id="x", image=b"", captions=((style, "A ring."),), references=references)
+    texts = (Text("synthetic", "A ring.", style=style),)
+    return Example(sample_id="x", image=b"", texts=texts, references=references)
 
 
 def test_scores_are_against_the_references_where_there_are_some() -> None:
@@ -37,6 +40,36 @@ def test_images_with_nothing_to_score_against_are_an_error() -> None:
         _references([example((), style="detailed")], "brief")
 
 
-def test_brief_captions_are_scored_where_there_are_some() -> None:
-    assert scored_style(["brief", "detailed"]) == "brief"
-    assert scored_style(["detailed"]) == "detailed"
+def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
+    both = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed")]
+    assert scored_prompt(both) == ("human", "brief")
+    assert scored_prompt(both, "detailed") == ("synthetic", "detailed")  # people have written none
+    assert scored_prompt([("synthetic", "detailed")]) == ("synthetic", "detailed")
+    with pytest.raises(TrainError, match="knows no style poem"):
+        scored_prompt(both, "poem")
+
+
+def test_only_who_has_learned_answers_is_asked() -> None:
+    assert answering_prompt([("human", "brief"), ("synthetic", "")]) == ("synthetic", "")
+    with pytest.raises(TrainError, match="has learned no answers"):
+        answering_prompt([("human", "brief")])
+
+
+@pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_is_that_of_the_official_rule(agree: int, score: float) -> None:
+    """Of ten people each is left out in turn: 3 who agree give (7 x 1 + 3 x 2/3) / 10."""
+    truth = Question("?", ("a red cat",) * agree + ("dog",) * (10 - agree), "other")
+    assert vqa_accuracy("Red cat.", truth) == pytest.approx(score)
+
+
+def test_of_one_person_the_answer_is_right_or_wrong() -> None:
+    assert vqa_accuracy("Two", Question("?", ("2",), "number")) == 1.0
+    assert vqa_accuracy("three", Question("?", ("2",), "number")) == 0.0
+
+
+def test_an_interval_holds_the_score_and_narrows_with_more_images() -> None:
+    texts = [["a", "ring", str(n % 7)] for n in range(400)]
+    references = [[["a", "ring", str(n % 5)]] for n in range(400)]
+    few, many = (bootstrap(texts[:n], references[:n])["rouge_l"] for n in (20, 400))
+    assert many[1] - many[0] < few[1] - few[0]
+    assert bootstrap(texts, references) == bootstrap(texts, references)

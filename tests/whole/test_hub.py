@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.source.scenes import draw_sample
 from pipeline.store import Folder
 from tests.hub.server import RunningHub, running_hub
 from tests.whole.conftest import SYNTH
@@ -123,9 +125,21 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     card = hub.hub.storage.path(files["README.md"].sha256).read_text()
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["me/scenes"]
     assert Folder(maker.folder / "data" / "scenes").version().manifest["digest"] in card
+    shown = card.split("```python")[1].split("```")[0]
+    code = shown.replace("load_checkpoint(folder)", f"load_checkpoint({checkpoint!r})").replace("photo.jpg", "scene.png")
+    (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
+    done = subprocess.run([sys.executable, "-c", code], cwd=maker.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     again = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in again.stderr
     assert len(repo.commits) == 2
+
+
+def test_a_captioner_is_not_overwritten_by_one_of_other_settings(maker: User) -> None:
+    maker.synth("train", "--steps", "2")
+    refused = maker.synth("train", "--steps", "2", "--texts", "mixed", fails=True).stderr
+    assert "holds a captioner of other settings" in refused
+    maker.synth("train", "--steps", "2", "--texts", "mixed", "--out", "mixed")
 
 
 def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:

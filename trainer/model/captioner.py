@@ -1,9 +1,9 @@
 """Captioner: an encoder looks, a connector fits its states to the decoder's width, a decoder writes.
 
-Shapes: B images, C captions (several may share an image), T tokens, N image states, V encoder width, D decoder width.
+Shapes: B images, C texts (several may share an image), T tokens, N image states, V encoder width, D decoder width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,66 +11,113 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.decoder import Cache, Decoder, DecoderConfig
-from trainer.model.encoder import Encoder
-
-PAD_ID, EOS_ID = 0, 1  # fixed in every tokenizer that trainer.data trains
+from trainer.model.decoder import DecoderConfig, ScratchDecoder
+from trainer.model.encoder import Encoder, EncoderConfig
+from trainer.model.pretrained import PretrainedDecoder
+from trainer.model.search import Search
+from trainer.text import Texts
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionerConfig:
-    """All that is needed to build the model again; `data` says what it was trained on."""
+    """All that is needed to build the model again; `data` says what it was trained on.
+
+    `prompts` are the pairs of source and style that it learned; the style of an answer to a question is empty.
+
+    `decoder` holds the fields of DecoderConfig for one from scratch, or `{"language_model": {...}}` for a pretrained one.
+    """
 
     encoder: dict[str, Any]
     decoder: dict[str, Any]
-    styles: list[str]
+    prompts: list[tuple[str, str]]
+    eos_id: int
     max_caption_tokens: int
+    contrast_width: int = 0  # of the space in which images and texts are compared; 0: they are not
     data: dict[str, Any] = field(default_factory=dict)
 
 
 class Captioner(nn.Module, PyTorchModelHubMixin):
-    """Saved and loaded with `save_pretrained` and `from_pretrained`: config.json and model.safetensors."""
+    """Saved and loaded with `save_pretrained` and `from_pretrained`: config.json and model.safetensors.
+
+    `loss` and `generate` take hidden states, so that a frozen encoder need look at an image once only.
+    """
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
+        config = replace(config, prompts=[(source, style) for source, style in config.prompts])  # JSON knows lists only
         self.config = config
-        self.encoder = Encoder(config.encoder)
-        self.decoder = Decoder(DecoderConfig(**config.decoder))
-        self.connector = nn.Sequential(nn.LayerNorm(self.encoder.width), nn.Linear(self.encoder.width, config.decoder["width"]))
+        self.encoder = Encoder(EncoderConfig(**config.encoder))
+        V = self.encoder.width
+        self.decoder: ScratchDecoder | PretrainedDecoder
+        if "language_model" in config.decoder:
+            self.decoder = PretrainedDecoder(config.decoder["language_model"])
+            D = self.decoder.width  # states become a prefix of the text: two layers, as in LLaVA-1.5
+            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+        else:
+            self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
+            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
+        if config.contrast_width:
+            self.contrast = Contrast(self.decoder.width, config.contrast_width)
 
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Look at images: (B, 3, H, W) -> (B, N, D)."""
-        memory_BND: Tensor = self.connector(self.encoder(pixels_BCHW))
-        return memory_BND
-
-    def loss(self, pixels_BCHW: Tensor, image_of_C: Tensor, ids_CT: Tensor) -> Tensor:
-        """Mean negative log-likelihood of a token, over all tokens of all captions.
+    def loss(self, states_BNV: Tensor, texts: Texts) -> Tensor:
+        """Return the sum of negative log-likelihoods over all tokens that are to be learned.
 
         Args:
-            pixels_BCHW: each image once.
-            image_of_C: for each caption, the index of its image.
-            ids_CT: start token, words, EOS, then padding.
+            states_BNV: hidden states of each image, once.
+            texts: all texts about them; no text sees another.
         """
-        memory_CND = self.encode(pixels_BCHW)[image_of_C]
-        states_CTD = self.decoder(ids_CT[:, :-1], memory_CND)
-        labels_CT = ids_CT[:, 1:]
-        learned_CT = labels_CT != PAD_ID  # the scores of padding are never computed
-        return functional.cross_entropy(self.decoder.head(states_CTD[learned_CT]), labels_CT[learned_CT])
+        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts)
+        return loss
+
+    def contrast_loss(self, states_BNV: Tensor, texts: Texts) -> Tensor:
+        """Return how badly images and captions find each other; 0 where there is nothing to tell apart.
+
+        Pooled states of both are compared in a space of their own. The text is read without the image.
+        """
+        image_of_K, captions = texts.image_of_C[texts.caption_C], texts.only(texts.caption_C)
+        if len(image_of_K) < 2 or len(states_BNV) < 2:
+            return states_BNV.new_zeros(())
+        pooled_BD = self.connector(states_BNV).mean(1)
+        loss: Tensor = self.contrast(pooled_BD, self.decoder.read(captions), image_of_K)
+        return loss
 
     @torch.inference_mode()
-    def generate(self, pixels_BCHW: Tensor, start_id: int) -> list[list[int]]:
-        """Write one caption an image, greedily, until EOS or the longest caption that was trained on.
+    def generate(self, states_BNV: Tensor, prompt_BT: Tensor, search: Search) -> list[list[int]]:
+        """Write one text an image after a prompt of its own (all of one length), until EOS or the longest text.
 
-        Returns token ids without the start token and without EOS. Stops as soon as every caption has ended.
+        Returns token ids without the prompt and without EOS. Stops as soon as every text has ended.
         """
-        memory_BND = self.encode(pixels_BCHW)
-        cache = Cache()
-        next_B = torch.full((len(pixels_BCHW),), start_id, device=pixels_BCHW.device)
-        ended_B = torch.zeros_like(next_B, dtype=torch.bool)
-        written_TB: list[Tensor] = []
-        while len(written_TB) < self.config.max_caption_tokens and not ended_B.all():
-            states_BTD = self.decoder(next_B[:, None], memory_BND, cache)
-            next_B = self.decoder.head(states_BTD[:, -1]).argmax(-1).masked_fill(ended_B, EOS_ID)
-            ended_B |= next_B == EOS_ID
-            written_TB.append(next_B)
-        return [[token for token in row if token != EOS_ID] for row in torch.stack(written_TB, 1).tolist()]
+        device = next(self.connector.parameters()).device  # a feature cache gives states on the CPU
+        states_BNV, prompt_BT = states_BNV.to(device), prompt_BT.to(device)
+        return self.decoder.generate(
+            self.connector(states_BNV), prompt_BT, search, self.config.max_caption_tokens, self.config.eos_id
+        )
+
+
+class Contrast(nn.Module):
+    """CLIP's loss (Radford et al., 2021) where an image may have several texts: each of them is right."""
+
+    def __init__(self, width: int, shared: int) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(width, shared, bias=False), nn.Linear(width, shared, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def forward(self, image_BD: Tensor, text_KD: Tensor, image_of_K: Tensor) -> Tensor:
+        """Return the mean of both directions: texts to images, and images to any of their texts."""
+        image_BE, text_KE = (functional.normalize(x, dim=-1) for x in (self.image(image_BD), self.text(text_KD)))
+        scores_KB = self.log_scale.exp().clamp(max=100) * text_KE @ image_BE.T
+        to_images = functional.cross_entropy(scores_KB, image_of_K)
+        log_KB = scores_KB.log_softmax(0)  # for each image, over all texts
+        own_KB = functional.one_hot(image_of_K, len(image_BD)).bool()
+        to_texts = -log_KB.masked_fill(~own_KB, -torch.inf).logsumexp(0)
+        return (to_images + to_texts[own_KB.any(0)].mean()) / 2
+
+
+def build_captioner(encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **about: Any) -> Captioner:
+    """Return a captioner with an encoder that is loaded, and a new decoder or a pretrained one; `about` is of its config."""
+    settings = asdict(decoder) if isinstance(decoder, DecoderConfig) else {"language_model": decoder.settings}
+    captioner = Captioner(CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **about))
+    captioner.encoder.load_state_dict(encoder.state_dict())
+    if isinstance(decoder, PretrainedDecoder):
+        captioner.decoder.load_state_dict(decoder.state_dict())
+    return captioner

@@ -3,7 +3,8 @@
 Each block attends to the words so far (rotary positions), then to the image, then thinks. What does not change while a
 caption is written is computed once: keys and values of the image per block, keys and values of the words in a cache.
 
-Shapes: B captions, T new tokens, S tokens so far, N hidden states of the image, D width, H heads, K = D / H, V words.
+Shapes: B images, C texts (one an image where nothing else is said), T new tokens, S tokens so far, N hidden states of an
+image, D width, H heads, K = D / H, V words.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from trainer.model.search import Search, beam_search, write
+from trainer.text import Texts
+
+LENGTH_GROUPS = 3  # of the texts of a batch, by their length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +49,19 @@ class Cache:
     blocks: list[BlockCache] = field(default_factory=list)
     length: int = 0
 
+    def reorder(self, rows_B: Tensor) -> None:
+        """Let each text go on from the words of another one; all of a group look at the same image."""
+        for block in self.blocks:
+            assert block.words is not None
+            block.words = block.words[0][rows_B], block.words[1][rows_B]
 
-class Decoder(nn.Module):
+
+class ScratchDecoder(nn.Module):
     """Token ids and image states in; next-token states out. `head` turns states into scores, with the embedding's weights."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.width = config.width
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         blocks = [Block(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -60,23 +73,52 @@ class Decoder(nn.Module):
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
-    def forward(self, ids_BT: Tensor, memory_BND: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return states (B, T, D) from which the token after each of `ids_BT` is told.
+    def loss(self, memory_BND: Tensor, texts: Texts) -> Tensor:
+        """Return the sum of negative log-likelihoods over the tokens of `texts` that are to be learned."""
+        total = memory_BND.new_zeros(())
+        for group in texts.by_length(LENGTH_GROUPS):  # an answer is not padded to the length of a description
+            states_CTD = self(group.ids_CT[:, :-1], memory_BND, group.image_of_C)
+            learned_CT = group.learned_CT  # other places are never scored
+            scores_KV = self.head(states_CTD[learned_CT])
+            total = total + functional.cross_entropy(scores_KV.float(), group.ids_CT[:, 1:][learned_CT], reduction="sum")
+        return total
+
+    def read(self, texts: Texts) -> Tensor:
+        """Return one state a text, that of its last token, without any image: (C, D)."""
+        states_CTD = self(texts.ids_CT, None, texts.image_of_C)
+        last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
+        return last
+
+    def generate(self, memory_BND: Tensor, prompt_BT: Tensor, search: Search, max_tokens: int, eos_id: int) -> list[list[int]]:
+        """Write one text an image; see Captioner.generate."""
+        cache = Cache()
+        image_of_R = torch.arange(len(memory_BND), device=memory_BND.device).repeat_interleave(search.beams)
+
+        def step(new_RT: Tensor) -> Tensor:
+            return self.head(self(new_RT, memory_BND, image_of_R, cache)[:, -1])
+
+        if search.beams > 1:
+            return beam_search(step, cache.reorder, prompt_BT, search, max_tokens, eos_id)
+        return write(step, prompt_BT, search, max_tokens, eos_id)
+
+    def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, image_of_C: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return states (C, T, D) from which the token after each of `ids_CT` is told.
 
         Args:
-            ids_BT: tokens; with a cache, only those that it has not seen.
-            memory_BND: states of the images; not read again once the cache holds their keys and values.
+            ids_CT: tokens; with a cache, only those that it has not seen.
+            memory_BND: states of the images; not read again once the cache holds their keys and values. None: no image.
+            image_of_C: which image each text is about.
             cache: kept between calls while generating; None while training.
         """
         start = cache.length if cache else 0
         if cache is not None:
             cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
-            cache.length += ids_BT.shape[1]
-        x_BTD = self.dropout(self.embedding(ids_BT))
+            cache.length += ids_CT.shape[1]
+        x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, memory_BND, start, cache.blocks[index] if cache else None)
-        normed_BTD: Tensor = self.norm(x_BTD)
-        return normed_BTD
+            x_CTD = block(x_CTD, memory_BND, image_of_C, start, cache.blocks[index] if cache else None)
+        normed_CTD: Tensor = self.norm(x_CTD)
+        return normed_CTD
 
     def head(self, states_ND: Tensor) -> Tensor:
         """Score every word: (N, D) -> (N, V)."""
@@ -95,38 +137,39 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, memory_BND: Tensor, start: int, cache: BlockCache | None) -> Tensor:
+    def forward(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, start: int, cache: BlockCache | None) -> Tensor:
         """Advance the stream; `start` is the position of the first of the T tokens."""
-        x_BTD = x_BTD + self.dropout(self._words(self.norm_words(x_BTD), start, cache))
-        x_BTD = x_BTD + self.dropout(self._image(self.norm_image(x_BTD), memory_BND, cache))
-        mlp_BTD = self.down(functional.gelu(self.up(self.norm_mlp(x_BTD))))
-        out_BTD: Tensor = x_BTD + self.dropout(mlp_BTD)
-        return out_BTD
+        x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), start, cache))
+        if memory_BND is not None:
+            x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, image_of_C, cache))
+        mlp_CTD = self.down(functional.gelu(self.up(self.norm_mlp(x_CTD))))
+        out_CTD: Tensor = x_CTD + self.dropout(mlp_CTD)
+        return out_CTD
 
-    def _words(self, x_BTD: Tensor, start: int, cache: BlockCache | None) -> Tensor:
+    def _words(self, x_CTD: Tensor, start: int, cache: BlockCache | None) -> Tensor:
         attend = self.attend_words
-        q_BHTK = rotate(attend.heads(attend.query(x_BTD)), start)
-        k_BHSK, v_BHSK = attend.keys_values(x_BTD)
-        k_BHSK = rotate(k_BHSK, start)
+        q_CHTK = rotate(attend.heads(attend.query(x_CTD)), start)
+        k_CHSK, v_CHSK = attend.keys_values(x_CTD)
+        k_CHSK = rotate(k_CHSK, start)
         if cache is not None:
             if cache.words is not None:
-                k_BHSK = torch.cat([cache.words[0], k_BHSK], 2)
-                v_BHSK = torch.cat([cache.words[1], v_BHSK], 2)
-            cache.words = k_BHSK, v_BHSK
-        T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+                k_CHSK = torch.cat([cache.words[0], k_CHSK], 2)
+                v_CHSK = torch.cat([cache.words[1], v_CHSK], 2)
+            cache.words = k_CHSK, v_CHSK
+        T, S = q_CHTK.shape[2], k_CHSK.shape[2]
         # Token t of the new ones stands at S - T + t, and sees itself and all before it.
-        seen_TS = torch.ones(T, S, dtype=torch.bool, device=x_BTD.device).tril(S - T)
-        return attend.mix(q_BHTK, k_BHSK, v_BHSK, seen_TS)
+        seen_TS = torch.ones(T, S, dtype=torch.bool, device=x_CTD.device).tril(S - T)
+        return attend.mix(q_CHTK, k_CHSK, v_CHSK, seen_TS)
 
-    def _image(self, x_BTD: Tensor, memory_BND: Tensor, cache: BlockCache | None) -> Tensor:
+    def _image(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, cache: BlockCache | None) -> Tensor:
         attend = self.attend_image
         if cache is not None and cache.image is not None:
-            k_BHNK, v_BHNK = cache.image
-        else:
-            k_BHNK, v_BHNK = attend.keys_values(memory_BND)
+            k_CHNK, v_CHNK = cache.image
+        else:  # computed once an image, however many texts there are about it
+            k_CHNK, v_CHNK = (projected_BHNK[image_of_C] for projected_BHNK in attend.keys_values(memory_BND))
         if cache is not None:
-            cache.image = k_BHNK, v_BHNK
-        return attend.mix(attend.heads(attend.query(x_BTD)), k_BHNK, v_BHNK, None)
+            cache.image = k_CHNK, v_CHNK
+        return attend.mix(attend.heads(attend.query(x_CTD)), k_CHNK, v_CHNK, None)
 
 
 class Attention(nn.Module):
@@ -139,34 +182,34 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def heads(self, x_BTD: Tensor) -> Tensor:
-        """Cut features into heads: (B, T, D) -> (B, H, T, K)."""
-        B, T, D = x_BTD.shape
-        return x_BTD.view(B, T, self.head_count, D // self.head_count).transpose(1, 2)
+    def heads(self, x_CTD: Tensor) -> Tensor:
+        """Cut features into heads: (C, T, D) -> (C, H, T, K)."""
+        C, T, D = x_CTD.shape
+        return x_CTD.view(C, T, self.head_count, D // self.head_count).transpose(1, 2)
 
     def keys_values(self, x_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Project to keys and values: (B, N, D) -> two of (B, H, N, K)."""
         k_BND, v_BND = self.key_value(x_BND).chunk(2, -1)
         return self.heads(k_BND), self.heads(v_BND)
 
-    def mix(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_TS: Tensor | None) -> Tensor:
-        """Attend and put the heads together again: -> (B, T, D)."""
-        mixed_BHTK = functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=seen_TS)
-        out_BTD: Tensor = self.out(mixed_BHTK.transpose(1, 2).flatten(2))
-        return out_BTD
+    def mix(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen_TS: Tensor | None) -> Tensor:
+        """Attend and put the heads together again: -> (C, T, D)."""
+        mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen_TS)
+        out_CTD: Tensor = self.out(mixed_CHTK.transpose(1, 2).flatten(2))
+        return out_CTD
 
 
-def rotate(x_BHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
+def rotate(x_CHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
     """Turn pairs of features by angles that grow with the position (RoPE, Su et al., 2021); position `start` comes first.
 
     The angle of pair i at position p is p * base^(-2i / K); only differences of positions reach the scores.
     """
-    T, K = x_BHTK.shape[-2:]
-    positions_T = torch.arange(start, start + T, device=x_BHTK.device, dtype=torch.float32)
-    frequencies_P = base ** (-torch.arange(0, K, 2, device=x_BHTK.device, dtype=torch.float32) / K)
+    T, K = x_CHTK.shape[-2:]
+    positions_T = torch.arange(start, start + T, device=x_CHTK.device, dtype=torch.float32)
+    frequencies_P = base ** (-torch.arange(0, K, 2, device=x_CHTK.device, dtype=torch.float32) / K)
     angles_TP = positions_T[:, None] * frequencies_P
     cos_TP, sin_TP = angles_TP.cos(), angles_TP.sin()
-    first, second = x_BHTK.chunk(2, -1)
+    first, second = x_CHTK.chunk(2, -1)
     return torch.cat([first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP], -1)
 
 

@@ -13,8 +13,9 @@ from pipeline.scenes import train_teacher
 from pipeline.scenes.deck import PAGES, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.guide import PageGuide
 from pipeline.scenes.pack import Packed, Packer, Task, collate
-from pipeline.scenes.teacher import build_model, build_processor, train_tokenizer
+from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.train_teacher import (
     ANSWERS,
     DECKS,
@@ -27,7 +28,6 @@ from pipeline.scenes.train_teacher import (
     tokenizer_corpus,
     train,
 )
-from pipeline.scenes.train_teacher import PAGES as PAGES_PHASE
 from pipeline.scenes.wording import vary
 
 
@@ -36,7 +36,8 @@ def student() -> Student:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(tokenizer_corpus(200))
     model = build_model(tokenizer).eval()
-    return Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), VisionHeads(160))
+    packer, guide = Packer(tokenizer, model.config.image_token_id), PageGuide(TEXT_WIDTH, tokenizer)
+    return Student(model, build_processor(tokenizer), packer, VisionHeads(TEXT_WIDTH), guide)
 
 
 def rebuilt(student: Student, packed: Packed, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +56,7 @@ def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Stude
     rng = random.Random(1)
     deck = sample_deck(rng)[:pages]
     images = [draw(scene, rng) for scene in deck]
-    tasks = list(deck_tasks(deck, rng, DECKS) if pages > 1 else scene_tasks(deck[0], rng, ANSWERS))
+    tasks = deck_tasks(deck, rng, DECKS)[0] if pages > 1 else list(scene_tasks(deck[0], rng, ANSWERS))
     packed = student.packer.pack(pages, rng, tasks, 1.0)
     ids, hidden = rebuilt(student, packed, [np.array(image) for image in images])
     segments = torch.tensor(packed.segments)
@@ -105,10 +106,11 @@ def test_every_phase_asks_for_every_task() -> None:
     lines = [task.line for task in scene_tasks(sample_scene(rng), rng, TEXT)]
     assert lines[:3] == ["Task: caption, brief", "Task: caption, detailed", "Task: qa"]
     assert all(line.startswith("Question: ") for line in lines[3:])
-    lines = [task.line for task in deck_tasks(sample_deck(rng), rng, DECKS)]
+    tasks, evidence = deck_tasks(sample_deck(rng), rng, DECKS)
+    lines = [task.line for task in tasks]
+    assert len(evidence) == len(lines) - DECKS.question_sets
     assert lines.count("Task: deck_qa") == DECKS.question_sets
     assert all(line.startswith("Question: ") for line in lines if line != "Task: deck_qa")
-    assert "Task: deck_qa" not in [task.line for task in deck_tasks(sample_deck(rng), rng, PAGES_PHASE)]
 
 
 def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,81 +1,209 @@
-"""Captioner: its loss is over real tokens only, captions share an image without mixing, and it stops at EOS."""
+"""Captioner: both decoders learn real tokens only, texts share an image without mixing, and writing stops at EOS."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from trainer.model.captioner import EOS_ID, PAD_ID, Captioner, CaptionerConfig
+from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
+from trainer.model.captioner import Captioner, Contrast, build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.encoder import load_encoder
+from trainer.model.pretrained import load_decoder, pack
+from trainer.model.search import GREEDY, Search
+from trainer.text import Texts
 
-VIT: dict[str, Any] = {
-    "image_size": 28,
-    "patch_size": 14,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-
-
-@pytest.fixture
-def captioner() -> Captioner:
-    torch.manual_seed(0)
-    decoder = {"vocab_size": 20, "width": 32, "depth": 2, "heads": 4, "dropout": 0.0}
-    config = CaptionerConfig(encoder=VIT, decoder=decoder, styles=["brief"], max_caption_tokens=12)
-    return Captioner(config).eval()
+WORDS, V, N, EOS = 30, 32, 5, 1
+KINDS = ("scratch", "qwen3", "llama")
+Build = Callable[[str], Captioner]
 
 
-def test_padding_costs_nothing(captioner: Captioner) -> None:
-    pixels, of = torch.randn(1, 3, 28, 28), torch.tensor([0])
-    ids = torch.tensor([[2, 7, 8, EOS_ID]])
-    padded = torch.tensor([[2, 7, 8, EOS_ID, PAD_ID, PAD_ID]])
-    assert captioner.loss(pixels, of, padded).item() == pytest.approx(captioner.loss(pixels, of, ids).item(), abs=1e-6)
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    root = tmp_path_factory.mktemp("models")
+    encoders = {"scratch": save_vit(root / "vit"), "qwen3": save_clip(root / "clip"), "llama": save_clip(root / "clip2")}
+
+    def built(kind: str) -> Captioner:
+        torch.manual_seed(0)
+        decoder: Any = DecoderConfig(vocab_size=WORDS, width=32, depth=2, heads=4)
+        eos = EOS
+        if kind != "scratch":
+            if not (root / kind).exists():
+                save_language_model(root / kind, kind)
+            decoder, words = load_decoder(str(root / kind))
+            eos = words.eos_id
+        about: dict[str, Any] = {
+            "contrast_width": 8,
+            "prompts": [("synthetic", "brief")],
+            "eos_id": eos,
+            "max_caption_tokens": 8,
+        }
+        return build_captioner(load_encoder(encoders[kind]), decoder, **about).eval()
+
+    return built
 
 
-def test_the_loss_of_captions_that_share_an_image_is_that_of_captions_apart(captioner: Captioner) -> None:
-    pixels = torch.randn(2, 3, 28, 28)
-    ids = torch.tensor([[2, 7, 8, EOS_ID], [2, 9, 4, EOS_ID], [2, 5, 6, EOS_ID]])
-    together = captioner.loss(pixels, torch.tensor([0, 0, 1]), ids)
-    apart = captioner.loss(pixels[[0, 0, 1]], torch.tensor([0, 1, 2]), ids)
+def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> Texts:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return Texts(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
+
+
+ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
+PROMPTS, IMAGES = [2, 2, 4], [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_share_an_image_cost_what_they_cost_apart_and_teach_the_same(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    together = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
+    together.backward()
+    gradients = {name: p.grad.clone() for name, p in captioner.named_parameters() if p.grad is not None}
+    captioner.zero_grad()
+    apart = sum(
+        (captioner.loss(states[[i]], texts([row], [p], [0])) for row, p, i in zip(ROWS, PROMPTS, IMAGES, strict=True)),
+        start=torch.zeros(()),
+    )
+    apart.backward()
     torch.testing.assert_close(together, apart)
+    assert gradients.keys() >= {"connector.1.weight"}
+    for name, parameter in captioner.named_parameters():
+        if name in gradients:
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_token_is_learned_from_those_before_it_and_not_from_itself(captioner: Captioner) -> None:
-    """Catches a label that is shifted twice or not at all."""
-    pixels, ids = torch.randn(1, 3, 28, 28), torch.tensor([[2, 7, 8, 9]])
-    states = captioner.decoder(ids, captioner.encode(pixels))
-    expected = torch.nn.functional.cross_entropy(captioner.decoder.head(states[0, :-1]), ids[0, 1:])
-    torch.testing.assert_close(captioner.loss(pixels, torch.tensor([0]), ids), expected)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_does_not_see_the_others_of_its_image(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(1, N, V)
+    both = captioner.loss(states, texts(ROWS[:2], PROMPTS[:2], [0, 0])) - captioner.loss(states, texts(ROWS[:1], [2], [0]))
+    other = [[2, 3, 20, 21, 22, EOS]]
+    changed = captioner.loss(states, texts([*other, ROWS[1]], [2, 2], [0, 0])) - captioner.loss(states, texts(other, [2], [0]))
+    torch.testing.assert_close(both, changed, rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_writing_equals_recomputing_everything_for_each_token(captioner: Captioner) -> None:
-    pixels = torch.randn(3, 3, 28, 28)
-    written = captioner.generate(pixels, start_id=2)
-    for row, image in enumerate(pixels):
-        ids, memory = [2], captioner.encode(image[None])
-        while len(ids) <= 12:
-            states = captioner.decoder(torch.tensor([ids]), memory)
-            token = int(captioner.decoder.head(states[:, -1]).argmax())
-            if token == EOS_ID:
-                break
-            ids.append(token)
-        assert written[row] == ids[1:]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_is_learned_from_those_before_it_and_not_from_itself(build: Build, kind: str) -> None:
+    """Catches a label that is shifted twice or not at all: token t may change what is learned from t on, and must."""
+    captioner, states = build(kind), torch.randn(1, N, V)
+
+    def loss_of(row: list[int], length: int) -> float:
+        return captioner.loss(states, texts([row[:length]], [2], [0])).item()
+
+    row, changed = [2, 3, 7, 8, 9, 10], [2, 3, 7, 15, 9, 10]
+    assert loss_of(row, 3) == pytest.approx(loss_of(changed, 3), abs=1e-5)
+    assert loss_of(row, 4) != pytest.approx(loss_of(changed, 4), abs=1e-4)
+    after = [loss_of(r, 5) - loss_of(r, 4) for r in (row, changed)]
+    assert after[0] != pytest.approx(after[1], abs=1e-6)
 
 
-def test_writing_stops_as_soon_as_all_captions_have_ended(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_prompts_cost_nothing(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(1, N, V)
+    plain = captioner.loss(states, texts([ROWS[0]], [2], [0]))
+    padded = texts([ROWS[0] + [0, 0, 0]], [2], [0])
+    padded = replace(padded, length_C=torch.tensor([5]))
+    torch.testing.assert_close(captioner.loss(states, padded), plain)
+    assert captioner.loss(states, texts([ROWS[0]], [5], [0])).item() == 0.0  # all of it is prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(3, N, V)
+    prompt = torch.tensor([[2, 3]] * 3)
+    written = captioner.generate(states, prompt, GREEDY)
+    for row in range(3):
+        so_far = [2, 3]
+        for token in [*written[row], captioner.config.eos_id]:
+            losses = [
+                captioner.loss(states[[row]], texts([[*so_far, candidate]], [len(so_far)], [0])).item()
+                for candidate in ([token] if token == captioner.config.eos_id else range(WORDS))
+            ]
+            if token != captioner.config.eos_id and token < WORDS:
+                assert losses[token] <= min(losses) + 1e-4
+            so_far.append(token)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    prompt = torch.tensor([[2, 3]] * 2)
+    greedy, beams = (captioner.generate(states, prompt, search) for search in (GREEDY, Search(beams=3)))
+
+    def mean_nll(row: int, ids: list[int]) -> float:
+        whole = [2, 3, *ids, *([captioner.config.eos_id] if len(ids) < 8 else [])]
+        return captioner.loss(states[[row]], texts([whole], [2], [0])).item() / (len(whole) - 2)
+
+    for row in range(2):
+        assert mean_nll(row, beams[row]) <= mean_nll(row, greedy[row]) + 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_captioner_is_the_same_when_it_is_loaded(build: Build, kind: str, tmp_path: Path) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    captioner.save_pretrained(tmp_path)
+    loaded = Captioner.from_pretrained(str(tmp_path)).eval()
+    assert loaded.config == captioner.config
+    batch = texts(ROWS, PROMPTS, IMAGES)
+    assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
+
+
+def test_writing_stops_as_soon_as_all_texts_have_ended(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner, calls = build("scratch"), []
     captioner.decoder.register_forward_hook(lambda *_: calls.append(1))
-    always_eos = torch.nn.functional.one_hot(torch.tensor(EOS_ID), 20).float()
+    always_eos = torch.nn.functional.one_hot(torch.tensor(EOS), WORDS).float()
     monkeypatch.setattr(captioner.decoder, "head", lambda states: always_eos.expand(len(states), -1))
-    assert captioner.generate(torch.randn(4, 3, 28, 28), start_id=2) == [[], [], [], []]
+    assert captioner.generate(torch.randn(4, N, V), torch.tensor([[2, 3]] * 4), GREEDY) == [[], [], [], []]
     assert len(calls) == 1
 
 
-def test_a_saved_captioner_is_the_same_when_it_is_loaded(captioner: Captioner, tmp_path: Path) -> None:
-    captioner.save_pretrained(tmp_path)
-    loaded = Captioner.from_pretrained(str(tmp_path)).eval()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".md") == ["config.json", "model.safetensors"]
-    assert loaded.config == captioner.config
-    pixels, ids = torch.randn(2, 3, 28, 28), torch.randint(2, 20, (2, 6))
-    assert torch.equal(loaded.loss(pixels, torch.arange(2), ids), captioner.loss(pixels, torch.arange(2), ids))
+def test_packed_texts_start_again_behind_the_prefix() -> None:
+    ids, positions, segments, labels = pack(texts(ROWS, PROMPTS, IMAGES), images=2)
+    assert positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert segments[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert labels[0].tolist() == [-1, 7, 8, EOS, -1, 9, EOS]
+    assert ids[1].tolist() == [2, 5, 6, 4, 11, 12, 0]
+    assert segments[1].tolist() == [0] * 6 + [-1]
+
+
+def test_scores_are_computed_in_pieces_that_add_up(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner, states = build("qwen3"), torch.randn(2, N, V)
+    whole = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
+    monkeypatch.setattr("trainer.model.pretrained.HEAD_TOKENS", 2)
+    torch.testing.assert_close(captioner.loss(states, texts(ROWS, PROMPTS, IMAGES)), whole)
+    assert isinstance(whole, Tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_read_without_any_image_and_padding(build: Build, kind: str) -> None:
+    captioner = build(kind)
+    together = captioner.decoder.read(texts(ROWS, PROMPTS, IMAGES))
+    apart = torch.cat([captioner.decoder.read(texts([row], [2], [0])) for row in ROWS])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_contrast_reaches_connector_and_decoder_and_looks_at_captions_only(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    captions = replace(texts(ROWS, PROMPTS, IMAGES), caption_C=torch.tensor([True, False, True]))
+    loss = captioner.contrast_loss(states, captions)
+    torch.testing.assert_close(loss, captioner.contrast_loss(states, texts([ROWS[0], ROWS[2]], [2, 4], [0, 1])))
+    loss.backward()
+    for part in (captioner.connector, captioner.decoder, captioner.contrast):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    one = texts(ROWS[:1], [2], [0])
+    assert captioner.contrast_loss(states[:1], one).item() == 0.0  # nothing to tell apart
+
+
+def test_the_contrast_is_low_where_texts_lie_at_their_images() -> None:
+    contrast = Contrast(8, 8)
+    with torch.no_grad():
+        for layer in (contrast.image, contrast.text):
+            layer.weight.copy_(torch.eye(8))
+    images, of = torch.eye(8)[:3], torch.tensor([0, 0, 1, 2])
+    own, others = contrast(images, images[of], of), contrast(images, images[of.flip(0)], of)
+    assert own < 0.5 < others

@@ -3,47 +3,50 @@
 import pytest
 import torch
 
-from trainer.model.decoder import Cache, Decoder, DecoderConfig, rotate
+from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder, rotate
 
 WORDS, WIDTH = 23, 32
 
 
 @pytest.fixture
-def decoder() -> Decoder:
+def decoder() -> ScratchDecoder:
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(vocab_size=WORDS, width=WIDTH, depth=2, heads=4)).eval()
+    return ScratchDecoder(DecoderConfig(vocab_size=WORDS, width=WIDTH, depth=2, heads=4)).eval()
 
 
-def test_a_token_does_not_see_what_comes_after_it(decoder: Decoder) -> None:
+ONE = torch.tensor([0])
+
+
+def test_a_token_does_not_see_what_comes_after_it(decoder: ScratchDecoder) -> None:
     ids, memory = torch.randint(WORDS, (1, 8)), torch.randn(1, 5, WIDTH)
     changed = ids.clone()
     changed[0, 5] = (ids[0, 5] + 1) % WORDS
-    before, after = decoder(ids, memory), decoder(changed, memory)
+    before, after = decoder(ids, memory, ONE), decoder(changed, memory, ONE)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-def test_the_image_reaches_every_token(decoder: Decoder) -> None:
+def test_the_image_reaches_every_token(decoder: ScratchDecoder) -> None:
     ids = torch.randint(WORDS, (1, 4))
-    one, other = decoder(ids, torch.randn(1, 5, WIDTH)), decoder(ids, torch.randn(1, 5, WIDTH))
+    one, other = decoder(ids, torch.randn(1, 5, WIDTH), ONE), decoder(ids, torch.randn(1, 5, WIDTH), ONE)
     assert ((one - other).abs().amax(-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 4], [9]])
-def test_with_a_cache_the_states_are_the_same(decoder: Decoder, pieces: list[int]) -> None:
-    ids, memory = torch.randint(WORDS, (3, 9)), torch.randn(3, 5, WIDTH)
+def test_with_a_cache_the_states_are_the_same(decoder: ScratchDecoder, pieces: list[int]) -> None:
+    ids, memory, images = torch.randint(WORDS, (3, 9)), torch.randn(2, 5, WIDTH), torch.tensor([0, 1, 1])
     cache, at, states = Cache(), 0, []
     for length in pieces:
-        states.append(decoder(ids[:, at : at + length], memory, cache))
+        states.append(decoder(ids[:, at : at + length], memory, images, cache))
         at += length
-    torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory, images), rtol=1e-5, atol=1e-5)
 
 
-def test_the_keys_of_the_image_are_computed_once(decoder: Decoder) -> None:
+def test_the_keys_of_the_image_are_computed_once(decoder: ScratchDecoder) -> None:
     cache = Cache()
-    decoder(torch.randint(WORDS, (1, 1)), torch.randn(1, 5, WIDTH), cache)
+    decoder(torch.randint(WORDS, (1, 1)), torch.randn(1, 5, WIDTH), ONE, cache)
     first = cache.blocks[0].image
-    decoder(torch.randint(WORDS, (1, 1)), torch.full((1, 5, WIDTH), torch.nan), cache)  # the memory is not read again
+    decoder(torch.randint(WORDS, (1, 1)), torch.full((1, 5, WIDTH), torch.nan), ONE, cache)  # the memory is not read again
     assert cache.blocks[0].image == first
     assert first is not None
     assert torch.isfinite(first[0]).all()

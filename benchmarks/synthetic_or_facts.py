@@ -1,0 +1,72 @@
+"""How much a captioner loses by learning from a model's captions instead of the truth, on drawn scenes.
+
+    synth generate --source scenes --limit 2000
+    python benchmarks/synthetic_or_facts.py data/scenes [--encoder tiny-clip] [--steps 600] [--seeds 0]
+
+The same images, splits, styles, steps and seeds: once with the captions of the version, once with the captions that the facts
+give. Both are scored against the facts of the held-out scenes.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.scenes.score import scene_of
+from pipeline.scenes.text import caption
+from pipeline.store import Folder, Version, open_dataset
+from pipeline.tables import LEDGER, ROW, SPLITS
+from pipeline.version import Rows, draft_version, row_digest
+from trainer.config import resolve
+from trainer.loop import train
+
+SCORES = ("bleu_4", "rouge_l", "cider_d")
+
+
+def with_facts(version: Version, folder: Path) -> Version:
+    """Write the same version with every caption replaced by what is true."""
+    rows = Rows(licences={"cc0-1.0"})
+    schema = ROW.append(pa.field("split", pa.string()))
+    with draft_version(Folder(folder)) as draft:
+        for split in SPLITS:
+            batch: list[dict[str, Any]] = version.read(split).to_pylist()
+            for row in batch:
+                scene = scene_of(row["facts"])
+                row["captions"] = [c | {"text": caption(scene, c["style"])} for c in row["captions"]]
+                row["split"] = split
+                rows.digests[row["sample_id"]] = row_digest(row)
+            draft.add(pa.Table.from_pylist(batch, schema=schema))
+        made_by = ("source", "model", "prompts", "schemas", "config", "funnel", "measured")
+        return draft.publish(rows, {name: version.manifest[name] for name in made_by}, LEDGER.empty_table(), [])[0]
+
+
+def main() -> None:
+    """Train and score both, and print a table."""
+    parser = argparse.ArgumentParser(description="A captioner from a model's captions, beside one from the facts.")
+    parser.add_argument("data", type=Path, help="A dataset of scenes.")
+    parser.add_argument("--encoder", default="tiny-clip")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    version = open_dataset(arguments.data)
+    with tempfile.TemporaryDirectory() as name:
+        versions = {"synthetic": version, "facts": with_facts(version, Path(name) / "facts")}
+        print(f"{version.manifest['rows']}, {arguments.encoder}, decoder from scratch, {arguments.steps} steps")
+        for seed in arguments.seeds:
+            found = {}
+            for kind, each in versions.items():
+                config = resolve(encoder=arguments.encoder, steps=arguments.steps, seed=seed, questions=False)
+                metrics = train(each, config, Path(name) / f"{kind}-{seed}")
+                found[kind] = metrics["scores"]["cider_d"]
+                shown = "   ".join(
+                    f"{score} {metrics['scores'][score]:.3f} (shuffled {metrics['shuffled_scores'][score]:.3f})"
+                    for score in SCORES
+                )
+                print(f"  seed {seed}, {kind:<10} {shown}", flush=True)
+            print(f"  seed {seed}: synthetic / facts, CIDEr-D: {found['synthetic'] / found['facts']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Captions a second of one training step, beside nanoVLM's; and what a feature cache saves.
+
+    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--rounds 5]
+
+With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same towers, 20 tokens a
+caption behind 49 image tokens (ours: 50), float32, encoder frozen, AdamW, one thread, rounds in turn, medians of CPU time. It
+trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one, from cached states.
+Without `--nanovlm` only our own variants are compared, and nothing is said about nanoVLM.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessor
+
+from trainer.model.captioner import Captioner, CaptionerConfig
+from trainer.model.encoder import EncoderConfig
+from trainer.text import Texts
+
+IMAGES, CAPTIONS, TOKENS = 4, 5, 20
+SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384
+VOCAB = 16_384
+TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 6, "num_attention_heads": 6}
+LANGUAGE = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+QWEN3 = {  # the sizes of Qwen3-0.6B-Base
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+Step = Callable[[], float]
+
+
+def encoder_config(**tower: Any) -> EncoderConfig:
+    """Return a frozen CLIP tower with random weights."""
+    model = {"model_type": "clip_vision_model", "image_size": SIDE_PX, "patch_size": PATCH_PX, **tower}
+    return EncoderConfig(model, CLIPImageProcessor().to_dict(), frozen=True)
+
+
+def texts(seed: int = 0) -> Texts:
+    """Return captions of one length, with one token of prompt: TOKENS - 1 are learned."""
+    ids = torch.randint(2, VOCAB, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(seed))
+    of_image = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
+    ones = torch.ones(len(ids), dtype=torch.long)
+    return Texts(of_image, ids, ones, ones * TOKENS, ones.bool())
+
+
+def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | None = None) -> Step:
+    """Return one training step of ours; with `cached`, hidden states are read and not computed."""
+    about: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
+    config = encoder_config(**(tower or TOWER))
+    captioner = Captioner(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **about))
+    learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+    pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX)
+    with torch.no_grad():
+        states_BNV: Tensor = captioner.encoder(pixels_BCHW)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        batch = texts()
+        with torch.no_grad():
+            seen = states_BNV if cached else captioner.encoder(pixels_BCHW)
+        loss = captioner.loss(seen, batch) / int(batch.learned_CT.sum())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def vars_of(config: EncoderConfig) -> dict[str, Any]:
+    """Return the fields of a config as a checkpoint keeps them."""
+    return {name: getattr(config, name) for name in ("model", "processor", "layer", "frozen", "made_from")}
+
+
+def nanovlm_step(checkout: Path) -> Step:
+    """Return one training step of a real checkout: its model, its loss, its optimiser."""
+    sys.path.insert(0, str(checkout))
+    import models.vision_language_model as theirs  # type: ignore[import-not-found]
+    from models.config import VLMConfig  # type: ignore[import-not-found]
+
+    image_id = VOCAB - 1
+    theirs.get_tokenizer = lambda *_: SimpleNamespace(image_token_id=image_id)  # its own would be downloaded
+    model = theirs.VisionLanguageModel(
+        VLMConfig(
+            vit_hidden_dim=WIDTH,
+            vit_inter_dim=4 * WIDTH,
+            vit_patch_size=PATCH_PX,
+            vit_img_size=SIDE_PX,
+            vit_n_heads=6,
+            vit_n_blocks=6,
+            lm_hidden_dim=WIDTH,
+            lm_inter_dim=1024,
+            lm_vocab_size=VOCAB,
+            lm_n_heads=6,
+            lm_n_kv_heads=2,
+            lm_n_blocks=8,
+            mp_pixel_shuffle_factor=1,
+            mp_image_token_length=49,
+        ),
+        load_backbone=False,
+    )
+    for parameter in model.vision_encoder.parameters():
+        parameter.requires_grad = False
+    groups = [{"params": model.MP.parameters(), "lr": 1e-4}, {"params": model.decoder.parameters(), "lr": 1e-4}]
+    optimizer = torch.optim.AdamW(groups)
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pixels = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX).repeat_interleave(CAPTIONS, 0)
+    rows = IMAGES * CAPTIONS
+
+    def step() -> float:
+        caption_ids = texts().ids_CT.clamp(max=image_id - 1)
+        ids = torch.cat([torch.full((rows, 49), image_id), caption_ids], 1)
+        targets = torch.cat([torch.full((rows, 49), -100), caption_ids], 1).roll(-1, 1)
+        targets[:, -1] = -100
+        targets[:, 48] = -100  # the first token of a caption is its prompt, as with ours
+        optimizer.zero_grad()
+        _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Return the median CPU seconds of each step, run in turn."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # warm
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.process_time()
+            step()
+            found[name].append(time.process_time() - started)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="One training step of ours, beside nanoVLM's.")
+    parser.add_argument("--nanovlm", type=Path, help="A checkout of nanoVLM; only then is anything said about it.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--qwen3", action="store_true", help="One step of Qwen3-0.6B at full size (random weights), no more.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if arguments.qwen3:
+        step = our_step({"language_model": QWEN3}, cached=True)
+        started = time.process_time()
+        loss = step()
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(
+            f"Qwen3-0.6B, all of it trained: loss {loss:.2f}, {time.process_time() - started:.1f} CPU s, peak {peak_gb:.1f} GB"
+        )
+        return
+    pretrained = {"language_model": LANGUAGE}
+    steps = {
+        "synth, cached": our_step(pretrained, cached=True),
+        "synth, encoder in the step": our_step(pretrained, cached=False),
+    }
+    if arguments.nanovlm:
+        steps["nanoVLM"] = nanovlm_step(arguments.nanovlm)
+    seconds = measure(steps, arguments.rounds)
+    print(f"{IMAGES} images x {CAPTIONS} captions of {TOKENS} tokens, float32, 1 thread, CPU seconds a step:")
+    for name, value in seconds.items():
+        print(f"  {name:<28} {value:7.3f}   {IMAGES * CAPTIONS / value:7.1f} captions/s")
+    if arguments.nanovlm:
+        print(f"  ratio to nanoVLM: {seconds['nanoVLM'] / seconds['synth, cached']:.2f}")
+    full = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
+    scratch = {"vocab_size": 4096, "width": 192, "depth": 3, "heads": 6, "dropout": 0.1}
+    global VOCAB
+    VOCAB = 4096
+    seconds = measure({str(cached): our_step(scratch, cached=cached, tower=full) for cached in (True, False)}, arguments.rounds)
+    print("an epoch after the first, ViT-B/16 at full size and the decoder from scratch that is the default:")
+    ratio = seconds["False"] / seconds["True"]
+    print(f"  without cache {seconds['False']:.3f} s a step, with {seconds['True']:.3f} s: {ratio:.1f} times")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What helps the tiny teacher to find a page of a deck. From answers alone it did not learn that (docs/experiments/teacher.md).
+
+To answer "How many circles are there on the gray page?" the model must know the page of each image token, find those of the
+gray page from the word, and look there. Each of these steps is given a target of its own: three heads that read a page or a
+ground off hidden states, and a reward for attention that stays on the pages where the answer is. None of this is part of the
+model.
+
+Shapes: B decks, S tokens, H heads, P pages of a deck, 9 image tokens of a page, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.scenes.facts import BACKGROUNDS, Scene
+from pipeline.scenes.pack import VISION_TOKENS, Packed
+
+PAGE_LAYER, WORD_LAYER = 1, 2  # after which layers the heads read
+GUIDED_LAYERS = (2, 3)  # whose attention is rewarded: the last two, counted from 0
+NOTHING = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A packed deck with what is true of it: for each of its first tasks, the pages where the answer is, counted from 1."""
+
+    packed: Packed
+    deck: tuple[Scene, ...]
+    evidence: Sequence[tuple[int, ...]]
+
+
+class PageGuide(nn.Module):
+    """The heads, and the losses of all steps."""
+
+    def __init__(self, width: int, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        classes = len(BACKGROUNDS)  # of pages and of grounds alike
+        self.page, self.word, self.number = (nn.Linear(width, classes) for _ in range(3))
+        ids = {text: tokenizer(text)["input_ids"] for text in (*(f" {ground}" for ground in BACKGROUNDS), " page")}
+        assert all(len(found) == 1 for found in ids.values()), "each of these words must be one token"
+        self._ground_of_id = {ids[f" {ground}"][0]: at for at, ground in enumerate(BACKGROUNDS)}
+        self._page_id = ids[" page"][0]
+        self._number_of_id = {tokenizer(str(number))["input_ids"][-1]: number for number in range(1, classes + 1)}
+
+    def forward(self, output: Any, image_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
+        """Return the sum of all losses; `output` is that of the language model, with hidden states and, or not, attentions.
+
+        All decks must have the same number of pages.
+        """
+        pages = len(asked[0].deck)
+        image_KD = output.hidden_states[PAGE_LAYER][image_BS]
+        page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS).repeat(len(asked))
+        loss = functional.cross_entropy(self.page(image_KD), page_K)
+        words_BSD = output.hidden_states[WORD_LAYER]
+        for head, targets_BS in zip((self.word, self.number), self._targets(asked, image_BS.shape[1]), strict=True):
+            if (targets_BS != NOTHING).any():
+                loss = loss + functional.cross_entropy(
+                    head(words_BSD).flatten(0, 1), targets_BS.flatten(), ignore_index=NOTHING
+                )
+        if output.attentions:
+            loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS, asked)
+        return loss
+
+    def _targets(self, asked: Sequence[Asked], length: int) -> tuple[Tensor, Tensor]:
+        """Return, within tasks, the page at each word that names a ground, and the ground at each number of a page: (B, S)."""
+        page_BS, ground_BS = (torch.full((len(asked), length), NOTHING) for _ in range(2))
+        for b, each in enumerate(asked):
+            page_of = {BACKGROUNDS.index(scene.background): at for at, scene in enumerate(each.deck)}
+            ids = each.packed.ids
+            for s, (token, segment) in enumerate(zip(ids, each.packed.segments, strict=True)):
+                ground, number = self._ground_of_id.get(token), self._number_of_id.get(token)
+                if segment and ground in page_of:
+                    page_BS[b, s] = page_of[ground]
+                if segment and number and self._page_id in ids[s - 2 : s] and number <= len(each.deck):
+                    ground_BS[b, s] = BACKGROUNDS.index(each.deck[number - 1].background)
+        return page_BS, ground_BS
+
+
+def attention_loss(attentions_BHSS: Sequence[Tensor], image_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
+    """Return how far attention to images strays from the evidence where a decided word is told: mean -log of what stays."""
+    strayed: list[Tensor] = []
+    for b, each in enumerate(asked):
+        segments, weights = torch.tensor(each.packed.segments), torch.tensor(each.packed.weights)
+        images_P9 = image_BS[b].nonzero()[:, 0].view(len(each.deck), VISION_TOKENS)
+        for segment, evidence in enumerate(each.evidence, 1):
+            told = ((segments == segment) & (weights > 1)).nonzero()[:, 0]
+            right_P = torch.tensor([float(page in evidence) for page in range(1, len(each.deck) + 1)])
+            for attention_BHSS in attentions_BHSS:
+                looked_HTP = attention_BHSS[b][:, told][:, :, images_P9.flatten()].unflatten(-1, images_P9.shape).sum(-1)
+                share_HT = ((looked_HTP * right_P).sum(-1) + 1e-4) / (looked_HTP.sum(-1) + 1e-4)
+                strayed.append(-share_HT.log().flatten())
+    return torch.cat(strayed).mean()

@@ -1,0 +1,87 @@
+"""The tiny CLIP: it tells a true caption from one in which a single word is wrong, on scenes that it has never seen."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from pipeline.scenes import train_clip
+from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer, weights_folder
+from pipeline.scenes.draw import draw
+from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.text import caption
+from pipeline.scenes.train_clip import VALUES, PlaceHeads, align_loss, change_one, embed, step_data
+
+UNSEEN = 7002
+ATTRIBUTES = (*VALUES, "background")
+
+
+@pytest.fixture(scope="module")
+def clip() -> tuple[CLIPModel, CLIPProcessor]:
+    folder = weights_folder()
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(folder)
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in weights_folder().iterdir()) < 10_000_000
+
+
+def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
+    model, processor = clip
+    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    pixels, texts, names = [], [], []
+    for index in range(400):
+        rng = random.Random(f"{UNSEEN}:{index}")
+        scene, name = sample_scene(rng), ATTRIBUTES[index % len(ATTRIBUTES)]
+        pixels.append(np.array(draw(scene, rng)))
+        texts += [caption(scene, "detailed"), caption(change_one(scene, rng, name), "detailed")]
+        names.append(name)
+    images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
+    tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        image_BD, text_TD = embed(model, images, tokens)
+    scores_B2 = torch.einsum("bd,btd->bt", image_BD, text_TD.view(len(images), 2, -1))
+    for name, better in zip(names, (scores_B2[:, 0] > scores_B2[:, 1]).tolist(), strict=True):
+        right[name].append(better)
+    shares = {name: sum(found) / len(found) for name, found in right.items()}
+    assert sum(shares.values()) / len(shares) >= 0.95, shares
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_a_changed_scene_differs_in_that_attribute_alone(attribute: str) -> None:
+    for index in range(200):
+        rng = random.Random(index)
+        scene = sample_scene(rng)
+        changed = change_one(scene, rng, attribute)
+        assert caption(changed, "detailed") != caption(scene, "detailed")
+        if attribute == "background":
+            assert changed.objects == scene.objects
+        else:
+            assert changed.background == scene.background
+            assert len(changed.objects) == len(scene.objects)
+            assert len(set(changed.objects) - set(scene.objects)) == 1
+
+
+def test_the_loss_is_low_where_each_image_is_nearest_to_its_own_caption() -> None:
+    vectors = torch.eye(4)
+    scale = torch.tensor(3.0)
+    own, others = align_loss(vectors, vectors, scale), align_loss(vectors, vectors.roll(1, 0), scale)
+    assert own < 0.1 < others
+    hard = torch.cat([vectors, vectors])  # a false caption as near as the true one
+    assert align_loss(vectors, hard, scale) > own
+
+
+def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_clip, "BATCH", 4)
+    scenes, pixels, captions = step_data(0)
+    assert len(captions) == 4 * (1 + train_clip.HARD)
+    assert step_data(0)[2] == captions
+    tokenizer = train_tokenizer(captions)
+    processor, model = build_processor(tokenizer), build_model(tokenizer)
+    images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
+    PlaceHeads(WIDTH)(model.vision_model(images).last_hidden_state[:, 1:], scenes).backward()
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")
+    align_loss(*embed(model, images, tokens), model.logit_scale).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

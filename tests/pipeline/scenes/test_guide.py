@@ -1,0 +1,64 @@
+"""The guide: heads are told the truth about pages, and attention on other pages than the evidence costs."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.scenes.deck import sample_deck
+from pipeline.scenes.facts import BACKGROUNDS
+from pipeline.scenes.guide import NOTHING, Asked, PageGuide, attention_loss
+from pipeline.scenes.pack import VISION_TOKENS, Packer, Task, collate
+from pipeline.scenes.teacher import TEXT_WIDTH, train_tokenizer
+from pipeline.scenes.train_teacher import tokenizer_corpus
+
+PAGES = 3
+IMAGE_ID = 6
+
+
+@pytest.fixture(scope="module")
+def guide() -> tuple[PageGuide, Packer]:
+    tokenizer = train_tokenizer(tokenizer_corpus(400))
+    return PageGuide(TEXT_WIDTH, tokenizer), Packer(tokenizer, tokenizer.get_vocab()["<|image_pad|>"])
+
+
+def asked_of(packer: Packer, line: str, evidence: tuple[int, ...]) -> Asked:
+    deck = sample_deck(random.Random(4))[:PAGES]
+    return Asked(
+        packer.pack(PAGES, random.Random(1), [Task(line, '{"answer":"2"}', seldom_worded=True)], 4.0), deck, [evidence]
+    )
+
+
+def test_words_that_name_a_ground_or_a_page_are_to_be_looked_up(guide: tuple[PageGuide, Packer]) -> None:
+    heads, packer = guide
+    ground = sample_deck(random.Random(4))[1].background
+    asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 3?", (2,))
+    page_BS, ground_BS = heads._targets([asked], len(asked.packed.ids))
+    assert page_BS[page_BS != NOTHING].tolist() == [1]
+    assert ground_BS[ground_BS != NOTHING].tolist() == [BACKGROUNDS.index(asked.deck[2].background)]
+
+
+def test_attention_to_the_evidence_costs_nothing_and_elsewhere_much(guide: tuple[PageGuide, Packer]) -> None:
+    _, packer = guide
+    asked = asked_of(packer, "Question: How many?", (2,))
+    ids, *_ = collate([asked.packed])
+    image_BS = ids == packer.image_token_id
+    places = image_BS[0].nonzero()[:, 0].view(PAGES, VISION_TOKENS)
+    losses = []
+    for page in range(PAGES):
+        attention = torch.zeros(1, 2, ids.shape[1], ids.shape[1])
+        attention[..., places[page]] = 1 / VISION_TOKENS
+        losses.append(attention_loss([attention], image_BS, [asked]).item())
+    assert losses[1] == pytest.approx(0.0, abs=1e-3)
+    assert min(losses[0], losses[2]) > 5
+
+
+def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:
+    heads, packer = guide
+    ground = sample_deck(random.Random(4))[0].background
+    asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 1?", (1,))
+    ids, *_ = collate([asked.packed])
+    output = SimpleNamespace(hidden_states=[torch.randn(1, ids.shape[1], TEXT_WIDTH) for _ in range(5)], attentions=None)
+    heads(output, ids == packer.image_token_id, [asked]).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads.parameters())

@@ -1,0 +1,96 @@
+"""Encoders: hidden states of the layer that was asked for, as the checkpoint itself prepares images."""
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel, ViTConfig, ViTModel
+
+from pipeline.errors import TrainError
+from tests.trainer.tiny_models import SIDE_PX, save_clip, save_vit
+from trainer.model.encoder import Encoder, EncoderConfig, load_encoder
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_vit(tmp_path_factory.mktemp("vit"))
+
+
+def test_the_models_of_the_mission_have_the_sizes_of_the_mission() -> None:
+    """Random weights suffice; the meta device holds none."""
+    with torch.device("meta"):
+        vit, clip = ViTModel(ViTConfig()), CLIPModel(CLIPConfig())
+    assert sum(p.numel() for p in vit.parameters()) == 86_389_248
+    assert sum(p.numel() for p in clip.parameters()) == 151_277_313
+
+
+@pytest.mark.parametrize(("model", "states"), [("vit", 197), ("clip_vision_model", 50)])
+def test_hidden_states_of_a_full_sized_encoder_are_one_a_patch_and_one_for_all(model: str, states: int) -> None:
+    processor = CLIPImageProcessor().to_dict()
+    encoder = Encoder(EncoderConfig({"model_type": model, "num_hidden_layers": 1}, processor))
+    with torch.inference_mode():
+        found = encoder(encoder.pixels([picture(size=(500, 375))]))
+    assert found.shape == (1, states, 768)
+
+
+def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
+    for folder, theirs in ((clip, CLIPVisionModel.from_pretrained(clip)), (vit, ViTModel.from_pretrained(vit))):
+        encoder = load_encoder(folder, frozen=False)
+        pixels = encoder.pixels([picture(1), picture(2)])
+        assert pixels.shape == (2, 3, SIDE_PX, SIDE_PX)
+        theirs.train(mode=False)
+        wanted = theirs(pixels, output_hidden_states=True)
+        torch.testing.assert_close(encoder.eval()(pixels), wanted.last_hidden_state)
+        below = load_encoder(folder, layer=-2, frozen=False).eval()(pixels)
+        torch.testing.assert_close(below, wanted.hidden_states[-2])
+
+
+def test_a_frozen_encoder_does_not_learn_and_rounds_as_a_cache_does(clip: str) -> None:
+    encoder = load_encoder(clip)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    states = encoder(encoder.pixels([picture()]))
+    assert torch.equal(states, states.bfloat16().float())
+
+
+def test_an_encoder_is_built_again_from_what_is_saved_of_it(clip: str) -> None:
+    encoder = load_encoder(clip)
+    again = Encoder(EncoderConfig(**asdict(encoder.config)))
+    again.load_state_dict(encoder.state_dict())
+    pixels = encoder.pixels([picture()])
+    assert torch.equal(again.pixels([picture()]), pixels)
+    assert torch.equal(again(pixels), encoder(pixels))
+
+
+def test_a_key_names_weights_and_layer(clip: str) -> None:
+    one, other = load_encoder(clip), load_encoder(clip)
+    assert one.key() == other.key()
+    assert load_encoder(clip, layer=-2).key() != one.key()
+    with torch.no_grad():
+        next(other.tower.parameters()).flatten()[0] += 1e-3
+    assert other.key() != one.key()
+
+
+def test_no_path_of_this_machine_is_kept(clip: str) -> None:
+    config = load_encoder(clip).config
+    assert str(Path(clip).parent) not in str(asdict(config))
+    assert config.made_from["name"] == Path(clip).name
+
+
+def test_what_is_no_encoder_is_said(tmp_path: Path, clip: str) -> None:
+    with pytest.raises(TrainError, match="no encoder"):
+        load_encoder(str(tmp_path))
+    with pytest.raises(TrainError, match="has no layer 9") as refused:
+        load_encoder(clip, layer=9)
+    assert "layers are 0 (the embeddings) to 2" in refused.value.hint

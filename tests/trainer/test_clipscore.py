@@ -1,0 +1,53 @@
+"""CLIPScore: that of the formula, by a CLIP that is not the captioner's own."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+from pipeline.errors import TrainError
+from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
+from pipeline.scenes.draw import draw
+from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.text import caption
+from trainer.clipscore import clip_scores, is_same
+
+SCENES = [sample_scene(random.Random(seed)) for seed in range(5)]
+TEXTS = [caption(scene, "detailed") for scene in SCENES]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), train_tokenizer(TEXTS)
+    torch.manual_seed(0)
+    build_model(tokenizer).save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_score_is_two_and_a_half_times_the_cosine_and_never_negative(clip: str) -> None:
+    images = [draw(scene, random.Random(0)) for scene in SCENES]
+    scores = clip_scores(clip, images, TEXTS)
+    model = CLIPModel.from_pretrained(clip).eval()
+    from transformers import CLIPProcessor
+
+    inputs = CLIPProcessor.from_pretrained(clip)(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
+    wanted = (2.5 * (out.image_embeds * out.text_embeds).sum(-1)).clamp(min=0)
+    assert scores == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert min(scores) >= 0
+
+
+def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
+    assert is_same("clip", {"name": "clip"})
+    assert is_same("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
+    assert is_same(clip, {"name": Path(clip).name})
+    assert not is_same("metaclip", {"name": "clip"})
+
+
+def test_what_is_no_clip_is_said(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="no CLIP"):
+        clip_scores(str(tmp_path), [], [])

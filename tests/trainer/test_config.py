@@ -1,0 +1,45 @@
+"""Settings of a training: defaults, a file, flags, and whether a folder holds a run of others."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError
+from trainer.config import TrainConfig, is_of_other_settings, resolve
+
+
+def test_flags_win_over_the_file_and_auto_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("steps: 7\ndecoder: auto\nencoder: vit\n")
+    config = resolve(tmp_path / "c.yaml", steps=9, encoder="auto", seed=None)
+    assert (config.steps, config.decoder, config.encoder, config.seed) == (9, "scratch", "vit", 0)
+
+
+@pytest.mark.parametrize("text", ["nonsense: 1", "steps: many", "- a list", "decoder_width: 250", ": :"])
+def test_a_mistake_is_one_error_with_a_hint(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        resolve(tmp_path / "c.yaml")
+    assert refused.value.hint
+
+
+def test_rates_follow_encoder_and_decoder() -> None:
+    frozen, along, pretrained = (
+        TrainConfig(**flags).settled(100)  # type: ignore[arg-type]
+        for flags in ({"encoder": "clip"}, {"encoder": "tiny-vit"}, {"encoder": "clip", "decoder": "qwen3"})
+    )
+    assert (frozen.encoder_rate, along.encoder_rate) == (0.0, 1e-3)
+    assert (frozen.decoder_rate, pretrained.decoder_rate) == (1e-3, 2e-5)
+    assert TrainConfig(encoder="clip", encoder_rate=1e-5).settled(100).encoder_rate == 1e-5
+
+
+def test_a_finished_run_of_other_settings_is_told_from_the_same(tmp_path: Path) -> None:
+    config = TrainConfig(encoder="clip", steps=50)
+    assert not is_of_other_settings(tmp_path, config)
+    (tmp_path / "train.json").write_text(config.settled(100).model_dump_json())
+    assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", texts="mixed"))  # it was never finished
+    (tmp_path / "metrics.json").write_text("{}")
+    assert not is_of_other_settings(tmp_path, config)
+    for other in ({"texts": "mixed"}, {"seed": 1}, {"layer": -2}, {"steps": 60}, {"decoder_rate": 0.5}):
+        assert is_of_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | other)))
+    (tmp_path / "train.json").write_text("?")
+    assert is_of_other_settings(tmp_path, config)

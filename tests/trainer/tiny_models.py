@@ -1,0 +1,58 @@
+"""Models of transformers with random weights, small enough for a test, in the folders that `from_pretrained` reads."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+SIDE_PX = 28
+TOWER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+IMAGE: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 14}
+
+
+def save_vit(folder: Path) -> str:
+    torch.manual_seed(1)
+    ViTModel(ViTConfig(**TOWER, **IMAGE)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_clip(folder: Path) -> str:
+    torch.manual_seed(2)
+    text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=TOWER | IMAGE, projection_dim=16)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_language_model(folder: Path, kind: str) -> str:
+    """A causal language model over bytes, of the classes that Qwen3 and SmolLM2 have."""
+    torch.manual_seed(3)
+    sizes: Any = {**TOWER, "vocab_size": 258, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+    ids: Any = {"bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256, "tie_word_embeddings": True}
+    if kind == "qwen3":
+        Qwen3ForCausalLM(Qwen3Config(**sizes, **ids)).save_pretrained(folder)
+    else:
+        LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "<end>"})
+    tokenizer.save_pretrained(folder)
+    return str(folder)

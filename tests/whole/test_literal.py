@@ -1,0 +1,61 @@
+"""The three commands of the README, with no other flag: the Hub serves tiny models and data under their real names."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.generate.engine import LARGE, TINY_WEIGHTS
+from tests.hub import datasets
+from tests.hub.server import RunningHub, running_hub
+from tests.trainer.tiny_models import save_clip, save_language_model
+from tests.whole.conftest import SYNTH
+from trainer.model.encoder import HUB
+from trainer.model.pretrained import HUB as DECODERS
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[RunningHub]:
+    with running_hub(tmp_path / "hub") as running:
+        storage = running.hub.storage
+        datasets.seed_flickr30k(storage, 40)
+        save_clip(tmp_path / "clip")
+        save_language_model(tmp_path / "qwen3", "qwen3")
+        for name, folder in ((LARGE, TINY_WEIGHTS), (HUB["clip"], tmp_path / "clip"), (DECODERS["qwen3"], tmp_path / "qwen3")):
+            storage.seed("model", name, {path.name: path.read_bytes() for path in folder.iterdir()})
+        yield running
+
+
+def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_path: Path) -> None:
+    """One test: each command takes what the one before it made."""
+    (tmp_path / "user").mkdir()
+    env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+
+    def synth(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([SYNTH, *arguments], cwd=tmp_path / "user", env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    synth("generate", "--source", "flickr30k")
+    assert "may not be passed on" in synth("push", "--repo", "me/x").stderr
+    trained = synth("train")
+    assert "encoder clip, decoder scratch" in trained.stderr
+    folder = tmp_path / "user" / trained.stdout.strip()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["encoder"]["made_from"]["name"] == "clip"
+    assert config["encoder"]["frozen"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["against"] == "references of the source"
+
+    two_stages = synth("train", "--decoder", "qwen3", "--align-steps", "2", "--steps", "2")
+    folder = tmp_path / "user" / two_stages.stdout.strip()
+    stages = [json.loads(line).get("stage") for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [stage for stage in stages if stage] == ["align", "align", "train", "train"]
+    image = tmp_path / "photo.jpg"
+    image.write_bytes(datasets.photo(3))
+    answered = synth("caption", str(folder), str(image), "--question", "What is this?", "--json")
+    assert set(json.loads(answered.stdout)) == {"image", "answer"}
+    pushed = json.loads(synth("push", str(folder), "--repo", "me/captioner", "--json").stdout)
+    assert hub.hub.storage.repos["model", "me/captioner"].tags == {pushed["tag"]: pushed["commit"]}
