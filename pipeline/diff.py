@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.fingerprint import annotation_digest, digest
 from pipeline.store import LEDGER_FILE, Version
-from pipeline.tables import PIXELS, SPLITS
+from pipeline.tables import PIXELS
 
 LISTS = ("captions", "qa")
 MAX_SHOWN = 160  # characters of a value
@@ -170,22 +170,16 @@ def _why(
 
 def _digests(version: Version, columns: list[str]) -> dict[str, str]:
     """Return a digest of each row and its split, by sample."""
-    found = {}
-    for split in SPLITS:
-        for shard in version.shards(split):
-            for batch in pq.ParquetFile(shard).iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    found[row["sample_id"]] = digest([split, row])
-    return found
+    return {row["sample_id"]: digest([split, row]) for split, batch in version.batches(columns) for row in batch.to_pylist()}
 
 
 def _rows(version: Version, columns: list[str], wanted: set[str]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for split in SPLITS if wanted else ():
-        for shard in version.shards(split):
-            for batch in pq.ParquetFile(shard).iter_batches(columns=columns):
-                found |= {row["sample_id"]: row | {"split": split} for row in batch.to_pylist() if row["sample_id"] in wanted}
-    return found
+    return {
+        row["sample_id"]: row | {"split": split}
+        for split, batch in version.batches(columns)
+        for row in (batch.to_pylist() if wanted else ())
+        if row["sample_id"] in wanted
+    }
 
 
 def _settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

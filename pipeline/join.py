@@ -1,5 +1,6 @@
 """Pixels that did not travel with a version, joined again by `sample_id` from a copy that the reader has."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.fingerprint import file_digest
 from pipeline.shards import SplitWriter
-from pipeline.store import Version, open_dataset, publish, read_version, scratch_folder, write_json
+from pipeline.store import LEDGER_FILE, Version, open_dataset, publish, read_version, scratch_folder, write_json
 from pipeline.tables import PIXELS, ROW, SPLITS, features
 
 BATCH_ROWS = 64
@@ -37,7 +38,8 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
     Raises:
         StoreError: images of some rows are not there.
     """
-    rows = {row["sample_id"]: row | {"split": split} for split in SPLITS for row in _texts(version, split)}
+    texts = version.batches(version.manifest["columns"])
+    rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}
     count = len(rows)
     with scratch_folder(home) as aside:
         columns = {*version.manifest["columns"], *version.manifest["pixel_columns"]}
@@ -51,6 +53,8 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
         schema = pq.read_schema(aside / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
         write_json(aside / "manifest.json", version.manifest | joined)
+        for name in (LEDGER_FILE, "README.md"):
+            shutil.copy(version.path / name, aside / name)
         final = _place(version, home)
         publish(aside, final)
     return Version(final, version.manifest | joined, version.repo)
@@ -68,12 +72,10 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
     if lacks_pixels(version):
         raise StoreError(f"{folder} holds no pixels either", hint="name the folder of the image files, or a source")
     columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
-    for split in SPLITS:
-        for shard in version.shards(split):
-            for batch in pq.ParquetFile(shard).iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    pages = row.get("pages") or [row["image"]]
-                    yield row["sample_id"], tuple(page["bytes"] for page in pages)
+    for _, batch in version.batches(columns, BATCH_ROWS):
+        for row in batch.to_pylist():
+            pages = row.get("pages") or [row["image"]]
+            yield row["sample_id"], tuple(page["bytes"] for page in pages)
 
 
 def _write(folder: Path, rows: dict[str, dict[str, Any]], images: Iterable[Images], schema: pa.Schema) -> None:
@@ -101,11 +103,6 @@ def _write(folder: Path, rows: dict[str, dict[str, Any]], images: Iterable[Image
     flush()
     for writer in writers.values():
         writer.close()
-
-
-def _texts(version: Version, split: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = version.read(split).to_pylist() if version.shards(split) else []
-    return rows
 
 
 def _place(version: Version, home: Path) -> Path:

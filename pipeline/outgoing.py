@@ -17,7 +17,7 @@ from pipeline.errors import PushError
 from pipeline.fingerprint import digest, file_digest
 from pipeline.licence import staying_home
 from pipeline.store import LEDGER_FILE, Folder, Version, read_json
-from pipeline.tables import PIXELS, ROW, SPLITS, features, with_features
+from pipeline.tables import PIXELS, ROW, features, with_features
 
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
 
@@ -151,13 +151,12 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def first_rows(version: Version, count: int = CARD_SAMPLES) -> list[dict[str, Any]]:
-    """Return a few rows without their pixels, as the card of a new version shows them."""
+    """Return a few rows without their pixels, for the card."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
     rows: list[dict[str, Any]] = []
-    for split in SPLITS:
-        for shard in version.shards(split):
-            for batch in pq.ParquetFile(shard).iter_batches(batch_size=count, columns=columns):
-                rows += batch.slice(0, count - len(rows)).to_pylist()
-                if len(rows) >= count:
-                    return rows
+    for _, batch in version.batches(columns, count):
+        rows += batch.slice(0, count - len(rows)).to_pylist()
+        if len(rows) >= count:
+            break
+    return rows
     return rows

@@ -74,6 +74,16 @@ class Version:
         """Return the Parquet files of a split, in order."""
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
+    def batches(self, columns: list[str], rows: int = 1024) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield all rows with the split that they are in, a batch at a time. Raises StoreError where a shard is damaged."""
+        for split in SPLITS:
+            for shard in self.shards(split):
+                try:
+                    for batch in pq.ParquetFile(shard).iter_batches(batch_size=rows, columns=columns):
+                        yield split, batch
+                except (OSError, pa.ArrowInvalid) as error:
+                    raise self._damaged(error) from None
+
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
         """Read the rows of a split. Raises StoreError where the version has none."""
         shards = self.shards(split)
@@ -82,7 +92,10 @@ class Version:
         try:
             return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in shards])
         except (OSError, pa.ArrowInvalid) as error:
-            raise StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again") from None
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> StoreError:
+        return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
 
 
 def parse_version(name: str) -> tuple[int, ...]:

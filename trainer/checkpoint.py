@@ -36,7 +36,12 @@ class Checkpoint:
                 (Path(aside) / name).replace(folder / name)
 
 
-def load_checkpoint(folder: Path | str, device: str | torch.device = "cpu") -> Checkpoint:
+def best_device(rank: int = 0) -> torch.device:
+    """Return the GPU of a process, where there is one, else the CPU."""
+    return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
     """Load a checkpoint folder for use. Raises TrainError where it is none."""
     folder = Path(folder)
     nothing = TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
@@ -44,7 +49,7 @@ def load_checkpoint(folder: Path | str, device: str | torch.device = "cpu") -> C
         raise nothing
     try:
         with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
-            captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device)
+            captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # somebody else's model, or half a file
         raise nothing from None
     kind: Literal["scratch", "pretrained"] = "pretrained" if "language_model" in captioner.config.decoder else "scratch"

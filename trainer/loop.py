@@ -25,7 +25,7 @@ from torch import nn
 from pipeline.errors import TrainError
 from pipeline.fingerprint import digest
 from pipeline.store import Version, write_json
-from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, save_resume
+from trainer.checkpoint import Checkpoint, Log, best_device, load_checkpoint, load_resume, save_resume
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, read_examples
 from trainer.evaluate import Asked, evaluate, scored_prompt
@@ -142,7 +142,7 @@ def train(
     """
     say = talk or (lambda stage, done, total: None)
     rank, processes = _join_processes()
-    device = _device(rank)
+    device = best_device(rank)
     torch.manual_seed(config.seed)
     sets = {
         split: read_examples(version.read(split), config.texts, questions=config.questions)
@@ -242,12 +242,6 @@ def _join_processes() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return torch.distributed.get_rank(), processes
-
-
-def _device(rank: int) -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", rank % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 def _groups(captioner: Captioner, config: TrainConfig) -> list[dict[str, Any]]:

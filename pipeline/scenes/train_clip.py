@@ -134,7 +134,8 @@ def train(out: Path) -> None:
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer").exists():
-        train_tokenizer(corpus()).save_pretrained(out / "tokenizer")
+        train_tokenizer(corpus()).save_pretrained(out / "tokenizer.tmp")
+        (out / "tokenizer.tmp").replace(out / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     processor, model = build_processor(tokenizer), build_model(tokenizer)
     heads = PlaceHeads(WIDTH)

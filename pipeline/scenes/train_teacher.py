@@ -306,7 +306,9 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES) -> None:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Train the tokenizer once: a checkpoint is worth nothing under another one, and its corpus may be reworded."""
     if not folder.exists():
-        train_tokenizer(tokenizer_corpus()).save_pretrained(folder)
+        aside = folder.with_suffix(".tmp")
+        train_tokenizer(tokenizer_corpus()).save_pretrained(aside)
+        aside.replace(folder)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
     return tokenizer
 
