@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,15 @@ def test_the_card_on_the_hub_names_its_repository(client: Pusher, version: Versi
     made = client.push(version, "me/named")
     file = repo_of(client, "me/named").commits[made["commit"]].files["README.md"]
     assert 'load_dataset("me/named", revision="v1.0.0")' in client.hub.hub.storage.path(file.sha256).read_text()
+
+
+def test_other_bytes_on_the_hub_than_its_manifest_says_are_found(client: Pusher, version: Version) -> None:
+    client.push(version)
+    repo, storage = repo_of(client), client.hub.hub.storage
+    head = repo.commits[repo.branches["main"]]
+    head.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
+    refused = client.push(version)
+    assert "holds other bytes than its manifest says: train-00000.parquet" in refused["error"]
 
 
 def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: Version) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.captioner import Captioner, Contrast, build_captioner
-from trainer.model.decoder import DecoderConfig
+from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.encoder import load_encoder
 from trainer.model.pretrained import load_decoder, pack
 from trainer.model.search import GREEDY, Search
@@ -99,6 +99,23 @@ def test_a_token_is_learned_from_those_before_it_and_not_from_itself(build: Buil
     assert loss_of(row, 4) != pytest.approx(loss_of(changed, 4), abs=1e-4)
     after = [loss_of(r, 5) - loss_of(r, 4) for r in (row, changed)]
     assert after[0] != pytest.approx(after[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_what_the_next_token_is_told_with(build: Build, kind: str) -> None:
+    """Catches a label that is shifted twice: each token is told from the tokens before it, one after another."""
+    captioner, states, row = build(kind), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
+    memory = captioner.connector(states)
+    wanted = torch.zeros(())
+    for at in range(2, len(row)):
+        before = torch.tensor([row[:at]])
+        if isinstance(captioner.decoder, ScratchDecoder):
+            scores = captioner.decoder.head(captioner.decoder(before, memory, torch.tensor([0]))[:, -1])
+        else:
+            words = captioner.decoder.model.get_input_embeddings()(before)
+            scores = captioner.decoder.model(inputs_embeds=torch.cat([memory, words], 1)).logits[:, -1]
+        wanted = wanted - scores.log_softmax(-1)[0, row[at]]
+    torch.testing.assert_close(captioner.loss(states, texts([row], [2], [0])), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
