@@ -297,6 +297,8 @@ def _run(trainer: Trainer, out: Path, run: str, talk: Talk, state: dict[str, Any
     total, started, images, tokens_done = config.align_steps + config.steps, time.monotonic(), 0, 0
     for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
         captioner.train()
+        if step == config.align_steps:
+            trainer.norms = []  # more parts learn from here on: what was usual says nothing
         # Dropout is a function of seed, step and process: nothing of a generator need be kept.
         torch.manual_seed(int(digest([config.seed, step, trainer.rank])[:15], 16))
         stage = set_stage(optimizer, config, step)

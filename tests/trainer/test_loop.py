@@ -175,6 +175,21 @@ def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Pat
     assert judged == [True] * 20 + [False] + [True] * 3
 
 
+def test_what_is_usual_begins_anew_with_the_second_stage(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """Gradients of a whole language model are many times those of a connector, and no spike."""
+    judge, judged = trainer.loop.Trainer.may_learn, list[bool]()
+
+    def judge_larger(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(trainer.loop.Trainer, "may_learn", judge_larger)
+    train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
+    assert judged == [True] * 32
+
+
 def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=40, contrast=1.0, dropout=0.0, evaluate_every=40)
     train(version, config, tmp_path)
