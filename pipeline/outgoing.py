@@ -159,4 +159,3 @@ def first_rows(version: Version, count: int = CARD_SAMPLES) -> list[dict[str, An
         if len(rows) >= count:
             break
     return rows
-    return rows

@@ -1,4 +1,4 @@
-"""A checkpoint folder: it loads with `from_pretrained`, `resume.pt` goes on to the very bit, `log.jsonl` tells how."""
+"""A checkpoint folder: it loads with `from_pretrained`, `resume.pt` goes on where it stopped, `log.jsonl` tells how."""
 
 import json
 import os

@@ -8,13 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.errors import ConfigError
 
-SETTLED = (
-    "steps",
-    "evaluate_every",
-    "connector_rate",
-    "decoder_rate",
-    "encoder_rate",
-)  # what training decides where it is open
+# What training decides where it is left open.
+SETTLED = ("steps", "evaluate_every", "connector_rate", "decoder_rate", "encoder_rate")
 
 
 class TrainConfig(BaseModel):

@@ -104,9 +104,7 @@ def answering_prompt(prompts: list[tuple[str, str]]) -> tuple[str, str]:
     """Return whose answers are asked for, with an empty style. Raises TrainError where none were learned."""
     sources = [source for source, style in prompts if not style]
     if not sources:
-        raise TrainError(
-            "the captioner has learned no answers", hint="train on a version with questions, without questions: false"
-        )
+        raise TrainError("the captioner has learned no answers", hint="train on a version with questions")
     return ("human" if "human" in sources else sources[0]), ""
 
 
@@ -218,9 +216,10 @@ def evaluate_questions(checkpoint: Checkpoint, examples: list[Example], states_o
 
 
 def vqa_accuracy(answer: str, truth: Question) -> float:
-    """Return the official VQA accuracy (Antol et al., 2015): right when three of the other people say so.
+    """Return VQA accuracy by the rule of Antol et al. (2015): right when three of the other people say so.
 
-    With answers of one person only, right is what equals one of them.
+    Each person is left out in turn. All answers are normalised first; the official program compares letter by letter where
+    all people said the same. With answers of fewer than four people, right is what equals one of them.
     """
     given = normalize_answer(answer)
     right = [normalize_answer(other) for other in truth.answers]

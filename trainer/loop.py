@@ -1,4 +1,4 @@
-"""The training loop: stages, AdamW, warm-up and cosine, and a checkpoint from which it goes on to the very bit.
+"""The training loop: stages, AdamW, warm-up and cosine, and a checkpoint from which it goes on (on a CPU to the very bit).
 
 The first stage, if there is one, aligns: only the connector learns. The second trains every part at its own rate. What a step
 sees is a function of seed and step alone; several processes (torchrun) each take a share of its images and learn the same.
@@ -29,7 +29,7 @@ from trainer.checkpoint import Checkpoint, Log, best_device, load_checkpoint, lo
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, read_examples
 from trainer.evaluate import Asked, evaluate, scored_prompt
-from trainer.features import Look, States, cache_features
+from trainer.features import Look, States, Talk, cache_features
 from trainer.model.captioner import Captioner, build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import HUB, TINY_CLIP, load_encoder
@@ -42,8 +42,6 @@ ALIGNED = ("connector", "contrast")  # what learns in the first stage
 SPIKE = 10.0  # times the usual norm of the gradient: such a step is left out
 SPIKE_STEPS = 64  # what is usual is the median of so many steps
 GIVE_UP = 10  # steps left out in a row
-
-Talk = Callable[[str, int, int | None], None]
 
 
 @dataclass(slots=True)
@@ -78,20 +76,23 @@ class Trainer:
         The loss is over the tokens of all images of the step, in however many parts or processes they are.
         """
         words, longest = self.checkpoint.words, self.config.max_caption_tokens
-        parts = [examples[part :: self.config.accumulate * self.processes] for part in self._parts()]
-        texts = [words.collate([example.texts for example in part], longest) for part in parts if part]
-        everything = words.collate([example.texts for example in examples], longest)
-        tokens = int(everything.learned_CT.sum())
-        total = 0.0
-        for part, mine in zip([part for part in parts if part], texts, strict=True):
-            captioner, mine = self.checkpoint.captioner, mine.to(self.device)
+        count = self.config.accumulate * self.processes
+        # Of every process: the mean is over all tokens, and only the words of other processes are looked at here.
+        parts = [examples[part::count] for part in range(count)]
+        texts = [words.collate([example.texts for example in part], longest) if part else None for part in parts]
+        tokens = sum(int(mine.learned_CT.sum()) for mine in texts if mine)
+        captioner, total = self.checkpoint.captioner, 0.0
+        for at in self._parts():
+            part, said = parts[at], texts[at]
+            if said is None:
+                continue
+            mine = said.to(self.device)
             with self._autocast():
                 states_BNV = self.states_of(part).to(self.device)
                 loss = captioner.loss(states_BNV, mine) / tokens
                 total += loss.item()
                 if self.config.contrast:  # among the images of one part: more parts, fewer to be told apart
-                    everywhere = self.config.accumulate * self.processes
-                    loss = loss + self.config.contrast * captioner.contrast_loss(states_BNV, mine) / everywhere
+                    loss = loss + self.config.contrast * captioner.contrast_loss(states_BNV, mine) / count
             loss.backward()
         return self._summed(total), tokens
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
 PAD_ID, EOS_ID = 0, 1  # fixed in every tokenizer that is trained here
-SOURCES = ("synthetic", "human")
 
 
 @dataclass(frozen=True, slots=True)
