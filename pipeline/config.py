@@ -54,6 +54,21 @@ class ServerConfig(Section):
     concurrency: Annotated[int, Field(ge=1)] | None = None  # requests without a kept reply; None: follows the server
 
 
+class FilterConfig(Section):
+    """Bounds on a text that is worth keeping; words are counted after openings such as "The image shows" were taken off."""
+
+    min_caption_words: int = Field(default=5, ge=1)
+    max_caption_words: int = Field(default=150, ge=1)
+    min_question_words: int = Field(default=3, ge=1)
+    max_question_words: int = Field(default=30, ge=1)
+    max_answer_words: int = Field(default=10, ge=1)
+    max_repeated_trigrams: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
+    min_distinct_words: float = Field(default=0.35, ge=0, le=1)
+    language: str | None = "en"  # ISO 639-1; None: any
+    min_language_score: float = Field(default=0.6, ge=0, le=1)  # how sure the detector must be of another language
+    max_foreign_letters: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
+
+
 class SplitConfig(Section):
     """Which share of the images is held out. The rest is `train`."""
 
@@ -83,6 +98,7 @@ class Config(Section):
     base_url: Distinct[Annotated[str, Field(pattern=r"^https?://[^/\s]+/.*v1/?$")]] = ()
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
+    filter: FilterConfig = FilterConfig()
     split: SplitConfig = SplitConfig()
 
 

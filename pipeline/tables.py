@@ -72,6 +72,24 @@ ANNOTATION = pa.schema(
     ]
 )
 
+# filter: the texts as they go on, and what was measured of them
+FILTERED = pa.schema(
+    [
+        pa.field("clean_text", pa.string()),
+        pa.field("clean_question", pa.string()),
+        pa.field("clean_answer", pa.string()),
+        pa.field("words", pa.int32(), nullable=False),
+        pa.field("answer_words", pa.int32(), nullable=False),
+        pa.field("repeated_trigrams", pa.float32(), nullable=False),
+        pa.field("distinct_words", pa.float32(), nullable=False),
+        pa.field("hedges", pa.int32(), nullable=False),
+        pa.field("redacted", pa.int32(), nullable=False),
+        pa.field("language", pa.string()),
+        pa.field("language_score", pa.float32(), nullable=False),
+        pa.field("foreign_letters", pa.float32(), nullable=False),
+    ]
+)
+
 CAPTION = pa.struct([pa.field(name, pa.string()) for name in ("text", "style", "prompt_id")])
 QA = pa.struct(
     [

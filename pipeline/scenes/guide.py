@@ -83,15 +83,19 @@ class PageGuide(nn.Module):
 
 def attention_loss(attentions_BHSS: Sequence[Tensor], image_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
     """Return how far attention to images strays from the evidence where a decided word is told: mean -log of what stays."""
-    strayed: list[Tensor] = []
+    pages = len(asked[0].deck)
+    page_of_K = torch.arange(pages).repeat_interleave(VISION_TOKENS).repeat(len(asked))
+    on_page_BSP = torch.zeros(*image_BS.shape, pages)
+    on_page_BSP[image_BS] = functional.one_hot(page_of_K, pages).float()
+    right_BSP = torch.zeros_like(on_page_BSP)  # the evidence of each decided word; of all other tokens, no page at all
     for b, each in enumerate(asked):
-        segments, weights = torch.tensor(each.packed.segments), torch.tensor(each.packed.weights)
-        images_P9 = image_BS[b].nonzero()[:, 0].view(len(each.deck), VISION_TOKENS)
-        for segment, evidence in enumerate(each.evidence, 1):
-            told = ((segments == segment) & (weights > 1)).nonzero()[:, 0]
-            right_P = torch.tensor([float(page in evidence) for page in range(1, len(each.deck) + 1)])
-            for attention_BHSS in attentions_BHSS:
-                looked_HTP = attention_BHSS[b][:, told][:, :, images_P9.flatten()].unflatten(-1, images_P9.shape).sum(-1)
-                share_HT = ((looked_HTP * right_P).sum(-1) + 1e-4) / (looked_HTP.sum(-1) + 1e-4)
-                strayed.append(-share_HT.log().flatten())
+        for s, (segment, weight) in enumerate(zip(each.packed.segments, each.packed.weights, strict=True)):
+            if weight > 1 and 0 < segment <= len(each.evidence):
+                right_BSP[b, s, [page - 1 for page in each.evidence[segment - 1]]] = 1.0
+    told_BS = right_BSP.any(-1)
+    strayed: list[Tensor] = []
+    for attention_BHSS in attentions_BHSS:
+        looked_BHSP = attention_BHSS @ on_page_BSP[:, None]
+        stays_BHS = ((looked_BHSP * right_BSP[:, None]).sum(-1) + 1e-4) / (looked_BHSP.sum(-1) + 1e-4)
+        strayed.append(-stays_BHS.transpose(1, 2)[told_BS].log().flatten())
     return torch.cat(strayed).mean()

@@ -69,8 +69,8 @@ QUESTIONS = Phase(
 # Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
     "decks",
-    3600,
-    3600,
+    2600,
+    2600,
     scenes=2,
     learning_rate=1.0e-3,
     warmup_steps=100,
@@ -79,7 +79,7 @@ DECKS = Phase(
     answer_weight=10.0,
     decks=5,
 )
-GUIDE_ATTENTION_EVERY = 5  # steps; it costs twice the time
+FIND_PAGES_STEPS = 600  # until then attention is guided in each fifth step, then in each tenth: it costs three times the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
@@ -97,7 +97,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 def pages_at(step: int) -> int:
     """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
     rng = random.Random(f"{SEED}:pages:{step}")
-    return 2 if step < 700 else rng.choice((2, 3)) if step < 1100 else rng.choice((2, 3, 4, 4, 4))
+    return 2 if step < 400 else rng.choice((2, 3)) if step < 800 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
@@ -123,7 +123,7 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> tuple[list[Task], list[tuple[int, ...]]]:
     """Return what the teacher is asked of one deck, and for each but the last tasks the pages where the answer is."""
-    pairs = [rng.choices(list(ASK_DECK.values()), weights=(1, 2, 2))[0](deck, rng) for _ in range(phase.answers)]
+    pairs = [rng.choices(list(ASK_DECK.values()), weights=(2, 3, 2))[0](deck, rng) for _ in range(phase.answers)]
     questions = [*rng.sample(page_questions(deck), 3), *(pair.question for pair in pairs)]
     tasks, evidence = [], []
     for question in questions:
@@ -222,7 +222,7 @@ class Student:
             tasks, evidence = deck_tasks(deck, rng, phase)
             asked.append(Asked(self.packer.pack(len(deck), rng, tasks, phase.answer_weight), deck, evidence))
             pixels += pages
-        guided = step % GUIDE_ATTENTION_EVERY == 0
+        guided = step % (5 if step < FIND_PAGES_STEPS else 10) == 0
         self.model.set_attn_implementation("eager" if guided else "sdpa")  # only the first tells where it looked
         output, image_BS, loss, right = self._read([each.packed for each in asked], pixels, guided=guided)
         self.model.set_attn_implementation("sdpa")
@@ -269,11 +269,16 @@ def learning_rate(phase: Phase, step: int) -> float:
     return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(out: Path, phases: tuple[Phase, ...] = SCENES) -> None:
-    """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
+def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
+    """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`.
+
+    `start` is a finished model to go on from; without it, training begins from nothing.
+    """
     torch.manual_seed(0)
-    tokenizer = _tokenizer(out / "tokenizer")
+    tokenizer = _tokenizer(start or out / "tokenizer")
     model = build_model(tokenizer)
+    if start:
+        model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
     heads, guide = VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
     student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
     learned = [*model.parameters(), *heads.parameters(), *guide.parameters()]
@@ -338,6 +343,6 @@ def _load(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dic
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the tiny teacher on drawn scenes.")
     parser.add_argument("--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree.")
-    parser.add_argument("--decks", action="store_true", help="Go on with decks of pages: an experiment.")
+    parser.add_argument("--decks-from", type=Path, metavar="MODEL", help="Only teach a finished model about decks of pages.")
     arguments = parser.parse_args()
-    train(arguments.out, (*SCENES, DECKS) if arguments.decks else SCENES)
+    train(arguments.out, (DECKS,) if arguments.decks_from else SCENES, arguments.decks_from)

@@ -1,0 +1,113 @@
+"""What a text is made of: its words, its openings of no content, and keys under which texts say the same.
+
+Nothing here is a similarity. Two captions that differ in one decisive word (red, two, left) are nearly the same string and say
+different things; so a text is brought down to its content words in their order, and only those are compared.
+"""
+
+import re
+
+from pipeline.wordnet import words as dictionary
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_NOISE = re.compile(r"[\W_]+")
+_VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
+# Openings that tell of the picture as a picture: "The image shows", "In this photo, we can see", "This is a picture of".
+_OPENINGS = re.compile(
+    rf"\s*(?:(?:the|this) {_VIEW}(?: clearly)? (?:shows|depicts|features|displays|captures|contains|is of)\s+"
+    rf"|(?:here|in) (?:this|the) {_VIEW},?\s+(?:(?:there (?:is|are)|we can see|you can see|we see)\s+)?"
+    rf"|(?:this|here) is an? {_VIEW} (?:of|showing|that shows)\s+"
+    rf"|an? {_VIEW} (?:of|showing|that shows)\s+"
+    r"|(?:we|you|one) can see\s+)+",
+    re.IGNORECASE,
+)
+# Words that carry no fact. Prepositions do: "the cat is under the table" is not "the table is under the cat".
+_EMPTY = frozenset(
+    "a an the this that these those is are was were be being been am there here very really also just quite some indeed clearly "
+    "simply and while with it its".split()
+)
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+# Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
+_ENDINGS = ("s", "es", "d", "ed", "ing", "er", "r", "est", "st", "ly", "y", "n", "en")
+MIN_MISSPELLED_LETTERS = 4
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def text_key(text: str) -> str:
+    """Return what is left of a text when case, punctuation and spacing are taken as equal."""
+    return _NOISE.sub(" ", text.casefold()).strip()
+
+
+def strip_opening(text: str) -> str:
+    """Return a text without an opening such as "The image shows"; a text that is nothing else stays as it is."""
+    found = _OPENINGS.match(text)
+    rest = text[found.end() :] if found else text
+    return rest[0].upper() + rest[1:] if found and words_of(rest) else text
+
+
+def content_words(text: str) -> tuple[str, ...]:
+    """Return the words that carry a fact, in order; small numbers as digits."""
+    return tuple(_AS_DIGITS.get(word, word) for word in words_of(strip_opening(text)) if word not in _EMPTY)
+
+
+def content_key(text: str) -> str:
+    """Return the content words from the one starting point that comes first by the alphabet.
+
+    Clauses that changed places ("On a table, a cat sleeps", "A cat sleeps on a table") have one key; words that did ("a large
+    red circle and a small blue square", "a small red circle and a large blue square") have two. A text without any content
+    word is its own key.
+    """
+    words = content_words(text)
+    if not words:
+        return text_key(text) or text
+    first = min(words)
+    return min(" ".join(words[at:] + words[:at]) for at, word in enumerate(words) if word == first)
+
+
+def says_the_same(key: str, other: str) -> bool:
+    """Whether two content keys are equal but for one misspelled word.
+
+    A word is misspelled where it stands in no dictionary, one edit away from a word that does. Where both words are known,
+    or none, or one is a form of the other, they are different words: red and rod, cat and cats.
+    """
+    if key == other:
+        return True
+    mine, theirs = key.split(), other.split()
+    if len(mine) != len(theirs):
+        return False
+    # A misspelled first word may have moved the starting point.
+    return any(_differs_by_spelling(mine, theirs[at:] + theirs[:at]) for at in range(len(theirs)))
+
+
+def _differs_by_spelling(mine: list[str], theirs: list[str]) -> bool:
+    differing = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
+    return len(differing) == 1 and _is_misspelling(*differing[0])
+
+
+def _is_misspelling(a: str, b: str) -> bool:
+    if min(len(a), len(b)) < MIN_MISSPELLED_LETTERS or not (a.isalpha() and b.isalpha()):
+        return False
+    return one_edit_apart(a, b) and _is_known(a) != _is_known(b)
+
+
+def _is_known(word: str) -> bool:
+    """Whether WordNet has the word, or one that it is a form of."""
+    known = dictionary()
+    if word in known:
+        return True
+    stems = [word[: -len(ending)] for ending in _ENDINGS if word.endswith(ending)]
+    return any(known & {stem, f"{stem}e", stem[:-1], f"{stem[:-1]}y"} for stem in stems)
+
+
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether one letter added, left out, changed or swapped with its neighbour makes one word of the other."""
+    if a == b or abs(len(a) - len(b)) > 1:
+        return False
+    at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest, other = a[at:], b[at:]
+    swapped = rest[:2] == other[1::-1] and len(other) > 1 and rest[2:] == other[2:]
+    return swapped or rest[1:] == other[1:] or rest[1:] == other or rest == other[1:]
