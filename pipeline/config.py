@@ -1,5 +1,6 @@
 """What a run does: defaults, under a `--config` file, under flags. An unknown key is an error; the result is kept."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -69,6 +70,27 @@ class FilterConfig(Section):
     max_foreign_letters: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
 
 
+class DedupeConfig(Section):
+    """What counts as the same."""
+
+    images: Literal["auto", "photos", "graphics", "none"] = "auto"  # auto: decks are graphics, drawn scenes none, others photos
+    max_images_per_caption: int = Field(default=5, ge=1)  # of captions that say the same about different images
+
+
+class BalanceConfig(Section):
+    """How much of one kind is too much."""
+
+    max_answer_share: float = Field(default=0.4, gt=0, le=1)  # of the questions of one type
+    max_yes_no_share: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also where there are two other answers
+    min_questions_per_type: int = Field(default=50, ge=1)  # rarer types are balanced together
+    tail_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p for captions, such as 0.06; None: all are kept
+    entries: Path | None = None  # a list of one's own to balance captions over; None: WordNet's names
+
+    def max_share(self, answers: Collection[str]) -> float:
+        """Return the largest share that one of these answers to one type of question may have."""
+        return self.max_yes_no_share if len(answers) <= 2 or {"yes", "no"} & set(answers) else self.max_answer_share
+
+
 class SplitConfig(Section):
     """Which share of the images is held out. The rest is `train`."""
 
@@ -99,6 +121,8 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
     filter: FilterConfig = FilterConfig()
+    dedupe: DedupeConfig = DedupeConfig()
+    balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
 
 

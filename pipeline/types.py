@@ -26,6 +26,7 @@ class Sample:
     id: str
     source_row: str
     images: tuple[bytes, ...]
+    looks: tuple[bytes, ...] = ()  # of each image, its PDQ hash (image.look_of); none where all are known to be distinct
     width_px: int
     height_px: int
     licence: str

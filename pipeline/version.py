@@ -190,12 +190,17 @@ def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str,
         "licence": sample["licence"],
         "references": sample["references"],
         "reference_qa": sample["reference_qa"],
-        "captions": [{field.name: a[field.name] for field in CAPTION} for a in captions],
-        "qa": [{field.name: a[field.name] for field in QA} for a in pairs],
+        "captions": [_clean(a, CAPTION) for a in captions],
+        "qa": [_clean(a, QA) for a in pairs],
         "facts": sample["facts"],
         "page_facts": sample["page_facts"],
         "split": annotations[0]["split"],
     }
+
+
+def _clean(annotation: dict[str, Any], kind: pa.StructType) -> dict[str, Any]:
+    """Return the fields of a caption or a question, each in the words that filter has left of it."""
+    return {field.name: annotation.get(f"clean_{field.name}", annotation.get(field.name)) for field in kind}
 
 
 def _schema(columns: list[str]) -> pa.Schema:

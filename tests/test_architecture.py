@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("source", "generate", "validate", "dedupe", "split", "version", "push", "report")
+STAGES = ("source", "generate", "validate", "filter", "dedupe", "balance", "split", "version", "push", "report")
 # What each part may import of `pipeline`, beside what lies under itself.
 BASE = {"errors": set(), "types": {"errors"}}
 LOWER = {
@@ -21,6 +21,10 @@ LOWER = {
     "schema": {"errors", "arithmetic"},
     "tables": {"errors"},
     "config": {"errors"},
+    "wordnet": set(),
+    "texts": {"wordnet"},
+    "privacy": set(),
+    "likeness": {"tables"},
     "card": set(),
     "ledger": {"fingerprint", "tables"},
     "measure": {"scenes"},
@@ -35,7 +39,7 @@ LOWER = {
     "scenes": {"errors", "schema", "generate.prompt"},
 }
 STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
-STAGE_MAY |= {"store", "tables", "types"}
+STAGE_MAY |= {"privacy", "store", "tables", "texts", "types", "wordnet"}
 TRAINER_MAY = {"answers", "errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 

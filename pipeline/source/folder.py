@@ -112,17 +112,18 @@ def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejec
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ImageError("file_too_large", f"more than {MAX_FILE_BYTES:,} bytes")
         data = path.read_bytes()
-        sample_id, width_px, height_px = check_image(data)
+        checked = check_image(data)
     except ImageError as error:
         return Rejected(source_row=row, reason=error.reason, detail=str(error))
     except OSError as error:
         return Rejected(source_row=row, reason="unreadable_file", detail=error.strerror or "unknown")
     return Sample(
-        id=sample_id,
+        id=checked.id,
         source_row=row,
         images=(data,),
-        width_px=width_px,
-        height_px=height_px,
+        looks=(checked.look,),
+        width_px=checked.width_px,
+        height_px=checked.height_px,
         licence="unknown",
         references=references,
     )

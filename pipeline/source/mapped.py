@@ -180,13 +180,13 @@ def sample_of(
         checked = [check_image(page) for page in pages]
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))
-    _, width_px, height_px = checked[0]
     return Sample(
-        id=deck_id([page_id for page_id, _, _ in checked]),
+        id=deck_id([page.id for page in checked]),
         source_row=name,
         images=tuple(pages),
-        width_px=width_px,
-        height_px=height_px,
+        looks=tuple(page.look for page in checked),
+        width_px=checked[0].width_px,
+        height_px=checked[0].height_px,
         licence=licence,
         split=split,
         **more,

@@ -35,9 +35,8 @@ def draw_sample(seed: int, index: int) -> Sample:
     rng = random.Random(f"{seed}:{index}")
     scene = sample_scene(rng)
     image = _png(scene, rng)
-    sample_id, _, _ = check_image(image)
     return Sample(
-        id=sample_id,
+        id=check_image(image).id,
         source_row=f"{seed}/{index}",
         images=(image,),
         width_px=SIDE_PX,
@@ -54,7 +53,7 @@ def draw_deck(seed: int, index: int) -> Sample:
     deck = sample_deck(rng)
     pages = tuple(_png(scene, rng) for scene in deck)
     return Sample(
-        id=deck_id([check_image(page)[0] for page in pages]),
+        id=deck_id([check_image(page).id for page in pages]),
         source_row=f"{seed}/{index}",
         images=pages,
         width_px=SIDE_PX,

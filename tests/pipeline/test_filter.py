@@ -94,15 +94,42 @@ def test_scenes_lose_nothing() -> None:
 
 
 def test_planted_refusals_and_loops_are_found_and_hardly_any_clean_text_is() -> None:
-    starts = ("I'm sorry, but", "I am unable to", "As an AI,", "I can't see", "Sorry,", "No image was provided,", "Please upload")
-    rests = ("the picture cannot be described here", "more details of the photo", "what the people are doing", "it at all today")
+    starts = (
+        "I'm sorry, but",
+        "I am unable to",
+        "As an AI,",
+        "I can't see",
+        "Sorry,",
+        "No image was provided,",
+        "Please upload",
+    )
+    rests = (
+        "the picture cannot be described here",
+        "more details of the photo",
+        "what the people are doing",
+        "it at all today",
+    )
     loops = ("a man in a hat and", "the dog runs and the dog", "very very very nice", "blue sky over a blue")
     refusals = [f"{start} {rest}." for start, rest in itertools.product(starts, rests)]
     planted = refusals + [f"A street with {' '.join([loop] * times)} end." for loop in loops for times in range(5, 12)]
-    things = ("dog", "woman in a coat", "child with a balloon", "bus", "bench", "boat", "horse", "waiter", "kitchen", "clock tower")
+    things = (
+        "dog",
+        "woman in a coat",
+        "child with a balloon",
+        "bus",
+        "bench",
+        "boat",
+        "horse",
+        "waiter",
+        "kitchen",
+        "clock tower",
+    )
     doing = ("stands beside", "is seen behind", "waits next to", "moves away from", "casts a shadow over")
     places = ("a brick wall", "the old bridge", "two parked cars", "a row of trees", "an open door")
-    clean = [f"A {a} {b} {c} {d}." for a, b, c, d in itertools.product(things, doing, places, ("at noon", "in the rain", "today", "alone"))]
+    clean = [
+        f"A {a} {b} {c} {d}."
+        for a, b, c, d in itertools.product(things, doing, places, ("at noon", "in the rain", "today", "alone"))
+    ]
     found = reasons(*planted)
     assert len(clean) == 1000 and sum(reason is not None for reason in found) >= 0.98 * len(planted)
     assert sum(reason is not None for reason in reasons(*clean)) <= 0.005 * len(clean)

@@ -38,7 +38,8 @@ def test_what_is_transparent_lies_on_white() -> None:
 def test_a_picture_that_was_taken_sideways_is_turned() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
-    assert check_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif))[1:] == (20, 30)
+    checked = check_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif))
+    assert (checked.width_px, checked.height_px) == (20, 30)
 
 
 def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
@@ -97,5 +98,5 @@ def test_no_damage_raises_anything_else(seed: int) -> None:
 
 
 def test_the_id_is_the_digest_of_the_bytes() -> None:
-    assert check_image(GOOD)[0] == check_image(bytes(GOOD))[0]
-    assert len(check_image(GOOD)[0]) == 64
+    assert check_image(GOOD) == check_image(bytes(GOOD))
+    assert len(check_image(GOOD).id) == 64

@@ -13,7 +13,7 @@ IDS = [f"{n:064x}" for n in range(4000)]
 
 
 def table(ids: list[str], source_split: str | None = None) -> pa.Table:
-    return pa.table({"sample_id": ids, "source_split": pa.array([source_split] * len(ids), pa.string())})
+    return pa.table({"sample_id": ids, "image_group": ids, "source_split": pa.array([source_split] * len(ids), pa.string())})
 
 
 def test_all_annotations_of_an_image_are_in_one_split() -> None:
@@ -48,3 +48,10 @@ def test_another_seed_is_another_split() -> None:
 def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
     with pytest.raises(ConfigError, match="add up to 1 or more"):
         resolve(source="scenes", split={"validation_frac": 0.6, "test_frac": 0.4})
+
+
+def test_images_that_look_alike_are_in_one_split() -> None:
+    groups = [IDS[n // 4] for n in range(400)]
+    alike = table(IDS[:400]).set_column(1, "image_group", pa.array(groups))
+    splits = split_annotations(alike, SplitConfig(), seed=0)["split"].to_pylist()
+    assert len(set(zip(groups, splits, strict=True))) == 100 and len(set(splits)) == 3

@@ -83,5 +83,5 @@ def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
         ("abc", "cba", False),
     ],
 )
-def test_one_edit_is_one_letter_or_two_neighbours_swapped(a: str, b: str, apart: bool) -> None:
+def test_one_edit_is_one_letter_or_two_neighbours_swapped(a: str, b: str, *, apart: bool) -> None:
     assert one_edit_apart(a, b) == one_edit_apart(b, a) == apart

@@ -149,7 +149,7 @@ def test_slidevqa_is_one_sample_a_deck_with_its_pages_in_order(hub: RunningHub) 
     assert [len(sample.images) for sample in samples] == [20, 20]
     first = samples[0]
     assert first.images == tuple(datasets.photo(10_000 + n) for n in range(1, 21))
-    assert first.id == deck_id([check_image(page)[0] for page in first.images])
+    assert first.id == deck_id([check_image(page).id for page in first.images])
     assert first.reference_qa == (
         ReferenceQA(
             question="How much more is number 0 than the other?",
