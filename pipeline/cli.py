@@ -67,6 +67,12 @@ def generate(
         Path | None, typer.Option(help="Dataset folder; run again to continue it.", show_default="data/SOURCE")
     ] = None,
     from_stage: Annotated[str | None, typer.Option(help="Start at this stage, from what the one before it left.")] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            help="What to ask again: round_trip, claims, blind, evidence, alignment, with commas.", show_default="nothing"
+        ),
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto")
     ] = None,
@@ -101,6 +107,7 @@ def generate(
         limit=limit,
         seed=seed,
         tasks=tasks.split(",") if tasks else None,
+        verify={"checks": verify.split(",")} if verify else None,
         engine=engine,
         model=model,
         base_url=base_url or None,

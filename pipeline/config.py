@@ -70,6 +70,20 @@ class FilterConfig(Section):
     max_foreign_letters: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
 
 
+Check = Literal["round_trip", "claims", "blind", "evidence", "alignment"]
+
+
+class VerifyConfig(Section):
+    """What is asked again about annotations, and what an answer must be like. Nothing is asked unless a check is named."""
+
+    checks: Distinct[Check] = ()
+    min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
+    min_blind_share: float = Field(default=0.8, gt=0, le=1)  # of the images asked the same, for an answer to need no image
+    clip: str = "auto"  # for alignment: tiny-clip for drawn scenes, else openai/clip-vit-base-patch32; or a folder, or a Hub id
+    min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest go
+    lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, these go
+
+
 class DedupeConfig(Section):
     """What counts as the same."""
 
@@ -121,6 +135,7 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
     filter: FilterConfig = FilterConfig()
+    verify: VerifyConfig = VerifyConfig()
     dedupe: DedupeConfig = DedupeConfig()
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()

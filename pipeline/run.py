@@ -4,7 +4,7 @@ Every stage leaves `stages/<stage>/kept.parquet` and `rejected.parquet`, so that
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -24,10 +24,12 @@ from pipeline.dedupe import dedupe_annotations
 from pipeline.errors import ConfigError, TableError
 from pipeline.filter import filter_annotations
 from pipeline.fingerprint import file_digest
-from pipeline.generate.ask import Counts, ask_about, read_annotations
+from pipeline.generate.ask import Counts, ask_about, ask_all, read_annotations
+from pipeline.generate.checks import Check, build_all, checks_of, doubts_of, read_checks
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import asked_of_each, check_prompts, prompt_texts
+from pipeline.image import prepare_image
 from pipeline.ledger import build_ledger
 from pipeline.likeness import compare_samples
 from pipeline.measure import Measure
@@ -35,15 +37,17 @@ from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
 from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table
-from pipeline.tables import ANNOTATION, PIXELS, SAMPLE, SOURCE_REJECTED
+from pipeline.tables import ANNOTATION, CHECK, PIXELS, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
+from pipeline.verify import verify_annotations
 from pipeline.version import Rows, build_rows, draft_version
 
 # From validate to split a row is one annotation: (table, config) -> the same rows, plus columns and a `reason`.
 STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
     "validate": lambda table, config: validate_annotations(table),
     "filter": lambda table, config: filter_annotations(table, config.filter),
+    "verify": lambda table, config: verify_annotations(table, config.verify),
     "dedupe": lambda table, config: dedupe_annotations(table, config.dedupe),
     "balance": lambda table, config: balance_annotations(table, config.balance, config.seed),
     "split": lambda table, config: split_annotations(table, config.split, config.seed),
@@ -120,8 +124,12 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
     funnel.append(_step("generate", "requests", replies, {}))  # a reply that cannot be read is rejected by validate
     for name, stage in STAGES.items():
         if start <= ORDER.index(name):
-            joined = JOINED[name](folder, config, table) if name in JOINED else table
-            _apply(folder, name, stage(joined, config), table)
+            # What a stage needs beside its rows is joined before it, here, where effects are.
+            if name == "verify":
+                table = _with_checks(folder, config, table, counts, talk)
+            elif name == "dedupe":
+                table = _with_likeness(folder, config, table)
+            _apply(folder, name, stage(table, config), table)
         kept, lost = _require_stage(folder, name)
         if kept + sum(lost.values()) != table.num_rows:
             raise TableError(f"stage {name} is not made from what the stage before it kept", hint="run without --from-stage")
@@ -129,6 +137,73 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         table = pq.read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def _with_checks(folder: Folder, config: Config, table: pa.Table, counts: Counts, talk: Talk) -> pa.Table:
+    """Have what verify wants to know asked, and join the answers to the annotations: `checks` and `alignment`."""
+    rows = table.to_pylist()
+    first = [checks_of(row, config.verify) for row in rows]
+    if any(first):
+        wanted = Counter(check.kind for checks in first for check in checks)
+        told = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
+        talk.say(f"verify asks at most {wanted.total():,} questions: {told}; claims that are denied are asked once more")
+    answered = _ask_checks(folder, config, rows, first, counts, talk)
+    again = [doubts_of(row, found) for row, found in zip(rows, answered, strict=True)]
+    more = _ask_checks(folder, config, rows, again, counts, talk)
+    checks = [found + doubted for found, doubted in zip(answered, more, strict=True)]
+    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
+    return table.append_column("alignment", pa.array(_alignments(folder, config, rows, talk), pa.float64()))
+
+
+def _ask_checks(
+    folder: Folder, config: Config, rows: list[dict[str, Any]], checks: list[list[Check]], counts: Counts, talk: Talk
+) -> list[list[dict[str, str | None]]]:
+    """Return the checks of each row with their answers; what the journal does not hold yet is asked."""
+    if not any(checks):
+        return [[] for _ in rows]
+    revision = read_json(_require_file(folder.made_by("generate")))["revision"]
+    of_sample: dict[str, list[Check]] = defaultdict(list)
+    for row, mine in zip(rows, checks, strict=True):
+        of_sample[row["sample_id"]] += mine
+    with Journal(folder.journal) as journal, ExitStack() as stack:
+
+        @cache
+        def engine() -> Engine:
+            choice = choose_engine(config, folder.server_log, talk)
+            if choice.revision != revision:
+                raise ConfigError("another model answers now than the one that wrote", hint="run without --from-stage")
+            return stack.enter_context(choice.make())
+
+        before, total = counts.done, sum(map(len, checks))
+        requests = build_all(_chunks(folder), of_sample, config, revision)
+        for ready in ask_all(requests, config.generate.attempts, engine, journal, counts):
+            talk("verify", counts.done - before, total, ready.figures())
+        return [read_checks(row["sample_id"], mine, config, revision, journal) for row, mine in zip(rows, checks, strict=True)]
+
+
+def _alignments(folder: Folder, config: Config, rows: list[dict[str, Any]], talk: Talk) -> list[float | None]:
+    """Return how well each caption fits its image, where that is asked for."""
+    if "alignment" not in config.verify.checks or "deck_qa" in config.tasks:
+        return [None] * len(rows)
+    from pipeline.alignment import TINY_CLIP, Aligner
+
+    name = config.verify.clip
+    aligner = Aligner((TINY_CLIP if config.source in DRAWN else "clip") if name == "auto" else name)
+    of_sample: dict[str, list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        if row["task"] == "caption":
+            of_sample[row["sample_id"]].append(n)
+    found: list[float | None] = [None] * len(rows)
+    done = 0
+    for chunk in _chunks(folder):
+        mine = [(sample_id, prepare_image(images[0])) for sample_id, images in chunk if sample_id in of_sample]
+        at = [(n, image) for sample_id, image in mine for n in of_sample[sample_id]]
+        cosines = aligner.cosines([image for _, image in at], [rows[n]["clean_text"] for n, _ in at])
+        for (n, _), cosine in zip(at, cosines, strict=True):
+            found[n] = cosine
+        done += len(mine)
+        talk("align", done, len(of_sample))
+    return found
 
 
 def _with_likeness(folder: Folder, config: Config, table: pa.Table) -> pa.Table:
@@ -142,10 +217,6 @@ def _with_likeness(folder: Folder, config: Config, table: pa.Table) -> pa.Table:
     for name in known.column_names[1:]:
         table = table.append_column(name, known[name].take(at))
     return table
-
-
-# What a stage needs beside its rows is joined before it, here, where effects are.
-JOINED: dict[str, Callable[[Folder, Config, pa.Table], pa.Table]] = {"dedupe": _with_likeness}
 
 
 def images_of_source(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:

@@ -92,6 +92,17 @@ FILTERED = pa.schema(
     ]
 )
 
+# verify: what was asked again, by generate/checks.py and alignment.py, and what follows from it
+CHECK = pa.struct([pa.field(name, pa.string()) for name in ("kind", "question", "expected", "answer")])
+VERIFIED = pa.schema(
+    [
+        pa.field("agreement", pa.float64()),  # 1 where the model gave the answer again, else 0; of a caption: claims supported
+        pa.field("blind", pa.bool_()),  # whether the answer was given without the image
+        pa.field("sufficient", pa.bool_()),  # whether the evidence pages alone led to the answer
+        pa.field("necessary", pa.bool_()),  # whether the other pages alone did not
+    ]
+)
+
 # What is known of a sample beside the others (likeness.py)
 LIKENESS = pa.schema(
     [

@@ -85,8 +85,14 @@ class Request:
     text: str
     images: tuple[bytes, ...]
     sampling: Sampling
+    pages: tuple[int, ...] | None = None  # which of the sample's images these are, counted from 1; None: all of them
     attempt: int = 0
     failed: tuple[str, str] | None = None  # an earlier reply and what to say about it, shown to the model
+
+    @property
+    def shown(self) -> str:
+        """The name of what the model sees beside the text: the sample, or some of its pages."""
+        return self.sample_id if self.pages is None else ".".join([self.sample_id, *map(str, self.pages)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

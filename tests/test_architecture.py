@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("source", "generate", "validate", "filter", "dedupe", "balance", "split", "version", "push", "report")
+STAGES = ("source", "generate", "validate", "filter", "verify", "dedupe", "balance", "split", "version", "push", "report")
 # What each part may import of `pipeline`, beside what lies under itself.
 BASE = {"errors": set(), "types": {"errors"}}
 LOWER = {
@@ -24,6 +24,8 @@ LOWER = {
     "wordnet": set(),
     "texts": {"wordnet"},
     "privacy": set(),
+    "claims": {"answers"},
+    "alignment": {"errors"},
     "likeness": {"tables"},
     "card": set(),
     "ledger": {"fingerprint", "tables"},
@@ -39,8 +41,8 @@ LOWER = {
     "scenes": {"errors", "schema", "generate.prompt"},
 }
 STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
-STAGE_MAY |= {"privacy", "store", "tables", "texts", "types", "wordnet"}
-TRAINER_MAY = {"answers", "errors", "types", "schema", "tables", "store", "image", "fingerprint"}
+STAGE_MAY |= {"claims", "privacy", "store", "tables", "texts", "types", "wordnet"}
+TRAINER_MAY = {"alignment", "answers", "errors", "types", "schema", "tables", "store", "image", "fingerprint"}
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:

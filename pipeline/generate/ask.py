@@ -28,17 +28,9 @@ class Counts:
 class Pass:
     """The requests that still need a reply, chunk by chunk; types.Work for an engine."""
 
-    def __init__(
-        self,
-        chunks: Iterator[Chunk],
-        config: Config,
-        revision: str,
-        journal: Journal,
-        counts: Counts,
-    ) -> None:
+    def __init__(self, chunks: Iterator[list[Request]], attempts: int, journal: Journal, counts: Counts) -> None:
         self._chunks = chunks
-        self._config = config
-        self._revision = revision
+        self._attempts = attempts
         self._journal = journal
         self._counts = counts
         self._first: list[Request] = []
@@ -49,10 +41,9 @@ class Pass:
     def has_work(self) -> bool:
         """Whether anything must be asked now; looks only as far ahead as the next such chunk."""
         while not self._first and not self._again and (chunk := next(self._chunks, None)) is not None:
-            for sample_id, images in chunk:
-                for request in build_requests(sample_id, images, self._config, self._revision):
-                    assert request.id not in self._open, f"{sample_id} is there twice"
-                    self._sort_in(request)
+            for request in chunk:
+                assert request.id not in self._open, f"{request.sample_id} is there twice"
+                self._sort_in(request)
         return bool(self._first or self._again)
 
     def take(self) -> list[Request]:
@@ -87,7 +78,7 @@ class Pass:
             self._answered = self._answered or reply.finish_reason not in UNANSWERED
             if flaw:
                 self._counts.flaws[flaw] += 1
-            if flaw and reply.finish_reason not in UNANSWERED and request.attempt + 1 < self._config.generate.attempts:
+            if flaw and reply.finish_reason not in UNANSWERED and request.attempt + 1 < self._attempts:
                 self._again.append(ask_again(request, reply, flaw))
             else:
                 self._counts.done += 1
@@ -101,7 +92,7 @@ class Pass:
             return
         self._answered = True
         reply, flaw = last
-        if flaw and reply.attempt + 1 < self._config.generate.attempts:
+        if flaw and reply.attempt + 1 < self._attempts:
             self._again.append(ask_again(request, reply, flaw))
         else:
             self._counts.done += 1
@@ -119,7 +110,18 @@ def ask_about(
 
     `revision` names the weights that `engine` will have; the engine is only made when something must be asked.
     """
-    work = Pass(chunks, config, revision, journal, counts)
+    requests = (
+        [request for sample_id, images in chunk for request in build_requests(sample_id, images, config, revision)]
+        for chunk in chunks
+    )
+    return ask_all(requests, config.generate.attempts, engine, journal, counts)
+
+
+def ask_all(
+    chunks: Iterator[list[Request]], attempts: int, engine: Callable[[], Engine], journal: Journal, counts: Counts
+) -> Iterator[Engine]:
+    """Ask until the journal holds a reply to each request, or so many attempts were of no use; yields as `ask_about`."""
+    work = Pass(chunks, attempts, journal, counts)
     while work.has_work():
         ready = engine()
         for replies in ready.ask(work):

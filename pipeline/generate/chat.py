@@ -26,7 +26,8 @@ def body(request: Request, images: bytes, model: str) -> bytes:
     No seed is sent: it kills vLLM's engine for CPUs.
     """
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    turns.append(b'{"role":"user","content":[%s,{"type":"text","text":%s}]}' % (images, _text(request.text)))
+    text = b'{"type":"text","text":%s}' % _text(request.text)
+    turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
         said, told = request.failed
         turns.append(b'{"role":"assistant","content":%s}' % json.dumps(said).encode())

@@ -54,7 +54,7 @@ class EmbeddedEngine:
         """
         while requests := work.take():
             # A batch of decks has as many images at most as one of single images.
-            size = self._batch_size // MAX_PAGES if requests[0].task == "deck_qa" else self._batch_size
+            size = self._batch_size // MAX_PAGES if len(requests[0].images) > 1 else self._batch_size
             for group in groups(requests, max(1, size)):
                 work.sending(group)
                 yield self._answer(group)
@@ -65,9 +65,10 @@ class EmbeddedEngine:
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
         processor, model = self._loaded
+        images = [[prepare_image(image, self._max_pixels) for image in request.images] for request in requests]
         inputs = processor(
             text=[self._chat(request) for request in requests],
-            images=[[prepare_image(image, self._max_pixels) for image in request.images] for request in requests],
+            images=images if any(images) else None,
             padding=True,
             return_tensors="pt",
         ).to(model.device)
@@ -127,7 +128,7 @@ class EmbeddedEngine:
 
 
 def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Cut requests with the same words into groups: equal prompts need no padding and end at about the same time."""
+    """Cut requests of one kind into groups: prompts of about one length need little padding and end at about the same time."""
 
     def words(request: Request) -> tuple[str, str, int]:
         return request.task, request.style, request.attempt

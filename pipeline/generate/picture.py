@@ -20,7 +20,7 @@ _ORIENTATION = 0x0112  # EXIF
 
 
 class Pictures:
-    """The images of requests that are under way, each sample's made once for all of its tasks.
+    """The images of requests that are under way, each sample's made once for all that is asked of it.
 
     Args:
         media: a folder that the server reads; images then travel as file:// and not within the request.
@@ -44,29 +44,31 @@ class Pictures:
         mean = self._made_bytes / self._made_count if self._made_count else 1
         return max(4, int(in_flight_bytes / max(mean, 1)))
 
-    async def parts(self, sample_id: str, images: tuple[bytes, ...]) -> bytes:
-        """Return the JSON of the message parts that show a sample, joined by commas, in the order of prompt.user_content.
+    async def parts(self, shown: str, images: tuple[bytes, ...]) -> bytes:
+        """Return the JSON of the message parts that show images, joined by commas, in the order of prompt.user_content.
+
+        `shown` names the images (Request.shown); there may be none.
 
         The uuid of an image is the hash of the bytes that are sent: a server may show a cached image for it without looking.
         """
-        made = self._made.get(sample_id)
+        made = self._made.get(shown)
         if made is None or (made.done() and made.exception()):
-            made = asyncio.ensure_future(self._make(sample_id, images))
-            self._made[sample_id] = made
+            made = asyncio.ensure_future(self._make(shown, images))
+            self._made[shown] = made
             while len(self._made) > self.keep:
                 self._drop(next(iter(self._made)))
         return await asyncio.shield(made)
 
-    async def _make(self, sample_id: str, images: tuple[bytes, ...]) -> bytes:
-        bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // len(images)]
+    async def _make(self, shown: str, images: tuple[bytes, ...]) -> bytes:
+        bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, len(images))]
         bound = min((each for each in bounds if each), default=None)
-        parts = user_content([await self._part(image, bound, sample_id) for image in images], "")[:-1]
+        parts = user_content([await self._part(image, bound, shown) for image in images], "")[:-1]
         joined = b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
         self._made_count += 1
         self._made_bytes += len(joined)
         return joined
 
-    async def _part(self, image: bytes, bound: int | None, sample_id: str) -> bytes:
+    async def _part(self, image: bytes, bound: int | None, shown: str) -> bytes:
         data, kind = image, fits(image, bound)
         if kind is None:
             loop = asyncio.get_running_loop()
@@ -78,14 +80,14 @@ class Pictures:
                 base64.b64encode(data),
                 uuid.encode(),
             )
-        files = self._files.setdefault(sample_id, [])
-        files.append(self._media / f"{sample_id}-{len(files)}")
+        files = self._files.setdefault(shown, [])
+        files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)
         return json.dumps({"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}).encode()
 
-    def _drop(self, sample_id: str) -> None:
-        del self._made[sample_id]
-        for file in self._files.pop(sample_id, []):
+    def _drop(self, shown: str) -> None:
+        del self._made[shown]
+        for file in self._files.pop(shown, []):
             file.unlink(missing_ok=True)
 
 

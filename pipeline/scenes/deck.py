@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.scenes.facts import BACKGROUNDS, Scene, sample_scene
-from pipeline.scenes.text import answer, ask_number, ask_other
+from pipeline.scenes.text import answer
 from pipeline.schema import DeckAnswerType, DeckQAPair
 
 PAGES = len(BACKGROUNDS)
@@ -63,18 +63,15 @@ def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
 
 
 def ask_span(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
-    """Ask for an attribute of one object of one page."""
+    """Ask what the object at some place of some page is like."""
     scene = rng.choice(deck)
-    while True:
-        pair = ask_other(scene, rng)
-        if "background" not in pair.question:
-            return _pair(deck, "span", f"{pair.question[:-1]} on the {scene.background} page?")
+    attribute, place = rng.choice(("color", "shape", "size")), rng.choice(scene.objects).place
+    return _pair(deck, "span", f"What {attribute} is the object at the {place} on the {scene.background} page?")
 
 
 def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
-    """Ask how many there are on one page."""
-    scene = rng.choice(deck)
-    return _pair(deck, "number", f"{ask_number(scene, rng).question[:-1]} on the {scene.background} page?")
+    """Ask how many objects there are on one page."""
+    return _pair(deck, "number", f"How many objects are there on the {rng.choice(deck).background} page?")
 
 
 def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
@@ -89,16 +86,24 @@ def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 
 
 def page_questions(deck: tuple[Scene, ...]) -> list[str]:
-    """Return what is to be learned before anything else: which page is which, in both directions, and how full each is."""
+    """Return what is to be learned before anything else: which page is which, in both directions."""
     return [
         question
         for number, scene in enumerate(deck, 1)
-        for question in (
-            f"Which page is {scene.background}?",
-            f"What color is page {number}?",
-            f"How many objects are there on the {scene.background} page?",
-        )
+        for question in (f"Which page is {scene.background}?", f"What color is page {number}?")
     ]
+
+
+def decisive_pages(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return what in a pair is decided by pages: (field, the words, the pages), in the order in which it is written."""
+    pages = {scene.background: number for number, scene in enumerate(deck, 1)}
+    grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
+    found = [("question", place, pair.evidence_pages) for place in re.findall(r"at the (.+) on the", pair.question)]
+    found += [("question", ground, (pages[ground],)) for ground in grounds]
+    if not pair.expression:
+        return [*found, ("answer", pair.answer, pair.evidence_pages)]
+    numbers = pair.expression.split(" ")[::2]
+    return found + [("expression", number, (pages[ground],)) for number, ground in zip(numbers, grounds, strict=True)]
 
 
 ASK_DECK = {"span": ask_span, "number": ask_count, "arithmetic": ask_arithmetic}

@@ -1,9 +1,8 @@
 """What helps the tiny teacher to find a page of a deck. From answers alone it did not learn that (docs/experiments/teacher.md).
 
-To answer "How many circles are there on the gray page?" the model must know the page of each image token, find those of the
-gray page from the word, and look there. Each of these steps is given a target of its own: three heads that read a page or a
-ground off hidden states, and a reward for attention that stays on the pages where the answer is. None of this is part of the
-model.
+To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the gray
+page from the word, and look there. Each of these steps is given a target of its own: heads that read a page, a ground or a count
+off hidden states, and a reward for attention that stays on the pages that decide a word. No head is part of the model.
 
 Shapes: B decks, S tokens, H heads, P pages of a deck, 9 image tokens of a page, D width.
 """
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.scenes.facts import BACKGROUNDS, Scene
+from pipeline.scenes.facts import BACKGROUNDS, MAX_OBJECTS, Scene
 from pipeline.scenes.pack import VISION_TOKENS, Packed
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # after which layers the heads read
@@ -27,11 +26,10 @@ NOTHING = -100
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A packed deck with what is true of it: for each of its first tasks, the pages where the answer is, counted from 1."""
+    """A packed deck with its facts."""
 
     packed: Packed
     deck: tuple[Scene, ...]
-    evidence: Sequence[tuple[int, ...]]
 
 
 class PageGuide(nn.Module):
@@ -40,7 +38,9 @@ class PageGuide(nn.Module):
     def __init__(self, width: int, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
         classes = len(BACKGROUNDS)  # of pages and of grounds alike
-        self.page, self.word, self.number = (nn.Linear(width, classes) for _ in range(3))
+        self.page, self.word, self.number, self.ground = (nn.Linear(width, classes) for _ in range(4))
+        self.count = nn.Linear(width, MAX_OBJECTS + 1)
+        self._end_id = tokenizer.get_vocab()["<|vision_end|>"]
         ids = {text: tokenizer(text)["input_ids"] for text in (*(f" {ground}" for ground in BACKGROUNDS), " page")}
         assert all(len(found) == 1 for found in ids.values()), "each of these words must be one token"
         self._ground_of_id = {ids[f" {ground}"][0]: at for at, ground in enumerate(BACKGROUNDS)}
@@ -62,9 +62,21 @@ class PageGuide(nn.Module):
                 loss = loss + functional.cross_entropy(
                     head(words_BSD).flatten(0, 1), targets_BS.flatten(), ignore_index=NOTHING
                 )
+        ends_ED = words_BSD[self._ends(asked, image_BS.shape[1])]  # what stands behind each page sums it up
+        counts = torch.tensor([len(scene.objects) for each in asked for scene in each.deck])
+        grounds = torch.tensor([BACKGROUNDS.index(scene.background) for each in asked for scene in each.deck])
+        loss = loss + functional.cross_entropy(self.count(ends_ED), counts)
+        loss = loss + functional.cross_entropy(self.ground(ends_ED), grounds)
         if output.attentions:
             loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS, asked)
         return loss
+
+    def _ends(self, asked: Sequence[Asked], length: int) -> Tensor:
+        """Return where the pages end: (B, S)."""
+        ends_BS = torch.zeros(len(asked), length, dtype=torch.bool)
+        for b, each in enumerate(asked):
+            ends_BS[b, [s for s, token in enumerate(each.packed.ids) if token == self._end_id]] = True
+        return ends_BS
 
     def _targets(self, asked: Sequence[Asked], length: int) -> tuple[Tensor, Tensor]:
         """Return, within tasks, the page at each word that names a ground, and the ground at each number of a page: (B, S)."""
@@ -82,16 +94,15 @@ class PageGuide(nn.Module):
 
 
 def attention_loss(attentions_BHSS: Sequence[Tensor], image_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
-    """Return how far attention to images strays from the evidence where a decided word is told: mean -log of what stays."""
+    """Return how far attention strays from the pages that decide a word, where it is told: mean -log of what stays on them."""
     pages = len(asked[0].deck)
     page_of_K = torch.arange(pages).repeat_interleave(VISION_TOKENS).repeat(len(asked))
     on_page_BSP = torch.zeros(*image_BS.shape, pages)
     on_page_BSP[image_BS] = functional.one_hot(page_of_K, pages).float()
-    right_BSP = torch.zeros_like(on_page_BSP)  # the evidence of each decided word; of all other tokens, no page at all
+    right_BSP = torch.zeros_like(on_page_BSP)
     for b, each in enumerate(asked):
-        for s, (segment, weight) in enumerate(zip(each.packed.segments, each.packed.weights, strict=True)):
-            if weight > 1 and 0 < segment <= len(each.evidence):
-                right_BSP[b, s, [page - 1 for page in each.evidence[segment - 1]]] = 1.0
+        for s, decisive in enumerate(each.packed.looks):
+            right_BSP[b, s, [page - 1 for page in decisive]] = 1.0
     told_BS = right_BSP.any(-1)
     strayed: list[Tensor] = []
     for attention_BHSS in attentions_BHSS:

@@ -21,7 +21,8 @@ from pipeline.scenes.wording import vary
 VISION_TOKENS = len(PLACES)
 SELDOM = 0.3  # how often a task that is `seldom_worded` has words before its line
 # What the facts decide within a reply; the rest is a choice of the writer.
-DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"|"evidence_pages":\[([^\]]*)\]')
+DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
+Look = tuple[int, int, tuple[int, ...]]  # from and to which letter of a reply, and the pages (from 1) that decide what is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Task:
     line: str
     reply: str
     seldom_worded: bool = False
+    looks: tuple[Look, ...] = ()  # of a deck: where in the reply which pages must be looked at
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Packed:
     positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
     labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
     weights: list[float] = field(default_factory=list)  # of the next token in the loss
+    looks: list[tuple[int, ...]] = field(default_factory=list)  # the pages that decide the next token; none where none do
 
 
 class Packer:
@@ -69,18 +72,19 @@ class Packer:
             asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
             said = self._ids(f"{task.reply}<|im_end|>")
             self._text(packed, asked + said, segment=segment, start=start, learn_from=len(asked))
-            packed.weights[-len(said) - 1 : -1] = self._weights(f"{task.reply}<|im_end|>", answer_weight)
+            offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
+            looks = [next((pages for a, b, pages in task.looks if a < stop and first < b), ()) for first, stop in offsets]
+            decided = [found.span(1) for found in DECIDED.finditer(task.reply)]
+            decides = [any(a < stop and first < b for a, b in decided) for first, stop in offsets]
+            packed.looks[-len(said) - 1 : -1] = looks
+            packed.weights[-len(said) - 1 : -1] = [
+                answer_weight if heavy or pages else 1.0 for heavy, pages in zip(decides, looks, strict=True)
+            ]
         return packed
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
-
-    def _weights(self, reply: str, answer_weight: float) -> list[float]:
-        """Return the weight of each token of a reply: more where it touches what the facts decide."""
-        decided = [found.span(group) for found in DECIDED.finditer(reply) for group in (1, 2) if found[group] is not None]
-        offsets = self.tokenizer(reply, return_offsets_mapping=True)["offset_mapping"]
-        return [answer_weight if any(a < end and start < b for a, b in decided) else 1.0 for start, end in offsets]
 
     def _image(self, packed: Packed, start: int) -> int:
         """Add the tokens of one image; return the position after it: one past the largest of any axis."""
@@ -91,6 +95,7 @@ class Packer:
             packed.positions.append((start, start + row, start + column))
             packed.labels.append(-100)
             packed.weights.append(1.0)
+            packed.looks.append(())
         return start + side
 
     def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> int:
@@ -102,6 +107,7 @@ class Packer:
         packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
         packed.labels += targets
         packed.weights += [1.0] * len(ids)
+        packed.looks += [()] * len(ids)
         return start + len(ids)
 
 

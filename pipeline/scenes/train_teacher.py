@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from pipeline.scenes.deck import ASK_DECK, answer_deck, page_questions, sample_deck
+from pipeline.scenes.deck import ASK_DECK, answer_deck, decisive_pages, page_questions, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
 from pipeline.scenes.guide import Asked, PageGuide
-from pipeline.scenes.pack import VISION_TOKENS, Packed, Packer, Task, collate
+from pipeline.scenes.pack import VISION_TOKENS, Look, Packed, Packer, Task, collate
 from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.text import ASK, STYLES, answer, caption
 from pipeline.scenes.wording import vary
-from pipeline.schema import Answer, Caption, DeckQASet, QASet, dump
+from pipeline.schema import Answer, Caption, DeckQAPair, DeckQASet, QASet, dump
 
 SEED = "teacher"  # scenes of a source are seeded with a number: none of them is ever trained on
 SAVE_EVERY = 100
@@ -66,20 +66,11 @@ ANSWERS = Phase(
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
 )
-# Two pages at first, then more: see `pages_at`.
+# Of a teacher of its own. Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
-    "decks",
-    2600,
-    2600,
-    scenes=2,
-    learning_rate=1.0e-3,
-    warmup_steps=100,
-    question_sets=2,
-    answers=10,
-    answer_weight=10.0,
-    decks=5,
+    "decks", 1400, 1400, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
 )
-FIND_PAGES_STEPS = 600  # until then attention is guided in each fifth step, then in each tenth: it costs three times the time
+GUIDE_ATTENTION_EVERY = 4  # steps; it costs more than twice the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
@@ -97,7 +88,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 def pages_at(step: int) -> int:
     """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
     rng = random.Random(f"{SEED}:pages:{step}")
-    return 2 if step < 400 else rng.choice((2, 3)) if step < 800 else rng.choice((2, 3, 4, 4, 4))
+    return 2 if step < 150 else rng.choice((2, 3)) if step < 300 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
@@ -121,25 +112,31 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
         yield Task(f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True)
 
 
-def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> tuple[list[Task], list[tuple[int, ...]]]:
-    """Return what the teacher is asked of one deck, and for each but the last tasks the pages where the answer is."""
-    pairs = [rng.choices(list(ASK_DECK.values()), weights=(2, 3, 2))[0](deck, rng) for _ in range(phase.answers)]
-    questions = [*rng.sample(page_questions(deck), 3), *(pair.question for pair in pairs)]
-    tasks, evidence = [], []
-    for question in questions:
+def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
+    """Yield everything that the teacher is asked of one deck."""
+    pairs = [ask(deck, rng) for ask in rng.choices(list(ASK_DECK.values()), weights=(2, 2, 1), k=phase.answers)]
+    for question in (*rng.sample(page_questions(deck), 2), *(pair.question for pair in pairs)):
         truth = answer_deck(deck, question)
         assert truth is not None, question
-        tasks.append(Task(f"Question: {question}", dump(Answer(answer=truth.answer)), seldom_worded=True))
-        evidence.append(truth.evidence_pages)
-    if rng.random() < 0.3:
-        number, scene = rng.choice(list(enumerate(deck, 1)))
-        said = dump(Answer(answer=caption(scene, "detailed")))
-        for which in (f"page {number}", f"the {scene.background} page"):
-            tasks.append(Task(f"Question: What is on {which}?", said, seldom_worded=True))
-            evidence.append((number,))
-    # Several questions a reply, each with pages of its own.
-    sets = [DeckQASet(qa=tuple(ask(deck, rng) for ask in ASK_DECK.values())) for _ in range(phase.question_sets)]
-    return [*tasks, *(Task("Task: deck_qa", dump(each)) for each in sets)], evidence
+        reply = dump(Answer(answer=truth.answer))
+        look = (reply.index(truth.answer, len('{"answer":')), len(reply) - 2, truth.evidence_pages)
+        yield Task(f"Question: {question}", reply, seldom_worded=True, looks=(look,))
+    for _ in range(phase.question_sets):
+        said = [ask(deck, rng) for ask in ASK_DECK.values()]
+        reply = dump(DeckQASet(qa=tuple(said)))
+        yield Task("Task: deck_qa", reply, looks=tuple(_looks(reply, deck, said)))
+
+
+def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[Look]:
+    """Yield where in a reply which pages must be looked at, from its start to its end."""
+    at = 0
+    for pair in pairs:
+        start = at = reply.index(dump(pair), at)
+        for name, words, pages in decisive_pages(deck, pair):
+            field = f'"{name}":"'
+            at = reply.index(words, max(at, reply.index(field, start) + len(field)))
+            yield at, at + len(words), pages
+            at += len(words)
 
 
 def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
@@ -208,29 +205,24 @@ class Student:
 
     def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
         """Loss of a later phase at this step, with the share of reply tokens guessed right."""
+        if phase.decks:
+            return self._deck_loss(phase, step)
         drawn = scenes(phase, step)
         packed = [self.packer.pack(1, rng, scene_tasks(scene, rng, phase), phase.answer_weight) for scene, _, rng in drawn]
-        loss, right = self._loss_of(packed, [pixels for _, pixels, _ in drawn])
-        if not phase.decks:
-            return loss, right
-        deck_loss, deck_right = self._deck_loss(phase, step)
-        return 0.3 * loss + deck_loss, deck_right
+        _, _, loss, right = self._read(packed, [pixels for _, pixels, _ in drawn], guided=False)
+        return loss, right
 
     def _deck_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
         asked, pixels = [], []
         for deck, pages, rng in decks(phase, step):
-            tasks, evidence = deck_tasks(deck, rng, phase)
-            asked.append(Asked(self.packer.pack(len(deck), rng, tasks, phase.answer_weight), deck, evidence))
+            packed = self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight)
+            asked.append(Asked(packed, deck))
             pixels += pages
-        guided = step % (5 if step < FIND_PAGES_STEPS else 10) == 0
+        guided = step % GUIDE_ATTENTION_EVERY == 0
         self.model.set_attn_implementation("eager" if guided else "sdpa")  # only the first tells where it looked
         output, image_BS, loss, right = self._read([each.packed for each in asked], pixels, guided=guided)
         self.model.set_attn_implementation("sdpa")
         return 0.7 * loss + 0.3 * self.guide(output, image_BS, asked), right
-
-    def _loss_of(self, packed: list[Packed], pixels: list[np.ndarray]) -> tuple[Tensor, float]:
-        _, _, loss, right = self._read(packed, pixels, guided=False)
-        return loss, right
 
     def _read(self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool) -> tuple[Any, Tensor, Tensor, float]:
         """Return the model's output, where the image tokens are, the loss, and the share of reply tokens guessed right."""

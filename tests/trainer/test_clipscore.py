@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from pipeline.errors import TrainError
+from pipeline.errors import EngineError
 from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
@@ -49,5 +49,5 @@ def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
 
 
 def test_what_is_no_clip_is_said(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="no CLIP"):
+    with pytest.raises(EngineError, match="no CLIP"):
         clip_scores(str(tmp_path), [], [])
