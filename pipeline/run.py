@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, TableError
 from pipeline.filter import filter_annotations
 from pipeline.fingerprint import file_digest
 from pipeline.generate.ask import Counts, ask_about, ask_all, read_annotations
-from pipeline.generate.checks import Check, build_all, checks_of, doubts_of, read_checks
+from pipeline.generate.checks import Check, build_all, checks_of, read_checks
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import asked_of_each, check_prompts, prompt_texts
@@ -142,16 +142,9 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
 def _with_checks(folder: Folder, config: Config, table: pa.Table, counts: Counts, talk: Talk) -> pa.Table:
     """Have what verify wants to know asked, and join the answers to the annotations: `checks` and `alignment`."""
     rows = table.to_pylist()
-    first = [checks_of(row, config.verify) for row in rows]
-    if any(first):
-        wanted = Counter(check.kind for checks in first for check in checks)
-        told = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
-        talk.say(f"verify asks at most {wanted.total():,} questions: {told}; claims that are denied are asked once more")
-    answered = _ask_checks(folder, config, rows, first, counts, talk)
-    again = [doubts_of(row, found) for row, found in zip(rows, answered, strict=True)]
-    more = _ask_checks(folder, config, rows, again, counts, talk)
-    checks = [found + doubted for found, doubted in zip(answered, more, strict=True)]
-    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
+    checks = [checks_of(row, config.verify) for row in rows]
+    found = _ask_checks(folder, config, rows, checks, counts, talk) if any(checks) else [[] for _ in rows]
+    table = table.append_column("checks", pa.array(found, pa.list_(CHECK)))
     return table.append_column("alignment", pa.array(_alignments(folder, config, rows, talk), pa.float64()))
 
 
@@ -159,8 +152,9 @@ def _ask_checks(
     folder: Folder, config: Config, rows: list[dict[str, Any]], checks: list[list[Check]], counts: Counts, talk: Talk
 ) -> list[list[dict[str, str | None]]]:
     """Return the checks of each row with their answers; what the journal does not hold yet is asked."""
-    if not any(checks):
-        return [[] for _ in rows]
+    wanted = Counter(check.kind for mine in checks for check in mine)
+    told = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
+    talk.say(f"verify asks at most {wanted.total():,} questions: {told}")
     revision = read_json(_require_file(folder.made_by("generate")))["revision"]
     of_sample: dict[str, list[Check]] = defaultdict(list)
     for row, mine in zip(rows, checks, strict=True):
@@ -174,10 +168,10 @@ def _ask_checks(
                 raise ConfigError("another model answers now than the one that wrote", hint="run without --from-stage")
             return stack.enter_context(choice.make())
 
-        before, total = counts.done, sum(map(len, checks))
+        before = counts.done
         requests = build_all(_chunks(folder), of_sample, config, revision)
         for ready in ask_all(requests, config.generate.attempts, engine, journal, counts):
-            talk("verify", counts.done - before, total, ready.figures())
+            talk("verify", counts.done - before, wanted.total(), ready.figures())
         return [read_checks(row["sample_id"], mine, config, revision, journal) for row, mine in zip(rows, checks, strict=True)]
 
 

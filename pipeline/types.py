@@ -91,8 +91,8 @@ class Request:
 
     @property
     def shown(self) -> str:
-        """The name of what the model sees beside the text: the sample, or some of its pages."""
-        return self.sample_id if self.pages is None else ".".join([self.sample_id, *map(str, self.pages)])
+        """The name of what the model sees beside the text: the sample, or some of its pages, or none."""
+        return self.sample_id if self.pages is None else f"{self.sample_id}.{'-'.join(map(str, self.pages))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

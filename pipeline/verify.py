@@ -32,20 +32,13 @@ def verify_annotations(table: pa.Table, config: VerifyConfig) -> pa.Table:
 
 
 def _judge(row: dict[str, Any]) -> dict[str, Any]:
+    same = _whether(row["checks"], "necessary")
     return {
-        "agreement": _share(row["checks"], "round_trip") if row["task"] != "caption" else _supported(row["checks"]),
+        "agreement": _share(row["checks"], "claims" if row["task"] == "caption" else "round_trip"),
         "blind": _whether(row["checks"], "blind"),
         "sufficient": _whether(row["checks"], "sufficient"),
-        "necessary": None if (same := _whether(row["checks"], "necessary")) is None else not same,
+        "necessary": None if same is None else not same,
     }
-
-
-def _supported(checks: Sequence[dict[str, str]]) -> float | None:
-    """Return the share of claims that were confirmed, or were denied and then not denied in other words."""
-    asked = [check for check in checks if check["kind"] == "claims" and check["answer"] is not None]
-    confirmed = sum(map(_agrees, asked))
-    spared = sum(not _agrees(check) for check in checks if check["kind"] == "claims_again" and check["answer"] is not None)
-    return (confirmed + spared) / len(asked) if asked else None
 
 
 def _share(checks: Sequence[dict[str, str]], kind: str) -> float | None:

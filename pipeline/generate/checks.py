@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pipeline.answers import normalize_answer
 from pipeline.claims import claims_of
 from pipeline.config import Config, GenerateConfig, VerifyConfig
 from pipeline.fingerprint import digest
@@ -47,20 +46,6 @@ def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
     if "evidence" in config.checks and evidence and others:
         checks += [Check("sufficient", question, answer, evidence), Check("necessary", question, answer, others)]
     return checks
-
-
-def doubts_of(row: dict[str, Any], found: Sequence[dict[str, str | None]]) -> list[Check]:
-    """Return what is to be asked in other words, given the checks of an annotation with their answers (`read_checks`)."""
-    denied = {
-        check["question"] for check in found if check["kind"] == "claims" and not agrees(check["answer"], check["expected"])
-    }
-    claims = claims_of(row["clean_text"]) if denied else []
-    return [Check("claims_again", claim.again, claim.refuted) for claim in claims if claim.again and claim.question in denied]
-
-
-def agrees(answer: str | None, expected: str | None) -> bool:
-    """Whether two answers are the same by the rules of the VQA evaluation."""
-    return answer is not None and expected is not None and normalize_answer(answer) == normalize_answer(expected)
 
 
 def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:

@@ -1,8 +1,8 @@
 """What helps the tiny teacher to find a page of a deck. From answers alone it did not learn that (docs/experiments/teacher.md).
 
-To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the gray
-page from the word, and look there. Each of these steps is given a target of its own: heads that read a page, a ground or a count
-off hidden states, and a reward for attention that stays on the pages that decide a word. No head is part of the model.
+To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the
+gray page from the word, and look there. Each of these steps is given a target of its own: heads that read a page, a ground or a
+count off hidden states, and a reward for attention that stays on the pages that decide a word. No head is part of the model.
 
 Shapes: B decks, S tokens, H heads, P pages of a deck, 9 image tokens of a page, D width.
 """

@@ -25,9 +25,8 @@ def guide() -> tuple[PageGuide, Packer]:
 
 def asked_of(packer: Packer, line: str, evidence: tuple[int, ...]) -> Asked:
     deck = sample_deck(random.Random(4))[:PAGES]
-    return Asked(
-        packer.pack(PAGES, random.Random(1), [Task(line, '{"answer":"2"}', seldom_worded=True)], 4.0), deck, [evidence]
-    )
+    task = Task(line, '{"answer":"2"}', seldom_worded=True, looks=((11, 12, evidence),))
+    return Asked(packer.pack(PAGES, random.Random(1), [task], 4.0), deck)
 
 
 def test_words_that_name_a_ground_or_a_page_are_to_be_looked_up(guide: tuple[PageGuide, Packer]) -> None:

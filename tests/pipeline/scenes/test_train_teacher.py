@@ -12,7 +12,7 @@ from pipeline.generate.prompt import Prompt
 from pipeline.scenes import train_teacher
 from pipeline.scenes.deck import PAGES, sample_deck
 from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.facts import BACKGROUNDS, PLACES, sample_scene
 from pipeline.scenes.guide import PageGuide
 from pipeline.scenes.pack import Packed, Packer, Task, collate
 from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
@@ -56,7 +56,7 @@ def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Stude
     rng = random.Random(1)
     deck = sample_deck(rng)[:pages]
     images = [draw(scene, rng) for scene in deck]
-    tasks = deck_tasks(deck, rng, DECKS)[0] if pages > 1 else list(scene_tasks(deck[0], rng, ANSWERS))
+    tasks = list(deck_tasks(deck, rng, DECKS) if pages > 1 else scene_tasks(deck[0], rng, ANSWERS))
     packed = student.packer.pack(pages, rng, tasks, 1.0)
     ids, hidden = rebuilt(student, packed, [np.array(image) for image in images])
     segments = torch.tensor(packed.segments)
@@ -106,9 +106,7 @@ def test_every_phase_asks_for_every_task() -> None:
     lines = [task.line for task in scene_tasks(sample_scene(rng), rng, TEXT)]
     assert lines[:3] == ["Task: caption, brief", "Task: caption, detailed", "Task: qa"]
     assert all(line.startswith("Question: ") for line in lines[3:])
-    tasks, evidence = deck_tasks(sample_deck(rng), rng, DECKS)
-    lines = [task.line for task in tasks]
-    assert len(evidence) == len(lines) - DECKS.question_sets
+    lines = [task.line for task in deck_tasks(sample_deck(rng), rng, DECKS)]
     assert lines.count("Task: deck_qa") == DECKS.question_sets
     assert all(line.startswith("Question: ") for line in lines if line != "Task: deck_qa")
 
@@ -124,3 +122,31 @@ def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypat
     train(tmp_path / "cut", phases)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+def test_each_word_that_a_page_decides_says_which_page() -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        deck = sample_deck(rng)
+        for task in deck_tasks(deck, rng, DECKS):
+            assert task.looks == tuple(sorted(task.looks))
+            for first, stop, pages in task.looks:
+                word = task.reply[first:stop]
+                shown = [deck[page - 1] for page in pages]
+                if word in BACKGROUNDS:
+                    assert [scene.background for scene in shown] == [word]
+                elif word.isdigit() and len(shown) == 1 and task.line == "Task: deck_qa":
+                    assert len(shown[0].objects) == int(word)
+                elif word in PLACES:
+                    assert word in {thing.place for thing in shown[0].objects}
+
+
+def test_pages_that_decide_a_token_stand_where_the_token_before_it_stands(student: Student) -> None:
+    rng = random.Random(5)
+    deck = sample_deck(rng)
+    task = Task("Question: Which page is it?", '{"answer":"3"}', seldom_worded=True, looks=((11, 12, (3,)),))
+    packed = student.packer.pack(PAGES, rng, [task], 10.0)
+    (at,) = [n for n, pages in enumerate(packed.looks) if pages]
+    assert student.packer.tokenizer.decode([packed.labels[at]]) == "3"
+    assert packed.looks[at] == (3,) and packed.weights[at] == 10.0
+    assert len(packed.looks) == len(packed.ids) and len(deck) == PAGES
