@@ -56,6 +56,10 @@ def generate(
     split_list: Annotated[
         Path | None, typer.Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.")
     ] = None,
+    never: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out the images of another source, such as flickr30k#test; may be given several times."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")
     ] = None,
@@ -104,6 +108,7 @@ def generate(
         columns=read_pairs(columns, "--map") if columns else None,
         allow_urls=allow_urls,
         split_list=split_list,
+        never=never or None,
         limit=limit,
         seed=seed,
         tasks=tasks.split(",") if tasks else None,

@@ -128,6 +128,7 @@ class Config(Section):
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
+    never: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
     tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)  # of decks: deck_qa
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None

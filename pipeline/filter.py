@@ -139,7 +139,7 @@ def filter_annotations(table: pa.Table, config: FilterConfig) -> pa.Table:
     scored = [_score(row, config) for row in table.select(["text", "question", "answer"]).to_pylist()]
     columns = pa.Table.from_pylist([asdict(scores) for scores in scored], schema=FILTERED)
     for name in FILTERED.names:
-        table = table.append_column(name, columns[name])
+        table = table.append_column(FILTERED.field(name), columns[name])
     return with_reason(table, [next((name for name, breaks in RULES.items() if breaks(s, config)), None) for s in scored])
 
 

@@ -30,14 +30,15 @@ from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import asked_of_each, check_prompts, prompt_texts
 from pipeline.image import prepare_image
+from pipeline.leakage import Banned, banned_rows, repeated_in, split_of_name
 from pipeline.ledger import build_ledger
-from pipeline.likeness import compare_samples
+from pipeline.likeness import Kind, compare_samples
 from pipeline.measure import Measure
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
 from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table
-from pipeline.tables import ANNOTATION, CHECK, PIXELS, SAMPLE, SOURCE_REJECTED
+from pipeline.tables import ANNOTATION, BANNED, CHECK, PIXELS, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
 from pipeline.verify import verify_annotations
@@ -110,8 +111,10 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
     write_json(folder.run_file, config.model_dump(mode="json"))
     counts, funnel = Counts(), []
     if source is not None:
-        _write_source(folder, source, config.limit, talk)
-        write_json(folder.made_by("source"), {"name": source.name, "revision": source.revision, "decks": source.decks})
+        never = _write_banned(folder, config, talk)
+        _write_source(folder, source, config, talk)
+        about = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": never}
+        write_json(folder.made_by("source"), about)
     samples, lost = _require_stage(folder, "source")
     funnel.append(_step("source", "images", samples, lost))
     if choice is not None:
@@ -125,7 +128,9 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
     for name, stage in STAGES.items():
         if start <= ORDER.index(name):
             # What a stage needs beside its rows is joined before it, here, where effects are.
-            if name == "verify":
+            if name == "filter":
+                table = _with_repeats(folder, table)
+            elif name == "verify":
                 table = _with_checks(folder, config, table, counts, talk)
             elif name == "dedupe":
                 table = _with_likeness(folder, config, table)
@@ -137,6 +142,13 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         table = pq.read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def _with_repeats(folder: Folder, table: pa.Table) -> pa.Table:
+    """Join to each annotation the data set of --never that has its text: `repeats`. Nothing is rejected for it."""
+    texts = pc.coalesce(table["text"], table["question"]).to_pylist()
+    found = repeated_in(texts, pq.read_table(_require_file(folder.stage("source", "banned"))))
+    return table.append_column("repeats", pa.array(found, pa.string()))
 
 
 def _with_checks(folder: Folder, config: Config, table: pa.Table, counts: Counts, talk: Talk) -> pa.Table:
@@ -203,14 +215,19 @@ def _alignments(folder: Folder, config: Config, rows: list[dict[str, Any]], talk
 def _with_likeness(folder: Folder, config: Config, table: pa.Table) -> pa.Table:
     """Join what is known of each sample beside the others: tables.LIKENESS."""
     samples = pq.read_table(folder.stage("source"), columns=["sample_id", "split", "looks", "width_px", "height_px"])
-    kind = config.dedupe.images
-    if kind == "auto":
-        kind = "none" if config.source in DRAWN else "graphics" if "deck_qa" in config.tasks else "photos"
-    known = compare_samples(samples, None if kind == "none" else kind)
+    known = compare_samples(samples, _kind_of_images(config))
     at = pc.index_in(table["sample_id"], known["sample_id"])
     for name in known.column_names[1:]:
         table = table.append_column(name, known[name].take(at))
     return table
+
+
+def _kind_of_images(config: Config) -> Kind | None:
+    """Return how images are compared; None where they are known to be distinct, or are not to be compared."""
+    kind = config.dedupe.images
+    if kind == "auto":
+        return None if config.source in DRAWN else "graphics" if "deck_qa" in config.tasks else "photos"
+    return None if kind == "none" else kind
 
 
 def images_of_source(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
@@ -245,14 +262,39 @@ def _generate(folder: Folder, config: Config, choice: Choice, samples: int, coun
         write_table(folder.stage("generate"), read, ANNOTATION)
 
 
-def _write_source(folder: Folder, source: Source, limit: int | None, talk: Talk) -> None:
-    """Read the source once into kept and rejected rows; of several copies of an image one is kept."""
+def _write_banned(folder: Folder, config: Config, talk: Talk) -> list[dict[str, Any]]:
+    """Read what must not be learned from, and return what it is: names, revisions, and numbers of images and texts."""
+    known: list[dict[str, Any]] = []
+
+    def tables() -> Iterator[pa.Table]:
+        for named in config.never:
+            name, split = split_of_name(named)
+            source = open_source(resolve(source=name, source_split=split, columns=config.columns if "hub:" in name else None))
+            label = f"{source.name}#{split}" if split else source.name
+            rows: list[dict[str, Any]] = []
+            for sample in (row for row in source.rows if isinstance(row, Sample)):
+                rows += banned_rows(label, [sample])
+                talk(f"never {label}", len(rows), None)
+            texts = sum(len(row["texts"]) for row in rows)
+            known.append({"name": label, "revision": source.revision, "images": len(rows), "texts": texts})
+            yield pa.Table.from_pylist(rows, schema=BANNED)
+
+    write_table(folder.stage("source", "banned"), tables(), BANNED)
+    return known
+
+
+def _write_source(folder: Folder, source: Source, config: Config, talk: Talk) -> None:
+    """Read the source once into kept and rejected rows; of several copies of an image one is kept, of a banned one none."""
     rejected: list[dict[str, str]] = []
     copies = Copies()
+    banned = Banned.of(pq.read_table(folder.stage("source", "banned")), _kind_of_images(config))
+    limit = config.limit
 
     def tables() -> Iterator[pa.Table]:
         batch: list[dict[str, Any]] = []
         for row in source.rows:
+            if isinstance(row, Sample) and (name := banned.find(row)):
+                row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
             found = copies.settle(row) if isinstance(row, Sample) else row
             if isinstance(found, Rejected):
                 rejected.append(asdict(found))
@@ -304,7 +346,7 @@ def _write_version(
     rows, measure = Rows(), Measure()
     shown: list[dict[str, Any]] = []
     with draft_version(folder) as draft:
-        decks = bool(source.pop("decks", False))
+        decks, never = bool(source.pop("decks", False)), source.pop("never")
         for table in build_rows(annotations, _batches(folder), source["name"], rows, decks=decks):
             draft.add(table)
             texts = table.drop_columns(list(PIXELS)).to_pylist()
@@ -324,19 +366,39 @@ def _write_version(
             "config": _public(config, source["name"], model["name"]),
             "funnel": [asdict(each) for each in funnel],
             "measured": measure.result(),
+            "leakage": _leakage(folder, config, never, annotations),
         }
         version, is_new = draft.publish(rows, made_by, build_ledger(_rejected(folder) | left_out), shown)
     write_table(folder.stage("version", "rejected"), [left_out["version"]], LEFT_OUT)
     return version, is_new
 
 
+def _leakage(folder: Folder, config: Config, never: list[dict[str, Any]], annotations: pa.Table) -> dict[str, Any]:
+    """Return what was done so that nothing held out is learned from, here or elsewhere."""
+    lost = [_require_stage(folder, stage)[1] for stage in ("source", "dedupe")]
+    groups = pc.count_distinct(annotations["image_group"]).as_py()
+    return {
+        "compared_as": _kind_of_images(config),
+        "groups_of_images": groups,
+        "near_held_out_annotations": lost[1].get("near_held_out_image", 0),
+        "never": never,
+        "banned_images": lost[0].get("banned_image", 0),
+        "repeated_texts": annotations.num_rows - annotations["repeats"].null_count,
+    }
+
+
 def _public(config: Config, source: str, model: str) -> dict[str, Any]:
     """Return the settings that may be published: a path of the user's is nobody's business."""
     settings = config.model_dump(mode="json", exclude={"base_url", "server"}) | {"source": source, "model": model}
+    settings["never"] = [name for name in config.never if not name.startswith(("folder:", "parquet:"))]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompts:
         settings["generate"]["prompts"] = config.generate.prompts.name
+    if config.balance.entries:
+        settings["balance"]["entries"] = file_digest(config.balance.entries)
+    if Path(config.verify.clip).exists():
+        settings["verify"]["clip"] = Path(config.verify.clip).name
     return settings
 
 

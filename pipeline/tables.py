@@ -103,6 +103,16 @@ VERIFIED = pa.schema(
     ]
 )
 
+# Images and texts that must not be learned from, read once (leakage.py)
+BANNED = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),  # SOURCE#SPLIT
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("look", pa.binary(), nullable=False),
+        pa.field("texts", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
 # What is known of a sample beside the others (likeness.py)
 LIKENESS = pa.schema(
     [

@@ -27,6 +27,7 @@ LOWER = {
     "claims": {"answers"},
     "alignment": {"errors"},
     "likeness": {"tables"},
+    "leakage": {"likeness", "tables", "texts", "types"},
     "card": set(),
     "ledger": {"fingerprint", "tables"},
     "measure": {"scenes"},

@@ -102,3 +102,18 @@ def test_model_text_stays_within_its_line(text: str) -> None:
 def test_an_unknown_licence_is_called_other() -> None:
     found = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
     assert (found["license"], found["license_name"]) == ("other", "flickr-terms-and-unknown")
+
+
+def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
+    leakage = {
+        "compared_as": "photos",
+        "groups_of_images": 7,
+        "near_held_out_annotations": 3,
+        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 1000, "texts": 5000}],
+        "banned_images": 2,
+        "repeated_texts": 4,
+    }
+    card = render_card(MANIFEST | {"leakage": leakage}, [])
+    assert "7 groups" in card and "3 annotations" in card
+    assert "flickr30k\\#test, revision `abc`: 1000 images, 5000 texts" in card
+    assert "2 were left out" in card and "4 texts here" in card

@@ -1,0 +1,102 @@
+"""Curation from end to end: what is asked again, what is left out, and a run from the middle that asks nothing."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.pipeline.test_likeness import cropped, photo, stored_again
+from tests.whole.conftest import SYNTH
+
+SCENES = 24
+CHECKS = "round_trip,claims,blind,alignment"
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SYNTH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verified")
+    done = run("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "verify asks at most" in done.stderr
+    return folder / "d"
+
+
+def kept(folder: Path, stage: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "stages" / stage / "kept.parquet").to_pylist()
+    return rows
+
+
+def test_every_annotation_was_asked_about_again(verified: Path) -> None:
+    rows = kept(verified, "verify")
+    assert rows
+    for row in rows:
+        kinds = {check["kind"] for check in row["checks"]}
+        assert kinds == ({"claims"} if row["task"] == "caption" else {"round_trip", "blind"})
+        assert row["agreement"] == 1.0
+        assert (row["alignment"] is not None) == (row["task"] == "caption")
+
+
+def test_other_thresholds_are_applied_from_the_middle_without_a_question(verified: Path) -> None:
+    config = verified.parent / "loose.yaml"
+    config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
+    again = ("--from-stage", "filter", "--config", str(config))
+    common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
+    before = len(kept(verified, "verify"))
+    done = run(*common, *again, cwd=verified.parent)
+    assert "asked the model 0 times" in done.stderr
+    assert "too_long" in done.stderr
+    assert len(kept(verified, "verify")) < before  # long captions are gone
+    funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
+    for step in funnel:
+        assert step["kept"] + sum(step["rejected"].values()) == step["input"]
+    back = run(*common, "--from-stage", "filter", cwd=verified.parent)
+    assert back.returncode == 0 and len(kept(verified, "verify")) == before
+
+
+def test_settings_of_an_earlier_stage_cannot_change_in_the_middle(verified: Path) -> None:
+    config = verified.parent / "early.yaml"
+    config.write_text("filter: {max_caption_words: 11}\n")
+    common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
+    done = run(*common, "--from-stage", "dedupe", "--config", str(config), cwd=verified.parent)
+    assert done.returncode == 1
+    assert "filter has changed since the stages before dedupe ran" in done.stderr
+
+
+def test_copies_are_one_image_crops_share_a_split_and_banned_images_stay_out(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "test").mkdir()
+    images = [photo(seed) for seed in range(8)]
+    for n, image in enumerate(images):
+        image.save(tmp_path / "photos" / f"{n}.png")
+        (tmp_path / "photos" / f"{n}.txt").write_text("A drawing.")
+    stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
+    cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
+    stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
+    tiny = ("--engine", "embedded", "--model", "tiny")
+    done = run("generate", "--source", "folder:photos", "--never", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = pq.read_table(tmp_path / "d" / "stages" / "source" / "rejected.parquet").to_pylist()
+    assert [(row["source_row"], row["reason"], row["detail"]) for row in source] == [("7.png", "banned_image", "folder")]
+    samples = {row["source_row"]: row["sample_id"] for row in kept(tmp_path / "d", "source")}
+    gone = pq.read_table(tmp_path / "d" / "stages" / "dedupe" / "rejected.parquet").to_pylist()
+    copies = {row["sample_id"]: row["looks_like"] for row in gone if row["reason"] == "near_duplicate_image"}
+    assert copies == {samples["0-copy.jpg"]: samples["0.png"]}
+    groups: dict[str, set[str]] = {}
+    for row in kept(tmp_path / "d", "dedupe"):
+        groups.setdefault(row["image_group"], set()).add(row["sample_id"])
+    assert {samples["1.png"], samples["1-crop.png"]} in groups.values()
+    manifest = json.loads((tmp_path / "d" / "versions" / "v1.0.0" / "manifest.json").read_text())
+    assert manifest["leakage"]["banned_images"] == 1
+    assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)
+
+
+def test_a_source_that_is_to_be_left_out_and_is_none_is_one_error(tmp_path: Path) -> None:
+    done = run("generate", "--source", "scenes", "--limit", "2", "--never", "nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and "unknown source: nowhere" in done.stderr
