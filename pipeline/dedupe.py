@@ -5,81 +5,116 @@ same question about another image is no duplicate: "What is the man doing?" has 
 stays depends on what is known of the annotations alone, never on their order.
 """
 
-from collections import Counter, defaultdict
+from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import DedupeConfig
 from pipeline.tables import require, with_reason
-from pipeline.texts import content_key, misspelled_words, says_the_same, without_word
+from pipeline.texts import content_key, is_unknown, says_the_same
 
-WORSE_IF_MISSING = 0.0  # a score that was not asked for is the same for all
+BEST_FIRST = (("agreement", "descending"), ("alignment", "descending"), ("hedges", "ascending"), ("annotation_id", "ascending"))
+BATCH = 10_000  # rows whose texts are Python objects at once
+
+Indices = npt.NDArray[np.int64]
 
 
 def dedupe_annotations(table: pa.Table, config: DedupeConfig) -> pa.Table:
     """Return the same rows with the `cluster` that they are in, what they are a `duplicate_of`, and a `reason`.
 
     Where the table has them, `image_group` widens an image to those that look like it, `image_reason` rejects all of an image's
-    annotations, and `agreement` and `alignment` say which of a cluster is best.
+    annotations, and `agreement`, `alignment` and `hedges` say which of a cluster is best.
     """
     require(table, "annotation_id", "sample_id", "task", "clean_text", "clean_question")
-    names = [name for name in _COLUMNS if name in table.column_names]
-    rows = table.select(names).to_pylist()
-    keys = [content_key(row["clean_text"] or row["clean_question"] or "") for row in rows]
-    merged = merge_misspelled(set(keys))
-    clusters = [
-        sha256(f"{row['task']}\0{merged.get(key, key)}".encode()).hexdigest()[:16] for row, key in zip(rows, keys, strict=True)
-    ]
-    reasons: list[str | None] = [row.get("image_reason") for row in rows]
-    kept_of: list[str | None] = [None] * len(rows)
-    of_image: dict[tuple[str, str], str] = {}  # (image group, cluster) -> the annotation that is kept
-    times: Counter[str] = Counter()
-    for n in sorted(range(len(rows)), key=lambda n: _best_first(rows[n])):
-        row, cluster = rows[n], clusters[n]
-        if reasons[n] is not None:
-            continue
-        place = (row.get("image_group") or row["sample_id"], cluster)
-        if place in of_image:
-            reasons[n], kept_of[n] = "duplicate", of_image[place]
-        elif row["task"] == "caption" and times[cluster] >= config.max_images_per_caption:
-            reasons[n] = "caption_of_many_images"
-        else:
-            of_image[place] = row["annotation_id"]
-            times[cluster] += 1
-    table = table.append_column("cluster", pa.array(clusters, pa.string()))
-    return with_reason(table.append_column("duplicate_of", pa.array(kept_of, pa.string())), reasons)
+    cluster, names = _clusters(table)
+    known = [name for name in ("image_group", "sample_id") if name in table.column_names]
+    image = pc.coalesce(*(table[name] for name in known)).combine_chunks().dictionary_encode().indices.to_numpy()
+    place = image.astype(np.int64) * len(names) + cluster
+    reasons = np.array(table["image_reason"] if "image_reason" in table.column_names else [None] * table.num_rows, dtype=object)
+    best = pc.sort_indices(table, sort_keys=[key for key in BEST_FIRST if key[0] in table.column_names]).to_numpy()
+    best = best[[reasons[n] is None for n in best]]  # what is to go keeps nothing else from staying
+    _, first, which = np.unique(place[best], return_index=True, return_inverse=True)
+    kept = best[first][which]  # of each row, the best one of its cluster about its image
+    again = kept != best
+    reasons[best[again]] = "duplicate"
+    duplicate_of = np.full(table.num_rows, -1)
+    duplicate_of[best[again]] = kept[again]
+    alone = best[~again]
+    alone = alone[pc.equal(table["task"], "caption").to_numpy(zero_copy_only=False)[alone]]
+    reasons[alone[_rank(cluster[alone]) >= config.max_images_per_caption]] = "caption_of_many_images"
+    table = table.append_column("cluster", pa.array(names, pa.string()).take(pa.array(cluster)))
+    named = table["annotation_id"].combine_chunks().take(pa.array(duplicate_of, mask=duplicate_of < 0))
+    return with_reason(table.append_column("duplicate_of", named), reasons.tolist())
+
+
+def _clusters(table: pa.Table) -> tuple[Indices, list[str]]:
+    """Return the number of each row's cluster, and the name of each cluster: a digest of its task and content key."""
+    codes: dict[tuple[str, str], int] = {}
+    of_row = array("q")
+    texts = table.select(["task", "clean_text", "clean_question"])
+    for batch in texts.to_batches(max_chunksize=BATCH):
+        said = pc.coalesce(batch["clean_text"], batch["clean_question"], "").to_pylist()
+        for task, text in zip(batch["task"].to_pylist(), said, strict=True):
+            of_row.append(codes.setdefault((task, content_key(text)), len(codes)))
+    merged = merge_misspelled({key for _, key in codes})
+    target = np.arange(len(codes))
+    for (task, key), code in codes.items():
+        if key in merged:
+            target[code] = codes.get((task, merged[key]), code)
+    names = [sha256(f"{task}\0{key}".encode()).hexdigest()[:16] for task, key in codes]
+    return target[np.frombuffer(of_row, dtype=np.int64)], names
+
+
+def _rank(values: Indices) -> Indices:
+    """Return how many equal values stand before each one."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(values) else order
+    rank = np.empty(len(values), np.int64)
+    rank[order] = np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    return rank
 
 
 def merge_misspelled(keys: Iterable[str]) -> dict[str, str]:
     """Return, for each content key with a misspelled word, the key that it is a misspelling of.
 
-    Each pair of keys that differ in one word would be found by comparing all with all. Here each key is looked up under what is
-    left of it without the word: a table of the misspelled ones, then one pass over all. What could be two things is left alone.
+    Each pair of keys that differ in one word would be found by comparing all with all. Here each is looked up under what is
+    left of it without the word: a table of those with an unknown word, then those of which as much is left, by a sum of numbers
+    that stand for words. What could be two things is left alone.
     """
+    ordered = sorted(keys)
+    words = pc.split_pattern(pa.array(ordered, pa.string()), " ")
+    found = words.flatten().dictionary_encode()
+    word, starts = found.indices.to_numpy(), words.offsets.to_numpy()[:-1]
+    row = np.repeat(np.arange(len(ordered)), np.diff(words.offsets.to_numpy()))  # of each word
+    unknown = np.array([is_unknown(each) for each in found.dictionary.to_pylist()], dtype=bool)[word]
+    number = np.random.default_rng(0).integers(2**63, size=len(found.dictionary), dtype=np.uint64)[word]
+    left = np.add.reduceat(number, starts)[row] - number if len(word) else number
     left_out: dict[tuple[str, str], set[str]] = defaultdict(set)
-    contexts: set[str] = set()
-    known = sorted(keys)
-    for key in known:
-        for at in misspelled_words(key):
-            word, context = without_word(key, at)
-            contexts.add(context)
-            for variant in _variants(word):
-                left_out[context, variant].add(key)
-    if not contexts:
-        return {}
+    for n in np.flatnonzero(unknown).tolist():
+        wrong, rest = _apart(ordered[row[n]], n - starts[row[n]])
+        for variant in _variants(wrong):
+            left_out[rest, variant].add(ordered[row[n]])
     meant: dict[str, set[str]] = defaultdict(set)
-    for key in known:
-        for at in sorted(set(range(key.count(" ") + 1)).difference(misspelled_words(key))):
-            word, context = without_word(key, at)
-            if context in contexts:
-                near = {wrong for variant in _variants(word) for wrong in left_out.get((context, variant), ())}
-                for wrong in near:
-                    if says_the_same(wrong, key):
-                        meant[wrong].add(key)
+    for n in np.flatnonzero(~unknown & np.isin(left, left[unknown])).tolist():
+        key = ordered[row[n]]
+        right, rest = _apart(key, n - starts[row[n]])
+        for wrong in {wrong for variant in _variants(right) for wrong in left_out.get((rest, variant), ())}:
+            if says_the_same(wrong, key):
+                meant[wrong].add(key)
     return _follow({wrong: right.pop() for wrong, right in meant.items() if len(right) == 1})
+
+
+def _apart(key: str, at: int) -> tuple[str, str]:
+    """Return a word of a key, and all others from the one behind it: the same wherever the key starts."""
+    words = key.split(" ")
+    return words[at], " ".join(words[at + 1 :] + words[:at])
 
 
 def _follow(step: dict[str, str]) -> dict[str, str]:
@@ -96,22 +131,3 @@ def _follow(step: dict[str, str]) -> dict[str, str]:
 def _variants(word: str) -> Sequence[str]:
     """Return the word and all it leaves with one letter out: two words that are one edit apart share one of these."""
     return [word, *{word[:at] + word[at + 1 :] for at in range(len(word))}]
-
-
-_COLUMNS = (
-    "annotation_id",
-    "sample_id",
-    "task",
-    "clean_text",
-    "clean_question",
-    "image_group",
-    "image_reason",
-    "agreement",
-    "alignment",
-    "hedges",
-)
-
-
-def _best_first(row: dict[str, Any]) -> tuple[float, float, int, str]:
-    scores = [-(row.get(name) or WORSE_IF_MISSING) for name in ("agreement", "alignment")]
-    return (scores[0], scores[1], row.get("hedges") or 0, row["annotation_id"])

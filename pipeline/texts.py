@@ -31,6 +31,15 @@ _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 MIN_MISSPELLED_LETTERS = 4
+# WordNet has nouns, verbs, adjectives and adverbs; these are known as well.
+_FUNCTION_WORDS = """
+about above across after against along alongside although among amongst around because before behind below beneath beside besides
+between beyond both could during each either every except from hers herself himself into itself like might mine must near neither
+onto opposite ours outside over past shall should since such than that their theirs them themselves then these they this those
+though through throughout toward towards under underneath unless until unto upon versus what when where whereas whether which
+while whom whose with within without would your yours
+"""
+_KNOWN_BESIDES = frozenset(_FUNCTION_WORDS.split())
 
 
 def words_of(text: str) -> list[str]:
@@ -52,7 +61,8 @@ def strip_opening(text: str) -> str:
 
 def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
-    return tuple(_AS_DIGITS.get(word, word) for word in words_of(strip_opening(text)) if word not in _EMPTY)
+    words = [word for word in words_of(strip_opening(text)) if word not in _EMPTY]
+    return tuple(words) if _AS_DIGITS.keys().isdisjoint(words) else tuple(_AS_DIGITS.get(word, word) for word in words)
 
 
 def content_key(text: str) -> str:
@@ -66,18 +76,15 @@ def content_key(text: str) -> str:
     if not words:
         return text_key(text) or text
     first = min(words)
+    if words.count(first) == 1:
+        at = words.index(first)
+        return " ".join(words[at:] + words[:at])
     return min(" ".join(words[at:] + words[:at]) for at, word in enumerate(words) if word == first)
 
 
-def misspelled_words(key: str) -> list[int]:
-    """Return the places of the words of a content key that no dictionary has, and that are long enough to be one misspelled."""
-    return [at for at, word in enumerate(key.split(" ")) if _may_be_misspelled(word) and not _is_known(word)]
-
-
-def without_word(key: str, at: int) -> tuple[str, str]:
-    """Return a word of a content key, and all others in order from the one behind it: the same wherever the key starts."""
-    words = key.split(" ")
-    return words[at], " ".join(words[at + 1 :] + words[:at])
+def is_unknown(word: str) -> bool:
+    """Whether no dictionary has a word that is long enough to be another one, misspelled."""
+    return _may_be_misspelled(word) and not _is_known(word)
 
 
 def says_the_same(key: str, other: str) -> bool:
@@ -112,7 +119,7 @@ def _may_be_misspelled(word: str) -> bool:
 def _is_known(word: str) -> bool:
     """Whether WordNet has the word, or one that it is a form of."""
     known = dictionary()
-    if word in known:
+    if word in known or word in _KNOWN_BESIDES:
         return True
     stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
     return any(not known.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)

@@ -1,0 +1,154 @@
+"""Deduplication of captions: `python benchmarks/dedupe.py [--captions 200000] [--peers PYTHON]`.
+
+Captions of WordNet's nouns in templates, with planted duplicates and hard negatives (one decisive word changed), each about an
+image of its own; every caption may stand once. Ours beside rensa and datasketch (PYTHON is an interpreter that has both), each
+in a process of its own that reads the same file: CPU seconds, peak memory, and against the planted truth how many duplicates go
+(recall), the share of what goes that is one (precision), and how many hard negatives go. Without --peers, ours alone.
+"""
+
+import argparse
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.wordnet import names
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
+TEMPLATES = (
+    "A {color} {noun} stands beside a {other} near the {place}.",
+    "Two {noun}s lie on a {color} {other} in front of a {place}.",
+    "A man holds a {color} {noun} while a {other} waits by the {place}.",
+    "A close view of a {noun} and a {color} {other} under the {place}.",
+    "A woman in {color} looks at a {noun} next to the {other} of a {place}.",
+    "Several people carry a {noun} past a {color} {other} toward the {place}.",
+)
+OPENINGS = ("The image shows ", "In this picture, there is ", "This is a photo of ", "We can see ")
+
+
+def base(rng: random.Random, nouns: list[str]) -> str:
+    """Return a caption; some nouns are frequent, most are rare."""
+    words = {name: nouns[min(int(rng.paretovariate(0.5)) - 1, len(nouns) - 1)] for name in ("noun", "other", "place")}
+    return rng.choice(TEMPLATES).format(color=rng.choice(COLORS), **words)
+
+
+def same(text: str, kind: str, rng: random.Random) -> str:
+    """Return the caption in other words."""
+    if kind == "case":
+        return text.upper().rstrip(".")
+    if kind == "opening":
+        return rng.choice(OPENINGS) + text[0].lower() + text[1:]
+    if kind == "articles":
+        return text.replace("A ", "The ", 1).replace(" a ", " the ").replace("Several", "There are several")
+    return text.replace(" is ", " is clearly ").replace("A ", "There is a very ", 1)
+
+
+def other(text: str, kind: str, rng: random.Random) -> str:
+    """Return the caption with one decisive word changed."""
+    words = text.split(" ")
+    color = next(n for n, word in enumerate(words) if word.strip(".,") in COLORS)
+    if kind == "color":
+        words[color] = rng.choice([each for each in COLORS if each != words[color]])
+    elif kind == "number":
+        words[0] = "Three" if words[0] in ("Two", "Several") else "Four"
+    else:
+        words[color] = f"not {words[color]}"
+    return " ".join(words)
+
+
+def plant(count: int, seed: int) -> tuple[list[str], list[int], list[str]]:
+    """Return captions in random order, of each the number of those that say the same, and its kind."""
+    rng = random.Random(seed)
+    nouns = [name for name in names() if name.isalpha() and len(name) > 3]
+    rng.shuffle(nouns)
+    bases: dict[str, int] = {}
+    while len(bases) < count * 7 // 10:
+        bases.setdefault(base(rng, nouns), len(bases))
+    rows = [(text, group, "base") for text, group in bases.items()]
+    originals = rng.sample(list(bases), count * 2 // 10)
+    for text in originals:
+        kind = rng.choice(("case", "opening", "articles", "adverbs"))
+        rows.append((same(text, kind, rng), bases[text], f"duplicate, {kind}"))
+    negatives: dict[str, str] = {}
+    while len(negatives) < count - len(rows):
+        kind = rng.choice(("color", "number", "negation"))
+        text = other(rng.choice(originals), kind, rng)
+        if text not in bases:
+            negatives.setdefault(text, f"negative, {kind}")
+    rows += [(text, len(bases) + n, kind) for n, (text, kind) in enumerate(negatives.items())]
+    rng.shuffle(rows)
+    return [text for text, _, _ in rows], [group for _, group, _ in rows], [kind for _, _, kind in rows]
+
+
+def score(kept: list[bool], groups: list[int], kinds: list[str]) -> str:
+    """Return how much of what went is one of two that say the same, and how much of those went."""
+    sizes, left = Counter(groups), Counter(group for group, flag in zip(groups, kept, strict=True) if flag)
+    planted = sum(size - 1 for size in sizes.values())
+    right = sum(min(size - left[group], size - 1) for group, size in sizes.items())
+    gone = kept.count(False)
+    negatives = [flag for flag, kind in zip(kept, kinds, strict=True) if kind.startswith("negative")]
+    return (
+        f"recall {right / planted:.3f}  precision {right / max(1, gone):.4f}  "
+        f"hard negatives removed {negatives.count(False) / len(negatives):.4f}"
+    )
+
+
+def ours(source: Path, out: Path) -> None:
+    """Read the texts, and write which are kept, as the peers do."""
+    from pipeline.config import DedupeConfig
+    from pipeline.dedupe import dedupe_annotations
+
+    texts = source.read_text(encoding="utf-8").split("\n")
+    ids = pa.array([f"{n:09d}" for n in range(len(texts))])
+    columns = {"annotation_id": ids, "sample_id": ids, "task": pa.array(["caption"]).take(pa.array([0] * len(texts)))}
+    columns |= {"clean_text": pa.array(texts), "clean_question": pa.nulls(len(texts), pa.string())}
+    texts.clear()
+    marked = dedupe_annotations(pa.table(columns), DedupeConfig(max_images_per_caption=1))
+    out.write_text("\n".join("1" if reason is None else "0" for reason in marked["reason"].to_pylist()), encoding="utf-8")
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Run a command and return its CPU seconds and peak MB."""
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+
+
+def main() -> None:
+    """Print one line for each engine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=200_000)
+    parser.add_argument("--peers", help="an interpreter with rensa and datasketch")
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--ours", nargs=2, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.ours:
+        ours(*arguments.ours)
+        return
+    print(
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.captions:,} captions of seed {arguments.seed}"
+    )
+    texts, groups, kinds = plant(arguments.captions, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "texts.txt", Path(folder) / "flags.txt"
+        source.write_text("\n".join(texts), encoding="utf-8")
+        texts.clear()
+        engines = {"ours": [sys.executable, __file__, "--ours"]}
+        if arguments.peers:
+            peer = [arguments.peers, str(Path(__file__).parent / "peers" / "text_dedup_peer.py")]
+            engines |= {name: [*peer, name] for name in ("rensa", "rensa-tuned", "datasketch")}
+        for name, command in engines.items():
+            seconds, megabytes = measure([*command, str(source), str(out)])
+            kept = [flag == "1" for flag in out.read_text(encoding="utf-8").split("\n")]
+            print(f"  {name:<11} {seconds:>7.1f} CPU s  {megabytes:>6,.0f} MB  {score(kept, groups, kinds)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
