@@ -162,7 +162,7 @@ def match_entries(texts: Iterable[str], entries: tuple[str, ...]) -> list[list[i
     Both are in lower case, and punctuation stands apart; MetaCLIP is case-sensitive and sets fewer marks apart.
     """
     automaton = _automaton(entries)
-    return [sorted({entry for _, entry in automaton.iter(_spaced(text))}) for text in texts]
+    return [sorted({entry for _, entry in automaton.iter(spaced(text))}) for text in texts]
 
 
 def count_of_tail(counts: Sequence[int], share: float) -> int:
@@ -199,7 +199,8 @@ def read_entries(path: Path | None) -> tuple[str, ...]:
     return found
 
 
-def _spaced(text: str) -> str:
+def spaced(text: str) -> str:
+    """Return a text as it is matched: in lower case, with a space around each word and each mark."""
     return f" {' '.join(text.lower().translate(_SPACED).split())} "
 
 
@@ -207,7 +208,7 @@ def _spaced(text: str) -> str:
 def _automaton(entries: tuple[str, ...]) -> Any:
     automaton = ahocorasick.Automaton()
     for number, entry in enumerate(entries):
-        automaton.add_word(_spaced(entry), number)
+        automaton.add_word(spaced(entry), number)
     automaton.make_automaton()
     return automaton
 

@@ -33,11 +33,11 @@ _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 MIN_MISSPELLED_LETTERS = 4
 # WordNet has nouns, verbs, adjectives and adverbs; these are known as well.
 _FUNCTION_WORDS = """
-about above across after against along alongside although among amongst around because before behind below beneath beside besides
-between beyond both could during each either every except from hers herself himself into itself like might mine must near neither
-onto opposite ours outside over past shall should since such than that their theirs them themselves then these they this those
-though through throughout toward towards under underneath unless until unto upon versus what when where whereas whether which
-while whom whose with within without would your yours
+about above across after against along alongside although among amongst around because before behind below beneath beside
+besides between beyond both could during each either every except from hers herself himself into itself like might mine must
+near neither onto opposite ours outside over past shall should since such than that their theirs them themselves then these
+they this those though through throughout toward towards under underneath unless until unto upon versus what when where
+whereas whether which while whom whose with within without would your yours
 """
 _KNOWN_BESIDES = frozenset(_FUNCTION_WORDS.split())
 

@@ -8,11 +8,13 @@ import random
 import re
 from dataclasses import dataclass
 
-from pipeline.scenes.facts import BACKGROUNDS, Scene, sample_scene
+from pipeline.scenes.facts import BACKGROUNDS, PLACES, Scene, sample_scene
 from pipeline.scenes.text import answer
 from pipeline.schema import DeckAnswerType, DeckQAPair
 
 PAGES = len(BACKGROUNDS)
+Spot = tuple[int, int]  # a page, counted from 1, and one of its places; END is what stands behind the page and sums it up
+END = len(PLACES)
 
 _ON = "|".join(BACKGROUNDS)
 _WHICH_PAGE = re.compile(rf"which page is ({_ON})\?")
@@ -94,16 +96,22 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
     ]
 
 
-def decisive_pages(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Return what in a pair is decided by pages: (field, the words, the pages), in the order in which it is written."""
+def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
+    """Return what in a pair is decided by what is seen: (field, words, where to look), in the order in which it is written."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
-    found = [("question", place, pair.evidence_pages) for place in re.findall(r"at the (.+) on the", pair.question)]
-    found += [("question", ground, (pages[ground],)) for ground in grounds]
-    if not pair.expression:
-        return [*found, ("answer", pair.answer, pair.evidence_pages)]
-    numbers = pair.expression.split(" ")[::2]
-    return found + [("expression", number, (pages[ground],)) for number, ground in zip(numbers, grounds, strict=True)]
+    ends = {ground: ((pages[ground], END),) for ground in grounds}
+    places = re.findall(r"at the (.+) on the", pair.question)
+    found: list[tuple[str, str, tuple[Spot, ...]]] = []
+    for place in places:  # any that holds something could have been asked about
+        page = pair.evidence_pages[0]
+        found.append(("question", place, tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)))
+    found += [("question", ground, ends[ground]) for ground in grounds]
+    if pair.expression:
+        numbers = pair.expression.split(" ")[::2]
+        return found + [("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)]
+    seen = ((pair.evidence_pages[0], PLACES.index(places[0])),) if places else ends[grounds[0]]
+    return [*found, ("answer", pair.answer, seen)]
 
 
 ASK_DECK = {"span": ask_span, "number": ask_count, "arithmetic": ask_arithmetic}

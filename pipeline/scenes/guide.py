@@ -2,9 +2,9 @@
 
 To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the
 gray page from the word, and look there. Each of these steps is given a target of its own: heads that read a page, a ground or a
-count off hidden states, and a reward for attention that stays on the pages that decide a word. No head is part of the model.
+count off hidden states, and a reward for attention that stays on the spots that decide a word. No head is part of the model.
 
-Shapes: B decks, S tokens, H heads, P pages of a deck, 9 image tokens of a page, D width.
+Shapes: B decks, S tokens, H heads, V spots of a deck (10 a page), 9 image tokens of a page, D width.
 """
 
 from collections.abc import Sequence
@@ -62,13 +62,14 @@ class PageGuide(nn.Module):
                 loss = loss + functional.cross_entropy(
                     head(words_BSD).flatten(0, 1), targets_BS.flatten(), ignore_index=NOTHING
                 )
-        ends_ED = words_BSD[self._ends(asked, image_BS.shape[1])]  # what stands behind each page sums it up
+        ends_BS = self._ends(asked, image_BS.shape[1])
+        ends_ED = words_BSD[ends_BS]  # what stands behind each page sums it up
         counts = torch.tensor([len(scene.objects) for each in asked for scene in each.deck])
         grounds = torch.tensor([BACKGROUNDS.index(scene.background) for each in asked for scene in each.deck])
         loss = loss + functional.cross_entropy(self.count(ends_ED), counts)
         loss = loss + functional.cross_entropy(self.ground(ends_ED), grounds)
         if output.attentions:
-            loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS, asked)
+            loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS | ends_BS, asked)
         return loss
 
     def _ends(self, asked: Sequence[Asked], length: int) -> Tensor:
@@ -93,20 +94,22 @@ class PageGuide(nn.Module):
         return page_BS, ground_BS
 
 
-def attention_loss(attentions_BHSS: Sequence[Tensor], image_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
-    """Return how far attention strays from the pages that decide a word, where it is told: mean -log of what stays on them."""
-    pages = len(asked[0].deck)
-    page_of_K = torch.arange(pages).repeat_interleave(VISION_TOKENS).repeat(len(asked))
-    on_page_BSP = torch.zeros(*image_BS.shape, pages)
-    on_page_BSP[image_BS] = functional.one_hot(page_of_K, pages).float()
-    right_BSP = torch.zeros_like(on_page_BSP)
+def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
+    """Return how far attention strays from the spots that decide a word, where it is told: mean -log of what stays on them.
+
+    `visual_BS` is where the pages are: of each its image tokens and the one behind them.
+    """
+    spots = VISION_TOKENS + 1
+    at_BSV = torch.zeros(*visual_BS.shape, len(asked[0].deck) * spots)
+    at_BSV[visual_BS] = torch.eye(at_BSV.shape[-1]).repeat(len(asked), 1)
+    right_BSV = torch.zeros_like(at_BSV)
     for b, each in enumerate(asked):
         for s, decisive in enumerate(each.packed.looks):
-            right_BSP[b, s, [page - 1 for page in decisive]] = 1.0
-    told_BS = right_BSP.any(-1)
+            right_BSV[b, s, [(page - 1) * spots + spot for page, spot in decisive]] = 1.0
+    told_BS = right_BSV.any(-1)
     strayed: list[Tensor] = []
     for attention_BHSS in attentions_BHSS:
-        looked_BHSP = attention_BHSS @ on_page_BSP[:, None]
-        stays_BHS = ((looked_BHSP * right_BSP[:, None]).sum(-1) + 1e-4) / (looked_BHSP.sum(-1) + 1e-4)
+        looked_BHSV = attention_BHSS @ at_BSV[:, None]
+        stays_BHS = ((looked_BHSV * right_BSV[:, None]).sum(-1) + 1e-4) / (looked_BHSV.sum(-1) + 1e-4)
         strayed.append(-stays_BHS.transpose(1, 2)[told_BS].log().flatten())
     return torch.cat(strayed).mean()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.generate.prompt import page_label
+from pipeline.scenes.deck import Spot
 from pipeline.scenes.facts import PLACES
 from pipeline.scenes.wording import vary
 
@@ -22,7 +23,7 @@ VISION_TOKENS = len(PLACES)
 SELDOM = 0.3  # how often a task that is `seldom_worded` has words before its line
 # What the facts decide within a reply; the rest is a choice of the writer.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-Look = tuple[int, int, tuple[int, ...]]  # from and to which letter of a reply, and the pages (from 1) that decide what is there
+Look = tuple[int, int, tuple[Spot, ...]]  # from and to which letter of a reply, and the spots that decide what is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Task:
     line: str
     reply: str
     seldom_worded: bool = False
-    looks: tuple[Look, ...] = ()  # of a deck: where in the reply which pages must be looked at
+    looks: tuple[Look, ...] = ()  # of a deck: where in the reply which spots must be looked at
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class Packed:
     positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
     labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
     weights: list[float] = field(default_factory=list)  # of the next token in the loss
-    looks: list[tuple[int, ...]] = field(default_factory=list)  # the pages that decide the next token; none where none do
+    looks: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; none where none do
 
 
 class Packer:
@@ -73,12 +74,12 @@ class Packer:
             said = self._ids(f"{task.reply}<|im_end|>")
             self._text(packed, asked + said, segment=segment, start=start, learn_from=len(asked))
             offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
-            looks = [next((pages for a, b, pages in task.looks if a < stop and first < b), ()) for first, stop in offsets]
+            looks = [next((spots for a, b, spots in task.looks if a < stop and first < b), ()) for first, stop in offsets]
             decided = [found.span(1) for found in DECIDED.finditer(task.reply)]
             decides = [any(a < stop and first < b for a, b in decided) for first, stop in offsets]
             packed.looks[-len(said) - 1 : -1] = looks
             packed.weights[-len(said) - 1 : -1] = [
-                answer_weight if heavy or pages else 1.0 for heavy, pages in zip(decides, looks, strict=True)
+                answer_weight if heavy or spots else 1.0 for heavy, spots in zip(decides, looks, strict=True)
             ]
         return packed
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from pipeline.scenes.deck import ASK_DECK, answer_deck, decisive_pages, page_questions, sample_deck
+from pipeline.scenes.deck import ASK_DECK, END, Spot, answer_deck, decisive_spots, page_questions, sample_deck
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
 from pipeline.scenes.guide import Asked, PageGuide
@@ -68,7 +68,7 @@ QUESTIONS = Phase(
 )
 # Of a teacher of its own. Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
-    "decks", 1400, 1400, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
+    "decks", 1200, 1200, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
 )
 GUIDE_ATTENTION_EVERY = 4  # steps; it costs more than twice the time
 
@@ -88,7 +88,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 def pages_at(step: int) -> int:
     """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
     rng = random.Random(f"{SEED}:pages:{step}")
-    return 2 if step < 150 else rng.choice((2, 3)) if step < 300 else rng.choice((2, 3, 4, 4, 4))
+    return 2 if step < 60 else rng.choice((2, 3)) if step < 120 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
@@ -114,28 +114,36 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
     """Yield everything that the teacher is asked of one deck."""
-    pairs = [ask(deck, rng) for ask in rng.choices(list(ASK_DECK.values()), weights=(2, 2, 1), k=phase.answers)]
-    for question in (*rng.sample(page_questions(deck), 2), *(pair.question for pair in pairs)):
+    for question in rng.sample(page_questions(deck), 2):
         truth = answer_deck(deck, question)
         assert truth is not None, question
-        reply = dump(Answer(answer=truth.answer))
-        look = (reply.index(truth.answer, len('{"answer":')), len(reply) - 2, truth.evidence_pages)
-        yield Task(f"Question: {question}", reply, seldom_worded=True, looks=(look,))
+        yield _answer_task(question, truth.answer, tuple((page, END) for page in truth.evidence_pages))
+    for ask in rng.choices(list(ASK_DECK.values()), weights=(2, 2, 1), k=phase.answers):
+        pair = ask(deck, rng)
+        seen = {spot for _, words, spots in decisive_spots(deck, pair) for spot in spots if words not in PLACES}
+        exact = [spots for name, _, spots in decisive_spots(deck, pair) if name == "answer"]
+        yield _answer_task(pair.question, pair.answer, exact[0] if exact else tuple(sorted(seen)))
     for _ in range(phase.question_sets):
         said = [ask(deck, rng) for ask in ASK_DECK.values()]
         reply = dump(DeckQASet(qa=tuple(said)))
         yield Task("Task: deck_qa", reply, looks=tuple(_looks(reply, deck, said)))
 
 
+def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> Task:
+    reply = dump(Answer(answer=answer))
+    first = len('{"answer":"')
+    return Task(f"Question: {question}", reply, seldom_worded=True, looks=((first, first + len(answer), spots),))
+
+
 def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[Look]:
-    """Yield where in a reply which pages must be looked at, from its start to its end."""
+    """Yield where in a reply which spots must be looked at, from its start to its end."""
     at = 0
     for pair in pairs:
         start = at = reply.index(dump(pair), at)
-        for name, words, pages in decisive_pages(deck, pair):
+        for name, words, spots in decisive_spots(deck, pair):
             field = f'"{name}":"'
             at = reply.index(words, max(at, reply.index(field, start) + len(field)))
-            yield at, at + len(words), pages
+            yield at, at + len(words), spots
             at += len(words)
 
 
