@@ -22,8 +22,8 @@ _SENTENCE = re.compile(r"(?<=[.!;])\s+")
 _GROUND = re.compile(r",?\s*\b(?:on|against|with|over) (?:an?|the) ([\w-]+) background\b", re.IGNORECASE)
 _NEXT = re.compile(rf",?\s+and\s+(?=(?:an?|{_NUMBER})\s)|,\s+(?=(?:an?|{_NUMBER})\s)", re.IGNORECASE)
 _THERE = re.compile(r"there (?:is|are) ", re.IGNORECASE)
-_BEHIND = r"(?: (?:are|is|on|in|at|of|with|that|which|near|by)\b.*)?"
-_COUNTED = re.compile(rf"({_NUMBER}) ((?:[\w-]+ ){{0,3}}[\w-]+?){_BEHIND}", re.IGNORECASE)
+_NO_NOUN = r"(?:are|is|was|were|has|have|on|in|at|of|with|that|which|who|near|by|from|to|one|more|\w+ing)\b"
+_COUNTED = re.compile(rf"({_NUMBER}) ((?!{_NO_NOUN})[\w-]+(?: (?!{_NO_NOUN})[\w-]+){{0,3}}?)(?: {_NO_NOUN}.*)?", re.IGNORECASE)
 _DRAWN = re.compile(
     rf"an? (?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})(?: is (?P<where>(?:at|in|on) the [\w -]+))?", re.IGNORECASE
 )

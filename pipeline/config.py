@@ -65,8 +65,8 @@ class FilterConfig(Section):
     max_answer_words: int = Field(default=10, ge=1)
     max_repeated_trigrams: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
     min_distinct_words: float = Field(default=0.35, ge=0, le=1)
-    language: str | None = "en"  # ISO 639-1; None: any
-    min_language_score: float = Field(default=0.6, ge=0, le=1)  # how sure the detector must be of another language
+    language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # ISO 639; None: any
+    min_language_score: float = Field(default=0.8, ge=0, le=1)  # how sure the detector must be of another language
     max_foreign_letters: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
 
 

@@ -28,12 +28,13 @@ _REFUSAL = re.compile(
 # Leftovers of chat templates, of grounding output, and a token that Qwen2.5-VL is known to fall into.
 _JUNK = re.compile(r"addCriterion|<\|[a-z_]+\|?>?|</?(?:box|ref|quad|img)>|bbox_2d|```|\\u[0-9a-fA-F]{4}|\ufffd")
 _UNANSWERABLE = re.compile(
-    r"(?:unknown|unclear|n/?a|not (?:visible|shown|specified|given|clear|applicable|enough information)|undetermined|uncertain"
+    r"(?:unknown|unclear|n/a|not (?:visible|shown|specified|given|clear|applicable|enough information)|undetermined|uncertain"
     r"|(?:cannot|can't|can not) (?:be )?(?:tell|say|seen?|determined?|answered?)|none of the above)\W*",
     re.IGNORECASE,
 )
+_BESIDE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"  # "the text above the door" is in the image
 _ELSEWHERE = re.compile(  # of what stands in no image: other texts, other turns, another layout
-    r"\b(?:(?:image|picture|photo|figure|text|table|passage|list|example)s? (?:above|below|provided)"
+    rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_BESIDE}"
     r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption|description|sentence)s?"
     r"|(?:above|previous|preceding) (?:question|answer)s?"
     r"|(?:mentioned|described|stated|listed|provided|shown) (?:above|below|earlier|previously)"
@@ -63,12 +64,14 @@ class Scores:
     redacted: int
     language: str | None
     language_score: float
-    foreign_letters: float  # share of letters of another script than Latin, in the caption, question or answer with most
+    foreign_letters: float  # share of letters of another script than Latin, in the caption or the question
 
 
 def is_refusal(scores: Scores, _: FilterConfig) -> bool:
-    """The model declined instead of telling."""
-    return any(_REFUSAL.match(text) for text in _texts(scores))
+    """The model declined instead of telling. An answer may be a sign that says "Sorry, we are closed"."""
+    told = [text for text in (scores.clean_text, scores.clean_question) if text and _REFUSAL.match(text)]
+    answer = scores.clean_answer or ""
+    return bool(told) or bool(_REFUSAL.match(answer) and not answer.lower().startswith(("afraid", "sorry", "please")))
 
 
 def is_junk(scores: Scores, _: FilterConfig) -> bool:
@@ -107,9 +110,9 @@ def is_unanswerable(scores: Scores, _: FilterConfig) -> bool:
 
 
 def gives_answer_away(scores: Scores, _: FilterConfig) -> bool:
-    """The answer stands in the question, and is not one of two that are offered."""
+    """The answer stands in the question, and is not one of two that are offered, nor a number or a letter."""
     question, answer = text_key(scores.clean_question or ""), text_key(scores.clean_answer or "")
-    if not answer or answer in ("yes", "no") or " or " in question:
+    if len(answer) < 2 or answer.isdigit() or answer in ("yes", "no") or " or " in question:
         return False
     return f" {answer} " in f" {question} "
 
@@ -160,7 +163,7 @@ def _score(row: dict[str, Any], config: FilterConfig) -> Scores:
         redacted=sum(count for _, count in clean.values()),
         language=language,
         language_score=certain,
-        foreign_letters=max(_foreign(main), _foreign(answer)),
+        foreign_letters=_foreign(main),
     )
 
 
@@ -196,4 +199,5 @@ def _detector() -> Callable[[str], list[dict[str, Any]]]:
 
 def _foreign(text: str) -> float:
     letters = [letter for letter in text if letter.isalpha()]
-    return sum(letter > "\u024f" for letter in letters) / len(letters) if letters else 0.0
+    foreign = [letter for letter in letters if letter > "\u024f" and not "\u1e00" <= letter <= "\u1eff"]
+    return len(foreign) / len(letters) if letters else 0.0

@@ -17,7 +17,7 @@ from pipeline.tables import LIKENESS, SPLIT_RANK
 Kind = Literal["photos", "graphics"]
 SAME_BITS = 20  # a worse JPEG, half the size, brighter, gray: all are within (docs/experiments/curation.md)
 NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides of one template are 42 apart or more
-BLOCK = 1024  # hashes compared with all others at once
+BLOCK = 256  # hashes compared with all others at once
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
 
@@ -64,15 +64,16 @@ def near_samples(looks: Sequence[Sequence[bytes]], kind: Kind) -> Iterator[tuple
     """
     owners, hashes = _rows(looks)
     pages = [len(each) for each in looks]
-    found: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)  # by pair of samples: the bits of each page of the first
+    found: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
     for p, q, bits in near_hashes(hashes, NEAR_BITS[kind]):
         a, b = owners[p], owners[q]
         if a != b:
-            closest = found[a, b]
-            closest[p] = min(bits, closest.get(p, bits))
-    for (a, b), closest in found.items():
-        if 2 * len(closest) >= min(pages[a], pages[b]):
-            yield a, b, sorted(closest.values())[len(closest) // 2]
+            for closest, page in zip(found[a, b], (p, q), strict=True):
+                closest[page] = min(bits, closest.get(page, bits))
+    for (a, b), sides in found.items():
+        if 2 * min(map(len, sides)) >= min(pages[a], pages[b]):
+            apart = sorted([*sides[0].values(), *sides[1].values()])
+            yield a, b, apart[len(apart) // 2]
 
 
 def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[tuple[int, int, int]]:

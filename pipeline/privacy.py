@@ -23,22 +23,24 @@ def _always(_: str) -> bool:
 
 
 def _phone(text: str) -> bool:
-    """Whether there are as many digits as a phone number has; without a code in front, separated in one way only."""
-    separators = {letter for letter in text if letter in " .-"}
-    return 9 <= sum(letter.isdigit() for letter in text) <= 15 and (text[0] in "+(" or len(separators) == 1)
+    return 9 <= sum(letter.isdigit() for letter in text) <= 15
 
 
-# In this order: a number that is a card is no phone number.
+# In this order.
 _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), _always),
     "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+[^\s<>\"'.,;:!?)]", re.IGNORECASE), _always),
     "iban": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
-    "card": (re.compile(r"\b\d(?:[ -]?\d){12,18}\b"), _luhn),
-    # A country code, or groups of digits: a plain number, a year or a date is no phone number.
+    # A country code, an area code in brackets, a leading zero, or groups of 3, 3 and 4: other numbers are numbers.
     "phone": (
-        re.compile(r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){1,4}(?![\w.]*\d)"),
+        re.compile(
+            r"(?<![\w.,])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?)?(?:[ .-]?\d{2,10}){1,5}"
+            r"|\(\d{2,5}\)[ .-]?\d{2,8}(?:[ .-]\d{2,4}){0,3}"
+            r"|0\d{1,4}[ /-]\d{3,10}(?:[ -]\d{2,6}){0,3}|\d{3}[ .-]\d{3}[ .-]\d{4})(?![\w.]*\d)"
+        ),
         _phone,
     ),
+    "card": (re.compile(r"(?<![\d+])\d(?:[ -]?\d){12,18}\b"), _luhn),
 }
 
 

@@ -16,15 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.balance import balance_annotations
+from pipeline.balance import balance_annotations, read_entries
 from pipeline.card import CARD_SAMPLES
 from pipeline.config import DRAWN, Config, resolve
 from pipeline.copies import Copies
 from pipeline.dedupe import dedupe_annotations
-from pipeline.errors import ConfigError, TableError
+from pipeline.errors import ConfigError, SourceError, TableError
 from pipeline.filter import filter_annotations
 from pipeline.fingerprint import file_digest
 from pipeline.generate.ask import Counts, ask_about, ask_all, read_annotations
+from pipeline.generate.checks import TASK as ANSWER
 from pipeline.generate.checks import Check, build_all, checks_of, read_checks
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
@@ -99,6 +100,7 @@ def generate_version(
         raise ConfigError(f"unknown stage: {from_stage}", hint=f"stages in order: {', '.join(ORDER)}")
     start = ORDER.index(from_stage) if from_stage else 0
     check_prompts(config)
+    read_entries(config.balance.entries)
     with disk_errors(folder.path):
         _refuse_other_settings(folder, config, start)
     source = open_source(config) if start <= ORDER.index("source") else None
@@ -108,13 +110,21 @@ def generate_version(
 
 def _run(folder: Folder, config: Config, source: Source | None, start: int, talk: Talk) -> Result:
     choice = choose_engine(config, folder.server_log, talk) if start <= ORDER.index("generate") else None
-    write_json(folder.run_file, config.model_dump(mode="json"))
+    settings = config.model_dump(mode="json")
+    if not folder.run_file.exists() or read_json(folder.run_file) != settings:
+        # What other settings have made must not be taken for ours by a later run that starts in the middle.
+        for name in ORDER[start:]:
+            for which in ("kept", "rejected"):
+                folder.stage(name, which).unlink(missing_ok=True)
+    write_json(folder.run_file, settings)
     counts, funnel = Counts(), []
     if source is not None:
         never = _write_banned(folder, config, talk)
         _write_source(folder, source, config, talk)
         about = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": never}
-        write_json(folder.made_by("source"), about)
+        write_json(folder.made_by("source"), about | {"compared_as": _kind_of_images(config)})
+    elif config.never and read_json(_require_file(folder.made_by("source"))).get("compared_as") != _kind_of_images(config):
+        raise ConfigError("dedupe.images has changed since images were compared with --never", hint="run without --from-stage")
     samples, lost = _require_stage(folder, "source")
     funnel.append(_step("source", "images", samples, lost))
     if choice is not None:
@@ -269,14 +279,24 @@ def _write_banned(folder: Folder, config: Config, talk: Talk) -> list[dict[str, 
     def tables() -> Iterator[pa.Table]:
         for named in config.never:
             name, split = split_of_name(named)
-            source = open_source(resolve(source=name, source_split=split, columns=config.columns if "hub:" in name else None))
+            urls = config.allow_urls and name.startswith(("hub:", "parquet:"))
+            source = open_source(resolve(source=name, source_split=split, allow_urls=urls))
             label = f"{source.name}#{split}" if split else source.name
             rows: list[dict[str, Any]] = []
-            for sample in (row for row in source.rows if isinstance(row, Sample)):
+            unread = 0
+            for sample in source.rows:
+                if isinstance(sample, Rejected):
+                    unread += 1
+                    continue
                 rows += banned_rows(label, [sample])
                 talk(f"never {label}", len(rows), None)
+            if not rows:
+                raise SourceError(f"no image of {named} could be read, so none would be left out", hint="check --never")
+            if unread:
+                talk.say(f"never {label}: {unread} rows could not be read, and are not compared with")
             texts = sum(len(row["texts"]) for row in rows)
-            known.append({"name": label, "revision": source.revision, "images": len(rows), "texts": texts})
+            about = {"name": label, "revision": source.revision, "images": len(rows), "texts": texts, "unread": unread}
+            known.append(about)
             yield pa.Table.from_pylist(rows, schema=BANNED)
 
     write_table(folder.stage("source", "banned"), tables(), BANNED)
@@ -346,7 +366,7 @@ def _write_version(
     rows, measure = Rows(), Measure()
     shown: list[dict[str, Any]] = []
     with draft_version(folder) as draft:
-        decks, never = bool(source.pop("decks", False)), source.pop("never")
+        decks, never, compared_as = bool(source.pop("decks", False)), source.pop("never"), source.pop("compared_as")
         for table in build_rows(annotations, _batches(folder), source["name"], rows, decks=decks):
             draft.add(table)
             texts = table.drop_columns(list(PIXELS)).to_pylist()
@@ -358,28 +378,29 @@ def _write_version(
             raise TableError(f"stage version was given {samples} images and returned {step}", hint="please report this bug")
         funnel.append(step)
         left_out = {"version": pa.Table.from_pylist(rows.rejected, schema=LEFT_OUT)}
+        asked = (*config.tasks, *([ANSWER] if set(config.verify.checks) - {"alignment"} else []))
         made_by = {
             "source": source,
             "model": model,
-            "prompts": prompt_texts(config.tasks, config),
-            "schemas": {task: wire_schema(task) for task in config.tasks},
+            "prompts": prompt_texts(asked, config),
+            "schemas": {task: wire_schema(task) for task in asked},
             "config": _public(config, source["name"], model["name"]),
             "funnel": [asdict(each) for each in funnel],
             "measured": measure.result(),
-            "leakage": _leakage(folder, config, never, annotations),
+            "leakage": _leakage(folder, compared_as, never, annotations),
         }
         version, is_new = draft.publish(rows, made_by, build_ledger(_rejected(folder) | left_out), shown)
     write_table(folder.stage("version", "rejected"), [left_out["version"]], LEFT_OUT)
     return version, is_new
 
 
-def _leakage(folder: Folder, config: Config, never: list[dict[str, Any]], annotations: pa.Table) -> dict[str, Any]:
+def _leakage(folder: Folder, compared_as: str | None, never: list[dict[str, Any]], annotations: pa.Table) -> dict[str, Any]:
     """Return what was done so that nothing held out is learned from, here or elsewhere."""
     lost = [_require_stage(folder, stage)[1] for stage in ("source", "dedupe")]
-    groups = pc.count_distinct(annotations["image_group"]).as_py()
+    images = annotations.group_by("image_group").aggregate([("sample_id", "count_distinct")])["sample_id_count_distinct"]
     return {
-        "compared_as": _kind_of_images(config),
-        "groups_of_images": groups,
+        "compared_as": compared_as,
+        "groups_of_images": sum(count > 1 for count in images.to_pylist()),
         "near_held_out_annotations": lost[1].get("near_held_out_image", 0),
         "never": never,
         "banned_images": lost[0].get("banned_image", 0),
@@ -397,8 +418,7 @@ def _public(config: Config, source: str, model: str) -> dict[str, Any]:
         settings["generate"]["prompts"] = config.generate.prompts.name
     if config.balance.entries:
         settings["balance"]["entries"] = file_digest(config.balance.entries)
-    if Path(config.verify.clip).exists():
-        settings["verify"]["clip"] = Path(config.verify.clip).name
+    settings["verify"]["clip"] = public_name(config.verify.clip)
     return settings
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.config import SplitConfig
 from pipeline.fingerprint import unit_interval
-from pipeline.tables import require, with_reason
+from pipeline.tables import SPLIT_RANK, require, with_reason
 
 
 def split_of(group: str, config: SplitConfig, seed: int) -> str:
@@ -22,6 +22,11 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
     """Return the same rows with a `split`: the one that the source says, else by a hash of `image_group`; none is rejected."""
     require(table, "image_group", "source_split")
-    rows = zip(table["image_group"].to_pylist(), table["source_split"].to_pylist(), strict=True)
-    splits = [given or split_of(group, config, seed) for group, given in rows]
-    return with_reason(table.append_column("split", pa.array(splits, pa.string())), [None] * table.num_rows)
+    groups, stated = table["image_group"].to_pylist(), table["source_split"].to_pylist()
+    # Where the source says it of some, the others of a group go with the most held-out one.
+    ranked = sorted(zip(groups, stated, strict=True), key=lambda row: SPLIT_RANK[row[1]])
+    of_group = {group: given for group, given in ranked if given}
+    rows = zip(groups, stated, strict=True)
+    splits = [given or of_group.get(group) or split_of(group, config, seed) for group, given in rows]
+    table = table.append_column("split", pa.array(splits, pa.string()))
+    return with_reason(table, [None] * table.num_rows)

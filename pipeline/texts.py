@@ -12,20 +12,20 @@ from pipeline.wordnet import words as dictionary
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _NOISE = re.compile(r"[\W_]+")
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
+_SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
 # Openings that tell of the picture as a picture: "The image shows", "In this photo, we can see", "This is a picture of".
 _OPENINGS = re.compile(
     rf"\s*(?:(?:the|this) {_VIEW}(?: clearly)? (?:shows|depicts|features|displays|captures|contains|is of)\s+"
-    rf"|(?:here|in) (?:this|the) {_VIEW},?\s+(?:(?:there (?:is|are)|we can see|you can see|we see)\s+)?"
+    rf"|(?:here|in) (?:this|the) {_VIEW}(?:,\s+(?:{_SEEN})?|\s+{_SEEN})"
     rf"|(?:this|here) is an? {_VIEW} (?:of|showing|that shows)\s+"
-    rf"|an? {_VIEW} (?:of|showing|that shows)\s+"
     r"|(?:we|you|one) can see\s+)+",
     re.IGNORECASE,
 )
-# Words that carry no fact. Prepositions do: "the cat is under the table" is not "the table is under the cat".
-_FORMS_OF_BE = ("is", "are", "was", "were", "be", "being", "been", "am")
+_THERE = re.compile(r"\bthere (?:is|are|was|were)\b", re.IGNORECASE)
+# Words that carry no fact. Prepositions do, and so does "is": "the ring is red, the star blue" is not "a blue ring, red star".
 _INTENSIFIERS = ("very", "really", "quite", "just", "also", "indeed", "clearly", "simply")
 _POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here", "some", "it", "its", "and", "while", "with")
-_EMPTY = frozenset((*_FORMS_OF_BE, *_INTENSIFIERS, *_POINTERS))
+_EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS))
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
@@ -61,7 +61,7 @@ def strip_opening(text: str) -> str:
 
 def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
-    words = [word for word in words_of(strip_opening(text)) if word not in _EMPTY]
+    words = [word for word in words_of(_THERE.sub(" ", strip_opening(text))) if word not in _EMPTY]
     return tuple(words) if _AS_DIGITS.keys().isdisjoint(words) else tuple(_AS_DIGITS.get(word, word) for word in words)
 
 

@@ -178,7 +178,8 @@ def evaluate_version(
     """Score a captioner on a split of a version; see `evaluate`. `clip` names a CLIP for CLIPScore.
 
     Raises:
-        TrainError: the CLIP is the captioner's own encoder, or is not there.
+        TrainError: the CLIP is the captioner's own encoder.
+        EngineError: the CLIP is not there.
     """
     config = checkpoint.captioner.config
     if clip and is_same(clip, config.encoder["made_from"]):

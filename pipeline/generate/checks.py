@@ -91,7 +91,8 @@ def read_checks(
         request = build_check(check, sample_id, (), config, revision)
         last = journal.last(request.id)
         assert last is not None, f"no reply to {request.id}: the engine left a request out"
-        answer = parse_reply(request, last[0])[0]["answer"]
+        read = parse_reply(request, last[0])[0]
+        answer = None if read["reply_error"] else read["answer"]
         found.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})
     return found
 

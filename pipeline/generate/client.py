@@ -341,7 +341,7 @@ class Client:
             self._set_window(max(1, self._window * 3 // 4))
 
     async def _post(self, endpoint: Endpoint, request: Request, flow: Flow) -> Reply:
-        images = await self._pictures.parts(request.shown, request.images)
+        images = await self._pictures.parts(request.shown, request.images, request.pages)
         body = chat.body(request, images, self._name)
         try:
             async with self._session.post(f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers) as answer:

@@ -54,7 +54,7 @@ class EmbeddedEngine:
         """
         while requests := work.take():
             # A batch of decks has as many images at most as one of single images.
-            size = self._batch_size // MAX_PAGES if len(requests[0].images) > 1 else self._batch_size
+            size = self._batch_size // MAX_PAGES if any(len(request.images) > 1 for request in requests) else self._batch_size
             for group in groups(requests, max(1, size)):
                 work.sending(group)
                 yield self._answer(group)
@@ -85,7 +85,9 @@ class EmbeddedEngine:
 
     def _chat(self, request: Request) -> str:
         processor, _ = self._loaded
-        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages(len(request.images))
+        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages(
+            len(request.images), request.pages
+        )
         if request.failed:
             said, told = request.failed
             messages += [{"role": "assistant", "content": said}, {"role": "user", "content": told}]

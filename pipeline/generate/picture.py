@@ -44,25 +44,25 @@ class Pictures:
         mean = self._made_bytes / self._made_count if self._made_count else 1
         return max(4, int(in_flight_bytes / max(mean, 1)))
 
-    async def parts(self, shown: str, images: tuple[bytes, ...]) -> bytes:
+    async def parts(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None) -> bytes:
         """Return the JSON of the message parts that show images, joined by commas, in the order of prompt.user_content.
 
-        `shown` names the images (Request.shown); there may be none.
+        `shown` names the images (Request.shown), of which there may be none; `pages` are their numbers within a document.
 
         The uuid of an image is the hash of the bytes that are sent: a server may show a cached image for it without looking.
         """
         made = self._made.get(shown)
         if made is None or (made.done() and made.exception()):
-            made = asyncio.ensure_future(self._make(shown, images))
+            made = asyncio.ensure_future(self._make(shown, images, pages))
             self._made[shown] = made
             while len(self._made) > self.keep:
                 self._drop(next(iter(self._made)))
         return await asyncio.shield(made)
 
-    async def _make(self, shown: str, images: tuple[bytes, ...]) -> bytes:
+    async def _make(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None) -> bytes:
         bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, len(images))]
         bound = min((each for each in bounds if each), default=None)
-        parts = user_content([await self._part(image, bound, shown) for image in images], "")[:-1]
+        parts = user_content([await self._part(image, bound, shown) for image in images], "", pages)[:-1]
         joined = b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
         self._made_count += 1
         self._made_bytes += len(joined)

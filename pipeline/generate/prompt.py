@@ -29,17 +29,20 @@ class Prompt:
     system: str
     text: str
 
-    def messages(self, images: int = 1) -> list[dict[str, Any]]:
+    def messages(self, images: int = 1, pages: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return the chat in the form that a chat template of transformers takes, with a place for each image."""
-        user = {"role": "user", "content": user_content([{"type": "image"}] * images, self.text)}
+        user = {"role": "user", "content": user_content([{"type": "image"}] * images, self.text, pages)}
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
-def user_content(images: Sequence[Any], text: str) -> list[Any]:
-    """Return the parts of the user's turn: the images, then the text; of several images each stands after its page number."""
+def user_content(images: Sequence[Any], text: str, pages: Sequence[int] | None = None) -> list[Any]:
+    """Return the parts of the user's turn: the images, then the text; of several images each stands after its page number.
+
+    `pages` are the numbers of images that are some pages of a document, be it one.
+    """
     parts: list[Any] = []
-    for number, image in enumerate(images, 1):
-        parts += [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 else [image]
+    for number, image in zip(pages or range(1, len(images) + 1), images, strict=True):
+        parts += [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 or pages else [image]
     return [*parts, {"type": "text", "text": text}]
 
 

@@ -40,6 +40,8 @@ def check_prompts(config: Config) -> None:
     """
     for task, style in asked_of_each(config):
         render(task, config.generate.prompts, style=style)
+    if config.verify.checks:
+        render("answer", config.generate.prompts, question="?")
 
 
 def asked_of_each(config: Config) -> list[tuple[str, str]]:

@@ -244,3 +244,20 @@ def test_a_list_that_cannot_be_used_is_one_error(tmp_path: Path, content: bytes 
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"list\.txt"):
         read_entries(path)
+
+
+def test_questions_of_a_pair_stay_rather_than_others_and_a_broken_pair_is_none() -> None:
+    asked_of: list[dict[str, Any]] = []
+    for n in range(400):
+        answer = "yes" if n < 300 else "no"
+        # Twenty of those answered by yes are asked in the same words as some of those answered by no.
+        question = f"Is there a thing {n % 300}?" if n < 20 or n >= 300 else f"Is there a thing {n + 1000}?"
+        asked_of.append({"clean_question": question, "clean_answer": answer, "answer_type": "yes/no"})
+    found = kept(table(*asked_of))
+    pairs = Counter(row["pair_id"] for row in found if row["pair_id"])
+    assert set(pairs.values()) == {2} and len(pairs) == 20
+    # Of one side more are paired than may stay: what has lost its partner is in no pair.
+    rows = [{"clean_question": f"Is it {n // 2}?", "clean_answer": ("no", "yes")[n % 2]} for n in range(100)]
+    rows += [{"clean_question": f"Is it {n}?", "clean_answer": "maybe"} for n in range(50)]
+    left = kept(table(*rows), max_yes_no_share=0.5, min_questions_per_type=1)
+    assert all(count == 2 for count in Counter(row["pair_id"] for row in left if row["pair_id"]).values())

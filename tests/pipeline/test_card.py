@@ -109,7 +109,7 @@ def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
         "compared_as": "photos",
         "groups_of_images": 7,
         "near_held_out_annotations": 3,
-        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 1000, "texts": 5000}],
+        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 1000, "texts": 5000, "unread": 0}],
         "banned_images": 2,
         "repeated_texts": 4,
     }

@@ -104,3 +104,10 @@ def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
 
 def test_without_anything_banned_nothing_is_marked() -> None:
     assert repeated_in(["A dog.", None], BANNED.empty_table()) == [None, None]
+
+
+def test_a_short_text_is_compared_as_a_whole_only() -> None:
+    known = pa.Table.from_pylist(
+        [{"name": "x", "image_id": "i", "look": b"", "texts": ["A dog runs on the beach at noon."]}], schema=BANNED
+    )
+    assert repeated_in(["Dog runs on the beach!", "The dog runs on a beach at noon"], known) == [None, "x"]

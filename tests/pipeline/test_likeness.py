@@ -139,6 +139,12 @@ def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image])
     assert compare_samples(samples(*rows), "graphics")["image_group"].to_pylist() == ["s0", "s0", "s2", "s3"]
 
 
+def test_decks_are_near_whichever_comes_first(photos: list[Image.Image]) -> None:
+    one, other = {"looks": looks(*photos[:1] * 4)}, {"looks": looks(*photos[:4])}
+    for rows in ((one, other), (other, one)):
+        assert len(set(compare_samples(samples(*rows), "graphics")["image_group"].to_pylist())) == 2
+
+
 def test_empty_pictures_are_near_nothing() -> None:
     assert look_of(Image.new("RGB", (300, 200), "white")) == b""
     rows: list[dict[str, Any]] = [{"looks": [b""]}, {"looks": [b""]}, {"looks": []}]
@@ -158,3 +164,14 @@ def test_every_pair_within_reach_is_found_across_blocks() -> None:
         for bit in range(bits):
             hashes[BLOCK + bits, bit % 4] ^= np.uint64(1 << (7 * bit))
     assert sorted(near_hashes(hashes, 8)) == [(bits, BLOCK + bits, bits) for bits in range(9)]
+
+
+def test_what_has_gone_keeps_nothing_else_from_staying() -> None:
+    def look(bits: int) -> bytes:
+        return np.packbits([n < bits for n in range(256)]).tobytes()
+
+    # The second is near the first and goes; the third is near the second only.
+    rows = [{"looks": [look(0)]}, {"looks": [look(15)]}, {"looks": [look(30)]}]
+    known = compare_samples(samples(*rows), "photos")
+    assert known["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
+    assert set(known["image_group"].to_pylist()) == {"s0"}

@@ -55,3 +55,10 @@ def test_images_that_look_alike_are_in_one_split() -> None:
     alike = table(IDS[:400]).set_column(1, "image_group", pa.array(groups))
     splits = split_annotations(alike, SplitConfig(), seed=0)["split"].to_pylist()
     assert len(set(zip(groups, splits, strict=True))) == 100 and len(set(splits)) == 3
+
+
+def test_where_the_source_says_a_split_of_some_the_others_of_a_group_go_along() -> None:
+    rows = pa.table({"sample_id": IDS[:200], "image_group": [IDS[n // 2] for n in range(200)]})
+    stated = [("train", "test")[n // 2 % 2] if n % 2 else None for n in range(200)]
+    marked = split_annotations(rows.append_column("source_split", pa.array(stated, pa.string())), SplitConfig(), seed=0)
+    assert marked["split"].to_pylist() == [("train", "test")[n // 2 % 2] for n in range(200)]

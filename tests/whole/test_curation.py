@@ -8,6 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import resolve
+from pipeline.errors import ConfigError
+from pipeline.run import STAGES, generate_version
 from tests.pipeline.test_likeness import cropped, photo, stored_again
 from tests.whole.conftest import SYNTH
 
@@ -100,3 +103,41 @@ def test_copies_are_one_image_crops_share_a_split_and_banned_images_stay_out(tmp
 def test_a_source_that_is_to_be_left_out_and_is_none_is_one_error(tmp_path: Path) -> None:
     done = run("generate", "--source", "scenes", "--limit", "2", "--never", "nowhere", cwd=tmp_path)
     assert done.returncode == 1 and "unknown source: nowhere" in done.stderr
+
+
+def test_a_run_that_was_stopped_leaves_nothing_that_a_run_from_the_middle_takes_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(table: object, config: object) -> None:
+        raise KeyboardInterrupt
+
+    generate_version(resolve(source="scenes", limit=3), tmp_path / "d")
+    strict = resolve(source="scenes", limit=3, filter={"max_caption_words": 10})
+    monkeypatch.setitem(STAGES, "filter", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        generate_version(strict, tmp_path / "d", "filter")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="is missing"):
+        generate_version(strict, tmp_path / "d", "dedupe")
+    assert set(generate_version(strict, tmp_path / "d", "filter").funnel[3].rejected) == {"too_long"}
+
+
+def test_a_list_of_entries_that_is_not_there_is_an_error_before_anything_is_touched(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.txt"):
+        generate_version(resolve(source="scenes", limit=3, balance={"entries": "nowhere.txt"}), tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_banned_images_were_compared_as_cannot_change_in_the_middle(tmp_path: Path) -> None:
+    for name in ("photos", "test"):
+        (tmp_path / name).mkdir()
+        photo(len(name)).save(tmp_path / name / "1.png")
+    tiny = ("--engine", "embedded", "--model", "tiny", "--out", "d")
+    common = ("generate", "--source", "folder:photos", "--never", "folder:test", *tiny)
+    assert run(*common, cwd=tmp_path).returncode in (0, 1)
+    (tmp_path / "c.yaml").write_text("dedupe: {images: none}\n")
+    done = run(*common, "--from-stage", "dedupe", "--config", "c.yaml", cwd=tmp_path)
+    assert done.returncode == 1 and "dedupe.images has changed" in done.stderr
+    (tmp_path / "test" / "1.png").write_bytes(b"broken")
+    done = run(*common, cwd=tmp_path)
+    assert done.returncode == 1 and "no image of folder:test could be read" in done.stderr
