@@ -21,11 +21,11 @@ _OPENINGS = re.compile(
     r"|(?:we|you|one) can see\s+)+",
     re.IGNORECASE,
 )
-_THERE = re.compile(r"\bthere (?:is|are|was|were)\b", re.IGNORECASE)
 # Words that carry no fact. Prepositions do, and so does "is": "the ring is red, the star blue" is not "a blue ring, red star".
 _INTENSIFIERS = ("very", "really", "quite", "just", "also", "indeed", "clearly", "simply")
 _POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here", "some", "it", "its", "and", "while", "with")
-_EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS))
+_EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS, "there's"))
+_IS = ("is", "are", "was", "were")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
@@ -61,7 +61,10 @@ def strip_opening(text: str) -> str:
 
 def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
-    words = [word for word in words_of(_THERE.sub(" ", strip_opening(text))) if word not in _EMPTY]
+    words = words_of(strip_opening(text))
+    if "there" in words:
+        words = [word for before, word in zip(("", *words), words, strict=False) if before != "there" or word not in _IS]
+    words = [word for word in words if word not in _EMPTY]
     return tuple(words) if _AS_DIGITS.keys().isdisjoint(words) else tuple(_AS_DIGITS.get(word, word) for word in words)
 
 
