@@ -1,6 +1,7 @@
 """How well a text fits an image, as a CLIP sees it: the cosine of their projected states (Radford et al., 2021)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,38 @@ class Aligner:
 
     def cosines(self, images: Sequence[Image], texts: Sequence[str]) -> list[float]:
         """Return the cosine of each image (RGB) and its text; a text that is longer than the CLIP reads loses its end."""
-        found: list[float] = []
-        with self._torch.inference_mode():
-            for at in range(0, len(images), BATCH):
-                found += self._batch(images[at : at + BATCH], texts[at : at + BATCH])
+        distinct = {id(image): image for image in images}  # an image is seen once for all of its texts
+        row = {known: n for n, known in enumerate(distinct)}
+        states_ND = self.image_states(distinct.values())
+        return self.compare([states_ND[row[id(image)]] for image in images], self.text_states(texts))
+
+    def image_states(self, images: Iterable[Image]) -> list[Any]:
+        """Return the projected state of each image: vectors of one length. Images are taken a batch at a time."""
+        found: list[Any] = []
+        coming = iter(images)
+        while batch := list(islice(coming, BATCH)):
+            inputs = self._processor(images=batch, return_tensors="pt").to(self._model.device)
+            with self._torch.inference_mode():
+                found += self._model.visual_projection(self._model.vision_model(inputs["pixel_values"]).pooler_output)
         return found
 
-    def _batch(self, images: Sequence[Image], texts: Sequence[str]) -> list[float]:
-        model = self._model
-        distinct = list({id(image): image for image in images}.values())  # an image is seen once for all of its texts
-        row = {id(image): n for n, image in enumerate(distinct)}
-        inputs = self._processor(text=list(texts), images=distinct, padding=True, truncation=True, return_tensors="pt")
-        inputs = inputs.to(model.device)
-        image_BD = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
-        text_BD = model.text_projection(
-            model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
-        )
-        cosine_B = self._torch.nn.functional.cosine_similarity(image_BD[[row[id(image)] for image in images]], text_BD)
-        values: list[float] = cosine_B.tolist()
+    def text_states(self, texts: Sequence[str]) -> list[Any]:
+        """Return the projected state of each text."""
+        found: list[Any] = []
+        for at in range(0, len(texts), BATCH):
+            batch = list(texts[at : at + BATCH])
+            inputs = self._processor(text=batch, padding=True, truncation=True, return_tensors="pt").to(self._model.device)
+            with self._torch.inference_mode():
+                states = self._model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                found += self._model.text_projection(states.pooler_output)
+        return found
+
+    def compare(self, image_states: Sequence[Any], text_states: Sequence[Any]) -> list[float]:
+        """Return the cosine of each image and the text at its place."""
+        if not image_states:
+            return []
+        image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))
+        values: list[float] = self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist()
         return values
 
 

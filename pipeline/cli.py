@@ -306,6 +306,9 @@ def train(
         Path | None, typer.Option(help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the curves for TensorBoard, too, into the checkpoint folder.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split."""
@@ -326,7 +329,7 @@ def train(
     if not resume and is_of_other_settings(folder, settings):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     with progress() as talk, disk_errors(folder):
-        metrics = train_captioner(version, settings, folder, resume=resume, talk=talk)
+        metrics = train_captioner(version, settings, folder, resume=resume, tensorboard=tensorboard, talk=talk)
     if metrics:  # of several processes one speaks
         say_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")

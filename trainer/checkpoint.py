@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -81,17 +82,27 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
 
 
 class Log:
-    """`log.jsonl`: one JSON object a line; on resume, lines from later steps are dropped."""
+    """`log.jsonl`: one JSON object a line; on resume, lines from later steps are dropped.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    With `tensorboard`, the same curves as event files in the folder `tensorboard` beside it; TrainError without the package.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, tensorboard: bool = False) -> None:
         self._path = path
+        self._curves = _tensorboard(path.with_name("tensorboard"), first_step) if tensorboard else None
         kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, **values: float | int | str) -> None:
-        """Append one line."""
+        """Append one line, and a point to each curve; numbers of a stage are curves of their own."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        if self._curves is None:
+            return
+        for name, value in values.items():
+            if name != "step" and not isinstance(value, str):
+                self._curves.add_scalar(f"{values.get('stage', 'validation')}/{name}", value, values["step"])
+        self._curves.flush()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -99,3 +110,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainError("TensorBoard is not installed", hint="pip install tensorboard") from None
+    if first_step == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # a run that begins anew
+    return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -1,6 +1,6 @@
 """CLIPScore: how well captions fit their images, by a CLIP that took no part in writing them (Hessel et al., 2021)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL.Image import Image
@@ -11,13 +11,16 @@ from trainer.model.encoder import place_of
 WEIGHT = 2.5  # brings usual values to between 0 and 1
 
 
-def clip_scores(name: str, images: Sequence[Image], captions: Sequence[str]) -> list[float]:
-    """Return 2.5 x max(cosine, 0) of each image (RGB) and its caption, by a CLIP of this name.
+def clip_scores(name: str, images: Iterable[Image], captions: Sequence[str], *orders: Sequence[int]) -> list[list[float]]:
+    """Return, for each order, 2.5 x max(cosine, 0) of each image (RGB) and the caption whose turn it is, by this CLIP.
 
     Raises:
         EngineError: see alignment.Aligner.
     """
-    return [WEIGHT * max(cosine, 0.0) for cosine in Aligner(name).cosines(images, captions)]
+    clip = Aligner(name)
+    image_states, text_states = clip.image_states(images), clip.text_states(captions)
+    cosines = [clip.compare(image_states, [text_states[at] for at in order]) for order in orders]
+    return [[WEIGHT * max(cosine, 0.0) for cosine in mine] for mine in cosines]
 
 
 def is_same(name: str, made_from: dict[str, str]) -> bool:

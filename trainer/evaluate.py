@@ -165,9 +165,9 @@ def evaluate(
         for name, value in zip(("scores", "shuffled_scores"), meteor([tokens, shuffled], references), strict=False):
             found[name]["meteor"] = value
     if clip:
-        images = [example.open() for example in examples]
-        for name, order in (("scores", range(len(images))), ("shuffled_scores", derangement(len(images)))):
-            found[name]["clip_score"] = statistics.fmean(clip_scores(clip, images, [hypotheses[at] for at in order]))
+        opened, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
+        for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, opened, hypotheses, *orders), strict=True):
+            found[name]["clip_score"] = statistics.fmean(values)
     answered = evaluate_questions(checkpoint, examples, states_of) if asked.questions else {}
     return found | ({"questions": answered} if answered else {})
 

@@ -127,12 +127,19 @@ class Trainer:
 
 
 def train(
-    version: Version, config: TrainConfig, out: Path, *, resume: bool = False, talk: Talk | None = None
+    version: Version,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    talk: Talk | None = None,
 ) -> dict[str, Any]:
     """Train a captioner on a version, and score it once on the test split.
 
     Writes to `out`: config.json, model.safetensors and tokenizer.json of the checkpoint with the best CIDEr-D on the
-    validation split, metrics.json, log.jsonl, train.json (the settings) and, until done, resume.pt.
+    validation split, metrics.json, log.jsonl, train.json (the settings) and, until done, resume.pt; with `tensorboard`, the
+    curves of log.jsonl for that program, too.
 
     Returns:
         What metrics.json holds.
@@ -165,7 +172,9 @@ def train(
     if rank == 0:
         (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
         write_json(out / "train.json", settings)
-    best = _run(trainer, out, run, say, state)
+    first_step = state["step"] if state else 0
+    log = Log(out / "log.jsonl", first_step, tensorboard=tensorboard) if rank == 0 else None
+    best = _run(trainer, out, run, log, say, state)
     metrics: dict[str, Any] = {}
     if rank == 0:
         chosen = load_checkpoint(out, device)
@@ -282,7 +291,7 @@ def schedule(config: TrainConfig, step: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def _run(trainer: Trainer, out: Path, run: str, talk: Talk, state: dict[str, Any] | None) -> float:
+def _run(trainer: Trainer, out: Path, run: str, log: Log | None, talk: Talk, state: dict[str, Any] | None) -> float:
     """Train to the last step; keep the checkpoint that captions the validation split best, and return its CIDEr-D."""
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = torch.optim.AdamW(_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
@@ -291,7 +300,6 @@ def _run(trainer: Trainer, out: Path, run: str, talk: Talk, state: dict[str, Any
         captioner.load_state_dict(state["captioner"])
         optimizer.load_state_dict(state["optimizer"])
         first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
-    log = Log(out / "log.jsonl", first_step) if trainer.rank == 0 else None
     if config.compile:
         learner = captioner.decoder
         (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
@@ -321,6 +329,7 @@ def _run(trainer: Trainer, out: Path, run: str, talk: Talk, state: dict[str, Any
                 norm=norm,
                 rate=max(group["lr"] for group in optimizer.param_groups),
                 seconds=seconds,
+                seconds_left=seconds / (done - first_step) * (total - done),
                 images_per_s=images / seconds,
                 tokens_per_s=tokens_done / seconds,
                 memory_mb=_memory_mb(),

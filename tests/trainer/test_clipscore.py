@@ -29,15 +29,17 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_score_is_two_and_a_half_times_the_cosine_and_never_negative(clip: str) -> None:
     images = [draw(scene, random.Random(0)) for scene in SCENES]
-    scores = clip_scores(clip, images, TEXTS)
+    backwards = [4, 3, 2, 1, 0]
+    scores, shuffled = clip_scores(clip, iter(images), TEXTS, range(5), backwards)
     model = CLIPModel.from_pretrained(clip).eval()
     from transformers import CLIPProcessor
 
     inputs = CLIPProcessor.from_pretrained(clip)(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():
         out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
-    wanted = (2.5 * (out.image_embeds * out.text_embeds).sum(-1)).clamp(min=0)
-    assert scores == pytest.approx(wanted.tolist(), abs=1e-5)
+    wanted, others = (2.5 * (out.image_embeds * texts).sum(-1) for texts in (out.text_embeds, out.text_embeds[backwards]))
+    assert scores == pytest.approx(wanted.clamp(min=0).tolist(), abs=1e-5)
+    assert shuffled == pytest.approx(others.clamp(min=0).tolist(), abs=1e-5) and shuffled != scores
     assert min(scores) >= 0
 
 

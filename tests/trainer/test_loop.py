@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 import trainer.loop
@@ -88,6 +89,32 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
     assert train(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    config, out = replace(encoder=clip, steps=4, align_steps=2), tmp_path / "out"
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, out, tensorboard=True)
+    monkeypatch.undo()
+    train(version, config, out, tensorboard=True, resume=True)
+    curves = EventAccumulator(str(out / "tensorboard")).Reload()
+    shown = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in shown] == pytest.approx(losses(out))
+    checked = [line for line in read_log(out / "log.jsonl") if "validation_cider_d" in line]
+    found = curves.Scalars("validation/validation_cider_d")
+    assert [point.step for point in found] == [line["step"] for line in checked]
+
+
+def test_curves_for_tensorboard_without_it_are_one_error(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainError, match="TensorBoard is not installed"):
+        train(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
