@@ -346,11 +346,14 @@ def evaluate(
     clip_score: Annotated[
         str | None, typer.Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a captioner, on its images and on shuffled ones."""
     from pipeline.tables import SPLITS
-    from trainer.checkpoint import load_checkpoint
+    from trainer.checkpoint import load_checkpoint, write_captions
     from trainer.evaluate import evaluate_version
 
     if split not in SPLITS:
@@ -360,6 +363,9 @@ def evaluate(
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
     metrics = evaluate_version(loaded, version, split, style, beams, clip_score)
+    if captions:
+        write_captions(captions, metrics["each"])
+    del metrics["each"]
     say_scores(metrics)
     show(metrics, as_json, "scores")
 

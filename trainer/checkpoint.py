@@ -1,4 +1,7 @@
-"""A checkpoint folder: it loads with `from_pretrained`, `resume.pt` goes on where it stopped, `log.jsonl` tells how."""
+"""A checkpoint folder: it loads with `from_pretrained`, and `resume.pt` goes on where it stopped.
+
+`log.jsonl` tells how it was trained, `captions.jsonl` what it says of each test image.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
+from pipeline.store import write_text
 from trainer.model.captioner import Captioner
 from trainer.text import Words
 
@@ -79,6 +83,11 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
     if state["run"] != run:
         raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
     return state
+
+
+def write_captions(path: Path, each: list[dict[str, Any]]) -> None:
+    """Write what a captioner said of each image, and how it was scored, as JSON lines."""
+    write_text(path, "".join(json.dumps(about, ensure_ascii=False) + "\n" for about in each))
 
 
 class Log:

@@ -29,7 +29,11 @@ class TrainConfig(BaseModel):
     vocab_size: int = Field(default=4096, ge=300)  # an upper bound: small data has fewer words
     dropout: float = Field(default=0.1, ge=0, lt=1)
     texts: Literal["synthetic", "human", "mixed"] = "synthetic"
+    styles: tuple[str, ...] = ()  # of captions to learn; none: all
+    name_source: bool = True  # whether a prompt says whose words are wanted
     questions: bool = True  # learn to answer them
+    train_images: int = Field(default=0, ge=0)  # that are learned from; 0: all
+    caption_words: int = Field(default=0, ge=0)  # of all captions that are learned; 0: all
     max_caption_tokens: int = Field(default=64, ge=4)
     align_steps: int = Field(default=0, ge=0)  # of the first stage, in which only the connector learns
     align_rate: float = Field(default=1e-3, gt=0)

@@ -1,8 +1,8 @@
 """Rows of a version to examples: each image once, with all its texts, in an order that only seed and step decide."""
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -10,10 +10,12 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.errors import TrainError
+from pipeline.fingerprint import unit_interval
 from pipeline.image import prepare_image
 from trainer.text import Text
 
 HUMAN_STYLE = "brief"  # as people caption
+UNNAMED = "any"  # whose words they are, where prompts do not say it
 Mixture = Literal["synthetic", "human", "mixed"]
 
 
@@ -41,13 +43,22 @@ class Example:
         return prepare_image(self.image)
 
 
-def read_examples(table: pa.Table, mixture: Mixture = "synthetic", *, questions: bool = True) -> list[Example]:
+def read_examples(
+    table: pa.Table,
+    mixture: Mixture = "synthetic",
+    *,
+    questions: bool = True,
+    styles: Sequence[str] = (),
+    name_source: bool = True,
+) -> list[Example]:
     """Return the rows of a version (tables.ROW) that have something to learn.
 
     Args:
         table: rows of one split.
         mixture: whose texts to learn: the model's, people's, or both.
         questions: whether answers to questions are learned too.
+        styles: of captions to learn; none means all.
+        name_source: whether prompts tell people's texts from the model's.
 
     Raises:
         TrainError: the samples are decks, or no row has a text of that kind.
@@ -57,6 +68,10 @@ def read_examples(table: pa.Table, mixture: Mixture = "synthetic", *, questions:
     names = ["sample_id", "image", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
     examples = [_example(row, mixture, questions=questions) for row in rows]
+    if styles:
+        examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
+    if not name_source:
+        examples = [replace(e, texts=tuple(replace(t, source=UNNAMED) for t in e.texts)) for e in examples]
     if not any(text.style for example in examples for text in example.texts):
         raise TrainError(f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or take other --texts")
     return [example for example in examples if example.texts]
@@ -81,6 +96,41 @@ def _example(row: dict[str, Any], mixture: Mixture, *, questions: bool) -> Examp
         references=tuple(row["references"]),
         questions=tuple(Question(q, answers, kind or "other") for q, answers, kind in human or asked if answers),
     )
+
+
+def limit_images(examples: list[Example], images: int) -> list[Example]:
+    """Return so many of the examples in their order, chosen by their ids: a smaller choice lies within a larger one."""
+    if not images or images >= len(examples):
+        return examples
+    chosen = sorted(examples, key=lambda example: unit_interval(example.sample_id))[:images]
+    kept = {example.sample_id for example in chosen}
+    return [example for example in examples if example.sample_id in kept]
+
+
+def limit_captions(examples: list[Example], words: int) -> list[Example]:
+    """Return the examples with captions of so many words in all: one of each image, then a second of each, while they fit.
+
+    Each image keeps one, so that the images stay the same. Which ones are first is a function of image and text alone.
+    """
+    if not words:
+        return examples
+    ordered = [sorted((t for t in e.texts if t.style), key=lambda t: unit_interval(e.sample_id, t.text)) for e in examples]
+    kept: list[set[Text]] = [set(mine[:1]) for mine in ordered]
+    left = words - sum(count_words(text) for mine in kept for text in mine)
+    for turn in range(1, max(map(len, ordered), default=0)):
+        for mine, chosen in zip(ordered, kept, strict=True):
+            if turn < len(mine) and (count := count_words(mine[turn])) <= left:
+                chosen.add(mine[turn])
+                left -= count
+    return [
+        replace(example, texts=tuple(text for text in example.texts if not text.style or text in chosen))
+        for example, chosen in zip(examples, kept, strict=True)
+    ]
+
+
+def count_words(text: Text) -> int:
+    """Return the words of a caption, which are counted alike for every decoder."""
+    return len(text.text.split())
 
 
 def most_common(answers: tuple[str, ...]) -> str:

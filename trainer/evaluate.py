@@ -22,7 +22,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.clipscore import clip_scores, is_same
 from trainer.data import Example, Question, most_common, read_examples
 from trainer.features import Look, States
-from trainer.metrics import bootstrap, cider_d, meteor, score, tokenize
+from trainer.metrics import bootstrap, cider_d, meteor, rouge_l, score, tokenize
 from trainer.model.search import GREEDY, Search
 from trainer.text import Text
 
@@ -124,7 +124,7 @@ def evaluate(
     """Return scores against the references of the source, or, where it has none, against the captions it was given.
 
     `scores` are of each image's own caption, `shuffled_scores` of the caption of another image, `intervals` the 95 % of a
-    bootstrap over images. `questions` are scored where answers were learned.
+    bootstrap over images. `questions` are scored where answers were learned. `each` has all of that for every image.
     """
     source, style = asked.prompt
     against, examples, references = _references(examples, style)
@@ -134,8 +134,20 @@ def evaluate(
     tokens = [tokenize(text) for text in hypotheses]
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     shuffled = [tokens[other] for other in derangement(len(tokens))]
-    each = cider_d(tokens, references)
-    ranked = sorted(range(len(each)), key=lambda at: -each[at])
+    each = [
+        {
+            "sample_id": example.sample_id,
+            "caption": caption,
+            "references": [" ".join(reference) for reference in mine],
+            "cider_d": round(scored, 4),
+            "shuffled_cider_d": round(blind, 4),
+            "rouge_l": round(rouge_l(words, mine), 4),
+        }
+        for example, caption, words, mine, scored, blind in zip(
+            examples, hypotheses, tokens, references, cider_d(tokens, references), cider_d(shuffled, references), strict=True
+        )
+    ]
+    ranked = sorted(range(len(each)), key=lambda at: -each[at]["cider_d"])
     shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]
     lengths = [len(words) for words in tokens]
     found: dict[str, Any] = {
@@ -151,15 +163,9 @@ def evaluate(
             "different": len({word for words in tokens for word in words}),
             "of_references": round(statistics.fmean(len(r) for mine in references for r in mine), 2),
         },
-        "shown": [
-            {
-                "sample_id": examples[at].sample_id,
-                "caption": hypotheses[at],
-                "references": [" ".join(r) for r in references[at][:5]],
-                "cider_d": round(each[at], 3),
-            }
-            for at in shown  # the best, then the worst
-        ],
+        # The best, then the worst.
+        "shown": [{**each[at], "references": each[at]["references"][:5]} for at in shown],
+        "each": each,
     }
     if asked.thorough:
         for name, value in zip(("scores", "shuffled_scores"), meteor([tokens, shuffled], references), strict=False):
@@ -168,8 +174,11 @@ def evaluate(
         opened, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
         for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, opened, hypotheses, *orders), strict=True):
             found[name]["clip_score"] = statistics.fmean(values)
-    answered = evaluate_questions(checkpoint, examples, states_of) if asked.questions else {}
-    return found | ({"questions": answered} if answered else {})
+    if asked.questions and (answered := evaluate_questions(checkpoint, examples, states_of)):
+        found["questions"], of_images = answered
+        for about, mine in zip(each, of_images, strict=True):
+            about["questions"] = mine
+    return found
 
 
 def evaluate_version(
@@ -190,18 +199,21 @@ def evaluate_version(
     return {"split": split, **evaluate(checkpoint, examples, asked, look, clip)}
 
 
-def evaluate_questions(checkpoint: Checkpoint, examples: list[Example], states_of: States) -> dict[str, dict[str, float]]:
+def evaluate_questions(
+    checkpoint: Checkpoint, examples: list[Example], states_of: States
+) -> tuple[dict[str, dict[str, float]], list[list[dict[str, Any]]]] | None:
     """Return VQA accuracy by type of answer, with shuffled images and of always giving the most frequent answer beside it.
 
-    Nothing where the captioner has learned no answers.
+    And what was said about each image. None where the captioner has learned no answers.
     """
     if not any(not style for _, style in checkpoint.captioner.config.prompts):
-        return {}
+        return None
     source, _ = answering_prompt(checkpoint.captioner.config.prompts)
     asked = [(example, question) for example in examples for question in example.questions]
     other = {example.sample_id: examples[at] for example, at in zip(examples, derangement(len(examples)), strict=True)}
     own = answer_questions(checkpoint, states_of, [(example, q.question) for example, q in asked], source)
     blind = answer_questions(checkpoint, states_of, [(other[example.sample_id], q.question) for example, q in asked], source)
+    right = [vqa_accuracy(said, question) for said, (_, question) in zip(own, asked, strict=True)]
     found = {}
     for kind in sorted({question.answer_type for _, question in asked}):
         places = [at for at, (_, question) in enumerate(asked) if question.answer_type == kind]
@@ -209,11 +221,15 @@ def evaluate_questions(checkpoint: Checkpoint, examples: list[Example], states_o
         most = Counter(normalize_answer(most_common(truth.answers)) for truth in truths).most_common(1)[0][0]
         found[kind] = {
             "count": len(places),
-            "accuracy": statistics.fmean(vqa_accuracy(own[at], asked[at][1]) for at in places),
+            "accuracy": statistics.fmean(right[at] for at in places),
             "shuffled": statistics.fmean(vqa_accuracy(blind[at], asked[at][1]) for at in places),
             "majority": statistics.fmean(vqa_accuracy(most, truth) for truth in truths),
         }
-    return found
+    said_of: dict[str, list[dict[str, Any]]] = {example.sample_id: [] for example in examples}
+    for (example, question), said, accuracy in zip(asked, own, right, strict=True):
+        about = {"question": question.question, "type": question.answer_type, "said": said, "answers": list(question.answers)}
+        said_of[example.sample_id].append(about | {"accuracy": accuracy})
+    return found, [said_of[example.sample_id] for example in examples]
 
 
 def vqa_accuracy(answer: str, truth: Question) -> float:

@@ -9,7 +9,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,9 @@ from torch import nn
 from pipeline.errors import TrainError
 from pipeline.fingerprint import digest
 from pipeline.store import Version, write_json
-from trainer.checkpoint import Checkpoint, Log, best_device, load_checkpoint, load_resume, save_resume
+from trainer.checkpoint import Checkpoint, Log, best_device, load_checkpoint, load_resume, save_resume, write_captions
 from trainer.config import TrainConfig
-from trainer.data import Example, batches, read_examples
+from trainer.data import Example, batches, limit_captions, limit_images, read_examples
 from trainer.evaluate import Asked, evaluate, scored_prompt
 from trainer.features import Look, States, Talk, cache_features
 from trainer.model.captioner import Captioner, build_captioner
@@ -133,13 +133,15 @@ def train(
     *,
     resume: bool = False,
     tensorboard: bool = False,
+    only: Container[str] | None = None,
     talk: Talk | None = None,
 ) -> dict[str, Any]:
     """Train a captioner on a version, and score it once on the test split.
 
     Writes to `out`: config.json, model.safetensors and tokenizer.json of the checkpoint with the best CIDEr-D on the
-    validation split, metrics.json, log.jsonl, train.json (the settings) and, until done, resume.pt; with `tensorboard`, the
-    curves of log.jsonl for that program, too.
+    validation split, metrics.json, captions.jsonl (what it says of each test image), log.jsonl, train.json (the settings) and,
+    until done, resume.pt; with `tensorboard`, the curves of log.jsonl for that program, too. Of the images those in `only` are
+    taken, if it is given.
 
     Returns:
         What metrics.json holds.
@@ -152,11 +154,9 @@ def train(
     rank, processes = _join_processes()
     device = best_device(rank)
     torch.manual_seed(config.seed)
-    sets = {
-        split: read_examples(version.read(split), config.texts, questions=config.questions)
-        for split in ("train", "validation", "test")
-    }
-    train_set, test = sets["train"], sets["test"]
+    sets = {split: examples_of(version, split, config, only) for split in ("train", "validation", "test")}
+    train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_words)
+    test = sets["test"]
     validation = sets["validation"][: config.evaluate_images]
     config = config.settled(len(train_set))
     if not any((config.encoder_rate, config.connector_rate, config.decoder_rate)):
@@ -187,12 +187,21 @@ def train(
             "best_validation": best,
             **evaluate(chosen, test, asked, chosen_states),
         }
+        write_captions(out / "captions.jsonl", metrics.pop("each"))
         write_json(out / "metrics.json", metrics)
         (out / "resume.pt").unlink(missing_ok=True)
     if processes > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return metrics
+
+
+def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
+    """Return what a run of these settings sees of a split, before budgets."""
+    examples = read_examples(
+        version.read(split), config.texts, questions=config.questions, styles=config.styles, name_source=config.name_source
+    )
+    return [example for example in examples if only is None or example.sample_id in only]
 
 
 def choose_encoder(say: Callable[[str], None]) -> str:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import TrainError
-from trainer.data import batches, most_common, read_examples
+from trainer.data import batches, count_words, limit_captions, limit_images, most_common, read_examples
 from trainer.text import Text
 
 ROW: dict[str, Any] = {
@@ -45,6 +45,40 @@ def test_questions_can_be_left_out_of_learning_and_are_still_there_to_score() ->
 def test_without_questions_of_people_those_of_the_model_are_scored() -> None:
     (example,) = read_examples(table({"reference_qa": None}))
     assert [(q.question, q.answers, q.answer_type) for q in example.questions] == [("How many?", ("1",), "number")]
+
+
+def test_styles_are_a_choice_and_mixtures_need_not_be_told_apart() -> None:
+    two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
+    (example,) = read_examples(table({"captions": two}), "mixed", styles=("brief",), name_source=False)
+    captions = {(text.source, text.text) for text in example.texts if text.style}
+    assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
+    assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5
+    with pytest.raises(TrainError, match="no synthetic captions"):
+        read_examples(table({}), styles=("alt",))
+
+
+def test_fewer_images_are_some_of_those_of_a_larger_choice_in_any_order() -> None:
+    examples = read_examples(table(*({"sample_id": str(n)} for n in range(50))))
+    few, more = limit_images(examples, 10), limit_images(examples, 20)
+    assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
+    assert set(limit_images(examples[::-1], 10)) == set(few)
+    assert limit_images(examples, 0) == limit_images(examples, 60) == examples
+
+
+def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
+    captions = [{"text": f"A ring of {'very ' * n}gold.", "style": "brief", "prompt_id": "p"} for n in range(4)]
+    examples = read_examples(table(*({"sample_id": str(n), "captions": captions} for n in range(30))))
+
+    def words(found: list[Any]) -> int:
+        return sum(count_words(text) for example in found for text in example.texts if text.style)
+
+    assert words(examples) == 30 * (4 + 5 + 6 + 7)
+    limited = limit_captions(examples, 400)
+    assert 394 <= words(limited) <= 400 and all(any(t.style for t in example.texts) for example in limited)
+    assert all(sum(not text.style for text in example.texts) == 1 for example in limited)  # answers are not counted
+    assert [e.sample_id for e in limit_captions(examples, 1)] == [e.sample_id for e in examples]
+    assert all(sum(bool(text.style) for text in example.texts) == 1 for example in limit_captions(examples, 1))
+    assert limit_captions(examples, 0) == examples
 
 
 def test_nothing_of_that_kind_to_learn_is_an_error() -> None:

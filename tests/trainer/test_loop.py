@@ -64,7 +64,7 @@ def losses(folder: Path) -> list[float]:
 def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes some seconds: nothing short of it shows that images, text and gradients are wired together."""
     four = read_examples(version.read("train"))[:4]
-    monkeypatch.setattr(trainer.loop, "read_examples", lambda table, mixture, questions: four)
+    monkeypatch.setattr(trainer.loop, "read_examples", lambda table, mixture, **settings: four)
     rates = {"connector_rate": 2e-3, "decoder_rate": 2e-3, "encoder_rate": 2e-3}
     metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
@@ -157,6 +157,17 @@ def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Ve
 def test_a_run_in_which_nothing_would_learn_is_an_error(version: Version, tmp_path: Path, clip: str) -> None:
     with pytest.raises(TrainError, match="nothing would learn"):
         train(version, replace(encoder=clip, decoder_rate=0.0, connector_rate=0.0), tmp_path)
+
+
+def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Version, tmp_path: Path, clip: str) -> None:
+    ids = {split: version.read(split, ["sample_id"])["sample_id"].to_pylist() for split in ("train", "validation", "test")}
+    only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
+    metrics = train(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
+    told = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [about["sample_id"] for about in told] == [i for i in ids["test"] if i in only]
+    assert metrics["images"] == len(told) and "each" not in metrics
+    assert sum(about["cider_d"] for about in told) / len(told) == pytest.approx(metrics["scores"]["cider_d"], abs=1e-3)
+    assert sum(about["rouge_l"] for about in told) / len(told) == pytest.approx(metrics["scores"]["rouge_l"], abs=1e-3)
 
 
 def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:
