@@ -391,6 +391,34 @@ def caption(
 
 
 @app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(help="A YAML file; docs/experiment.yaml is one.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the experiment.", show_default="experiments/NAME OF THE FILE")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once.", show_default="GPUs, or cores")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a grid of captioners, and say which data, encoder, decoder or alignment makes the better one."""
+    from pipeline.progress import progress
+    from pipeline.store import Folder, disk_errors
+    from trainer.experiment.cells import default_jobs, plan, run_cells
+    from trainer.experiment.grid import cells_of, read_experiment
+    from trainer.experiment.result import markdown, write_result
+
+    asked = read_experiment(file)
+    folder = out or Path("experiments") / file.stem
+    with Folder(folder).lock(), disk_errors(folder):
+        runs = plan(asked, cells_of(asked), open_data, folder)
+        say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
+        with progress() as talk:
+            run_cells(runs, jobs or default_jobs(), talk)
+        result = write_result(runs, folder)
+    say(markdown(result))
+    show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
+
+
+@app.command()
 def report(
     data: DataDir = None,
     checkpoint: Annotated[

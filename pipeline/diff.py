@@ -142,6 +142,10 @@ def _changed(
         gone = [item for item in then[name] or [] if item not in (now[name] or [])]
         come = [item for item in now[name] or [] if item not in (then[name] or [])]
         change.fields[name] = {"removed": gone, "added": come}
+        paired = [item for item in map(_unpaired, gone) if item in map(_unpaired, come)]
+        if paired:
+            change.why.append("another pair")  # the same question has found another partner: nobody wrote it anew
+        gone, come = ([item for item in items if _unpaired(item) not in paired] for items in (gone, come))
         change.why += _why(change.sample_id, gone, come, old, new, settings)
     change.why = list(dict.fromkeys(change.why))
     return change
@@ -166,6 +170,10 @@ def _why(
     elif gone and come and not any(said):
         said.append("another reply")
     return [reason for reason in said if reason]
+
+
+def _unpaired(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if name != "pair_id"}
 
 
 def _digests(version: Version, columns: list[str]) -> dict[str, str]:

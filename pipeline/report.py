@@ -3,35 +3,27 @@
 It needs no server and asks nothing of the network. Text of a model is data: the template escapes all of it.
 """
 
-import base64
-import io
 import json
 from collections import Counter
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from jinja2 import Environment, StrictUndefined
 
-from pipeline.image import prepare_image
+from pipeline.page import chart, points, render_page, thumbnail_uri
 from pipeline.store import Folder, Version, aside
 from pipeline.tables import SPLITS
 
 MAX_SHOWN = 300
 MAX_REJECTED = 100
-THUMBNAIL_PIXELS = 320 * 320
-PNG_PIXELS = 128 * 128
-CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
-CURVE_POINTS = 600
 
 
 def write_report(version: Version, folder: Path, checkpoint: Path | None = None) -> Path:
     """Write `report.html` into the dataset folder and return its path; the training of `checkpoint` is shown if given."""
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     rows = _rows(version)
-    page = environment.from_string(_template()).render(
+    page = render_page(
+        "pipeline",
+        "report.html.j2",
         manifest=version.manifest,
         rows=rows,
         uris={row["sample_id"]: row["uris"] for row in rows},
@@ -60,22 +52,11 @@ def _rows(version: Version) -> list[dict[str, Any]]:
                 if len(rows) >= MAX_SHOWN:
                     return rows
                 rows += [
-                    row | {"split": split, "uris": [_data_uri(image["bytes"]) for image in row.get("pages") or [row["image"]]]}
+                    row
+                    | {"split": split, "uris": [thumbnail_uri(image["bytes"]) for image in row.get("pages") or [row["image"]]]}
                     for row in batch.to_pylist()
                 ]
     return rows[:MAX_SHOWN]
-
-
-def _page_uris(row: dict[str, Any]) -> list[str]:
-    return [_data_uri(image["bytes"]) for image in row.get("pages") or [row["image"]]]
-
-
-def _data_uri(data: bytes) -> str:
-    """Return a thumbnail: small, in a format that every browser shows, and without what a camera wrote beside the pixels."""
-    small, buffer = prepare_image(data, max_pixels=THUMBNAIL_PIXELS), io.BytesIO()
-    kind = "PNG" if small.width * small.height < PNG_PIXELS else "JPEG"  # a drawing stays sharp, a photo small
-    small.save(buffer, kind, quality=80)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _answers(version: Version) -> dict[str, list[tuple[str, int]]]:
@@ -108,32 +89,10 @@ def _training(checkpoint: Path) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "curves": [
-            _chart("Loss", {"training": _points(lines, "loss"), "validation": _points(lines, "validation_loss")}),
-            _chart(
+            chart("Loss", {"training": points(lines, "loss"), "validation": points(lines, "validation_loss")}),
+            chart(
                 "CIDEr-D on the validation split",
-                {"own image": _points(lines, "validation_cider_d"), "shuffled": _points(lines, "validation_shuffled_cider_d")},
+                {"own image": points(lines, "validation_cider_d"), "shuffled": points(lines, "validation_shuffled_cider_d")},
             ),
         ],
     }
-
-
-def _points(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    points = [(line["step"], line[name]) for line in lines if name in line]
-    return [*points[:-1][:: max(1, len(points) // CURVE_POINTS)], *points[-1:]]  # more than a screen can show are thinned out
-
-
-def _chart(title: str, series: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Scale curves into the box of an SVG, whose y axis starts at 0 and points up."""
-    xs = [x for points in series.values() for x, _ in points] or [1.0]
-    top = max((y for points in series.values() for _, y in points), default=1.0) or 1.0
-
-    def place(x: float, y: float) -> str:
-        return f"{x / max(xs) * CURVE_WIDTH_PX:.1f},{(1 - y / top) * CURVE_HEIGHT_PX:.1f}"
-
-    lines = [(name, " ".join(place(x, y) for x, y in points)) for name, points in series.items()]
-    return {"title": title, "lines": lines, "top": top, "last": max(xs), "width": CURVE_WIDTH_PX, "height": CURVE_HEIGHT_PX}
-
-
-@cache
-def _template() -> str:
-    return (files("pipeline") / "report.html.j2").read_text(encoding="utf-8")

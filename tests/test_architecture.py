@@ -15,6 +15,7 @@ LOWER = {
     **BASE,
     "fingerprint": {"errors"},
     "image": {"errors"},
+    "page": {"image"},
     "answers": set(),
     "licence": set(),
     "arithmetic": set(),
@@ -42,8 +43,20 @@ LOWER = {
     "scenes": {"errors", "schema", "generate.prompt"},
 }
 STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
-STAGE_MAY |= {"claims", "privacy", "store", "tables", "texts", "types", "wordnet"}
-TRAINER_MAY = {"alignment", "answers", "errors", "types", "schema", "tables", "store", "image", "fingerprint"}
+STAGE_MAY |= {"claims", "page", "privacy", "store", "tables", "texts", "types", "wordnet"}
+TRAINER_MAY = {
+    "alignment",
+    "answers",
+    "errors",
+    "types",
+    "schema",
+    "tables",
+    "store",
+    "image",
+    "picture",
+    "fingerprint",
+    "wordnet",
+}
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:

@@ -79,7 +79,7 @@ def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
     """Ask for a sum or a difference of two pages."""
     one, other = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
-    if len(one.objects) > len(other.objects) and rng.random() < 0.6:
+    if len(one.objects) > len(other.objects) and rng.random() < 0.35:  # seldom: who cannot compare had better add
         question = f"How many more objects are there on the {one.background} page than on the {other.background} page?"
     else:
         one, other = rng.sample((one, other), 2)
@@ -106,7 +106,9 @@ def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str,
     for place in places:  # any that holds something could have been asked about
         page = pair.evidence_pages[0]
         found.append(("question", place, tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)))
-    found += [("question", ground, ends[ground]) for ground in grounds]
+    for ground in grounds:  # of which there are more can only be said of both
+        compared = tuple(spot for each in grounds for spot in ends[each]) if "more" in pair.question else ends[ground]
+        found.append(("question", ground, compared if ground == grounds[0] else ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]
         return found + [("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)]

@@ -1,8 +1,9 @@
 """What helps the tiny teacher to find a page of a deck. From answers alone it did not learn that (docs/experiments/teacher.md).
 
 To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the
-gray page from the word, and look there. Each of these steps is given a target of its own: heads that read a page, a ground or a
-count off hidden states, and a reward for attention that stays on the spots that decide a word. No head is part of the model.
+gray page from the word, and look there. Each of these steps is given a target of its own: heads that read a page, a ground, a
+count or the spot to look at off hidden states, and a reward for attention on spots that decide a word. None of these heads is
+part of the model.
 
 Shapes: B decks, S tokens, H heads, V spots of a deck (10 a page), 9 image tokens of a page, D width.
 """
@@ -20,7 +21,7 @@ from pipeline.scenes.facts import BACKGROUNDS, MAX_OBJECTS, Scene
 from pipeline.scenes.pack import VISION_TOKENS, Packed
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # after which layers the heads read
-GUIDED_LAYERS = (2, 3)  # whose attention is rewarded: the last two, counted from 0
+GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)  # whose attention is rewarded, counted from 0; other heads read the text
 NOTHING = -100
 
 
@@ -40,6 +41,7 @@ class PageGuide(nn.Module):
         classes = len(BACKGROUNDS)  # of pages and of grounds alike
         self.page, self.word, self.number, self.ground = (nn.Linear(width, classes) for _ in range(4))
         self.count = nn.Linear(width, MAX_OBJECTS + 1)
+        self.look_page, self.look_spot = nn.Linear(width, classes), nn.Linear(width, VISION_TOKENS + 1)
         self._end_id = tokenizer.get_vocab()["<|vision_end|>"]
         ids = {text: tokenizer(text)["input_ids"] for text in (*(f" {ground}" for ground in BACKGROUNDS), " page")}
         assert all(len(found) == 1 for found in ids.values()), "each of these words must be one token"
@@ -57,7 +59,10 @@ class PageGuide(nn.Module):
         page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS).repeat(len(asked))
         loss = functional.cross_entropy(self.page(image_KD), page_K)
         words_BSD = output.hidden_states[WORD_LAYER]
-        for head, targets_BS in zip((self.word, self.number), self._targets(asked, image_BS.shape[1]), strict=True):
+        # Which page a word names, and where to look for the next one, must be known before the layers that look there.
+        heads = (self.word, self.number, self.look_page, self.look_spot)
+        targets = (*self._targets(asked, image_BS.shape[1]), *_looks(asked, image_BS.shape[1]))
+        for head, targets_BS in zip(heads, targets, strict=True):
             if (targets_BS != NOTHING).any():
                 loss = loss + functional.cross_entropy(
                     head(words_BSD).flatten(0, 1), targets_BS.flatten(), ignore_index=NOTHING
@@ -94,8 +99,21 @@ class PageGuide(nn.Module):
         return page_BS, ground_BS
 
 
+def _looks(asked: Sequence[Asked], length: int) -> tuple[Tensor, Tensor]:
+    """Return, where one page decides a word, which, and where one spot of it does, which: (B, S)."""
+    page_BS, spot_BS = (torch.full((len(asked), length), NOTHING) for _ in range(2))
+    for b, each in enumerate(asked):
+        for s, decisive in enumerate(each.packed.looks):
+            pages, spots = {page for page, _ in decisive}, {spot for _, spot in decisive}
+            if len(pages) == 1:
+                page_BS[b, s] = pages.pop() - 1
+            if len(spots) == 1:
+                spot_BS[b, s] = spots.pop()
+    return page_BS, spot_BS
+
+
 def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, asked: Sequence[Asked]) -> Tensor:
-    """Return how far attention strays from the spots that decide a word, where it is told: mean -log of what stays on them.
+    """Return how far attention strays from the spots that decide a word, where it is told: mean -log of what is on them.
 
     `visual_BS` is where the pages are: of each its image tokens and the one behind them.
     """
@@ -109,7 +127,7 @@ def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, asked: 
     told_BS = right_BSV.any(-1)
     strayed: list[Tensor] = []
     for attention_BHSS in attentions_BHSS:
-        looked_BHSV = attention_BHSS @ at_BSV[:, None]
-        stays_BHS = ((looked_BHSV * right_BSV[:, None]).sum(-1) + 1e-4) / (looked_BHSV.sum(-1) + 1e-4)
+        looked_BHSV = attention_BHSS[:, GUIDED_HEADS] @ at_BSV[:, None]
+        stays_BHS = (looked_BHSV * right_BSV[:, None]).sum(-1) + 1e-4
         strayed.append(-stays_BHS.transpose(1, 2)[told_BS].log().flatten())
     return torch.cat(strayed).mean()

@@ -68,7 +68,7 @@ QUESTIONS = Phase(
 )
 # Of a teacher of its own. Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
-    "decks", 2600, 2600, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
+    "decks", 1900, 1900, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
 )
 GUIDE_ATTENTION_EVERY = 4  # steps; it costs more than twice the time
 
@@ -88,7 +88,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 def pages_at(step: int) -> int:
     """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
     rng = random.Random(f"{SEED}:pages:{step}")
-    return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
+    return 2 if step < 20 else rng.choice((2, 3)) if step < 60 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:

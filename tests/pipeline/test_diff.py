@@ -67,6 +67,23 @@ def test_a_text_that_was_written_anew_shows_both_and_says_so(tmp_path: Path) -> 
     assert not any("\x1b" in line for line in lines)
 
 
+def test_a_question_that_found_another_partner_was_not_written_anew(tmp_path: Path) -> None:
+    def asked(pair: str | None, answer: str = "2") -> pa.Table:
+        about = {"task": "qa", "answer_type": "number", "prompt_id": "qa/v1@test", "split": "train"}
+        rows = [
+            {"sample_id": SAMPLES[0].id, "question": "How many?", "answer": "3", "pair_id": pair, **about},
+            {"sample_id": SAMPLES[0].id, "question": "How many rings?", "answer": answer, "pair_id": None, **about},
+        ]
+        return pa.concat_tables([true_captions(SAMPLES), pa.Table.from_pylist(rows)], promote_options="default")
+
+    versions = [
+        make_version(tmp_path / n, SAMPLES, asked(*how))[0] for n, how in (("a", ("x",)), ("b", (None,)), ("c", (None, "1")))
+    ]
+    assert diff_versions(versions[0], versions[1]).reasons() == {"another pair": 1}
+    assert diff_versions(versions[0], versions[2]).reasons() == {"another pair": 1, "another reply": 1}
+    assert diff_versions(versions[1], versions[2]).reasons() == {"another reply": 1}
+
+
 def test_another_split_or_reference_is_a_changed_field(tmp_path: Path) -> None:
     before, _ = make_version(tmp_path, SAMPLES)
     moved = [replace(SAMPLES[0], references=("Something else.",)), *SAMPLES[1:]]

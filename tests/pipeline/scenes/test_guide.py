@@ -8,7 +8,7 @@ import torch
 
 from pipeline.scenes.deck import END, Spot, sample_deck
 from pipeline.scenes.facts import BACKGROUNDS
-from pipeline.scenes.guide import NOTHING, Asked, PageGuide, attention_loss
+from pipeline.scenes.guide import GUIDED_HEADS, NOTHING, Asked, PageGuide, _looks, attention_loss
 from pipeline.scenes.pack import VISION_TOKENS, Packer, Task, collate
 from pipeline.scenes.teacher import TEXT_WIDTH, train_tokenizer
 from pipeline.scenes.train_teacher import tokenizer_corpus
@@ -46,12 +46,25 @@ def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tu
     spots = visual_BS[0].nonzero()[:, 0].view(PAGES, VISION_TOKENS + 1)
     losses = {}
     for page, spot in ((2, 4), (2, END), (2, 5), (1, 4), (3, END)):
-        attention = torch.zeros(1, 2, ids.shape[1], ids.shape[1])
-        attention[..., spots[page - 1, spot]] = 1.0
+        attention = torch.zeros(1, 5, ids.shape[1], ids.shape[1])  # heads that are not guided may look anywhere
+        attention[:, GUIDED_HEADS, :, spots[page - 1, spot]] = 1.0
         losses[page, spot] = attention_loss([attention], visual_BS, [asked]).item()
     assert losses[2, 4] == pytest.approx(0.0, abs=1e-3)
     assert losses[2, END] == pytest.approx(0.0, abs=1e-3)
     assert min(losses[2, 5], losses[1, 4], losses[3, END]) > 5
+
+
+def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[PageGuide, Packer]) -> None:
+    _, packer = guide
+    for spots, page, spot in (
+        (((2, 4),), [1], [4]),
+        (((2, 4), (2, 7)), [1], []),
+        (((2, END), (3, END)), [], [END]),
+        (((2, 4), (3, 5)), [], []),
+    ):
+        asked = asked_of(packer, "Question: How many?", spots)
+        page_BS, spot_BS = _looks([asked], len(asked.packed.ids))
+        assert (page_BS[page_BS != NOTHING].tolist(), spot_BS[spot_BS != NOTHING].tolist()) == (page, spot)
 
 
 def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:

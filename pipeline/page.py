@@ -1,0 +1,57 @@
+"""What pages are made of: one template and one style sheet in one file, thumbnails within it, and curves as an SVG.
+
+Text of a model is data: the template escapes all of it.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from pipeline.image import prepare_image
+
+SHARED = ("page.css", "parts.html.j2")  # of all pages
+
+THUMBNAIL_PIXELS = 320 * 320
+PNG_PIXELS = 128 * 128
+CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
+CURVE_POINTS = 600
+
+Points = list[tuple[float, float]]
+
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """Return a page from a template of a package, which may include what all pages share."""
+    loader = FunctionLoader(lambda name: (files("pipeline" if name in SHARED else package) / name).read_text(encoding="utf-8"))
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def thumbnail_uri(data: bytes) -> str:
+    """Return a thumbnail: small, in a format that every browser shows, and without what a camera wrote beside the pixels."""
+    small, buffer = prepare_image(data, max_pixels=THUMBNAIL_PIXELS), io.BytesIO()
+    kind = "PNG" if small.width * small.height < PNG_PIXELS else "JPEG"  # a drawing stays sharp, a photo small
+    small.save(buffer, kind, quality=80)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
+    """Return (step, value) of those lines of a log that have a value of this name, no more than a screen can show."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    return [*found[:-1][:: max(1, len(found) // CURVE_POINTS)], *found[-1:]]
+
+
+def chart(title: str, series: Mapping[str, Points], along: str = "step") -> dict[str, Any]:
+    """Scale curves into the box of an SVG, whose y axis starts at 0 and points up; `along` names the x axis."""
+    xs = [x for curve in series.values() for x, _ in curve] or [1.0]
+    top = max((y for curve in series.values() for _, y in curve), default=1.0) or 1.0
+
+    def place(x: float, y: float) -> str:
+        return f"{x / max(xs) * CURVE_WIDTH_PX:.1f},{(1 - y / top) * CURVE_HEIGHT_PX:.1f}"
+
+    lines = [(name, " ".join(place(x, y) for x, y in curve)) for name, curve in series.items()]
+    size = {"width": CURVE_WIDTH_PX, "height": CURVE_HEIGHT_PX}
+    return {"title": title, "lines": lines, "top": top, "last": max(xs), "along": along, **size}

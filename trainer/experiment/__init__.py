@@ -1,0 +1,1 @@
+"""Experiments: the same captioner trained on different data, or differently, and whether that makes a difference."""

@@ -1,0 +1,161 @@
+"""What an experiment file says, and the cells that follow from it: one training run each.
+
+The file is a grid: every kind of data with every encoder, decoder, alignment, number of images and seed. `also` adds smaller
+grids, in which some of these lists are replaced.
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest
+from pipeline.store import safe_name
+from trainer.config import TrainConfig, resolve
+from trainer.data import Mixture
+
+Alignment = Literal["none", "connector", "contrast"]
+ALIGN_SHARE = 0.25  # of all steps, where the connector is aligned first
+CONTRAST = 0.1
+FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")  # by which arms differ
+DECIDED = ("encoder", "decoder", "texts", "name_source", "train_images", "caption_words", "align_steps", "contrast", "seed")
+
+
+class Section(BaseModel):
+    """Part of an experiment file: closed and frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """A version with the choice of its texts that is learned from."""
+
+    data: str | None = None  # as of `synth train --data`; None: what was made last
+    images: str | None = None
+    texts: Mixture = "synthetic"
+    name_source: bool = True
+
+
+class Grid(Section):
+    """The lists whose product is the cells."""
+
+    encoder: Annotated[tuple[str, ...], Field(min_length=1)] = ("clip",)
+    decoder: Annotated[tuple[str, ...], Field(min_length=1)] = ("scratch",)
+    alignment: Annotated[tuple[Alignment, ...], Field(min_length=1)] = ("none",)
+    train_images: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # 0: all
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    settings: dict[str, Any] = {}  # of trainer/config.py, for all cells
+
+
+class More(Section):
+    """A smaller grid beside the first: what is given replaces the list of that name; settings are merged."""
+
+    data: tuple[str, ...] | None = None  # names
+    encoder: tuple[str, ...] | None = None
+    decoder: tuple[str, ...] | None = None
+    alignment: tuple[Alignment, ...] | None = None
+    train_images: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    settings: dict[str, Any] = {}
+
+
+class Experiment(Grid):
+    """An experiment file."""
+
+    data: Annotated[dict[str, Data], Field(min_length=1)]
+    match_words: bool = True  # whether all kinds of data are cut to the captions of the smallest
+    also: tuple[More, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_one_budget(self) -> "Experiment":
+        for settings in (self.settings, *({**self.settings, **more.settings} for more in self.also)):
+            if not settings.get("steps"):
+                raise ValueError("settings.steps must say how many steps every cell trains for")
+            if clash := sorted(set(settings) & set(DECIDED)):
+                raise ValueError(f"settings.{clash[0]} is decided by the grid, not by settings")
+        unknown = sorted({name for more in self.also for name in more.data or ()} - set(self.data))
+        if unknown:
+            raise ValueError(f"`also` names data that is not there: {unknown[0]}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One training run: its place in the grid, and its settings but for the budget of words."""
+
+    data: str
+    encoder: str
+    decoder: str
+    alignment: Alignment
+    train_images: int
+    seed: int
+    config: TrainConfig
+
+    @property
+    def arm(self) -> tuple[str, ...]:
+        """Return what it shares with the cells that differ in the seed alone: the values of FACTORS."""
+        return tuple(str(getattr(self, name)) for name in FACTORS)
+
+    def folder(self, *known: Any) -> str:
+        """Return a readable name that no cell of other settings, on other data (`known`), has."""
+        images = str(self.train_images or "all")
+        said = safe_name(
+            f"{self.data}-{Path(self.encoder).name}-{Path(self.decoder).name}-{self.alignment}-{images}-s{self.seed}"
+        )
+        return f"{said}-{digest([self.config.model_dump(mode='json'), *known])[:8]}"
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Return what a YAML file says.
+
+    Raises:
+        ConfigError: it cannot be read, or says something that we do not know.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        hint = "pass a YAML file; docs/experiment.yaml is one"
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}", hint=hint) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values", hint="docs/experiment.yaml is an example")
+    try:
+        experiment = Experiment.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {f'{where}: ' if where else ''}{said}", hint="docs/experiment.yaml is an example") from None
+    cells_of(experiment)  # settings that a cell cannot have are found before anything runs
+    return experiment
+
+
+def cells_of(experiment: Experiment) -> list[Cell]:
+    """Return all cells in the order of the file, each once. Raises ConfigError where one has settings that cannot be."""
+    grids = [(tuple(experiment.data), experiment.model_dump(include=set(Grid.model_fields)))]
+    for more in experiment.also:
+        given = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
+        settings = {**experiment.settings, **more.settings}
+        grids.append((more.data or tuple(experiment.data), {**grids[0][1], **given, "settings": settings}))
+    cells: dict[tuple[Any, ...], Cell] = {}
+    for names, grid in grids:
+        lists = (names, *(grid[name] for name in FACTORS[1:]), grid["seeds"])
+        for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
+            config = _config(experiment.data[data], encoder, decoder, alignment, images, seed, grid["settings"])
+            cells.setdefault(
+                (data, encoder, decoder, alignment, images, seed), Cell(data, encoder, decoder, alignment, images, seed, config)
+            )
+    return list(cells.values())
+
+
+def _config(
+    data: Data, encoder: str, decoder: str, alignment: Alignment, images: int, seed: int, settings: dict[str, Any]
+) -> TrainConfig:
+    """Return the settings of a cell: all cells of one grid train for the same number of steps, those of aligning included."""
+    align = round(ALIGN_SHARE * settings["steps"]) if alignment != "none" else 0
+    chosen = {"encoder": encoder, "decoder": decoder, "seed": seed, "texts": data.texts, "name_source": data.name_source}
+    budget = {"train_images": images, "align_steps": align, "steps": settings["steps"] - align}
+    return resolve(None, **{**settings, **chosen, **budget, "contrast": CONTRAST if alignment == "contrast" else 0.0})

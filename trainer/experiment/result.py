@@ -1,0 +1,113 @@
+"""The result of an experiment as JSON for programs, Markdown for a README, and one HTML file to look at."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.page import Points, chart, points, render_page, thumbnail_uri
+from pipeline.store import Version, write_json, write_text
+from trainer.experiment.cells import Run, learned
+from trainer.experiment.compare import Arm, compare, examples, read_arms, summarise
+from trainer.experiment.grid import FACTORS
+from trainer.experiment.slices import SLICES
+
+SHOWN_EXAMPLES = 12
+MAX_CURVES = 6  # in one chart: more cannot be told apart
+CHANCE = 0.05  # of a verdict where there is no difference
+
+
+def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
+    """Write experiment.json, experiment.md and experiment.html of finished runs, and return what the first holds."""
+    arms = read_arms(runs)
+    sizes = {arm: learned(run) for arm, run in {run.cell.arm: run for run in runs}.items()}
+    result: dict[str, Any] = {
+        "arms": [summarise(arm, *sizes[arm.key]) for arm in arms],
+        "differences": compare(arms),
+        "examples": examples([arm for arm in arms if arm.key[1:] == arms[0].key[1:]], SHOWN_EXAMPLES),
+        "data": {run.cell.data: {"version": run.version.name, "digest": run.version.manifest["digest"]} for run in runs},
+    }
+    write_json(out / "experiment.json", result)
+    write_text(out / "experiment.md", markdown(result))
+    uris = _thumbnails([run.version for run in runs], [example["sample_id"] for example in result["examples"]])
+    page = render_page(
+        "trainer.experiment",
+        "experiment.html.j2",
+        result=result,
+        slices=SLICES,
+        questions=sorted({kind for arm in result["arms"] for kind in arm["questions"]}),
+        chance=round(CHANCE * len(result["differences"]), 1),
+        curves=[*_learning_curves(arms), *_size_curves(result["arms"])],
+        uris=uris,
+        top=max(arm["interval"][1] for arm in result["arms"]) or 1.0,
+    )
+    write_text(out / "experiment.html", page)
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the tables of a result as Markdown."""
+    lines = [
+        "| arm | seeds | CIDEr-D [95 %] | shuffled | length-matched | words | words learned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in result["arms"]:
+        low, high = arm["interval"]
+        lines.append(
+            f"| {_cell(arm['name'])} | {len(arm['seeds'])} | {arm['cider_d']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {arm['shuffled_cider_d']:.3f} | {arm['length_matched_cider_d']:.3f} | {arm['mean_words']:.1f} "
+            f"| {arm['caption_words_learned']:,} |"
+        )
+    if result["differences"]:
+        lines += ["", "| arm | than | difference [95 %] | verdict | length-matched |", "|---|---|---|---|---|"]
+    for found in result["differences"]:
+        low, high = found["interval"]
+        lines.append(
+            f"| {_cell(found['arm'])} | {_cell(found['than'])} | {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"| {found['verdict']} | {found['length_matched_difference']:+.3f}, {found['length_matched_verdict']} |"
+        )
+    lines += ["", f"| arm | {' | '.join(SLICES)} |", "|---|" + "---|" * len(SLICES)]
+    for arm in result["arms"]:
+        values = [arm["slices"][name] for name in SLICES]
+        lines.append(f"| {_cell(arm['name'])} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _learning_curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+    """Yield a chart for each setting, with a curve for each kind of data: the mean of all seeds on the validation split."""
+    for setting in dict.fromkeys(arm.key[1:] for arm in arms):
+        mine = [arm for arm in arms if arm.key[1:] == setting]
+        title = f"CIDEr-D on the validation split: {mine[0].name.partition(', ')[2]}"
+        for at in range(0, len(mine), MAX_CURVES):
+            yield chart(title, {arm.key[0]: _mean(arm) for arm in mine[at : at + MAX_CURVES]})
+
+
+def _mean(arm: Arm) -> Points:
+    of_seeds = [dict(points(lines, "validation_cider_d")) for lines in arm.curves]
+    steps = sorted(set.intersection(*(set(curve) for curve in of_seeds)))
+    return [(step, sum(curve[step] for curve in of_seeds) / len(of_seeds)) for step in steps]
+
+
+def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a chart of the score against the number of training images, for each setting that has several."""
+    for setting in dict.fromkeys(tuple(arm[name] for name in FACTORS[1:4]) for arm in arms):
+        mine = [arm for arm in arms if tuple(arm[name] for name in FACTORS[1:4]) == setting]
+        curves: dict[str, Points] = {}
+        for arm in sorted(mine, key=lambda arm: arm["train_images_learned"]):
+            curves.setdefault(arm["data"], []).append((arm["train_images_learned"], arm["cider_d"]))
+        if any(len(curve) > 1 for curve in curves.values()):
+            title = f"CIDEr-D of the test split by images learned from: {', '.join(setting[:2])}"
+            yield chart(title, dict(list(curves.items())[:MAX_CURVES]), along="images")
+
+
+def _thumbnails(versions: Sequence[Version], wanted: Sequence[str]) -> dict[str, str]:
+    """Return thumbnails by sample id; the images of all versions are the same."""
+    found: dict[str, str] = {}
+    for _, batch in versions[0].batches(["sample_id", "image"], rows=256):
+        for at, sample_id in enumerate(batch["sample_id"].to_pylist()):
+            if sample_id in wanted:
+                found[sample_id] = thumbnail_uri(batch["image"][at].as_py()["bytes"])
+    return found
