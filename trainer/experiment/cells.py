@@ -75,8 +75,9 @@ def _budget(experiment: Experiment, cells: list[Cell], versions: dict[str, Versi
     for split in ("train", "validation", "test"):
         seen = {name: examples_of(version, split, config_of[name]) for name, version in versions.items()}
         common = set.intersection(*({example.sample_id for example in mine} for mine in seen.values()))
-        if split == "test":
-            common &= {example.sample_id for mine in seen.values() for example in mine if example.references}
+        if split == "test":  # all arms are scored against the same words
+            told = [{(e.sample_id, e.references) for e in mine if e.references} for mine in seen.values()]
+            common = {sample_id for sample_id, _ in set.intersection(*told)}
         if len(common) < (MIN_TEST_IMAGES if split == "test" else 1):
             why = "that have references" if split == "test" else "with something to learn"
             hint = "compare versions of one source, and train on what people or facts say of it"
@@ -102,7 +103,12 @@ def _words(examples: list[Example]) -> int:
 
 def default_jobs() -> int:
     """Return how many cells run at once: one for each GPU, or for each core."""
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return torch.cuda.device_count() or cores()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_cells(runs: list[Run], jobs: int, talk: Talk) -> None:
@@ -113,7 +119,7 @@ def run_cells(runs: list[Run], jobs: int, talk: Talk) -> None:
     waiting = [run for run in runs if not run.is_done]
     done = len(runs) - len(waiting)
     talk("cells", done, len(runs))
-    threads, context, places = max(1, (os.cpu_count() or 1) // jobs), get_context("spawn"), get_context("spawn").SimpleQueue()
+    threads, context, places = max(1, cores() // jobs), get_context("spawn"), get_context("spawn").SimpleQueue()
     for place in range(jobs):
         places.put(place)
     failed: list[str] = []

@@ -24,7 +24,11 @@ red orange yellow green blue purple pink white black gray grey brown beige golde
 big little tiny huge tall short long wide narrow thin thick round flat old young new wooden metal plastic glass stone brick
 striped checkered plain wet dry empty full open closed dirty clean
 """
-COUNTING, POSITION, ATTRIBUTES = (frozenset(words.split()) for words in (_COUNTING, _POSITION, _ATTRIBUTES))
+# WordNet has these as nouns, too: vitamin A, the are of a field, a can.
+_NO_OBJECTS = "a there here some while are be being have do by not he i can will may might so then very just"
+COUNTING, POSITION, ATTRIBUTES, NO_OBJECTS = (
+    frozenset(words.split()) for words in (_COUNTING, _POSITION, _ATTRIBUTES, _NO_OBJECTS)
+)
 SLICES = ("objects", "attributes", "counting", "position")
 
 
@@ -36,7 +40,8 @@ def slice_of(word: str) -> str | None:
         return "position"
     if word in ATTRIBUTES:
         return "attributes"
-    return "objects" if word in _names() or word.removesuffix("s") in _names() else None
+    is_object = word not in NO_OBJECTS and (word in _names() or word.removesuffix("s") in _names())
+    return "objects" if is_object else None
 
 
 def slice_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float | None]:

@@ -1,0 +1,104 @@
+"""Cells: one budget for all kinds of data, and a run that goes on where it was interrupted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import TrainError
+from pipeline.store import Version
+from tests.scene_data import make_version, scene_samples, true_captions
+from tests.trainer.tiny_models import save_clip
+from trainer.config import TrainConfig
+from trainer.data import count_words
+from trainer.experiment.cells import Run, learned, plan, run_cells
+from trainer.experiment.grid import Experiment, cells_of
+from trainer.experiment.result import write_result
+from trainer.loop import examples_of
+
+SAMPLES = scene_samples(60)
+SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_images": 8}
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
+    """The same images; of the second, some have lost their captions."""
+    some = true_captions(SAMPLES)
+    few = some.filter(pa.array([row["sample_id"] not in {s.id for s in SAMPLES[:9]} for row in some.to_pylist()]))
+    folder = tmp_path_factory.mktemp("data")
+    return {"all": make_version(folder / "all", SAMPLES)[0], "few": make_version(folder / "few", SAMPLES, few)[0]}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) -> list[Run]:
+    data = {"facts": {"data": "all", "texts": "human"}, "model": {"data": "few"}, "both": {"data": "all", "texts": "mixed"}}
+    asked = Experiment.model_validate({"data": data, "encoder": [clip], "seeds": [0], "settings": SMALL} | changes)
+    return plan(asked, cells_of(asked), lambda name, images: versions[name or ""], out)
+
+
+def images_of(run: Run, split: str) -> list[str]:
+    return [example.sample_id for example in examples_of(run.version, split, run.config, run.only)]
+
+
+def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+    runs = planned(versions, clip, tmp_path)
+    for split in ("train", "validation", "test"):
+        first, *others = (images_of(run, split) for run in runs)
+        assert first and all(other == first for other in others)
+    assert not {sample.id for sample in SAMPLES[:9]} & set(images_of(runs[0], "train"))
+
+
+def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+    found = {run.cell.data: learned(run) for run in planned(versions, clip, tmp_path, settings=SMALL | {"styles": ["brief"]})}
+    assert len({images for images, _ in found.values()}) == 1
+    words = [count for _, count in found.values()]
+    assert max(words) - min(words) < 30  # less than two captions
+    unmatched = {run.cell.data: learned(run)[1] for run in planned(versions, clip, tmp_path, match_words=False)}
+    assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
+
+
+def test_fewer_images_are_cut_to_their_own_number_of_words(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+    runs = planned(versions, clip, tmp_path, train_images=[10, 0])
+    assert {learned(run)[0] for run in runs if run.cell.train_images == 10} == {10}
+    facts = [run for run in runs if run.cell.data == "facts"]
+    few = examples_of(facts[0].version, "train", facts[0].config, facts[0].only)
+    assert facts[0].config.caption_words < facts[1].config.caption_words == sum(count_words(t) for e in few for t in e.texts)
+
+
+def test_without_references_nothing_can_be_compared(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+    bare, _ = make_version(tmp_path / "bare", [replace(sample, references=()) for sample in SAMPLES])
+    with pytest.raises(TrainError, match="no test images in common that have references"):
+        planned({"all": versions["all"], "few": bare}, clip, tmp_path)
+    other, _ = make_version(tmp_path / "other", [replace(sample, references=("Something else.",)) for sample in SAMPLES])
+    with pytest.raises(TrainError, match="no test images in common that have references"):
+        planned({"all": versions["all"], "few": other}, clip, tmp_path)
+
+
+def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_from_running(
+    versions: dict[str, Version], clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = planned(versions, clip, tmp_path)[:2]
+    bad = Run(
+        runs[0].cell, runs[0].version, TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1), tmp_path / "bad", runs[0].only
+    )
+    told: list[tuple[int, int | None]] = []
+    with pytest.raises(TrainError, match=r"1 of 3 cells failed, first bad: .*nowhere"):
+        run_cells([bad, *runs], 1, lambda stage, done, total: told.append((done, total)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and all(run.is_done for run in runs)
+    about = json.loads((runs[1].folder / "cell.json").read_text())
+    assert (about["data"], about["seed"], about["digest"]) == ("model", 0, runs[1].version.manifest["digest"])
+    before = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
+    run_cells(runs, 1, lambda stage, done, total: None)
+    assert before == {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
+    result = write_result(runs, tmp_path)
+    assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
+    assert {found["than"].split(",")[0] for found in result["differences"]} == {"facts"}
+    assert (tmp_path / "experiment.html").read_text().count("data:image/png;base64,") == len(result["examples"])
+    assert "| facts, " in (tmp_path / "experiment.md").read_text()

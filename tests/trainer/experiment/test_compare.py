@@ -1,0 +1,88 @@
+"""Comparison: intervals that hold what is true, verdicts that are careful, and pairs that differ in one thing."""
+
+import numpy as np
+import pytest
+
+from trainer.experiment.compare import Arm, Scores, compare, examples, interval, summarise, verdict
+
+RNG = np.random.default_rng(5)
+
+
+def arm(data: str, scores_SI: Scores, encoder: str = "clip", alignment: str = "none", caption: str = "a red ring") -> Arm:
+    seeds, images = scores_SI.shape
+    metrics = {"scores": {"bleu_4": 0.5, "rouge_l": 0.6}, "words": {"mean": 3.0, "of_references": 4.0}}
+    return Arm(
+        key=(data, encoder, "scratch", alignment, "0"),
+        seeds=tuple(range(seeds)),
+        sample_ids=tuple(f"i{n}" for n in range(images)),
+        references=(("a red ring",),) * images,
+        captions=((caption,) * images,) * seeds,
+        cider_d_SI=scores_SI,
+        shuffled_SI=scores_SI / 2,
+        matched_SI=scores_SI,
+        metrics=(metrics,) * seeds,
+        curves=([],) * seeds,
+    )
+
+
+def test_the_interval_of_a_mean_is_that_of_the_textbook_where_seeds_agree() -> None:
+    scores_I = RNG.normal(3.0, 1.0, 400)
+    low, high = interval(np.stack([scores_I] * 3))
+    half = 1.96 * scores_I.std() / np.sqrt(400)
+    assert low == pytest.approx(scores_I.mean() - half, abs=0.02)
+    assert high == pytest.approx(scores_I.mean() + half, abs=0.02)
+
+
+def test_a_difference_on_the_same_images_is_seen_where_two_means_would_hide_it() -> None:
+    hard_I = RNG.normal(3.0, 2.0, 100)  # images differ far more than arms
+    one, other = np.stack([hard_I + 0.2] * 3), np.stack([hard_I] * 3)
+    assert interval(one)[0] < interval(other)[1]
+    assert verdict(*interval(one, other)) == "better" and verdict(*interval(other, one)) == "worse"
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    hard_I = RNG.normal(3.0, 1.0, 100)
+    agree, spread = np.stack([hard_I + 0.3] * 3), np.stack([hard_I - 0.6, hard_I + 0.3, hard_I + 1.2])
+    assert verdict(*interval(agree, np.stack([hard_I] * 3))) == "better"
+    assert verdict(*interval(spread, np.stack([hard_I] * 3))) == "cannot tell at this size"
+
+
+def test_a_true_difference_of_nothing_is_called_one_in_some_five_of_a_hundred_cases() -> None:
+    rng = np.random.default_rng(1)
+    called = sum(
+        verdict(*interval(rng.normal(hard, 1.0, (1, 60)), rng.normal(hard, 1.0, (1, 60)))) != "cannot tell at this size"
+        for hard in [rng.normal(3.0, 1.0, 60) for _ in range(60)]
+    )
+    assert called <= 9
+
+
+def test_arms_are_compared_with_the_first_of_one_factor_and_are_alike_in_all_else() -> None:
+    flat = np.ones((2, 10))
+    arms = [arm(d, flat + n, e) for n, d in enumerate(("facts", "model")) for e in ("clip", "vit")]
+    arms.append(arm("facts", flat, "clip", "connector"))
+    found = {(c["factor"], c["arm"], c["than"]): c["difference"] for c in compare(arms)}
+    assert found == {
+        ("data", "model, clip, scratch", "facts, clip, scratch"): 1.0,
+        ("data", "model, vit, scratch", "facts, vit, scratch"): 1.0,
+        ("encoder", "facts, vit, scratch", "facts, clip, scratch"): 0.0,
+        ("encoder", "model, vit, scratch", "model, clip, scratch"): 0.0,
+        ("alignment", "facts, clip, scratch, connector first", "facts, clip, scratch"): 0.0,
+    }
+
+
+def test_a_row_tells_of_all_seeds() -> None:
+    row = summarise(arm("facts", np.array([[1.0, 3.0], [2.0, 4.0]])), images=7, words=40)
+    assert row["cider_d"] == 2.5 and row["of_seeds"] == [2.0, 3.0] and row["shuffled_cider_d"] == 1.25
+    assert row["interval"][0] < 2.5 < row["interval"][1]
+    assert (row["train_images_learned"], row["caption_words_learned"]) == (7, 40)
+    assert row["slices"]["attributes"] == 1.0 and row["slices"]["counting"] is None
+
+
+def test_examples_begin_with_what_differs_most() -> None:
+    scores = np.ones((1, 20))
+    apart = scores.copy()
+    apart[0, 13] = 9.0
+    shown = examples([arm("facts", scores), arm("model", apart, caption="a blue ring")], 6)
+    assert shown[0]["sample_id"] == "i13" and len(shown) == 6 == len({example["sample_id"] for example in shown})
+    assert [said["caption"] for said in shown[0]["said"]] == ["a red ring", "a blue ring"]
+    assert len(examples([arm("facts", np.ones((1, 3)))], 6)) == 3

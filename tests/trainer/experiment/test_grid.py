@@ -1,0 +1,87 @@
+"""An experiment file: a grid of cells on one budget, and one clear error where it cannot be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import ConfigError
+from trainer.experiment.grid import Experiment, cells_of, read_experiment
+
+ROOT = Path(__file__).parents[3]
+TWO: dict[str, Any] = {
+    "data": {"facts": {"data": "d", "texts": "human"}, "model": {"data": "d"}},
+    "encoder": ["tiny-clip"],
+    "seeds": [0, 1],
+    "settings": {"steps": 100},
+}
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.model_validate(TWO | changes)
+
+
+def test_every_kind_of_data_meets_every_encoder_and_seed() -> None:
+    cells = cells_of(experiment(encoder=["tiny-clip", "tiny-vit"]))
+    assert len(cells) == 8 and len({(cell.data, cell.encoder, cell.seed) for cell in cells}) == 8
+    assert {cell.config.texts for cell in cells if cell.data == "facts"} == {"human"}
+    assert all((cell.config.encoder, cell.config.seed) == (cell.encoder, cell.seed) for cell in cells)
+
+
+def test_all_cells_train_for_the_same_number_of_steps() -> None:
+    cells = cells_of(experiment(alignment=["none", "connector", "contrast"]))
+    assert {cell.config.align_steps + cell.config.steps for cell in cells} == {100}
+    found = {cell.alignment: (cell.config.align_steps > 0, cell.config.contrast > 0) for cell in cells}
+    assert found == {"none": (False, False), "connector": (True, False), "contrast": (True, True)}
+
+
+def test_a_smaller_grid_beside_the_first_replaces_lists_and_adds_settings() -> None:
+    more = {"data": ["model"], "decoder": ["smollm2"], "seeds": [0], "settings": {"steps": 7}}
+    cells = cells_of(experiment(also=[more]))
+    assert len(cells) == 5
+    last = cells[-1]
+    assert (last.data, last.encoder, last.decoder, last.seed, last.config.steps) == ("model", "tiny-clip", "smollm2", 0, 7)
+
+
+def test_a_cell_that_is_named_twice_is_run_once() -> None:
+    assert len(cells_of(experiment(also=[{"seeds": [1, 2]}]))) == 6
+
+
+def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
+    one, other = cells_of(experiment())[0], cells_of(experiment(settings={"steps": 100, "dropout": 0.2}))[0]
+    names = {one.folder("a"), one.folder("b"), other.folder("a"), *(cell.folder("a") for cell in cells_of(experiment())[1:])}
+    assert len(names) == 6
+    assert one.folder("a").startswith("facts-tiny-clip-scratch-none-all-s0-")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {}}, "settings.steps must say"),
+        ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is decided by the grid"),
+        ({"settings": {"steps": 9, "depth": 3}}, "bad value for depth"),
+        ({"encoders": ["clip"]}, "encoders: Extra inputs"),
+        ({"alignment": ["both"]}, "alignment.0"),
+        ({"data": {}}, "data"),
+        ({"seeds": []}, "seeds"),
+        ({"also": [{"data": ["nothing"]}]}, "data that is not there: nothing"),
+        ({"data": {"facts": {"texts": "true"}}}, r"data\.facts\.texts"),
+    ],
+)
+def test_what_cannot_be_is_one_error_before_anything_runs(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(TWO | changes))
+    with pytest.raises(ConfigError, match=said):
+        read_experiment(tmp_path / "e.yaml")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"- 1", b"\xff", b"a: [", b"data: 3"])
+def test_what_is_no_experiment_is_one_error(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "e.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"e\.yaml"):
+        read_experiment(tmp_path / "e.yaml")
+
+
+def test_the_example_in_the_documentation_is_one() -> None:
+    assert len(cells_of(read_experiment(ROOT / "docs" / "experiment.yaml"))) == 20

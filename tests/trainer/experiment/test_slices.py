@@ -1,0 +1,48 @@
+"""Slices: the words of a kind that caption and reference share."""
+
+import pytest
+
+from trainer.experiment.slices import SLICES, slice_of, slice_scores
+from trainer.metrics import tokenize
+
+
+@pytest.mark.parametrize(
+    ("word", "slice_"),
+    [
+        ("dog", "objects"),
+        ("dogs", "objects"),
+        ("red", "attributes"),
+        ("two", "counting"),
+        ("17", "counting"),
+        ("left", "position"),
+        ("the", None),
+        ("a", None),
+        ("xyzzy", None),
+    ],
+)
+def test_each_word_counts_in_one_slice_or_none(word: str, slice_: str | None) -> None:
+    assert slice_of(word) == slice_
+
+
+def scores(said: str, *references: str) -> dict[str, float | None]:
+    return slice_scores([tokenize(said)], [[tokenize(reference) for reference in references]])
+
+
+def test_what_is_named_alike_is_one_and_what_is_not_is_nothing() -> None:
+    found = scores("Two red dogs on the left", "Two blue dogs on the right")
+    assert found == {"objects": 1.0, "attributes": 0.0, "counting": 1.0, "position": pytest.approx(0.5)}
+
+
+def test_a_slice_that_nobody_speaks_of_has_no_score() -> None:
+    assert scores("A dog", "A cat") == {"objects": 0.0, "attributes": None, "counting": None, "position": None}
+
+
+def test_the_nearest_reference_is_taken() -> None:
+    assert scores("A red dog", "A blue cat", "A red dog")["objects"] == 1.0
+    assert set(scores("A dog", "A dog", "A cat").values()) == {1.0, None}
+
+
+def test_images_count_by_their_words() -> None:
+    found = slice_scores([["dog"], ["cat"]], [[["dog", "ring", "star"]], [["tree"]]])
+    assert found["objects"] == pytest.approx(2 * 1 / (2 + 4))
+    assert list(found) == list(SLICES)
