@@ -1,0 +1,73 @@
+"""An experiment as a command: killed in the middle, it ends with the same table; what cannot be is one error."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.scene_data import make_version, scene_samples
+from tests.whole.conftest import SYNTH
+
+SETTINGS = {"steps": 40, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_images": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    make_version(folder / "scenes", scene_samples(60))
+    data = {"facts": {"data": "scenes", "texts": "human"}, "model": {"data": "scenes"}}
+    asked = {"data": data, "encoder": ["tiny-clip"], "seeds": [0], "settings": SETTINGS}
+    (folder / "which.yaml").write_text(yaml.safe_dump(asked))
+    return folder
+
+
+def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SYNTH, "experiment", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
+    """Some twenty seconds: two cells are trained twice, in processes of their own."""
+    whole = experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [str(SYNTH), "experiment", "which.yaml", "--jobs", "1", "--out", "cut"]
+    running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("cut/cells/model*/resume.pt")):  # the second cell has kept something: this is the middle
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (folder / "cut" / "experiment.json").exists()
+    again = experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut")
+    assert again.returncode == 0, again.stderr
+    assert "2 cells, of which 1 are done" in again.stderr
+    for name in ("experiment.json", "experiment.md", "experiment.html"):
+        assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert again.stdout.strip() == "cut/experiment.html"
+
+
+def test_a_program_gets_the_result_as_json(folder: Path) -> None:
+    done = experiment(folder, "which.yaml", "--jobs", "2", "--out", "whole", "--json")
+    found = json.loads(done.stdout)
+    assert [arm["data"] for arm in found["arms"]] == ["facts", "model"]
+    assert found["path"] == "whole/experiment.html"
+    assert found["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("data: {a: {data: nowhere}}\nsettings: {steps: 1}", "no dataset at nowhere"),
+        ("data: {a: {data: scenes}}", "settings.steps must say"),
+        ("data: {a: {data: scenes}}\nsettings: {steps: 1, styles: [poem]}", "no synthetic captions"),
+    ],
+)
+def test_what_cannot_be_is_one_error(folder: Path, content: str, said: str) -> None:
+    (folder / "bad.yaml").write_text(content)
+    done = experiment(folder, "bad.yaml")
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
