@@ -41,7 +41,8 @@ class PageGuide(nn.Module):
         classes = len(BACKGROUNDS)  # of pages and of grounds alike
         self.page, self.word, self.number, self.ground = (nn.Linear(width, classes) for _ in range(4))
         self.count = nn.Linear(width, MAX_OBJECTS + 1)
-        self.look_page, self.look_spot = nn.Linear(width, classes), nn.Linear(width, VISION_TOKENS + 1)
+        self.look_page, self.look_ground = nn.Linear(width, classes), nn.Linear(width, classes)
+        self.look_spot = nn.Linear(width, VISION_TOKENS + 1)
         self._end_id = tokenizer.get_vocab()["<|vision_end|>"]
         ids = {text: tokenizer(text)["input_ids"] for text in (*(f" {ground}" for ground in BACKGROUNDS), " page")}
         assert all(len(found) == 1 for found in ids.values()), "each of these words must be one token"
@@ -55,19 +56,22 @@ class PageGuide(nn.Module):
         All decks must have the same number of pages.
         """
         pages = len(asked[0].deck)
-        image_KD = output.hidden_states[PAGE_LAYER][image_BS]
-        page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS).repeat(len(asked))
+        length = image_BS.shape[1]
+        ends_BS = self._ends(asked, length)
+        image_KD = output.hidden_states[PAGE_LAYER][image_BS | ends_BS]
+        page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS + 1).repeat(len(asked))
         loss = functional.cross_entropy(self.page(image_KD), page_K)
         words_BSD = output.hidden_states[WORD_LAYER]
-        # Which page a word names, and where to look for the next one, must be known before the layers that look there.
-        heads = (self.word, self.number, self.look_page, self.look_spot)
-        targets = (*self._targets(asked, image_BS.shape[1]), *_looks(asked, image_BS.shape[1]))
-        for head, targets_BS in zip(heads, targets, strict=True):
-            if (targets_BS != NOTHING).any():
-                loss = loss + functional.cross_entropy(
-                    head(words_BSD).flatten(0, 1), targets_BS.flatten(), ignore_index=NOTHING
-                )
-        ends_BS = self._ends(asked, image_BS.shape[1])
+        page_BS, ground_BS, spot_BS = _looks(asked, length)
+        # Which page a word names, and which spot decides the next one, must be known before the layers that look there.
+        heads = (self.word, self.number, self.look_spot)
+        for head, targets_BS in zip(heads, (*self._targets(asked, length), spot_BS), strict=True):
+            loss = loss + _mean(_costs(head, words_BSD, targets_BS))
+        # A page is known by its number or by its ground: after "pages [2]" by the one, after "on the gray page" by the other.
+        by_number_N, by_ground_N = (
+            _costs(*each) for each in ((self.look_page, words_BSD, page_BS), (self.look_ground, words_BSD, ground_BS))
+        )
+        loss = loss + _mean(torch.minimum(by_number_N, by_ground_N))
         ends_ED = words_BSD[ends_BS]  # what stands behind each page sums it up
         counts = torch.tensor([len(scene.objects) for each in asked for scene in each.deck])
         grounds = torch.tensor([BACKGROUNDS.index(scene.background) for each in asked for scene in each.deck])
@@ -99,17 +103,29 @@ class PageGuide(nn.Module):
         return page_BS, ground_BS
 
 
-def _looks(asked: Sequence[Asked], length: int) -> tuple[Tensor, Tensor]:
-    """Return, where one page decides a word, which, and where one spot of it does, which: (B, S)."""
-    page_BS, spot_BS = (torch.full((len(asked), length), NOTHING) for _ in range(2))
+def _costs(head: nn.Module, words_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    """Return the cross-entropy at each of the places that have a target."""
+    told_BS = targets_BS != NOTHING
+    costs_N: Tensor = functional.cross_entropy(head(words_BSD[told_BS]), targets_BS[told_BS], reduction="none")
+    return costs_N
+
+
+def _mean(costs_N: Tensor) -> Tensor:
+    return costs_N.sum() / max(1, len(costs_N))
+
+
+def _looks(asked: Sequence[Asked], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, where one page decides a word, its number and its ground, and where one spot of it does, which: (B, S)."""
+    page_BS, ground_BS, spot_BS = (torch.full((len(asked), length), NOTHING) for _ in range(3))
     for b, each in enumerate(asked):
         for s, decisive in enumerate(each.packed.looks):
             pages, spots = {page for page, _ in decisive}, {spot for _, spot in decisive}
             if len(pages) == 1:
-                page_BS[b, s] = pages.pop() - 1
+                page_BS[b, s] = min(pages) - 1
+                ground_BS[b, s] = BACKGROUNDS.index(each.deck[min(pages) - 1].background)
             if len(spots) == 1:
-                spot_BS[b, s] = spots.pop()
-    return page_BS, spot_BS
+                spot_BS[b, s] = min(spots)
+    return page_BS, ground_BS, spot_BS
 
 
 def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, asked: Sequence[Asked]) -> Tensor:

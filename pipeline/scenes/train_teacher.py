@@ -68,7 +68,7 @@ QUESTIONS = Phase(
 )
 # Of a teacher of its own. Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
-    "decks", 1900, 1900, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
+    "decks", 1400, 1400, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=3, answers=5, answer_weight=10, decks=5
 )
 GUIDE_ATTENTION_EVERY = 4  # steps; it costs more than twice the time
 

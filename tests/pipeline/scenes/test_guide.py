@@ -63,7 +63,9 @@ def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[P
         (((2, 4), (3, 5)), [], []),
     ):
         asked = asked_of(packer, "Question: How many?", spots)
-        page_BS, spot_BS = _looks([asked], len(asked.packed.ids))
+        page_BS, ground_BS, spot_BS = _looks([asked], len(asked.packed.ids))
+        grounds = [BACKGROUNDS.index(asked.deck[at].background) for at in page]
+        assert ground_BS[ground_BS != NOTHING].tolist() == grounds
         assert (page_BS[page_BS != NOTHING].tolist(), spot_BS[spot_BS != NOTHING].tolist()) == (page, spot)
 
 
@@ -72,6 +74,7 @@ def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:
     ground = sample_deck(random.Random(4))[0].background
     asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 1?", ((1, END),))
     ids, *_ = collate([asked.packed])
-    output = SimpleNamespace(hidden_states=[torch.randn(1, ids.shape[1], TEXT_WIDTH) for _ in range(5)], attentions=None)
-    heads(output, ids == packer.image_token_id, [asked]).backward()
+    for _ in range(20):  # a page is known by its number or by its ground: now one of these heads learns, now the other
+        output = SimpleNamespace(hidden_states=[torch.randn(1, ids.shape[1], TEXT_WIDTH) for _ in range(5)], attentions=None)
+        heads(output, ids == packer.image_token_id, [asked]).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads.parameters())
