@@ -9,6 +9,7 @@ help:
 	@echo 'make test    set up, then lint, type-check and test'
 	@echo 'make format  rewrite the code in the one format'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
+	@echo 'make experiment   the worked example: which captions make the better captioner (up to an hour on 2 cores)'
 	@echo 'make check-real REPO=ORG/NAME   the main job on 64 photos with your GPU, network and Hub token'
 	@echo 'make clean   remove what was set up and built here'
 
@@ -27,6 +28,13 @@ format: .stamps/venv
 
 teacher: .stamps/venv
 	$(BIN)/python -m pipeline.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
+
+# The worked example of docs/experiments/which-data.md. It can be interrupted, and goes on.
+experiment: .stamps/venv
+	$(BIN)/synth generate --source scenes --limit 1100
+	$(BIN)/pip install --quiet gguf accelerate
+	$(BIN)/python benchmarks/smollm2.py data/smollm2
+	$(BIN)/synth experiment docs/experiment.yaml
 
 # Needs a GPU with vLLM, a network and a Hub token: nothing of this is pretended elsewhere.
 check-real: .stamps/venv
@@ -53,4 +61,4 @@ check-real: .stamps/venv
 clean:
 	rm -rf .venv .venv-vllm .stamps demo check-real build dist *.egg-info
 
-.PHONY: help demo test format teacher check-real clean
+.PHONY: help demo test format teacher experiment check-real clean

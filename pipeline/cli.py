@@ -400,6 +400,7 @@ def experiment(
     as_json: AsJson = False,
 ) -> None:
     """Train a grid of captioners, and say which data, encoder, decoder or alignment makes the better one."""
+    from pipeline.errors import TrainError
     from pipeline.progress import progress
     from pipeline.store import Folder, disk_errors
     from trainer.experiment.cells import default_jobs, plan, run_cells
@@ -412,10 +413,15 @@ def experiment(
         runs = plan(asked, cells_of(asked), open_data, folder)
         say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
         with progress() as talk:
-            run_cells(runs, jobs or default_jobs(), talk)
-        result = write_result(runs, folder)
-    say(markdown(result))
-    show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
+            failed = run_cells(runs, jobs or default_jobs(), talk)
+        finished = [run for run in runs if run.is_done]
+        result = write_result(finished, folder) if finished else None
+    if result:
+        say(markdown(result))
+        show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
+    if failed:
+        hint = "the others are in the result; mend it, and the same command trains what is missing"
+        raise TrainError(f"{len(failed)} of {len(runs)} cells failed, first {failed[0]}", hint=hint)
 
 
 @app.command()

@@ -111,10 +111,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_cells(runs: list[Run], jobs: int, talk: Talk) -> None:
+def run_cells(runs: list[Run], jobs: int, talk: Talk) -> list[str]:
     """Train all that are not done yet, so many at a time; each goes on where it stopped.
 
-    One that fails keeps no other from running. Raises TrainError at the end, with the first reason.
+    One that fails keeps no other from running: returns what was said of those.
     """
     waiting = [run for run in runs if not run.is_done]
     done = len(runs) - len(waiting)
@@ -136,9 +136,7 @@ def run_cells(runs: list[Run], jobs: int, talk: Talk) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if failed:
-        hint = "mend it and start the same command again: what is done stays done"
-        raise TrainError(f"{len(failed)} of {len(runs)} cells failed, first {failed[0]}", hint=hint)
+    return failed
 
 
 def _prepare(threads: int, parent: int, gpus: int, places: Any) -> None:

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Arm:
     @property
     def name(self) -> str:
         """Return its key in words, without what is as usual."""
-        data, encoder, decoder, alignment, images = self.key
+        data, encoder, decoder, alignment, images = (Path(part).name for part in self.key)
         aligned = {"none": "", "connector": ", connector first", "contrast": ", connector first, contrast"}[alignment]
         return f"{data}, {encoder}, {decoder}{aligned}{f', {images} images' if images != '0' else ''}"
 

@@ -145,9 +145,10 @@ def cells_of(experiment: Experiment) -> list[Cell]:
         lists = (names, *(grid[name] for name in FACTORS[1:]), grid["seeds"])
         for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
             config = _config(experiment.data[data], encoder, decoder, alignment, images, seed, grid["settings"])
-            cells.setdefault(
-                (data, encoder, decoder, alignment, images, seed), Cell(data, encoder, decoder, alignment, images, seed, config)
-            )
+            cell = Cell(data, encoder, decoder, alignment, images, seed, config)
+            if cells.setdefault((*cell.arm, seed), cell) != cell:
+                said = f"two cells are {', '.join(cell.arm)}, seed {seed}, and have other settings"
+                raise ConfigError(said, hint="they would be one arm: give each its own experiment file")
     return list(cells.values())
 
 

@@ -89,13 +89,13 @@ def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_fro
         runs[0].cell, runs[0].version, TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1), tmp_path / "bad", runs[0].only
     )
     told: list[tuple[int, int | None]] = []
-    with pytest.raises(TrainError, match=r"1 of 3 cells failed, first bad: .*nowhere"):
-        run_cells([bad, *runs], 1, lambda stage, done, total: told.append((done, total)))
+    (failed,) = run_cells([bad, *runs], 1, lambda stage, done, total: told.append((done, total)))
+    assert failed.startswith("bad: ") and "nowhere" in failed
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and all(run.is_done for run in runs)
     about = json.loads((runs[1].folder / "cell.json").read_text())
     assert (about["data"], about["seed"], about["digest"]) == ("model", 0, runs[1].version.manifest["digest"])
     before = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
-    run_cells(runs, 1, lambda stage, done, total: None)
+    assert run_cells(runs, 1, lambda stage, done, total: None) == []
     assert before == {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
     result = write_result(runs, tmp_path)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]

@@ -65,6 +65,7 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
         ({"alignment": ["both"]}, "alignment.0"),
         ({"data": {}}, "data"),
         ({"seeds": []}, "seeds"),
+        ({"also": [{"seeds": [1], "settings": {"dropout": 0.3}}]}, "two cells are facts, tiny-clip, .* other settings"),
         ({"also": [{"data": ["nothing"]}]}, "data that is not there: nothing"),
         ({"data": {"facts": {"texts": "true"}}}, r"data\.facts\.texts"),
     ],
