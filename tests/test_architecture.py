@@ -53,7 +53,7 @@ TRAINER_MAY = {
     "tables",
     "store",
     "image",
-    "picture",
+    "page",
     "fingerprint",
     "wordnet",
 }
