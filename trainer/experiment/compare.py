@@ -42,7 +42,8 @@ class Arm:
     @property
     def name(self) -> str:
         """Return its key in words, without what is as usual."""
-        data, encoder, decoder, alignment, images = (Path(part).name for part in self.key)
+        data, encoder, decoder, alignment, images = self.key
+        encoder, decoder = Path(encoder).name, Path(decoder).name  # of a folder its last part
         aligned = {"none": "", "connector": ", connector first", "contrast": ", connector first, contrast"}[alignment]
         return f"{data}, {encoder}, {decoder}{aligned}{f', {images} images' if images != '0' else ''}"
 
