@@ -409,7 +409,7 @@ def experiment(
 
     asked = read_experiment(file)
     folder = out or Path("experiments") / file.stem
-    with Folder(folder).lock(), disk_errors(folder):
+    with disk_errors(folder), Folder(folder).lock():
         runs = plan(asked, cells_of(asked), open_data, folder)
         say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
         with progress() as talk:
@@ -420,8 +420,10 @@ def experiment(
         say(markdown(result))
         show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
     if failed:
+        for each in failed:
+            say(f"failed: {each}")
         hint = "the others are in the result; mend it, and the same command trains what is missing"
-        raise TrainError(f"{len(failed)} of {len(runs)} cells failed, first {failed[0]}", hint=hint)
+        raise TrainError(f"{len(failed)} of {len(runs)} cells failed", hint=hint)
 
 
 @app.command()

@@ -93,7 +93,7 @@ def write_captions(path: Path, each: list[dict[str, Any]]) -> None:
 class Log:
     """`log.jsonl`: one JSON object a line; on resume, lines from later steps are dropped.
 
-    With `tensorboard`, the same curves as event files in the folder `tensorboard` beside it; TrainError without the package.
+    With `tensorboard`, the same curves as event files in the folder `tensorboard` beside it.
     """
 
     def __init__(self, path: Path, first_step: int, *, tensorboard: bool = False) -> None:
@@ -121,11 +121,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _tensorboard(folder: Path, first_step: int) -> Any:
+def require_tensorboard() -> None:
+    """Raise TrainError where the package is not there."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise TrainError("TensorBoard is not installed", hint="pip install tensorboard") from None
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     if first_step == 0:
         shutil.rmtree(folder, ignore_errors=True)  # a run that begins anew
     return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -110,20 +110,26 @@ def limit_images(examples: list[Example], images: int) -> list[Example]:
 def limit_captions(examples: list[Example], words: int) -> list[Example]:
     """Return the examples with captions of so many words in all: one of each image, then a second of each, while they fit.
 
-    Each image keeps one, so that the images stay the same. Which ones are first is a function of image and text alone.
+    Each image keeps one, so that the images stay the same: the shortest, where others are too long. Which ones come first is
+    else a function of image and text alone.
     """
     if not words:
         return examples
-    ordered = [sorted((t for t in e.texts if t.style), key=lambda t: unit_interval(e.sample_id, t.text)) for e in examples]
-    kept: list[set[Text]] = [set(mine[:1]) for mine in ordered]
-    left = words - sum(count_words(text) for mine in kept for text in mine)
-    for turn in range(1, max(map(len, ordered), default=0)):
-        for mine, chosen in zip(ordered, kept, strict=True):
-            if turn < len(mine) and (count := count_words(mine[turn])) <= left:
+    captions = [[n for n, text in enumerate(example.texts) if text.style] for example in examples]
+    for example, mine in zip(examples, captions, strict=True):
+        mine.sort(key=lambda n: unit_interval(example.sample_id, example.texts[n].text))
+    if sum(count_words(e.texts[mine[0]]) for e, mine in zip(examples, captions, strict=True) if mine) > words:
+        for example, mine in zip(examples, captions, strict=True):
+            mine.sort(key=lambda n: count_words(example.texts[n]))
+    kept = [set(mine[:1]) for mine in captions]
+    left = words - sum(count_words(e.texts[n]) for e, chosen in zip(examples, kept, strict=True) for n in chosen)
+    for turn in range(1, max(map(len, captions), default=0)):
+        for example, mine, chosen in zip(examples, captions, kept, strict=True):
+            if turn < len(mine) and (count := count_words(example.texts[mine[turn]])) <= left:
                 chosen.add(mine[turn])
                 left -= count
     return [
-        replace(example, texts=tuple(text for text in example.texts if not text.style or text in chosen))
+        replace(example, texts=tuple(text for n, text in enumerate(example.texts) if not text.style or n in chosen))
         for example, chosen in zip(examples, kept, strict=True)
     ]
 

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from torch import nn
 from pipeline.errors import TrainError
 from pipeline.fingerprint import digest
 from pipeline.store import Version, write_json
-from trainer.checkpoint import Checkpoint, Log, best_device, load_checkpoint, load_resume, save_resume, write_captions
+from trainer.checkpoint import (
+    Checkpoint,
+    Log,
+    best_device,
+    load_checkpoint,
+    load_resume,
+    require_tensorboard,
+    save_resume,
+    write_captions,
+)
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, limit_captions, limit_images, read_examples
 from trainer.evaluate import Asked, evaluate, scored_prompt
@@ -150,6 +159,8 @@ def train(
         StoreError: the version lacks a split.
         TrainError: there is nothing to learn from or to resume, a model is not there, or the loss does not stay a number.
     """
+    if tensorboard:
+        require_tensorboard()
     say = talk or (lambda stage, done, total: None)
     rank, processes = _join_processes()
     device = best_device(rank)
@@ -157,7 +168,7 @@ def train(
     sets = {split: examples_of(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_words)
     test = sets["test"]
-    validation = sets["validation"][: config.evaluate_images]
+    validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
     config = config.settled(len(train_set))
     if not any((config.encoder_rate, config.connector_rate, config.decoder_rate)):
         raise TrainError("nothing would learn: all rates are 0", hint="give connector_rate, decoder_rate or encoder_rate")
@@ -167,7 +178,7 @@ def train(
     states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, say)
     trainer = Trainer(checkpoint, config, train_set, validation, states_of, device, rank, processes)
     settings = config.model_dump(mode="json")
-    run = digest([settings, version.manifest["digest"], processes])
+    run = digest([settings, version.manifest["digest"], processes, [example.sample_id for example in train_set]])
     state = load_resume(out, run) if resume else None
     if rank == 0:
         (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
@@ -197,11 +208,18 @@ def train(
 
 
 def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
-    """Return what a run of these settings sees of a split, before budgets."""
+    """Return what a run of these settings sees of a split, before budgets: by id, since a version has no order."""
     examples = read_examples(
         version.read(split), config.texts, questions=config.questions, styles=config.styles, name_source=config.name_source
     )
-    return [example for example in examples if only is None or example.sample_id in only]
+    seen = (example for example in examples if only is None or example.sample_id in only)
+    return sorted(seen, key=lambda example: example.sample_id)
+
+
+def _of_learned_prompts(examples: list[Example], train_set: list[Example]) -> list[Example]:
+    """Return the examples with texts of sources and styles that are learned: a limit on words may leave out all of a style."""
+    learned = {(text.source, text.style) for example in train_set for text in example.texts}
+    return [replace(e, texts=tuple(text for text in e.texts if (text.source, text.style) in learned)) for e in examples]
 
 
 def choose_encoder(say: Callable[[str], None]) -> str:
@@ -376,8 +394,9 @@ def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float)
 def validation_loss(trainer: Trainer) -> float:
     """Return the mean loss of a token over the images of the validation split that are looked at while training."""
     captioner, total, tokens = trainer.checkpoint.captioner.eval(), 0.0, 0
-    for at in range(0, len(trainer.validation), trainer.config.batch_images):
-        part = trainer.validation[at : at + trainer.config.batch_images]
+    told = [example for example in trainer.validation if example.texts]
+    for at in range(0, len(told), trainer.config.batch_images):
+        part = told[at : at + trainer.config.batch_images]
         texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
         total += captioner.loss(trainer.states_of(part).to(trainer.device), texts.to(trainer.device)).item()
         tokens += int(texts.learned_CT.sum())

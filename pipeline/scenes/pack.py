@@ -33,6 +33,7 @@ class Task:
     line: str
     reply: str
     seldom_worded: bool = False
+    words: str | None = None  # that stand before its line; None: any
     looks: tuple[Look, ...] = ()  # of a deck: where in the reply which spots must be looked at
 
 
@@ -55,10 +56,13 @@ class Packer:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
 
-    def pack(self, images: int, rng: random.Random, tasks: Iterable[Task], answer_weight: float) -> Packed:
-        """Return the sequence of a document of some images under one random wording of its prompts."""
+    def pack(
+        self, images: int, rng: random.Random, tasks: Iterable[Task], answer_weight: float, system: str | None = None
+    ) -> Packed:
+        """Return the sequence of a document of some images under a random wording of its prompts, where none is given."""
         packed = Packed()
-        system, _ = vary(rng)
+        varied, _ = vary(rng)
+        system = varied if system is None else system
         before = (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + "<|im_start|>user\n"
         start = 0
         for number in range(1, images + 1):
@@ -69,6 +73,7 @@ class Packer:
         start = self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
         for segment, task in enumerate(tasks, 1):
             words = vary(rng)[1] if not task.seldom_worded or rng.random() < SELDOM else ""
+            words = words if task.words is None else task.words
             asked = self._ids(f"{words}\n{task.line}" if words else task.line)
             asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
             said = self._ids(f"{task.reply}<|im_end|>")

@@ -1,5 +1,6 @@
 """Data: whose texts are learned is a choice, and the order of training is a pure function."""
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -79,6 +80,10 @@ def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
     assert [e.sample_id for e in limit_captions(examples, 1)] == [e.sample_id for e in examples]
     assert all(sum(bool(text.style) for text in example.texts) == 1 for example in limit_captions(examples, 1))
     assert limit_captions(examples, 0) == examples
+    shortest = limit_captions(examples, 121)  # first captions by chance would be longer
+    assert words(shortest) == 30 * 4
+    twice = replace(examples[0], texts=(examples[0].texts[0],) * 2)
+    assert len(limit_captions([twice], 4)[0].texts) == 1
 
 
 def test_nothing_of_that_kind_to_learn_is_an_error() -> None:

@@ -115,6 +115,7 @@ def test_curves_for_tensorboard_without_it_are_one_error(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrainError, match="TensorBoard is not installed"):
         train(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
+    assert not (tmp_path / "out").exists()  # nothing was begun, and nothing that was there is lost
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
@@ -164,10 +165,19 @@ def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Versi
     only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
     metrics = train(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
     told = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
-    assert [about["sample_id"] for about in told] == [i for i in ids["test"] if i in only]
+    assert [about["sample_id"] for about in told] == sorted(set(ids["test"]) & only)
     assert metrics["images"] == len(told) and "each" not in metrics
     assert sum(about["cider_d"] for about in told) / len(told) == pytest.approx(metrics["scores"]["cider_d"], abs=1e-3)
     assert sum(about["rouge_l"] for about in told) / len(told) == pytest.approx(metrics["scores"]["rouge_l"], abs=1e-3)
+
+
+def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
+    train(version, replace(encoder=clip, caption_words=1), tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").captioner.config.prompts == [("synthetic", "brief")]
+    (checked,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
+    assert math.isfinite(checked["validation_loss"]) and checked["validation_loss"] > 0
 
 
 def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:

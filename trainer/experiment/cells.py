@@ -1,12 +1,15 @@
 """Run the cells of an experiment, several at a time, so that any interruption costs a few steps of those that were running."""
 
+import multiprocessing.connection
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,7 @@ from trainer.features import Talk
 from trainer.loop import examples_of, train
 
 MIN_TEST_IMAGES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What all arms have in common: images of each split, and words of captions for each number of training images."""
-
-    images: dict[str, list[str]]
-    words: dict[int, int]  # 0: as many as there are
+CONTEXT = get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,9 @@ class Run:
     version: Version
     config: TrainConfig
     folder: Path
-    only: frozenset[str]
+    only: frozenset[str]  # images of all splits
+    train_images: int  # that it learns from
+    train_words: int  # of captions
 
     @property
     def is_done(self) -> bool:
@@ -47,54 +45,66 @@ class Run:
         return (self.folder / "metrics.json").exists() and (self.folder / "captions.jsonl").exists()
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process that trains a cell, in one of the places for so many at once."""
+
+    process: SpawnProcess
+    run: Run
+    place: int
+    heard: Connection  # what it says before it fails
+
+
 def plan(
     experiment: Experiment, cells: list[Cell], open_data: Callable[[str | None, str | None], Version], out: Path
 ) -> list[Run]:
-    """Return the runs of all cells, with the same images and, if asked for, as many words of captions for all data.
+    """Return the runs of all cells, with the same images and, if asked for, about as many words of captions for all data.
 
     Raises:
-        TrainError: the data have no test images in common, or nobody has said what is true of them.
+        TrainError: the data have no images in common, or nobody has said what is true of them.
     """
-    used = {cell.data for cell in cells}
+    used = {cell.data: cell.config for cell in cells}  # what is seen of a version depends on the kind of data alone
     versions = {name: open_data(data.data, data.images) for name, data in experiment.data.items() if name in used}
-    budget = _budget(experiment, cells, versions)
-    only = frozenset(sample_id for ids in budget.images.values() for sample_id in ids)
-    runs = []
-    for cell in cells:
-        config = cell.config.model_copy(update={"caption_words": budget.words[cell.train_images]})
-        version = versions[cell.data]
-        folder = out / "cells" / cell.folder(budget.words[cell.train_images], version.manifest["digest"], sorted(only))
-        runs.append(Run(cell, version, config, folder, only))
-    return runs
-
-
-def _budget(experiment: Experiment, cells: list[Cell], versions: dict[str, Version]) -> Budget:
-    config_of = {cell.data: cell.config for cell in cells}  # what is seen of a version depends on the data alone
-    images: dict[str, list[str]] = {}
+    only: set[str] = set()
     learned: dict[str, list[Example]] = {}
     for split in ("train", "validation", "test"):
-        seen = {name: examples_of(version, split, config_of[name]) for name, version in versions.items()}
+        seen = {name: _texts(name, version, split, used[name]) for name, version in versions.items()}
         common = set.intersection(*({example.sample_id for example in mine} for mine in seen.values()))
         if split == "test":  # all arms are scored against the same words
             told = [{(e.sample_id, e.references) for e in mine if e.references} for mine in seen.values()]
             common = {sample_id for sample_id, _ in set.intersection(*told)}
-        if len(common) < (MIN_TEST_IMAGES if split == "test" else 1):
-            why = "that have references" if split == "test" else "with something to learn"
-            hint = "compare versions of one source, and train on what people or facts say of it"
-            raise TrainError(f"the data have no {split} images in common {why}", hint=hint)
-        images[split] = sorted(common)
-        learned |= {name: [e for e in mine if e.sample_id in common] for name, mine in seen.items() if split == "train"}
-    words = {
-        size: min(_words(limit_images(mine, size)) for mine in learned.values()) if experiment.match_words else 0
-        for size in {cell.train_images for cell in cells}
-    }
-    return Budget(images, words)
+        needed = MIN_TEST_IMAGES if split == "test" else 1
+        if len(common) < needed:
+            which = "that have the same references" if split == "test" else "with something to learn"
+            hint = "compare versions of one source, whose references come from people or facts"
+            raise TrainError(f"the data have {len(common)} {split} images in common {which}, of {needed} at least", hint=hint)
+        only |= common
+        if split == "train":
+            learned = {name: [e for e in mine if e.sample_id in common] for name, mine in seen.items()}
+    runs = []
+    for cell in cells:
+        budget = (
+            min(_words(limit_images(mine, cell.train_images)) for mine in learned.values()) if experiment.match_words else 0
+        )
+        mine = limit_captions(limit_images(learned[cell.data], cell.train_images), budget)
+        version, config = versions[cell.data], cell.config.model_copy(update={"caption_words": budget})
+        known = (budget, version.manifest["digest"], sorted(only), _files(cell.encoder), _files(cell.decoder))
+        runs.append(Run(cell, version, config, out / "cells" / cell.folder(*known), frozenset(only), len(mine), _words(mine)))
+    return runs
 
 
-def learned(run: Run) -> tuple[int, int]:
-    """Return from how many images and words of captions a run learns."""
-    examples = limit_images(examples_of(run.version, "train", run.config, run.only), run.config.train_images)
-    return len(examples), _words(limit_captions(examples, run.config.caption_words))
+def _texts(name: str, version: Version, split: str, config: TrainConfig) -> list[Example]:
+    """Return the examples of a split without their pixels. Raises TrainError that names the kind of data."""
+    try:
+        return [replace(example, image=b"") for example in examples_of(version, split, config)]
+    except SynthError as error:
+        raise TrainError(f"data {name}: {error}", hint="see `data` and `settings.styles` of the experiment file") from None
+
+
+def _files(model: str) -> list[tuple[str, int, int]]:
+    """Return what tells one state of a model's folder from another; nothing for one that has a name."""
+    files = sorted(path for path in Path(model).glob("*") if path.is_file()) if Path(model).is_dir() else []
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _words(examples: list[Example]) -> int:
@@ -114,48 +124,69 @@ def cores() -> int:
 def run_cells(runs: list[Run], jobs: int, talk: Talk) -> list[str]:
     """Train all that are not done yet, so many at a time; each goes on where it stopped.
 
-    One that fails keeps no other from running: returns what was said of those.
+    Each is a process of its own, as a single `synth train` would be: one that fails, or is killed for its memory, takes no
+    other along. Returns what was said of those.
     """
     waiting = [run for run in runs if not run.is_done]
     done = len(runs) - len(waiting)
     talk("cells", done, len(runs))
-    threads, context, places = max(1, cores() // jobs), get_context("spawn"), get_context("spawn").SimpleQueue()
-    for place in range(jobs):
-        places.put(place)
-    failed: list[str] = []
-    # Processes of their own: each starts as a single run of `synth train` would, and one that dies takes no other along.
-    with ProcessPoolExecutor(jobs, context, _prepare, (threads, os.getpid(), torch.cuda.device_count(), places)) as pool:
-        coming = {pool.submit(_train, run): run for run in waiting}
-        try:
-            for future in as_completed(coming):
-                if error := future.exception():
-                    said = str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}"
-                    failed.append(f"{coming[future].folder.name}: {said}")
+    jobs = max(1, min(jobs, len(waiting)))
+    places, running, failed = list(range(jobs)), list[Running](), list[str]()
+    try:
+        while waiting or running:
+            while waiting and places:
+                run, place = waiting.pop(0), places.pop(0)
+                heard, told = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(target=_train, args=(run, max(1, cores() // jobs), _gpu(place), os.getpid(), told))
+                process.start()
+                told.close()
+                running.append(Running(process, run, place, heard))
+            multiprocessing.connection.wait([each.process.sentinel for each in running])
+            for each in [each for each in running if not each.process.is_alive()]:
+                running.remove(each)
+                if code := each.process.exitcode:
+                    said = each.heard.recv() if each.heard.poll() else f"its process ended with exit code {code}"
+                    failed.append(f"{each.run.folder.name}: {said}")
+                places.append(each.place)
                 done += 1
                 talk("cells", done, len(runs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    finally:
+        for each in running:
+            each.process.terminate()
+            each.process.join()
     return failed
 
 
-def _prepare(threads: int, parent: int, gpus: int, places: Any) -> None:
-    """Make a process of the pool ready: its share of the cores, a GPU of its own, and no life after its parent."""
-    torch.set_num_threads(threads)
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(places.get() % gpus)
+def _gpu(place: int) -> str | None:
+    """Return the GPU of a place, as CUDA_VISIBLE_DEVICES names it; None where there is none."""
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (visible.split(",") if visible else [str(n) for n in range(count)])[place % count]
+
+
+def _train(run: Run, threads: int, gpu: str | None, parent: int, told: Any) -> None:
+    """Train one cell in its own process; what goes wrong is told to the parent, and ends the process with 1."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    cell = run.cell
+    about = {name: getattr(cell, name) for name in (*FACTORS, "otherwise", "seed")}
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_json(run.folder / "cell.json", about | {"version": run.version.name, "digest": run.version.manifest["digest"]})
+        train(run.version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the parent was interrupted as well, and says so
+    except Exception as error:  # noqa: BLE001
+        told.send(str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}")
+        sys.exit(1)
 
 
 def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: what it would write is written by the next command."""
     while os.getppid() == parent:
         time.sleep(1)
-    os._exit(1)  # what it would write is written by the next command
-
-
-def _train(run: Run) -> None:
-    cell = run.cell
-    about = {name: getattr(cell, name) for name in (*FACTORS, "seed")}
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / "cell.json", about | {"version": run.version.name, "digest": run.version.manifest["digest"]})
-    train(run.version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only)
+    os._exit(1)

@@ -3,6 +3,7 @@
 Shapes: S seeds, I test images, R draws of the bootstrap.
 """
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,9 +27,9 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """All seeds of one place in the grid."""
+    """All seeds of one place in the grid; images are in the order of their ids."""
 
-    key: tuple[str, ...]  # the values of FACTORS
+    key: tuple[str, ...]  # the values of FACTORS, and settings that are not those of the first grid
     seeds: tuple[int, ...]
     sample_ids: tuple[str, ...]
     references: tuple[tuple[str, ...], ...]
@@ -42,10 +43,11 @@ class Arm:
     @property
     def name(self) -> str:
         """Return its key in words, without what is as usual."""
-        data, encoder, decoder, alignment, images = self.key
+        data, encoder, decoder, alignment, images, otherwise = self.key
         encoder, decoder = Path(encoder).name, Path(decoder).name  # of a folder its last part
         aligned = {"none": "", "connector": ", connector first", "contrast": ", connector first, contrast"}[alignment]
-        return f"{data}, {encoder}, {decoder}{aligned}{f', {images} images' if images != '0' else ''}"
+        more = (f"{images} images" if images != "0" else "", otherwise)
+        return f"{data}, {encoder}, {decoder}{aligned}" + "".join(f", {words}" for words in more if words)
 
 
 def read_arms(runs: list[Run]) -> list[Arm]:
@@ -53,11 +55,14 @@ def read_arms(runs: list[Run]) -> list[Arm]:
     of_arm: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
         of_arm[run.cell.arm].append(run)
-    return [_read_arm(key, mine) for key, mine in of_arm.items()]
+    arms = [_read_arm(key, mine) for key, mine in of_arm.items()]
+    assert all(arm.sample_ids == arms[0].sample_ids for arm in arms), "arms were not scored on the same images"
+    return arms
 
 
 def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
-    told = [[json.loads(line) for line in (r.folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()] for r in runs]
+    lines = [(run.folder / "captions.jsonl").read_text(encoding="utf-8").split("\n") for run in runs]
+    told = [sorted((json.loads(line) for line in mine if line), key=lambda about: about["sample_id"]) for mine in lines]
     references = tuple(tuple(about["references"]) for about in told[0])
     tokens = [[reference.split(" ") for reference in mine] for mine in references]
     lengths = [round(float(np.mean([len(reference) for reference in mine]))) for mine in tokens]
@@ -81,38 +86,39 @@ def interval(scores_SI: Scores, other_SI: Scores | None = None) -> tuple[float, 
     """Return the 95 % interval of a mean over seeds and images, or of how far it lies above another one.
 
     By a bootstrap of two levels: images are drawn with replacement, for both alike since they were scored on the same ones, and
-    seeds for each of the two. With one seed, nothing is known of how much another would change.
+    seeds for each of the two. Means of S drawn seeds have (S - 1) / S of the variance that they should, so they are spread.
+    With one seed, nothing is known of how much another would change.
     """
     rng = np.random.default_rng(0)
     images_RI = rng.integers(scores_SI.shape[1], size=(DRAWS, scores_SI.shape[1]))
 
     def drawn_R(values_SI: Scores) -> Scores:
-        seeds_RS = rng.integers(len(values_SI), size=(DRAWS, len(values_SI)))
-        return np.array([values_SI[s].mean(0)[i].mean() for s, i in zip(seeds_RS, images_RI, strict=True)])
+        seeds = len(values_SI)
+        mean_I, spread = values_SI.mean(0), np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+        seeds_RS = rng.integers(seeds, size=(DRAWS, seeds))
+        drawn = (mean_I + spread * (values_SI[s].mean(0) - mean_I) for s in seeds_RS)
+        return np.array([values_I[i].mean() for values_I, i in zip(drawn, images_RI, strict=True)])
 
     means_R = drawn_R(scores_SI) - (drawn_R(other_SI) if other_SI is not None else 0.0)
     low, high = np.quantile(means_R, [0.025, 0.975])
     return float(low), float(high)
 
 
-def verdict(low: float, high: float) -> str:
-    """Return what the interval of a difference allows to say."""
-    return "better" if low > 0 else "worse" if high < 0 else "cannot tell at this size"
+def verdict(low: float, high: float, seeds: int = 2) -> str:
+    """Return what the interval of a difference allows to say, of arms that have so many seeds at least."""
+    found = "better" if low > 0 else "worse" if high < 0 else "cannot tell at this size"
+    return f"{found} with this seed" if seeds == 1 and found in ("better", "worse") else found
 
 
 def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Return how each arm differs from the one that has the first value of one factor and is like it in all else."""
+    """Return how every two arms differ that are alike in all but one factor; the later one of the grid beside the earlier."""
     found = []
-    first = {name: list(dict.fromkeys(arm.key[at] for arm in arms)) for at, name in enumerate(FACTORS)}
-    known = {arm.key: arm for arm in arms}
     for at, factor in enumerate(FACTORS):
-        for arm in arms:
-            base = known.get((*arm.key[:at], first[factor][0], *arm.key[at + 1 :]))
-            if base is None or base is arm:
+        for base, arm in itertools.combinations(arms, 2):
+            if base.key[at] == arm.key[at] or base.key[:at] + base.key[at + 1 :] != arm.key[:at] + arm.key[at + 1 :]:
                 continue
-            mine, theirs = arm.cider_d_SI, base.cider_d_SI
+            mine, theirs, seeds = arm.cider_d_SI, base.cider_d_SI, min(len(arm.seeds), len(base.seeds))
             low, high = interval(mine, theirs)
-            matched = interval(arm.matched_SI, base.matched_SI)
             found.append(
                 {
                     "factor": factor,
@@ -120,9 +126,9 @@ def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     "than": base.name,
                     "difference": float(mine.mean() - theirs.mean()),
                     "interval": [low, high],
-                    "verdict": verdict(low, high),
+                    "verdict": verdict(low, high, seeds),
                     "length_matched_difference": float(arm.matched_SI.mean() - base.matched_SI.mean()),
-                    "length_matched_verdict": verdict(*matched),
+                    "length_matched_verdict": verdict(*interval(arm.matched_SI, base.matched_SI), seeds),
                     "seeds": [len(arm.seeds), len(base.seeds)],
                 }
             )
@@ -139,7 +145,7 @@ def summarise(arm: Arm, images: int, words: int) -> dict[str, Any]:
     sliced = [slice_scores([tokenize(text) for text in mine], references) for mine in arm.captions]
     return {
         "name": arm.name,
-        **dict(zip(FACTORS, arm.key, strict=True)),
+        **dict(zip((*FACTORS, "otherwise"), arm.key, strict=True)),
         "seeds": list(arm.seeds),
         "train_images_learned": images,
         "caption_words_learned": words,

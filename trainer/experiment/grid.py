@@ -21,7 +21,9 @@ from trainer.data import Mixture
 Alignment = Literal["none", "connector", "contrast"]
 ALIGN_SHARE = 0.25  # of all steps, where the connector is aligned first
 CONTRAST = 0.1
+MIN_STEPS = 4  # so that a quarter of them is one
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")  # by which arms differ
+ONE_FOR_ALL = ("styles", "questions")  # what is seen of a version: a smaller grid cannot have others
 DECIDED = ("encoder", "decoder", "texts", "name_source", "train_images", "caption_words", "align_steps", "contrast", "seed")
 
 
@@ -52,14 +54,17 @@ class Grid(Section):
 
 
 class More(Section):
-    """A smaller grid beside the first: what is given replaces the list of that name; settings are merged."""
+    """A smaller grid beside the first: what is given replaces the list of that name; settings are merged.
 
-    data: tuple[str, ...] | None = None  # names
-    encoder: tuple[str, ...] | None = None
-    decoder: tuple[str, ...] | None = None
-    alignment: tuple[Alignment, ...] | None = None
-    train_images: tuple[int, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    Its arms are compared with one another, and with those of the first grid only where the settings are the same.
+    """
+
+    data: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # names
+    encoder: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    decoder: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    alignment: Annotated[tuple[Alignment, ...], Field(min_length=1)] | None = None
+    train_images: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     settings: dict[str, Any] = {}
 
 
@@ -73,10 +78,22 @@ class Experiment(Grid):
     @model_validator(mode="after")
     def _is_one_budget(self) -> "Experiment":
         for settings in (self.settings, *({**self.settings, **more.settings} for more in self.also)):
-            if not settings.get("steps"):
-                raise ValueError("settings.steps must say how many steps every cell trains for")
+            steps = settings.get("steps")
+            if not isinstance(steps, int) or steps < MIN_STEPS:
+                raise ValueError(f"settings.steps must say how many steps every cell trains for: a number from {MIN_STEPS} on")
             if clash := sorted(set(settings) & set(DECIDED)):
                 raise ValueError(f"settings.{clash[0]} is decided by the grid, not by settings")
+        if clash := sorted({name for more in self.also for name in more.settings} & set(ONE_FOR_ALL)):
+            raise ValueError(
+                f"settings.{clash[0]} of `also` must be that of the first grid, which has the same images and words"
+            )
+        models = [set(self.encoder).union(*(m.encoder or () for m in self.also))]
+        models.append(set(self.decoder).union(*(m.decoder or () for m in self.also)))
+        for known in models:
+            if "auto" in known:
+                raise ValueError("an experiment names its encoders and decoders: auto is none")
+            if len({Path(name).name for name in known}) < len(known):
+                raise ValueError("two encoders or decoders have the same last part of their name: rename a folder")
         unknown = sorted({name for more in self.also for name in more.data or ()} - set(self.data))
         if unknown:
             raise ValueError(f"`also` names data that is not there: {unknown[0]}")
@@ -85,7 +102,10 @@ class Experiment(Grid):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training run: its place in the grid, and its settings but for the budget of words."""
+    """One training run: its place in the grid, and its settings but for the budget of words.
+
+    `otherwise` says which settings are not those of the first grid.
+    """
 
     data: str
     encoder: str
@@ -94,11 +114,12 @@ class Cell:
     train_images: int
     seed: int
     config: TrainConfig
+    otherwise: str = ""
 
     @property
     def arm(self) -> tuple[str, ...]:
-        """Return what it shares with the cells that differ in the seed alone: the values of FACTORS."""
-        return tuple(str(getattr(self, name)) for name in FACTORS)
+        """Return what it shares with the cells that differ in the seed alone: the values of FACTORS, and other settings."""
+        return (*(str(getattr(self, name)) for name in FACTORS), self.otherwise)
 
     def folder(self, *known: Any) -> str:
         """Return a readable name that no cell of other settings, on other data (`known`), has."""
@@ -135,20 +156,21 @@ def read_experiment(path: Path) -> Experiment:
 
 def cells_of(experiment: Experiment) -> list[Cell]:
     """Return all cells in the order of the file, each once. Raises ConfigError where one has settings that cannot be."""
-    grids = [(tuple(experiment.data), experiment.model_dump(include=set(Grid.model_fields)))]
+    first = experiment.model_dump(include=set(Grid.model_fields))
+    grids = [(tuple(experiment.data), first, "")]
     for more in experiment.also:
         given = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
-        settings = {**experiment.settings, **more.settings}
-        grids.append((more.data or tuple(experiment.data), {**grids[0][1], **given, "settings": settings}))
+        changed = {name: value for name, value in more.settings.items() if experiment.settings.get(name) != value}
+        otherwise = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))
+        settings = {**experiment.settings, **changed}
+        grids.append((more.data or tuple(experiment.data), {**first, **given, "settings": settings}, otherwise))
     cells: dict[tuple[Any, ...], Cell] = {}
-    for names, grid in grids:
+    for names, grid, otherwise in grids:
         lists = (names, *(grid[name] for name in FACTORS[1:]), grid["seeds"])
         for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
             config = _config(experiment.data[data], encoder, decoder, alignment, images, seed, grid["settings"])
-            cell = Cell(data, encoder, decoder, alignment, images, seed, config)
-            if cells.setdefault((*cell.arm, seed), cell) != cell:
-                said = f"two cells are {', '.join(cell.arm)}, seed {seed}, and have other settings"
-                raise ConfigError(said, hint="they would be one arm: give each its own experiment file")
+            cell = Cell(data, encoder, decoder, alignment, images, seed, config, otherwise)
+            cells.setdefault((*cell.arm, seed), cell)
     return list(cells.values())
 
 

@@ -6,24 +6,24 @@ from typing import Any
 
 from pipeline.page import Points, chart, points, render_page, thumbnail_uri
 from pipeline.store import Version, write_json, write_text
-from trainer.experiment.cells import Run, learned
+from trainer.experiment.cells import Run
 from trainer.experiment.compare import Arm, compare, examples, read_arms, summarise
-from trainer.experiment.grid import FACTORS
 from trainer.experiment.slices import SLICES
 
 SHOWN_EXAMPLES = 12
 MAX_CURVES = 6  # in one chart: more cannot be told apart
-CHANCE = 0.05  # of a verdict where there is no difference
+UNMATCHED = 0.05  # by which share words may differ between kinds of data before it is said
 
 
 def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
     """Write experiment.json, experiment.md and experiment.html of finished runs, and return what the first holds."""
     arms = read_arms(runs)
-    sizes = {arm: learned(run) for arm, run in {run.cell.arm: run for run in runs}.items()}
+    sizes = {run.cell.arm: (run.train_images, run.train_words) for run in runs}
     result: dict[str, Any] = {
         "arms": [summarise(arm, *sizes[arm.key]) for arm in arms],
         "differences": compare(arms),
         "examples": examples([arm for arm in arms if arm.key[1:] == arms[0].key[1:]], SHOWN_EXAMPLES),
+        "words_differ": _words_differ(runs),
         "data": {run.cell.data: {"version": run.version.name, "digest": run.version.manifest["digest"]} for run in runs},
     }
     write_json(out / "experiment.json", result)
@@ -35,7 +35,6 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
         result=result,
         slices=SLICES,
         questions=sorted({kind for arm in result["arms"] for kind in arm["questions"]}),
-        chance=round(CHANCE * len(result["differences"]), 1),
         curves=[*_learning_curves(arms), *_size_curves(result["arms"])],
         uris=uris,
         top=max(arm["interval"][1] for arm in result["arms"]) or 1.0,
@@ -57,6 +56,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {arm['shuffled_cider_d']:.3f} | {arm['length_matched_cider_d']:.3f} | {arm['mean_words']:.1f} "
             f"| {arm['caption_words_learned']:,} |"
         )
+    if result["words_differ"]:
+        lines += ["", "The kinds of data have different numbers of words, see above: none of their captions could be left out."]
     if result["differences"]:
         lines += ["", "| arm | than | difference [95 %] | verdict | length-matched |", "|---|---|---|---|---|"]
     for found in result["differences"]:
@@ -70,6 +71,14 @@ def markdown(result: dict[str, Any]) -> str:
         values = [arm["slices"][name] for name in SLICES]
         lines.append(f"| {_cell(arm['name'])} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |")
     return "\n".join(lines) + "\n"
+
+
+def _words_differ(runs: Sequence[Run]) -> bool:
+    """Whether arms that learn from as many images learn from clearly more words of captions."""
+    of_size: dict[int, list[int]] = {}
+    for run in runs:
+        of_size.setdefault(run.train_images, []).append(run.train_words)
+    return any(max(words) > (1 + UNMATCHED) * min(words) for words in of_size.values())
 
 
 def _cell(text: str) -> str:
@@ -93,14 +102,17 @@ def _mean(arm: Arm) -> Points:
 
 def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a chart of the score against the number of training images, for each setting that has several."""
-    for setting in dict.fromkeys(tuple(arm[name] for name in FACTORS[1:4]) for arm in arms):
-        mine = [arm for arm in arms if tuple(arm[name] for name in FACTORS[1:4]) == setting]
+    same = ("encoder", "decoder", "alignment", "otherwise")
+    for setting in dict.fromkeys(tuple(arm[name] for name in same) for arm in arms):
         curves: dict[str, Points] = {}
-        for arm in sorted(mine, key=lambda arm: arm["train_images_learned"]):
-            curves.setdefault(arm["data"], []).append((arm["train_images_learned"], arm["cider_d"]))
-        if any(len(curve) > 1 for curve in curves.values()):
-            title = f"CIDEr-D of the test split by images learned from: {', '.join(setting[:2])}"
-            yield chart(title, dict(list(curves.items())[:MAX_CURVES]), along="images")
+        for arm in sorted(arms, key=lambda arm: arm["train_images_learned"]):
+            if tuple(arm[name] for name in same) == setting:
+                curves.setdefault(arm["data"], []).append((arm["train_images_learned"], arm["cider_d"]))
+        longer = [(name, curve) for name, curve in curves.items() if len(curve) > 1]
+        about = ", ".join(Path(part).name for part in setting if part not in ("", "none"))
+        for at in range(0, len(longer), MAX_CURVES):
+            title = f"CIDEr-D of the test split by images learned from: {about}"
+            yield chart(title, dict(longer[at : at + MAX_CURVES]), along="images")
 
 
 def _thumbnails(versions: Sequence[Version], wanted: Sequence[str]) -> dict[str, str]:

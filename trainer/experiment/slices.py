@@ -45,7 +45,7 @@ def slice_of(word: str) -> str | None:
 
 
 def slice_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float | None]:
-    """Return F1 of the different words of each slice, over all images; None where neither side has any.
+    """Return F1 of the different words of each slice, over all images; None where nobody has any.
 
     Of several references of an image the one is taken that is nearest by F1, for each slice.
     """
@@ -55,13 +55,13 @@ def slice_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tok
         known = [_by_slice(reference) for reference in mine]
         for name in SLICES:
             told = [(len(said[name] & each[name]), len(said[name]), len(each[name])) for each in known]
-            nearest = max(told, key=lambda three: _f1(*three))
+            nearest = max(told, key=lambda three: (_f1(*three), three[2]))  # saying nothing is right where no reference says it
             counts[name] = [total + more for total, more in zip(counts[name], nearest, strict=True)]
     return {name: _f1(*found) if any(found[1:]) else None for name, found in counts.items()}
 
 
 def _f1(right: int, said: int, wanted: int) -> float:
-    return 2 * right / (said + wanted) if said + wanted else 1.0
+    return 2 * right / (said + wanted) if said + wanted else 0.0
 
 
 def _by_slice(tokens: Tokens) -> dict[str, set[str]]:

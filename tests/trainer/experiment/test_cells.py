@@ -1,6 +1,7 @@
 """Cells: one budget for all kinds of data, and a run that goes on where it was interrupted."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from pipeline.store import Version
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
-from trainer.data import count_words
-from trainer.experiment.cells import Run, learned, plan, run_cells
+from trainer.data import count_words, limit_captions, limit_images
+from trainer.experiment.cells import Run, plan, run_cells
 from trainer.experiment.grid import Experiment, cells_of
 from trainer.experiment.result import write_result
 from trainer.loop import examples_of
@@ -56,28 +57,37 @@ def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], cl
 
 
 def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
-    found = {run.cell.data: learned(run) for run in planned(versions, clip, tmp_path, settings=SMALL | {"styles": ["brief"]})}
-    assert len({images for images, _ in found.values()}) == 1
-    words = [count for _, count in found.values()]
-    assert max(words) - min(words) < 30  # less than two captions
-    unmatched = {run.cell.data: learned(run)[1] for run in planned(versions, clip, tmp_path, match_words=False)}
+    runs = planned(versions, clip, tmp_path)
+    assert len({run.train_images for run in runs}) == 1
+    words = [run.train_words for run in runs]
+    assert max(words) - min(words) < 30  # less than two captions: of long and short ones the short ones are taken
+    unmatched = {run.cell.data: run.train_words for run in planned(versions, clip, tmp_path, match_words=False)}
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
-def test_fewer_images_are_cut_to_their_own_number_of_words(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
-    runs = planned(versions, clip, tmp_path, train_images=[10, 0])
-    assert {learned(run)[0] for run in runs if run.cell.train_images == 10} == {10}
-    facts = [run for run in runs if run.cell.data == "facts"]
-    few = examples_of(facts[0].version, "train", facts[0].config, facts[0].only)
-    assert facts[0].config.caption_words < facts[1].config.caption_words == sum(count_words(t) for e in few for t in e.texts)
+def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+    for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
+        seen = limit_images(examples_of(run.version, "train", run.config, run.only), run.config.train_images)
+        learned = limit_captions(seen, run.config.caption_words)
+        assert len(learned) == run.train_images
+        assert sum(count_words(text) for e in learned for text in e.texts if text.style) == run.train_words
+        assert run.train_images == 10 or run.cell.train_images == 0
+
+
+def test_a_model_folder_that_changed_is_another_cell(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+    before = planned(versions, clip, tmp_path)[0].folder
+    weights = next(Path(clip).glob("*.safetensors"))
+    kept = weights.stat()
+    os.utime(weights, ns=(kept.st_atime_ns, kept.st_mtime_ns + 1))
+    assert planned(versions, clip, tmp_path)[0].folder != before
 
 
 def test_without_references_nothing_can_be_compared(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     bare, _ = make_version(tmp_path / "bare", [replace(sample, references=()) for sample in SAMPLES])
-    with pytest.raises(TrainError, match="no test images in common that have references"):
+    with pytest.raises(TrainError, match="0 test images in common that have the same references"):
         planned({"all": versions["all"], "few": bare}, clip, tmp_path)
     other, _ = make_version(tmp_path / "other", [replace(sample, references=("Something else.",)) for sample in SAMPLES])
-    with pytest.raises(TrainError, match="no test images in common that have references"):
+    with pytest.raises(TrainError, match="0 test images in common that have the same references"):
         planned({"all": versions["all"], "few": other}, clip, tmp_path)
 
 
@@ -85,12 +95,11 @@ def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_fro
     versions: dict[str, Version], clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = planned(versions, clip, tmp_path)[:2]
-    bad = Run(
-        runs[0].cell, runs[0].version, TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1), tmp_path / "bad", runs[0].only
-    )
+    config = TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1)
+    bad = replace(runs[0], config=config, folder=tmp_path / "bad")
     told: list[tuple[int, int | None]] = []
-    (failed,) = run_cells([bad, *runs], 1, lambda stage, done, total: told.append((done, total)))
-    assert failed.startswith("bad: ") and "nowhere" in failed
+    failed = run_cells([bad, *runs], 1, lambda stage, done, total: told.append((done, total)))
+    assert len(failed) == 1 and failed[0].startswith("bad: ") and "nowhere" in failed[0], failed
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and all(run.is_done for run in runs)
     about = json.loads((runs[1].folder / "cell.json").read_text())
     assert (about["data"], about["seed"], about["digest"]) == ("model", 0, runs[1].version.manifest["digest"])

@@ -8,11 +8,18 @@ from trainer.experiment.compare import Arm, Scores, compare, examples, interval,
 RNG = np.random.default_rng(5)
 
 
-def arm(data: str, scores_SI: Scores, encoder: str = "clip", alignment: str = "none", caption: str = "a red ring") -> Arm:
+def arm(
+    data: str,
+    scores_SI: Scores,
+    encoder: str = "clip",
+    alignment: str = "none",
+    caption: str = "a red ring",
+    otherwise: str = "",
+) -> Arm:
     seeds, images = scores_SI.shape
     metrics = {"scores": {"bleu_4": 0.5, "rouge_l": 0.6}, "words": {"mean": 3.0, "of_references": 4.0}}
     return Arm(
-        key=(data, encoder, "scratch", alignment, "0"),
+        key=(data, encoder, "scratch", alignment, "0", otherwise),
         seeds=tuple(range(seeds)),
         sample_ids=tuple(f"i{n}" for n in range(images)),
         references=(("a red ring",),) * images,
@@ -56,18 +63,36 @@ def test_a_true_difference_of_nothing_is_called_one_in_some_five_of_a_hundred_ca
     assert called <= 9
 
 
-def test_arms_are_compared_with_the_first_of_one_factor_and_are_alike_in_all_else() -> None:
+def test_arms_are_compared_where_they_are_alike_in_all_but_one_factor() -> None:
     flat = np.ones((2, 10))
     arms = [arm(d, flat + n, e) for n, d in enumerate(("facts", "model")) for e in ("clip", "vit")]
-    arms.append(arm("facts", flat, "clip", "connector"))
+    arms += [arm("facts", flat, "clip", "connector"), arm("model", flat, "clip", otherwise="steps 7")]
+    arms.append(arm("both", flat + 3, "clip"))
     found = {(c["factor"], c["arm"], c["than"]): c["difference"] for c in compare(arms)}
     assert found == {
         ("data", "model, clip, scratch", "facts, clip, scratch"): 1.0,
         ("data", "model, vit, scratch", "facts, vit, scratch"): 1.0,
+        ("data", "both, clip, scratch", "facts, clip, scratch"): 3.0,
+        ("data", "both, clip, scratch", "model, clip, scratch"): 2.0,
         ("encoder", "facts, vit, scratch", "facts, clip, scratch"): 0.0,
         ("encoder", "model, vit, scratch", "model, clip, scratch"): 0.0,
         ("alignment", "facts, clip, scratch, connector first", "facts, clip, scratch"): 0.0,
     }
+
+
+def test_one_seed_speaks_for_itself_alone() -> None:
+    (found,) = compare([arm("facts", np.ones((1, 10))), arm("model", np.ones((3, 10)) * 2)])
+    assert (found["verdict"], found["seeds"]) == ("better with this seed", [3, 1])
+    assert verdict(-1.0, 1.0, seeds=1) == "cannot tell at this size"
+
+
+def test_three_seeds_that_differ_by_chance_seldom_give_a_verdict() -> None:
+    """A normal interval over three seeds is too narrow; without being spread it would call about one pair in five."""
+    rng = np.random.default_rng(3)
+    flat = np.zeros(200)
+    pairs = [[np.stack([flat + rng.normal(0, 1.0) for _ in range(3)]) for _ in range(2)] for _ in range(60)]
+    called = sum(verdict(*interval(one, other)) != "cannot tell at this size" for one, other in pairs)
+    assert called <= 9
 
 
 def test_a_row_tells_of_all_seeds() -> None:

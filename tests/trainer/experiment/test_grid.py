@@ -42,6 +42,13 @@ def test_a_smaller_grid_beside_the_first_replaces_lists_and_adds_settings() -> N
     assert len(cells) == 5
     last = cells[-1]
     assert (last.data, last.encoder, last.decoder, last.seed, last.config.steps) == ("model", "tiny-clip", "smollm2", 0, 7)
+    assert last.otherwise == "steps 7" and {cell.otherwise for cell in cells[:-1]} == {""}
+
+
+def test_the_same_place_with_other_settings_is_another_arm() -> None:
+    cells = cells_of(experiment(also=[{"data": ["facts"], "seeds": [7], "settings": {"dropout": 0.3}}]))
+    assert {cell.arm for cell in cells if cell.seed == 7} == {("facts", "tiny-clip", "scratch", "none", "0", "dropout 0.3")}
+    assert cells[0].arm != cells[-1].arm
 
 
 def test_a_cell_that_is_named_twice_is_run_once() -> None:
@@ -65,7 +72,12 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
         ({"alignment": ["both"]}, "alignment.0"),
         ({"data": {}}, "data"),
         ({"seeds": []}, "seeds"),
-        ({"also": [{"seeds": [1], "settings": {"dropout": 0.3}}]}, "two cells are facts, tiny-clip, .* other settings"),
+        ({"settings": {"steps": "1e3"}}, "settings.steps must say"),
+        ({"settings": {"steps": 3}}, "a number from 4 on"),
+        ({"also": [{"settings": {"styles": ["brief"]}}]}, "settings.styles of `also`"),
+        ({"also": [{"seeds": []}]}, "seeds"),
+        ({"encoder": ["auto"]}, "auto is none"),
+        ({"encoder": ["a/best", "b/best"]}, "same last part"),
         ({"also": [{"data": ["nothing"]}]}, "data that is not there: nothing"),
         ({"data": {"facts": {"texts": "true"}}}, r"data\.facts\.texts"),
     ],

@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> list[Run]:
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "metrics.json").write_text(json.dumps(metrics | ({"questions": QUESTIONS} if data == "facts" else {})))
             cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(texts="human"))
-            made.append(Run(cell, version, cell.config, folder, frozenset(ids)))
+            made.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, 300 if data == "facts" else 400))
     return made
 
 
@@ -54,6 +54,7 @@ def test_the_tables_say_what_was_measured(runs: list[Run], tmp_path: Path) -> No
     assert json.loads((tmp_path / "experiment.json").read_text()) == json.loads(json.dumps(result))
     facts, other = result["arms"]
     assert facts["cider_d"] - other["cider_d"] == pytest.approx(2.0)
+    assert result["words_differ"] and "different numbers of words" in (tmp_path / "experiment.md").read_text()
     (difference,) = result["differences"]
     assert difference["verdict"] == "worse" and difference["difference"] == pytest.approx(-2.0)
     table = (tmp_path / "experiment.md").read_text().splitlines()

@@ -42,6 +42,10 @@ def test_the_nearest_reference_is_taken() -> None:
     assert set(scores("A dog", "A dog", "A cat").values()) == {1.0, None}
 
 
+def test_saying_nothing_of_a_kind_is_not_free_where_some_reference_speaks_of_it() -> None:
+    assert scores("a dog", "a dog", "a red dog")["attributes"] == 0.0
+
+
 def test_images_count_by_their_words() -> None:
     found = slice_scores([["dog"], ["cat"]], [[["dog", "ring", "star"]], [["tree"]]])
     assert found["objects"] == pytest.approx(2 * 1 / (2 + 4))
