@@ -72,9 +72,9 @@ def test_a_cell_that_fails_is_said_and_the_others_are_in_the_result(folder: Path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("data: {a: {data: nowhere}}\nsettings: {steps: 1}", "no dataset at nowhere"),
+        ("data: {a: {data: nowhere}}\nsettings: {steps: 4}", "no dataset at nowhere"),
         ("data: {a: {data: scenes}}", "settings.steps must say"),
-        ("data: {a: {data: scenes}}\nsettings: {steps: 1, styles: [poem]}", "no synthetic captions"),
+        ("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}", "no synthetic captions"),
     ],
 )
 def test_what_cannot_be_is_one_error(folder: Path, content: str, said: str) -> None:
