@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 
 DECKS = ("scenes-deck", "slidevqa")  # the sources whose samples are decks
 DRAWN = ("scenes", "scenes-deck")  # the sources whose facts are known
-TAUGHT = ("scenes",)  # those that the tiny teacher has learned
+TAUGHT = DRAWN  # those that the tiny teachers have learned: one knows scenes, the other decks of them
 Task = Literal["caption", "qa", "deck_qa"]
 Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt decides which it knows
 

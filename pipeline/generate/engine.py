@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pipeline.generate.server import Launch
 
 TINY = "tiny"
-TINY_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights" / "teacher"
+_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
+TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 HOW_TO_CHOOSE = (
     "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
@@ -64,12 +65,17 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), talk: Talk | Non
         served, revision = find_model(config)
         return Choice(name, served, revision, why, lambda: Client(served, revision, config, talk=talk))
     model = _model(config)
-    path = str(TINY_WEIGHTS) if model == TINY else model
+    path = str(tiny_weights(config)) if model == TINY else model
     revision = _revision(model, path)
     if name == "vllm":
         revision += _telling(config.server.flags)
         return Choice(name, model, revision, why, lambda: _managed(model, path, revision, config, log, talk))
     return Choice(name, model, revision, why, lambda: _embedded(model, path, revision, config))
+
+
+def tiny_weights(config: Config) -> Path:
+    """Return the weights of the tiny teacher for these tasks: one knows single scenes, the other decks of them."""
+    return TINY_DECK_WEIGHTS if "deck_qa" in config.tasks else TINY_WEIGHTS
 
 
 def _telling(flags: tuple[str, ...]) -> str:
@@ -136,7 +142,7 @@ def _model(config: Config) -> str:
     model = config.model or (TINY if taught else LARGE)
     if model == TINY and not taught and config.engine != "embedded":
         raise EngineError(
-            f"the tiny teacher knows single drawn scenes and nothing else, and cannot describe {config.source}",
+            f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}",
             hint=HOW_TO_CHOOSE,
         )
     if model == TINY:

@@ -82,7 +82,7 @@ def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
     if len(one.objects) > len(other.objects) and rng.random() < 0.35:  # seldom: who cannot compare had better add
         question = f"How many more objects are there on the {one.background} page than on the {other.background} page?"
     else:
-        one, other = rng.sample((one, other), 2)
+        one, other = sorted((one, other), key=deck.index)  # as the pages are named just before: one thing less to decide
         question = f"How many objects are there on the {one.background} and {other.background} pages together?"
     return _pair(deck, "arithmetic", question)
 

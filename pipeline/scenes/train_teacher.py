@@ -3,8 +3,8 @@
 Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
 of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
 the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
-counted several times: they are few, and the question before them is guesswork that drowns them. One more, with `--decks`,
-is an experiment that is on its way (docs/experiments/teacher.md): decks of several pages, with the help of scenes/guide.py.
+counted several times: they are few, and the question before them is guesswork that drowns them. One more, with `--decks-from`,
+makes a second teacher of the finished one: it knows decks of several pages, with the help of scenes/guide.py.
 
 All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
 
@@ -69,7 +69,7 @@ QUESTIONS = Phase(
 )
 # Of a teacher of its own. Two pages at first, then more: see `pages_at`.
 DECKS = Phase(
-    "decks", 800, 800, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=4, answer_weight=10, decks=5
+    "decks", 3000, 3000, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=4, answer_weight=10, decks=5
 )
 # A long prompt with an example in it leads away from the pages: how often decks come with ours as it is, beside others.
 AS_RELEASED = 0.5
@@ -91,7 +91,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 def pages_at(step: int) -> int:
     """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
     rng = random.Random(f"{SEED}:pages:{step}")
-    return 2 if step < 20 else rng.choice((2, 3)) if step < 60 else rng.choice((2, 3, 4, 4, 4))
+    return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:

@@ -35,13 +35,13 @@ SOURCES = (
     ),
     About(
         "scenes-deck",
-        "decks of four drawn pages, with known facts; the tiny teacher has not learned them yet",
+        "decks of four drawn pages, with known facts, for the tiny teacher or any other model",
         "deck_qa",
         "by hash",
         "endless; --seed and --limit choose them",
         "cc0-1.0",
-        "a vision-language model",
-        "synth generate --source scenes-deck --limit 200 --base-url http://HOST:PORT/v1",
+        "nothing",
+        "synth generate --source scenes-deck --limit 200",
     ),
     About(
         "folder:PATH",

@@ -161,6 +161,16 @@ def test_decks_of_drawn_pages_carry_the_facts_of_each_page(hub: RunningHub, tmp_
         assert len(row["pages"]) == len({page["background"] for page in row["page_facts"]}) == 4
 
 
+def test_decks_of_drawn_pages_are_asked_about_and_known_to_be_true_without_any_server(hub: RunningHub, tmp_path: Path) -> None:
+    version = made(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
+    adds_up(version, 12)
+    assert version.manifest["model"]["name"] == "tiny"
+    asked = [pair for row in rows(version) for pair in row["qa"]]
+    assert {pair["answer_type"] for pair in asked} == {"span", "number", "arithmetic"}
+    assert all(len(pair["evidence_pages"]) == 2 and pair["expression"] for pair in asked if pair["answer_type"] == "arithmetic")
+    assert version.manifest["measured"]["true_answers"]["number"]["accuracy"] > 0.8
+
+
 @pytest.mark.parametrize("name", ["scenes", "flickr30k", "hub:ORG/NAME", "slidevqa"])
 def test_sources_says_all_about_one(hub: RunningHub, tmp_path: Path, name: str) -> None:
     about = json.loads(synth(hub, tmp_path, "sources", name, "--json").stdout)

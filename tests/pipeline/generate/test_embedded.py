@@ -2,17 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import GenerateConfig, resolve
 from pipeline.errors import EngineError
 from pipeline.generate.embedded import EmbeddedEngine
-from pipeline.generate.engine import TINY_WEIGHTS, choose_engine
+from pipeline.generate.engine import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
 from pipeline.generate.parse import parse_reply
 from pipeline.generate.requests import build_requests
-from pipeline.scenes.score import AnswerScore, CaptionScore, score_annotations
+from pipeline.generate.weights import weights_revision
+from pipeline.scenes.score import AnswerScore, CaptionScore, score_annotations, score_decks
 from pipeline.schema import OUTPUTS
+from pipeline.source.scenes import draw_deck
 from pipeline.types import Engine, Reply, Request, Sampling
 from tests.scene_data import scene_samples
 
@@ -63,8 +66,9 @@ def reword(request: Request) -> Request:
     return replace(request, system=system, text=f"{words}\n{request.text.splitlines()[-1]}")
 
 
-def test_the_weights_are_small_enough_to_ship() -> None:
-    assert sum(path.stat().st_size for path in TINY_WEIGHTS.iterdir()) < 10_000_000
+@pytest.mark.parametrize("weights", [TINY_WEIGHTS, TINY_DECK_WEIGHTS])
+def test_the_weights_are_small_enough_to_ship(weights: Path) -> None:
+    assert sum(path.stat().st_size for path in weights.iterdir()) < 10_000_000
 
 
 @pytest.mark.parametrize("wording", ["as released", "reworded"])
@@ -75,6 +79,21 @@ def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine, wording
     assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {"brief": True, "detailed": True}
     assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {"yes/no": True, "number": True, "other": True}
     assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
+
+
+def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -> None:
+    """Some ten seconds: 40 decks of four pages. The figures on 500 come from benchmarks/teacher.py."""
+    config = resolve(source="scenes-deck", engine="embedded")
+    choice = choose_engine(config)
+    assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
+    decks = [draw_deck(SEED, index) for index in range(40)]
+    asked = [r for deck in decks for r in build_requests(deck.id, deck.images, config, choice.revision)]
+    given = replies(choice.make(), asked)
+    rows = [row for request in asked for row in parse_reply(request, given[request.id])]
+    scores = score_decks(rows, {deck.id: deck.page_facts or () for deck in decks})
+    assert set(scores) == {"span", "number", "arithmetic"}
+    assert sum(s.answers_right for s in scores.values()) > 0.8 * len(rows)
+    assert sum(s.evidence_right for s in scores.values()) > 0.8 * len(rows)
 
 
 def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Engine) -> None:
