@@ -104,11 +104,13 @@ def wrong_answer(question: str, right: str, rng: random.Random) -> str:
     return rng.choice([ground for ground in BACKGROUNDS if ground != right])
 
 
-def ask_again(rows: list[dict[str, Any]], images: dict[str, bytes], config: Config) -> list[list[dict[str, str | None]]]:
-    """Return the checks of each row with their answers, as tables.CHECK."""
+def ask_again(
+    rows: list[dict[str, Any]], images: dict[str, tuple[bytes, ...]], config: Config
+) -> list[list[dict[str, str | None]]]:
+    """Return the checks of each row with their answers, as tables.CHECK; `images` are the pages of each sample."""
     choice = choose_engine(config)
     named = [
-        [(c, build_check(c, row["sample_id"], (images[row["sample_id"]],), config, choice.revision)) for c in checks]
+        [(c, build_check(c, row["sample_id"], images[row["sample_id"]], config, choice.revision)) for c in checks]
         for row, checks in ((row, checks_of(row, config.verify)) for row in rows)
     ]
     distinct: dict[str, Request] = {request.id: request for each in named for _, request in each}
@@ -137,7 +139,7 @@ def show(title: str, mine: list[tuple[dict[str, Any], bool]]) -> None:
 def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[str, bytes], config: Config) -> None:
     """Print what is found of planted errors, and what is lost of true rows."""
     rows = list(plant(written, {sample_id: scene_of(each) for sample_id, each in facts.items()}))
-    checks = ask_again(rows, images, config)
+    checks = ask_again(rows, {sample_id: (image,) for sample_id, image in images.items()}, config)
     names = ("task", "style", "clean_question", "clean_answer")
     table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))

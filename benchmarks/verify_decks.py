@@ -1,0 +1,73 @@
+"""What the evidence check of decks finds and loses: `python benchmarks/verify_decks.py [--decks 200] [--seed 7004]`.
+
+The tiny teacher of decks writes questions with answers and evidence pages. Of those that are true, errors of known kinds are
+made; then the check asks again, with the evidence pages alone (are they sufficient?) and with all others (are they necessary?).
+"""
+
+import argparse
+import os
+import platform
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from teacher import annotate
+from verify import ask_again, show
+
+from pipeline.config import resolve
+from pipeline.scenes.deck import answer_deck
+from pipeline.scenes.facts import Scene
+from pipeline.scenes.score import scene_of
+from pipeline.source.scenes import draw_deck
+from pipeline.tables import CHECK
+from pipeline.verify import verify_annotations
+
+
+def plant(written: list[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> Iterator[dict[str, Any]]:
+    """Yield each true row, and beside it the same with each error that there is room for."""
+    for n, row in enumerate(written):
+        rng, deck = random.Random(f"plant:{n}"), decks[row["sample_id"]]
+        truth = answer_deck(deck, row["clean_question"])
+        evidence = tuple(row["evidence_pages"])
+        if truth is None or (truth.answer, truth.evidence_pages) != (row["clean_answer"], evidence):
+            continue
+        yield row | {"error": ""}
+        others = [page for page in range(1, len(deck) + 1) if page not in evidence]
+        if len(evidence) > 1:
+            yield row | {"error": "a page left out", "evidence_pages": [rng.choice(evidence)]}
+        else:
+            yield row | {"error": "another page", "evidence_pages": [rng.choice(others)]}
+        yield row | {"error": "a page too many", "evidence_pages": sorted((*evidence, rng.choice(others)))}
+
+
+def main() -> None:
+    """Print what each half of the check finds of each error, and what it loses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decks", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=7004)
+    arguments = parser.parse_args()
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.decks} decks of seed {arguments.seed}")
+    samples = [draw_deck(arguments.seed, index) for index in range(arguments.decks)]
+    decks = {sample.id: tuple(scene_of(page) for page in sample.page_facts or ()) for sample in samples}
+    config = resolve(source="scenes-deck", engine="embedded", verify={"checks": ("evidence",)})
+    written, _ = annotate(samples, config, reworded=False)
+    texts = [row | {"clean_question": row["question"], "clean_answer": row["answer"]} for row in written if row["question"]]
+    rows = [row | {"clean_text": None, "pages": len(decks[row["sample_id"]])} for row in plant(texts, decks)]
+    checks = ask_again(rows, {sample.id: sample.images for sample in samples}, config)
+    names = ("task", "style", "clean_question", "clean_answer")
+    table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
+    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
+    table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
+    judged = list(zip(rows, verify_annotations(table, config.verify).to_pylist(), strict=True))
+    for half in ("sufficient", "necessary"):
+        print(f"\nevidence is {half}")
+        for error in ("another page", "a page left out", "a page too many"):
+            show(error, [(row, mark[half] is False) for row, mark in judged if row["error"] in ("", error)])
+        for kind in ("span", "number", "arithmetic"):
+            mine = [mark[half] is False for row, mark in judged if not row["error"] and row["answer_type"] == kind]
+            print(f"  true rows of type {kind:<12} lost {sum(mine) / max(1, len(mine)):.4f} of {len(mine)}")
+
+
+if __name__ == "__main__":
+    main()
