@@ -140,7 +140,7 @@ def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[s
     """Print what is found of planted errors, and what is lost of true rows."""
     rows = list(plant(written, {sample_id: scene_of(each) for sample_id, each in facts.items()}))
     checks = ask_again(rows, {sample_id: (image,) for sample_id, image in images.items()}, config)
-    names = ("task", "style", "clean_question", "clean_answer")
+    names = ("task", "style", "clean_question", "clean_answer", "answer_type")
     table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
     table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))

@@ -55,7 +55,7 @@ def main() -> None:
     texts = [row | {"clean_question": row["question"], "clean_answer": row["answer"]} for row in written if row["question"]]
     rows = [row | {"clean_text": None, "pages": len(decks[row["sample_id"]])} for row in plant(texts, decks)]
     checks = ask_again(rows, {sample.id: sample.images for sample in samples}, config)
-    names = ("task", "style", "clean_question", "clean_answer")
+    names = ("task", "style", "clean_question", "clean_answer", "answer_type")
     table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
     table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
@@ -64,8 +64,11 @@ def main() -> None:
         print(f"\nevidence is {half}")
         for error in ("another page", "a page left out", "a page too many"):
             show(error, [(row, mark[half] is False) for row, mark in judged if row["error"] in ("", error)])
+        reason = f"evidence_not_{half}"
+        gone = [(row, mark["reason"] == reason) for row, mark in judged]
+        show("rejected for it, all errors", gone)
         for kind in ("span", "number", "arithmetic"):
-            mine = [mark[half] is False for row, mark in judged if not row["error"] and row["answer_type"] == kind]
+            mine = [lost for row, lost in gone if not row["error"] and row["answer_type"] == kind]
             print(f"  true rows of type {kind:<12} lost {sum(mine) / max(1, len(mine)):.4f} of {len(mine)}")
 
 

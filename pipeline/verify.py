@@ -19,12 +19,12 @@ GUESSED = ("yes", "no")  # one of two is right by luck: blind says nothing about
 
 def verify_annotations(table: pa.Table, config: VerifyConfig) -> pa.Table:
     """Return the same rows with what follows from their `checks` and `alignment` (tables.VERIFIED), and a `reason`."""
-    wanted = ("task", "style", "clean_question", "clean_answer", "checks", "alignment")
+    wanted = ("task", "style", "clean_question", "clean_answer", "answer_type", "checks", "alignment")
     require(table, *wanted)
     rows = table.select(wanted).to_pylist()
     found = [_judge(row) for row in rows]
-    lowest, guessable = _lowest(rows, config), _guessable(rows, config)
-    reasons = [_reason(row, judged, lowest, guessable, config) for row, judged in zip(rows, found, strict=True)]
+    lowest, guessable, lucky = _lowest(rows, config), _guessable(rows, config), _lucky(rows, config)
+    reasons = [_reason(row, judged, lowest, guessable, lucky, config) for row, judged in zip(rows, found, strict=True)]
     columns = pa.Table.from_pylist(found, schema=VERIFIED)
     for name in VERIFIED.names:
         table = table.append_column(name, columns[name])
@@ -56,7 +56,12 @@ def _agrees(check: dict[str, str]) -> bool:
 
 
 def _reason(
-    row: dict[str, Any], judged: dict[str, Any], lowest: dict[str, float], guessable: set[tuple[str, str]], config: VerifyConfig
+    row: dict[str, Any],
+    judged: dict[str, Any],
+    lowest: dict[str, float],
+    guessable: set[tuple[str, str]],
+    lucky: set[tuple[str, str]],
+    config: VerifyConfig,
 ) -> str | None:
     agreement, is_caption = judged["agreement"], row["task"] == "caption"
     rules: Sequence[tuple[str, bool]] = (
@@ -64,7 +69,7 @@ def _reason(
         ("claims_not_confirmed", is_caption and agreement is not None and agreement < config.min_claims_supported),
         ("answerable_without_image", judged["blind"] is True and _asked(row) in guessable),
         ("evidence_not_sufficient", judged["sufficient"] is False),
-        ("evidence_not_necessary", judged["necessary"] is False and normalize_answer(row["clean_answer"]) not in GUESSED),
+        ("evidence_not_necessary", judged["necessary"] is False and _answered(row) not in lucky),
         ("low_alignment", row["alignment"] is not None and row["alignment"] < lowest[row["style"]]),
     )
     return next((reason for reason, broken in rules if broken), None)
@@ -81,6 +86,20 @@ def _guessable(rows: Sequence[dict[str, Any]], config: VerifyConfig) -> set[tupl
         for (question, answer), count in pairs.items()
         if answer not in GUESSED and count >= config.min_blind_share * times[question]
     }
+
+
+def _lucky(rows: Sequence[dict[str, Any]], config: VerifyConfig) -> set[tuple[str, str]]:
+    """Return the (type, answer) pairs that others of that type often have: who says so without the pages may only have luck."""
+    pairs = Counter(_answered(row) for row in rows if row["clean_answer"] is not None)
+    times = Counter[str]()
+    for (kind, _), count in pairs.items():
+        times[kind] += count
+    often = {pair for pair, count in pairs.items() if count - 1 > config.max_luck * (times[pair[0]] - 1)}
+    return often | {(kind, answer) for kind in times for answer in GUESSED}
+
+
+def _answered(row: dict[str, Any]) -> tuple[str, str]:
+    return row["answer_type"] or "", normalize_answer(row["clean_answer"] or "")
 
 
 def _asked(row: dict[str, Any]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pipeline.verify import verify_annotations
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
 CAPTION = {"task": "caption", "style": "brief"}
-TEXTS = ("annotation_id", "task", "style", "clean_question", "clean_answer")
+TEXTS = ("annotation_id", "task", "style", "clean_question", "clean_answer", "answer_type")
 SCHEMA = pa.schema([*((name, pa.string()) for name in TEXTS), ("checks", pa.list_(CHECK)), ("alignment", pa.float64())])
 
 
@@ -75,3 +75,15 @@ def test_the_captions_that_fit_worst_go_by_style() -> None:
     assert found == ["low_alignment"] * 5 + [None] * 98
     assert reasons(*rows, lowest_alignment_frac=0.0, min_alignment=0.5).count("low_alignment") == 50
     assert set(reasons(CAPTION, CAPTION)) == {None}
+
+
+def test_a_frequent_answer_may_be_right_by_luck_without_its_pages() -> None:
+    def row(answer: str, kind: str) -> dict[str, Any]:
+        checks = [check("sufficient", answer, answer), check("necessary", answer, answer)]
+        return QUESTION | {"clean_answer": answer, "answer_type": kind, "checks": checks}
+
+    rows = [row(str(n % 4), "number") for n in range(20)] + [row(f"word {n}", "span") for n in range(20)]
+    assert reasons(*rows) == [None] * 20 + ["evidence_not_necessary"] * 20
+    assert reasons(*rows, max_luck=0.5) == ["evidence_not_necessary"] * 40
+    # One of a kind is frequent nowhere, however few there are.
+    assert reasons(row("3", "number")) == ["evidence_not_necessary"]
