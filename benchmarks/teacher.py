@@ -115,11 +115,13 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print how true answers, evidence pages and calculations are."""
-    for kind, a in sorted(score_decks(rows, {sample.id: sample.page_facts or () for sample in samples}).items()):
+    """Print how true answers, evidence pages and calculations are; of arithmetic, differences once more by themselves."""
+    facts: dict[str, Sequence[dict[str, Any]]] = {sample.id: sample.page_facts or () for sample in samples}
+    differences = [row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")]
+    for kind, a in sorted((score_decks(rows, facts) | score_decks(differences, facts)).items()):
         expressions = a.expressions_right / max(1, a.asked)
         print(
-            f"  answer  {kind:<10} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence {a.evidence:.4f}  "
+            f"  answer  {kind:<11} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence {a.evidence:.4f}  "
             f"expression {expressions:.4f}  unanswerable {a.unanswerable} of {a.asked}"
         )
 

@@ -126,6 +126,17 @@ def ask_again(
     ]
 
 
+def judge(
+    rows: list[dict[str, Any]], checks: list[list[dict[str, str | None]]], config: Config
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return each row with what the stage makes of its checks."""
+    names = ("task", "style", "clean_question", "clean_answer", "answer_type")
+    table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
+    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
+    table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
+    return list(zip(rows, verify_annotations(table, config.verify).to_pylist(), strict=True))
+
+
 def show(title: str, mine: list[tuple[dict[str, Any], bool]]) -> None:
     """Print one line: rows of a kind, and whether the check would remove them."""
     wrong, true = [gone for row, gone in mine if row["error"]], [gone for row, gone in mine if not row["error"]]
@@ -140,12 +151,7 @@ def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[s
     """Print what is found of planted errors, and what is lost of true rows."""
     rows = list(plant(written, {sample_id: scene_of(each) for sample_id, each in facts.items()}))
     checks = ask_again(rows, {sample_id: (image,) for sample_id, image in images.items()}, config)
-    names = ("task", "style", "clean_question", "clean_answer", "answer_type")
-    table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
-    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
-    table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
-    marked = verify_annotations(table, config.verify).to_pylist()
-    judged = list(zip(rows, marked, strict=True))
+    judged = judge(rows, checks, config)
     questions = [(row, mark["agreement"] < 1) for row, mark in judged if row["task"] == "qa"]
     print("\nround trip of questions")
     show("all", questions)

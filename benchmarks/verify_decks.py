@@ -11,17 +11,14 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
 from teacher import annotate
-from verify import ask_again, show
+from verify import ask_again, judge, show
 
 from pipeline.config import resolve
 from pipeline.scenes.deck import answer_deck
 from pipeline.scenes.facts import Scene
 from pipeline.scenes.score import scene_of
 from pipeline.source.scenes import draw_deck
-from pipeline.tables import CHECK
-from pipeline.verify import verify_annotations
 
 
 def plant(written: list[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> Iterator[dict[str, Any]]:
@@ -55,11 +52,7 @@ def main() -> None:
     texts = [row | {"clean_question": row["question"], "clean_answer": row["answer"]} for row in written if row["question"]]
     rows = [row | {"clean_text": None, "pages": len(decks[row["sample_id"]])} for row in plant(texts, decks)]
     checks = ask_again(rows, {sample.id: sample.images for sample in samples}, config)
-    names = ("task", "style", "clean_question", "clean_answer", "answer_type")
-    table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
-    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
-    table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
-    judged = list(zip(rows, verify_annotations(table, config.verify).to_pylist(), strict=True))
+    judged = judge(rows, checks, config)
     for half in ("sufficient", "necessary"):
         print(f"\nevidence is {half}")
         for error in ("another page", "a page left out", "a page too many"):

@@ -363,9 +363,9 @@ def evaluate(
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
     metrics = evaluate_version(loaded, version, split, style, beams, clip_score)
+    each = metrics.pop("each")
     if captions:
-        write_captions(captions, metrics["each"])
-    del metrics["each"]
+        write_captions(captions, each)
     say_scores(metrics)
     show(metrics, as_json, "scores")
 

@@ -79,9 +79,7 @@ class VerifyConfig(Section):
     checks: Distinct[Check] = ()
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
     min_blind_share: float = Field(default=0.8, gt=0, le=1)  # of the images asked the same, for an answer to need no image
-    max_luck: float = Field(
-        default=0.1, ge=0, le=1
-    )  # how frequent an answer may be for a right one without its pages to mean much
+    max_luck: float = Field(default=0.1, ge=0, le=1)  # share above which an answer may be right by luck, without its pages
     clip: str = "auto"  # for alignment: tiny-clip for drawn scenes, else openai/clip-vit-base-patch32; or a folder, or a Hub id
     min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest go
     lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, these go

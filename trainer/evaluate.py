@@ -22,7 +22,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.clipscore import clip_scores, is_same
 from trainer.data import Example, Question, most_common, read_examples
 from trainer.features import Look, States
-from trainer.metrics import bootstrap, cider_d, meteor, rouge_l, score, tokenize
+from trainer.metrics import bootstrap, meteor, score, score_each, tokenize
 from trainer.model.search import GREEDY, Search
 from trainer.text import Text
 
@@ -134,18 +134,17 @@ def evaluate(
     tokens = [tokenize(text) for text in hypotheses]
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     shuffled = [tokens[other] for other in derangement(len(tokens))]
-    each = [
+    own, blind = score_each(tokens, references), score_each(shuffled, references)
+    each: list[dict[str, Any]] = [
         {
             "sample_id": example.sample_id,
-            "caption": caption,
-            "references": [" ".join(reference) for reference in mine],
-            "cider_d": round(scored, 4),
-            "shuffled_cider_d": round(blind, 4),
-            "rouge_l": round(rouge_l(words, mine), 4),
+            "caption": hypotheses[at],
+            "references": [" ".join(reference) for reference in references[at]],
+            "cider_d": round(own["cider_d"][at], 4),
+            "shuffled_cider_d": round(blind["cider_d"][at], 4),
+            "rouge_l": round(own["rouge_l"][at], 4),
         }
-        for example, caption, words, mine, scored, blind in zip(
-            examples, hypotheses, tokens, references, cider_d(tokens, references), cider_d(shuffled, references), strict=True
-        )
+        for at, example in enumerate(examples)
     ]
     ranked = sorted(range(len(each)), key=lambda at: -each[at]["cider_d"])
     shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]
@@ -155,9 +154,9 @@ def evaluate(
         "style": style,
         "source": source,
         "against": against,
-        "scores": score(tokens, references),
-        "shuffled_scores": score(shuffled, references),
-        "intervals": bootstrap(tokens, references) if asked.questions else {},
+        "scores": score(tokens, references, own),
+        "shuffled_scores": score(shuffled, references, blind),
+        "intervals": bootstrap(own) if asked.questions else {},
         "words": {
             "mean": round(statistics.fmean(lengths), 2),
             "different": len({word for words in tokens for word in words}),

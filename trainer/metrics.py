@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Tokens = Sequence[str]
 Counts = Counter[tuple[str, ...]]
@@ -23,8 +23,16 @@ def tokenize(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def score(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """Return all scores of a corpus.
+def score_each(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, list[float]]:
+    """Return ROUGE-L and CIDEr-D of each image."""
+    rouges = [rouge_l(hypothesis, mine) for hypothesis, mine in zip(hypotheses, references, strict=True)]
+    return {"rouge_l": rouges, "cider_d": cider_d(hypotheses, references)}
+
+
+def score(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], each: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, float]:
+    """Return all scores of a corpus; `each` is what `score_each` returns, where that is known already.
 
     Raises:
         ValueError: the two lengths differ, there is no image, or an image has no reference.
@@ -32,9 +40,8 @@ def score(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     if len(hypotheses) != len(references) or not hypotheses or not all(references):
         raise ValueError("a corpus needs one hypothesis and at least one reference for each of at least one image")
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references), 1)}
-    rouges = [rouge_l(hypothesis, mine) for hypothesis, mine in zip(hypotheses, references, strict=True)]
-    ciders = cider_d(hypotheses, references)
-    return scores | {"rouge_l": sum(rouges) / len(rouges), "cider_d": sum(ciders) / len(ciders)}
+    each = each or score_each(hypotheses, references)
+    return scores | {name: sum(values) / len(values) for name, values in each.items()}
 
 
 def ngrams(tokens: Tokens, n: int) -> Counts:
@@ -139,21 +146,15 @@ def meteor(corpora: Sequence[Sequence[Tokens]], references: Sequence[Sequence[To
     ]
 
 
-def bootstrap(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], draws: int = 1000
-) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of ROUGE-L and CIDEr-D: percentiles over corpora that are drawn from the images with replacement.
+def bootstrap(each: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals of the means of `score_each`: percentiles over corpora drawn from the images with replacement.
 
     The weights of CIDEr-D stay those of the whole corpus, as is usual; draws are always the same.
     """
-    each = {
-        "rouge_l": [rouge_l(hypothesis, mine) for hypothesis, mine in zip(hypotheses, references, strict=True)],
-        "cider_d": cider_d(hypotheses, references),
-    }
-    rng = random.Random(0)
+    rng, images = random.Random(0), len(next(iter(each.values())))
     means: dict[str, list[float]] = {name: [] for name in each}
     for _ in range(draws):
-        drawn = rng.choices(range(len(hypotheses)), k=len(hypotheses))
+        drawn = rng.choices(range(images), k=images)
         for name, values in each.items():
             means[name].append(sum(values[at] for at in drawn) / len(drawn))
     return {name: (sorted(found)[int(0.025 * draws)], sorted(found)[int(0.975 * draws)]) for name, found in means.items()}

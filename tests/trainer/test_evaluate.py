@@ -5,7 +5,7 @@ import pytest
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
 from trainer.evaluate import _references, answering_prompt, derangement, scored_prompt, vqa_accuracy
-from trainer.metrics import bootstrap
+from trainer.metrics import bootstrap, score_each
 from trainer.text import Text
 
 
@@ -70,6 +70,6 @@ def test_of_one_person_the_answer_is_right_or_wrong() -> None:
 def test_an_interval_holds_the_score_and_narrows_with_more_images() -> None:
     texts = [["a", "ring", str(n % 7)] for n in range(400)]
     references = [[["a", "ring", str(n % 5)]] for n in range(400)]
-    few, many = (bootstrap(texts[:n], references[:n])["rouge_l"] for n in (20, 400))
+    few, many = (bootstrap(score_each(texts[:n], references[:n]))["rouge_l"] for n in (20, 400))
     assert many[1] - many[0] < few[1] - few[0]
-    assert bootstrap(texts, references) == bootstrap(texts, references)
+    assert bootstrap(score_each(texts, references)) == bootstrap(score_each(texts, references))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import SynthError, TrainError
+from pipeline.fingerprint import digest
 from pipeline.store import Version, write_json
 from trainer.config import TrainConfig
 from trainer.data import Example, count_words, limit_captions, limit_images
@@ -81,15 +82,20 @@ def plan(
         only |= common
         if split == "train":
             learned = {name: [e for e in mine if e.sample_id in common] for name, mine in seen.items()}
-    runs = []
+    budgets: dict[int, int] = {}  # by number of images
+    sizes: dict[tuple[str, int], tuple[int, int]] = {}  # images and words that are learned, by data and number of images
+    for size in {cell.train_images for cell in cells}:
+        limited = {name: limit_images(mine, size) for name, mine in learned.items()}
+        budgets[size] = min(map(_words, limited.values())) if experiment.match_words else 0
+        fitting = {name: limit_captions(mine, budgets[size]) for name, mine in limited.items()}
+        sizes |= {(name, size): (len(mine), _words(mine)) for name, mine in fitting.items()}
+    runs, images = [], digest(sorted(only))
     for cell in cells:
-        budget = (
-            min(_words(limit_images(mine, cell.train_images)) for mine in learned.values()) if experiment.match_words else 0
-        )
-        mine = limit_captions(limit_images(learned[cell.data], cell.train_images), budget)
-        version, config = versions[cell.data], cell.config.model_copy(update={"caption_words": budget})
-        known = (budget, version.manifest["digest"], sorted(only), _files(cell.encoder), _files(cell.decoder))
-        runs.append(Run(cell, version, config, out / "cells" / cell.folder(*known), frozenset(only), len(mine), _words(mine)))
+        version, budget = versions[cell.data], budgets[cell.train_images]
+        known = (budget, version.manifest["digest"], images, _files(cell.encoder), _files(cell.decoder))
+        config = cell.config.model_copy(update={"caption_words": budget})
+        learns_from = sizes[cell.data, cell.train_images]
+        runs.append(Run(cell, version, config, out / "cells" / cell.folder(*known), frozenset(only), *learns_from))
     return runs
 
 

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.page import Points, chart, points, render_page, thumbnail_uri
 from pipeline.store import Version, write_json, write_text
 from trainer.experiment.cells import Run
@@ -28,7 +31,7 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
     }
     write_json(out / "experiment.json", result)
     write_text(out / "experiment.md", markdown(result))
-    uris = _thumbnails([run.version for run in runs], [example["sample_id"] for example in result["examples"]])
+    uris = _thumbnails(runs[0].version, [example["sample_id"] for example in result["examples"]])
     page = render_page(
         "trainer.experiment",
         "experiment.html.j2",
@@ -91,10 +94,10 @@ def _learning_curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         mine = [arm for arm in arms if arm.key[1:] == setting]
         title = f"CIDEr-D on the validation split: {mine[0].name.partition(', ')[2]}"
         for at in range(0, len(mine), MAX_CURVES):
-            yield chart(title, {arm.key[0]: _mean(arm) for arm in mine[at : at + MAX_CURVES]})
+            yield chart(title, {arm.key[0]: _mean_curve(arm) for arm in mine[at : at + MAX_CURVES]})
 
 
-def _mean(arm: Arm) -> Points:
+def _mean_curve(arm: Arm) -> Points:
     of_seeds = [dict(points(lines, "validation_cider_d")) for lines in arm.curves]
     steps = sorted(set.intersection(*(set(curve) for curve in of_seeds)))
     return [(step, sum(curve[step] for curve in of_seeds) / len(of_seeds)) for step in steps]
@@ -115,11 +118,8 @@ def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield chart(title, dict(longer[at : at + MAX_CURVES]), along="images")
 
 
-def _thumbnails(versions: Sequence[Version], wanted: Sequence[str]) -> dict[str, str]:
-    """Return thumbnails by sample id; the images of all versions are the same."""
-    found: dict[str, str] = {}
-    for _, batch in versions[0].batches(["sample_id", "image"], rows=256):
-        for at, sample_id in enumerate(batch["sample_id"].to_pylist()):
-            if sample_id in wanted:
-                found[sample_id] = thumbnail_uri(batch["image"][at].as_py()["bytes"])
-    return found
+def _thumbnails(version: Version, wanted: Sequence[str]) -> dict[str, str]:
+    """Return thumbnails of test images by sample id."""
+    rows = version.read("test", ["sample_id", "image"])
+    chosen = rows.filter(pc.is_in(rows["sample_id"], pa.array(wanted, pa.string())))
+    return {row["sample_id"]: thumbnail_uri(row["image"]["bytes"]) for row in chosen.to_pylist()}
