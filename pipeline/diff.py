@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.fingerprint import annotation_digest, digest
 from pipeline.store import LEDGER_FILE, Version
-from pipeline.tables import PIXELS
+from pipeline.tables import PIXELS, REVIEWED
 
 LISTS = ("captions", "qa")
 MAX_SHOWN = 160  # characters of a value
@@ -163,7 +163,9 @@ def _why(
     said = [new.about(sample_id, item) for item in gone]
     said += [f"was rejected: {reason}" for item in come if (reason := old.about(sample_id, item))]
     prompts = {item["prompt_id"] for item in gone} ^ {item["prompt_id"] for item in come} if gone and come else set()
-    if prompts:
+    if any(item["prompt_id"] == REVIEWED for item in come):
+        said.append("edited in review")
+    elif prompts:
         said.append("another prompt")
     elif "model" in settings and gone and come:
         said.append("another model")

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.tables import latest
+
 
 def digest(value: Any) -> str:
     """Return the sha256 of a JSON value, written in one way only: sorted keys, no white space."""
@@ -17,8 +19,8 @@ def canonical(value: Any) -> bytes:
 
 
 def annotation_digest(annotation: dict[str, Any]) -> str:
-    """Return the name of what an annotation says: a caption by its text, a pair by its question and answer."""
-    return digest([annotation.get(name) for name in ("text", "question", "answer")])
+    """Return the name of what an annotation says in the end: a caption by its text, a pair by its question and answer."""
+    return digest([latest(annotation, name) for name in ("text", "question", "answer")])
 
 
 def file_digest(path: Path) -> str:

@@ -9,8 +9,8 @@ from pipeline.tables import LEDGER
 def build_ledger(rejected: dict[str, pa.Table]) -> pa.Table:
     """Return the ledger (tables.LEDGER) of the rejected rows of each stage, in order.
 
-    A row names what it is about by `source_row`, by `sample_id`, or by that and the digest of an annotation's words; the words
-    themselves may be what it was rejected for, and stay here.
+    A row names what it is about by `source_row`, by `sample_id`, or by that and the digest of an annotation's words, as a
+    version would have had them; the words themselves may be what it was rejected for, and stay here.
     """
     return pa.Table.from_pylist(
         [

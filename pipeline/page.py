@@ -4,19 +4,22 @@ Text of a model is data: the template escapes all of it.
 """
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from PIL import Image
 
 from pipeline.image import prepare_image
 
 SHARED = ("page.css", "parts.html.j2")  # of all pages
 
 THUMBNAIL_PIXELS = 320 * 320
-PNG_PIXELS = 128 * 128
+SHARP_PIXELS = 128 * 128  # images so small are shown as they are, pixel for pixel, if they can be
+QUALITY = 70
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 CURVE_POINTS = 600
 
@@ -30,12 +33,32 @@ def render_page(package: str, template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def thumbnail_uri(data: bytes) -> str:
-    """Return a thumbnail: small, in a format that every browser shows, and without what a camera wrote beside the pixels."""
-    small, buffer = prepare_image(data, max_pixels=THUMBNAIL_PIXELS), io.BytesIO()
-    kind = "PNG" if small.width * small.height < PNG_PIXELS else "JPEG"  # a drawing stays sharp, a photo small
-    small.save(buffer, kind, quality=80)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def thumbnail(data: bytes, max_bytes: int) -> bytes:
+    """Return a WebP of at most so many bytes, without what a camera wrote beside the pixels. Raises ImageError."""
+    image = prepare_image(data, max_pixels=THUMBNAIL_PIXELS)
+    if image.width * image.height <= SHARP_PIXELS and len(sharp := _webp(image, lossless=True)) <= max_bytes:
+        return sharp  # a drawing
+    while len(small := _webp(image)) > max_bytes and min(image.size) > 1:
+        # Bytes go down somewhat slower than pixels.
+        scale = min(0.9, (0.9 * max_bytes / len(small)) ** 0.5)
+        image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    return small
+
+
+def data_uri(webp: bytes) -> str:
+    """Return a thumbnail as a page holds it within itself."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def script_hash(script: str) -> str:
+    """Return what a content security policy calls a script, so that it may run and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=lossless, quality=QUALITY)
+    return buffer.getvalue()
 
 
 def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:

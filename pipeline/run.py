@@ -4,9 +4,10 @@ Every stage leaves `stages/<stage>/kept.parquet` and `rejected.parquet`, so that
 """
 
 import json
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from pipeline.balance import balance_annotations, read_entries
 from pipeline.card import CARD_SAMPLES
@@ -34,12 +36,14 @@ from pipeline.image import prepare_image
 from pipeline.leakage import Banned, banned_rows, repeated_in, split_of_name
 from pipeline.ledger import build_ledger
 from pipeline.likeness import Kind, compare_samples
+from pipeline.marks import check_edit, format_marks, merge_marks, name_of, read_marks
 from pipeline.measure import Measure
+from pipeline.review import count_marks, review_annotations
 from pipeline.schema import wire_schema
 from pipeline.source import open_source
 from pipeline.split import split_annotations
-from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table
-from pipeline.tables import ANNOTATION, BANNED, CHECK, PIXELS, SAMPLE, SOURCE_REJECTED
+from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table, write_text
+from pipeline.tables import ANNOTATION, BANNED, CHECK, MARK, PIXELS, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Silence, Source, Talk
 from pipeline.validate import validate_annotations
 from pipeline.verify import verify_annotations
@@ -53,6 +57,7 @@ STAGES: dict[str, Callable[[pa.Table, Config], pa.Table]] = {
     "dedupe": lambda table, config: dedupe_annotations(table, config.dedupe),
     "balance": lambda table, config: balance_annotations(table, config.balance, config.seed),
     "split": lambda table, config: split_annotations(table, config.split, config.seed),
+    "review": lambda table, config: review_annotations(table),
 }
 ORDER = ("source", "generate", *STAGES, "version")
 LEFT_OUT = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
@@ -108,6 +113,38 @@ def generate_version(
         return _run(folder, config, source, start, talk or Silence())
 
 
+def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None) -> Result:
+    """Add files of marks to those of a dataset folder, and make the version that follows from them.
+
+    Raises:
+        ConfigError: a file holds no marks, an edit breaks a rule of its task, or no mark is about this dataset.
+        SynthError: see `generate_version`.
+    """
+    with disk_errors(folder.path):
+        config = _settings_of(folder)
+        new = [(mark, path) for path in files for mark in read_marks(path)]
+        if not new:
+            raise ConfigError(f"no mark in {', '.join(map(str, files))}", hint="mark texts in a report, then export the marks")
+        with folder.lock():
+            before = read_marks(folder.marks) if folder.marks.exists() else []
+            rows = {name_of(row): row for row in pq.read_table(_require_file(folder.stage("split"))).to_pylist()}
+            known = {*rows, *(mark.makes for mark in before)}
+            if not any(mark.name in known for mark, _ in new):
+                raise ConfigError(
+                    f"none of the {len(new)} marks is about a text of {folder.path}",
+                    hint="name the dataset folder that the report was made of",
+                )
+            merged = merge_marks(before, [mark for mark, _ in new])
+            from_file = {mark.makes: path for mark, path in new}
+            for name, mark in merged.items():
+                if mark.mark == "edited" and name in rows and (wrong := check_edit(mark, rows[name])):
+                    said = mark.text or f"{mark.question} {mark.answer}"
+                    where = from_file.get(mark.makes, folder.marks)
+                    raise ConfigError(f"{where}: the edited text {said[:80]!r} cannot be used: {wrong}", hint="edit it again")
+            write_text(folder.marks, format_marks(merged.values()))
+    return generate_version(config, folder.path, "review", talk)
+
+
 def _run(folder: Folder, config: Config, source: Source | None, start: int, talk: Talk) -> Result:
     choice = choose_engine(config, folder.server_log, talk) if start <= ORDER.index("generate") else None
     settings = config.model_dump(mode="json")
@@ -144,6 +181,8 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
                 table = _with_checks(folder, config, table, counts, talk)
             elif name == "dedupe":
                 table = _with_likeness(folder, config, table)
+            elif name == "review":
+                table = _with_marks(folder, table, talk)
             _apply(folder, name, stage(table, config), table)
         kept, lost = _require_stage(folder, name)
         if kept + sum(lost.values()) != table.num_rows:
@@ -181,7 +220,7 @@ def _ask_checks(
     of_sample: dict[str, list[Check]] = defaultdict(list)
     for row, mine in zip(rows, checks, strict=True):
         of_sample[row["sample_id"]] += mine
-    with Journal(folder.journal) as journal, ExitStack() as stack:
+    with Journal(folder.journal) as journal, _cost_noted(folder, journal, counts), ExitStack() as stack:
 
         @cache
         def engine() -> Engine:
@@ -232,6 +271,18 @@ def _with_likeness(folder: Folder, config: Config, table: pa.Table) -> pa.Table:
     return table
 
 
+def _with_marks(folder: Folder, table: pa.Table, talk: Talk) -> pa.Table:
+    """Join to each annotation what a person said of it: `mark`."""
+    marks = {mark.name: mark for mark in read_marks(folder.marks)} if folder.marks.exists() else {}
+    found = [marks.get(name_of(row)) for row in table.to_pylist()] if marks else [None] * table.num_rows
+    if marks:
+        used = {mark.name for mark in found if mark} | {mark.makes for mark in found if mark}
+        lost = len(marks.keys() - used)
+        talk.say(f"review: {len(marks) - lost} marks apply{f'; {lost} fit no text that is there now' if lost else ''}")
+    marked = [mark and mark.model_dump(include=set(MARK.names)) for mark in found]
+    return table.append_column("mark", pa.array(marked, MARK))
+
+
 def _kind_of_images(config: Config) -> Kind | None:
     """Return how images are compared; None where they are known to be distinct, or are not to be compared."""
     kind = config.dedupe.images
@@ -256,7 +307,7 @@ def public_name(model: str) -> str:
 def _generate(folder: Folder, config: Config, choice: Choice, samples: int, counts: Counts, talk: Talk) -> None:
     """Have every image asked about, then write what the replies say."""
     each = len(asked_of_each(config))
-    with Journal(folder.journal) as journal, ExitStack() as stack:
+    with Journal(folder.journal) as journal, _cost_noted(folder, journal, counts), ExitStack() as stack:
 
         @cache
         def engine() -> Engine:
@@ -270,6 +321,20 @@ def _generate(folder: Folder, config: Config, choice: Choice, samples: int, coun
         talk("generate", samples, samples)
         read = read_annotations(_about_samples(folder), config, choice.revision, journal)
         write_table(folder.stage("generate"), read, ANNOTATION)
+
+
+@contextmanager
+def _cost_noted(folder: Folder, journal: Journal, counts: Counts) -> Iterator[None]:
+    """Add what is asked meanwhile to the cost of the dataset: seconds of all passes that asked, and the journal's sums."""
+    asked, start = counts.asked, time.monotonic()
+    try:
+        yield
+    finally:
+        if counts.asked > asked:
+            before = read_json(folder.cost) if folder.cost.exists() else {"timed": 0, "seconds": 0.0}
+            timed = before["timed"] + counts.asked - asked  # a pass that was killed has left no time
+            seconds = round(before["seconds"] + time.monotonic() - start, 1)
+            write_json(folder.cost, {**journal.totals(), "timed": timed, "seconds": seconds})
 
 
 def _write_banned(folder: Folder, config: Config, talk: Talk) -> list[dict[str, Any]]:
@@ -388,6 +453,9 @@ def _write_version(
             "funnel": [asdict(each) for each in funnel],
             "measured": measure.result(),
             "leakage": _leakage(folder, compared_as, never, annotations),
+            "review": count_marks(
+                *(pq.read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected"))
+            ),
         }
         version, is_new = draft.publish(rows, made_by, build_ledger(_rejected(folder) | left_out), shown)
     write_table(folder.stage("version", "rejected"), [left_out["version"]], LEFT_OUT)
@@ -460,6 +528,14 @@ def _require_file(path: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"{path} is missing", hint="run once without --from-stage")
     return path
+
+
+def _settings_of(folder: Folder) -> Config:
+    """Return the settings of the last run in a dataset folder."""
+    try:
+        return Config.model_validate_json(_require_file(folder.run_file).read_bytes())
+    except ValidationError:
+        raise ConfigError(f"{folder.run_file} is of another synth", hint="run `synth generate` in this folder once") from None
 
 
 def _refuse_other_settings(folder: Folder, config: Config, start: int) -> None:

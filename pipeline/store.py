@@ -60,6 +60,11 @@ class Version:
         home = parent.parent if parent.name == "versions" else parent
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 
+    @property
+    def images(self) -> int:
+        """Return how many rows there are in all splits."""
+        return sum(self.manifest["rows"].values())
+
     def summary(self) -> dict[str, Any]:
         """Return what a list of versions shows. The date is that of the manifest's file: rows and manifest hold no clock."""
         written = datetime.fromtimestamp((self.path / "manifest.json").stat().st_mtime, UTC)
@@ -74,9 +79,11 @@ class Version:
         """Return the Parquet files of a split, in order."""
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
-    def batches(self, columns: list[str], rows: int = 1024) -> Iterator[tuple[str, pa.RecordBatch]]:
+    def batches(
+        self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS
+    ) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield all rows with the split that they are in, a batch at a time. Raises StoreError where a shard is damaged."""
-        for split in SPLITS:
+        for split in splits:
             for shard in self.shards(split):
                 try:
                     for batch in pq.ParquetFile(shard).iter_batches(batch_size=rows, columns=columns):
@@ -134,6 +141,16 @@ class Folder:
     def made_by(self, stage: str) -> Path:
         """Which source or model a stage had: what starts after it must not name another one."""
         return self.path / "stages" / stage / "made_by.json"
+
+    @property
+    def marks(self) -> Path:
+        """What people said of texts, by `synth review apply`."""
+        return self.path / "review" / "marks.jsonl"
+
+    @property
+    def cost(self) -> Path:
+        """What asking has taken so far."""
+        return self.path / "stages" / "generate" / "cost.json"
 
     @property
     def push_file(self) -> Path:

@@ -133,6 +133,23 @@ BALANCED = pa.schema(
     ]
 )
 
+# review: what a person said of an annotation (marks.py), and what it says in the end
+REVIEWED = "review"  # the prompt_id of words that a person wrote
+MARK = pa.struct(
+    [
+        *(pa.field(name, pa.string()) for name in ("mark", "reason", "text", "question", "answer")),
+        pa.field("evidence_pages", pa.list_(pa.int32())),
+        pa.field("expression", pa.string()),
+    ]
+)
+FINAL = pa.schema(
+    [
+        *(pa.field(f"final_{name}", pa.string()) for name in ("text", "question", "answer")),
+        pa.field("final_evidence_pages", pa.list_(pa.int32())),
+        *(pa.field(f"final_{name}", pa.string()) for name in ("expression", "prompt_id", "pair_id")),
+    ]
+)
+
 CAPTION = pa.struct([pa.field(name, pa.string()) for name in ("text", "style", "prompt_id")])
 QA = pa.struct(
     [
@@ -181,6 +198,11 @@ def require(table: pa.Table, *names: str) -> None:
             f"missing column(s): {', '.join(missing)}",
             hint=f"the table has {', '.join(table.column_names)}; was an earlier stage skipped?",
         )
+
+
+def latest(row: dict[str, Any], name: str) -> Any:
+    """Return a field of an annotation as the last stage has it that wrote it: review, filter, or generate."""
+    return row.get(f"final_{name}", row.get(f"clean_{name}", row.get(name)))
 
 
 def with_reason(table: pa.Table, reasons: Iterable[str | None]) -> pa.Table:

@@ -19,7 +19,7 @@ from pipeline.errors import TableError
 from pipeline.fingerprint import digest, file_digest
 from pipeline.shards import SplitWriter
 from pipeline.store import LEDGER_FILE, Folder, Version, publish, scratch_folder, write_json, write_table, write_text
-from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features
+from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, latest
 
 FIRST = "v1.0.0"
 
@@ -190,17 +190,17 @@ def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str,
         "licence": sample["licence"],
         "references": sample["references"],
         "reference_qa": sample["reference_qa"],
-        "captions": [_clean(a, CAPTION) for a in captions],
-        "qa": [_clean(a, QA) for a in pairs],
+        "captions": [_last_words(a, CAPTION) for a in captions],
+        "qa": [_last_words(a, QA) for a in pairs],
         "facts": sample["facts"],
         "page_facts": sample["page_facts"],
         "split": annotations[0]["split"],
     }
 
 
-def _clean(annotation: dict[str, Any], kind: pa.StructType) -> dict[str, Any]:
-    """Return the fields of a caption or a question, each in the words that filter has left of it."""
-    return {field.name: annotation.get(f"clean_{field.name}", annotation.get(field.name)) for field in kind}
+def _last_words(annotation: dict[str, Any], kind: pa.StructType) -> dict[str, Any]:
+    """Return the fields of a caption or a question, each in its last words."""
+    return {field.name: latest(annotation, field.name) for field in kind}
 
 
 def _schema(columns: list[str]) -> pa.Schema:

@@ -8,12 +8,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("source", "generate", "validate", "filter", "verify", "dedupe", "balance", "split", "version", "push", "report")
+STAGES = (
+    "source",
+    "generate",
+    "validate",
+    "filter",
+    "verify",
+    "dedupe",
+    "balance",
+    "split",
+    "review",
+    "version",
+    "push",
+    "report",
+)
 # What each part may import of `pipeline`, beside what lies under itself.
 BASE = {"errors": set(), "types": {"errors"}}
 LOWER = {
     **BASE,
-    "fingerprint": {"errors"},
+    "fingerprint": {"errors", "tables"},
     "image": {"errors"},
     "page": {"image"},
     "answers": set(),
@@ -31,6 +44,7 @@ LOWER = {
     "leakage": {"likeness", "tables", "texts", "types"},
     "card": set(),
     "ledger": {"fingerprint", "tables"},
+    "marks": {"errors", "fingerprint", "schema", "tables"},
     "measure": {"scenes"},
     "shards": {"tables"},
     "copies": {"tables", "types"},
@@ -43,7 +57,7 @@ LOWER = {
     "scenes": {"errors", "schema", "generate.prompt"},
 }
 STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
-STAGE_MAY |= {"claims", "page", "privacy", "store", "tables", "texts", "types", "wordnet"}
+STAGE_MAY |= {"claims", "marks", "page", "privacy", "store", "tables", "texts", "types", "wordnet"}
 TRAINER_MAY = {
     "alignment",
     "answers",

@@ -108,7 +108,8 @@ class Journal:
             )
 
     def totals(self) -> dict[str, int]:
-        """Return how many requests were sent in all (repeats count), and how many replies are kept."""
-        asked = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()[0]
-        replies = self._db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
-        return {"asked": asked, "replies": replies}
+        """Return how many requests were sent in all (repeats count), how many replies are kept, and their tokens."""
+        (asked,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
+        sums = "COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
+        replies, prompt_tokens, reply_tokens = self._db.execute(f"SELECT {sums} FROM replies").fetchone()  # noqa: S608
+        return {"asked": asked, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}

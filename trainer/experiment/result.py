@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.page import Points, chart, points, render_page, thumbnail_uri
+from pipeline.page import Points, chart, data_uri, points, render_page, thumbnail
 from pipeline.store import Version, write_json, write_text
 from trainer.experiment.cells import Run
 from trainer.experiment.compare import Arm, compare, examples, read_arms, summarise
@@ -15,6 +15,7 @@ from trainer.experiment.slices import SLICES
 
 SHOWN_EXAMPLES = 12
 MAX_CURVES = 6  # in one chart: more cannot be told apart
+THUMBNAIL_BYTES = 16_384
 UNMATCHED = 0.05  # by which share words may differ between kinds of data before it is said
 
 
@@ -122,4 +123,4 @@ def _thumbnails(version: Version, wanted: Sequence[str]) -> dict[str, str]:
     """Return thumbnails of test images by sample id."""
     rows = version.read("test", ["sample_id", "image"])
     chosen = rows.filter(pc.is_in(rows["sample_id"], pa.array(wanted, pa.string())))
-    return {row["sample_id"]: thumbnail_uri(row["image"]["bytes"]) for row in chosen.to_pylist()}
+    return {row["sample_id"]: data_uri(thumbnail(row["image"]["bytes"], THUMBNAIL_BYTES)) for row in chosen.to_pylist()}

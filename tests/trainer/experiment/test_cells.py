@@ -109,5 +109,5 @@ def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_fro
     result = write_result(runs, tmp_path)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
     assert {found["than"].split(",")[0] for found in result["differences"]} == {"facts"}
-    assert (tmp_path / "experiment.html").read_text().count("data:image/png;base64,") == len(result["examples"])
+    assert (tmp_path / "experiment.html").read_text().count("data:image/webp;base64,") == len(result["examples"])
     assert "| facts, " in (tmp_path / "experiment.md").read_text()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import PHONE, WIDE, Open, violations
 from tests.scene_data import make_version, scene_samples
 from trainer.config import TrainConfig
 from trainer.experiment.cells import Run
@@ -67,7 +68,7 @@ def test_text_of_a_model_never_becomes_markup(runs: list[Run], tmp_path: Path) -
     page = (tmp_path / "experiment.html").read_text()
     assert "<script" not in page and html.escape(HOSTILE)[:30] in page
     assert "default-src 'none'" in page
-    assert re.findall(r"(?:src|href)=\"(?!data:image/png;base64,)", page) == []
+    assert re.findall(r"(?:src|href)=\"(?!data:image/webp;base64,)", page) == []
 
 
 def test_curves_are_means_over_seeds_on_one_scale(runs: list[Run], tmp_path: Path) -> None:
@@ -80,3 +81,12 @@ def test_an_arm_without_questions_has_empty_cells(runs: list[Run], tmp_path: Pat
     result: dict[str, Any] = write_result(runs, tmp_path)
     assert [sorted(arm["questions"]) for arm in result["arms"]] == [["number"], []]
     assert "majority 0.250" in (tmp_path / "experiment.html").read_text()
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_the_page_is_in_nobodys_way(runs: list[Run], tmp_path: Path, opened: Open, viewport: dict[str, int]) -> None:
+    write_result(runs, tmp_path)
+    page = opened(tmp_path / "experiment.html", viewport=viewport)
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert HOSTILE.split("\u202e")[0] in page.locator("main").inner_text()

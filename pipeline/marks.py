@@ -1,0 +1,120 @@
+"""Marks: what a person said of texts in a report. Files of JSON lines, a mark a line, applied by the stage review.
+
+A mark names a text by what it says, not by where it lies: it fits the same words in every later run, and no others.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import annotation_digest
+from pipeline.schema import broken_rule
+from pipeline.tables import latest
+
+Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
+REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
+EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
+CONTENT_HEX = 16  # of the digest of a text: enough to tell apart what is said of one sample
+Name = tuple[str, str]  # of a text: its sample, and the start of the digest of its words
+
+
+class Mark(BaseModel):
+    """What one person said of one text, which is named as `name_of` does. An edit holds all that the text is to say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    content: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{CONTENT_HEX}}}$")]
+    mark: Literal["good", "bad", "edited"]
+    reason: Reason | None = None
+    note: Annotated[str, Field(max_length=1000)] = ""  # stays here: it is published nowhere
+    text: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    evidence_pages: tuple[int, ...] | None = None
+    expression: str | None = None
+
+    @model_validator(mode="after")
+    def _says_what_it_must(self) -> "Mark":
+        if (self.mark == "bad") != (self.reason is not None):
+            raise ValueError("a reason goes with bad, and with nothing else")
+        if self.mark == "edited" and (self.text is None) == (self.question is None or self.answer is None):
+            raise ValueError("edited goes with new words: a text, or a question and its answer")
+        if self.mark != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
+            raise ValueError("new words go with edited, and with nothing else")
+        return self
+
+    @property
+    def name(self) -> Name:
+        """The text that this is about."""
+        return self.sample_id, self.content
+
+    @property
+    def makes(self) -> Name:
+        """The text that is there once this was applied."""
+        if self.mark != "edited":
+            return self.name
+        return name_of({"sample_id": self.sample_id, "text": self.text, "question": self.question, "answer": self.answer})
+
+
+def read_marks(path: Path) -> list[Mark]:
+    """Read a file of marks. Raises ConfigError, with the number of the line, where it is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None
+    marks = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            marks += [Mark.model_validate_json(line)] if line.strip() else []
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"{path}, line {number} is no mark: {f'{where}: ' if where else ''}{first['msg']}",
+                hint="each line is one mark as a report exports it",
+            ) from None
+    return marks
+
+
+def format_marks(marks: Iterable[Mark]) -> str:
+    """Return marks as a file holds them, in one order."""
+    ordered = sorted(marks, key=lambda mark: mark.name)
+    return "".join(f"{mark.model_dump_json(exclude_defaults=True)}\n" for mark in ordered)
+
+
+def merge_marks(before: Iterable[Mark], new: Iterable[Mark]) -> dict[Name, Mark]:
+    """Return all marks by the text that they are about; the last word on a text is the one that counts.
+
+    A mark of words that an earlier edit has made is the last word on the text that was edited: an edit of an edit goes back to
+    what the model wrote, so that marks never have to be applied in a row.
+    """
+    known = {mark.name: mark for mark in before}
+    for mark in new:
+        edited = [name for name, old in known.items() if old.mark == "edited" and old.makes == mark.name]
+        for sample_id, content in edited if mark.mark != "good" else ():  # a good edit stays
+            undone = mark.mark == "edited" and mark.makes == (sample_id, content)
+            known[sample_id, content] = (
+                Mark(sample_id=sample_id, content=content, mark="good")
+                if undone
+                else mark.model_copy(update={"sample_id": sample_id, "content": content})
+            )
+        known[mark.name] = mark
+    return known
+
+
+def check_edit(mark: Mark, row: dict[str, Any]) -> str | None:
+    """Return what is wrong with an annotation (tables.ANNOTATION) once an edit is applied; None if nothing is."""
+    if (mark.text is None) == (row["task"] == "caption"):
+        return f"it is about a {'caption' if row['task'] == 'caption' else 'question'}, and its new words are of another kind"
+    new = {name: getattr(mark, name) for name in EDITABLE if getattr(mark, name) is not None}
+    words = {name: latest(row, name) for name in (*EDITABLE, "answer_type")} | new
+    return broken_rule(row["task"], words | {"caption": words["text"]}, row["pages"])
+
+
+def name_of(row: dict[str, Any]) -> Name:
+    """Return what a mark calls an annotation, by what it says now."""
+    return row["sample_id"], annotation_digest(row)[:CONTENT_HEX]

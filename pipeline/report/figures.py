@@ -1,0 +1,156 @@
+"""What a report says in numbers and groups: sums that must add up, texts before and after balancing, duplicates as clusters."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.report.rows import to_pylist, visible
+from pipeline.store import Folder
+from pipeline.texts import content_words, words_of
+
+MAX_CLUSTERS = 50  # of each kind, the largest
+MAX_MEMBERS = 12  # of a cluster
+MAX_BARS = 15
+MAX_QUESTION_TYPES = 6
+WORDS_A_BAR = 5  # of the lengths of captions
+MAX_BAR_WORDS = 60  # longer captions share a bar
+_OF_CLUSTERS = ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer", "cluster", "duplicate_of")
+_OF_IMAGES = ("image_group", "image_reason")
+
+
+def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the steps of a manifest, each with `adds_up`: nothing got lost in it, nor between it and the one before."""
+    before: dict[str, int] = {}
+    steps = []
+    for step in manifest["funnel"]:
+        whole = step["input"] == step["kept"] + sum(step["rejected"].values())
+        follows = step["unit"] != "annotations" or step["input"] == before.get("annotations", step["input"])
+        steps.append(step | {"adds_up": whole and follows})
+        before[step["unit"]] = step["kept"]
+    return steps
+
+
+def distributions_of(folder: Path) -> list[dict[str, Any]]:
+    """Return tables of what there was before balance and after it: lengths, answers by type of question, words.
+
+    Each has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). A version that was
+    made elsewhere has no stages here, and no tables.
+    """
+    paths = [Folder(folder).stage("balance", which) for which in ("kept", "rejected")]
+    if not all(path.exists() for path in paths):
+        return []
+    lengths, concepts = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
+    answers: tuple[dict[str, Counter[str]], ...] = (defaultdict(Counter), defaultdict(Counter))
+    for path in paths:
+        sides = (0, 1) if path == paths[0] else (0,)  # what was kept was there before, too
+        for row in _read(path, ["clean_text", "clean_question", "clean_answer", "question_type"]):
+            for side in sides:
+                if row["clean_text"] is not None:
+                    lengths[side][_length(row["clean_text"])] += 1
+                    concepts[side].update(set(content_words(row["clean_text"])))
+                else:
+                    answers[side][row["question_type"]][row["clean_answer"].casefold()] += 1
+    tables = [
+        _table(
+            "Words of a caption",
+            "captions",
+            *lengths,
+            in_order=sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+"))),
+        )
+    ]
+    common = sorted(answers[0], key=lambda kind: (-answers[0][kind].total(), kind))[:MAX_QUESTION_TYPES]
+    tables += [_table(f"Answers to {visible(kind)} …", "questions", answers[0][kind], answers[1][kind]) for kind in common]
+    return [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
+
+
+def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what dedupe found: images that look alike, texts of one image that say the same, captions of too many images.
+
+    Of each kind there are as many as `found`; `shown` are the largest. Each member of a cluster has the `id` of its sample, its
+    words (`said`), and whether it was `kept`.
+    """
+    paths = [Folder(folder).stage("dedupe", which) for which in ("kept", "rejected")]
+    if not all(path.exists() for path in paths):
+        return {}
+    rejected = list(_read(paths[1], [*_OF_CLUSTERS, *_OF_IMAGES, "reason"]))
+    groups = {row["image_group"] for row in _alike(paths)}
+    again = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
+    repeated = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}
+    images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    texts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    captions: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for kept, rows in ((True, _read(paths[0], [*_OF_CLUSTERS, *_OF_IMAGES])), (False, iter(rejected))):
+        for row in rows:
+            member = {"id": row["sample_id"], "said": _said(row), "kept": kept}
+            if row["image_group"] in groups:
+                why = visible(row["image_reason"] or "")
+                images[row["image_group"]].setdefault(row["sample_id"], member | {"said": why, "kept": not why})
+            if kept and row["annotation_id"] in again:
+                texts[row["annotation_id"]].insert(0, member)
+            elif not kept and row["reason"] == "duplicate":
+                texts[row["duplicate_of"]].append(member)
+            if row["cluster"] in repeated and row["task"] == "caption" and (kept or row["reason"] == "caption_of_many_images"):
+                captions[row["cluster"]].append(member)
+    found = {
+        "Images that look alike": (list(members.values()) for members in images.values()),
+        "Texts that say the same": texts.values(),
+        "Captions of too many images": captions.values(),
+    }
+    return {title: _largest(list(clusters)) for title, clusters in found.items()}
+
+
+def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (sample id, first image) of samples that may be in no version, as the source gave them."""
+    path = Folder(folder).stage("source")
+    if not wanted or not path.exists():
+        return
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
+        at = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
+        if len(at):
+            rows = file.read_row_group(group, columns=["sample_id", "images"]).take(at)
+            yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
+
+
+def _alike(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the groups of images that hold more than one sample."""
+    known = pa.concat_tables([pq.read_table(path, columns=["image_group", "sample_id"]) for path in paths])
+    counts = known.group_by("image_group").aggregate([("sample_id", "count_distinct")])
+    yield from counts.filter(pc.greater(counts["sample_id_count_distinct"], 1)).to_pylist()
+
+
+def _read(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+        yield from to_pylist(batch)
+
+
+def _said(row: dict[str, Any]) -> str:
+    return visible(" ".join(row[name] for name in ("clean_text", "clean_question", "clean_answer") if row[name]))
+
+
+def _largest(clusters: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    ordered = sorted(clusters, key=lambda members: (-len(members), members[0]["id"], members[0]["said"]))
+    shown = [{"size": len(members), "members": members[:MAX_MEMBERS]} for members in ordered[:MAX_CLUSTERS]]
+    return {"found": len(clusters), "shown": shown}
+
+
+def _length(text: str) -> str:
+    words = len(words_of(text))
+    if words > MAX_BAR_WORDS:
+        return f"{MAX_BAR_WORDS + 1}+"
+    first = (max(words, 1) - 1) // WORDS_A_BAR * WORDS_A_BAR + 1
+    return f"{first}-{first + WORDS_A_BAR - 1}"
+
+
+def _table(
+    title: str, are: str, before: Counter[str], after: Counter[str], in_order: list[str] | None = None
+) -> dict[str, Any]:
+    names = in_order or sorted(before, key=lambda name: (-before[name], name))[:MAX_BARS]
+    rows = [(visible(name), before[name], after[name]) for name in names]
+    return {"title": title, "are": are, "top": max((count for _, count, _ in rows), default=1), "rows": rows}

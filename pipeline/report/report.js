@@ -1,0 +1,240 @@
+"use strict";
+// Shows what `add` brings, a page at a time, and remembers marks in this browser until they are exported.
+// Text of a model only ever goes into textContent and value.
+
+const PER_PAGE = {images: 48, rejected: 100};
+const STORED = `synth-marks-${report.digest}`;
+const REASONS = {not_true: "not true of the image", unclear: "unclear or badly worded", trivial: "says nothing of worth",
+  private: "private or offensive", other: "another reason"};
+const FIELDS = ["text", "question", "answer", "evidence_pages", "expression"];
+const lists = {};
+const marks = load();
+
+function add(kind, items) {
+  lists[kind].take(items);
+}
+
+/** A list with a search, filters and pages, of which one page is in the document. */
+class List {
+  constructor(kind, filters, draw) {
+    Object.assign(this, {kind, filters, draw, items: [], found: [], page: 0, wanted: ""});
+    this.root = document.getElementById(kind);
+    this.body = this.root.querySelector("[data-body]");
+    this.search = this.root.querySelector("input[type=search]");
+    this.search.addEventListener("input", () => this.filter());
+    for (const name in filters) this.select(name).addEventListener("change", () => this.filter());
+    for (const button of this.root.querySelectorAll("[data-turn]")) {
+      button.addEventListener("click", () => this.turn(Number(button.dataset.turn)));
+    }
+  }
+
+  select(name) { return this.root.querySelector(`select[name=${name}]`); }
+
+  take(items) {
+    for (const item of items) item.searched = JSON.stringify(item).toLowerCase();
+    this.items.push(...items);
+    for (const [name, values] of Object.entries(this.filters)) {
+      const select = this.select(name), known = new Set([...select.options].map(option => option.value));
+      const found = name === "mark" ? [] : new Set(items.flatMap(values));
+      for (const value of [...found].filter(value => !known.has(value)).sort()) select.add(new Option(value, value));
+    }
+    this.filter(false);
+  }
+
+  filter(fromStart = true) {
+    const wanted = JSON.stringify(this.search.value.toLowerCase()).slice(1, -1);
+    const chosen = Object.entries(this.filters).map(([name, values]) => [this.select(name).value, values]).filter(([value]) => value);
+    this.found = this.items.filter(item => item.searched.includes(wanted) && chosen.every(([value, values]) => values(item).includes(value)));
+    if (fromStart) this.page = 0;
+    this.show();
+  }
+
+  turn(by) {
+    this.page = Math.min(Math.max(this.page + by, 0), this.pages - 1);
+    this.show();
+    this.root.scrollIntoView();
+  }
+
+  get pages() { return Math.max(1, Math.ceil(this.found.length / PER_PAGE[this.kind])); }
+
+  show() {
+    this.page = Math.min(this.page, this.pages - 1);
+    const first = this.page * PER_PAGE[this.kind];
+    const shown = this.found.slice(first, first + PER_PAGE[this.kind]);
+    if (!this.shown || shown.length !== this.shown.length || shown.some((item, at) => item !== this.shown[at])) {
+      this.body.replaceChildren(...shown.map(this.draw)); // a part that arrives later must not tear down what somebody reads
+      this.shown = shown;
+    }
+    const range = shown.length ? `${first + 1} to ${first + shown.length} of ` : "";
+    this.root.querySelector("output").textContent = `${range}${this.found.length} found, ${this.items.length} in this report`;
+    for (const button of this.root.querySelectorAll("[data-turn]")) {
+      button.disabled = Number(button.dataset.turn) < 0 ? this.page === 0 : this.page === this.pages - 1;
+    }
+  }
+}
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children.filter(child => child !== null));
+  return made;
+}
+
+function drawImage(row) {
+  const said = row.texts.find(text => text.text);
+  const pictures = row.images.map((source, page) => source
+    ? element("img", {loading: "lazy", src: source, alt: `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`})
+    : element("p", {className: "soft", textContent: "no picture"}));
+  const about = element("div", {}, element("code", {textContent: row.id.slice(0, 12)}), element("span", {className: "tag", textContent: row.split}));
+  const references = row.references.length
+    ? element("details", {}, element("summary", {textContent: "captions of the source"}), ...row.references.map(text => element("p", {textContent: text})))
+    : null;
+  const texts = element("ul", {className: "texts"}, ...row.texts.map(text => drawText(row, text)));
+  return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, references);
+}
+
+function drawText(row, text) {
+  const item = element("li", {tabIndex: -1});
+  item.mark = kind => mark(row, text, kind, item);
+  return fill(item, row, text);
+}
+
+/** Put a text and what was said of it into its list item. */
+function fill(item, row, text) {
+  const made = marks.get(nameOf(row, text));
+  const now = made && made.mark === "edited" ? {...text, ...made} : text;
+  const words = now.text !== undefined
+    ? [element("p", {textContent: now.text})]
+    : [element("p", {textContent: now.question}), element("p", {className: "answer", textContent: now.answer})];
+  const proof = [now.evidence_pages ? `pages ${now.evidence_pages.join(", ")}` : "", now.expression || ""].filter(Boolean).join("; ");
+  if (proof) words.push(element("p", {className: "style", textContent: proof}));
+  const buttons = Object.entries({good: "Good", bad: "Bad", edited: "Edit"}).map(([kind, label]) => {
+    const button = element("button", {type: "button", textContent: label, disabled: kind === "edited" && Boolean(text.cut)});
+    button.setAttribute("aria-pressed", String(Boolean(made) && made.mark === kind));
+    button.addEventListener("click", () => mark(row, text, kind, item));
+    return button;
+  });
+  item.className = made ? made.mark : "";
+  const head = element("div", {className: "marks"}, element("span", {className: "style", textContent: text.kind}), ...buttons);
+  item.replaceChildren(head, ...words, ...(made && made.mark === "bad" ? [element("div", {className: "marks"}, ...why(made))] : []));
+  return item;
+}
+
+/** The reason of a bad text, and a note. */
+function why(made) {
+  const select = element("select", {}, ...report.reasons.map(reason => new Option(REASONS[reason] || reason, reason)));
+  select.setAttribute("aria-label", "Why it is bad");
+  select.value = made.reason;
+  select.addEventListener("change", () => { made.reason = select.value; store(); });
+  const note = element("input", {type: "text", value: made.note || "", placeholder: "note", maxLength: 1000});
+  note.setAttribute("aria-label", "Note");
+  note.addEventListener("input", () => { made.note = note.value; store(); });
+  return [select, note];
+}
+
+/** Mark a text, or take the same mark back. */
+function mark(row, text, kind, item) {
+  const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, mark: kind};
+  if (kind === "edited") return text.cut ? undefined : edit(row, text, item, about);
+  if (marks.get(name)?.mark === kind) marks.delete(name);
+  else marks.set(name, kind === "bad" ? {...about, reason: report.reasons[0]} : about);
+  store();
+  fill(item, row, text);
+  item.focus();
+  return undefined;
+}
+
+/** Put fields for the new words in place of a text; saving the words as they were takes an edit back. */
+function edit(row, text, item, about) {
+  const now = {...text, ...(marks.get(nameOf(row, text)) || {})};
+  const names = FIELDS.filter(name => text[name] !== undefined);
+  const fields = names.map(name => {
+    const field = element("textarea", {value: String(now[name]), rows: name === "text" ? 4 : 2});
+    field.setAttribute("aria-label", name.replace("_", " "));
+    return field;
+  });
+  const done = () => { store(); fill(item, row, text); item.focus(); };
+  const save = element("button", {type: "submit", textContent: "Save"});
+  const cancel = element("button", {type: "button", textContent: "Cancel"});
+  const form = element("form", {className: "edit"}, ...fields, element("div", {className: "marks"}, save, cancel));
+  cancel.addEventListener("click", done);
+  form.addEventListener("keydown", event => { if (event.key === "Escape") done(); });
+  form.addEventListener("submit", event => {
+    event.preventDefault();
+    const typed = fields.map(field => field.value.trim().replace(/\s+/g, " "));
+    if (typed.every((value, at) => value === String(text[names[at]]))) marks.delete(nameOf(row, text));
+    else marks.set(nameOf(row, text), {...about, ...Object.fromEntries(names.map((name, at) => [name, name === "evidence_pages"
+      ? typed[at].split(/[^0-9]+/).filter(Boolean).map(Number) : typed[at]]))});
+    done();
+  });
+  item.replaceChildren(form);
+  fields[0].focus();
+  return undefined;
+}
+
+function nameOf(row, text) { return `${row.id} ${text.content}`; }
+
+function markOf(row) { return row.texts.map(text => marks.get(nameOf(row, text))?.mark || "not marked"); }
+
+function load() {
+  try { return new Map(JSON.parse(localStorage.getItem(STORED) || "[]")); } catch { return new Map(); }
+}
+
+function store() {
+  try { localStorage.setItem(STORED, JSON.stringify([...marks])); } catch { window.onbeforeunload = () => marks.size ? "" : undefined; }
+  count();
+}
+
+function count() {
+  const counts = {good: 0, bad: 0, edited: 0};
+  for (const made of marks.values()) counts[made.mark] += 1;
+  document.getElementById("marked").textContent = marks.size ? `${counts.good} good, ${counts.bad} bad, ${counts.edited} edited` : "nothing marked yet";
+  document.getElementById("export").disabled = document.getElementById("forget").disabled = !marks.size;
+}
+
+function exportMarks() {
+  const lines = [...marks.values()].map(made => JSON.stringify(made) + "\n");
+  const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `marks-${report.version}.jsonl`});
+  link.click();
+  URL.revokeObjectURL(link.href);
+  document.getElementById("marked").textContent = `exported; apply them with: synth review apply ${link.download}`;
+}
+
+function drawRejected(row) {
+  return element("tr", {}, element("td", {textContent: row.stage}), element("td", {className: "bad", textContent: row.reason}),
+    element("td", {}, element("code", {textContent: row.where.slice(0, 24)})), element("td", {className: "text", textContent: row.what}));
+}
+
+/** Go to another text on this page. */
+function step(by) {
+  const items = [...document.querySelectorAll("#images .texts > li")];
+  const at = items.indexOf(document.activeElement.closest?.(".texts > li"));
+  const next = items[at < 0 ? 0 : Math.min(Math.max(at + by, 0), items.length - 1)];
+  next?.focus();
+  next?.scrollIntoView({block: "nearest"});
+}
+
+const KEYS = {
+  j: () => step(1), k: () => step(-1), n: () => lists.images.turn(1), p: () => lists.images.turn(-1),
+  g: item => item?.mark("good"), b: item => item?.mark("bad"), e: item => item?.mark("edited"),
+  "/": () => lists.images.search.focus(), "?": () => document.getElementById("keys").showModal(),
+};
+
+document.addEventListener("keydown", event => {
+  const typing = event.target.closest("input, textarea, select, dialog[open]");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || !KEYS[event.key]) return;
+  event.preventDefault();
+  KEYS[event.key](document.activeElement.closest(".texts > li"));
+});
+document.getElementById("export").addEventListener("click", exportMarks);
+document.getElementById("forget").addEventListener("click", () => {
+  if (!confirm("Forget all marks that were made here?")) return;
+  marks.clear();
+  store();
+  lists.images.shown = null;
+  lists.images.show();
+});
+document.getElementById("help").addEventListener("click", () => KEYS["?"]());
+
+lists.images = new List("images", {split: row => [row.split], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage);
+lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected);
+count();

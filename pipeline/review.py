@@ -1,0 +1,54 @@
+"""Stage: review. What a person marked as bad goes, with the reason; what a person edited says the new words.
+
+It is the last stage before a version: a mark changes the text that it is about and no other.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.answers import normalize_answer
+from pipeline.marks import EDITABLE
+from pipeline.tables import FINAL, REVIEWED, latest, require, with_reason
+
+
+def review_annotations(table: pa.Table) -> pa.Table:
+    """Return the same rows with their last words (tables.FINAL) and a `reason`: why a person wants them gone.
+
+    Two questions stay a pair (`pair_id`) while both are there and have different answers.
+    """
+    require(table, "sample_id", "task", "mark")
+    rows = table.to_pylist()
+    final = [_final(row) for row in rows]
+    reasons = [f"marked_{row['mark']['reason']}" if _is_marked(row, "bad") else None for row in rows]
+    answers: dict[str, set[str]] = {}
+    for row, reason in zip(final, reasons, strict=True):
+        if row["final_pair_id"] and reason is None:
+            answers.setdefault(row["final_pair_id"], set()).add(normalize_answer(row["final_answer"]))
+    for row in final:
+        if len(answers.get(row["final_pair_id"], ())) < 2:
+            row["final_pair_id"] = None
+    columns = pa.Table.from_pylist(final, schema=FINAL)
+    for field in FINAL:
+        table = table.append_column(field, columns[field.name])
+    return with_reason(table, reasons)
+
+
+def count_marks(kept: pa.Table, rejected: pa.Table) -> dict[str, int]:
+    """Return how many annotations were marked, by mark; nothing where none was."""
+    marks = [row["mark"] for table in (kept, rejected) for row in table.select(["mark"]).to_pylist() if row["mark"]]
+    counts = Counter(mark["mark"] for mark in marks)
+    return {mark: counts[mark] for mark in ("good", "bad", "edited")} if marks else {}
+
+
+def _final(row: dict[str, Any]) -> dict[str, Any]:
+    words = {f"final_{name}": latest(row, name) for name in (*EDITABLE, "prompt_id", "pair_id")}
+    if _is_marked(row, "edited"):
+        words |= {f"final_{name}": row["mark"][name] for name in EDITABLE if row["mark"][name] is not None}
+        words["final_prompt_id"] = REVIEWED
+    return words
+
+
+def _is_marked(row: dict[str, Any], mark: str) -> bool:
+    return row["mark"] is not None and row["mark"]["mark"] == mark

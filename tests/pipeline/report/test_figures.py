@@ -1,0 +1,100 @@
+"""Figures of a report: sums, texts before and after balancing, clusters."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of
+
+
+def write(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
+    path = folder / "stages" / stage / f"{which}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([pa.field(name, pa.string()) for name in blank])
+    pq.write_table(pa.Table.from_pylist([blank | row for row in rows], schema=schema), path)
+
+
+def test_a_funnel_that_loses_something_does_not_add_up() -> None:
+    def step(**numbers: Any) -> dict[str, Any]:
+        return {"stage": "x", "unit": "annotations", "rejected": {}} | numbers
+
+    good = [step(input=9, kept=7, rejected={"a": 2}), step(input=7, kept=7)]
+    lost_within = [step(input=9, kept=7, rejected={"a": 1})]
+    lost_between = [step(input=9, kept=9), step(input=8, kept=8)]
+    other_units = [step(input=9, kept=9, unit="images"), step(input=30, kept=30)]
+    added = [
+        [each["adds_up"] for each in funnel_of({"funnel": steps})] for steps in (good, lost_within, lost_between, other_units)
+    ]
+    assert added == [[True, True], [False], [True, False], [True, True]]
+
+
+def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None:
+    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "question_type"))
+    yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
+    kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
+    write(tmp_path, "balance", "kept", kept, blank)
+    write(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
+    lengths, answers, words = distributions_of(tmp_path)
+    assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
+    assert (answers["title"], answers["rows"], answers["top"]) == ("Answers to is it …", [("yes", 2, 1), ("no", 1, 1)], 2)
+    assert words["rows"][0] == ("red", 2, 1)  # once a caption
+
+
+def test_a_version_without_stages_has_no_such_figures(tmp_path: Path) -> None:
+    assert distributions_of(tmp_path) == []
+    assert clusters_of(tmp_path) == {}
+
+
+BLANK: dict[str, Any] = dict.fromkeys(
+    ("clean_text", "clean_question", "clean_answer", "duplicate_of", "image_reason", "reason")
+)
+BLANK |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster": "", "image_group": ""}
+
+
+def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any) -> dict[str, Any]:
+    about = {"sample_id": sample, "image_group": sample, "clean_text": text, "cluster": cluster or text}
+    return {"annotation_id": str(number), **about} | more
+
+
+def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: Path) -> None:
+    kept = [caption(1, "a", "a cat"), caption(2, "b", "a dog", image_group="b"), caption(3, "c", "a street")]
+    rejected = [
+        caption(4, "a", "A cat.", "a cat", duplicate_of="1", reason="duplicate"),
+        caption(
+            5, "b2", "a dog!", "a dog", image_group="b", image_reason="near_duplicate_image", reason="near_duplicate_image"
+        ),
+        caption(6, "d", "a street", reason="caption_of_many_images"),
+    ]
+    write(tmp_path, "dedupe", "kept", kept, BLANK)
+    write(tmp_path, "dedupe", "rejected", rejected, BLANK)
+    found = {
+        title: [[(m["id"], m["kept"]) for m in each["members"]] for each in of["shown"]]
+        for title, of in clusters_of(tmp_path).items()
+    }
+    assert found == {
+        "Images that look alike": [[("b", True), ("b2", False)]],
+        "Texts that say the same": [[("a", True), ("a", False)]],
+        "Captions of too many images": [[("c", True), ("d", False)]],
+    }
+
+
+def test_of_many_clusters_the_largest_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+    kept = [caption(n, f"s{n}", f"text {n}") for n in range(MAX_CLUSTERS + 5)]
+    again = [
+        caption(1000 + n, f"s{n}", f"Text {n}.", f"text {n}", duplicate_of=str(n), reason="duplicate") for n in range(len(kept))
+    ]
+    again += [caption(2000 + n, "s3", "text 3", duplicate_of="3", reason="duplicate") for n in range(20)]
+    write(tmp_path, "dedupe", "kept", kept, BLANK)
+    write(tmp_path, "dedupe", "rejected", again, BLANK)
+    texts = clusters_of(tmp_path)["Texts that say the same"]
+    assert (texts["found"], len(texts["shown"])) == (MAX_CLUSTERS + 5, MAX_CLUSTERS)
+    assert (texts["shown"][0]["size"], len(texts["shown"][0]["members"])) == (22, MAX_MEMBERS)
+
+
+def test_images_of_samples_that_are_in_no_version_are_found_at_the_source(tmp_path: Path) -> None:
+    rows = [{"sample_id": f"s{n}", "images": [bytes([n])]} for n in range(9)]
+    (tmp_path / "stages" / "source").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "stages" / "source" / "kept.parquet", row_group_size=2)
+    assert dict(images_of(tmp_path, {"s3", "s8", "none"})) == {"s3": b"\x03", "s8": b"\x08"}

@@ -1,0 +1,71 @@
+"""Rows of a page: whatever a dataset holds, it can be shown."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.marks import name_of
+from pipeline.report.rows import MAX_REJECTED, MAX_SHOWN_CHARACTERS, read_rejected, read_rows, to_pylist, visible
+from pipeline.tables import SPLITS
+from tests.scene_data import make_version, scene_samples
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("A cat.", "A cat."),
+        ("\x1b[31mred", "[U+001B][31mred"),
+        ("abc\u202edcba", "abc[U+202E]dcba"),
+        ("line\nline", "line[U+000A]line"),
+        ("lone \ud800 half", "lone [U+D800] half"),
+        ("👩\u200d🚀", "👩\u200d🚀"),
+    ],
+)
+def test_what_would_move_or_hide_text_is_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_a_text_of_ten_megabytes_is_cut_and_says_so() -> None:
+    shown = visible("x" * 10_000_000)
+    assert shown == "x" * MAX_SHOWN_CHARACTERS + "… (10,000,000 characters)"
+
+
+def test_bytes_that_are_no_text_are_shown_as_such() -> None:
+    broken = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
+    nested = pa.StructArray.from_arrays([broken], names=["text"])
+    batch = pa.record_batch([broken, pa.ListArray.from_arrays([0, 1], nested), pa.array([b"\xff\xd8"])], ["a", "b", "images"])
+    with pytest.raises(UnicodeDecodeError):
+        batch.to_pylist()
+    assert to_pylist(batch) == [{"a": "caf� au lait", "b": [{"text": "caf� au lait"}], "images": b"\xff\xd8"}]
+
+
+def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(12))
+    rows = [row for some in read_rows(version, SPLITS, None, 4) for row in some]
+    assert len(rows) == 12
+    for row in rows:
+        for text in row["texts"]:
+            assert (row["id"], text["content"]) == name_of({"sample_id": row["id"], "text": text["text"]})
+            assert text["kind"] in ("brief", "detailed")
+
+
+def test_rows_can_be_chosen_and_come_by_split(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(40))
+    every = [row for some in read_rows(version, SPLITS[::-1], None, 7) for row in some]
+    assert [row["split"] for row in every] == sorted((row["split"] for row in every), key=SPLITS[::-1].index)
+    chosen = {row["id"] for row in every[::3]}
+    assert {row["id"] for some in read_rows(version, SPLITS, chosen, 7) for row in some} == chosen
+
+
+def test_of_each_reason_the_first_are_shown(tmp_path: Path) -> None:
+    rows = [
+        {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"} for n in range(MAX_REJECTED + 9)
+    ]
+    path = tmp_path / "stages" / "filter" / "rejected.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = list(read_rejected(tmp_path))
+    assert len(found) == MAX_REJECTED + 1
+    assert found[0] == {"stage": "filter", "reason": "too_short", "where": "s", "what": "text 0"}

@@ -1,0 +1,224 @@
+"""The pages in a real browser, opened from the disk: what a person sees, types, clicks and takes away."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from playwright.sync_api import Page, expect
+
+from pipeline.report import write
+from pipeline.report.write import write_report
+from pipeline.store import Folder, Version, open_dataset
+from pipeline.tables import SPLITS
+from tests.browser import PHONE, WIDE, Open, violations
+from tests.scene_data import make_version, scene_samples, true_captions
+from tests.whole.conftest import Run
+
+HOSTILE = (
+    "<script>document.title = 'taken'</script>",
+    "<img src=x onerror=\"document.title = 'taken'\">",
+    "</script><h1>out of the script</h1>",
+    "\x1b[31mred\x1b[0m",
+    "left \u202eright\u202c",
+    "{{ 7 * 7 }} ${7 * 7}",
+    "a\ud7ff\uffff" + "x" * 10_000_000,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    version, _ = make_version(tmp_path_factory.mktemp("dataset"), scene_samples(120))
+    return version
+
+
+@pytest.fixture
+def page(opened: Open, dataset: Version) -> Page:
+    """The report of 120 scenes, in one file."""
+    return opened(write_report(dataset, dataset.dataset))
+
+
+def text_of(page: Page, number: int = 0) -> Any:
+    return page.locator("#images .texts > li").nth(number)
+
+
+def found(page: Page, section: str = "images") -> str:
+    return page.locator(f"#{section} output").inner_text()
+
+
+def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> None:
+    assert found(page) == "1 to 48 of 120 found, 120 in this report"
+    tests = dataset.manifest["rows"]["test"]
+    page.get_by_label("Split").select_option("test")
+    assert f"of {tests} found" in found(page)
+    page.get_by_label("Split").select_option("")
+    page.get_by_label("Search texts").fill("PURPLE RING")
+    shown = page.locator("#images article")
+    rings = [row for split in SPLITS for row in dataset.read(split, ["captions"])["captions"].to_pylist()]
+    assert shown.count() == sum(any("purple ring" in caption["text"] for caption in row) for row in rings)
+    assert all("purple ring" in text.lower() for text in shown.all_inner_texts())
+    page.get_by_label("Search texts").fill('no such "text" \\')
+    assert found(page) == "0 found, 120 in this report"
+
+
+def test_pages_are_turned_with_buttons_and_keys(page: Page) -> None:
+    first = page.locator("#images article code").first.inner_text()
+    page.get_by_role("button", name="Next", exact=True).first.click()
+    assert found(page).startswith("49 to 96 of")
+    assert page.locator("#images article code").first.inner_text() != first
+    page.keyboard.press("n")
+    page.keyboard.press("n")  # there is no fourth page
+    assert found(page).startswith("97 to 120 of")
+    expect(page.locator("#images [data-turn='1']").first).to_be_disabled()
+    page.keyboard.press("p")
+    page.keyboard.press("p")
+    assert page.locator("#images article code").first.inner_text() == first
+
+
+def test_texts_are_marked_with_keys_alone_and_marks_outlive_the_page(page: Page) -> None:
+    page.keyboard.press("j")
+    page.keyboard.press("g")
+    page.keyboard.press("j")
+    page.keyboard.press("b")
+    page.keyboard.press("k")
+    expect(text_of(page, 0)).to_be_focused()
+    expect(page.locator("#marked")).to_have_text("1 good, 1 bad, 0 edited")
+    page.get_by_label("Why it is bad").select_option("unclear")
+    page.reload()
+    expect(page.locator("#marked")).to_have_text("1 good, 1 bad, 0 edited")
+    expect(text_of(page, 0).get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "true")
+    assert page.get_by_label("Why it is bad").input_value() == "unclear"
+    page.get_by_label("Mark").select_option("bad")
+    assert found(page).startswith("1 to 1 of 1 found")
+    text_of(page, 1).get_by_role("button", name="Bad").click()  # once more takes it back
+    expect(page.locator("#marked")).to_have_text("1 good, 0 bad, 0 edited")
+
+
+def test_an_edit_is_shown_and_can_be_left_or_taken_back(page: Page) -> None:
+    before = text_of(page).locator("p").inner_text()
+    text_of(page).get_by_role("button", name="Edit").click()
+    page.get_by_label("text", exact=True).fill("  Something   else. ")
+    page.keyboard.press("Escape")
+    assert text_of(page).locator("p").inner_text() == before
+    text_of(page).get_by_role("button", name="Edit").click()
+    page.get_by_label("text", exact=True).fill("  Something   else. ")
+    page.get_by_role("button", name="Save").click()
+    assert text_of(page).locator("p").inner_text() == "Something else."
+    page.keyboard.press("e")
+    page.get_by_label("text", exact=True).fill(before)
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("#marked")).to_have_text("nothing marked yet")
+
+
+def test_keys_do_nothing_while_somebody_types(page: Page) -> None:
+    page.keyboard.press("/")
+    page.keyboard.type("gbn")
+    assert page.get_by_label("Search texts").input_value() == "gbn"
+    expect(page.locator("#marked")).to_have_text("nothing marked yet")
+    page.get_by_label("Search texts").fill("")
+    page.get_by_role("button", name="Keys").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+
+
+def test_a_folder_opens_from_the_disk_and_loads_its_parts(
+    opened: Open, dataset: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "ONE_FILE_ROWS", 10)
+    monkeypatch.setattr(write, "PART_ROWS", 30)
+    monkeypatch.setattr(write, "AT_ONCE", 10)
+    page = opened(write_report(dataset, tmp_path))
+    assert found(page) == "1 to 48 of 120 found, 120 in this report"
+    assert page.locator("script[src]").count() == 4
+    page.wait_for_function("[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewport: dict[str, int], scheme: str) -> None:
+    page = opened(write_report(dataset, dataset.dataset), viewport=viewport, color_scheme=scheme)
+    text_of(page).get_by_role("button", name="Bad").click()
+    text_of(page, 1).get_by_role("button", name="Edit").click()
+    assert violations(page) == []
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= viewport["width"]
+
+
+def test_a_printed_page_has_pictures_and_texts_and_no_buttons(page: Page) -> None:
+    page.emulate_media(media="print")
+    expect(page.locator("#images article img").first).to_be_visible()
+    expect(page.get_by_role("button", name="Good").first).to_be_hidden()
+    expect(page.get_by_role("navigation")).to_be_hidden()
+
+
+def test_hostile_texts_are_texts(opened: Open, tmp_path: Path) -> None:
+    samples = scene_samples(len(HOSTILE))
+    table = true_captions(samples)
+    texts = [text for text in HOSTILE for _ in range(2)]
+    table = table.set_column(table.column_names.index("text"), "text", pa.array(texts))
+    table = table.set_column(table.column_names.index("style"), "style", pa.array(['"><b>'] * table.num_rows))
+    version, _ = make_version(tmp_path, samples, table)
+    page = opened(write_report(version, tmp_path))
+    shown = page.locator("#images .texts p").all_inner_texts()
+    assert len(shown) == 2 * len(HOSTILE)
+    assert page.title() == "scenes v1.0.0"
+    assert page.locator("#images .texts script, #images .texts img, #images .texts b, h1").count() == 1  # the title
+    for text in HOSTILE[:3] + HOSTILE[5:6]:
+        assert text in shown
+    assert "[U+001B][31mred[U+001B][0m" in shown
+    assert "left [U+202E]right[U+202C]" in shown
+    (long,) = {text for text in shown if "characters)" in text}
+    assert len(long) < 2100
+    last = page.locator("#images .texts > li").filter(has_text="characters)").first
+    expect(last.get_by_role("button", name="Edit")).to_be_disabled()  # what is not all there is not edited
+    assert violations(page) == []
+
+
+def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
+    assert synth("generate", "--source", "scenes", "--limit", "24").returncode == 0
+    assert synth("report").returncode == 0
+    page = opened(tmp_path / "data" / "scenes" / "report.html", accept_downloads=True)
+    texts = page.locator("#images .texts > li")
+    bad, pair = texts.nth(0), texts.filter(has_text="How many").first
+    gone = bad.locator("p").inner_text()
+    bad.get_by_role("button", name="Bad").click()
+    page.get_by_label("Note").fill("the ring is not there")
+    pair.get_by_role("button", name="Edit").click()
+    page.get_by_label("answer").fill("9")
+    page.get_by_role("button", name="Save").click()
+    texts.nth(1).get_by_role("button", name="Good").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export marks").click()
+    assert download.value.suggested_filename == "marks-v1.0.0.jsonl"
+    download.value.save_as(tmp_path / "marks.jsonl")
+    done = synth("review", "apply", "marks.jsonl", "--json")
+    assert json.loads(done.stdout)["version"] == "v1.0.1", done.stderr
+    assert "review: 3 marks apply" in done.stderr
+    assert "asked the model 0 times" in done.stderr
+    old, new = (open_dataset(tmp_path / "data" / "scenes", name) for name in ("v1.0.0", "v1.0.1"))
+    before, after = (said(version) for version in (old, new))
+    assert new.manifest["review"] == {"good": 1, "bad": 1, "edited": 1}
+    assert [text for text in before if text not in after and text.startswith("A")] == [gone]
+    assert len(before) - len(after) == 1
+    edited = [text for text in after if text not in before]
+    assert len(edited) == 1 and edited[0].endswith("9 review")
+    ledger = Folder(tmp_path / "data" / "scenes").version().path / "ledger.parquet"
+    assert "marked_not_true" in pa.parquet.read_table(ledger)["reason"].to_pylist()
+    assert "ring is not there" not in "".join(path.read_text(errors="replace") for path in new.path.iterdir())
+    why = synth("diff", "v1.0.0", "v1.0.1").stdout
+    assert "review: marked_not_true" in why and "edited in review" in why
+    again = synth("generate", "--source", "scenes", "--limit", "24")  # a later run keeps what people said
+    assert "nothing new: v1.0.1" in again.stderr, again.stderr
+
+
+def said(version: Version) -> list[str]:
+    """All texts of a version; what a person wrote ends with the name of its prompt."""
+    found = []
+    for split in SPLITS:
+        for row in version.read(split, ["captions", "qa"]).to_pylist() if version.shards(split) else []:
+            found += [caption["text"] for caption in row["captions"]]
+            pairs = [f"{row['captions'][-1]['text'][:20]} {pair['question']} {pair['answer']}" for pair in row["qa"]]
+            found += [text + " review" * (pair["prompt_id"] == "review") for text, pair in zip(pairs, row["qa"], strict=True)]
+    return found
