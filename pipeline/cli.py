@@ -429,15 +429,19 @@ def report(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Show this training.", show_default="the last one of the dataset")
     ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
 ) -> None:
-    """Write one self-contained HTML file that shows a dataset and how a captioner learned from it."""
+    """Write a page that shows a dataset and how a captioner learned from it; from 500 images on, a folder.
+
+    Texts can be marked there as good, bad or edited; `synth review apply` takes the marks.
+    """
     from pipeline.report.write import newest_checkpoint, write_report
     from pipeline.store import disk_errors, open_dataset
 
     version = open_dataset(data)
     folder = version.dataset
     with disk_errors(folder):
-        typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder)))
+        typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
 
 
 @review.command("apply")

@@ -532,8 +532,10 @@ def _require_file(path: Path) -> Path:
 
 def _settings_of(folder: Folder) -> Config:
     """Return the settings of the last run in a dataset folder."""
+    if not folder.run_file.exists():
+        raise ConfigError(f"{folder.path} is no folder that synth generate has written", hint="name one: --data DIR")
     try:
-        return Config.model_validate_json(_require_file(folder.run_file).read_bytes())
+        return Config.model_validate_json(folder.run_file.read_bytes())
     except ValidationError:
         raise ConfigError(f"{folder.run_file} is of another synth", hint="run `synth generate` in this folder once") from None
 

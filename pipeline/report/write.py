@@ -22,7 +22,6 @@ from pipeline.report.rows import read_rejected, read_rows
 from pipeline.store import Folder, Version, read_json, write_text
 from pipeline.tables import SPLITS
 
-MAX_ROWS = 10_000  # more are drawn by lot
 ONE_FILE_ROWS = 500
 ONE_FILE_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 PART_ROWS = 1000  # of one file of the folder
@@ -31,7 +30,7 @@ AT_ONCE = 64  # images that are scaled down at once
 Place = Callable[[str, int, bytes], str]  # (sample id, page, thumbnail) -> where the page finds it
 
 
-def write_report(version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = MAX_ROWS) -> Path:
+def write_report(version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = 10_000) -> Path:
     """Write `report.html` into the dataset folder, or `report/` where a version is large; return the path of the page.
 
     Args:

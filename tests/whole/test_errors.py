@@ -42,6 +42,8 @@ from tests.whole.conftest import SYNTH, Run, said
         (["evaluate", "nowhere"], "no captioner in nowhere"),
         (["caption", "nowhere", "a.png"], "no captioner in nowhere"),
         (["report", "nowhere"], "no dataset at nowhere"),
+        (["review", "apply", "a.jsonl"], "no dataset under data/"),
+        (["review", "apply", "a.jsonl", "--data", "empty"], "is no folder that synth generate has written"),
         (["versions"], "no dataset under data/"),
         (["versions", "nowhere"], "nowhere has no version"),
         (["generate", "--source", "folder:pictures"], "no model Qwen/Qwen2.5-VL-3B-Instruct"),
