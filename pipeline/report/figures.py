@@ -88,7 +88,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
         for row in rows:
             member = {"id": row["sample_id"], "said": _said(row), "kept": kept}
             if row["image_group"] in groups:
-                why = visible(row["image_reason"] or "")
+                why = (row["image_reason"] or "").replace("_", " ")
                 images[row["image_group"]].setdefault(row["sample_id"], member | {"said": why, "kept": not why})
             if kept and row["annotation_id"] in again:
                 texts[row["annotation_id"]].insert(0, member)

@@ -13,6 +13,7 @@ from pipeline.report.write import write_report
 from pipeline.store import Folder, Version, open_dataset
 from pipeline.tables import SPLITS
 from tests.browser import PHONE, WIDE, Open, violations
+from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
@@ -29,7 +30,17 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    version, _ = make_version(tmp_path_factory.mktemp("dataset"), scene_samples(120))
+    """A version, with the stages of a run in which two images looked alike and a text was said twice."""
+    folder = tmp_path_factory.mktemp("dataset")
+    version, _ = make_version(folder, scene_samples(120))
+    a, b = (sample.id for sample in scene_samples(2))
+    kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
+    again = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
+    again += [caption(4, b, "A dot.", image_group=a, image_reason="near_duplicate_image", reason="near_duplicate_image")]
+    write_stage(folder, "dedupe", "kept", kept, OF_DEDUPE)
+    write_stage(folder, "dedupe", "rejected", again, OF_DEDUPE)
+    for which in ("kept", "rejected"):
+        write_stage(folder, "balance", which, kept if which == "kept" else [], OF_DEDUPE | {"question_type": None})
     return version
 
 
@@ -142,6 +153,7 @@ def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewpo
     text_of(page).get_by_role("button", name="Bad").click()
     text_of(page, 1).get_by_role("button", name="Edit").click()
     assert violations(page) == []
+    expect(page.get_by_role("heading", name="Images that look alike: 1")).to_be_visible()
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= viewport["width"]
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of
 
 
-def write(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
+def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
     path = folder / "stages" / stage / f"{which}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([pa.field(name, pa.string()) for name in blank])
@@ -34,8 +34,8 @@ def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None
     blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "question_type"))
     yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
     kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
-    write(tmp_path, "balance", "kept", kept, blank)
-    write(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
+    write_stage(tmp_path, "balance", "kept", kept, blank)
+    write_stage(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
     lengths, answers, words = distributions_of(tmp_path)
     assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
     assert (answers["title"], answers["rows"], answers["top"]) == ("Answers to is it …", [("yes", 2, 1), ("no", 1, 1)], 2)
@@ -47,10 +47,10 @@ def test_a_version_without_stages_has_no_such_figures(tmp_path: Path) -> None:
     assert clusters_of(tmp_path) == {}
 
 
-BLANK: dict[str, Any] = dict.fromkeys(
+OF_DEDUPE: dict[str, Any] = dict.fromkeys(
     ("clean_text", "clean_question", "clean_answer", "duplicate_of", "image_reason", "reason")
 )
-BLANK |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster": "", "image_group": ""}
+OF_DEDUPE |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster": "", "image_group": ""}
 
 
 def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: 
         ),
         caption(6, "d", "a street", reason="caption_of_many_images"),
     ]
-    write(tmp_path, "dedupe", "kept", kept, BLANK)
-    write(tmp_path, "dedupe", "rejected", rejected, BLANK)
+    write_stage(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
+    write_stage(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
     found = {
         title: [[(m["id"], m["kept"]) for m in each["members"]] for each in of["shown"]]
         for title, of in clusters_of(tmp_path).items()
@@ -86,8 +86,8 @@ def test_of_many_clusters_the_largest_are_shown_and_all_are_counted(tmp_path: Pa
         caption(1000 + n, f"s{n}", f"Text {n}.", f"text {n}", duplicate_of=str(n), reason="duplicate") for n in range(len(kept))
     ]
     again += [caption(2000 + n, "s3", "text 3", duplicate_of="3", reason="duplicate") for n in range(20)]
-    write(tmp_path, "dedupe", "kept", kept, BLANK)
-    write(tmp_path, "dedupe", "rejected", again, BLANK)
+    write_stage(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
+    write_stage(tmp_path, "dedupe", "rejected", again, OF_DEDUPE)
     texts = clusters_of(tmp_path)["Texts that say the same"]
     assert (texts["found"], len(texts["shown"])) == (MAX_CLUSTERS + 5, MAX_CLUSTERS)
     assert (texts["shown"][0]["size"], len(texts["shown"][0]["members"])) == (22, MAX_MEMBERS)
