@@ -147,7 +147,7 @@ def main() -> None:
         for name, command in engines.items():
             seconds, megabytes = measure([*command, str(source), str(out)])
             kept = [flag == "1" for flag in out.read_text(encoding="utf-8").split("\n")]
-            print(f"  {name:<11} {seconds:>7.1f} CPU s  {megabytes:>6,.0f} MB  {score(kept, groups, kinds)}", flush=True)
+            print(f"  {name:<11} {seconds:>7.2f} CPU s  {megabytes:>6,.0f} MB  {score(kept, groups, kinds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ same question about another image is no duplicate: "What is the man doing?" has 
 stays depends on what is known of the annotations alone, never on their order.
 """
 
-from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import DedupeConfig
 from pipeline.tables import require, with_reason
-from pipeline.texts import content_key, is_unknown, says_the_same
+from pipeline.texts import content_keys, is_unknown, says_the_same
 
 BEST_FIRST = (("agreement", "descending"), ("alignment", "descending"), ("hedges", "ascending"), ("annotation_id", "ascending"))
 BATCH = 10_000  # rows whose texts are Python objects at once
@@ -32,10 +30,10 @@ def dedupe_annotations(table: pa.Table, config: DedupeConfig) -> pa.Table:
     annotations, and `agreement`, `alignment` and `hedges` say which of a cluster is best.
     """
     require(table, "annotation_id", "sample_id", "task", "clean_text", "clean_question")
-    cluster, names = _clusters(table)
+    cluster = _clusters(table)
     known = [name for name in ("image_group", "sample_id") if name in table.column_names]
     image = pc.coalesce(*(table[name] for name in known)).combine_chunks().dictionary_encode().indices.to_numpy()
-    place = image.astype(np.int64) * len(names) + cluster
+    place = image.astype(np.int64) * (1 + cluster.max(initial=0)) + cluster
     reasons = np.array(table["image_reason"] if "image_reason" in table.column_names else [None] * table.num_rows, dtype=object)
     best = pc.sort_indices(table, sort_keys=[key for key in BEST_FIRST if key[0] in table.column_names]).to_numpy()
     best = best[[reasons[n] is None for n in best]]  # what is to go keeps nothing else from staying
@@ -48,27 +46,38 @@ def dedupe_annotations(table: pa.Table, config: DedupeConfig) -> pa.Table:
     alone = best[~again]
     alone = alone[pc.equal(table["task"], "caption").to_numpy(zero_copy_only=False)[alone]]
     reasons[alone[_rank(cluster[alone]) >= config.max_images_per_caption]] = "caption_of_many_images"
-    table = table.append_column("cluster", pa.array(names, pa.string()).take(pa.array(cluster)))
+    table = table.append_column("cluster", _names(cluster, table["annotation_id"].combine_chunks()))
     named = table["annotation_id"].combine_chunks().take(pa.array(duplicate_of, mask=duplicate_of < 0))
     return with_reason(table.append_column("duplicate_of", named), reasons.tolist())
 
 
-def _clusters(table: pa.Table) -> tuple[Indices, list[str]]:
-    """Return the number of each row's cluster, and the name of each cluster: a digest of its task and content key."""
-    codes: dict[tuple[str, str], int] = {}
-    of_row = array("q")
-    texts = table.select(["task", "clean_text", "clean_question"])
-    for batch in texts.to_batches(max_chunksize=BATCH):
-        said = pc.coalesce(batch["clean_text"], batch["clean_question"], "").to_pylist()
-        for task, text in zip(batch["task"].to_pylist(), said, strict=True):
-            of_row.append(codes.setdefault((task, content_key(text)), len(codes)))
-    merged = merge_misspelled({key for _, key in codes})
-    target = np.arange(len(codes))
-    for (task, key), code in codes.items():
-        if key in merged:
-            target[code] = codes.get((task, merged[key]), code)
-    names = [sha256(f"{task}\0{key}".encode()).hexdigest()[:16] for task, key in codes]
-    return target[np.frombuffer(of_row, dtype=np.int64)], names
+def _clusters(table: pa.Table) -> Indices:
+    """Return the number of each row's cluster: equal for rows of one task that say the same."""
+    batches = table.select(["task", "clean_text", "clean_question"]).combine_chunks().to_batches(max_chunksize=BATCH)
+    said = [content_keys(pc.coalesce(batch["clean_text"], batch["clean_question"], "")) for batch in batches]
+    keys = pa.chunked_array(said, pa.string()).combine_chunks().dictionary_encode()
+    tasks = table["task"].combine_chunks().dictionary_encode()
+    count = max(1, len(keys.dictionary))
+    number: Indices = tasks.indices.to_numpy().astype(np.int64) * count + keys.indices.to_numpy()
+    merged = merge_misspelled(keys.dictionary)
+    wrong, right = (
+        pc.index_in(pa.array(side, pa.string()), keys.dictionary).to_numpy() for side in (list(merged), list(merged.values()))
+    )
+    target, there = np.arange(count * len(tasks.dictionary)), np.zeros(count * len(tasks.dictionary), bool)
+    there[number] = True
+    for first in range(0, len(target), count):  # of each task
+        known = there[first + right]
+        target[first + wrong[known]] = first + right[known]
+    return target[number]
+
+
+def _names(cluster: Indices, ids: pa.Array) -> pa.Array:
+    """Return of each row the first id of its cluster."""
+    order = pc.sort_indices(ids).to_numpy()
+    _, first, which = np.unique(cluster[order], return_index=True, return_inverse=True)
+    named = np.empty(len(order), np.int64)
+    named[order] = order[first][which]
+    return ids.take(pa.array(named))
 
 
 def _rank(values: Indices) -> Indices:
@@ -81,15 +90,15 @@ def _rank(values: Indices) -> Indices:
     return rank
 
 
-def merge_misspelled(keys: Iterable[str]) -> dict[str, str]:
+def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     """Return, for each content key with a misspelled word, the key that it is a misspelling of.
 
     Each pair of keys that differ in one word would be found by comparing all with all. Here each is looked up under what is
     left of it without the word: a table of those with an unknown word, then those of which as much is left, by a sum of numbers
     that stand for words. What could be two things is left alone.
     """
-    ordered = sorted(keys)
-    words = pc.split_pattern(pa.array(ordered, pa.string()), " ")
+    ordered = keys.take(pc.sort_indices(keys))
+    words = pc.split_pattern(ordered, " ")
     found = words.flatten().dictionary_encode()
     word, starts = found.indices.to_numpy(), words.offsets.to_numpy()[:-1]
     row = np.repeat(np.arange(len(ordered)), np.diff(words.offsets.to_numpy()))  # of each word
@@ -98,12 +107,13 @@ def merge_misspelled(keys: Iterable[str]) -> dict[str, str]:
     left = np.add.reduceat(number, starts)[row] - number if len(word) else number
     left_out: dict[tuple[str, str], set[str]] = defaultdict(set)
     for n in np.flatnonzero(unknown).tolist():
-        wrong, rest = _apart(ordered[row[n]], n - starts[row[n]])
+        key = ordered[row[n]].as_py()
+        wrong, rest = _apart(key, n - starts[row[n]])
         for variant in _variants(wrong):
-            left_out[rest, variant].add(ordered[row[n]])
+            left_out[rest, variant].add(key)
     meant: dict[str, set[str]] = defaultdict(set)
     for n in np.flatnonzero(~unknown & np.isin(left, left[unknown])).tolist():
-        key = ordered[row[n]]
+        key = ordered[row[n]].as_py()
         right, rest = _apart(key, n - starts[row[n]])
         for wrong in {wrong for variant in _variants(right) for wrong in left_out.get((rest, variant), ())}:
             if says_the_same(wrong, key):

@@ -160,6 +160,10 @@ def test_planted_duplicates_are_found_and_decisive_words_keep_texts_apart() -> N
     assert right / (right + sum(len(different) > 1 for different in clusters.values())) >= 0.995
 
 
+def merged(*keys: str) -> dict[str, str]:
+    return merge_misspelled(pa.array(keys, pa.string()))
+
+
 def test_what_is_merged_is_what_comparing_all_with_all_would_merge() -> None:
     rng = random.Random("oracle")
     words = [
@@ -181,7 +185,7 @@ def test_what_is_merged_is_what_comparing_all_with_all_would_merge() -> None:
         "rod",
     ]
     keys = sorted({content_key(" ".join(rng.choices(words, k=rng.randint(1, 5)))) for _ in range(1500)})
-    found = merge_misspelled(keys)
+    found = merged(*keys)
     same = {key: {other for other in keys if other != key and says_the_same(key, other)} for key in keys}
     for wrong, right in found.items():
         assert same[wrong]  # nothing is merged that says nothing like it
@@ -193,10 +197,10 @@ def test_what_is_merged_is_what_comparing_all_with_all_would_merge() -> None:
 
 
 def test_what_could_be_two_things_is_left_alone() -> None:
-    assert merge_misspelled(["a coppr kettle", "a copper kettle"]) == {"a coppr kettle": "a copper kettle"}
-    assert merge_misspelled(["the hosue", "the house"]) == {"the hosue": "the house"}
-    assert merge_misspelled(["one stirng", "one string", "one stiring", "one stirring"]).get("one stiring") != "one string"
-    assert merge_misspelled(["big cxat", "big coat", "big chat"]) == {}
+    assert merged("a coppr kettle", "a copper kettle") == {"a coppr kettle": "a copper kettle"}
+    assert merged("the hosue", "the house") == {"the hosue": "the house"}
+    assert merged("one stirng", "one string", "one stiring", "one stirring").get("one stiring") != "one string"
+    assert merged("big cxat", "big coat", "big chat") == {}
 
 
 def test_order_and_shards_do_not_matter() -> None:
@@ -211,10 +215,27 @@ def test_a_bucket_of_one_template_costs_no_more_than_other_rows() -> None:
     # Twenty thousand captions that differ in one word, all of them unknown to the dictionary but a few.
     texts = [f"q{n:x}zgh".translate(str.maketrans("0123456789", "ghijklmnop")) + " stands on beach" for n in range(20_000)]
     tracemalloc.start()
-    merge_misspelled({*texts, "horse stands on beach", "hores stands on beach"})
+    merged(*texts, "horse stands on beach", "hores stands on beach")
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 4e8
+
+
+def test_a_cluster_is_named_by_its_first_id_whatever_the_order() -> None:
+    rows = captions("A yellow ring.", "A blue ring.", "the yellow ring", "a yelow ring")
+    expected = {"000000": "000000", "000001": "000001", "000002": "000000", "000003": "000000"}
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        marked = dedupe_annotations(rows.take(order), DedupeConfig())
+        assert dict(zip(marked["annotation_id"].to_pylist(), marked["cluster"].to_pylist(), strict=True)) == expected
+
+
+def test_a_misspelling_is_one_within_its_task_alone() -> None:
+    rows = table({"clean_text": "A copper kettle."}, {"task": "qa", "clean_question": "a coppr kettle"})
+    assert dedupe_annotations(rows, DedupeConfig())["cluster"].to_pylist() == ["000000", "000001"]
+
+
+def test_no_rows_are_no_clusters() -> None:
+    assert dedupe_annotations(captions("A ring.").slice(0, 0), DedupeConfig()).num_rows == 0
 
 
 def test_texts_without_words_are_not_merged() -> None:

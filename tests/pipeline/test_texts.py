@@ -1,8 +1,11 @@
 """Texts brought down to what they say: what is equal under a key, and what never is."""
 
+import random
+
+import pyarrow as pa
 import pytest
 
-from pipeline.texts import content_key, one_edit_apart, says_the_same, strip_opening, text_key
+from pipeline.texts import content_key, content_keys, one_edit_apart, says_the_same, strip_opening, text_key
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,31 @@ def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
 )
 def test_one_edit_is_one_letter_or_two_neighbours_swapped(a: str, b: str, *, apart: bool) -> None:
     assert one_edit_apart(a, b) == one_edit_apart(b, a) == apart
+
+
+PARTS = (
+    *("a", "two", "Two", "2", "there", "There is", "are", "is", "it's", "don't", "there's", "red", "zebra", "A", "x_y", "one"),
+    *(
+        "The image shows",
+        "In this photo, there is",
+        "This is a picture of",
+        "We can see",
+        "here in this photo,",
+        "the image is of",
+    ),
+    *("'", "''", "\u2019", "é", "ß", "\t", "\x1c", "日本", ",", ".", "-", "_", " ", "  "),
+)
+
+
+def test_keys_of_many_texts_are_the_keys_of_each() -> None:
+    rng = random.Random("keys")
+    texts = ["".join(rng.choice(PARTS) + rng.choice(("", " ", " ")) for _ in range(rng.randrange(9))) for _ in range(20_000)]
+    assert content_keys(pa.array(texts)).to_pylist() == list(map(content_key, texts))
+
+
+def test_keys_of_a_slice_and_of_nothing() -> None:
+    texts = pa.array(["A red ring.", "a blue ring", "It's a dog's ring", "the", ""])
+    for first, count in ((1, 3), (2, 1), (4, 1), (0, 0), (5, 0)):
+        part = texts.slice(first, count)
+        assert content_keys(part).to_pylist() == list(map(content_key, part.to_pylist()))
+    assert content_keys(pa.array([], pa.string())).to_pylist() == []
