@@ -59,7 +59,7 @@ def look_of(image: Image.Image) -> bytes:
     return np.packbits(bits).tobytes() if quality >= MIN_LOOK_QUALITY else b""
 
 
-def prepare_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
     """Decode to upright RGB, transparency over white, and scale down (never up) to at most `max_pixels`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Rows of a version to examples: each image once, with all its texts, in an order that only seed and step decide."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -12,6 +12,9 @@ from PIL import Image
 from pipeline.errors import TrainError
 from pipeline.fingerprint import unit_interval
 from pipeline.image import prepare_image
+from pipeline.store import Version
+from pipeline.tables import PIXELS
+from trainer.pixels import map_images
 from trainer.text import Text
 
 HUMAN_STYLE = "brief"  # as people caption
@@ -33,7 +36,7 @@ class Example:
     """One image (as its file's bytes) with the texts to learn, captions that people hold to be true, and questions."""
 
     sample_id: str
-    image: bytes
+    image: bytes | memoryview
     texts: tuple[Text, ...]
     references: tuple[str, ...]
     questions: tuple[Question, ...] = ()
@@ -43,8 +46,21 @@ class Example:
         return prepare_image(self.image)
 
 
+def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **how: Any) -> list[Example]:
+    """Return the examples of a split of a version, whose images stay in their files; see `read_examples`.
+
+    Raises:
+        StoreError: the version has no rows in this split.
+        TrainError: see `read_examples`.
+    """
+    columns = [name for name in version.manifest["columns"] if name not in PIXELS]
+    images = map_images(version, split) if "image" in version.manifest["columns"] else None
+    return read_examples(version.read(split, columns), images, mixture, **how)
+
+
 def read_examples(
     table: pa.Table,
+    images: Mapping[str, bytes | memoryview] | None,
     mixture: Mixture = "synthetic",
     *,
     questions: bool = True,
@@ -54,7 +70,8 @@ def read_examples(
     """Return the rows of a version (tables.ROW) that have something to learn.
 
     Args:
-        table: rows of one split.
+        table: rows of one split, without pixels.
+        images: their images by sample id; None where they are decks.
         mixture: whose texts to learn: the model's, people's, or both.
         questions: whether answers to questions are learned too.
         styles: of captions to learn; none means all.
@@ -63,11 +80,11 @@ def read_examples(
     Raises:
         TrainError: the samples are decks, or no row has a text of that kind.
     """
-    if "image" not in table.column_names:
+    if images is None:
         raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")
-    names = ["sample_id", "image", "captions", "references", "qa", "reference_qa"]
+    names = ["sample_id", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
-    examples = [_example(row, mixture, questions=questions) for row in rows]
+    examples = [_example(row, images[row["sample_id"]], mixture, questions=questions) for row in rows]
     if styles:
         examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
     if not name_source:
@@ -77,7 +94,7 @@ def read_examples(
     return [example for example in examples if example.texts]
 
 
-def _example(row: dict[str, Any], mixture: Mixture, *, questions: bool) -> Example:
+def _example(row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool) -> Example:
     asked = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in row.get("qa") or ()]
     human = [(pair["question"], tuple(pair["answers"]), pair["answer_type"]) for pair in row.get("reference_qa") or ()]
     texts: list[Text] = []
@@ -91,7 +108,7 @@ def _example(row: dict[str, Any], mixture: Mixture, *, questions: bool) -> Examp
         ]
     return Example(
         sample_id=row["sample_id"],
-        image=row["image"]["bytes"],
+        image=image,
         texts=tuple(texts),
         references=tuple(row["references"]),
         questions=tuple(Question(q, answers, kind or "other") for q, answers, kind in human or asked if answers),

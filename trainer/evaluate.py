@@ -20,7 +20,7 @@ from pipeline.image import prepare_image
 from pipeline.store import Version
 from trainer.checkpoint import Checkpoint
 from trainer.clipscore import clip_scores, is_same
-from trainer.data import Example, Question, most_common, read_examples
+from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import Look, States
 from trainer.metrics import bootstrap, meteor, score, score_each, tokenize
 from trainer.model.search import GREEDY, Search
@@ -192,7 +192,7 @@ def evaluate_version(
     config = checkpoint.captioner.config
     if clip and is_same(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
-    examples = read_examples(version.read(split), config.data.get("texts", "synthetic"))
+    examples = examples_in(version, split, config.data.get("texts", "synthetic"))
     look = Look(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     asked = Asked(scored_prompt(config.prompts, style), Search(beams=beams), questions=True, thorough=True)
     return {"split": split, **evaluate(checkpoint, examples, asked, look, clip)}

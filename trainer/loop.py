@@ -36,7 +36,7 @@ from trainer.checkpoint import (
     write_captions,
 )
 from trainer.config import TrainConfig
-from trainer.data import Example, batches, limit_captions, limit_images, read_examples
+from trainer.data import Example, batches, examples_in, limit_captions, limit_images
 from trainer.evaluate import Asked, evaluate, scored_prompt
 from trainer.features import Look, States, Talk, cache_features
 from trainer.model.captioner import Captioner, build_captioner
@@ -209,9 +209,8 @@ def train(
 
 def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
     """Return what a run of these settings sees of a split, before budgets: by id, since a version has no order."""
-    examples = read_examples(
-        version.read(split), config.texts, questions=config.questions, styles=config.styles, name_source=config.name_source
-    )
+    how = {"questions": config.questions, "styles": config.styles, "name_source": config.name_source}
+    examples = examples_in(version, split, config.texts, **how)
     seen = (example for example in examples if only is None or example.sample_id in only)
     return sorted(seen, key=lambda example: example.sample_id)
 

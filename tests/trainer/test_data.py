@@ -13,12 +13,14 @@ from trainer.text import Text
 
 ROW: dict[str, Any] = {
     "sample_id": "a",
-    "image": {"bytes": b"x", "path": None},
     "captions": [{"text": "A ring.", "style": "brief", "prompt_id": "p"}],
     "references": ["One ring.", "A circle."],
     "qa": [{"question": "How many?", "answer": "1", "answer_type": "number"}],
     "reference_qa": [{"question": "What?", "answers": ["ring", "hoop", "ring"], "answer_type": "other"}],
 }
+
+
+IMAGES = {**{str(n): b"x" for n in range(50)}, "a": b"x"}
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
@@ -33,33 +35,33 @@ def test_the_texts_of_the_model_those_of_people_or_both() -> None:
         Text("human", "ring", question="What?"),
     }
     for mixture, wanted in (("synthetic", ours), ("human", theirs), ("mixed", ours | theirs)):
-        (example,) = read_examples(table({}), mixture)  # type: ignore[arg-type]
+        (example,) = read_examples(table({}), IMAGES, mixture)  # type: ignore[arg-type]
         assert set(example.texts) == wanted
 
 
 def test_questions_can_be_left_out_of_learning_and_are_still_there_to_score() -> None:
-    (example,) = read_examples(table({}), questions=False)
+    (example,) = read_examples(table({}), IMAGES, questions=False)
     assert [text.style for text in example.texts] == ["brief"]
     assert [(q.question, q.answers) for q in example.questions] == [("What?", ("ring", "hoop", "ring"))]
 
 
 def test_without_questions_of_people_those_of_the_model_are_scored() -> None:
-    (example,) = read_examples(table({"reference_qa": None}))
+    (example,) = read_examples(table({"reference_qa": None}), IMAGES)
     assert [(q.question, q.answers, q.answer_type) for q in example.questions] == [("How many?", ("1",), "number")]
 
 
 def test_styles_are_a_choice_and_mixtures_need_not_be_told_apart() -> None:
     two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
-    (example,) = read_examples(table({"captions": two}), "mixed", styles=("brief",), name_source=False)
+    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",), name_source=False)
     captions = {(text.source, text.text) for text in example.texts if text.style}
     assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
     assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5
     with pytest.raises(TrainError, match="no synthetic captions"):
-        read_examples(table({}), styles=("alt",))
+        read_examples(table({}), IMAGES, styles=("alt",))
 
 
 def test_fewer_images_are_some_of_those_of_a_larger_choice_in_any_order() -> None:
-    examples = read_examples(table(*({"sample_id": str(n)} for n in range(50))))
+    examples = read_examples(table(*({"sample_id": str(n)} for n in range(50))), IMAGES)
     few, more = limit_images(examples, 10), limit_images(examples, 20)
     assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
     assert set(limit_images(examples[::-1], 10)) == set(few)
@@ -68,7 +70,7 @@ def test_fewer_images_are_some_of_those_of_a_larger_choice_in_any_order() -> Non
 
 def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
     captions = [{"text": f"A ring of {'very ' * n}gold.", "style": "brief", "prompt_id": "p"} for n in range(4)]
-    examples = read_examples(table(*({"sample_id": str(n), "captions": captions} for n in range(30))))
+    examples = read_examples(table(*({"sample_id": str(n), "captions": captions} for n in range(30))), IMAGES)
 
     def words(found: list[Any]) -> int:
         return sum(count_words(text) for example in found for text in example.texts if text.style)
@@ -88,9 +90,9 @@ def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
 
 def test_nothing_of_that_kind_to_learn_is_an_error() -> None:
     with pytest.raises(TrainError, match="no human captions"):
-        read_examples(table({"references": []}), "human")
+        read_examples(table({"references": []}), IMAGES, "human")
     with pytest.raises(TrainError, match="are decks"):
-        read_examples(table({}).drop_columns(["image"]))
+        read_examples(table({}), None)
 
 
 def test_the_answer_of_most_people_wins_and_the_first_of_equals() -> None:

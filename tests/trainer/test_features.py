@@ -12,7 +12,7 @@ from PIL.Image import Image
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer import features
-from trainer.data import Example, read_examples
+from trainer.data import Example, examples_in
 from trainer.features import Look, cache_features
 from trainer.model.encoder import Encoder, load_encoder
 
@@ -25,7 +25,7 @@ def quiet(stage: str, done: int, total: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    return read_examples(make_version(tmp_path_factory.mktemp("data"), scene_samples(30))[0].read("train"))
+    return examples_in(make_version(tmp_path_factory.mktemp("data"), scene_samples(30))[0], "train")
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.store import read_version
-from trainer.data import read_examples
+from trainer.data import examples_in
 from trainer.features import Look, cache_features
 from trainer.model.encoder import load_encoder
 torch.set_num_threads(1)
-examples, encoder = read_examples(read_version(Path(sys.argv[1])).read("train")), load_encoder(sys.argv[2])
+examples, encoder = examples_in(read_version(Path(sys.argv[1])), "train"), load_encoder(sys.argv[2])
 looked = []
 states = cache_features(encoder, examples, Path(sys.argv[3]), torch.device("cpu"), lambda *_: looked.append(1))
 assert torch.equal(states(examples), Look(encoder, torch.device("cpu"))(examples))

@@ -19,7 +19,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.checkpoint import load_checkpoint, read_log, save_resume
 from trainer.config import TrainConfig
-from trainer.data import read_examples
+from trainer.data import examples_in
 from trainer.evaluate import Asked, evaluate
 from trainer.features import Look
 from trainer.loop import _groups, schedule, set_stage, train
@@ -63,8 +63,8 @@ def losses(folder: Path) -> list[float]:
 
 def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes some seconds: nothing short of it shows that images, text and gradients are wired together."""
-    four = read_examples(version.read("train"))[:4]
-    monkeypatch.setattr(trainer.loop, "read_examples", lambda table, mixture, **settings: four)
+    four = examples_in(version, "train")[:4]
+    monkeypatch.setattr(trainer.loop, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_rate": 2e-3, "decoder_rate": 2e-3, "encoder_rate": 2e-3}
     metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
@@ -145,7 +145,7 @@ def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Ve
     config = TrainConfig(
         encoder=clip, align_steps=5, steps=5, align_rate=1.0, connector_rate=0.1, decoder_rate=0.01, warmup_frac=0
     ).settled(9)
-    captioner = trainer.loop._build(version, config, read_examples(version.read("train"))).captioner
+    captioner = trainer.loop._build(version, config, examples_in(version, "train")).captioner
     optimizer = torch.optim.AdamW(_groups(captioner, config))
     for step, stage, rates in ((0, "align", (0.0, 1.0, 0.0)), (5, "train", (0.0, 0.1, 0.01))):
         assert set_stage(optimizer, config, step) == stage
@@ -241,7 +241,7 @@ def test_what_is_usual_begins_anew_with_the_second_stage(
 def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=40, contrast=1.0, dropout=0.0, evaluate_every=40)
     train(version, config, tmp_path)
-    checkpoint, examples = load_checkpoint(tmp_path), read_examples(version.read("train"))[:8]
+    checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
     texts = checkpoint.words.collate([example.texts for example in examples], 64)
     states = Look(checkpoint.captioner.encoder, CPU)(examples)
     with torch.inference_mode():

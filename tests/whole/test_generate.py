@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.generate.journal import Journal
 from pipeline.run import STAGES
-from pipeline.store import Folder
+from pipeline.store import Folder, read_json
 from tests.whole.conftest import SYNTH, Run, hears_ctrl_c
 
 SCENES = 128
@@ -45,6 +45,15 @@ def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["kept"] == funnel["dedupe"]["input"]
     assert sum(version.manifest["rows"].values()) == funnel["version"]["kept"]
+
+
+def test_what_it_took_is_written_down(whole: tuple[Path, dict[str, str]]) -> None:
+    cost = read_json(Folder(whole[0]).cost)
+    with Journal(Folder(whole[0]).journal) as journal:
+        assert cost == journal.totals() | {"timed": cost["asked"], "seconds": cost["seconds"]}
+    assert cost["replies"] == SCENES * 3
+    assert cost["seconds"] > 1
+    assert min(cost["prompt_tokens"], cost["reply_tokens"]) > SCENES * 3
 
 
 def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:

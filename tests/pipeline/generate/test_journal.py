@@ -27,7 +27,7 @@ def test_a_reply_is_there_when_the_journal_is_opened_again(tmp_path: Path) -> No
     with Journal(tmp_path / "j.sqlite") as journal:
         assert journal.last(REQUESTS[0].id) == (reply_to(0), None)
         assert journal.last(REQUESTS[1].id) is None
-        assert journal.totals() == {"asked": 3, "replies": 1}
+        assert journal.totals() == {"asked": 3, "replies": 1, "prompt_tokens": 5, "reply_tokens": 2}
 
 
 def test_a_request_that_is_asked_again_counts_again(tmp_path: Path) -> None:
