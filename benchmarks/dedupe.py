@@ -16,7 +16,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
 
 from pipeline.wordnet import names
 
@@ -104,11 +107,12 @@ def ours(source: Path, out: Path) -> None:
     from pipeline.config import DedupeConfig
     from pipeline.dedupe import dedupe_annotations
 
-    texts = source.read_text(encoding="utf-8").split("\n")
-    ids = pa.array([f"{n:09d}" for n in range(len(texts))])
-    columns = {"annotation_id": ids, "sample_id": ids, "task": pa.array(["caption"]).take(pa.array([0] * len(texts)))}
-    columns |= {"clean_text": pa.array(texts), "clean_question": pa.nulls(len(texts), pa.string())}
-    texts.clear()
+    lines = csv.ReadOptions(column_names=["text"], block_size=1 << 24), csv.ParseOptions(delimiter="\0", quote_char=False)
+    texts = csv.read_csv(source, *lines)["text"]
+    ids = pc.utf8_lpad(pc.cast(pa.array(np.arange(len(texts))), pa.string()), 9, "0")
+    columns = {"annotation_id": ids, "sample_id": ids, "task": pa.repeat("caption", len(texts))}
+    columns |= {"clean_text": texts, "clean_question": pa.nulls(len(texts), pa.string())}
+    del texts
     marked = dedupe_annotations(pa.table(columns), DedupeConfig(max_images_per_caption=1))
     out.write_text("\n".join("1" if reason is None else "0" for reason in marked["reason"].to_pylist()), encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """What it takes to push a dataset of images: time, memory, and bytes for a child version, beside `Dataset.push_to_hub`.
 
-    python benchmarks/push.py [--megabytes 2000] [--mode xet|lfs]
+    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--mode xet|lfs]
 
 Both push the same rows (random bytes of 90 kB stand for JPEGs, which do not compress either) to the same Hub-protocol server on
 loopback, each in a process of its own, one after the other. Peak memory is that of the process (VmHWM) above what it held

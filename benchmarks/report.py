@@ -3,8 +3,8 @@
 Beside it, the same rows as one page of HTML with all pictures in the folder, as a gallery is usually written. The pictures are
 noise in the colors and sizes of photographs: as hard to compress, and none of anybody.
 
-    python benchmarks/report.py                    # 10,000 images of 500 x 375 px
-    python benchmarks/report.py --images 1000
+    PYTHONPATH=. python benchmarks/report.py                    # 10,000 images of 500 x 375 px
+    PYTHONPATH=. python benchmarks/report.py --images 1000
 """
 
 import argparse

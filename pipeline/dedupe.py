@@ -55,7 +55,7 @@ def _clusters(table: pa.Table) -> Indices:
     """Return the number of each row's cluster: equal for rows of one task that say the same."""
     batches = table.select(["task", "clean_text", "clean_question"]).combine_chunks().to_batches(max_chunksize=BATCH)
     said = [content_keys(pc.coalesce(batch["clean_text"], batch["clean_question"], "")) for batch in batches]
-    keys = pa.chunked_array(said, pa.string()).combine_chunks().dictionary_encode()
+    keys = pa.chunked_array(said, pa.string()).dictionary_encode().combine_chunks()
     tasks = table["task"].combine_chunks().dictionary_encode()
     count = max(1, len(keys.dictionary))
     number: Indices = tasks.indices.to_numpy().astype(np.int64) * count + keys.indices.to_numpy()
@@ -98,27 +98,51 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     that stand for words. What could be two things is left alone.
     """
     ordered = keys.take(pc.sort_indices(keys))
-    words = pc.split_pattern(ordered, " ")
-    found = words.flatten().dictionary_encode()
-    word, starts = found.indices.to_numpy(), words.offsets.to_numpy()[:-1]
-    row = np.repeat(np.arange(len(ordered)), np.diff(words.offsets.to_numpy()))  # of each word
-    unknown = np.array([is_unknown(each) for each in found.dictionary.to_pylist()], dtype=bool)[word]
-    number = np.random.default_rng(0).integers(2**63, size=len(found.dictionary), dtype=np.uint64)[word]
-    left = np.add.reduceat(number, starts)[row] - number if len(word) else number
+    slices = [ordered.slice(at, BATCH) for at in range(0, len(ordered), BATCH)]
+    numbers = _Numbers()
     left_out: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for n in np.flatnonzero(unknown).tolist():
-        key = ordered[row[n]].as_py()
-        wrong, rest = _apart(key, n - starts[row[n]])
-        for variant in _variants(wrong):
-            left_out[rest, variant].add(key)
+    remainders: list[npt.NDArray[np.uint64]] = []
+    for part in slices:
+        key_of, place, unknown, left = numbers.words_of(part)
+        remainders.append(left[unknown])
+        for n in np.flatnonzero(unknown).tolist():
+            key = part[key_of[n]].as_py()
+            wrong, rest = _apart(key, place[n])
+            for variant in _variants(wrong):
+                left_out[rest, variant].add(key)
+    looked_for = np.unique(np.concatenate(remainders)) if remainders else np.zeros(0, np.uint64)
     meant: dict[str, set[str]] = defaultdict(set)
-    for n in np.flatnonzero(~unknown & np.isin(left, left[unknown])).tolist():
-        key = ordered[row[n]].as_py()
-        right, rest = _apart(key, n - starts[row[n]])
-        for wrong in {wrong for variant in _variants(right) for wrong in left_out.get((rest, variant), ())}:
-            if says_the_same(wrong, key):
-                meant[wrong].add(key)
+    for part in slices:
+        key_of, place, unknown, left = numbers.words_of(part)
+        for n in np.flatnonzero(~unknown & np.isin(left, looked_for)).tolist():
+            key = part[key_of[n]].as_py()
+            right, rest = _apart(key, place[n])
+            for wrong in {wrong for variant in _variants(right) for wrong in left_out.get((rest, variant), ())}:
+                if says_the_same(wrong, key):
+                    meant[wrong].add(key)
     return _follow({wrong: right.pop() for wrong, right in meant.items() if len(right) == 1})
+
+
+class _Numbers:
+    """Numbers that stand for words: what is left of a key without one of its words is a sum without one of its numbers."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._known: dict[str, tuple[int, bool]] = {}
+
+    def words_of(self, keys: pa.Array) -> tuple[Indices, Indices, npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """Return, for all words of some keys: which key, the place in it, whether no dictionary has it, and what is left."""
+        words = pc.split_pattern(keys, " ")
+        encoded = words.flatten().dictionary_encode()
+        for word in encoded.dictionary.to_pylist():
+            if word not in self._known:
+                self._known[word] = int(self._random.integers(2**63)), is_unknown(word)
+        known = [self._known[word] for word in encoded.dictionary.to_pylist()]
+        at, starts = encoded.indices.to_numpy(), words.offsets.to_numpy() - words.offsets[0].as_py()
+        key = np.repeat(np.arange(len(keys)), np.diff(starts))
+        number = np.array([number for number, _ in known], np.uint64)[at]
+        left = (np.add.reduceat(number, starts[:-1]) if len(number) else number)[key] - number
+        return key, np.arange(len(key)) - starts[key], np.array([unknown for _, unknown in known], bool)[at], left
 
 
 def _apart(key: str, at: int) -> tuple[str, str]:

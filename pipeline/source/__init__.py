@@ -55,7 +55,7 @@ SOURCES = (
     ),
     About(
         "parquet:PATH",
-        "the images in a Parquet file, or in all under a folder",
+        "the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
         "caption, qa; deck_qa where pages are mapped",
         "as the file names say, else by hash",
         "yours",
@@ -145,8 +145,9 @@ def _open(config: Config, kind: str, argument: str) -> Source:
         return open_folder(Path(argument).expanduser())
     if kind == "parquet" and argument:
         from pipeline.source.mapped import open_mapped, open_parquet
+        from pipeline.source.remote import is_remote, open_remote
 
-        tables = open_parquet(Path(argument).expanduser())
+        tables = open_remote(argument) if is_remote(argument) else open_parquet(Path(argument).expanduser())
         return open_mapped(tables, config.columns, config.source_split, kind, allow_urls=config.allow_urls)
     if kind in ("flickr30k", "vqav2", "slidevqa") or (kind == "hub" and argument):
         return _open_hub(config, kind, argument)

@@ -1,0 +1,133 @@
+"""Training past one process and past the memory.
+
+    PYTHONPATH=. python benchmarks/train_scale.py processes     # images a second of two processes beside one, in turn
+    PYTHONPATH=. python benchmarks/train_scale.py memory        # 3 GB of images, in a process that may hold 2 GB
+
+Memory: a version of 30,000 images of 100 kB (a small photograph with random bytes behind its end, which decoders skip) is
+trained for some steps with an encoder that looks at the images. The process may not have more than the given private memory
+(RLIMIT_DATA); pages of the mapped files do not count, since the system takes them back when it needs to. Beside it, the same
+limit while the images are read into memory, as most data sets do.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+from report import photo
+
+from pipeline.store import Folder, Version
+from pipeline.tables import LEDGER, SAMPLE
+from pipeline.version import Rows, build_rows, draft_version
+from tests.scene_data import MADE_BY, make_version, scene_samples, true_captions
+
+TRAIN = ("train", "--steps", "60", "--json")
+SYNTH = [sys.executable, "-m", "pipeline.cli"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli"]
+HELD = """
+import sys
+from pathlib import Path
+from pipeline.store import read_version
+version = read_version(Path(sys.argv[1]))
+images = {row["sample_id"]: row["image"]["bytes"] for row in version.read("train", ["sample_id", "image"]).to_pylist()}
+print(len(images))
+"""
+
+
+def images_per_s(command: list[str], data: Path, out: Path, threads: int) -> float:
+    """Train, and return the images a second of the last half of the steps."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    asked = ["--data", str(data), "--encoder", "tiny-clip", "--out", str(out)]
+    subprocess.run([*command, *TRAIN, *asked], env=environment, check=True, capture_output=True)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    first, last = steps[len(steps) // 2], steps[-1]
+    images = last["images_per_s"] * last["seconds"] - first["images_per_s"] * first["seconds"]
+    return float(images / (last["seconds"] - first["seconds"]))
+
+
+def processes(folder: Path, rounds: int) -> None:
+    """Print images a second of one process with one thread, of one with two, and of two with one each."""
+    version, _ = make_version(folder / "d", scene_samples(600))
+    kinds = {"one process, one thread": (SYNTH, 1), "one process, two threads": (SYNTH, 2), "two processes": (TORCHRUN, 1)}
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(rounds):
+        for name, (command, threads) in kinds.items():
+            found[name].append(images_per_s(command, version.path, folder / f"{turn}-{name}", threads))
+    base = statistics.median(found["one process, one thread"])
+    for name, rates in found.items():
+        shown = ", ".join(f"{rate:.0f}" for rate in rates)
+        print(f"{name:<26} {statistics.median(rates):>6.0f} images/s  {statistics.median(rates) / base:.2f} times  ({shown})")
+
+
+def padded_version(folder: Path, count: int, image_bytes: int) -> Version:
+    """Write a version of photographs of so many bytes each."""
+    rng, photos = random.Random(0), [photo(n) for n in range(50)]
+    samples = scene_samples(count)
+    with draft_version(Folder(folder)) as draft:
+        rows = Rows()
+        for first in range(0, count, 500):
+            mine = samples[first : first + 500]
+            some = [
+                {
+                    "sample_id": s.id,
+                    "images": [(jpeg := photos[n % 50]) + rng.randbytes(image_bytes - len(jpeg))],
+                    "looks": [b""],
+                }
+                | {"width_px": 500, "height_px": 375, "source_row": s.source_row, "licence": s.licence, "split": None}
+                | {"references": list(s.references)}
+                for n, s in enumerate(mine)
+            ]
+            table = pa.Table.from_pylist(some, schema=SAMPLE)
+            for each in build_rows(true_captions(mine), table.to_batches(), "photos", rows):
+                draft.add(each)
+        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
+    return version
+
+
+def memory(folder: Path, count: int, limit_mb: int) -> None:
+    """Print what becomes of a training, and of reading all images, where so much private memory is allowed."""
+    version = padded_version(folder / "d", count, 100_000)
+    size = sum(about["bytes"] for about in version.manifest["files"].values())
+    print(f"{count:,} images, {size / 1e6:,.0f} MB; {limit_mb:,} MB allowed")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_mb * 1_000_000, limit_mb * 1_000_000))
+
+    train = [*SYNTH, *TRAIN, "--data", str(version.path), "--encoder", "tiny-vit", "--out", str(folder / "c")]
+    config = folder / "train.yaml"
+    config.write_text("evaluate_images: 32\nbeams: 1\n", encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    for name, command in (
+        ("training", [*train, "--config", str(config)]),
+        ("all read", [sys.executable, "-c", HELD, str(version.path)]),
+    ):
+        done = subprocess.run(command, preexec_fn=limited, env=environment, capture_output=True, text=True, check=False)
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+        print(f"{name:<10} {'done' if done.returncode == 0 else f'ended with {done.returncode}: {last[:100]}'}")
+
+
+def main() -> None:
+    """Measure one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("processes", "memory"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=30_000)
+    parser.add_argument("--limit-mb", type=int, default=2000)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        if asked.what == "processes":
+            processes(Path(name), asked.rounds)
+        else:
+            memory(Path(name), asked.images, asked.limit_mb)
+
+
+if __name__ == "__main__":
+    main()
