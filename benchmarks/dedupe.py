@@ -107,7 +107,7 @@ def ours(source: Path, out: Path) -> None:
     from pipeline.config import DedupeConfig
     from pipeline.dedupe import dedupe_annotations
 
-    lines = csv.ReadOptions(column_names=["text"], block_size=1 << 24), csv.ParseOptions(delimiter="\0", quote_char=False)
+    lines = csv.ReadOptions(column_names=["text"], block_size=1 << 24), csv.ParseOptions(delimiter="\x01", quote_char=False)
     texts = csv.read_csv(source, *lines)["text"]
     ids = pc.utf8_lpad(pc.cast(pa.array(np.arange(len(texts))), pa.string()), 9, "0")
     columns = {"annotation_id": ids, "sample_id": ids, "task": pa.repeat("caption", len(texts))}

@@ -431,7 +431,7 @@ def report(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
 ) -> None:
-    """Write a page that shows a dataset and how a captioner learned from it; from 500 images on, a folder.
+    """Write a page that shows a dataset and how a captioner learned from it; above 500 images, a folder.
 
     Texts can be marked there as good, bad or edited; `synth review apply` takes the marks.
     """

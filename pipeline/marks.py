@@ -3,6 +3,8 @@
 A mark names a text by what it says, not by where it lies: it fits the same words in every later run, and no others.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -53,6 +55,12 @@ class Mark(BaseModel):
         return self.sample_id, self.content
 
     @property
+    def words(self) -> list[tuple[str, Any]]:
+        """The fields that an edit gives, with what they are to be."""
+        given = ((name, getattr(self, name)) for name in EDITABLE)
+        return [(name, list(value) if isinstance(value, tuple) else value) for name, value in given if value is not None]
+
+    @property
     def makes(self) -> Name:
         """The text that is there once this was applied."""
         if self.mark != "edited":
@@ -63,7 +71,7 @@ class Mark(BaseModel):
 def read_marks(path: Path) -> list[Mark]:
     """Read a file of marks. Raises ConfigError, with the number of the line, where it is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # and at no other sign that may end a line: texts hold those
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None
     marks = []
@@ -83,35 +91,48 @@ def read_marks(path: Path) -> list[Mark]:
 def format_marks(marks: Iterable[Mark]) -> str:
     """Return marks as a file holds them, in one order."""
     ordered = sorted(marks, key=lambda mark: mark.name)
-    return "".join(f"{mark.model_dump_json(exclude_defaults=True)}\n" for mark in ordered)
+    return "".join(f"{json.dumps(mark.model_dump(exclude_defaults=True))}\n" for mark in ordered)
 
 
-def merge_marks(before: Iterable[Mark], new: Iterable[Mark]) -> dict[Name, Mark]:
+def merge_marks(before: Iterable[Mark], new: Iterable[Mark], rows: dict[Name, dict[str, Any]]) -> dict[Name, Mark]:
     """Return all marks by the text that they are about; the last word on a text is the one that counts.
 
-    A mark of words that an earlier edit has made is the last word on the text that was edited: an edit of an edit goes back to
-    what the model wrote, so that marks never have to be applied in a row.
+    A mark of words that an edit of `before` has made is the last word on the text that was edited: it goes back to what the
+    model wrote, so that marks never have to be applied in a row. All of `new` are about what is there now.
+
+    Args:
+        before: marks that are applied.
+        new: marks that people made since.
+        rows: the annotations before the review, by name.
     """
     known = {mark.name: mark for mark in before}
+    edited = {mark.makes: mark.name for mark in known.values() if mark.mark == "edited"}
+    edited = {made: name for made, name in edited.items() if made == name or made not in rows}
     for mark in new:
-        edited = [name for name, old in known.items() if old.mark == "edited" and old.makes == mark.name]
-        for sample_id, content in edited if mark.mark != "good" else ():  # a good edit stays
-            undone = mark.mark == "edited" and mark.makes == (sample_id, content)
-            known[sample_id, content] = (
-                Mark(sample_id=sample_id, content=content, mark="good")
-                if undone
-                else mark.model_copy(update={"sample_id": sample_id, "content": content})
-            )
-        known[mark.name] = mark
+        name = edited.get(mark.name, mark.name)
+        if mark.mark == "good" and mark.name in edited:
+            continue  # the edit is, and stays
+        again = mark.model_copy(update={"sample_id": name[0], "content": name[1]})
+        undone = name in rows and mark.mark == "edited" and all(value == latest(rows[name], key) for key, value in again.words)
+        known[name] = Mark(sample_id=name[0], content=name[1], mark="good") if undone else again
     return known
+
+
+def check_edits(marks: dict[Name, Mark], rows: dict[Name, dict[str, Any]]) -> dict[Name, str]:
+    """Return what is wrong with edits of texts that are there: a rule of the task is broken, or another text says the same."""
+    edits = {name: mark for name, mark in marks.items() if mark.mark == "edited" and name in rows}
+    wrong = {name: why for name, mark in edits.items() if (why := check_edit(mark, rows[name]))}
+    said = Counter(
+        marks[name].makes if name in edits else name for name in rows if name not in marks or marks[name].mark != "bad"
+    )
+    return wrong | {name: "another text of this image says the same" for name, mark in edits.items() if said[mark.makes] > 1}
 
 
 def check_edit(mark: Mark, row: dict[str, Any]) -> str | None:
     """Return what is wrong with an annotation (tables.ANNOTATION) once an edit is applied; None if nothing is."""
     if (mark.text is None) == (row["task"] == "caption"):
         return f"it is about a {'caption' if row['task'] == 'caption' else 'question'}, and its new words are of another kind"
-    new = {name: getattr(mark, name) for name in EDITABLE if getattr(mark, name) is not None}
-    words = {name: latest(row, name) for name in (*EDITABLE, "answer_type")} | new
+    words = {name: latest(row, name) for name in (*EDITABLE, "answer_type")} | dict(mark.words)
     return broken_rule(row["task"], words | {"caption": words["text"]}, row["pages"])
 
 

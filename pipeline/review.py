@@ -3,7 +3,7 @@
 It is the last stage before a version: a mark changes the text that it is about and no other.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import pyarrow as pa
@@ -11,23 +11,25 @@ import pyarrow as pa
 from pipeline.answers import normalize_answer
 from pipeline.marks import EDITABLE
 from pipeline.tables import FINAL, REVIEWED, latest, require, with_reason
+from pipeline.texts import text_key
 
 
 def review_annotations(table: pa.Table) -> pa.Table:
     """Return the same rows with their last words (tables.FINAL) and a `reason`: why a person wants them gone.
 
-    Two questions stay a pair (`pair_id`) while both are there and have different answers.
+    Two questions stay a pair (`pair_id`) while both are there, in the same words, and have different answers.
     """
     require(table, "sample_id", "task", "mark")
     rows = table.to_pylist()
     final = [_final(row) for row in rows]
     reasons = [f"marked_{row['mark']['reason']}" if _is_marked(row, "bad") else None for row in rows]
-    answers: dict[str, set[str]] = {}
+    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row, reason in zip(final, reasons, strict=True):
         if row["final_pair_id"] and reason is None:
-            answers.setdefault(row["final_pair_id"], set()).add(normalize_answer(row["final_answer"]))
+            pairs[row["final_pair_id"]].append((text_key(row["final_question"]), normalize_answer(row["final_answer"])))
     for row in final:
-        if len(answers.get(row["final_pair_id"], ())) < 2:
+        said = pairs.get(row["final_pair_id"], [])
+        if len({question for question, _ in said}) != 1 or len({answer for _, answer in said}) < 2:
             row["final_pair_id"] = None
     columns = pa.Table.from_pylist(final, schema=FINAL)
     for field in FINAL:

@@ -23,7 +23,7 @@ from pipeline.card import CARD_SAMPLES
 from pipeline.config import DRAWN, Config, resolve
 from pipeline.copies import Copies
 from pipeline.dedupe import dedupe_annotations
-from pipeline.errors import ConfigError, SourceError, TableError
+from pipeline.errors import ConfigError, SourceError, SynthError, TableError
 from pipeline.filter import filter_annotations
 from pipeline.fingerprint import file_digest
 from pipeline.generate.ask import Counts, ask_about, ask_all, read_annotations
@@ -36,7 +36,7 @@ from pipeline.image import prepare_image
 from pipeline.leakage import Banned, banned_rows, repeated_in, split_of_name
 from pipeline.ledger import build_ledger
 from pipeline.likeness import Kind, compare_samples
-from pipeline.marks import check_edit, format_marks, merge_marks, name_of, read_marks
+from pipeline.marks import check_edits, format_marks, merge_marks, name_of, read_marks
 from pipeline.measure import Measure
 from pipeline.review import count_marks, review_annotations
 from pipeline.schema import wire_schema
@@ -117,7 +117,7 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
     """Add files of marks to those of a dataset folder, and make the version that follows from them.
 
     Raises:
-        ConfigError: a file holds no marks, an edit breaks a rule of its task, or no mark is about this dataset.
+        ConfigError: a file holds no marks, an edit cannot be used, or no mark is about this dataset; then all is as it was.
         SynthError: see `generate_version`.
     """
     with disk_errors(folder.path):
@@ -126,23 +126,28 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
         if not new:
             raise ConfigError(f"no mark in {', '.join(map(str, files))}", hint="mark texts in a report, then export the marks")
         with folder.lock():
+            if not folder.stage("split").exists():
+                raise ConfigError(f"{folder.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_marks(folder.marks) if folder.marks.exists() else []
-            rows = {name_of(row): row for row in pq.read_table(_require_file(folder.stage("split"))).to_pylist()}
+            rows = {name_of(row): row for row in pq.read_table(folder.stage("split")).to_pylist()}
             known = {*rows, *(mark.makes for mark in before)}
             if not any(mark.name in known for mark, _ in new):
                 raise ConfigError(
                     f"none of the {len(new)} marks is about a text of {folder.path}",
                     hint="name the dataset folder that the report was made of",
                 )
-            merged = merge_marks(before, [mark for mark, _ in new])
-            from_file = {mark.makes: path for mark, path in new}
-            for name, mark in merged.items():
-                if mark.mark == "edited" and name in rows and (wrong := check_edit(mark, rows[name])):
-                    said = mark.text or f"{mark.question} {mark.answer}"
-                    where = from_file.get(mark.makes, folder.marks)
-                    raise ConfigError(f"{where}: the edited text {said[:80]!r} cannot be used: {wrong}", hint="edit it again")
+            merged = merge_marks(before, [mark for mark, _ in new], rows)
+            for name, wrong in check_edits(merged, rows).items():
+                mark, from_file = merged[name], {mark.makes: path for mark, path in new}
+                said = mark.text or f"{mark.question} {mark.answer}"
+                where = from_file.get(mark.makes, folder.marks)
+                raise ConfigError(f"{where}: the edited text {said[:80]!r} cannot be used: {wrong}", hint="edit it again")
             write_text(folder.marks, format_marks(merged.values()))
-    return generate_version(config, folder.path, "review", talk)
+            try:
+                return _run(folder, config, None, ORDER.index("review"), talk or Silence())
+            except SynthError:
+                write_text(folder.marks, format_marks(before))
+                raise
 
 
 def _run(folder: Folder, config: Config, source: Source | None, start: int, talk: Talk) -> Result:
@@ -272,15 +277,17 @@ def _with_likeness(folder: Folder, config: Config, table: pa.Table) -> pa.Table:
 
 
 def _with_marks(folder: Folder, table: pa.Table, talk: Talk) -> pa.Table:
-    """Join to each annotation what a person said of it: `mark`."""
+    """Join to each annotation what a person said of it: `mark`. One waits whose text is not there, or that cannot be used."""
     marks = {mark.name: mark for mark in read_marks(folder.marks)} if folder.marks.exists() else {}
-    found = [marks.get(name_of(row)) for row in table.to_pylist()] if marks else [None] * table.num_rows
+    names = [name_of(row) for row in table.to_pylist()] if marks else [None] * table.num_rows
     if marks:
-        used = {mark.name for mark in found if mark} | {mark.makes for mark in found if mark}
-        lost = len(marks.keys() - used)
+        wrong = check_edits(marks, {name_of(row): row for row in table.to_pylist()})
+        used = {name: mark for name, mark in marks.items() if name not in wrong}
+        lost = len(marks) - len(used.keys() & set(names))
         talk.say(f"review: {len(marks) - lost} marks apply{f'; {lost} fit no text that is there now' if lost else ''}")
-    marked = [mark and mark.model_dump(include=set(MARK.names)) for mark in found]
-    return table.append_column("mark", pa.array(marked, MARK))
+        marks = used
+    found = [marks[name].model_dump(include=set(MARK.names)) if name in marks else None for name in names]
+    return table.append_column("mark", pa.array(found, MARK))
 
 
 def _kind_of_images(config: Config) -> Kind | None:

@@ -89,7 +89,7 @@ class Version:
                     for batch in pq.ParquetFile(shard).iter_batches(batch_size=rows, columns=columns):
                         yield split, batch
                 except (OSError, pa.ArrowInvalid) as error:
-                    raise self._damaged(error) from None
+                    raise self.damaged(error) from None
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
         """Read the rows of a split. Raises StoreError where the version has none."""
@@ -99,9 +99,10 @@ class Version:
         try:
             return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in shards])
         except (OSError, pa.ArrowInvalid) as error:
-            raise self._damaged(error) from None
+            raise self.damaged(error) from None
 
-    def _damaged(self, error: Exception) -> StoreError:
+    def damaged(self, error: Exception) -> StoreError:
+        """Return the error to raise where a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
 
 
@@ -335,6 +336,17 @@ _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
+
+
+def open_table(path: Path, *columns: str) -> pq.ParquetFile:
+    """Open a Parquet file that a stage has left. Raises StoreError where it is damaged or lacks a column."""
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{path} is damaged: {error}", hint="run `synth generate` again, without --from-stage") from None
+    if missing := set(columns) - set(file.schema_arrow.names):
+        raise StoreError(f"{path} has no column {min(missing)}", hint="run `synth generate` again, without --from-stage")
+    return file
 
 
 @contextmanager

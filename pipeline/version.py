@@ -134,7 +134,10 @@ class Draft:
         """
         self.close()
         if not rows.digests:
-            raise TableError("no row is left to make a version of", hint="stages/*/rejected.parquet hold the reasons")
+            raise TableError(
+                "no row is left to make a version of",
+                hint="stages/*/rejected.parquet hold the reasons; people's marks lie in review/",
+            )
         known = self.folder.versions()
         parent = known[-1] if known else None
         content = version_digest(rows.digests, self.columns)

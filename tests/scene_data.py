@@ -1,5 +1,6 @@
 """Small datasets of scenes whose captions are true by construction: what a perfect teacher would have written."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ def true_captions(samples: list[Sample]) -> pa.Table:
 
 
 def make_version(
-    folder: Path, samples: list[Sample], annotations: pa.Table | None = None, ledger: pa.Table | None = None
+    folder: Path,
+    samples: list[Sample],
+    annotations: pa.Table | None = None,
+    ledger: pa.Table | None = None,
+    funnel: Sequence[dict[str, Any]] = (),
 ) -> tuple[Version, bool]:
     """Write the samples as the next version of a dataset folder."""
     rows = Rows()
@@ -65,4 +70,6 @@ def make_version(
         for table in build_rows(annotations, sample_table(samples).to_batches(), "scenes", rows):
             draft.add(table)
             shown += table.drop_columns(["image", "pages"]).to_pylist()
-        return draft.publish(rows, MADE_BY, LEDGER.empty_table() if ledger is None else ledger, shown[:5])
+        return draft.publish(
+            rows, MADE_BY | {"funnel": list(funnel)}, LEDGER.empty_table() if ledger is None else ledger, shown[:5]
+        )

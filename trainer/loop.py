@@ -51,6 +51,7 @@ ALIGNED = ("connector", "contrast")  # what learns in the first stage
 SPIKE = 10.0  # times the usual norm of the gradient: such a step is left out
 SPIKE_STEPS = 64  # what is usual is the median of so many steps
 GIVE_UP = 10  # steps left out in a row
+MESSAGE_VALUES = 1 << 24  # of gradients that are summed over processes at once
 
 
 @dataclass(slots=True)
@@ -113,17 +114,22 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
     def _summed(self, loss: float) -> float:
-        """Add up gradients and loss over all processes."""
+        """Add up gradients and loss over all processes: many small gradients at once, since each message costs its time."""
         if self.processes == 1:
             return loss
+        told = torch.tensor([loss], device=self.device)
+        gradients, waiting = [told], told.numel()
         for parameter in self.checkpoint.captioner.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
-        value = torch.tensor(loss, device=self.device)
-        torch.distributed.all_reduce(value)
-        return value.item()
+                if waiting + parameter.numel() > MESSAGE_VALUES:
+                    _sum_up(gradients)
+                    gradients, waiting = [], 0
+                gradients.append(parameter.grad)
+                waiting += parameter.numel()
+        _sum_up(gradients)
+        return told.item()
 
     def may_learn(self, loss: float, norm: float) -> bool:
         """Whether a step is to be taken: its loss is a number, and its gradient not far larger than usual."""
@@ -268,6 +274,14 @@ def _states(captioner: Captioner, version: Version, examples: list[Example], dev
     if not captioner.encoder.config.frozen:
         return Look(captioner.encoder, device)
     return cache_features(captioner.encoder, examples, version.dataset / "features", device, talk)
+
+
+def _sum_up(gradients: list[torch.Tensor]) -> None:
+    """Put the sum over all processes into each of these tensors."""
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _join_processes() -> tuple[int, int]:

@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -20,8 +21,14 @@ def map_images(version: Version, split: str) -> dict[str, memoryview]:
     """Return the bytes of each image of a split, by sample id; reads the split once, a row group at a time.
 
     An image that does not stand in its file as it is (a shard that was written by something else) is held in memory.
+
+    Raises:
+        StoreError: a file is damaged.
     """
-    return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(shard)}
+    try:
+        return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(shard)}
+    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        raise version.damaged(error) from None
 
 
 def _images_of(shard: Path) -> Iterator[tuple[str, memoryview]]:

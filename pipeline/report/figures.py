@@ -7,10 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.report.rows import to_pylist, visible
-from pipeline.store import Folder
+from pipeline.store import Folder, open_table
 from pipeline.texts import content_words, words_of
 
 MAX_CLUSTERS = 50  # of each kind, the largest
@@ -27,12 +26,19 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the steps of a manifest, each with `adds_up`: nothing got lost in it, nor between it and the one before."""
     before: dict[str, int] = {}
     steps = []
-    for step in manifest["funnel"]:
+    for step in manifest.get("funnel", []):
         whole = step["input"] == step["kept"] + sum(step["rejected"].values())
         follows = step["unit"] != "annotations" or step["input"] == before.get("annotations", step["input"])
         steps.append(step | {"adds_up": whole and follows})
         before[step["unit"]] = step["kept"]
     return steps
+
+
+def is_of_stages(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the stages in a dataset folder are those of the run that made this version: they hold as many rows."""
+    steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
+    paths = [(Folder(folder).stage(step["stage"]), step["kept"]) for step in steps]
+    return bool(paths) and all(path.exists() and open_table(path).metadata.num_rows == kept for path, kept in paths)
 
 
 def distributions_of(folder: Path) -> list[dict[str, Any]]:
@@ -90,7 +96,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
             if row["image_group"] in groups:
                 why = (row["image_reason"] or "").replace("_", " ")
                 images[row["image_group"]].setdefault(row["sample_id"], member | {"said": why, "kept": not why})
-            if kept and row["annotation_id"] in again:
+            if row["annotation_id"] in again:  # the best of them, which may be rejected itself, as a caption of many images
                 texts[row["annotation_id"]].insert(0, member)
             elif not kept and row["reason"] == "duplicate":
                 texts[row["duplicate_of"]].append(member)
@@ -109,7 +115,7 @@ def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     path = Folder(folder).stage("source")
     if not wanted or not path.exists():
         return
-    file = pq.ParquetFile(path)
+    file = open_table(path, "sample_id", "images")
     for group in range(file.num_row_groups):
         ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
         at = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
@@ -120,13 +126,14 @@ def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
 
 def _alike(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """Yield the groups of images that hold more than one sample."""
-    known = pa.concat_tables([pq.read_table(path, columns=["image_group", "sample_id"]) for path in paths])
+    columns = ["image_group", "sample_id"]
+    known = pa.concat_tables([open_table(path, *columns).read(columns) for path in paths])
     counts = known.group_by("image_group").aggregate([("sample_id", "count_distinct")])
     yield from counts.filter(pc.greater(counts["sample_id_count_distinct"], 1)).to_pylist()
 
 
 def _read(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+    for batch in open_table(path, *columns).iter_batches(columns=columns):
         yield from to_pylist(batch)
 
 

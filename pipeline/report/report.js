@@ -8,7 +8,8 @@ const REASONS = {not_true: "not true of the image", unclear: "unclear or badly w
   private: "private or offensive", other: "another reason"};
 const FIELDS = ["text", "question", "answer", "evidence_pages", "expression"];
 const lists = {};
-const marks = load();
+const marks = new Map();
+let kept = true; // whether this browser remembers marks
 
 function add(kind, items) {
   lists[kind].take(items);
@@ -16,8 +17,8 @@ function add(kind, items) {
 
 /** A list with a search, filters and pages, of which one page is in the document. */
 class List {
-  constructor(kind, filters, draw) {
-    Object.assign(this, {kind, filters, draw, items: [], found: [], page: 0, wanted: ""});
+  constructor(kind, filters, draw, words) {
+    Object.assign(this, {kind, filters, draw, words, items: [], found: [], page: 0, wanted: ""});
     this.root = document.getElementById(kind);
     this.body = this.root.querySelector("[data-body]");
     this.search = this.root.querySelector("input[type=search]");
@@ -31,7 +32,7 @@ class List {
   select(name) { return this.root.querySelector(`select[name=${name}]`); }
 
   take(items) {
-    for (const item of items) item.searched = JSON.stringify(item).toLowerCase();
+    for (const item of items) item.searched = this.words(item).join("\n").toLowerCase();
     this.items.push(...items);
     for (const [name, values] of Object.entries(this.filters)) {
       const select = this.select(name), known = new Set([...select.options].map(option => option.value));
@@ -42,7 +43,7 @@ class List {
   }
 
   filter(fromStart = true) {
-    const wanted = JSON.stringify(this.search.value.toLowerCase()).slice(1, -1);
+    const wanted = this.search.value.toLowerCase();
     const chosen = Object.entries(this.filters).map(([name, values]) => [this.select(name).value, values]).filter(([value]) => value);
     this.found = this.items.filter(item => item.searched.includes(wanted) && chosen.every(([value, values]) => values(item).includes(value)));
     if (fromStart) this.page = 0;
@@ -95,6 +96,7 @@ function drawImage(row) {
 function drawText(row, text) {
   const item = element("li", {tabIndex: -1});
   item.mark = kind => mark(row, text, kind, item);
+  item.update = () => item.querySelector("form") || fill(item, row, text);
   return fill(item, row, text);
 }
 
@@ -115,19 +117,20 @@ function fill(item, row, text) {
   });
   item.className = made ? made.mark : "";
   const head = element("div", {className: "marks"}, element("span", {className: "style", textContent: text.kind}), ...buttons);
-  item.replaceChildren(head, ...words, ...(made && made.mark === "bad" ? [element("div", {className: "marks"}, ...why(made))] : []));
+  item.replaceChildren(head, ...words, ...(made && made.mark === "bad" ? [element("div", {className: "marks"}, ...why(nameOf(row, text)))] : []));
   return item;
 }
 
 /** The reason of a bad text, and a note. */
-function why(made) {
+function why(name) {
+  const made = marks.get(name);
   const select = element("select", {}, ...report.reasons.map(reason => new Option(REASONS[reason] || reason, reason)));
   select.setAttribute("aria-label", "Why it is bad");
   select.value = made.reason;
-  select.addEventListener("change", () => { made.reason = select.value; store(); });
+  select.addEventListener("change", () => change(name, now => ({...now, reason: select.value})));
   const note = element("input", {type: "text", value: made.note || "", placeholder: "note", maxLength: 1000});
   note.setAttribute("aria-label", "Note");
-  note.addEventListener("input", () => { made.note = note.value; store(); });
+  note.addEventListener("input", () => change(name, now => ({...now, note: note.value})));
   return [select, note];
 }
 
@@ -135,9 +138,9 @@ function why(made) {
 function mark(row, text, kind, item) {
   const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, mark: kind};
   if (kind === "edited") return text.cut ? undefined : edit(row, text, item, about);
-  if (marks.get(name)?.mark === kind) marks.delete(name);
-  else marks.set(name, kind === "bad" ? {...about, reason: report.reasons[0]} : about);
-  store();
+  const made = kind === "bad" ? {...about, reason: report.reasons[0]} : about;
+  if (marks.get(name)?.mark === "edited" && !confirm("This takes back the words that you gave to this text. Go on?")) return undefined;
+  change(name, now => now?.mark === kind ? null : made);
   fill(item, row, text);
   item.focus();
   return undefined;
@@ -145,14 +148,15 @@ function mark(row, text, kind, item) {
 
 /** Put fields for the new words in place of a text; saving the words as they were takes an edit back. */
 function edit(row, text, item, about) {
-  const now = {...text, ...(marks.get(nameOf(row, text)) || {})};
-  const names = FIELDS.filter(name => text[name] !== undefined);
+  const name = nameOf(row, text), words = {...text, ...text.raw}, now = {...words, ...marks.get(name)};
+  const names = FIELDS.filter(name => words[name] !== undefined);
   const fields = names.map(name => {
     const field = element("textarea", {value: String(now[name]), rows: name === "text" ? 4 : 2});
     field.setAttribute("aria-label", name.replace("_", " "));
     return field;
   });
-  const done = () => { store(); fill(item, row, text); item.focus(); };
+  const tidy = said => String(said).trim().replace(/\s+/g, " ");
+  const done = () => { fill(item, row, text); item.focus(); };
   const save = element("button", {type: "submit", textContent: "Save"});
   const cancel = element("button", {type: "button", textContent: "Cancel"});
   const form = element("form", {className: "edit"}, ...fields, element("div", {className: "marks"}, save, cancel));
@@ -160,10 +164,11 @@ function edit(row, text, item, about) {
   form.addEventListener("keydown", event => { if (event.key === "Escape") done(); });
   form.addEventListener("submit", event => {
     event.preventDefault();
-    const typed = fields.map(field => field.value.trim().replace(/\s+/g, " "));
-    if (typed.every((value, at) => value === String(text[names[at]]))) marks.delete(nameOf(row, text));
-    else marks.set(nameOf(row, text), {...about, ...Object.fromEntries(names.map((name, at) => [name, name === "evidence_pages"
-      ? typed[at].split(/[^0-9]+/).filter(Boolean).map(Number) : typed[at]]))});
+    const typed = fields.map(field => tidy(field.value));
+    const same = typed.every((value, at) => value === tidy(words[names[at]]));
+    const made = {...about, ...Object.fromEntries(names.map((name, at) => [name, name === "evidence_pages"
+      ? typed[at].split(/[^0-9]+/).filter(Boolean).map(Number) : typed[at]]))};
+    change(name, () => same ? null : made);
     done();
   });
   item.replaceChildren(form);
@@ -175,12 +180,27 @@ function nameOf(row, text) { return `${row.id} ${text.content}`; }
 
 function markOf(row) { return row.texts.map(text => marks.get(nameOf(row, text))?.mark || "not marked"); }
 
-function load() {
-  try { return new Map(JSON.parse(localStorage.getItem(STORED) || "[]")); } catch { return new Map(); }
+/** Take what this browser remembers: another tab may have marked something since. */
+function recall() {
+  if (!kept) return;
+  let known = [];
+  try { known = JSON.parse(localStorage.getItem(STORED) || "[]"); } catch { kept = false; return; }
+  marks.clear();
+  for (const [name, made] of known) marks.set(name, made);
+}
+
+/** Put what `become` makes of a mark in its place; null takes it away. */
+function change(name, become) {
+  recall();
+  const made = become(marks.get(name));
+  if (made) marks.set(name, made);
+  else marks.delete(name);
+  store();
 }
 
 function store() {
-  try { localStorage.setItem(STORED, JSON.stringify([...marks])); } catch { window.onbeforeunload = () => marks.size ? "" : undefined; }
+  try { localStorage.setItem(STORED, JSON.stringify([...marks])); } catch { kept = false; }
+  if (!kept) window.onbeforeunload = () => marks.size ? "" : undefined;
   count();
 }
 
@@ -234,7 +254,15 @@ document.getElementById("forget").addEventListener("click", () => {
   lists.images.show();
 });
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
+window.addEventListener("storage", event => {
+  if (event.key !== null && event.key !== STORED) return;
+  recall();
+  count();
+  for (const item of document.querySelectorAll("#images .texts > li")) item.update();
+});
 
-lists.images = new List("images", {split: row => [row.split], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage);
-lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected);
+lists.images = new List("images", {split: row => [row.split], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage,
+  row => [row.id, row.from, ...row.references, ...row.texts.flatMap(text => FIELDS.map(name => text[name] ?? ""))]);
+lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected, Object.values);
+recall();
 count();

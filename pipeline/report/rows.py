@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.marks import name_of
-from pipeline.store import Folder, Version
+from pipeline.store import Folder, Version, open_table
 from pipeline.tables import PIXELS
 
 MAX_SHOWN_CHARACTERS = 2000
@@ -50,12 +49,10 @@ def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
     """Yield what each stage rejected: `stage`, `reason`, `where` and `what`; of each reason the first ones."""
     for path in sorted(Folder(folder).path.glob("stages/*/rejected.parquet")):
         shown: Counter[str] = Counter()
-        names = [
-            n
-            for n in ("reason", "sample_id", "source_row", "task", *_SAID, "reply_text", "detail")
-            if n in pq.read_schema(path).names
-        ]
-        for batch in pq.ParquetFile(path).iter_batches(columns=names):
+        file = open_table(path, "reason")
+        wanted = ("reason", "sample_id", "source_row", "task", *_SAID, "reply_text", "detail")
+        names = [name for name in wanted if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=names):
             for row in to_pylist(batch):
                 shown[row["reason"]] += 1
                 if shown[row["reason"]] <= MAX_REJECTED:
@@ -109,24 +106,29 @@ def _decoded(value: Any) -> Any:
 
 def _row(row: dict[str, Any], split: str) -> dict[str, Any]:
     pages = row.get("pages") or ([row["image"]] if row.get("image") else [])
-    captions = [_text(row, caption, caption["style"]) for caption in row["captions"]]
-    pairs = [_text(row, pair, pair["answer_type"] or "") for pair in row["qa"]]
+    captions = [_text(row, caption, caption.get("style") or "") for caption in row.get("captions") or ()]
+    pairs = [_text(row, pair, pair.get("answer_type") or "") for pair in row.get("qa") or ()]
     return {
         "id": row["sample_id"],
         "split": split,
-        "from": visible(row["source_row"]),
-        "small": row["width_px"] < 200,
+        "from": visible(row.get("source_row") or ""),
+        "small": (row.get("width_px") or 0) < 200,
         "images": [page["bytes"] for page in pages],
-        "references": [visible(text) for text in row["references"]],
+        "references": [visible(text) for text in row.get("references") or ()],
         "texts": captions + pairs,
     }
 
 
 def _text(row: dict[str, Any], said: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a text: what a mark calls it, of which kind it is, its words, and whether all of them are there to be edited."""
+    """Return a text: what a mark calls it, of which kind it is, its words as they are shown, those that are really others
+    (`raw`), and whether they were `cut`.
+    """
     _, content = name_of(said | {"sample_id": row["sample_id"]})
     words = {name: said[name] for name in (*_SAID, "expression") if said.get(name)}
-    found: dict[str, Any] = {"content": content, "kind": visible(kind)} | {name: visible(text) for name, text in words.items()}
+    shown = {name: visible(text) for name, text in words.items()}
+    found: dict[str, Any] = {"content": content, "kind": visible(kind)} | shown
+    if raw := {name: text for name, text in words.items() if shown[name] != text}:
+        found["raw"] = {name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()}  # what is edited is not what is shown
     if said.get("evidence_pages"):
         found["evidence_pages"] = said["evidence_pages"]
     if any(len(text) > MAX_SHOWN_CHARACTERS for text in words.values()):

@@ -4,28 +4,26 @@ They are read in place, range by range; nothing is copied here but what is looke
 taken from where its own library looks for it.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.spec import AbstractFileSystem
 
 from pipeline.errors import SourceError
 from pipeline.fingerprint import digest
 from pipeline.source.tables import BUFFER_BYTES, Tables, split_of_path
 
-MADE_OF = (
-    "size",
-    "ETag",
-    "etag",
-    "checksum",
-    "generation",
-    "LastModified",
-    "last_modified",
-    "mtime",
-)  # what tells contents apart
+# What stores call that which tells two contents of a file apart; where one says nothing of it, the end of the file does:
+# it holds a Parquet file's sizes and statistics.
+_DIGESTS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
+_TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime")
+TAIL_BYTES = 1 << 16
 
 
 def is_remote(place: str) -> bool:
@@ -42,28 +40,38 @@ def open_remote(url: str) -> Tables:
     with explained(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a listing that was kept may be an old one
         known: dict[str, dict[str, Any]] = {root: store.info(root)}
-        if known[root]["type"] == "directory":
+        is_folder = known[root]["type"] == "directory"
+        if is_folder:
             known = store.find(root, detail=True)
-    paths = sorted(path for path, about in known.items() if path.endswith(".parquet") and about["type"] == "file")
-    if not paths:
-        raise SourceError(f"no Parquet file at {url}", hint="pass a file or a folder: --source parquet:s3://BUCKET/FOLDER")
-    folder = root if root not in paths else root.rpartition("/")[0]
+        folder = _without_key(root) if is_folder else _without_key(root).rpartition("/")[0]
+        found = sorted((_without_key(path), path) for path, about in known.items() if about["type"] == "file")
+        places = {name.removeprefix(folder).lstrip("/"): path for name, path in found if name.endswith(".parquet")}
+        told = [[name, _content_of(store, path, known[path])] for name, path in places.items()]
+    if not places:
+        hint = "pass a file, or a folder of a store that lists them: --source parquet:s3://BUCKET/FOLDER"
+        raise SourceError(f"no Parquet file at {url}", hint=hint)
     files: dict[str | None, list[str]] = {}
-    for path in paths:
-        files.setdefault(split_of_path(path.removeprefix(folder)), []).append(path.removeprefix(folder).lstrip("/"))
-    told = [
-        [path.removeprefix(folder), {name: str(known[path][name]) for name in MADE_OF if name in known[path]}] for path in paths
-    ]
+    for name in places:
+        files.setdefault(split_of_path(name), []).append(name)
     return Tables(
-        name=root.rstrip("/").rpartition("/")[2] or root,
+        name=folder.rstrip("/").rpartition("/")[2] or folder,
         revision=digest(told),
         licence="unknown",
         files=files,
-        open=lambda path: store.open(
-            f"{folder}/{path}" if folder else path, "rb", block_size=BUFFER_BYTES, cache_type="readahead"
-        ),
+        open=lambda name: store.open(places[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"),
         explained=partial(explained, url),
     )
+
+
+def _without_key(path: str) -> str:
+    """Return a path without what a web address may carry behind it: a signature is nobody's business."""
+    return urlsplit(path)._replace(query="", fragment="").geturl() if is_remote(path) else path
+
+
+def _content_of(store: AbstractFileSystem, path: str, about: dict[str, Any]) -> dict[str, str]:
+    """Return what tells the content of a file apart from another."""
+    told = {name: str(about[name]) for name in (*_DIGESTS, *_TIMES) if about.get(name)}
+    return {"size": str(about["size"])} | (told or {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()})
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.marks import Mark, check_edit, format_marks, merge_marks, name_of, read_marks
+from pipeline.marks import Mark, Name, check_edit, check_edits, format_marks, merge_marks, name_of, read_marks
 
 SAMPLE = "a" * 64
 
@@ -20,11 +20,16 @@ def mark(about: str, kind: str, **more: Any) -> Mark:
     return Mark.model_validate({"sample_id": SAMPLE, "content": content, "mark": kind, **more})
 
 
+def captions(*texts: str) -> dict[Name, dict[str, Any]]:
+    """The annotations of an image, by name."""
+    return {name_of(caption(text)): caption(text) for text in texts}
+
+
 def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
     marks = [
         mark("A cat.", "good"),
-        mark("A dog.", "bad", reason="not_true", note="it is a cat"),
-        mark("A.", "edited", text="B."),
+        mark("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
+        mark("A.", "edited", text="B.\u2029C\u0085"),
     ]
     (tmp_path / "m.jsonl").write_text(format_marks(marks))
     assert sorted(read_marks(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(marks, key=lambda m: m.name)
@@ -61,27 +66,71 @@ def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> No
 
 
 def test_the_last_word_on_a_text_counts() -> None:
-    merged = merge_marks([mark("A cat.", "good")], [mark("A cat.", "bad", reason="unclear"), mark("A dog.", "good")])
+    new = [mark("A cat.", "bad", reason="unclear"), mark("A dog.", "good")]
+    merged = merge_marks([mark("A cat.", "good")], new, captions("A cat.", "A dog."))
     assert [(m.mark, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
 
 
 def test_a_mark_of_an_edited_text_goes_back_to_what_was_edited() -> None:
-    first = merge_marks([], [mark("A cat.", "edited", text="A dog.")])
-    again = merge_marks(first.values(), [mark("A dog.", "edited", text="A fox.")])
-    assert again[mark("A cat.", "good").name].text == "A fox."
-    gone = merge_marks(again.values(), [mark("A fox.", "bad", reason="not_true")])
-    assert gone[mark("A cat.", "good").name].reason == "not_true"
+    rows = captions("A cat.")
+    first = merge_marks([], [mark("A cat.", "edited", text="A dog.")], rows)
+    again = merge_marks(first.values(), [mark("A dog.", "edited", text="A fox.")], rows)
+    assert {name: m.text for name, m in again.items()} == {mark("A cat.", "good").name: "A fox."}
+    gone = merge_marks(again.values(), [mark("A fox.", "bad", reason="not_true")], rows)
+    assert {name: m.reason for name, m in gone.items()} == {mark("A cat.", "good").name: "not_true"}
 
 
 def test_an_edit_that_was_found_good_stays() -> None:
-    first = merge_marks([], [mark("A cat.", "edited", text="A dog.")])
-    assert merge_marks(first.values(), [mark("A dog.", "good")])[mark("A cat.", "good").name].text == "A dog."
+    rows = captions("A cat.")
+    first = merge_marks([], [mark("A cat.", "edited", text="A dog.")], rows)
+    assert merge_marks(first.values(), [mark("A dog.", "good")], rows)[mark("A cat.", "good").name].text == "A dog."
+
+
+def test_an_edit_of_the_pages_alone_was_found_good_and_stays() -> None:
+    row: dict[str, Any] = {
+        "sample_id": SAMPLE,
+        "task": "deck_qa",
+        "text": None,
+        "question": "Which?",
+        "answer": "2",
+        "pages": 4,
+    }
+    row = row | {"answer_type": "span", "evidence_pages": [1], "expression": ""}
+    edit = {"sample_id": SAMPLE, "content": name_of(row)[1], "mark": "edited", "question": "Which?", "answer": "2"}
+    first = merge_marks([], [Mark.model_validate({**edit, "evidence_pages": [3]})], {name_of(row): row})
+    good = Mark(sample_id=SAMPLE, content=name_of(row)[1], mark="good")
+    (kept,) = merge_marks(first.values(), [good], {name_of(row): row}).values()
+    assert (kept.mark, kept.evidence_pages) == ("edited", (3,))
+    (undone,) = merge_marks(
+        first.values(), [Mark.model_validate({**edit, "evidence_pages": [1]})], {name_of(row): row}
+    ).values()
+    assert undone.mark == "good"
 
 
 def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
-    first = merge_marks([], [mark("A cat.", "edited", text="A dog.")])
-    back = merge_marks(first.values(), [mark("A dog.", "edited", text="A cat.")])
-    assert back[mark("A cat.", "good").name].mark == "good"
+    rows = captions("A cat.")
+    first = merge_marks([], [mark("A cat.", "edited", text="A dog.")], rows)
+    back = merge_marks(first.values(), [mark("A dog.", "edited", text="A cat.")], rows)
+    assert {name: m.mark for name, m in back.items()} == {mark("A cat.", "good").name: "good"}
+
+
+def test_marks_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
+    rows = captions("A cat.", "A dog.")
+    swapped = [mark("A cat.", "edited", text="A dog."), mark("A dog.", "edited", text="A cat.")]
+    merged = merge_marks([], swapped, rows)
+    assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
+    assert check_edits(merged, rows) == {}
+    moved = merge_marks([], [mark("A cat.", "edited", text="A dog."), mark("A dog.", "bad", reason="unclear")], rows)
+    assert {m.mark for m in moved.values()} == {"edited", "bad"}
+    assert check_edits(moved, rows) == {}
+
+
+def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
+    rows = captions("A cat.", "A dog.", "A fox.")
+    onto_another = merge_marks([], [mark("A cat.", "edited", text="A dog.")], rows)
+    assert list(check_edits(onto_another, rows).values()) == ["another text of this image says the same"]
+    onto_each_other = [mark("A cat.", "edited", text="A bird."), mark("A dog.", "edited", text="A bird.")]
+    assert len(check_edits(merge_marks([], onto_each_other, rows), rows)) == 2
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def test_two_questions_are_a_pair_while_both_are_there_and_differ() -> None:
     assert pair(None) == ["1", "1"]
     assert pair(BAD) == [None, None]
     assert pair({"mark": "edited", "question": "Is it a cat?", "answer": "No"}) == [None, None]
+    assert pair({"mark": "edited", "question": "Is it a dog?", "answer": "yes"}) == [None, None]
+    assert pair({"mark": "edited", "question": "is it a cat", "answer": "Yes."}) == ["1", "1"]
 
 
 def test_marks_are_counted_over_what_stays_and_what_goes() -> None:

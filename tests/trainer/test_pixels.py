@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.shards
+from pipeline.errors import StoreError
 from pipeline.store import Version
 from tests.scene_data import make_version, scene_samples
 from trainer.data import examples_in
@@ -55,3 +56,10 @@ def test_an_example_opens_its_image(version: Version) -> None:
     examples = examples_in(version, "test")
     assert {example.sample_id: bytes(example.image) for example in examples} == images(version, "test")
     assert examples[0].open().size == (84, 84)
+
+
+def test_a_damaged_shard_is_one_line(version: Version) -> None:
+    shard = version.shards("test")[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="is damaged"):
+        map_images(version, "test")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Page, expect
 
+from pipeline.marks import read_marks
 from pipeline.report import write
 from pipeline.report.write import write_report
 from pipeline.store import Folder, Version, open_dataset
@@ -32,7 +33,17 @@ HOSTILE = (
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     """A version, with the stages of a run in which two images looked alike and a text was said twice."""
     folder = tmp_path_factory.mktemp("dataset")
-    version, _ = make_version(folder, scene_samples(120))
+    funnel = [
+        {
+            "stage": "dedupe",
+            "unit": "annotations",
+            "input": 4,
+            "kept": 2,
+            "rejected": {"duplicate": 1, "near_duplicate_image": 1},
+        },
+        {"stage": "balance", "unit": "annotations", "input": 2, "kept": 2, "rejected": {}},
+    ]
+    version, _ = make_version(folder, scene_samples(120), funnel=funnel)
     a, b = (sample.id for sample in scene_samples(2))
     kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
     again = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
@@ -120,6 +131,63 @@ def test_an_edit_is_shown_and_can_be_left_or_taken_back(page: Page) -> None:
     page.get_by_label("text", exact=True).fill(before)
     page.get_by_role("button", name="Save").click()
     expect(page.locator("#marked")).to_have_text("nothing marked yet")
+
+
+def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: Path) -> None:
+    samples = scene_samples(2)
+    table = true_captions(samples)
+    raw = ["A ring\nbelow a dot.", "A \u202ereal\u202c ring."] * len(samples)
+    version, _ = make_version(tmp_path, samples, table.set_column(table.column_names.index("text"), "text", pa.array(raw)))
+    page = opened(write_report(version, tmp_path), accept_downloads=True)
+    assert text_of(page).locator("p").inner_text() == "A ring[U+000A]below a dot."
+    text_of(page).get_by_role("button", name="Edit").click()
+    assert page.get_by_label("text", exact=True).input_value() == "A ring\nbelow a dot."
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("#marked")).to_have_text("nothing marked yet")  # nothing was changed
+    text_of(page, 1).get_by_role("button", name="Edit").click()
+    field = page.get_by_label("text", exact=True)
+    field.fill(field.input_value().replace("ring", "dot"))
+    page.get_by_role("button", name="Save").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export marks").click()
+    download.value.save_as(tmp_path / "marks.jsonl")
+    (mark,) = read_marks(tmp_path / "marks.jsonl")
+    assert mark.text == "A \u202ereal\u202c dot."
+
+
+def test_words_that_somebody_gave_are_not_taken_back_without_asking(page: Page) -> None:
+    text_of(page).get_by_role("button", name="Edit").click()
+    page.get_by_label("text", exact=True).fill("Something else.")
+    page.get_by_role("button", name="Save").click()
+    answers = iter([False, True])
+    page.on("dialog", lambda dialog: dialog.accept() if next(answers) else dialog.dismiss())
+    page.keyboard.press("g")
+    expect(page.locator("#marked")).to_have_text("0 good, 0 bad, 1 edited")
+    assert text_of(page).locator("p").inner_text() == "Something else."
+    page.keyboard.press("g")
+    expect(page.locator("#marked")).to_have_text("1 good, 0 bad, 0 edited")
+
+
+def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    text_of(page, 0).get_by_role("button", name="Bad").click()
+    expect(other.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+    expect(text_of(other, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
+    text_of(other, 1).get_by_role("button", name="Good").click()
+    other.get_by_label("Note").fill("no ring")
+    text_of(page, 2).get_by_role("button", name="Good").click()
+    page.reload()
+    expect(page.locator("#marked")).to_have_text("2 good, 1 bad, 0 edited")
+    assert page.get_by_label("Note").input_value() == "no ring"
+
+
+def test_the_search_looks_at_words_and_not_at_pictures(page: Page) -> None:
+    source = page.locator("#images article img").first.get_attribute("src") or ""
+    page.get_by_label("Search texts").fill(source[-40:-20])
+    assert found(page) == "0 found, 120 in this report"
+    page.get_by_label("Search texts").fill("webp")
+    assert found(page) == "0 found, 120 in this report"
 
 
 def test_keys_do_nothing_while_somebody_types(page: Page) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.marks import Mark, format_marks, name_of
+from pipeline.marks import Mark, format_marks, name_of, read_marks
 from pipeline.store import Folder
 from tests.whole.conftest import Run, said
 
@@ -44,6 +44,41 @@ def test_marks_that_cannot_be_used_are_said_and_leave_all_as_it_was(
     assert "no mark in empty.jsonl" in said(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
     assert not Folder(tmp_path / "d").marks.exists()
     assert [version.name for version in Folder(tmp_path / "d").versions()] == ["v1.0.0"]
+
+
+def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path: Path) -> None:
+    assert synth("generate", "--source", "scenes", "--limit", "4", "--out", "d").returncode == 0
+    folder = Folder(tmp_path / "d")
+    names = [name_of(row) for row in pq.read_table(folder.stage("split")).to_pylist()]
+
+    def bad(some: list[tuple[str, str]]) -> str:
+        marks = [Mark(sample_id=sample_id, content=content, mark="bad", reason="other") for sample_id, content in some]
+        (tmp_path / "m.jsonl").write_text(format_marks(marks))
+        return synth("review", "apply", "m.jsonl", "--data", "d").stderr
+
+    assert "review: 1 marks apply" in bad(names[:1])
+    before = folder.marks.read_text()
+    assert "no row is left to make a version of" in bad(names)
+    assert folder.marks.read_text() == before
+    assert "review: 2 marks apply" in bad(names[1:2])
+
+
+def test_an_edit_that_later_stages_have_overtaken_waits(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
+    """Somebody may write by hand, or another version of the prompts may say, what a person has made of another text."""
+    edit = marked(("brief", "edited", {"text": "What a person says."}))
+    assert "review: 1 marks apply" in synth("review", "apply", str(edit), "--data", "d").stderr
+    folder = Folder(tmp_path / "d")
+    (mark,) = read_marks(folder.marks)
+    row = next(row for row in pq.read_table(folder.stage("split")).to_pylist() if name_of(row) == mark.name)
+    other = next(
+        each
+        for each in pq.read_table(folder.stage("split")).to_pylist()
+        if each["sample_id"] == row["sample_id"] and each["task"] == "caption" and name_of(each) != mark.name
+    )
+    folder.marks.write_text(format_marks([mark.model_copy(update={"text": other["clean_text"]})]))
+    again = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
+    assert again.returncode == 0
+    assert "review: 0 marks apply; 1 fit no text that is there now" in again.stderr
 
 
 def test_a_mark_waits_while_its_text_is_not_there(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of
+from pipeline.errors import StoreError
+from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of, is_of_stages
 
 
 def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
@@ -78,6 +80,38 @@ def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: 
         "Texts that say the same": [[("a", True), ("a", False)]],
         "Captions of too many images": [[("c", True), ("d", False)]],
     }
+
+
+def test_the_best_of_a_cluster_is_shown_though_it_is_rejected_for_something_else(tmp_path: Path) -> None:
+    rejected = [
+        caption(4, "a", "A street.", "a street", duplicate_of="1", reason="duplicate"),
+        caption(1, "a", "a street", reason="caption_of_many_images"),
+    ]
+    write_stage(tmp_path, "dedupe", "kept", [caption(3, "c", "a street")], OF_DEDUPE)
+    write_stage(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
+    (cluster,) = clusters_of(tmp_path)["Texts that say the same"]["shown"]
+    assert [(m["said"], m["kept"]) for m in cluster["members"]] == [("a street", False), ("A street.", False)]
+
+
+def test_stages_of_another_run_are_told_by_their_rows(tmp_path: Path) -> None:
+    def manifest(**kept: int) -> dict[str, Any]:
+        return {"funnel": [{"stage": stage, "unit": "annotations", "kept": count} for stage, count in kept.items()]}
+
+    write_stage(tmp_path, "dedupe", "kept", [caption(1, "a", "a cat")], OF_DEDUPE)
+    assert is_of_stages(tmp_path, manifest(dedupe=1))
+    assert not is_of_stages(tmp_path, manifest(dedupe=2))
+    assert not is_of_stages(tmp_path, manifest(dedupe=1, balance=1))
+    assert not is_of_stages(tmp_path, {})
+
+
+def test_a_stage_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path) -> None:
+    write_stage(tmp_path, "dedupe", "kept", [], {"sample_id": ""})
+    write_stage(tmp_path, "dedupe", "rejected", [], OF_DEDUPE)
+    with pytest.raises(StoreError, match=r"dedupe/kept\.parquet has no column"):
+        clusters_of(tmp_path)
+    (tmp_path / "stages" / "dedupe" / "rejected.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match=r"dedupe/rejected\.parquet is damaged"):
+        clusters_of(tmp_path)
 
 
 def test_of_many_clusters_the_largest_are_shown_and_all_are_counted(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import ConfigError
 from pipeline.image import prepare_image
 from pipeline.page import script_hash
 from pipeline.report import write
@@ -77,6 +79,49 @@ def test_a_later_report_leaves_nothing_of_an_earlier_one(tmp_path: Path, monkeyp
     index = write_report(second, tmp_path)
     assert len(list(index.parent.glob("thumbnails/*/*.webp"))) == 20
     assert sorted(path.name for path in index.parent.glob("*.js")) == re.findall(r'<script src="([^"]+)"', index.read_text())
+
+
+def test_what_others_have_put_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "ONE_FILE_ROWS", 10)
+    mine = tmp_path / "report" / "notes.js"
+    mine.parent.mkdir()
+    mine.write_text("let mine;")
+    version, _ = make_version(tmp_path, scene_samples(20))
+    write_report(version, tmp_path)
+    write_report(version, tmp_path, max_rows=5)
+    assert mine.read_text() == "let mine;"
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["notes.js"]  # the larger report is gone
+    (tmp_path / "report.html").write_text("<h1>my report</h1>")
+    with pytest.raises(ConfigError, match=r"report\.html is no report of synth"):
+        write_report(version, tmp_path)
+
+
+@pytest.mark.parametrize("most", [5, 20])
+def test_there_is_one_report_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(write, "ONE_FILE_ROWS", 10)
+    version, _ = make_version(tmp_path, scene_samples(20))
+    write_report(version, tmp_path, max_rows=25 - most)
+    made = write_report(version, tmp_path, max_rows=most)
+    assert [path.name for path in tmp_path.glob("report*")] == [made.relative_to(tmp_path).parts[0]]
+
+
+def test_a_sample_that_is_called_like_a_path_leaves_the_folder_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "ONE_FILE_ROWS", 1)
+    version, _ = make_version(tmp_path, scene_samples(4))
+    (shard,) = version.shards("train")
+    table = pq.read_table(shard)
+    names = [f"../../../../{'x' * n}/\u202e" for n in range(table.num_rows)]
+    pq.write_table(table.set_column(table.column_names.index("sample_id"), "sample_id", pa.array(names)), shard)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    index = write_report(version, tmp_path)
+    assert all(path.is_relative_to(index.parent) for path in tmp_path.rglob("*") if path.is_file() and path not in before)
+    assert len(list(index.parent.glob("thumbnails/*/*.webp"))) == 4
+
+
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(4))
+    with pytest.raises(ConfigError, match="nosuch holds no training that was scored"):
+        write_report(version, tmp_path, tmp_path / "nosuch")
 
 
 def test_of_too_many_images_some_are_drawn_the_same_ones_each_time(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import fsspec
 import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
@@ -79,6 +80,30 @@ def test_the_revision_is_of_the_contents() -> None:
     other = datasets.parquet([{"photo": datasets.cell(9)}], PLAIN)
     boto3.client("s3").put_object(Bucket="photos", Key="mine/test/0.parquet", Body=other)
     assert opened("s3://photos/mine").revision != before
+
+
+def test_a_store_that_says_nothing_of_contents_is_asked_for_the_end_of_the_file() -> None:
+    memory = fsspec.filesystem("memory")
+    before = datasets.parquet([{"photo": datasets.cell(1)}], PLAIN)
+    revisions = set()
+    for content in (before, before, before[:-9] + b"?" + before[-8:]):
+        memory.store.clear()
+        memory.pipe("/m/a.parquet", content)
+        memory.store["/m/a.parquet"].modified = memory.store["/m/a.parquet"].created = None
+        revisions.add(open_remote("memory://m/a.parquet").revision)
+    assert len(revisions) == 2
+
+
+def test_the_key_of_a_signed_address_is_told_nowhere(tmp_path: Path) -> None:
+    with running_hub(tmp_path) as hub:
+        files = {"data/train.parquet": datasets.parquet([{"photo": datasets.cell(1)}], PLAIN)}
+        hub.hub.storage.seed("dataset", "me/open", files)
+        place = f"{hub.endpoint}/datasets/me/open/resolve/main/data/train.parquet"
+        signed = [opened(f"{place}?signature=test/{key}") for key in ("one", "two")]
+        assert signed[0].revision == signed[1].revision == opened(place).revision
+        (row,) = signed[0].rows
+    assert isinstance(row, Sample)
+    assert (row.source_row, row.split) == ("train.parquet:0", "train")
 
 
 @pytest.mark.parametrize(
