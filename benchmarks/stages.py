@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.fingerprint import digest
-from pipeline.run import STAGES
 from pipeline.scenes.score import scene_of
 from pipeline.scenes.text import STYLES, ask_number, ask_other, ask_yes_no, caption
+from pipeline.stages import STAGES
 from pipeline.store import Folder
 from pipeline.tables import ANNOTATION, CHECK, LEDGER, MARK
 from pipeline.version import Rows, build_rows, draft_version

@@ -16,9 +16,9 @@ from pipeline.config import Config, resolve
 from pipeline.generate.engine import choose_engine
 from pipeline.generate.parse import parse_reply
 from pipeline.generate.requests import build_requests
-from pipeline.run import CHUNK_SAMPLES
 from pipeline.scenes.score import score_annotations, score_decks
 from pipeline.source.scenes import draw_deck, draw_sample
+from pipeline.stages import CHUNK_SAMPLES
 from pipeline.types import Request, Sample
 
 REWORDED_SYSTEM = (

@@ -10,7 +10,7 @@ Which rows stay is a function of their ids and the seed, not of their order.
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,13 @@ def _balance_answers(
         columns["question_type"][n] = kind
         of_type[kind][normalize_answer(rows[n]["clean_answer"])].append(n)
     for kind, answers in of_type.items():
-        if kind == RARE and sum(map(len, answers.values())) < config.min_questions_per_type:
-            continue  # too few to say what is too common
-        most = largest_count([len(found) for found in answers.values()], config.max_share(answers.keys()))
         for found in answers.values():
             found.sort(key=lambda n: (n not in partner, chance[rows[n]["annotation_id"]]))
-            for n in found[most:]:
-                reasons[n] = "answer_too_common"
+        for n in too_common(kind, answers, config):
+            reasons[n] = "answer_too_common"
     for n, other in partner.items():
         if reasons[n] is None and reasons[other] is None:
-            columns["pair_id"][n] = digest(sorted(rows[each]["annotation_id"] for each in (n, other)))[:16]
+            columns["pair_id"][n] = pair_id(*(rows[each]["annotation_id"] for each in (n, other)))
 
 
 def _balance_captions(
@@ -112,9 +109,27 @@ def _balance_captions(
 
 def question_types(questions: Sequence[str], min_questions: int) -> list[str]:
     """Return the type of each question: its first two words, or `RARE` where fewer than so many begin like it."""
-    types = [" ".join(words_of(question)[:2]) for question in questions]
+    types = [first_words(question) for question in questions]
     counts = Counter(types)
     return [kind if counts[kind] >= min_questions else RARE for kind in types]
+
+
+def first_words(question: str) -> str:
+    """Return the two words that say of which type a question is."""
+    return " ".join(words_of(question)[:2])
+
+
+def too_common(kind: str, answers: Mapping[str, Sequence[int]], config: BalanceConfig) -> list[int]:
+    """Return the questions of a type that are to go, of those with each answer, which stand in the order to keep them in."""
+    if kind == RARE and sum(map(len, answers.values())) < config.min_questions_per_type:
+        return []  # too few to say what is too common
+    most = largest_count([len(found) for found in answers.values()], config.max_share(answers.keys()))
+    return [n for found in answers.values() for n in found[most:]]
+
+
+def pair_id(one: str, other: str) -> str:
+    """Return the name of a pair of annotations."""
+    return digest(sorted((one, other)))[:16]
 
 
 def largest_count(counts: Sequence[int], max_share: float) -> int:

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -89,6 +89,16 @@ def generate(
     base_url: Annotated[
         list[str] | None, typer.Option(help="A vLLM server that runs already, ending in /v1; may be given several times.")
     ] = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="local: in this process; ray: on a Ray cluster, in shards.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster.", show_default="one on this machine, for as long as the command runs")
+    ] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Of the data on a cluster.", show_default="16")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="That ask at once, on a cluster.", show_default="one for each GPU, or CPU but one")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same settings and more; flags win over it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Ask about a few images, and say what all of them would take.")
@@ -121,6 +131,10 @@ def generate(
         base_url=base_url or None,
         server=vllm_flags(context),
     )
+    if executor == "local" and (ray_address, shards, workers) != (None, None, None):
+        raise typer.BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
+    if executor == "ray" and (from_stage or dry_run):
+        raise typer.BadParameter("--from-stage and --dry-run go with --executor local", param_hint="--executor")
     if dry_run:
         with progress() as talk:
             estimate = estimate_run(resolved, out, talk)
@@ -128,7 +142,12 @@ def generate(
         show(estimate, as_json, "hours")
         return
     with progress() as talk:
-        result = generate_version(resolved, out, from_stage, talk)
+        if executor == "ray":
+            from pipeline.cluster.run import Size, generate_on_cluster
+
+            result = generate_on_cluster(resolved, out, Size(ray_address, shards, workers), talk)
+        else:
+            result = generate_version(resolved, out, from_stage, talk)
     show_version(result, as_json=as_json)
 
 

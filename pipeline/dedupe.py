@@ -5,6 +5,7 @@ same question about another image is no duplicate: "What is the man doing?" has 
 stays depends on what is known of the annotations alone, never on their order.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -31,24 +32,55 @@ def dedupe_annotations(table: pa.Table, config: DedupeConfig) -> pa.Table:
     """
     require(table, "annotation_id", "sample_id", "task", "clean_text", "clean_question")
     cluster = _clusters(table)
+    reasons = np.array(table["image_reason"] if "image_reason" in table.column_names else [None] * table.num_rows, dtype=object)
+    best = best_first(table)
+    best = best[[reasons[n] is None for n in best]]  # what is to go keeps nothing else from staying
+    repeats = find_repeated(table, cluster, best)
+    reasons[repeats >= 0] = "duplicate"
+    reasons[find_widespread(table, cluster, best[repeats[best] < 0], config)] = "caption_of_many_images"
+    ids = table["annotation_id"].combine_chunks()
+    table = table.append_column("cluster", name_clusters(cluster, ids))
+    table = table.append_column("duplicate_of", ids.take(pa.array(repeats, mask=repeats < 0)))
+    return with_reason(table, reasons.tolist())
+
+
+def best_first(table: pa.Table) -> Indices:
+    """Return the rows in the order in which they are to be kept."""
+    found: Indices = pc.sort_indices(table, sort_keys=[key for key in BEST_FIRST if key[0] in table.column_names]).to_numpy()
+    return found
+
+
+def find_repeated(table: pa.Table, cluster: Indices, best: Indices) -> Indices:
+    """Return, for each row, the row of its cluster that is kept for its image; -1 where that is the row itself.
+
+    Args:
+        table: the rows.
+        cluster: the number of the cluster of each.
+        best: those that may stay, the best first.
+    """
     known = [name for name in ("image_group", "sample_id") if name in table.column_names]
     image = pc.coalesce(*(table[name] for name in known)).combine_chunks().dictionary_encode().indices.to_numpy()
     place = image.astype(np.int64) * (1 + cluster.max(initial=0)) + cluster
-    reasons = np.array(table["image_reason"] if "image_reason" in table.column_names else [None] * table.num_rows, dtype=object)
-    best = pc.sort_indices(table, sort_keys=[key for key in BEST_FIRST if key[0] in table.column_names]).to_numpy()
-    best = best[[reasons[n] is None for n in best]]  # what is to go keeps nothing else from staying
     _, first, which = np.unique(place[best], return_index=True, return_inverse=True)
-    kept = best[first][which]  # of each row, the best one of its cluster about its image
-    again = kept != best
-    reasons[best[again]] = "duplicate"
-    duplicate_of = np.full(table.num_rows, -1)
-    duplicate_of[best[again]] = kept[again]
-    alone = best[~again]
-    alone = alone[pc.equal(table["task"], "caption").to_numpy(zero_copy_only=False)[alone]]
-    reasons[alone[_rank(cluster[alone]) >= config.max_images_per_caption]] = "caption_of_many_images"
-    table = table.append_column("cluster", _names(cluster, table["annotation_id"].combine_chunks()))
-    named = table["annotation_id"].combine_chunks().take(pa.array(duplicate_of, mask=duplicate_of < 0))
-    return with_reason(table.append_column("duplicate_of", named), reasons.tolist())
+    kept = best[first][which]
+    repeats = np.full(table.num_rows, -1)
+    repeats[best[kept != best]] = kept[kept != best]
+    return repeats
+
+
+def find_widespread(table: pa.Table, cluster: Indices, best: Indices, config: DedupeConfig) -> Indices:
+    """Return the captions of clusters that stand with too many images; `best` are those that may stay, the best first."""
+    captions: Indices = best[pc.equal(table["task"], "caption").to_numpy(zero_copy_only=False)[best]]
+    return captions[_rank(cluster[captions]) >= config.max_images_per_caption]
+
+
+def name_clusters(cluster: Indices, ids: pa.Array) -> pa.Array:
+    """Return of each row the first id of its cluster."""
+    order = pc.sort_indices(ids).to_numpy()
+    _, first, which = np.unique(cluster[order], return_index=True, return_inverse=True)
+    named = np.empty(len(order), np.int64)
+    named[order] = order[first][which]
+    return ids.take(pa.array(named))
 
 
 def _clusters(table: pa.Table) -> Indices:
@@ -71,15 +103,6 @@ def _clusters(table: pa.Table) -> Indices:
     return target[number]
 
 
-def _names(cluster: Indices, ids: pa.Array) -> pa.Array:
-    """Return of each row the first id of its cluster."""
-    order = pc.sort_indices(ids).to_numpy()
-    _, first, which = np.unique(cluster[order], return_index=True, return_inverse=True)
-    named = np.empty(len(order), np.int64)
-    named[order] = order[first][which]
-    return ids.take(pa.array(named))
-
-
 def _rank(values: Indices) -> Indices:
     """Return how many equal values stand before each one."""
     order = np.argsort(values, kind="stable")
@@ -98,11 +121,10 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     that stand for words. What could be two things is left alone.
     """
     ordered = keys.take(pc.sort_indices(keys))
-    slices = [ordered.slice(at, BATCH) for at in range(0, len(ordered), BATCH)]
     numbers = _Numbers()
     left_out: dict[tuple[str, str], set[str]] = defaultdict(set)
     remainders: list[npt.NDArray[np.uint64]] = []
-    for part in slices:
+    for part in _slices(ordered):
         key_of, place, unknown, left = numbers.words_of(part)
         remainders.append(left[unknown])
         for n in np.flatnonzero(unknown).tolist():
@@ -112,7 +134,7 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
                 left_out[rest, variant].add(key)
     looked_for = np.unique(np.concatenate(remainders)) if remainders else np.zeros(0, np.uint64)
     meant: dict[str, set[str]] = defaultdict(set)
-    for part in slices:
+    for part in _slices(ordered):
         key_of, place, unknown, left = numbers.words_of(part)
         for n in np.flatnonzero(~unknown & np.isin(left, looked_for)).tolist():
             key = part[key_of[n]].as_py()
@@ -123,11 +145,32 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     return _follow({wrong: right.pop() for wrong, right in meant.items() if len(right) == 1})
 
 
+def remainders_of(keys: pa.Array) -> npt.NDArray[np.uint64]:
+    """Return what is left of keys without a word that no dictionary has: another key may be the same with the right one."""
+    numbers, found = _Numbers(), [np.zeros(0, np.uint64)]
+    for part in _slices(keys):
+        _, _, unknown, left = numbers.words_of(part)
+        found.append(np.unique(left[unknown]))
+    return np.unique(np.concatenate(found))
+
+
+def comparable_keys(keys: pa.Array, remainders: npt.NDArray[np.uint64]) -> pa.Array:
+    """Return the keys that `merge_misspelled` has to see, if these are the remainders of all: for the rest it does nothing."""
+    numbers, found = _Numbers(), [np.zeros(0, np.int64)]
+    for first, part in enumerate(_slices(keys)):
+        key_of, _, unknown, left = numbers.words_of(part)
+        found.append(first * BATCH + np.unique(key_of[unknown | np.isin(left, remainders)]))
+    return keys.take(pa.array(np.concatenate(found)))
+
+
+def _slices(keys: pa.Array) -> list[pa.Array]:
+    return [keys.slice(at, BATCH) for at in range(0, len(keys), BATCH)]
+
+
 class _Numbers:
-    """Numbers that stand for words: what is left of a key without one of its words is a sum without one of its numbers."""
+    """Numbers that stand for words, the same everywhere: what is left of a key without a word is a sum without a number."""
 
     def __init__(self) -> None:
-        self._random = np.random.default_rng(0)
         self._known: dict[str, tuple[int, bool]] = {}
 
     def words_of(self, keys: pa.Array) -> tuple[Indices, Indices, npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
@@ -136,7 +179,8 @@ class _Numbers:
         encoded = words.flatten().dictionary_encode()
         for word in encoded.dictionary.to_pylist():
             if word not in self._known:
-                self._known[word] = int(self._random.integers(2**63)), is_unknown(word)
+                drawn = hashlib.blake2b(word.encode(), digest_size=8).digest()
+                self._known[word] = int.from_bytes(drawn) >> 1, is_unknown(word)
         known = [self._known[word] for word in encoded.dictionary.to_pylist()]
         at, starts = encoded.indices.to_numpy(), words.offsets.to_numpy() - words.offsets[0].as_py()
         key = np.repeat(np.arange(len(keys)), np.diff(starts))

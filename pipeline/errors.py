@@ -37,6 +37,10 @@ class TableError(SynthError):
     """A table does not have the columns or rows that its version promises."""
 
 
+class ClusterError(SynthError):
+    """The cluster is not there, or has no room."""
+
+
 class PushError(SynthError):
     """The Hub refused, or could not be reached."""
 

@@ -17,6 +17,7 @@ from pipeline.tables import LIKENESS, SPLIT_RANK
 Kind = Literal["photos", "graphics"]
 SAME_BITS = 20  # a worse JPEG, half the size, brighter, gray: all are within (docs/experiments/curation.md)
 NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides of one template are 42 apart or more
+COMPARED = ("sample_id", "split", "looks", "width_px", "height_px")  # columns of samples that decide
 BLOCK = 256  # hashes compared with all others at once
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
@@ -29,12 +30,10 @@ def compare_samples(samples: pa.Table, kind: Kind | None) -> pa.Table:
     is near one of a more held-out split goes, of whatever kind it is. A group is named by the first of its ids.
 
     Args:
-        samples: sample_id, split, looks, width_px, height_px.
+        samples: with the columns `COMPARED`.
         kind: what the images are; None: they are known to be distinct, and nothing is compared.
     """
-    ids, splits, looks, widths, heights = (
-        samples[name].to_pylist() for name in ("sample_id", "split", "looks", "width_px", "height_px")
-    )
+    ids, splits, looks, widths, heights = (samples[name].to_pylist() for name in COMPARED)
     near: dict[int, dict[int, int]] = defaultdict(dict)
     for a, b, bits in near_samples(looks, kind) if kind else ():
         near[a][b] = near[b][a] = bits

@@ -4,6 +4,7 @@ It is the last stage before a version: a mark changes the text that it is about 
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -14,27 +15,42 @@ from pipeline.tables import FINAL, REVIEWED, latest, require, with_reason
 from pipeline.texts import text_key
 
 
-def review_annotations(table: pa.Table) -> pa.Table:
+def review_annotations(table: pa.Table, broken: Collection[str] | None = None) -> pa.Table:
     """Return the same rows with their last words (tables.FINAL) and a `reason`: why a person wants them gone.
 
-    Two questions stay a pair (`pair_id`) while both are there, in the same words, and have different answers.
+    `broken` names the pairs that are none any longer; None: both questions of each pair are in this table, which tells.
     """
     require(table, "sample_id", "task", "mark")
     rows = table.to_pylist()
     final = [_final(row) for row in rows]
     reasons = [f"marked_{row['mark']['reason']}" if _is_marked(row, "bad") else None for row in rows]
-    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for row, reason in zip(final, reasons, strict=True):
-        if row["final_pair_id"] and reason is None:
-            pairs[row["final_pair_id"]].append((text_key(row["final_question"]), normalize_answer(row["final_answer"])))
+    gone = broken_pairs(row | {"reason": why} for row, why in zip(final, reasons, strict=True)) if broken is None else broken
     for row in final:
-        said = pairs.get(row["final_pair_id"], [])
-        if len({question for question, _ in said}) != 1 or len({answer for _, answer in said}) < 2:
+        if row["final_pair_id"] in gone:
             row["final_pair_id"] = None
     columns = pa.Table.from_pylist(final, schema=FINAL)
     for field in FINAL:
         table = table.append_column(field, columns[field.name])
     return with_reason(table, reasons)
+
+
+def broken_pairs(rows: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the pairs of which not both questions are there, in the same words and with different answers.
+
+    Args:
+        rows: final_pair_id, final_question, final_answer and `reason` of all questions of some pairs.
+    """
+    said: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in rows:
+        if row["final_pair_id"]:
+            mine = said[row["final_pair_id"]]
+            if row["reason"] is None:
+                mine.append((text_key(row["final_question"]), normalize_answer(row["final_answer"])))
+    return {
+        pair
+        for pair, mine in said.items()
+        if len({question for question, _ in mine}) != 1 or len({answer for _, answer in mine}) < 2
+    }
 
 
 def count_marks(kept: pa.Table, rejected: pa.Table) -> dict[str, int]:

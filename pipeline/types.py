@@ -61,6 +61,17 @@ class Source:
     decks: bool = False  # whether its samples are documents of several pages
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several parts of a source, counted from 0: together they are all of it, and no row is in two."""
+
+    number: int
+    of: int
+
+
+WHOLE = Part(0, 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a model chooses its tokens. Temperature 0 is greedy."""

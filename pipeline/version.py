@@ -3,6 +3,7 @@
 The digest of a version is that of its rows as a set: where they came from in another order, they are the same version.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.card import render_card
 from pipeline.errors import TableError
-from pipeline.fingerprint import digest, file_digest
+from pipeline.fingerprint import canonical, digest, file_digest
 from pipeline.shards import SplitWriter
 from pipeline.store import LEDGER_FILE, Folder, Version, publish, scratch_folder, write_json, write_table, write_text
 from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, latest
@@ -63,27 +64,29 @@ def row_digest(row: dict[str, Any]) -> str:
     return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 
-def version_digest(rows: dict[str, str], columns: list[str]) -> str:
-    """Return the name of a version's content: its columns and its rows, in whatever order."""
-    return digest([TABLE_VERSION, columns, sorted(rows.items())])
+def version_digest(rows: Iterable[tuple[str, str]], columns: list[str]) -> str:
+    """Return the name of a version's content, from its columns and the digest of each row by sample, in the order of the ids.
+
+    It is the digest of [table version, columns, rows], made row by row.
+    """
+    made = hashlib.sha256(canonical([TABLE_VERSION, columns])[:-1] + b",[")
+    for n, row in enumerate(rows):
+        made.update((b"," if n else b"") + canonical(row))
+    made.update(b"]]")
+    return made.hexdigest()
 
 
-def next_version(parent: Version | None, rows: dict[str, str], columns: list[str]) -> str:
+def next_version(parent: Version | None, sample_ids: pa.Array, columns: list[str]) -> str:
     """Return the name that follows: major when columns change, minor when rows are added, else patch."""
     if parent is None:
         return FIRST
     major, minor, patch = parent.number
     if parent.manifest["columns"] != columns:
         return f"v{major + 1}.0.0"
-    if rows.keys() - sample_ids(parent):
+    known = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
+    if not pc.all(pc.is_in(sample_ids, known)).as_py():
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
-
-
-def sample_ids(version: Version) -> set[str]:
-    """Return the ids of all images of a version."""
-    tables = [version.read(split, ["sample_id"]) for split in SPLITS if version.shards(split)]
-    return {sample_id for table in tables for sample_id in table["sample_id"].to_pylist()}
 
 
 @dataclass(slots=True)
@@ -113,6 +116,10 @@ class Draft:
                     self._writers[split] = SplitWriter(self.path, split, _schema(self.columns))
                 self._writers[split].add(mine)
 
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows of each split."""
+        return {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS}
+
     def close(self) -> None:
         """Finish all shards."""
         for writer in self._writers.values():
@@ -134,36 +141,20 @@ class Draft:
         """
         self.close()
         if not rows.digests:
-            raise TableError(
-                "no row is left to make a version of",
-                hint="stages/*/rejected.parquet hold the reasons; people's marks lie in review/",
-            )
-        known = self.folder.versions()
-        parent = known[-1] if known else None
-        content = version_digest(rows.digests, self.columns)
+            raise nothing_left()
+        parent = newest(self.folder)
+        content = version_digest(sorted(rows.digests.items()), self.columns)
         if parent is not None and parent.manifest["digest"] == content:
             return parent, False
-        name = next_version(parent, rows.digests, self.columns)
-        files = {path.name: _about(path) for path in sorted(self.path.iterdir())}
-        write_table(self.path / LEDGER_FILE, [ledger], LEDGER)
-        manifest = {
-            "version": name,
+        named = {
+            "version": next_version(parent, pa.array(rows.digests, pa.string()), self.columns),
             "digest": content,
             "parent": parent.name if parent else None,
-            "table_version": TABLE_VERSION,
-            "columns": self.columns,
-            "features": features(_schema(self.columns)),
-            "licences": sorted(rows.licences),
-            "rows": {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS},
-            **made_by,
-            "files": files,
-            "ledger": _about(self.path / LEDGER_FILE),
         }
-        write_text(self.path / "README.md", render_card(manifest, samples))
-        write_json(self.path / "manifest.json", manifest)
-        final = self.folder.path / "versions" / name
-        publish(self.path, final)
-        return Version(final, manifest), True
+        files = {path.name: about_file(path) for path in sorted(self.path.iterdir())}
+        write_table(self.path / LEDGER_FILE, [ledger], LEDGER)
+        held = about_rows(self.columns, rows.licences, self.counts())
+        return publish_version(self.folder, self.path, named | held | made_by | {"files": files}, samples), True
 
 
 @contextmanager
@@ -175,6 +166,39 @@ def draft_version(folder: Folder) -> Iterator[Draft]:
             yield draft
         finally:
             draft.close()
+
+
+def newest(folder: Folder) -> Version | None:
+    """Return the newest version of a dataset folder, if there is one."""
+    known = folder.versions()
+    return known[-1] if known else None
+
+
+def nothing_left() -> TableError:
+    """Return the error to raise where a version would be empty."""
+    hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
+    return TableError("no row is left to make a version of", hint=hint)
+
+
+def about_rows(columns: list[str], licences: Iterable[str], counts: dict[str, int]) -> dict[str, Any]:
+    """Return what a manifest says of the rows."""
+    return {
+        "table_version": TABLE_VERSION,
+        "columns": columns,
+        "features": features(_schema(columns)),
+        "licences": sorted(licences),
+        "rows": counts,
+    }
+
+
+def publish_version(folder: Folder, path: Path, manifest: dict[str, Any], samples: list[dict[str, Any]]) -> Version:
+    """Add the card and the manifest to a folder that holds shards and ledger, and give it its name."""
+    manifest = manifest | {"ledger": about_file(path / LEDGER_FILE)}
+    write_text(path / "README.md", render_card(manifest, samples))
+    write_json(path / "manifest.json", manifest)
+    final = folder.path / "versions" / manifest["version"]
+    publish(path, final)
+    return Version(final, manifest)
 
 
 def _row(sample: dict[str, Any], annotations: list[dict[str, Any]], source: str, *, decks: bool) -> dict[str, Any]:
@@ -210,5 +234,6 @@ def _schema(columns: list[str]) -> pa.Schema:
     return pa.schema([ROW.field(name) for name in columns])
 
 
-def _about(path: Path) -> dict[str, Any]:
+def about_file(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a Parquet file."""
     return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": pq.read_metadata(path).num_rows}

@@ -107,6 +107,18 @@ class Journal:
                 ],
             )
 
+    def take_from(self, path: Path, first_id: str, behind_id: str) -> None:
+        """Take over the replies of another journal about samples from one id up to, and without, another; ours stay."""
+        with Journal(path):  # which says if it is of another version
+            pass
+        self._db.execute("ATTACH ? AS other", (str(path),))
+        with self._db:
+            self._db.execute(
+                "INSERT OR IGNORE INTO replies SELECT * FROM other.replies WHERE sample_id >= ? AND sample_id < ?",
+                (first_id, behind_id),
+            )
+        self._db.execute("DETACH other")
+
     def totals(self) -> dict[str, int]:
         """Return how many requests were sent in all (repeats count), how many replies are kept, and their tokens."""
         (asked,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()

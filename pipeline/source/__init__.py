@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config import DRAWN, Config
 from pipeline.errors import ConfigError
-from pipeline.types import Source
+from pipeline.types import WHOLE, Part, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,14 @@ def find_source(name: str) -> About:
     raise ConfigError(f"unknown source: {name}", hint=f"known sources: {', '.join(about.name for about in SOURCES)}")
 
 
-def open_source(config: Config) -> Source:
-    """Open the source that a config names.
+def is_divisible(config: Config) -> bool:
+    """Whether a source can be read in parts: where a limit counts rows, or rows belong together, they must be read in order."""
+    kind = config.source.partition(":")[0]
+    return config.source in DRAWN or (config.limit is None and kind not in ("vqav2", "slidevqa"))
+
+
+def open_source(config: Config, part: Part = WHOLE) -> Source:
+    """Open the source that a config names, or a part of it, where it `is_divisible`.
 
     Raises:
         ConfigError: the name is unknown, or an option or a task does not go with it.
@@ -123,7 +129,7 @@ def open_source(config: Config) -> Source:
     """
     kind, _, argument = config.source.partition(":")
     _refuse_options(config, kind)
-    source = _open(config, kind, argument)
+    source = _open(config, kind, argument, part)
     if source.decks != ("deck_qa" in config.tasks) or (source.decks and len(config.tasks) > 1):
         wanted = "deck_qa" if source.decks else "caption,qa"
         what = "decks of pages" if source.decks else "single images"
@@ -133,42 +139,45 @@ def open_source(config: Config) -> Source:
     return source
 
 
-def _open(config: Config, kind: str, argument: str) -> Source:
+def _open(config: Config, kind: str, argument: str, part: Part) -> Source:
     if config.source in DRAWN:
         from pipeline.source import scenes
 
         opened = scenes.open_scenes if kind == "scenes" else scenes.open_decks
-        return opened(config.seed, config.limit)
+        return opened(config.seed, config.limit, part)
     if kind == "folder" and argument:
         from pipeline.source.folder import open_folder
 
-        return open_folder(Path(argument).expanduser())
+        return open_folder(Path(argument).expanduser(), part)
     if kind == "parquet" and argument:
         from pipeline.source.mapped import open_mapped, open_parquet
         from pipeline.source.remote import is_remote, open_remote
 
         tables = open_remote(argument) if is_remote(argument) else open_parquet(Path(argument).expanduser())
+        tables = replace(tables, part=part)
         return open_mapped(tables, config.columns, config.source_split, kind, allow_urls=config.allow_urls)
     if kind in ("flickr30k", "vqav2", "slidevqa") or (kind == "hub" and argument):
-        return _open_hub(config, kind, argument)
+        return _open_hub(config, kind, argument, part)
     find_source(config.source)
     raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {find_source(config.source).example}")
 
 
-def _open_hub(config: Config, kind: str, repo: str) -> Source:
+def _open_hub(config: Config, kind: str, repo: str, part: Part) -> Source:
     from pipeline.source import flickr30k, mapped, slidevqa, vqav2
     from pipeline.source.hub import open_hub
 
     split = config.source_split
     named = config.source.partition("@")[0]  # another copy than the usual one is told by its name
     if kind == "flickr30k":
-        return replace(flickr30k.open_flickr30k(open_hub(repo or flickr30k.REPO), split, config.split_list), name=named)
+        photos = replace(open_hub(repo or flickr30k.REPO), part=part)
+        return replace(flickr30k.open_flickr30k(photos, split, config.split_list), name=named)
     if kind == "vqav2":
         return replace(vqav2.open_vqav2(open_hub(repo or vqav2.REPO), split), name=named)
     if kind == "slidevqa":
         return replace(slidevqa.open_slidevqa(open_hub(repo or slidevqa.REPO), split), name=named)
     name = f"{kind}:{repo.partition('@')[0]}"
-    return mapped.open_mapped(open_hub(repo), config.columns, split, name, allow_urls=config.allow_urls)
+    tables = replace(open_hub(repo), part=part)
+    return mapped.open_mapped(tables, config.columns, split, name, allow_urls=config.allow_urls)
 
 
 def _refuse_options(config: Config, kind: str) -> None:

@@ -14,15 +14,17 @@ from typing import Any
 from pipeline.errors import ImageError, SourceError
 from pipeline.fingerprint import digest, file_digest
 from pipeline.image import check_image
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import WHOLE, Part, Rejected, Sample, Source
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_FILE_BYTES = 100_000_000
 REFERENCE_NAMES = ("text", "caption", "captions", "description")
 
 
-def open_folder(root: Path) -> Source:
-    """Return every image file under `root`, sorted by path. A broken image is a row with a reason, not an error.
+def open_folder(root: Path, part: Part = WHOLE) -> Source:
+    """Return every image file under `root`, sorted by path, or a part of them. A broken image is a row with a reason.
+
+    The revision of a part is that of its files.
 
     Raises:
         SourceError: `root` is not a folder, or holds no image file.
@@ -33,6 +35,7 @@ def open_folder(root: Path) -> Source:
     if not paths:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
+    paths = paths[part.number :: part.of]
     references = read_references(root, paths)
     revision = digest([[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths])
     rows = (_read(path, root, references.get(path, ())) for path in paths)

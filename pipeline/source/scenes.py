@@ -9,24 +9,24 @@ from pipeline.scenes.deck import sample_deck
 from pipeline.scenes.draw import SIDE_PX, draw
 from pipeline.scenes.facts import Scene, sample_scene
 from pipeline.scenes.text import caption
-from pipeline.types import Sample, Source
+from pipeline.types import WHOLE, Part, Sample, Source
 
 REVISION = "1"  # raise when the same seed would draw other pixels or facts
 DEFAULT_LIMIT = 1000
 LICENCE = "cc0-1.0"
 
 
-def open_scenes(seed: int, limit: int | None) -> Source:
-    """Return `limit` scenes; the first n of a longer run are the n of a shorter one."""
+def open_scenes(seed: int, limit: int | None, part: Part = WHOLE) -> Source:
+    """Return `limit` scenes, or a part of them; the first n of a longer run are the n of a shorter one."""
     total = limit or DEFAULT_LIMIT
-    rows = (draw_sample(seed, index) for index in range(total))
+    rows = (draw_sample(seed, index) for index in range(part.number, total, part.of))
     return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total)
 
 
-def open_decks(seed: int, limit: int | None) -> Source:
-    """Return `limit` decks of drawn pages."""
+def open_decks(seed: int, limit: int | None, part: Part = WHOLE) -> Source:
+    """Return `limit` decks of drawn pages, or a part of them."""
     total = limit or DEFAULT_LIMIT
-    rows = (draw_deck(seed, index) for index in range(total))
+    rows = (draw_deck(seed, index) for index in range(part.number, total, part.of))
     return Source(name="scenes-deck", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=True)
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ImageError, SourceError
 from pipeline.source.fetch import fetch_image
+from pipeline.types import WHOLE, Part
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 1 << 20  # of a column that is read as a stream: a row group of photos may be half a gigabyte
@@ -46,6 +47,7 @@ class Tables:
     files: dict[str | None, list[str]]  # None: the path names no split
     open: Callable[[str], BinaryIO]
     explained: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the place into ours
+    part: Part = WHOLE  # which rows are read: whole files where there are enough of them, else row groups
 
     @property
     def schema(self) -> pa.Schema:
@@ -55,23 +57,29 @@ class Tables:
             return pq.read_schema(file)
 
     def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-        """Yield (name of the row, split that it is filed under, its values) of one split or of all."""
-        for filed, paths in self.files.items():
-            if split is not None and filed != split:
+        """Yield (name of the row, split that it is filed under, its values) of one split or of all, or of a part of them."""
+        files = [(filed, path) for filed, paths in self.files.items() if split in (None, filed) for path in paths]
+        by_file = len(files) >= self.part.of
+        for at, (filed, path) in enumerate(files):
+            if by_file and not self._is_ours(at):
                 continue
-            for path in paths:
-                number = 0
-                with self.explained(), damaged(path), self.open(path) as file:
-                    parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-                    missing = set(columns) - set(parquet.schema_arrow.names)
-                    if missing:
-                        raise SourceError(
-                            f"{path} of {self.name} lacks the column {min(missing)}", hint="do its files belong together?"
-                        )
-                    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(columns), use_threads=False):
-                        for row in batch.to_pylist():
+            with self.explained(), damaged(path), self.open(path) as file:
+                parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+                missing = set(columns) - set(parquet.schema_arrow.names)
+                if missing:
+                    raise SourceError(
+                        f"{path} of {self.name} lacks the column {min(missing)}", hint="do its files belong together?"
+                    )
+                first = 0
+                for group in range(parquet.num_row_groups):
+                    if by_file or self._is_ours(at + group):
+                        rows = parquet.iter_batches(BATCH_ROWS, [group], list(columns), use_threads=False)
+                        for number, row in enumerate((row for batch in rows for row in batch.to_pylist()), start=first):
                             yield f"{path}:{number}", filed, row
-                            number += 1
+                    first += parquet.metadata.row_group(group).num_rows
+
+    def _is_ours(self, number: int) -> bool:
+        return number % self.part.of == self.part.number
 
     def count(self, split: str | None = None) -> int:
         """Return the number of rows of a split, or of all, from the footers of the files."""

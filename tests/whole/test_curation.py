@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError
-from pipeline.run import STAGES, generate_version
+from pipeline.run import generate_version
+from pipeline.stages import STAGES
 from tests.pipeline.test_likeness import cropped, photo, stored_again
 from tests.whole.conftest import SYNTH
 

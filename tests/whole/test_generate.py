@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.generate.journal import Journal
-from pipeline.run import STAGES
+from pipeline.stages import STAGES
 from pipeline.store import Folder, read_json
 from tests.whole.conftest import SYNTH, Run, hears_ctrl_c
 

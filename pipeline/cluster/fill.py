@@ -1,0 +1,193 @@
+"""Filling shards: the source is read in parts and dealt out; then each shard is asked about and checked row by row."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.cluster.job import HEX_DIGITS, Job
+from pipeline.dedupe import remainders_of
+from pipeline.errors import EngineError
+from pipeline.generate.ask import Counts
+from pipeline.generate.engine import Choice, choose_engine
+from pipeline.generate.journal import Journal
+from pipeline.leakage import Banned
+from pipeline.source import open_source
+from pipeline.stages import (
+    CHUNK_BYTES,
+    STAGES,
+    apply,
+    engine_of,
+    generate,
+    join_alignment,
+    join_checks,
+    join_repeats,
+    kind_of_images,
+    read_banned,
+    require_stage,
+    write_source,
+)
+from pipeline.store import read_json, write_json, write_table
+from pipeline.tables import SAMPLE, SOURCE_REJECTED
+from pipeline.texts import content_keys
+from pipeline.types import UNANSWERED, Engine, Part, Rejected, Sample, Silence
+
+CHUNK_SAMPLES = 256  # dealt out at once, or fewer, where they come to CHUNK_BYTES
+SAID = pa.schema([pa.field("task", pa.string()), pa.field("key", pa.string())])  # what texts of a shard say
+LEFT = pa.schema([pa.field("remainder", pa.uint64())])
+
+
+def read_part(job: Job, number: int) -> dict[str, Any]:
+    """Read a part of the source, and send each sample to its shard; rows that cannot be read go to one of them each."""
+    job.enter()
+    samples, unread = job.hop("samples"), job.hop("unread")
+    if not (samples.file(number).exists() and unread.file(number).exists()):
+        lost: list[dict[str, Any]] = []
+        samples.send(number, _tables(job, number, lost), lambda rows: job.shard_of(rows["sample_id"].to_pylist()))
+        unread.send(number, [pa.Table.from_pylist(lost, schema=SOURCE_REJECTED)], unread.by("source_row"))
+    return {}
+
+
+def _tables(job: Job, number: int, lost: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    rows = _limited(job, open_source(job.config, Part(number, job.parts)).rows)
+    held: list[dict[str, Any]] = []
+    held_bytes = 0
+    for row in rows:
+        if isinstance(row, Rejected):
+            lost.append(asdict(row))
+            continue
+        held.append({"sample_id": row.id, **asdict(row)})
+        held_bytes += sum(map(len, row.images))
+        if len(held) == CHUNK_SAMPLES or held_bytes >= CHUNK_BYTES:
+            yield pa.Table.from_pylist(held, schema=SAMPLE)
+            held, held_bytes = [], 0
+    yield pa.Table.from_pylist(held, schema=SAMPLE)
+
+
+def _limited(job: Job, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
+    """Yield rows until so many different images have come that are not banned; shards find out which again."""
+    if job.config.limit is None or job.parts > 1:
+        yield from rows
+        return
+    banned, seen = Banned.of(read_banned(job.folder), kind_of_images(job.config)), set[str]()
+    for row in rows:
+        yield row
+        if isinstance(row, Sample) and not banned.find(row):
+            seen.add(row.id)
+            if len(seen) == job.config.limit:
+                return
+
+
+class Filler:
+    """Fills shards one after another: their samples are settled, asked about, and pass the stages that look at one row.
+
+    It lives in one worker, and keeps the model, or the server, from shard to shard.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Fill a shard, unless it is filled already with the same; return its steps and how much was asked."""
+        job = self.job
+        job.enter()
+        folder = job.shard(number)
+        done = folder.path / "filled.json"
+        with folder.lock(wait=True):
+            if done.exists() and read_json(done)["inputs"] == job.inputs:
+                return {**read_json(done)["told"], "asked": 0, "again": True}
+            done.unlink(missing_ok=True)
+            found = self._fill(number)
+            if not found["unanswered"]:  # what a server could not answer is asked again by the same command
+                write_json(done, {"inputs": job.inputs, "told": found})
+            return found
+
+    def _fill(self, number: int) -> dict[str, Any]:
+        job, config, folder, talk = self.job, self.job.config, self.job.shard(number), Silence()
+        write_source(folder, self._rows(number), self._banned_images, None, talk)
+        samples, lost = require_stage(folder, "source")
+        steps = [["source", samples, lost]]
+        counts = Counts()
+        with Journal(folder.journal) as journal:
+            if job.folder.journal.exists():  # of a run on this machine alone
+                journal.take_from(job.folder.journal, *self._range(number))
+        generate(folder, config, job.revision, self._engine, samples, counts, talk)
+        table = pq.read_table(folder.stage("generate"))
+        steps.append(["generate", len(table["request_id"].unique()), {}])
+        for name in ("validate", "filter", "verify"):
+            if name == "filter":
+                table = join_repeats(table, self._banned)
+            elif name == "verify":
+                table = join_checks(folder, config, job.revision, self._engine, table, counts, talk)
+                table = join_alignment(folder, config, table, talk)
+            apply(folder, name, STAGES[name](table, config), table)
+            steps.append([name, *require_stage(folder, name)])
+            table = pq.read_table(folder.stage(name))
+        _leave_keys(job, number, table)
+        with Journal(folder.journal) as journal:
+            cost = journal.totals()
+        return {
+            "steps": steps,
+            "asked": counts.asked,
+            "total": counts.total,
+            "done": counts.done,
+            "attempts": dict(counts.attempts),
+            "flaws": dict(counts.flaws),
+            "unanswered": sum(counts.flaws[reason] for reason in UNANSWERED),
+            "cost": cost,
+        }
+
+    def _rows(self, number: int) -> Iterator[Sample | Rejected]:
+        """Yield what was sent to a shard."""
+        job = self.job
+        for batch in job.hop("samples").batches(number, job.parts):
+            for row in batch.to_pylist():
+                yield Sample(id=row.pop("sample_id"), **row)
+        for batch in job.hop("unread").batches(number, job.parts):
+            yield from (Rejected(**row) for row in batch.to_pylist())
+
+    def _range(self, number: int) -> tuple[str, str]:
+        """Return the first id that may be in a shard, and the first one that is behind it."""
+        first, behind = (-(-(at << 4 * HEX_DIGITS) // self.job.shards) for at in (number, number + 1))
+        return f"{first:0{HEX_DIGITS}x}", f"{behind:0{HEX_DIGITS}x}" if number + 1 < self.job.shards else "g"
+
+    @cached_property
+    def _banned(self) -> pa.Table:
+        return read_banned(self.job.folder)
+
+    @cached_property
+    def _banned_images(self) -> Banned:
+        return Banned.of(self._banned, kind_of_images(self.job.config))
+
+    @cached_property
+    def _engine(self) -> Callable[[], Engine]:
+        return self._stack.enter_context(engine_of(self._choose))
+
+    @cached_property
+    def _stack(self) -> ExitStack:
+        return ExitStack()  # ends with the process; a server that we started ends with it, too
+
+    def _choose(self) -> Choice:
+        choice = choose_engine(self.job.config, self.job.home / "servers" / f"{os.getpid()}.log", Silence())
+        if choice.revision != self.job.revision:
+            raise EngineError(
+                f"a worker has another {choice.model} than the command: {choice.revision[:12]}, not {self.job.revision[:12]}",
+                hint="use one model on all nodes, or one list of --base-url",
+            )
+        return choice
+
+
+def _leave_keys(job: Job, number: int, table: pa.Table) -> None:
+    """Write what the texts of a shard say (SAID, each once), and what is left of those with a word that may be misspelled."""
+    texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
+    said = pa.table({"task": table["task"], "key": content_keys(texts)}, schema=SAID).group_by(["task", "key"]).aggregate([])
+    write_table(job.shard(number).stage("dedupe", "said"), [said.sort_by([("task", "ascending"), ("key", "ascending")])], SAID)
+    remainders = remainders_of(pc.unique(said["key"]))
+    left = pa.table({"remainder": remainders}, schema=LEFT)
+    write_table(job.shard(number).stage("dedupe", "remainders"), [left], LEFT)

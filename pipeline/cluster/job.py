@@ -1,0 +1,76 @@
+"""What every worker of a run knows: settings, and where shards and hops of rows lie."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.cluster.exchange import Exchange, Numbers
+from pipeline.config import Config
+from pipeline.errors import ClusterError
+from pipeline.store import Folder
+
+HEX_DIGITS = 8  # of an id, which say in which shard it is
+Told = dict[str, Any]  # what a worker tells of a number; JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run over shards. Each is a dataset folder of its own, with its samples, its journal and its stages.
+
+    A sample is in the shard that the first digits of its id say: ids are digests, so shards are of nearly one size, and shards
+    in their order hold ids in theirs. All paths are seen by all workers.
+    """
+
+    config: Config
+    home: Path
+    working: Path  # the folder that the command was given in: names of files in the settings are relative to it
+    shards: int
+    parts: int  # in which the source is read
+    revision: str  # of the model
+    inputs: str  # the digest of all that decides what the shards are filled with
+
+    def enter(self) -> None:
+        """Make this process see what the one sees that gave the command. Raises ClusterError where it cannot."""
+        try:
+            os.chdir(self.working)
+        except OSError as error:
+            raise ClusterError(
+                f"a worker cannot see {self.working}: {error.strerror}", hint="use a file system that all nodes share"
+            ) from None
+
+    @property
+    def folder(self) -> Folder:
+        """The dataset folder."""
+        return Folder(self.home)
+
+    @property
+    def folders(self) -> list[Folder]:
+        """The dataset folders of all shards."""
+        return [self.shard(number) for number in range(self.shards)]
+
+    def shard(self, number: int) -> Folder:
+        """Return the dataset folder of one shard."""
+        return Folder(self.home / "shards" / f"{number:05d}")
+
+    def shard_of(self, sample_ids: Iterable[str]) -> Numbers:
+        """Return the number of the shard of each sample."""
+        first = [int(sample_id[:HEX_DIGITS], 16) for sample_id in sample_ids]
+        return np.array(first, np.int64) * self.shards >> 4 * HEX_DIGITS
+
+    @property
+    def hops(self) -> Path:
+        """The folder of what goes from shard to shard."""
+        return self.home / "exchange" / self.inputs[:16]
+
+    def hop(self, name: str) -> Exchange:
+        """Return a hop of rows from all numbers to all numbers: of shards, or of groups of keys, of which there are as many."""
+        return Exchange(self.hops / name, self.shards)
+
+    def received(self, name: str, number: int, senders: int | None = None) -> pa.Table:
+        """Return what was sent to a number."""
+        return self.hop(name).receive(number, self.shards if senders is None else senders)

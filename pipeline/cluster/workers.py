@@ -1,0 +1,134 @@
+"""Ray: where it runs, how many work at once, and how a function is applied to every shard."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import pyarrow as pa
+
+from pipeline.cluster.job import Told
+from pipeline.errors import ClusterError, SynthError
+
+MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many workers ask at once, and what each holds of the cluster."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Join the cluster at an address, or start one on this machine that ends with this process.
+
+    Raises:
+        ClusterError: Ray is not installed, or there is no cluster at the address.
+    """
+    if find_spec("ray") is None:
+        raise ClusterError("--executor ray needs the package ray", hint="install synth with its extra `ray`")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of actors that may restart is said to nobody
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, namespace="synth")
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ClusterError(f"no Ray cluster at {address}: {what}", hint="start one with `ray start --head`") from None
+    import ray.data  # which sets up its own log
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def plan_workers(wanted: int | None, *, own_server: bool) -> Plan:
+    """Return how the asking is spread over the cluster: a worker for each GPU, or for each CPU but one.
+
+    Ray would start a pool that holds every CPU, and then wait for ever for one that reads.
+
+    Raises:
+        ClusterError: the cluster has no room for so many workers.
+    """
+    import ray
+
+    known = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = known.get("CPU", 0.0), known.get("GPU", 0.0)
+    workers = wanted or int(gpus if own_server and gpus else max(1, cpus - 1))
+    free = cpus - 1  # for what reads, and for Ray itself
+    if cpus < 1 or workers * MIN_CPUS > max(free, cpus / 2):
+        raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")
+    if own_server and gpus and workers > gpus:
+        raise ClusterError(
+            f"{workers} workers with a server each do not fit on {gpus:g} GPUs", hint="pass fewer --workers, or --base-url"
+        )
+    share = min(1.0, max(free, cpus / 2) / workers)
+    return Plan(workers, round(share - 0.005, 2), 1.0 if own_server and gpus else 0.0)
+
+
+def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Iterator[tuple[int, Told]]:
+    """Apply a function to every number below `count` on the cluster, and yield (number, what it told) as they are done.
+
+    A worker that dies is replaced, and its numbers are done again.
+
+    Args:
+        count: of shards, or of whatever has numbers.
+        do: makes files that appear whole or not at all; pickled. With a plan it is one of a fixed number of workers' own.
+        plan: how many at once; None: as Ray sees fit.
+
+    Raises:
+        SynthError: the first that a worker has raised.
+    """
+    import ray.data
+
+    numbers = ray.data.range(count, override_num_blocks=count)
+    if plan:
+        pool = ray.data.ActorPoolStrategy(size=plan.workers)
+        done = numbers.map_batches(
+            _Worker, fn_constructor_args=(do,), batch_size=1, batch_format="pyarrow", compute=pool,
+            num_cpus=plan.cpus, num_gpus=plan.gpus,
+        )  # fmt: skip
+    else:
+        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow")
+    for row in done.iter_rows():
+        if row["error"]:
+            kind, message, hint = json.loads(row["error"])
+            raise _kind_of_error(kind)(message, hint=hint)
+        yield row["id"], json.loads(row["told"])
+
+
+class _Worker:
+    """Keeps what a function has made for the next number: a server, a model."""
+
+    def __init__(self, do: Callable[[int], Told]) -> None:
+        self.do = do
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _apply(self.do, batch)
+
+
+def _apply(do: Callable[[int], Told], batch: pa.Table) -> pa.Table:
+    rows = []
+    for number in batch["id"].to_pylist():
+        try:
+            rows.append({"id": number, "told": json.dumps(do(number)), "error": None})
+        except SynthError as error:
+            rows.append({"id": number, "told": None, "error": json.dumps([type(error).__name__, str(error), error.hint])})
+    return pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.int64()), ("told", pa.string()), ("error", pa.string())]))
+
+
+def _kind_of_error(name: str) -> type[SynthError]:
+    return next((kind for kind in SynthError.__subclasses__() if kind.__name__ == name), SynthError)
