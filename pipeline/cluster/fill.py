@@ -129,7 +129,7 @@ class Filler:
             apply(folder, name, STAGES[name](table, config), table)
             steps.append([name, *require_stage(folder, name)])
             table = pq.read_table(folder.stage(name))
-        _leave_keys(job, number, table)
+        leave_keys(job, number, table)
         with Journal(folder.journal) as journal:
             cost = journal.totals()
         return {
@@ -183,7 +183,7 @@ class Filler:
         return choice
 
 
-def _leave_keys(job: Job, number: int, table: pa.Table) -> None:
+def leave_keys(job: Job, number: int, table: pa.Table) -> None:
     """Write what the texts of a shard say (SAID, each once), and what is left of those with a word that may be misspelled."""
     texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
     said = pa.table({"task": table["task"], "key": content_keys(texts)}, schema=SAID).group_by(["task", "key"]).aggregate([])

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.cluster.job import Told
 from pipeline.errors import ClusterError, SynthError
+from pipeline.store import disk_errors
 
 MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
+DEATHS = 3  # of workers at one number, before it is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def plan_workers(wanted: int | None, *, own_server: bool) -> Plan:
 def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Iterator[tuple[int, Told]]:
     """Apply a function to every number below `count` on the cluster, and yield (number, what it told) as they are done.
 
-    A worker that dies is replaced, and its numbers are done again.
+    A worker that dies is replaced, and its numbers are done again; what kills one after the other is given up.
 
     Args:
         count: of shards, or of whatever has numbers.
@@ -91,23 +94,29 @@ def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Ite
 
     Raises:
         SynthError: the first that a worker has raised.
+        ClusterError: workers died.
     """
     import ray.data
+    import ray.exceptions as lost
 
     numbers = ray.data.range(count, override_num_blocks=count)
     if plan:
         pool = ray.data.ActorPoolStrategy(size=plan.workers)
         done = numbers.map_batches(
             _Worker, fn_constructor_args=(do,), batch_size=1, batch_format="pyarrow", compute=pool,
-            num_cpus=plan.cpus, num_gpus=plan.gpus,
+            num_cpus=plan.cpus, num_gpus=plan.gpus, max_task_retries=DEATHS,
         )  # fmt: skip
     else:
-        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow")
-    for row in done.iter_rows():
-        if row["error"]:
-            kind, message, hint = json.loads(row["error"])
-            raise _kind_of_error(kind)(message, hint=hint)
-        yield row["id"], json.loads(row["told"])
+        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow", max_retries=DEATHS)
+    try:
+        for row in done.iter_rows():
+            if row["error"]:
+                kind, message, hint = json.loads(row["error"])
+                raise _kind_of_error(kind)(message, hint=hint)
+            yield row["id"], json.loads(row["told"])
+    except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as error:
+        what = f"workers died again and again: {' '.join(str(error).split())[:200]}"
+        raise ClusterError(what, hint="was memory short? the same command goes on with what is done") from None
 
 
 class _Worker:
@@ -124,7 +133,8 @@ def _apply(do: Callable[[int], Told], batch: pa.Table) -> pa.Table:
     rows = []
     for number in batch["id"].to_pylist():
         try:
-            rows.append({"id": number, "told": json.dumps(do(number)), "error": None})
+            with disk_errors(Path.cwd()):
+                rows.append({"id": number, "told": json.dumps(do(number)), "error": None})
         except SynthError as error:
             rows.append({"id": number, "told": None, "error": json.dumps([type(error).__name__, str(error), error.hint])})
     return pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.int64()), ("told", pa.string()), ("error", pa.string())]))

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 REPLIES = {
+    "answer": '{"answer":"1"}',
     "caption": '{"caption":"A small red ring on a white background."}',
     "deck_qa": '{"qa":[{"answer_type":"arithmetic","evidence_pages":[1,2],"question":"How many together?",'
     '"expression":"1 + 2","answer":"3"}]}',

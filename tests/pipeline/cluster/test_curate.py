@@ -1,0 +1,166 @@
+"""Curation over shards: the same rows go and stay, for the same reasons, as in one process."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cluster import curate
+from pipeline.cluster.fill import leave_keys
+from pipeline.cluster.job import Job
+from pipeline.config import Config, resolve
+from pipeline.fingerprint import digest
+from pipeline.likeness import COMPARED, compare_samples
+from pipeline.marks import Mark, format_marks, name_of
+from pipeline.stages import STAGES, apply, join_likeness, join_marks, kind_of_images
+from pipeline.store import Folder, write_table, write_text
+from pipeline.tables import ANNOTATION, CHECK, SAMPLE
+from pipeline.types import Silence
+
+GROUPED = ("dedupe", "balance", "split", "review")
+THINGS = ("ring", "rimg", "star", "cat", "statue", "statur", "lamp", "table")  # some of them misspelled
+COLORS = ("red", "blue", "green")
+
+
+def settings(**more: Any) -> Config:
+    balance = {"min_questions_per_type": 8, "tail_share": 0.02, "max_answer_share": 0.3}
+    return resolve(source="folder:x", dedupe={"images": "photos", "max_images_per_caption": 3}, balance=balance, **more)
+
+
+def samples(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Samples of which some look like another one, in splits that some of them have."""
+    rows: list[dict[str, Any]] = []
+    for n in range(count):
+        look = rng.randbytes(32)
+        if n % 4 == 1:  # the same, nearly the same, or near
+            apart = rng.choice((0, 1, 5))
+            look = bytes(b ^ 255 for b in rows[-1]["looks"][0][:apart]) + rows[-1]["looks"][0][apart:]
+        about = {"split": rng.choice((None, None, "train", "test")), "width_px": rng.randint(50, 60), "height_px": 50}
+        rows.append({"sample_id": digest([n]), "looks": [look], **about})
+    return rows
+
+
+def annotations(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
+    """Captions and questions of a small world, so that many of them meet."""
+    found = []
+    for row in rows:
+        said = [f"A {rng.choice(COLORS)} {rng.choice(THINGS)} stands on a white table." for _ in range(3)]
+        said.append(
+            rng.choice((said[0].lower(), f"The image shows {said[1][0].lower()}{said[1][1:]}", "A wide and empty street."))
+        )
+        texts: list[dict[str, Any]] = [{"task": "caption", "style": f"s{n}", "text": text} for n, text in enumerate(said)]
+        for _ in range(3):
+            thing = rng.choice(THINGS)
+            yes_no = {
+                "question": f"Is there a {thing} here?",
+                "answer": rng.choice(("yes", "yes", "no")),
+                "answer_type": "yes/no",
+            }
+            number = {"question": f"How many {thing}s are seen?", "answer": str(rng.randint(1, 3)), "answer_type": "number"}
+            texts.append({"task": "qa", "style": "", **rng.choice((yes_no, number))})
+        rare = {"question": f"{rng.choice(THINGS)} where now?", "answer": "left", "answer_type": "other"}
+        texts.append({"task": "qa", "style": "", **rare})
+        for position, text in enumerate(texts):
+            ids = {"sample_id": row["sample_id"], "request_id": digest([row["sample_id"], text["task"]]), "position": position}
+            ids |= {"annotation_id": digest([row["sample_id"], position]), "prompt_id": "p", "pages": 1}
+            found.append({**ids, "evidence_pages": [], "expression": "", "source_split": row["split"], **text})
+    return pa.Table.from_pylist(found, schema=ANNOTATION)
+
+
+def checked(table: pa.Table, config: Config) -> pa.Table:
+    """What verify leaves of annotations; how well captions fit is drawn by lot."""
+    for name in ("validate", "filter", "verify"):
+        if name == "filter":
+            table = table.append_column("repeats", pa.nulls(len(table), pa.string()))
+        if name == "verify":
+            table = table.append_column("checks", pa.array([[]] * len(table), pa.list_(CHECK)))
+            fits = [random.Random(name).choice((None, 0.2, 0.3)) for name in table["annotation_id"].to_pylist()]
+            table = table.append_column("alignment", pa.array(fits, pa.float64()))
+        table = STAGES[name](table, config)
+        table = table.filter(pa.compute.is_null(table["reason"])).drop_columns(["reason"])
+    return table
+
+
+def in_one_process(folder: Folder, rows: list[dict[str, Any]], table: pa.Table, config: Config) -> None:
+    for name in GROUPED:
+        if name == "dedupe":
+            looks = pa.Table.from_pylist(rows, schema=pa.schema([SAMPLE.field(column) for column in COMPARED]))
+            table = join_likeness(table, compare_samples(looks, kind_of_images(config)))
+        if name == "review":
+            table = join_marks(folder, table, Silence())
+        apply(folder, name, STAGES[name](table, config), table)
+        table = pq.read_table(folder.stage(name))
+
+
+def over_shards(
+    job: Job, rows: list[dict[str, Any]], table: pa.Table, order: Callable[[int], list[int]]
+) -> list[dict[str, Any]]:
+    """Do the steps as workers would, one number after another; return all that they told."""
+    schema = pa.schema([SAMPLE.field(column) for column in COMPARED])
+    mine = pa.Table.from_pylist(rows, schema=schema)
+    for number in range(job.shards):
+        for stage, whole in (("source", mine), ("verify", table)):
+            of_shard = whole.filter(pa.array(job.shard_of(whole["sample_id"].to_pylist()) == number))
+            write_table(job.shard(number).stage(stage), [of_shard], of_shard.schema)
+            if stage == "verify":
+                leave_keys(job, number, of_shard)
+    return [step(job, n) for step, by_all in curate.steps(job) for n in (order(job.shards) if by_all else [0])]
+
+
+def left(folders: list[Folder], stage: str, which: str) -> list[dict[str, Any]]:
+    tables = [pq.read_table(folder.stage(stage, which)) for folder in folders]
+    return sorted((row for table in tables for row in table.to_pylist()), key=lambda row: row["annotation_id"])
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+def test_over_shards_the_same_rows_go_for_the_same_reasons(tmp_path: Path, shards: int) -> None:
+    rng = random.Random(shards)
+    rows = samples(120, rng)
+    config = settings()
+    table = checked(annotations(rows, rng), config)
+    one, home = Folder(tmp_path / "one"), tmp_path / "many"
+    in_one_process(one, rows, table, config)
+    # People have their say: of texts that stay, one is bad, and a question of a pair is asked in other words.
+    kept = left([one], "split", "kept")
+    paired = next(row for row in kept if row["pair_id"])
+    other = next(row for row in kept if not row["pair_id"])
+    bad = Mark.model_validate({**named(other), "mark": "bad", "reason": "unclear"})
+    words = {"question": "Which one is it?", "answer": paired["clean_answer"]}
+    marks = format_marks([bad, Mark.model_validate({**named(paired), "mark": "edited", **words})])
+    for folder in (one, Folder(home)):
+        write_text(folder.marks, marks)
+    in_one_process(one, rows, table, config)
+    job = Job(config, home, tmp_path, shards, 1, "r", "inputs")
+    told = over_shards(job, rows, table, lambda count: random.Random(0).sample(range(count), count))
+    for stage in GROUPED:
+        for which in ("kept", "rejected"):
+            assert left(job.folders, stage, which) == left([one], stage, which), (stage, which)
+    reasons = {row["reason"] for stage in GROUPED for row in left([one], stage, "rejected")}
+    assert reasons == {
+        "near_duplicate_image", "near_held_out_image", "duplicate", "caption_of_many_images", "answer_too_common",
+        "concepts_too_common", "marked_unclear",
+    }  # fmt: skip
+    assert sum(one["marks"] for one in told if "marks" in one) == 2
+    final = left([one], "review", "kept")
+    assert any(row["final_pair_id"] for row in final)
+    assert sum(row["pair_id"] is not None and row["final_pair_id"] is None for row in final) == 2
+
+
+def named(row: dict[str, Any]) -> dict[str, str]:
+    sample_id, content = name_of(row)
+    return {"sample_id": sample_id, "content": content}
+
+
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = samples(3, rng)
+    config = settings()
+    table = checked(annotations(rows, rng), config)
+    job = Job(config, tmp_path, tmp_path, 16, 1, "r", "inputs")
+    over_shards(job, rows, table, lambda count: list(range(count)))
+    in_one_process(Folder(tmp_path / "one"), rows, table, config)
+    assert left(job.folders, "review", "kept") == left([Folder(tmp_path / "one")], "review", "kept")

@@ -1,0 +1,163 @@
+"""`synth generate --executor ray` on a real Ray cluster of this machine, whose workers, servers and driver are killed."""
+
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.store import Folder, Version
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.hub import datasets
+from tests.whole.conftest import SYNTH, Run, said
+
+PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
+THINGS = ("ring", "star", "cross", "disk", "arrow")
+
+
+def world(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
+    """A server that says of each image what its name says, so that many are alike in words; some replies are of no use."""
+
+    def script(times: int, body: dict[str, Any]) -> Act:
+        drawn = hashlib.sha256(uuid_of(body).encode()).digest()
+        thing, color = THINGS[drawn[0] % 5], ("red", "blue")[drawn[1] % 2]
+        task = body["response_format"]["json_schema"]["name"]
+        if task == "answer":
+            text = json.dumps({"answer": "yes" if "Is there" in json.dumps(body["messages"]) else str(drawn[4] % 3)})
+        elif task == "caption":
+            text = json.dumps({"caption": f"A small {color} {thing} lies in the middle of a white sheet."})
+        else:
+            pairs = [("yes/no", f"Is there a {thing} here?", "yes"), ("number", "How many things are seen?", str(drawn[2] % 3))]
+            keys = ("answer_type", "question", "answer")
+            text = json.dumps({"qa": [dict(zip(keys, pair, strict=True)) for pair in pairs]})
+        return Act(text="no JSON" if drawn[3] < 16 else text, seconds=seconds)
+
+    return script
+
+
+@pytest.fixture
+def chat() -> Iterator[ChatServer]:
+    with running_chat(ChatServer(world())) as server:
+        yield server
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    """Three files of photos, some of them copies, some of them no images."""
+    (tmp_path / "photos").mkdir()
+    for first, split in ((0, "train"), (20, "test"), (40, "validation")):
+        rows = []
+        for n in range(first, first + 24):  # some are in the next file, too
+            image = {"bytes": b"broken", "path": None} if n % 11 == 10 else datasets.cell(n)
+            rows.append({"photo": image, "caption": f"Thing {n} of {split}."})
+        (tmp_path / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
+    return "parquet:photos"
+
+
+def made(folder: Path) -> Version:
+    return Folder(folder).version()
+
+
+def rows_of(version: Version) -> dict[str, Any]:
+    return {row["sample_id"]: row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()}
+
+
+def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: str, chat: ChatServer, tmp_path: Path) -> None:
+    asked = ("generate", "--source", photos, "--map", "image=photo", "--base-url", chat.url, "--verify", "round_trip")
+    never = ("--never", "parquet:photos#validation")
+    assert synth(*asked, *never, "--out", "one").returncode == 0
+    done = synth(*asked, *never, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    one, many = made(tmp_path / "one"), made(tmp_path / "many")
+    assert many.manifest["digest"] == one.manifest["digest"] == json.loads(done.stdout)["digest"]
+    assert rows_of(many) == rows_of(one)
+    same = one.manifest.keys() - {"files", "ledger"}
+    assert {name: many.manifest[name] for name in same} == {name: one.manifest[name] for name in same}
+    ledgers = [pq.read_table(version.path / "ledger.parquet").to_pylist() for version in (one, many)]
+    assert sorted(map(str, ledgers[0])) == sorted(map(str, ledgers[1]))
+    lost = {reason for step in many.manifest["funnel"] for reason in step["rejected"]}
+    assert {"banned_image", "duplicate_image", "unreadable_image"} <= lost, lost
+    for step in many.manifest["funnel"]:
+        assert step["input"] == step["kept"] + sum(step["rejected"].values())
+    # The replies of one executor serve the other.
+    before = len(chat.bodies)
+    again = synth(*asked, *never, "--out", "one", "--executor", "ray", "--shards", "2")
+    assert "nothing new: v1.0.0" in again.stderr, again.stderr
+    assert len(chat.bodies) == before
+    assert not (tmp_path / "many" / "exchange").exists()
+    assert "has 5 shards, not 3" in said(synth(*asked, *never, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
+
+
+def ray_run(tmp_path: Path, *more: str, env: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
+    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", "240", "--out", "many", *more]
+    command += ["--executor", "ray", "--shards", "6", "--workers", "2"]
+    with (tmp_path / "many.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=env)
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def below(process: int, named: str) -> list[int]:
+    """The processes that a process has started, and those that they have, of which the command holds a word."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    parents = {int(pid): (int(parent), command) for pid, parent, command in (line.split(None, 2) for line in listed)}
+
+    def is_below(pid: int) -> bool:
+        return pid == process or (pid in parents and is_below(parents[pid][0]))
+
+    return [pid for pid, (parent, command) in parents.items() if named in command and is_below(parent)]
+
+
+def journals(home: Path) -> tuple[int, int]:
+    """How many requests were sent, and how many replies were kept, over all shards."""
+    asked = replies = 0
+    for path in home.glob("shards/*/journal/local.sqlite"):
+        with sqlite3.connect(path) as db:
+            asked += db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()[0]
+            replies += db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+    return asked, replies
+
+
+def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+    asked = ("generate", "--source", "scenes", "--limit", "240", "--base-url", chat.url)
+    assert synth(*asked, "--out", "one").returncode == 0
+    peace = Counter(chat.times)
+    chat.times.clear()
+    chat.script = world(1.0)
+    driver = ray_run(tmp_path, "--base-url", chat.url)
+    wait_for(lambda: sum(chat.times.values()) > 150)
+    workers = below(driver.pid, "ray::MapWorker")
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    before = sum(chat.times.values())
+    wait_for(lambda: sum(chat.times.values()) > before + 150)
+    alive = below(driver.pid, "ray::MapWorker")
+    assert driver.poll() is None
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    chat.script = world()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # they end with the driver
+    done = synth(*asked, "--out", "many", "--executor", "ray")
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]
+    assert chat.times.keys() == peace.keys()  # nothing is lost
+    again = sum((chat.times - peace).values())
+    assert 0 < again <= 3 * 64  # what was in flight: of one worker, then of two
+    sent, replies = journals(tmp_path / "many")
+    assert replies == sum(peace.values())
+    assert sent - replies == again
