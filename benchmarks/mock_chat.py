@@ -1,7 +1,8 @@
 """A chat endpoint that answers any request with one caption after a fixed time: what is left to measure is the client.
 
-`python benchmarks/mock_chat.py PORT [SECONDS]`. GET /stats tells how many requests came and were answered, and how many
-different ones; POST /reset forgets them. It enforces no schema: its probe answer is the one that is wanted.
+`python benchmarks/mock_chat.py PORT [SECONDS [various]]`; with `various`, the caption depends on what is asked. GET /stats
+tells how many requests came and were answered, and how many different ones; POST /reset forgets them. It enforces no schema:
+its probe answer is the one that is wanted.
 """
 
 import asyncio
@@ -12,6 +13,9 @@ from collections import Counter
 
 from aiohttp import web
 
+COLORS = ("red", "blue", "green", "yellow", "brown", "black", "white", "gray")
+THINGS = ("jacket", "coat", "shirt", "dress", "hat", "scarf", "sweater", "vest")
+PLACES = ("beach", "street", "field", "river", "wall", "track", "lake", "bridge")
 CAPTION = json.dumps({"caption": "A man in a red jacket walks a brown dog along a wet beach under a gray sky."})
 
 
@@ -23,11 +27,19 @@ def answer(text: str, finish_reason: str = "stop") -> bytes:
     return json.dumps(made).encode()
 
 
+def caption(key: bytes) -> str:
+    """Return one of half a million captions."""
+    words = [of[byte % 8] for of, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)]
+    number = 2 + key[5] % 16
+    return f"A man in a {words[0]} {words[1]} walks {number} {words[2]} dogs along a wet {words[3]} under a {words[4]} sky."
+
+
 class Mock:
     """Counts what it is asked, by the hash of the body's messages."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, various: bool) -> None:
         self.seconds = seconds
+        self.various = various
         self.answered: Counter[bytes] = Counter()
         self.came = 0
         self.body = answer(CAPTION)
@@ -45,7 +57,8 @@ class Mock:
         key = hashlib.sha1(raw[raw.find(b'"messages"') :], usedforsecurity=False).digest()
         await asyncio.sleep(self.seconds)
         self.answered[key] += 1
-        return web.Response(body=self.body, content_type="application/json")
+        body = answer(json.dumps({"caption": caption(key)})) if self.various else self.body
+        return web.Response(body=body, content_type="application/json")
 
     async def stats(self, _request: web.Request) -> web.Response:
         """Tell the counts."""
@@ -76,7 +89,7 @@ async def health(_request: web.Request) -> web.Response:
 
 def main() -> None:
     """Serve until killed."""
-    mock = Mock(float(sys.argv[2]) if len(sys.argv) > 2 else 0.2)
+    mock = Mock(float(sys.argv[2]) if len(sys.argv) > 2 else 0.2, various=sys.argv[3:] == ["various"])
     app = web.Application(client_max_size=2**28)
     app.router.add_post("/v1/chat/completions", mock.chat)
     app.router.add_get("/v1/models", models)

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cluster.job import HEX_DIGITS, Job
 from pipeline.dedupe import remainders_of
-from pipeline.errors import EngineError
+from pipeline.errors import ClusterError, EngineError
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
@@ -33,11 +34,12 @@ from pipeline.stages import (
     require_stage,
     write_source,
 )
-from pipeline.store import read_json, write_json, write_table
+from pipeline.store import Folder, read_json, write_json, write_table, write_text
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.texts import content_keys
 from pipeline.types import UNANSWERED, Engine, Part, Rejected, Sample, Silence
 
+DEATHS = 3  # of workers at one shard, before it is given up
 CHUNK_SAMPLES = 256  # dealt out at once, or fewer, where they come to CHUNK_BYTES
 SAID = pa.schema([pa.field("task", pa.string()), pa.field("key", pa.string())])  # what texts of a shard say
 LEFT = pa.schema([pa.field("remainder", pa.uint64())])
@@ -84,7 +86,12 @@ def _limited(job: Job, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | R
                 return
 
 
-class Filler:
+def tries_file(folder: Folder) -> Path:
+    """Return where it stands how often a shard was begun in this run and not ended."""
+    return folder.path / "tries"
+
+
+class Filler(AbstractContextManager["Filler"]):
     """Fills shards one after another: their samples are settled, asked about, and pass the stages that look at one row.
 
     It lives in one worker, and keeps the model, or the server, from shard to shard.
@@ -93,17 +100,28 @@ class Filler:
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    def __exit__(self, *error: object) -> None:
+        """End the server, if one was started."""
+        self._stack.close()
+
     def __call__(self, number: int) -> dict[str, Any]:
         """Fill a shard, unless it is filled already with the same; return its steps and how much was asked."""
         job = self.job
         job.enter()
         folder = job.shard(number)
-        done = folder.path / "filled.json"
+        done, tries = folder.path / "filled.json", tries_file(folder)
         with folder.lock(wait=True):
             if done.exists() and read_json(done)["inputs"] == job.inputs:
                 return {**read_json(done)["told"], "asked": 0, "again": True}
             done.unlink(missing_ok=True)
+            tried = int(tries.read_text()) if tries.exists() else 0
+            if tried > DEATHS:
+                raise ClusterError(
+                    f"shard {number} has ended {tried} workers", hint="was memory short? the same command goes on with the rest"
+                )
+            write_text(tries, f"{tried + 1}")
             found = self._fill(number)
+            tries.unlink()
             if not found["unanswered"]:  # what a server could not answer is asked again by the same command
                 write_json(done, {"inputs": job.inputs, "told": found})
             return found

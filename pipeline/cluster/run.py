@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.balance import read_entries
 from pipeline.card import CARD_SAMPLES
 from pipeline.cluster import curate
-from pipeline.cluster.fill import Filler, read_part
+from pipeline.cluster.fill import Filler, read_part, tries_file
 from pipeline.cluster.job import Job, Told
 from pipeline.cluster.workers import Plan, cluster, each, plan_workers
 from pipeline.config import Config
@@ -131,6 +131,8 @@ def _run(job: Job, plan: Plan, about: dict[str, Any], model: dict[str, Any], tal
     if not all(_is_filled(job, number) for number in range(job.shards)):
         for done, _ in enumerate(each(job.parts, partial(read_part, job)), start=1):
             talk("source", done, job.parts)
+    for folder in job.folders:
+        tries_file(folder).unlink(missing_ok=True)
     told = _in_order(each(job.shards, Filler(job), plan), lambda done: talk("generate", done, job.shards, {"unit": "shards"}))
     counts = Counts(asked=sum(one["asked"] for one in told), total=sum(one["total"] for one in told))
     for one in told:

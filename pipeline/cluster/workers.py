@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +17,6 @@ from pipeline.errors import ClusterError, SynthError
 from pipeline.store import disk_errors
 
 MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
-DEATHS = 3  # of workers at one number, before it is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +84,12 @@ def plan_workers(wanted: int | None, *, own_server: bool) -> Plan:
 def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Iterator[tuple[int, Told]]:
     """Apply a function to every number below `count` on the cluster, and yield (number, what it told) as they are done.
 
-    A worker that dies is replaced, and its numbers are done again; what kills one after the other is given up.
+    A worker that dies is replaced, and its numbers are done again.
 
     Args:
         count: of shards, or of whatever has numbers.
         do: makes files that appear whole or not at all; pickled. With a plan it is one of a fixed number of workers' own.
-        plan: how many at once; None: as Ray sees fit.
+        plan: how many at once; None: as Ray sees fit. A function that is a context manager is left in the end.
 
     Raises:
         SynthError: the first that a worker has raised.
@@ -104,10 +103,10 @@ def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Ite
         pool = ray.data.ActorPoolStrategy(size=plan.workers)
         done = numbers.map_batches(
             _Worker, fn_constructor_args=(do,), batch_size=1, batch_format="pyarrow", compute=pool,
-            num_cpus=plan.cpus, num_gpus=plan.gpus, max_task_retries=DEATHS,
+            num_cpus=plan.cpus, num_gpus=plan.gpus,
         )  # fmt: skip
     else:
-        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow", max_retries=DEATHS)
+        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow")
     try:
         for row in done.iter_rows():
             if row["error"]:
@@ -127,6 +126,10 @@ class _Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return _apply(self.do, batch)
+
+    def __del__(self) -> None:  # Ray drops it before the worker ends
+        if isinstance(self.do, AbstractContextManager):
+            self.do.__exit__(None, None, None)
 
 
 def _apply(do: Callable[[int], Told], batch: pa.Table) -> pa.Table:

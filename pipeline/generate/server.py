@@ -5,14 +5,13 @@ It listens on loopback only, behind a random key. What it prints goes to a file.
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import secrets
 import shutil
 import signal
 import socket
-import sys
+import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ TAIL_BYTES = 20_000  # of the log, for what went wrong
 MIN_TOKENS = 1024
 MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
 MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger ones are scaled down, all alike
+REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are handed over in memory where the machine can
 
 
@@ -122,6 +122,7 @@ class Server:
         self._port = launch.port or _free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._leash: int | None = None
         self._log_start = 0
 
     @property
@@ -186,11 +187,11 @@ class Server:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             except OSError as error:
                 what = f"cannot run {self.launch.python}: {error.strerror}"
                 raise EngineError(what, hint="let SYNTH_VLLM_PYTHON name an interpreter with vLLM") from None
+        self._leash = _end_with_us(self._process.pid)
         loop = asyncio.get_running_loop()
         started = loop.time()
         while not await answers(f"{self.root}/health"):
@@ -218,6 +219,11 @@ class Server:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
+        if self._leash is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._leash, b"\n")
+            os.close(self._leash)
+            self._leash = None
 
     def _failed(self, what: str) -> EngineError:
         with self.launch.log.open("rb") as log:  # only what this start has said
@@ -312,6 +318,12 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
-    """Have the kernel end the server when we are killed and cannot (Linux: prctl PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def _end_with_us(group: int) -> int:
+    """Have a process group killed when this process is gone, however it ends; return a pipe: a line in it calls that off.
+
+    The one who waits at the other end is nobody's child: Ray kills those of a worker, and would leave vLLM's engine behind.
+    """
+    theirs, ours = os.pipe()
+    subprocess.run(["/bin/sh", "-c", REAPER, "sh", str(group)], stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+    os.close(theirs)
+    return ours

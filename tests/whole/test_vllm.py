@@ -209,3 +209,44 @@ def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -
     assert error.startswith("synth: vLLM ended while it started")
     assert "a flag after -- is not one of vLLM's" in hint
     assert "vllm.log" in hint
+
+
+def named(pids: list[int], *words: str) -> list[int]:
+    """Those processes whose command holds one of some words."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids if is_alive(pid)}
+    return [pid for pid, command in commands.items() if any(word in command for word in words)]
+
+
+def shard_replies(folder: Path) -> int:
+    return sum(replies(shard) for shard in (folder / "shards").glob("[0-9]*"))
+
+
+def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goes_on(served: str, tmp_path: Path) -> None:
+    """Takes two starts of vLLM; the last part is asked of a server that runs."""
+    folder, scenes = tmp_path / "d", 256
+    cluster = ("--executor", "ray", "--shards", "4", "--workers", "1")
+    with (tmp_path / "talk").open("w") as talk:
+        process = subprocess.Popen(
+            generate(folder, "--engine", "vllm", *cluster, scenes=scenes), env=environment(), stderr=talk
+        )
+        wait_until(lambda: shard_replies(folder) > 60 or process.poll() is not None, "sixty replies")
+        (server,) = (
+            pid for pid in descendants(process.pid) if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(server, signal.SIGKILL)
+        before = shard_replies(folder)
+        wait_until(lambda: shard_replies(folder) > before + 60 or process.poll() is not None, "sixty replies of another server")
+        assert process.poll() is None, (tmp_path / "talk").read_text()
+        family = named(descendants(process.pid), "ray::MapWorker", "vllm", "VLLM")
+        assert len(family) >= 4
+        process.kill()
+        process.wait()
+    wait_until(lambda: not any(map(is_alive, family)), "workers and server are gone", 60)
+    before = shard_replies(folder)
+    done = subprocess.run(
+        generate(folder, "--base-url", served, *cluster, scenes=scenes), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
+    assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
+    assert f"asked the model {scenes * 3 - before} times" in done.stderr  # nothing that had its reply is asked again

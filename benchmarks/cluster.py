@@ -1,0 +1,86 @@
+"""What the cluster costs: CPU seconds an image of `--executor ray` beside `--executor local`, on one machine.
+
+    python benchmarks/cluster.py [--images 2000 40000] [--shards 8]
+
+Both caption the same scenes in two styles through a mock endpoint that answers after 200 ms, from reading to version. CPU is
+that of the whole process tree, Ray's own processes included, as a control group counts it (Linux, as root). Each is run at two
+sizes; the difference is what images cost, without the start. Runs follow one another: on a shared machine, repeat them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SYNTH = Path(sys.executable).with_name("synth")
+LATENCY_SECONDS = 0.2
+GROUPS = next(
+    (home for home in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (home / "cgroup.procs").exists()), None
+)
+
+
+def run(command: list[str], folder: Path) -> dict[str, float]:
+    """Run a command in a control group of its own; return its seconds, and the CPU seconds of all that it started."""
+    if GROUPS is None:
+        raise SystemExit("there are no control groups (version 2) here to count CPU seconds with")
+    group = GROUPS / f"synth-benchmark-{os.getpid()}"
+    group.mkdir()
+
+    def enter() -> None:
+        (group / "cgroup.procs").write_text("0")
+
+    start = time.monotonic()
+    with (folder / "log").open("ab") as log:
+        done = subprocess.run(command, cwd=folder, stdout=log, stderr=log, preexec_fn=enter)
+    seconds = time.monotonic() - start
+    if done.returncode:
+        raise SystemExit((folder / "log").read_text()[-2000:])
+    while (group / "cgroup.procs").read_text().strip():  # what a cluster leaves takes a moment to end
+        time.sleep(0.2)
+    (used,) = [line.split()[1] for line in (group / "cpu.stat").read_text().splitlines() if line.startswith("usage_usec")]
+    group.rmdir()
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(int(used) / 1e6, 1)}
+
+
+def main() -> None:
+    """Measure both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs=2, default=[2000, 40000])
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--port", type=int, default=8931)
+    options = parser.parse_args()
+    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(options.port), str(LATENCY_SECONDS), "various"])
+    time.sleep(2)
+    found: dict[str, Any] = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, more in (("local", []), ("ray", ["--executor", "ray", "--shards", str(options.shards)])):
+                runs = []
+                for images in options.images:
+                    out = f"{name}-{images}"
+                    wanted = ["--source", "scenes", "--limit", str(images), "--tasks", "caption", "--out", out]
+                    where = ["--base-url", f"http://127.0.0.1:{options.port}/v1"]
+                    runs.append(run([str(SYNTH), "generate", *wanted, *where, *more], Path(folder)) | {"images": images})
+                    manifest = json.loads((Path(folder) / out / "versions" / "v1.0.0" / "manifest.json").read_text())
+                    runs[-1]["digest"] = manifest["digest"][:12]
+                    print(name, runs[-1], flush=True)
+                small, large = runs
+                more_images = large["images"] - small["images"]
+                found[name] = {
+                    "cpu_ms_an_image": 1000 * (large["cpu_seconds"] - small["cpu_seconds"]) / more_images,
+                    "runs": runs,
+                }
+    finally:
+        mock.kill()
+    local, ray = (found[name]["cpu_ms_an_image"] for name in ("local", "ray"))
+    print(json.dumps({**found, "ray_over_local": round(ray / local, 3)}))
+
+
+if __name__ == "__main__":
+    main()
