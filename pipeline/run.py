@@ -23,6 +23,7 @@ from pipeline.fingerprint import file_digest
 from pipeline.generate.ask import Counts
 from pipeline.generate.checks import TASK as ANSWER
 from pipeline.generate.engine import Choice, choose_engine
+from pipeline.generate.journal import Journal
 from pipeline.generate.requests import asked_of_each, check_prompts, prompt_texts
 from pipeline.leakage import Banned
 from pipeline.ledger import build_ledger
@@ -113,10 +114,10 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
         if not new:
             raise ConfigError(f"no mark in {', '.join(map(str, files))}", hint="mark texts in a report, then export the marks")
         with folder.lock():
-            if not folder.stage("split").exists():
+            if not folder.stage_files("split"):
                 raise ConfigError(f"{folder.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_marks(folder.marks) if folder.marks.exists() else []
-            rows = {name_of(row): row for row in pq.read_table(folder.stage("split")).to_pylist()}
+            rows = {name_of(row): row for path in folder.stage_files("split") for row in pq.read_table(path).to_pylist()}
             known = {*rows, *(mark.makes for mark in before)}
             if not any(mark.name in known for mark, _ in new):
                 raise ConfigError(
@@ -131,10 +132,14 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
                 raise ConfigError(f"{where}: the edited text {said[:80]!r} cannot be used: {wrong}", hint="edit it again")
             write_text(folder.marks, format_marks(merged.values()))
             try:
-                return _run(folder, config, None, ORDER.index("review"), talk or Silence())
+                if folder.stage("split").exists():
+                    return _run(folder, config, None, ORDER.index("review"), talk or Silence())
             except SynthError:
                 write_text(folder.marks, format_marks(before))
                 raise
+        from pipeline.cluster.run import generate_on_cluster  # what a cluster has made, one makes again
+
+        return generate_on_cluster(config, folder.path, talk=talk)
 
 
 def _run(folder: Folder, config: Config, source: Source | None, start: int, talk: Talk) -> Result:
@@ -161,6 +166,7 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
     samples, lost = require_stage(folder, "source")
     funnel.append(step_of("source", "images", samples, lost))
     if asks:
+        _take_from_shards(folder)
         with engine_of(choose) as engine:
             generate(folder, config, choose().revision, engine, samples, counts, talk)
         write_json(folder.made_by("generate"), {"name": public_name(choose().model), "revision": choose().revision})
@@ -192,6 +198,15 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         table = pq.read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
+
+
+def _take_from_shards(folder: Folder) -> None:
+    """Take over the replies of runs on a cluster in the same folder."""
+    shards = sorted(folder.path.glob("shards/*/journal/local.sqlite"))
+    if shards:
+        with Journal(folder.journal) as journal:
+            for path in shards:
+                journal.take_from(path, "", "g")  # behind every digest
 
 
 def _same_model(choose: Callable[[], Choice], revision: str) -> Choice:

@@ -139,6 +139,11 @@ class Folder:
         """Rows that a stage kept or rejected."""
         return self.path / "stages" / name / f"{which}.parquet"
 
+    def stage_files(self, name: str, which: str = "kept") -> list[Path]:
+        """Return the files of rows that a stage kept or rejected: one, or one of each shard of a run on a cluster."""
+        own = self.stage(name, which)
+        return [own] if own.exists() else sorted(self.path.glob(f"shards/*/stages/{name}/{which}.parquet"))
+
     def made_by(self, stage: str) -> Path:
         """Which source or model a stage had: what starts after it must not name another one."""
         return self.path / "stages" / stage / "made_by.json"

@@ -134,7 +134,7 @@ class Filler(AbstractContextManager["Filler"]):
         counts = Counts()
         with Journal(folder.journal) as journal:
             if job.folder.journal.exists():  # of a run on this machine alone
-                journal.take_from(job.folder.journal, *self._range(number))
+                journal.take_from(job.folder.journal, *self.range_of(number))
         generate(folder, config, job.revision, self._engine, samples, counts, talk)
         table = pq.read_table(folder.stage("generate"))
         steps.append(["generate", len(table["request_id"].unique()), {}])
@@ -148,8 +148,6 @@ class Filler(AbstractContextManager["Filler"]):
             steps.append([name, *require_stage(folder, name)])
             table = pq.read_table(folder.stage(name))
         leave_keys(job, number, table)
-        with Journal(folder.journal) as journal:
-            cost = journal.totals()
         return {
             "steps": steps,
             "asked": counts.asked,
@@ -158,7 +156,7 @@ class Filler(AbstractContextManager["Filler"]):
             "attempts": dict(counts.attempts),
             "flaws": dict(counts.flaws),
             "unanswered": sum(counts.flaws[reason] for reason in UNANSWERED),
-            "cost": cost,
+            "cost": read_json(folder.cost) if folder.cost.exists() else {},
         }
 
     def _rows(self, number: int) -> Iterator[Sample | Rejected]:
@@ -170,7 +168,7 @@ class Filler(AbstractContextManager["Filler"]):
         for batch in job.hop("unread").batches(number, job.parts):
             yield from (Rejected(**row) for row in batch.to_pylist())
 
-    def _range(self, number: int) -> tuple[str, str]:
+    def range_of(self, number: int) -> tuple[str, str]:
         """Return the first id that may be in a shard, and the first one that is behind it."""
         first, behind = (-(-(at << 4 * HEX_DIGITS) // self.job.shards) for at in (number, number + 1))
         return f"{first:0{HEX_DIGITS}x}", f"{behind:0{HEX_DIGITS}x}" if number + 1 < self.job.shards else "g"

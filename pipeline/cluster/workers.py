@@ -2,13 +2,16 @@
 
 import json
 import logging
+import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,6 +19,8 @@ from pipeline.cluster.job import Told
 from pipeline.errors import ClusterError, SynthError
 from pipeline.store import disk_errors
 
+CONNECT_SECONDS = 10
+MIN_CLUSTER_CPUS = 2  # Ray counts a CPU for each task that reads, and would wait for one for ever
 MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
 
 
@@ -43,9 +48,16 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    address = address or os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").rpartition(":")
+    ours: dict[str, Any] = (
+        {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False} if address is None else {}
+    )
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, namespace="synth")
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        if port.isdigit() and "/" not in host:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself tries for minutes
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **ours)
+    except (OSError, ValueError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
         raise ClusterError(f"no Ray cluster at {address}: {what}", hint="start one with `ray start --head`") from None
     import ray.data  # which sets up its own log
@@ -70,19 +82,21 @@ def plan_workers(wanted: int | None, *, own_server: bool) -> Plan:
     known = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = known.get("CPU", 0.0), known.get("GPU", 0.0)
     workers = wanted or int(gpus if own_server and gpus else max(1, cpus - 1))
-    free = cpus - 1  # for what reads, and for Ray itself
-    if cpus < 1 or workers * MIN_CPUS > max(free, cpus / 2):
+    free = cpus - 1  # one is left for what reads
+    if cpus < MIN_CLUSTER_CPUS or workers * MIN_CPUS > free:
         raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")
     if own_server and gpus and workers > gpus:
         raise ClusterError(
             f"{workers} workers with a server each do not fit on {gpus:g} GPUs", hint="pass fewer --workers, or --base-url"
         )
-    share = min(1.0, max(free, cpus / 2) / workers)
-    return Plan(workers, round(share - 0.005, 2), 1.0 if own_server and gpus else 0.0)
+    share = math.floor(100 * min(1.0, free / workers)) / 100
+    return Plan(workers, share, 1.0 if own_server and gpus else 0.0)
 
 
-def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Iterator[tuple[int, Told]]:
-    """Apply a function to every number below `count` on the cluster, and yield (number, what it told) as they are done.
+def every(
+    count: int, do: Callable[[int], Told], plan: Plan | None = None, talk: Callable[[int], None] | None = None
+) -> list[Told]:
+    """Apply a function to every number below `count` on the cluster, and return what it told of each, in order.
 
     A worker that dies is replaced, and its numbers are done again.
 
@@ -90,11 +104,22 @@ def each(count: int, do: Callable[[int], Told], plan: Plan | None = None) -> Ite
         count: of shards, or of whatever has numbers.
         do: makes files that appear whole or not at all; pickled. With a plan it is one of a fixed number of workers' own.
         plan: how many at once; None: as Ray sees fit. A function that is a context manager is left in the end.
+        talk: told how many are done.
 
     Raises:
         SynthError: the first that a worker has raised.
         ClusterError: workers died.
     """
+    found: dict[int, Told] = {}
+    for number, told in _each(count, do, plan):
+        found[number] = told
+        if talk:
+            talk(len(found))
+    return [found[number] for number in range(count)]
+
+
+def _each(count: int, do: Callable[[int], Told], plan: Plan | None) -> Iterator[tuple[int, Told]]:
+    """Yield (number, what it told) as they are done."""
     import ray.data
     import ray.exceptions as lost
 

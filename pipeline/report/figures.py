@@ -37,8 +37,8 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def is_of_stages(folder: Path, manifest: dict[str, Any]) -> bool:
     """Whether the stages in a dataset folder are those of the run that made this version: they hold as many rows."""
     steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
-    paths = [(Folder(folder).stage(step["stage"]), step["kept"]) for step in steps]
-    return bool(paths) and all(path.exists() and open_table(path).metadata.num_rows == kept for path, kept in paths)
+    files = [(Folder(folder).stage_files(step["stage"]), step["kept"]) for step in steps]
+    return bool(files) and all(sum(open_table(path).metadata.num_rows for path in paths) == kept for paths, kept in files)
 
 
 def distributions_of(folder: Path) -> list[dict[str, Any]]:
@@ -47,14 +47,13 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     Each has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). A version that was
     made elsewhere has no stages here, and no tables.
     """
-    paths = [Folder(folder).stage("balance", which) for which in ("kept", "rejected")]
-    if not all(path.exists() for path in paths):
+    kept, rejected = (Folder(folder).stage_files("balance", which) for which in ("kept", "rejected"))
+    if not kept:
         return []
     lengths, concepts = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     answers: tuple[dict[str, Counter[str]], ...] = (defaultdict(Counter), defaultdict(Counter))
-    for path in paths:
-        sides = (0, 1) if path == paths[0] else (0,)  # what was kept was there before, too
-        for row in _read(path, ["clean_text", "clean_question", "clean_answer", "question_type"]):
+    for paths, sides in ((kept, (0, 1)), (rejected, (0,))):  # what was kept was there before, too
+        for row in _read(paths, ["clean_text", "clean_question", "clean_answer", "question_type"]):
             for side in sides:
                 if row["clean_text"] is not None:
                     lengths[side][_length(row["clean_text"])] += 1
@@ -80,17 +79,17 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     Of each kind there are as many as `found`; `shown` are the largest. Each member of a cluster has the `id` of its sample, its
     words (`said`), and whether it was `kept`.
     """
-    paths = [Folder(folder).stage("dedupe", which) for which in ("kept", "rejected")]
-    if not all(path.exists() for path in paths):
+    files = [Folder(folder).stage_files("dedupe", which) for which in ("kept", "rejected")]
+    if not files[0]:
         return {}
-    rejected = list(_read(paths[1], [*_OF_CLUSTERS, *_OF_IMAGES, "reason"]))
-    groups = {row["image_group"] for row in _alike(paths)}
+    rejected = list(_read(files[1], [*_OF_CLUSTERS, *_OF_IMAGES, "reason"]))
+    groups = {row["image_group"] for row in _alike([*files[0], *files[1]])}
     again = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
     repeated = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}
     images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     texts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     captions: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for kept, rows in ((True, _read(paths[0], [*_OF_CLUSTERS, *_OF_IMAGES])), (False, iter(rejected))):
+    for kept, rows in ((True, _read(files[0], [*_OF_CLUSTERS, *_OF_IMAGES])), (False, iter(rejected))):
         for row in rows:
             member = {"id": row["sample_id"], "said": _said(row), "kept": kept}
             if row["image_group"] in groups:
@@ -112,16 +111,14 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (sample id, first image) of samples that may be in no version, as the source gave them."""
-    path = Folder(folder).stage("source")
-    if not wanted or not path.exists():
-        return
-    file = open_table(path, "sample_id", "images")
-    for group in range(file.num_row_groups):
-        ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
-        at = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
-        if len(at):
-            rows = file.read_row_group(group, columns=["sample_id", "images"]).take(at)
-            yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
+    for path in Folder(folder).stage_files("source") if wanted else ():
+        file = open_table(path, "sample_id", "images")
+        for group in range(file.num_row_groups):
+            ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
+            at = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
+            if len(at):
+                rows = file.read_row_group(group, columns=["sample_id", "images"]).take(at)
+                yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
 
 
 def _alike(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
@@ -132,9 +129,10 @@ def _alike(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     yield from counts.filter(pc.greater(counts["sample_id_count_distinct"], 1)).to_pylist()
 
 
-def _read(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in open_table(path, *columns).iter_batches(columns=columns):
-        yield from to_pylist(batch)
+def _read(paths: Iterable[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        for batch in open_table(path, *columns).iter_batches(columns=columns):
+            yield from to_pylist(batch)
 
 
 def _said(row: dict[str, Any]) -> str:

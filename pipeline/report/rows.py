@@ -47,27 +47,27 @@ def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
     """Yield what each stage rejected: `stage`, `reason`, `where` and `what`; of each reason the first ones."""
-    for path in sorted(Folder(folder).path.glob("stages/*/rejected.parquet")):
+    files = [*folder.glob("stages/*/rejected.parquet"), *folder.glob("shards/*/stages/*/rejected.parquet")]
+    for stage in sorted({path.parent.name for path in files}):
         shown: Counter[str] = Counter()
-        file = open_table(path, "reason")
-        wanted = ("reason", "sample_id", "source_row", "task", *_SAID, "reply_text", "detail")
-        names = [name for name in wanted if name in file.schema_arrow.names]
-        for batch in file.iter_batches(columns=names):
-            for row in to_pylist(batch):
+        for path in Folder(folder).stage_files(stage, "rejected"):
+            for row in _rejected(path):
                 shown[row["reason"]] += 1
                 if shown[row["reason"]] <= MAX_REJECTED:
-                    what = (
-                        " ".join(row[name] for name in _SAID if row.get(name))
-                        or row.get("reply_text")
-                        or row.get("detail")
-                        or ""
-                    )
+                    said = " ".join(row[name] for name in _SAID if row.get(name))
                     yield {
-                        "stage": path.parent.name,
+                        "stage": stage,
                         "reason": visible(row["reason"]),
                         "where": visible(row.get("sample_id") or row.get("source_row") or ""),
-                        "what": visible(what),
+                        "what": visible(said or row.get("reply_text") or row.get("detail") or ""),
                     }
+
+
+def _rejected(path: Path) -> Iterator[dict[str, Any]]:
+    file = open_table(path, "reason")
+    wanted = ("reason", "sample_id", "source_row", "task", *_SAID, "reply_text", "detail")
+    for batch in file.iter_batches(columns=[name for name in wanted if name in file.schema_arrow.names]):
+        yield from to_pylist(batch)
 
 
 _SAID = ("text", "question", "answer")

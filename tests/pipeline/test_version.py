@@ -9,9 +9,10 @@ import pytest
 from datasets import Image, load_dataset
 
 from pipeline.errors import TableError
+from pipeline.fingerprint import digest
 from pipeline.store import Folder
-from pipeline.tables import LEDGER
-from pipeline.version import Rows, build_rows, draft_version
+from pipeline.tables import LEDGER, TABLE_VERSION
+from pipeline.version import Rows, build_rows, draft_version, version_digest
 from tests.scene_data import MADE_BY, make_version, sample_table, scene_samples, true_captions
 
 
@@ -28,6 +29,11 @@ def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
     assert one["digest"] == other["digest"]
     assert {n: f["sha256"] for n, f in one["files"].items()} == {n: f["sha256"] for n, f in other["files"].items()}
     assert make_version(tmp_path / "third", scene_samples(20, seed=1))[0].manifest["digest"] != one["digest"]
+
+
+def test_the_digest_is_that_of_one_json_value() -> None:
+    for rows in ([], [("a", "1")], [("a", "1"), ("b", "\u00e4"), ("c", "3")]):
+        assert version_digest(iter(rows), ["image"]) == digest([TABLE_VERSION, ["image"], rows])
 
 
 def test_added_rows_are_a_minor_version_and_removed_or_changed_ones_a_patch(tmp_path: Path) -> None:

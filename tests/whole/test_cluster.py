@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.marks import Mark, format_marks, name_of
 from pipeline.store import Folder, Version
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hub import datasets
@@ -94,6 +96,9 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: 
     again = synth(*asked, *never, "--out", "one", "--executor", "ray", "--shards", "2")
     assert "nothing new: v1.0.0" in again.stderr, again.stderr
     assert len(chat.bodies) == before
+    again = synth(*asked, *never, "--out", "many")
+    assert "nothing new: v1.0.0" in again.stderr, again.stderr
+    assert len(chat.bodies) == before
     assert not (tmp_path / "many" / "exchange").exists()
     assert "has 5 shards, not 3" in said(synth(*asked, *never, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
 
@@ -161,3 +166,38 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     sent, replies = journals(tmp_path / "many")
     assert replies == sum(peace.values())
     assert sent - replies == again
+
+
+def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+    asked = ("generate", "--source", "scenes", "--limit", "60", "--base-url", chat.url)
+    assert synth(*asked, "--out", "one").returncode == 0
+    assert synth(*asked, "--out", "many", "--executor", "ray", "--shards", "3").returncode == 0
+    shown = []
+    for out in ("one", "many"):
+        assert synth("report", out).returncode == 0
+        page = (tmp_path / out / "report.html").read_text()
+        shown.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"stage":"\w+"', page)))
+        assert "lies in no folder here" not in page
+    assert shown[0] == shown[1]
+    rows = pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()
+    sample_id, content = name_of(rows[0])
+    marks = format_marks([Mark(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
+    (tmp_path / "marks.jsonl").write_text(marks)
+    before = len(chat.bodies)
+    for out in ("one", "many"):
+        done = synth("review", "apply", "marks.jsonl", "--data", out)
+        assert "review: 1 marks apply" in done.stderr, done.stderr
+    assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]
+    assert made(tmp_path / "many").manifest["review"] == {"good": 0, "bad": 1, "edited": 0}
+    assert len(chat.bodies) == before
+
+
+def test_a_plan_that_would_wait_for_ever_is_an_error_before_it_starts(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+    asked = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
+    error, hint = said(synth(*asked, "--out", "d", "--workers", "500"))
+    assert "500 workers do not fit on" in error and "--workers" in hint
+    error, hint = said(synth(*asked, "--out", "d", "--ray-address", "127.0.0.1:9"))
+    assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
+    assert not chat.bodies
+    for flags in (("--executor", "local", "--shards", "3"), ("--from-stage", "dedupe"), ("--dry-run",)):
+        assert synth(*asked, *flags).returncode == 2

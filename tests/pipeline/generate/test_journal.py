@@ -88,3 +88,19 @@ def test_opening_without_writing_leaves_the_file_as_it_was(tmp_path: Path) -> No
     with Journal(path) as journal:
         journal.last(REQUESTS[0].id)
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+
+
+def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path) -> None:
+    ours, theirs = (replace(reply_to(0), text=text) for text in ("ours", "theirs"))
+    with Journal(tmp_path / "theirs.sqlite") as journal:
+        journal.note_asked(REQUESTS)
+        journal.keep([(REQUESTS[0], theirs, None), (REQUESTS[1], reply_to(1), "flaw")])
+    with Journal(tmp_path / "ours.sqlite") as journal:
+        journal.keep([(REQUESTS[0], ours, None)])
+        journal.take_from(tmp_path / "theirs.sqlite", "b", "c")  # about other samples
+        assert journal.last(REQUESTS[1].id) is None
+        for _ in range(2):
+            journal.take_from(tmp_path / "theirs.sqlite", "a", "b")
+        assert journal.last(REQUESTS[0].id) == (ours, None)
+        assert journal.last(REQUESTS[1].id) == (reply_to(1), "flaw")
+        assert journal.totals()["asked"] == 0  # what was asked there was not asked here

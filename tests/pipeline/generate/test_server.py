@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -199,3 +202,30 @@ def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: py
     assert server._media_folder().parent == alive.parent
     assert alive.exists()
     assert time.time() - alive.stat().st_mtime < 60
+
+
+def test_a_server_and_its_engine_end_with_us_however_we_end() -> None:
+    """Its engine is a child of the server, which is killed first: as Ray does to children of a worker."""
+    code = (
+        "import os, subprocess, sys; from pipeline.generate.server import _end_with_us;"
+        "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE, start_new_session=True);"
+        "print(server.stdout.readline().decode().strip(), flush=True);"
+        "leash = _end_with_us(server.pid);"
+        "sys.argv[1] == 'called off' and os.write(leash, b'\\n');"
+        "server.kill();"
+        "os.kill(os.getpid(), 9)"
+    )
+    for how, lives in (("killed", False), ("called off", True)):
+        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
+        engine = int(done.stdout)
+        end = time.monotonic() + 5
+        while is_running(engine) != lives and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        assert is_running(engine) is lives, how
+        if lives:
+            os.kill(engine, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    return bool(subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip(" Z\n"))

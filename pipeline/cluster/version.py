@@ -1,0 +1,166 @@
+"""The version of a run over shards: each writes its rows to files of its own, which then get one manifest, card and name."""
+
+import base64
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.card import CARD_SAMPLES
+from pipeline.cluster.job import Job, Told
+from pipeline.cluster.workers import every
+from pipeline.errors import TableError
+from pipeline.ledger import build_ledger
+from pipeline.measure import Measure, added
+from pipeline.review import count_marks
+from pipeline.run import LEFT_OUT, about_run
+from pipeline.stages import Step, batches, rejected, step_of
+from pipeline.store import LEDGER_FILE, Version, scratch_folder, write_table
+from pipeline.tables import LEDGER, PIXELS, SPLITS
+from pipeline.version import (
+    Draft,
+    Rows,
+    about_file,
+    about_rows,
+    build_rows,
+    newest,
+    next_version,
+    nothing_left,
+    publish_version,
+    version_digest,
+)
+
+DIGESTS = pa.schema([pa.field("sample_id", pa.string()), pa.field("digest", pa.string())])
+
+
+def write_version(
+    job: Job, about: dict[str, Any], model: dict[str, Any], funnel: list[Step], groups: int
+) -> tuple[Version, bool]:
+    """Write the version that the shards hold by now, or return the newest one (and False) if that holds the very same rows.
+
+    Args:
+        job: the run.
+        about: what is known of the source.
+        model: name and revision of the model.
+        funnel: what each stage did; the last step is added here.
+        groups: how many groups of images look alike.
+
+    Raises:
+        TableError: no row is left, or shards do not fit together.
+    """
+    with scratch_folder(job.home / "versions") as draft:
+        told = every(job.shards, partial(write_rows, job, about))
+        rows = {split: sum(one["rows"].get(split, 0) for one in told) for split in SPLITS}
+        held = {tuple(one["columns"]) for one in told if one["columns"]}
+        if not held:
+            raise nothing_left()
+        if len(held) > 1:
+            raise TableError("some samples have columns that others have not", hint="a source fills a column always or never")
+        columns = list(held.pop())
+        (named,) = every(1, partial(name_version, job, columns))
+        lost = sum((Counter(one["lost"]) for one in told), Counter[str]())
+        funnel.append(step_of("version", "images", sum(rows.values()), dict(lost)))
+        if funnel[-1].input != funnel[0].kept:
+            raise TableError(
+                f"stage version was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
+            )
+        parent = newest(job.folder)
+        if parent is not None and parent.manifest["digest"] == named["digest"]:
+            return parent, False
+        measures = (pickle.loads(base64.b64decode(one["measured"])) for one in told)  # noqa: S301  # our own workers'
+        total: Measure = reduce(added, measures, Measure())
+        reviewed = sum((Counter(one["review"]) for one in told), Counter[str]())
+        lost_by = {step.stage: step.rejected for step in funnel}
+        leakage = {
+            "compared_as": about["compared_as"],
+            "groups_of_images": groups,
+            "near_held_out_annotations": lost_by["dedupe"].get("near_held_out_image", 0),
+            "never": about["never"],
+            "banned_images": lost_by["source"].get("banned_image", 0),
+            "repeated_texts": sum(one["repeated"] for one in told),
+        }
+        source = {name: value for name, value in about.items() if name in ("name", "revision")}
+        made_by = about_run(job.config, source, model, funnel, total.result(), leakage)
+        made_by["review"] = {mark: reviewed[mark] for mark in ("good", "bad", "edited")} if reviewed else {}
+        files = _gather_files(draft, told)
+        licences = {licence for one in told for licence in one["licences"]}
+        shown = [row for one in told for row in one["shown"]][:CARD_SAMPLES]
+        manifest = named | about_rows(columns, licences, rows) | made_by | {"files": files}
+        return publish_version(job.folder, draft, manifest, shown), True
+
+
+def write_rows(job: Job, about: dict[str, Any], number: int) -> Told:
+    """Write the rows of a shard to Parquet files in a folder of its own; tell what they are."""
+    folder = job.shard(number)
+    path = job.home / "versions" / ".next" / f"{number:05d}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    annotations = pq.read_table(folder.stage("review"))
+    rows, measure, draft = Rows(), Measure(), Draft(job.folder, path)
+    shown: list[dict[str, Any]] = []
+    for table in build_rows(annotations, batches(folder), about["name"], rows, decks=about["decks"]):
+        draft.add(table)
+        texts = table.drop_columns(list(PIXELS)).to_pylist()
+        measure.add(texts)
+        shown += texts[: CARD_SAMPLES - len(shown)]
+    draft.close()
+    left_out = pa.Table.from_pylist(rows.rejected, schema=LEFT_OUT)
+    write_table(folder.stage("version", "rejected"), [left_out], LEFT_OUT)
+    write_table(folder.stage("version", "ledger"), [build_ledger(rejected(folder) | {"version": left_out})], LEDGER)
+    digests = pa.table({"sample_id": rows.digests.keys(), "digest": rows.digests.values()}, schema=DIGESTS)
+    digests = digests.sort_by("sample_id")
+    write_table(folder.stage("version", "digests"), [digests], DIGESTS)
+    marked = [pq.read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
+    return {
+        "columns": draft.columns,
+        "rows": draft.counts(),
+        "files": {file.name: about_file(file) for file in sorted(path.iterdir())},
+        "licences": sorted(rows.licences),
+        "lost": dict(Counter(row["reason"] for row in rows.rejected)),
+        "measured": base64.b64encode(pickle.dumps(measure)).decode(),
+        "review": count_marks(*marked),
+        "repeated": annotations.num_rows - annotations["repeats"].null_count,
+        "shown": shown,
+    }
+
+
+def name_version(job: Job, columns: list[str], _: int) -> Told:
+    """Gather the ledger, and return the digest of all rows and the name that follows from them."""
+    parent = newest(job.folder)
+    ledgers = (pq.read_table(folder.stage("version", "ledger")) for folder in job.folders)
+    write_table(job.home / "versions" / ".next" / LEDGER_FILE, ledgers, LEDGER)
+    tables = [pq.read_table(folder.stage("version", "digests"), columns=["sample_id"]) for folder in job.folders]
+    ids = pa.concat_tables(tables)["sample_id"].combine_chunks()
+    return {
+        "version": next_version(parent, ids, columns),
+        "digest": version_digest(_digests(job), columns),
+        "parent": parent.name if parent else None,
+    }
+
+
+def _digests(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield (sample id, digest of its row), in the order of the ids: shards stand in theirs."""
+    for folder in job.folders:
+        table = pq.read_table(folder.stage("version", "digests"))
+        yield from zip(table["sample_id"].to_pylist(), table["digest"].to_pylist(), strict=True)
+
+
+def _gather_files(draft: Path, told: list[Told]) -> dict[str, Any]:
+    """Move the files of all shards into the draft, numbered in their order; return what the manifest says of them."""
+    files: dict[str, Any] = {}
+    numbers: Counter[str] = Counter()
+    for number, one in enumerate(told):
+        for name, about in one["files"].items():
+            split = name.rpartition("-")[0]
+            final = f"{split}-{numbers[split]:05d}.parquet"
+            numbers[split] += 1
+            (draft / f"{number:05d}" / name).rename(draft / final)
+            files[final] = about
+        (draft / f"{number:05d}").rmdir()
+    return dict(sorted(files.items()))

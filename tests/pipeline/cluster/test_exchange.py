@@ -1,0 +1,86 @@
+"""Hops of rows: everything that is sent arrives, at the one place that its key says."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.cluster.exchange import Exchange
+from pipeline.cluster.fill import Filler
+from pipeline.cluster.job import Job
+from pipeline.config import resolve
+from pipeline.errors import ClusterError, TableError
+from pipeline.fingerprint import digest
+
+SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
+
+
+def rows(*numbers: int) -> pa.Table:
+    return pa.table({"key": [f"k{n % 7}" for n in numbers], "value": numbers}, schema=SCHEMA)
+
+
+def job(folder: Path, shards: int) -> Job:
+    return Job(resolve(source="scenes"), folder, folder, shards, 1, "r", "inputs")
+
+
+def test_each_row_arrives_once_and_equal_keys_at_one_place(tmp_path: Path) -> None:
+    hop = Exchange(tmp_path, 4)
+    for sender in range(3):
+        tables = [rows(*range(100 * sender, 100 * sender + 50)), rows(), rows(*range(100 * sender + 50, 100 * sender + 60))]
+        hop.send(sender, tables, hop.by("key"))
+    found = [hop.receive(receiver, 3) for receiver in range(4)]
+    assert sorted(n for table in found for n in table["value"].to_pylist()) == [s + n for s in (0, 100, 200) for n in range(60)]
+    keys = [set(table["key"].to_pylist()) for table in found]
+    assert sum(map(len, keys)) == len(set.union(*keys)) == 7
+    for table in found:
+        assert table["value"].to_pylist() == sorted(table["value"].to_pylist())  # in the order in which they were sent
+
+
+def test_a_receiver_that_was_sent_nothing_gets_a_table_without_rows(tmp_path: Path) -> None:
+    hop = Exchange(tmp_path, 3)
+    hop.send(0, [rows(1)], lambda table: np.array([2]))
+    assert hop.receive(0, 1).num_rows == 0
+    assert hop.receive(0, 1).schema.equals(SCHEMA)
+    assert hop.receive(2, 1)["value"].to_pylist() == [1]
+
+
+def test_a_hop_that_is_sent_again_is_the_same_and_one_that_was_cut_short_is_not_there(tmp_path: Path) -> None:
+    hop = Exchange(tmp_path, 3)
+    hop.send(0, [rows(1, 2)], hop.by("key"))
+    before = hop.file(0).stat().st_ino
+    hop.send(0, [rows(1, 2)], hop.by("key"))
+    assert hop.file(0).stat().st_ino == before
+
+    def cut_short(table: pa.Table) -> np.ndarray:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        hop.send(1, [rows(1)], cut_short)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.arrow"]
+
+
+def test_a_key_that_is_no_column_is_named(tmp_path: Path) -> None:
+    hop = Exchange(tmp_path, 3)
+    with pytest.raises(TableError, match="missing column"):
+        hop.send(0, [rows(1)], hop.by("colour"))
+
+
+@pytest.mark.parametrize("shards", [1, 3, 16, 1000])
+def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, shards: int) -> None:
+    ids = sorted(digest([n]) for n in range(5000))
+    ids = ["0" * 64, *ids, "f" * 64]
+    numbers = job(tmp_path, shards).shard_of(ids)
+    assert (np.diff(numbers) >= 0).all()
+    assert numbers[0] == 0 and numbers[-1] == shards - 1
+    assert np.bincount(numbers, minlength=shards).max() < 3 * max(5, 5000 / shards)
+    filler = Filler(job(tmp_path, shards))
+    for sample_id, number in zip(ids[::50], numbers[::50].tolist(), strict=True):
+        first, behind = filler.range_of(number)
+        assert first <= sample_id < behind
+
+
+def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Path) -> None:
+    lost = Job(resolve(source="scenes"), tmp_path, tmp_path / "elsewhere", 1, 1, "r", "inputs")
+    with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
+        lost.enter()

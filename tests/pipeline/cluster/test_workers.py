@@ -1,0 +1,52 @@
+"""How many workers ask at once: never so many that nothing is left to read for them."""
+
+import pytest
+import ray
+
+from pipeline.cluster.workers import MIN_CPUS, Plan, plan_workers
+from pipeline.errors import ClusterError
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wanted", "own_server", "plan"),
+    [
+        (2, 0, None, False, Plan(1, 1.0, 0)),
+        (2, 0, 2, False, Plan(2, 0.5, 0)),
+        (2, 0, 10, False, Plan(10, 0.1, 0)),
+        (8, 0, None, True, Plan(7, 1.0, 0)),
+        (32, 4, None, True, Plan(4, 1.0, 1)),
+        (32, 4, 3, True, Plan(3, 1.0, 1)),
+        (4, 4, None, True, Plan(4, 0.75, 1)),
+        (32, 4, None, False, Plan(31, 1.0, 0)),  # the GPUs are those of servers that run already
+    ],
+)
+def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: float,
+    gpus: float,
+    wanted: int | None,
+    own_server: bool,  # noqa: FBT001
+    plan: Plan,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
+    found = plan_workers(wanted, own_server=own_server)
+    assert found == plan
+    assert found.workers * found.cpus <= cpus - 1
+    assert found.cpus >= MIN_CPUS
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wanted", "what"),
+    [
+        (1, 0, None, "1 workers do not fit on 1 CPUs"),
+        (2, 0, 11, "11 workers do not fit on 2 CPUs"),
+        (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, wanted: int | None, what: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+    with pytest.raises(ClusterError, match=what) as caught:
+        plan_workers(wanted, own_server=True)
+    assert "fewer --workers" in caught.value.hint
