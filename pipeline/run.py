@@ -134,12 +134,12 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
             try:
                 if folder.stage("split").exists():
                     return _run(folder, config, None, ORDER.index("review"), talk or Silence())
+                from pipeline.cluster.run import review_on_cluster
+
+                return review_on_cluster(config, folder, talk or Silence())
             except SynthError:
                 write_text(folder.marks, format_marks(before))
                 raise
-        from pipeline.cluster.run import generate_on_cluster  # what a cluster has made, one makes again
-
-        return generate_on_cluster(config, folder.path, talk=talk)
 
 
 def _run(folder: Folder, config: Config, source: Source | None, start: int, talk: Talk) -> Result:
@@ -206,6 +206,8 @@ def _take_from_shards(folder: Folder) -> None:
     if shards:
         with Journal(folder.journal) as journal:
             for path in shards:
+                with Journal(path):
+                    pass  # brings in what a killed worker has left beside it
                 journal.take_from(path, "", "g")  # behind every digest
 
 

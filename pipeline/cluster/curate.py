@@ -1,12 +1,13 @@
 """The stages that look at more than one row, as group-bys over all shards; each hop groups by one key.
 
-What is done to a group is what the stages do on one machine: the functions are theirs. Nothing is collected in one place but
-what is small: which words are misspelled, how many questions begin alike, how many captions name an entry, and, where photos
-are compared, the hashes of those.
+What is done to a group is what the stages do on one machine: the functions are theirs. What is gathered in one place, by one
+worker, is listed in docs/scale.md: counts, words that may be misspelled, and, where photos are compared, what they look like.
 """
 
+import pickle
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,28 +27,42 @@ from pipeline.balance import (
     read_entries,
     too_common,
 )
-from pipeline.cluster.fill import LEFT, SAID
-from pipeline.cluster.job import Job, Told
-from pipeline.dedupe import best_first, comparable_keys, find_repeated, find_widespread, merge_misspelled, name_clusters
+from pipeline.cluster.fill import usual_file
+from pipeline.cluster.job import Job, Task, Told
+from pipeline.dedupe import (
+    best_first,
+    comparable_keys,
+    find_repeated,
+    find_widespread,
+    merge_misspelled,
+    name_clusters,
+    remainders_of,
+)
 from pipeline.fingerprint import unit_interval
 from pipeline.likeness import COMPARED, compare_samples
+from pipeline.measure import added
 from pipeline.review import broken_pairs, review_annotations
 from pipeline.split import split_annotations
-from pipeline.stages import apply, join_likeness, join_marks, kind_of_images, require_stage
-from pipeline.store import write_table
+from pipeline.stages import STAGES, apply, join_likeness, join_marks, kind_of_images, require_stage
+from pipeline.store import aside, write_table
 from pipeline.tables import BALANCED, LIKENESS, with_reason
 from pipeline.texts import content_keys, content_words, text_key
 from pipeline.types import Silence
+from pipeline.verify import Usual, verify_annotations
 
+SAID = pa.schema([pa.field("task", pa.string()), pa.field("key", pa.string())])  # what texts of a shard say
+LEFT = pa.schema([pa.field("remainder", pa.uint64())])
 MISSPELLED = pa.schema([pa.field(name, pa.string()) for name in ("task", "wrong", "right")])
 COUNTS = pa.schema([pa.field("name", pa.string()), pa.field("count", pa.int64())])
 ENTRIES = pa.schema([pa.field("annotation_id", pa.string()), pa.field("entries", pa.list_(pa.int32()))])
 
 
-def steps(job: Job) -> list[tuple[Callable[[Job, int], Told], bool]]:
+def steps(job: Job) -> list[tuple[Task, bool]]:
     """Return what is to be done, in order, once the shards are filled; and whether by all numbers, or by one."""
-    compared: list[tuple[Callable[[Job, int], Told], bool]] = [(compare_looks, False)] if kind_of_images(job.config) else []
+    compared: list[tuple[Task, bool]] = [(compare_looks, False)] if kind_of_images(job.config) else []
     return [
+        (gather_usual, False),
+        (apply_verify, True),
         *compared,
         (gather_remainders, False),
         (leave_comparable, True),
@@ -63,13 +78,49 @@ def steps(job: Job) -> list[tuple[Callable[[Job, int], Told], bool]]:
         (apply_balance, True),
         (split_groups, True),
         (apply_split, True),
-        (break_pairs, True),
-        (apply_review, True),
+        *review_steps(),
     ]
 
 
+def review_steps() -> list[tuple[Task, bool]]:
+    """Return what is to be done once texts are split: what people said is done, and all is counted."""
+    return [(send_pairs, True), (break_pairs, True), (apply_review, True), (send_looks, True), (count_looks, True)]
+
+
+def gather_usual(job: Job, _: int) -> Told:
+    """Add up what texts usually say, by which each one is judged."""
+    parts = (_usual(usual_file(folder)) for folder in job.folders)
+    with aside(job.hops / "usual.pickle") as path:
+        path.write_bytes(pickle.dumps(reduce(added, parts, Usual())))
+    return {}
+
+
+def apply_verify(job: Job, number: int) -> Told:
+    """Judge the texts of a shard, and write what those that stay say."""
+    folder = job.shard(number)
+    table = pq.read_table(folder.stage("verify", "checked"))
+    apply(folder, "verify", verify_annotations(table, job.config.verify, _usual(job.hops / "usual.pickle")), table)
+    leave_keys(job, number, pq.read_table(folder.stage("verify")))
+    return {}
+
+
+def _usual(path: Path) -> Usual:
+    found: Usual = pickle.loads(path.read_bytes())  # noqa: S301  # our own workers'
+    return found
+
+
+def leave_keys(job: Job, number: int, table: pa.Table) -> None:
+    """Write what the texts of a shard say (SAID, each once), and what is left of those with a word that may be misspelled."""
+    texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
+    said = pa.table({"task": table["task"], "key": content_keys(texts)}, schema=SAID).group_by(["task", "key"]).aggregate([])
+    write_table(job.shard(number).stage("dedupe", "said"), [said.sort_by([("task", "ascending"), ("key", "ascending")])], SAID)
+    remainders = remainders_of(pc.unique(said["key"]))
+    left = pa.table({"remainder": remainders}, schema=LEFT)
+    write_table(job.shard(number).stage("dedupe", "remainders"), [left], LEFT)
+
+
 def compare_looks(job: Job, _: int) -> Told:
-    """Find samples that look alike, in one place, and tell their shards; a photo is 32 bytes here."""
+    """Find samples that look alike, in one place, and tell their shards."""
     samples = pa.concat_tables([pq.read_table(folder.stage("source"), columns=list(COMPARED)) for folder in job.folders])
     known = compare_samples(samples, kind_of_images(job.config))
     alone = pc.and_(pc.equal(known["sample_id"], known["image_group"]), pc.is_null(known["image_reason"]))
@@ -174,7 +225,7 @@ def apply_dedupe(job: Job, number: int) -> Told:
             folder.stage("balance", "entries"), [pa.table({"annotation_id": ids, "entries": found}, schema=ENTRIES)], ENTRIES
         )
         _leave_counts(job, number, "named", Counter(str(entry) for each in found for entry in each))
-    return {"steps": [["dedupe", *require_stage(folder, "dedupe")]]}
+    return {}
 
 
 ASKED = pa.schema(
@@ -268,28 +319,34 @@ def apply_balance(job: Job, number: int) -> Told:
     apply(folder, "balance", with_reason(marked, reasons), table)
     groups = pq.read_table(folder.stage("balance"), columns=["image_group", "sample_id", "source_split"])
     _send(job, "groups", number, groups.group_by(groups.column_names).aggregate([]), "image_group")
-    return {"steps": [["balance", *require_stage(folder, "balance")]]}
+    return {}
 
 
 def split_groups(job: Job, number: int) -> Told:
-    """Put images that look the same into one split; tell how many such groups there are."""
+    """Put images that look the same into one split."""
     table = job.received("groups", number)
     found = split_annotations(table, job.config.split, job.config.seed)
     _send_home(job, "splits", number, found, "sample_id", "split")
-    return {"groups": sum(count > 1 for count in Counter(table["image_group"].to_pylist()).values())}
+    return {}
 
 
 def apply_split(job: Job, number: int) -> Told:
-    """Split a shard's texts, and send questions of pairs to their partners, in their last words."""
+    """Split a shard's texts."""
     folder = job.shard(number)
     table = pq.read_table(folder.stage("balance"))
     marked = _joined(table, job.received("splits", number), "sample_id")
     apply(folder, "split", with_reason(marked, [None] * table.num_rows), table)
-    reviewed = review_annotations(join_marks(job.folder, pq.read_table(folder.stage("split")), Silence()), ())
+    return {}
+
+
+def send_pairs(job: Job, number: int) -> Told:
+    """Send questions of pairs to their partners, in their last words."""
+    table = join_marks(job.folder, pq.read_table(job.shard(number).stage("split")), Silence())
+    reviewed = review_annotations(table, ())
     paired = reviewed.filter(pc.is_valid(reviewed["final_pair_id"]))
     columns = ["final_pair_id", "final_question", "final_answer", "reason"]
     _send(job, "pairs", number, paired.select(columns), "final_pair_id")
-    return {"steps": [["split", *require_stage(folder, "split")]]}
+    return {}
 
 
 def break_pairs(job: Job, number: int) -> Told:
@@ -301,12 +358,28 @@ def break_pairs(job: Job, number: int) -> Told:
 
 
 def apply_review(job: Job, number: int) -> Told:
-    """Do to a shard's texts what people said of them."""
+    """Do to a shard's texts what people said of them; tell how many marks apply."""
     folder = job.shard(number)
     table = join_marks(job.folder, pq.read_table(folder.stage("split")), Silence())
     broken = set(job.received("broken", number)["final_pair_id"].to_pylist())
     apply(folder, "review", review_annotations(table, broken), table)
-    return {"steps": [["review", *require_stage(folder, "review")]], "marks": len(table) - table["mark"].null_count}
+    return {"marks": len(table) - table["mark"].null_count}
+
+
+def send_looks(job: Job, number: int) -> Told:
+    """Send the samples of a shard that stay to those that look the same; tell what each stage did to the shard."""
+    folder = job.shard(number)
+    stay = pq.read_table(folder.stage("review"), columns=["image_group", "sample_id"])
+    _send(job, "looks", number, stay.group_by(stay.column_names).aggregate([]), "image_group")
+    replies = len(pq.read_table(folder.stage("generate"), columns=["request_id"])["request_id"].unique())
+    sums = {name: require_stage(folder, name) for name in ("source", *STAGES)}
+    return {"sums": {**sums, "generate": (replies, {})}}
+
+
+def count_looks(job: Job, number: int) -> Told:
+    """Tell how many groups there are of several images that look the same."""
+    counts = Counter(job.received("looks", number)["image_group"].to_pylist())
+    return {"groups": sum(count > 1 for count in counts.values())}
 
 
 def _with_likeness(job: Job, number: int) -> pa.Table:

@@ -1,6 +1,8 @@
-"""Filling shards: the source is read in parts and dealt out; then each shard is asked about and checked row by row."""
+"""Filling shards: the source is read in parts and dealt out; then each shard is asked about, and asked again what to check."""
 
 import os
+import pickle
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -9,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cluster.job import HEX_DIGITS, Job
-from pipeline.dedupe import remainders_of
-from pipeline.errors import ClusterError, EngineError
+from pipeline.errors import ClusterError, EngineError, SourceError
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
@@ -34,20 +34,17 @@ from pipeline.stages import (
     require_stage,
     write_source,
 )
-from pipeline.store import Folder, read_json, write_json, write_table, write_text
+from pipeline.store import Folder, aside, disk_errors, read_json, write_json, write_table
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
-from pipeline.texts import content_keys
 from pipeline.types import UNANSWERED, Engine, Part, Rejected, Sample, Silence
+from pipeline.verify import Usual
 
 DEATHS = 3  # of workers at one shard, before it is given up
 CHUNK_SAMPLES = 256  # dealt out at once, or fewer, where they come to CHUNK_BYTES
-SAID = pa.schema([pa.field("task", pa.string()), pa.field("key", pa.string())])  # what texts of a shard say
-LEFT = pa.schema([pa.field("remainder", pa.uint64())])
 
 
 def read_part(job: Job, number: int) -> dict[str, Any]:
     """Read a part of the source, and send each sample to its shard; rows that cannot be read go to one of them each."""
-    job.enter()
     samples, unread = job.hop("samples"), job.hop("unread")
     if not (samples.file(number).exists() and unread.file(number).exists()):
         lost: list[dict[str, Any]] = []
@@ -57,7 +54,12 @@ def read_part(job: Job, number: int) -> dict[str, Any]:
 
 
 def _tables(job: Job, number: int, lost: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    rows = _limited(job, open_source(job.config, Part(number, job.parts)).rows)
+    source = open_source(job.config, Part(number, job.parts))
+    if source.revision not in ("", job.source):
+        raise SourceError(
+            f"{source.name} has changed while it was read", hint="run again, or pin it: --source hub:ORG/NAME@REVISION"
+        )
+    rows = _limited(job, source.rows)
     held: list[dict[str, Any]] = []
     held_bytes = 0
     for row in rows:
@@ -87,12 +89,17 @@ def _limited(job: Job, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | R
 
 
 def tries_file(folder: Folder) -> Path:
-    """Return where it stands how often a shard was begun in this run and not ended."""
-    return folder.path / "tries"
+    """Return where it stands how often a shard was begun in this run, and got no reply more."""
+    return folder.path / "tries.json"
+
+
+def usual_file(folder: Folder) -> Path:
+    """Return where it stands what the texts of a shard usually say (verify.Usual), pickled."""
+    return folder.path / "stages" / "verify" / "usual.pickle"
 
 
 class Filler(AbstractContextManager["Filler"]):
-    """Fills shards one after another: their samples are settled, asked about, and pass the stages that look at one row.
+    """Fills shards one after another: their samples are settled, asked about, and pass the stages up to what verify asks.
 
     It lives in one worker, and keeps the model, or the server, from shard to shard.
     """
@@ -105,7 +112,7 @@ class Filler(AbstractContextManager["Filler"]):
         self._stack.close()
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Fill a shard, unless it is filled already with the same; return its steps and how much was asked."""
+        """Fill a shard, unless it is filled already with the same; return how much was asked."""
         job = self.job
         job.enter()
         folder = job.shard(number)
@@ -114,13 +121,17 @@ class Filler(AbstractContextManager["Filler"]):
             if done.exists() and read_json(done)["inputs"] == job.inputs:
                 return {**read_json(done)["told"], "asked": 0, "again": True}
             done.unlink(missing_ok=True)
-            tried = int(tries.read_text()) if tries.exists() else 0
+            with Journal(folder.journal) as journal:
+                replies = journal.totals()["replies"]
+            before = read_json(tries) if tries.exists() else {"tried": 0, "replies": replies}
+            tried = before["tried"] if before["replies"] == replies else 0  # a worker that got on was not ended by the shard
             if tried > DEATHS:
                 raise ClusterError(
                     f"shard {number} has ended {tried} workers", hint="was memory short? the same command goes on with the rest"
                 )
-            write_text(tries, f"{tried + 1}")
-            found = self._fill(number)
+            write_json(tries, {"tried": tried + 1, "replies": replies})
+            with disk_errors(folder.path):
+                found = self._fill(number)
             tries.unlink()
             if not found["unanswered"]:  # what a server could not answer is asked again by the same command
                 write_json(done, {"inputs": job.inputs, "told": found})
@@ -129,30 +140,26 @@ class Filler(AbstractContextManager["Filler"]):
     def _fill(self, number: int) -> dict[str, Any]:
         job, config, folder, talk = self.job, self.job.config, self.job.shard(number), Silence()
         write_source(folder, self._rows(number), self._banned_images, None, talk)
-        samples, lost = require_stage(folder, "source")
-        steps = [["source", samples, lost]]
+        samples, _ = require_stage(folder, "source")
         counts = Counts()
         with Journal(folder.journal) as journal:
             if job.folder.journal.exists():  # of a run on this machine alone
                 journal.take_from(job.folder.journal, *self.range_of(number))
         generate(folder, config, job.revision, self._engine, samples, counts, talk)
         table = pq.read_table(folder.stage("generate"))
-        steps.append(["generate", len(table["request_id"].unique()), {}])
-        for name in ("validate", "filter", "verify"):
+        for name in ("validate", "filter"):
             if name == "filter":
                 table = join_repeats(table, self._banned)
-            elif name == "verify":
-                table = join_checks(folder, config, job.revision, self._engine, table, counts, talk)
-                table = join_alignment(folder, config, table, talk)
             apply(folder, name, STAGES[name](table, config), table)
-            steps.append([name, *require_stage(folder, name)])
             table = pq.read_table(folder.stage(name))
-        leave_keys(job, number, table)
+        table = join_checks(folder, config, job.revision, self._engine, table, counts, talk)
+        table = join_alignment(folder, config, table, talk)
+        write_table(folder.stage("verify", "checked"), [table], table.schema)
+        with aside(usual_file(folder)) as path:
+            path.write_bytes(pickle.dumps(Usual.of(table)))
         return {
-            "steps": steps,
             "asked": counts.asked,
             "total": counts.total,
-            "done": counts.done,
             "attempts": dict(counts.attempts),
             "flaws": dict(counts.flaws),
             "unanswered": sum(counts.flaws[reason] for reason in UNANSWERED),
@@ -190,20 +197,12 @@ class Filler(AbstractContextManager["Filler"]):
         return ExitStack()  # ends with the process; a server that we started ends with it, too
 
     def _choose(self) -> Choice:
-        choice = choose_engine(self.job.config, self.job.home / "servers" / f"{os.getpid()}.log", Silence())
+        decided = self.job.config.model_copy(update={"engine": self.job.engine})
+        log = self.job.home / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
+        choice = choose_engine(decided, log, Silence())
         if choice.revision != self.job.revision:
             raise EngineError(
                 f"a worker has another {choice.model} than the command: {choice.revision[:12]}, not {self.job.revision[:12]}",
                 hint="use one model on all nodes, or one list of --base-url",
             )
         return choice
-
-
-def leave_keys(job: Job, number: int, table: pa.Table) -> None:
-    """Write what the texts of a shard say (SAID, each once), and what is left of those with a word that may be misspelled."""
-    texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
-    said = pa.table({"task": table["task"], "key": content_keys(texts)}, schema=SAID).group_by(["task", "key"]).aggregate([])
-    write_table(job.shard(number).stage("dedupe", "said"), [said.sort_by([("task", "ascending"), ("key", "ascending")])], SAID)
-    remainders = remainders_of(pc.unique(said["key"]))
-    left = pa.table({"remainder": remainders}, schema=LEFT)
-    write_table(job.shard(number).stage("dedupe", "remainders"), [left], LEFT)

@@ -1,7 +1,7 @@
 """What every worker of a run knows: settings, and where shards and hops of rows lie."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import pyarrow as pa
 from pipeline.cluster.exchange import Exchange, Numbers
 from pipeline.config import Config
 from pipeline.errors import ClusterError
-from pipeline.store import Folder
+from pipeline.store import Folder, disk_errors
 
 HEX_DIGITS = 8  # of an id, which say in which shard it is
 Told = dict[str, Any]  # what a worker tells of a number; JSON
+Task = Callable[["Job", int], Told]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class Job:
     working: Path  # the folder that the command was given in: names of files in the settings are relative to it
     shards: int
     parts: int  # in which the source is read
+    engine: str  # as the command has decided: workers do not decide again
+    source: str  # its revision
     revision: str  # of the model
     inputs: str  # the digest of all that decides what the shards are filled with
 
     def enter(self) -> None:
-        """Make this process see what the one sees that gave the command. Raises ClusterError where it cannot."""
+        """Make this process see what the command saw. Raises ClusterError where it cannot."""
         try:
             os.chdir(self.working)
         except OSError as error:
@@ -74,3 +77,14 @@ class Job:
     def received(self, name: str, number: int, senders: int | None = None) -> pa.Table:
         """Return what was sent to a number."""
         return self.hop(name).receive(number, self.shards if senders is None else senders)
+
+
+def do(job: Job, task: Task, number: int) -> Told:
+    """Do a task of a job at a number; nobody else does any at this number meanwhile.
+
+    A worker that was given up may live on for a while, beside the one that took its place.
+    """
+    job.enter()
+    folder = job.shard(number)
+    with disk_errors(folder.path), folder.lock(wait=True):
+        return task(job, number)

@@ -9,13 +9,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as installed
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.balance import read_entries
 from pipeline.cluster import curate
 from pipeline.cluster.fill import Filler, read_part, tries_file
-from pipeline.cluster.job import Job, Told
+from pipeline.cluster.job import Job, Task, Told, do
 from pipeline.cluster.version import write_version
 from pipeline.cluster.workers import Plan, cluster, every, plan_workers
 from pipeline.config import Config
@@ -23,7 +24,9 @@ from pipeline.errors import ConfigError, TableError
 from pipeline.fingerprint import digest, file_digest
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import choose_engine
+from pipeline.generate.journal import Journal
 from pipeline.generate.requests import check_prompts, prompt_texts
+from pipeline.generate.weights import weights_revision
 from pipeline.marks import read_marks
 from pipeline.run import Result, asked_tasks, refuse_other_settings
 from pipeline.source import is_divisible, open_source
@@ -65,89 +68,120 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
     choice = choose_engine(config, folder.server_log, talk)
     source = open_source(config)
     with cluster(size.address), disk_errors(folder.path), folder.lock():
-        plan = plan_workers(size.workers, own_server=choice.name == "vllm" and not config.base_url)
+        plan = plan_workers(size.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
         write_json(folder.path / "shards" / "shards.json", {"shards": shards})
         write_json(folder.run_file, config.model_dump(mode="json"))
         for name in ORDER:  # what a run on one machine has left is not of this one
             for which in ("kept", "rejected"):
                 folder.stage(name, which).unlink(missing_ok=True)
+        if folder.journal.exists():
+            with Journal(folder.journal):
+                pass  # brings in what a killed run has left beside it: workers only read it
         parts = shards if is_divisible(config) else 1
-        job = Job(config, folder.path, Path.cwd(), shards, parts, choice.revision, "")
-        (never,) = every(1, partial(_leave_banned, job))
+        job = Job(config, folder.path, Path.cwd(), shards, parts, choice.name, source.revision, choice.revision, "")
+        (never,) = every(1, partial(do, job, _leave_banned))
+        for what in never["said"]:
+            talk.say(what)
         about = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": never["never"]}
         about |= {"compared_as": kind_of_images(config)}
         model = {"name": public_name(choice.model), "revision": choice.revision}
         write_json(folder.made_by("source"), about)
         write_json(folder.made_by("generate"), model)
         job = replace(job, inputs=_inputs(job, about, model))
-        return _run(job, plan, about, model, talk)
+        counts = _fill(job, plan, talk)
+        return _curate(job, curate.steps(job), counts, talk)
 
 
-def _run(job: Job, plan: Plan, about: dict[str, Any], model: dict[str, Any], talk: Talk) -> Result:
+def review_on_cluster(config: Config, folder: Folder, talk: Talk) -> Result:
+    """Do what people said of texts that a cluster has made, on this machine, and return the version that follows.
+
+    The caller holds the lock of the folder. Nothing is read from the source, and no model is asked.
+    """
+    folder = Folder(folder.path.absolute())
+    with cluster("local"):
+        job = Job(config, folder.path, Path.cwd(), _shards(folder, None), 1, "", "", "", "review")
+        return _curate(job, curate.review_steps(), Counts(), talk)
+
+
+def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
+    """Have the source read, and every shard filled; return how much was asked."""
     for old in (job.home / "exchange").glob("*"):
         if old != job.hops:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     if not all(_is_filled(job, number) for number in range(job.shards)):
-        every(job.parts, partial(read_part, job), talk=lambda done: talk("source", done, job.parts))
+        every(job.parts, partial(do, job, read_part), talk=lambda done: talk("source", done, job.parts))
     for folder in job.folders:
         tries_file(folder).unlink(missing_ok=True)
     told = every(job.shards, Filler(job), plan, lambda done: talk("generate", done, job.shards, {"unit": "shards"}))
-    counts = Counts(asked=sum(one["asked"] for one in told), total=sum(one["total"] for one in told))
+    counts, cost = Counts(), Counter[str]()
     for one in told:
+        counts.asked += one["asked"]
+        counts.total += one["total"]
+        counts.done += one["total"]
+        cost.update(one["cost"])
         if not one.get("again"):
             counts.attempts.update({int(attempt): count for attempt, count in one["attempts"].items()})
             counts.flaws.update(one["flaws"])
     if again := sum(bool(one.get("again")) for one in told):
         talk.say(f"{again} of {job.shards} shards were filled before")
-    cost: Counter[str] = Counter()
-    for one in told:
-        cost.update(one["cost"])
     if cost:
         write_json(job.folder.cost, cost)
-    found = [told]
-    steps = curate.steps(job)
-    for done, (step, by_all) in enumerate(steps, start=1):
-        found.append(every(job.shards if by_all else 1, partial(step, job)))
-        talk("curate", done, len(steps), {"last": step.__name__})
-    _say_marks(job, found[-1], talk)
-    groups = sum(one["groups"] for told in found for one in told if "groups" in one)
-    funnel = _funnel(found)
-    version, is_new = write_version(job, about, model, funnel, groups)
-    shutil.rmtree(job.home / "exchange")
+    return counts
+
+
+def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk) -> Result:
+    """Do steps over the shards, and make the version that comes out."""
+    told: list[Told] = []
+    for done, (task, by_all) in enumerate(steps, start=1):
+        told += every(job.shards if by_all else 1, partial(do, job, task))
+        talk("curate", done, len(steps), {"last": task.__name__})
+    _say_marks(job, sum(one.get("marks", 0) for one in told), talk)
+    funnel = _funnel([one["sums"] for one in told if "sums" in one])
+    version, is_new = write_version(job, funnel, sum(one.get("groups", 0) for one in told))
+    shutil.rmtree(job.home / "exchange", ignore_errors=True)
     return Result(version, is_new, counts, funnel)
 
 
-def _funnel(found: list[list[Told]]) -> list[Step]:
-    """Return the sums over all shards; each stage was given what the one before it kept."""
-    kept: Counter[str] = Counter()
-    lost: dict[str, Counter[str]] = {}
-    for told in found:
-        for one in told:
-            for stage, count, reasons in one.get("steps", ()):
-                kept[stage] += count
-                lost.setdefault(stage, Counter()).update(reasons)
+def _funnel(sums: list[dict[str, tuple[int, dict[str, int]]]]) -> list[Step]:
+    """Return what each stage did to all shards; it was given what the one before it kept."""
     units = {"source": "images", "generate": "requests"}
-    steps = [step_of(name, units.get(name, "annotations"), kept[name], dict(lost[name].most_common())) for name in ORDER[:-1]]
-    before = None
-    for step in steps[2:]:
-        if before is not None and step.input != before.kept:
+    steps = []
+    for name in ORDER[:-1]:
+        kept = sum(each[name][0] for each in sums)
+        lost = sum((Counter(each[name][1]) for each in sums), Counter[str]())
+        steps.append(step_of(name, units.get(name, "annotations"), kept, dict(lost.most_common())))
+    for before, step in pairwise(steps[2:]):
+        if step.input != before.kept:
             raise TableError(f"stage {step.stage} was given {step.input} rows, of {before.kept}", hint="please report this bug")
-        before = step
     return steps
 
 
 def _leave_banned(job: Job, _: int) -> Told:
-    job.enter()
-    return {"never": write_banned(job.folder, job.config, Silence())}
+    heard = Heard()
+    return {"never": write_banned(job.folder, job.config, heard), "said": heard.said}
+
+
+class Heard(Silence):
+    """A Talk that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """See Talk."""
+        if not passing:
+            self.said.append(text)
 
 
 def _inputs(job: Job, about: dict[str, Any], model: dict[str, Any]) -> str:
     """Return the digest of all that decides what shards are filled with."""
+    config = job.config
     later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split"}
-    settings = job.config.model_dump(mode="json", exclude=later)
-    banned = file_digest(job.folder.stage("source", "banned"))
-    prompts = prompt_texts(asked_tasks(job.config), job.config)
-    return digest([installed("synth"), settings, about, model, banned, prompts, job.shards])
+    settings = config.model_dump(mode="json", exclude=later)
+    files = [job.folder.stage("source", "banned"), *([config.split_list] if config.split_list else [])]
+    clip = Path(config.verify.clip)
+    named = [file_digest(path) for path in files] + ([weights_revision(clip)] if clip.is_dir() else [])
+    return digest([installed("synth"), settings, about, model, named, prompt_texts(asked_tasks(config), config), job.shards])
 
 
 def _is_filled(job: Job, number: int) -> bool:
@@ -164,8 +198,8 @@ def _shards(folder: Folder, wanted: int | None) -> int:
     return known or wanted or SHARDS
 
 
-def _say_marks(job: Job, told: list[Told], talk: Talk) -> None:
+def _say_marks(job: Job, used: int, talk: Talk) -> None:
     if job.folder.marks.exists():
-        known, used = len(read_marks(job.folder.marks)), sum(one["marks"] for one in told)
+        known = len(read_marks(job.folder.marks))
         lost = f"; {known - used} fit no text that is there now" if known > used else ""
         talk.say(f"review: {used} marks apply{lost}")

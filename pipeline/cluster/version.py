@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial, reduce
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.card import CARD_SAMPLES
-from pipeline.cluster.job import Job, Told
+from pipeline.cluster.job import Job, Told, do
 from pipeline.cluster.workers import every
 from pipeline.errors import TableError
 from pipeline.ledger import build_ledger
@@ -21,7 +22,7 @@ from pipeline.measure import Measure, added
 from pipeline.review import count_marks
 from pipeline.run import LEFT_OUT, about_run
 from pipeline.stages import Step, batches, rejected, step_of
-from pipeline.store import LEDGER_FILE, Version, scratch_folder, write_table
+from pipeline.store import LEDGER_FILE, Version, read_json, scratch_folder, write_table
 from pipeline.tables import LEDGER, PIXELS, SPLITS
 from pipeline.version import (
     Draft,
@@ -39,23 +40,20 @@ from pipeline.version import (
 DIGESTS = pa.schema([pa.field("sample_id", pa.string()), pa.field("digest", pa.string())])
 
 
-def write_version(
-    job: Job, about: dict[str, Any], model: dict[str, Any], funnel: list[Step], groups: int
-) -> tuple[Version, bool]:
+def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, bool]:
     """Write the version that the shards hold by now, or return the newest one (and False) if that holds the very same rows.
 
     Args:
         job: the run.
-        about: what is known of the source.
-        model: name and revision of the model.
         funnel: what each stage did; the last step is added here.
         groups: how many groups of images look alike.
 
     Raises:
         TableError: no row is left, or shards do not fit together.
     """
+    about, model = (read_json(job.folder.made_by(stage)) for stage in ("source", "generate"))
     with scratch_folder(job.home / "versions") as draft:
-        told = every(job.shards, partial(write_rows, job, about))
+        told = every(job.shards, partial(do, job, partial(write_rows, about)))
         rows = {split: sum(one["rows"].get(split, 0) for one in told) for split in SPLITS}
         held = {tuple(one["columns"]) for one in told if one["columns"]}
         if not held:
@@ -63,7 +61,7 @@ def write_version(
         if len(held) > 1:
             raise TableError("some samples have columns that others have not", hint="a source fills a column always or never")
         columns = list(held.pop())
-        (named,) = every(1, partial(name_version, job, columns))
+        (named,) = every(1, partial(do, job, partial(name_version, columns)))
         lost = sum((Counter(one["lost"]) for one in told), Counter[str]())
         funnel.append(step_of("version", "images", sum(rows.values()), dict(lost)))
         if funnel[-1].input != funnel[0].kept:
@@ -95,12 +93,11 @@ def write_version(
         return publish_version(job.folder, draft, manifest, shown), True
 
 
-def write_rows(job: Job, about: dict[str, Any], number: int) -> Told:
+def write_rows(about: dict[str, Any], job: Job, number: int) -> Told:
     """Write the rows of a shard to Parquet files in a folder of its own; tell what they are."""
     folder = job.shard(number)
-    path = job.home / "versions" / ".next" / f"{number:05d}"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    # Of a name of its own: a worker that was given up must not write into files that are published.
+    path = Path(mkdtemp(prefix=f"{number:05d}-", dir=job.home / "versions" / ".next"))
     annotations = pq.read_table(folder.stage("review"))
     rows, measure, draft = Rows(), Measure(), Draft(job.folder, path)
     shown: list[dict[str, Any]] = []
@@ -118,6 +115,7 @@ def write_rows(job: Job, about: dict[str, Any], number: int) -> Told:
     write_table(folder.stage("version", "digests"), [digests], DIGESTS)
     marked = [pq.read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
     return {
+        "folder": path.name,
         "columns": draft.columns,
         "rows": draft.counts(),
         "files": {file.name: about_file(file) for file in sorted(path.iterdir())},
@@ -130,7 +128,7 @@ def write_rows(job: Job, about: dict[str, Any], number: int) -> Told:
     }
 
 
-def name_version(job: Job, columns: list[str], _: int) -> Told:
+def name_version(columns: list[str], job: Job, _: int) -> Told:
     """Gather the ledger, and return the digest of all rows and the name that follows from them."""
     parent = newest(job.folder)
     ledgers = (pq.read_table(folder.stage("version", "ledger")) for folder in job.folders)
@@ -155,12 +153,14 @@ def _gather_files(draft: Path, told: list[Told]) -> dict[str, Any]:
     """Move the files of all shards into the draft, numbered in their order; return what the manifest says of them."""
     files: dict[str, Any] = {}
     numbers: Counter[str] = Counter()
-    for number, one in enumerate(told):
+    for one in told:
         for name, about in one["files"].items():
             split = name.rpartition("-")[0]
             final = f"{split}-{numbers[split]:05d}.parquet"
             numbers[split] += 1
-            (draft / f"{number:05d}" / name).rename(draft / final)
+            (draft / one["folder"] / name).rename(draft / final)
             files[final] = about
-        (draft / f"{number:05d}").rmdir()
+    for left in draft.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
     return dict(sorted(files.items()))

@@ -10,16 +10,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.cluster.job import Told
-from pipeline.errors import ClusterError, SynthError
-from pipeline.store import disk_errors
+from pipeline.errors import ClusterError, ImageError, SynthError
 
 CONNECT_SECONDS = 10
+DEATHS = 3  # of workers at one number, before it is given up
 MIN_CLUSTER_CPUS = 2  # Ray counts a CPU for each task that reads, and would wait for one for ever
 MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
 
@@ -48,10 +47,10 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     host, _, port = (address or "").rpartition(":")
     ours: dict[str, Any] = (
-        {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False} if address is None else {}
+        {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
     )
     try:
         if port.isdigit() and "/" not in host:
@@ -63,16 +62,18 @@ def cluster(address: str | None) -> Iterator[None]:
     import ray.data  # which sets up its own log
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1  # a shard may take hours
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def plan_workers(wanted: int | None, *, own_server: bool) -> Plan:
+def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> Plan:
     """Return how the asking is spread over the cluster: a worker for each GPU, or for each CPU but one.
 
-    Ray would start a pool that holds every CPU, and then wait for ever for one that reads.
+    Where each worker loads a model and there are no GPUs, there is one for each node: a model takes all of its CPUs. A pool
+    that holds every CPU would wait for ever for one that reads.
 
     Raises:
         ClusterError: the cluster has no room for so many workers.
@@ -81,16 +82,18 @@ def plan_workers(wanted: int | None, *, own_server: bool) -> Plan:
 
     known = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = known.get("CPU", 0.0), known.get("GPU", 0.0)
-    workers = wanted or int(gpus if own_server and gpus else max(1, cpus - 1))
+    on_gpus = loads_model and own_server and gpus > 0
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    workers = wanted or int(gpus if on_gpus else nodes if loads_model else max(1, cpus - 1))
     free = cpus - 1  # one is left for what reads
     if cpus < MIN_CLUSTER_CPUS or workers * MIN_CPUS > free:
         raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")
-    if own_server and gpus and workers > gpus:
+    if on_gpus and workers > gpus:
         raise ClusterError(
             f"{workers} workers with a server each do not fit on {gpus:g} GPUs", hint="pass fewer --workers, or --base-url"
         )
     share = math.floor(100 * min(1.0, free / workers)) / 100
-    return Plan(workers, share, 1.0 if own_server and gpus else 0.0)
+    return Plan(workers, share, 1.0 if on_gpus else 0.0)
 
 
 def every(
@@ -131,7 +134,7 @@ def _each(count: int, do: Callable[[int], Told], plan: Plan | None) -> Iterator[
             num_cpus=plan.cpus, num_gpus=plan.gpus,
         )  # fmt: skip
     else:
-        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow")
+        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow", ray_remote_args_fn=_task)
     try:
         for row in done.iter_rows():
             if row["error"]:
@@ -141,6 +144,10 @@ def _each(count: int, do: Callable[[int], Told], plan: Plan | None) -> Iterator[
     except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as error:
         what = f"workers died again and again: {' '.join(str(error).split())[:200]}"
         raise ClusterError(what, hint="was memory short? the same command goes on with what is done") from None
+
+
+def _task() -> dict[str, Any]:
+    return {"max_retries": DEATHS}
 
 
 class _Worker:
@@ -161,12 +168,12 @@ def _apply(do: Callable[[int], Told], batch: pa.Table) -> pa.Table:
     rows = []
     for number in batch["id"].to_pylist():
         try:
-            with disk_errors(Path.cwd()):
-                rows.append({"id": number, "told": json.dumps(do(number)), "error": None})
+            rows.append({"id": number, "told": json.dumps(do(number)), "error": None})
         except SynthError as error:
             rows.append({"id": number, "told": None, "error": json.dumps([type(error).__name__, str(error), error.hint])})
     return pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.int64()), ("told", pa.string()), ("error", pa.string())]))
 
 
 def _kind_of_error(name: str) -> type[SynthError]:
-    return next((kind for kind in SynthError.__subclasses__() if kind.__name__ == name), SynthError)
+    kinds = {kind.__name__: kind for kind in SynthError.__subclasses__() if kind is not ImageError}  # which wants more
+    return kinds.get(name, SynthError)

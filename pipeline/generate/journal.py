@@ -1,11 +1,12 @@
 """The journal: every raw reply, kept before anything else happens, under the digest of what was asked.
 
 A reply that is in the journal is never asked for again; a request that was sent but has no reply is one that was in flight
-when the process died. One SQLite file has one writer, on a local disk.
+when the process died. One SQLite file has one writer: the process that holds the lock of its folder.
 """
 
 import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,12 @@ CREATE TABLE IF NOT EXISTS replies (
     PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
 """
+_KEEP = (
+    "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
+    "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
+    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens "
+    "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')"  # types.UNANSWERED
+)
 
 
 class Journal:
@@ -85,10 +92,7 @@ class Journal:
         """
         with self._db:
             self._db.executemany(
-                "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
-                "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
-                "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens "
-                "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')",  # types.UNANSWERED
+                _KEEP,
                 [
                     (
                         request.id,
@@ -108,16 +112,21 @@ class Journal:
             )
 
     def take_from(self, path: Path, first_id: str, behind_id: str) -> None:
-        """Take over the replies of another journal about samples from one id up to, and without, another; ours stay."""
-        with Journal(path):  # which says if it is of another version
-            pass
-        self._db.execute("ATTACH ? AS other", (str(path),))
-        with self._db:
-            self._db.execute(
-                "INSERT OR IGNORE INTO replies SELECT * FROM other.replies WHERE sample_id >= ? AND sample_id < ?",
-                (first_id, behind_id),
-            )
-        self._db.execute("DETACH other")
+        """Take over the replies of another journal about samples from one id up to, and without, another; ours stay.
+
+        Blind questions are about no sample: the answers to all of them are taken.
+        Nobody writes to the other one meanwhile, and it was closed: it is only read, from whichever node.
+
+        Raises:
+            StoreError: it was written by another version of synth.
+        """
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as other:
+            if other.execute("PRAGMA user_version").fetchone() != (FORMAT,):
+                raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
+            mine = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
+            rows = other.execute(f"SELECT * FROM replies WHERE {mine}", (first_id, behind_id))  # noqa: S608
+            with self._db:
+                self._db.executemany(_KEEP, rows)
 
     def totals(self) -> dict[str, int]:
         """Return how many requests were sent in all (repeats count), how many replies are kept, and their tokens."""

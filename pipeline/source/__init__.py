@@ -153,8 +153,8 @@ def _open(config: Config, kind: str, argument: str, part: Part) -> Source:
         from pipeline.source.mapped import open_mapped, open_parquet
         from pipeline.source.remote import is_remote, open_remote
 
-        tables = open_remote(argument) if is_remote(argument) else open_parquet(Path(argument).expanduser())
-        tables = replace(tables, part=part)
+        local = Path(argument).expanduser()
+        tables = replace(open_remote(argument), part=part) if is_remote(argument) else open_parquet(local, part)
         return open_mapped(tables, config.columns, config.source_split, kind, allow_urls=config.allow_urls)
     if kind in ("flickr30k", "vqav2", "slidevqa") or (kind == "hub" and argument):
         return _open_hub(config, kind, argument, part)

@@ -24,7 +24,7 @@ REFERENCE_NAMES = ("text", "caption", "captions", "description")
 def open_folder(root: Path, part: Part = WHOLE) -> Source:
     """Return every image file under `root`, sorted by path, or a part of them. A broken image is a row with a reason.
 
-    The revision of a part is that of its files.
+    A part has no revision.
 
     Raises:
         SourceError: `root` is not a folder, or holds no image file.
@@ -37,7 +37,8 @@ def open_folder(root: Path, part: Part = WHOLE) -> Source:
         raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
     paths = paths[part.number :: part.of]
     references = read_references(root, paths)
-    revision = digest([[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths])
+    told = [[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths] if part == WHOLE else None
+    revision = "" if told is None else digest(told)
     rows = (_read(path, root, references.get(path, ())) for path in paths)
     return Source(name="folder", revision=revision, rows=rows, count=lambda: len(paths))
 

@@ -15,7 +15,7 @@ from pipeline.fingerprint import digest, file_digest
 from pipeline.image import check_image, deck_id
 from pipeline.schema import MAX_PAGES
 from pipeline.source.tables import SPLITS, Tables, embedded_bytes, is_list, is_text, split_of_path
-from pipeline.types import Rejected, Sample, Source
+from pipeline.types import WHOLE, Part, Rejected, Sample, Source
 
 ROLES = ("image", "pages", "references", "split")
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
@@ -49,8 +49,8 @@ def count_mapped(tables: Tables, columns: dict[str, list[str]], split: str | Non
     return sum(names.get(str(value)) == split for value in tables.values(columns["split"][0]))
 
 
-def open_parquet(path: Path) -> Tables:
-    """Return the tables of a Parquet file, or of all under a folder.
+def open_parquet(path: Path, part: Part = WHOLE) -> Tables:
+    """Return the tables of a Parquet file, or of all under a folder, or a part of them, which then have no revision.
 
     Raises:
         SourceError: there is none.
@@ -62,8 +62,8 @@ def open_parquet(path: Path) -> Tables:
     files: dict[str | None, list[str]] = {}
     for each in paths:
         files.setdefault(split_of_path(str(each.relative_to(root))), []).append(str(each.relative_to(root)))
-    revision = digest([[str(each.relative_to(root)), file_digest(each)] for each in paths])
-    return Tables(path.name, revision, "unknown", files, lambda name: (root / name).open("rb"))
+    revision = digest([[str(each.relative_to(root)), file_digest(each)] for each in paths]) if part == WHOLE else ""
+    return Tables(path.name, revision, "unknown", files, lambda name: (root / name).open("rb"), part=part)
 
 
 def check_split(tables: Tables, split: str | None) -> None:

@@ -131,7 +131,7 @@ def task_of(body: dict[str, Any]) -> str:
 
 def uuid_of(body: dict[str, Any]) -> str:
     first = next(message for message in body["messages"] if message["role"] == "user")
-    return str(next(part["uuid"] for part in first["content"] if "uuid" in part))
+    return str(next((part["uuid"] for part in first["content"] if "uuid" in part), ""))  # a blind question has no image
 
 
 def _name(body: dict[str, Any]) -> str:

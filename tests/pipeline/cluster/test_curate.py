@@ -1,6 +1,8 @@
 """Curation over shards: the same rows go and stay, for the same reasons, as in one process."""
 
+import pickle
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cluster import curate
-from pipeline.cluster.fill import leave_keys
+from pipeline.cluster.fill import usual_file
 from pipeline.cluster.job import Job
 from pipeline.config import Config, resolve
 from pipeline.fingerprint import digest
@@ -20,9 +22,11 @@ from pipeline.stages import STAGES, apply, join_likeness, join_marks, kind_of_im
 from pipeline.store import Folder, write_table, write_text
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.types import Silence
+from pipeline.verify import Usual
 
-GROUPED = ("dedupe", "balance", "split", "review")
+GROUPED = ("verify", "dedupe", "balance", "split", "review")
 THINGS = ("ring", "rimg", "star", "cat", "statue", "statur", "lamp", "table")  # some of them misspelled
+NOTHING = pa.schema([("request_id", pa.string()), ("reason", pa.string())])
 COLORS = ("red", "blue", "green")
 
 
@@ -72,17 +76,20 @@ def annotations(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
 
 
 def checked(table: pa.Table, config: Config) -> pa.Table:
-    """What verify leaves of annotations; how well captions fit is drawn by lot."""
-    for name in ("validate", "filter", "verify"):
+    """What filter leaves of annotations, asked again: some can be guessed; how well captions fit is drawn by lot."""
+    for name in ("validate", "filter"):
         if name == "filter":
             table = table.append_column("repeats", pa.nulls(len(table), pa.string()))
-        if name == "verify":
-            table = table.append_column("checks", pa.array([[]] * len(table), pa.list_(CHECK)))
-            fits = [random.Random(name).choice((None, 0.2, 0.3)) for name in table["annotation_id"].to_pylist()]
-            table = table.append_column("alignment", pa.array(fits, pa.float64()))
         table = STAGES[name](table, config)
         table = table.filter(pa.compute.is_null(table["reason"])).drop_columns(["reason"])
-    return table
+    rows = table.to_pylist()
+    blind = {"kind": "blind", "question": "?"}
+    checks = [
+        [{**blind, "expected": row["clean_answer"], "answer": "left"}] if row["answer_type"] == "other" else [] for row in rows
+    ]
+    fits = [random.Random(row["annotation_id"]).random() if row["clean_text"] else None for row in rows]
+    table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
+    return table.append_column("alignment", pa.array(fits, pa.float64()))
 
 
 def in_one_process(folder: Folder, rows: list[dict[str, Any]], table: pa.Table, config: Config) -> None:
@@ -103,12 +110,17 @@ def over_shards(
     schema = pa.schema([SAMPLE.field(column) for column in COMPARED])
     mine = pa.Table.from_pylist(rows, schema=schema)
     for number in range(job.shards):
-        for stage, whole in (("source", mine), ("verify", table)):
-            of_shard = whole.filter(pa.array(job.shard_of(whole["sample_id"].to_pylist()) == number))
-            write_table(job.shard(number).stage(stage), [of_shard], of_shard.schema)
-            if stage == "verify":
-                leave_keys(job, number, of_shard)
-    return [step(job, n) for step, by_all in curate.steps(job) for n in (order(job.shards) if by_all else [0])]
+        folder = job.shard(number)
+        parts = [whole.filter(pa.array(job.shard_of(whole["sample_id"].to_pylist()) == number)) for whole in (mine, table)]
+        samples, texts = parts
+        write_table(folder.stage("source"), [samples], samples.schema)
+        write_table(folder.stage("verify", "checked"), [texts], texts.schema)
+        usual_file(folder).write_bytes(pickle.dumps(Usual.of(texts)))
+        for stage in ("source", "generate", "validate", "filter"):  # of which only the sums are wanted
+            for which in ("kept", "rejected"):
+                if not folder.stage(stage, which).exists():
+                    write_table(folder.stage(stage, which), [NOTHING.empty_table()], NOTHING)
+    return [task(job, n) for task, by_all in curate.steps(job) for n in (order(job.shards) if by_all else [0])]
 
 
 def left(folders: list[Folder], stage: str, which: str) -> list[dict[str, Any]]:
@@ -134,17 +146,26 @@ def test_over_shards_the_same_rows_go_for_the_same_reasons(tmp_path: Path, shard
     for folder in (one, Folder(home)):
         write_text(folder.marks, marks)
     in_one_process(one, rows, table, config)
-    job = Job(config, home, tmp_path, shards, 1, "r", "inputs")
+    job = Job(config, home, tmp_path, shards, 1, "embedded", "s", "r", "inputs")
     told = over_shards(job, rows, table, lambda count: random.Random(0).sample(range(count), count))
     for stage in GROUPED:
         for which in ("kept", "rejected"):
             assert left(job.folders, stage, which) == left([one], stage, which), (stage, which)
     reasons = {row["reason"] for stage in GROUPED for row in left([one], stage, "rejected")}
     assert reasons == {
-        "near_duplicate_image", "near_held_out_image", "duplicate", "caption_of_many_images", "answer_too_common",
-        "concepts_too_common", "marked_unclear",
-    }  # fmt: skip
+        "answerable_without_image",
+        "low_alignment",
+        "near_duplicate_image",
+        "near_held_out_image",
+        "duplicate",
+        "caption_of_many_images",
+        "answer_too_common",
+        "concepts_too_common",
+        "marked_unclear",
+    }
     assert sum(one["marks"] for one in told if "marks" in one) == 2
+    groups = Counter(group for group, _ in {(row["image_group"], row["sample_id"]) for row in left([one], "review", "kept")})
+    assert sum(one["groups"] for one in told if "groups" in one) == sum(count > 1 for count in groups.values())
     final = left([one], "review", "kept")
     assert any(row["final_pair_id"] for row in final)
     assert sum(row["pair_id"] is not None and row["final_pair_id"] is None for row in final) == 2
@@ -160,7 +181,7 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     rows = samples(3, rng)
     config = settings()
     table = checked(annotations(rows, rng), config)
-    job = Job(config, tmp_path, tmp_path, 16, 1, "r", "inputs")
+    job = Job(config, tmp_path, tmp_path, 16, 1, "embedded", "s", "r", "inputs")
     over_shards(job, rows, table, lambda count: list(range(count)))
     in_one_process(Folder(tmp_path / "one"), rows, table, config)
     assert left(job.folders, "review", "kept") == left([Folder(tmp_path / "one")], "review", "kept")

@@ -21,7 +21,7 @@ def rows(*numbers: int) -> pa.Table:
 
 
 def job(folder: Path, shards: int) -> Job:
-    return Job(resolve(source="scenes"), folder, folder, shards, 1, "r", "inputs")
+    return Job(resolve(source="scenes"), folder, folder, shards, 1, "embedded", "s", "r", "inputs")
 
 
 def test_each_row_arrives_once_and_equal_keys_at_one_place(tmp_path: Path) -> None:
@@ -81,6 +81,6 @@ def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, sh
 
 
 def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Path) -> None:
-    lost = Job(resolve(source="scenes"), tmp_path, tmp_path / "elsewhere", 1, 1, "r", "inputs")
+    lost = Job(resolve(source="scenes"), tmp_path, tmp_path / "elsewhere", 1, 1, "embedded", "s", "r", "inputs")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
         lost.enter()

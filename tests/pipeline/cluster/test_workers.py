@@ -11,9 +11,10 @@ from pipeline.errors import ClusterError
     ("cpus", "gpus", "wanted", "own_server", "plan"),
     [
         (2, 0, None, False, Plan(1, 1.0, 0)),
+        (8, 0, None, False, Plan(7, 1.0, 0)),
         (2, 0, 2, False, Plan(2, 0.5, 0)),
         (2, 0, 10, False, Plan(10, 0.1, 0)),
-        (8, 0, None, True, Plan(7, 1.0, 0)),
+        (8, 0, None, True, Plan(3, 1.0, 0)),  # one for each node
         (32, 4, None, True, Plan(4, 1.0, 1)),
         (32, 4, 3, True, Plan(3, 1.0, 1)),
         (4, 4, None, True, Plan(4, 0.75, 1)),
@@ -29,7 +30,8 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
     plan: Plan,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
-    found = plan_workers(wanted, own_server=own_server)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3 + [{"Alive": False}])
+    found = plan_workers(wanted, loads_model=own_server, own_server=own_server)
     assert found == plan
     assert found.workers * found.cpus <= cpus - 1
     assert found.cpus >= MIN_CPUS
@@ -47,6 +49,7 @@ def test_what_does_not_fit_is_said_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, wanted: int | None, what: str
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     with pytest.raises(ClusterError, match=what) as caught:
-        plan_workers(wanted, own_server=True)
+        plan_workers(wanted, loads_model=True, own_server=True)
     assert "fewer --workers" in caught.value.hint

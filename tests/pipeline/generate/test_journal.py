@@ -104,3 +104,19 @@ def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path)
         assert journal.last(REQUESTS[0].id) == (ours, None)
         assert journal.last(REQUESTS[1].id) == (reply_to(1), "flaw")
         assert journal.totals()["asked"] == 0  # what was asked there was not asked here
+
+
+def test_a_reply_of_a_model_is_taken_over_where_ours_is_that_no_server_answered(tmp_path: Path) -> None:
+    with Journal(tmp_path / "theirs.sqlite") as journal:
+        journal.keep([(REQUESTS[0], reply_to(0), None)])
+    with Journal(tmp_path / "ours.sqlite") as journal:
+        journal.keep([(REQUESTS[0], replace(reply_to(0), finish_reason="server_error"), "server_error")])
+        journal.take_from(tmp_path / "theirs.sqlite", "a", "b")
+        assert journal.last(REQUESTS[0].id, answered=True) == (reply_to(0), None)
+
+
+def test_a_journal_of_another_version_is_not_taken_over(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "old.sqlite")) as db:
+        db.executescript("CREATE TABLE replies (x); PRAGMA user_version = 1;")
+    with Journal(tmp_path / "ours.sqlite") as journal, pytest.raises(StoreError, match="another version of synth"):
+        journal.take_from(tmp_path / "old.sqlite", "a", "b")
