@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster.job import HEX_DIGITS, Job
-from pipeline.errors import ClusterError, EngineError, SourceError
+from pipeline.cluster.job import DEATHS, HEX_DIGITS, Job, given_up
+from pipeline.errors import EngineError, SourceError
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
@@ -39,7 +39,6 @@ from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Part, Rejected, Sample, Silence
 from pipeline.verify import Usual
 
-DEATHS = 3  # of workers at one shard, before it is given up
 CHUNK_SAMPLES = 256  # dealt out at once, or fewer, where they come to CHUNK_BYTES
 
 
@@ -126,9 +125,7 @@ class Filler(AbstractContextManager["Filler"]):
             before = read_json(tries) if tries.exists() else {"tried": 0, "replies": replies}
             tried = before["tried"] if before["replies"] == replies else 0  # a worker that got on was not ended by the shard
             if tried > DEATHS:
-                raise ClusterError(
-                    f"shard {number} has ended {tried} workers", hint="was memory short? the same command goes on with the rest"
-                )
+                raise given_up(f"shard {number}", tried)
             write_json(tries, {"tried": tried + 1, "replies": replies})
             with disk_errors(folder.path):
                 found = self._fill(number)

@@ -12,8 +12,9 @@ import pyarrow as pa
 from pipeline.cluster.exchange import Exchange, Numbers
 from pipeline.config import Config
 from pipeline.errors import ClusterError
-from pipeline.store import Folder, disk_errors
+from pipeline.store import Folder, disk_errors, write_text
 
+DEATHS = 3  # of workers at one number, before it is given up
 HEX_DIGITS = 8  # of an id, which say in which shard it is
 Told = dict[str, Any]  # what a worker tells of a number; JSON
 Task = Callable[["Job", int], Told]
@@ -70,6 +71,11 @@ class Job:
         """The folder of what goes from shard to shard."""
         return self.home / "exchange" / self.inputs[:16]
 
+    @property
+    def tries(self) -> Path:
+        """The folder of how often steps were begun in this run and not ended: Ray itself would try for ever."""
+        return self.hops / "tries"
+
     def hop(self, name: str) -> Exchange:
         """Return a hop of rows from all numbers to all numbers: of shards, or of groups of keys, of which there are as many."""
         return Exchange(self.hops / name, self.shards)
@@ -85,6 +91,17 @@ def do(job: Job, task: Task, number: int) -> Told:
     A worker that was given up may live on for a while, beside the one that took its place.
     """
     job.enter()
-    folder = job.shard(number)
+    folder, tries = job.shard(number), job.tries / f"{getattr(task, '__name__', 'rows')}-{number}"
     with disk_errors(folder.path), folder.lock(wait=True):
-        return task(job, number)
+        tried = int(tries.read_text()) if tries.exists() else 0
+        if tried > DEATHS:
+            raise given_up(f"a step of shard {number}", tried)
+        write_text(tries, f"{tried + 1}")
+        told = task(job, number)
+        tries.unlink()
+        return told
+
+
+def given_up(what: str, times: int) -> ClusterError:
+    """Return the error to raise where workers die again and again."""
+    return ClusterError(f"{what} has ended {times} workers", hint="was memory short? the same command goes on with the rest")

@@ -132,6 +132,7 @@ def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
 def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk) -> Result:
     """Do steps over the shards, and make the version that comes out."""
     told: list[Told] = []
+    shutil.rmtree(job.tries, ignore_errors=True)
     for done, (task, by_all) in enumerate(steps, start=1):
         told += every(job.shards if by_all else 1, partial(do, job, task))
         talk("curate", done, len(steps), {"last": task.__name__})

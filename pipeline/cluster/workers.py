@@ -18,7 +18,6 @@ from pipeline.cluster.job import Told
 from pipeline.errors import ClusterError, ImageError, SynthError
 
 CONNECT_SECONDS = 10
-DEATHS = 3  # of workers at one number, before it is given up
 MIN_CLUSTER_CPUS = 2  # Ray counts a CPU for each task that reads, and would wait for one for ever
 MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
 
@@ -58,7 +57,10 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **ours)
     except (OSError, ValueError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
-        raise ClusterError(f"no Ray cluster at {address}: {what}", hint="start one with `ray start --head`") from None
+        raise ClusterError(
+            f"no Ray cluster at {address}: {what}",
+            hint="start one with `ray start --head`; one that wants a token: RAY_AUTH_MODE=token",
+        ) from None
     import ray.data  # which sets up its own log
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -134,7 +136,7 @@ def _each(count: int, do: Callable[[int], Told], plan: Plan | None) -> Iterator[
             num_cpus=plan.cpus, num_gpus=plan.gpus,
         )  # fmt: skip
     else:
-        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow", ray_remote_args_fn=_task)
+        done = numbers.map_batches(partial(_apply, do), batch_size=1, batch_format="pyarrow")
     try:
         for row in done.iter_rows():
             if row["error"]:
@@ -144,10 +146,6 @@ def _each(count: int, do: Callable[[int], Told], plan: Plan | None) -> Iterator[
     except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as error:
         what = f"workers died again and again: {' '.join(str(error).split())[:200]}"
         raise ClusterError(what, hint="was memory short? the same command goes on with what is done") from None
-
-
-def _task() -> dict[str, Any]:
-    return {"max_retries": DEATHS}
 
 
 class _Worker:

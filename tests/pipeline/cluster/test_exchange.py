@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cluster.exchange import Exchange
 from pipeline.cluster.fill import Filler
-from pipeline.cluster.job import Job
+from pipeline.cluster.job import DEATHS, Job, Told, do
 from pipeline.config import resolve
 from pipeline.errors import ClusterError, TableError
 from pipeline.fingerprint import digest
@@ -84,3 +84,17 @@ def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Pa
     lost = Job(resolve(source="scenes"), tmp_path, tmp_path / "elsewhere", 1, 1, "embedded", "s", "r", "inputs")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
         lost.enter()
+
+
+def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:
+    here = job(tmp_path, 4)
+
+    def dies(job: Job, number: int) -> Told:
+        raise KeyboardInterrupt  # as little as kill -9 is it an error that is told
+
+    for _ in range(DEATHS + 1):
+        with pytest.raises(KeyboardInterrupt):
+            do(here, dies, 2)
+    with pytest.raises(ClusterError, match="a step of shard 2 has ended 4 workers"):
+        do(here, dies, 2)
+    assert do(here, lambda job, number: {"number": number}, 2) == {"number": 2}  # another step is another matter
