@@ -136,7 +136,7 @@ class Filler(AbstractContextManager["Filler"]):
 
     def _fill(self, number: int) -> dict[str, Any]:
         job, config, folder, talk = self.job, self.job.config, self.job.shard(number), Silence()
-        write_source(folder, self._rows(number), self._banned_images, None, talk)
+        write_source(folder, self.rows_of(number), self.banned, None, talk)
         samples, _ = require_stage(folder, "source")
         counts = Counts()
         with Journal(folder.journal) as journal:
@@ -163,7 +163,7 @@ class Filler(AbstractContextManager["Filler"]):
             "cost": read_json(folder.cost) if folder.cost.exists() else {},
         }
 
-    def _rows(self, number: int) -> Iterator[Sample | Rejected]:
+    def rows_of(self, number: int) -> Iterator[Sample | Rejected]:
         """Yield what was sent to a shard."""
         job = self.job
         for batch in job.hop("samples").batches(number, job.parts):
@@ -182,7 +182,8 @@ class Filler(AbstractContextManager["Filler"]):
         return read_banned(self.job.folder)
 
     @cached_property
-    def _banned_images(self) -> Banned:
+    def banned(self) -> Banned:
+        """The images that are left out."""
         return Banned.of(self._banned, kind_of_images(self.job.config))
 
     @cached_property

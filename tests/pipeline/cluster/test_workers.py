@@ -3,6 +3,7 @@
 import pytest
 import ray
 
+from pipeline.cluster import workers
 from pipeline.cluster.workers import MIN_CPUS, Plan, plan_workers
 from pipeline.errors import ClusterError
 
@@ -53,3 +54,10 @@ def test_what_does_not_fit_is_said_before_it_starts(
     with pytest.raises(ClusterError, match=what) as caught:
         plan_workers(wanted, loads_model=True, own_server=True)
     assert "fewer --workers" in caught.value.hint
+
+
+def test_without_ray_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught, workers.cluster(None):
+        pass
+    assert "extra `ray`" in caught.value.hint

@@ -1,0 +1,62 @@
+"""The source in parts, dealt out to shards: the same samples and rejections as when one process reads it."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cluster.fill import Filler, read_part
+from pipeline.cluster.job import Job
+from pipeline.config import resolve
+from pipeline.errors import SourceError
+from pipeline.leakage import Banned
+from pipeline.source import is_divisible, open_source
+from pipeline.stages import kind_of_images, read_banned, write_banned, write_source
+from pipeline.store import Folder
+from pipeline.types import Silence
+from tests.hub import datasets
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Thirty files: copies, files that are no images, and photos that others hold as well."""
+    for folder, first in (("photos", 0), ("held-out", 8)):
+        (tmp_path / folder).mkdir()
+        for n in range(30 if folder == "photos" else 4):
+            data = b"no image" if n % 7 == 6 else datasets.photo((first + n) % 20)
+            (tmp_path / folder / f"{n:02d}.jpg").write_bytes(data)
+    return tmp_path / "photos"
+
+
+def rows(folders: list[Folder], which: str) -> list[dict[str, Any]]:
+    found = [row for folder in folders for row in pq.read_table(folder.stage("source", which)).to_pylist()]
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 5, 100])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, limit: int | None, shards: int) -> None:
+    config = resolve(source=f"folder:{photos}", limit=limit, never=[f"folder:{photos.parent / 'held-out'}"])
+    one = Folder(tmp_path / "one")
+    write_banned(one, config, Silence())
+    banned = Banned.of(read_banned(one), kind_of_images(config))
+    write_source(one, open_source(config).rows, banned, limit, Silence())
+    parts = shards if is_divisible(config) else 1
+    job = Job(config, tmp_path / "many", tmp_path, shards, parts, "embedded", open_source(config).revision, "r", "inputs")
+    write_banned(job.folder, config, Silence())
+    for number in reversed(range(parts)):
+        read_part(job, number)
+    filler = Filler(job)
+    for number, folder in enumerate(job.folders):
+        write_source(folder, filler.rows_of(number), filler.banned, None, Silence())
+    for which in ("kept", "rejected"):
+        assert rows(job.folders, which) == rows([one], which)
+    assert len(rows([one], "kept")) == min(limit or 100, 15)
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    config = resolve(source="scenes", limit=3)
+    job = Job(config, tmp_path, tmp_path, 1, 1, "embedded", "another revision", "r", "inputs")
+    with pytest.raises(SourceError, match="scenes has changed while it was read"):
+        read_part(job, 0)
