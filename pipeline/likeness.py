@@ -5,7 +5,7 @@ Images are compared by their PDQ hashes (image.look_of). Photos that are 20 bits
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,10 +20,11 @@ NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides o
 COMPARED = ("sample_id", "split", "looks", "width_px", "height_px")  # columns of samples that decide
 BLOCK = 256  # hashes compared with all others at once
 
+Near = tuple[int, int, int]  # two pages, by their position among all that have a hash, and the bits that they are apart
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
 
 
-def compare_samples(samples: pa.Table, kind: Kind | None) -> pa.Table:
+def compare_samples(samples: pa.Table, kind: Kind | None, near_pages: Iterable[Near] | None = None) -> pa.Table:
     """Return the group of each sample, and why it is to go if it is (tables.LIKENESS).
 
     Of photos that are the same, the one in the most held-out split stays, then the largest, then the first by id. A sample that
@@ -32,10 +33,11 @@ def compare_samples(samples: pa.Table, kind: Kind | None) -> pa.Table:
     Args:
         samples: with the columns `COMPARED`.
         kind: what the images are; None: they are known to be distinct, and nothing is compared.
+        near_pages: what `near_hashes` yields for all pages, where that is known already.
     """
     ids, splits, looks, widths, heights = (samples[name].to_pylist() for name in COMPARED)
     near: dict[int, dict[int, int]] = defaultdict(dict)
-    for a, b, bits in near_samples(looks, kind) if kind else ():
+    for a, b, bits in near_samples(looks, kind, near_pages) if kind else ():
         near[a][b] = near[b][a] = bits
     order = sorted(range(len(ids)), key=lambda n: (-SPLIT_RANK[splits[n]], -widths[n] * heights[n], ids[n]))
     reasons: list[str | None] = [None] * len(ids)
@@ -56,15 +58,18 @@ def compare_samples(samples: pa.Table, kind: Kind | None) -> pa.Table:
     return pa.table(columns, schema=LIKENESS)
 
 
-def near_samples(looks: Sequence[Sequence[bytes]], kind: Kind) -> Iterator[tuple[int, int, int]]:
+def near_samples(
+    looks: Sequence[Sequence[bytes]], kind: Kind, near_pages: Iterable[Near] | None = None
+) -> Iterator[tuple[int, int, int]]:
     """Yield (sample, sample, bits apart), by position: images that are near, or decks of which half the pages have a near one.
 
     Where half of the pages count, so do the bits of the median page. A hash that is empty is near nothing.
     """
-    owners, hashes = _rows(looks)
+    owners, hashes = hashes_of(looks)
     pages = [len(each) for each in looks]
+    near_pages = near_hashes(hashes, NEAR_BITS[kind]) if near_pages is None else near_pages
     found: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
-    for p, q, bits in near_hashes(hashes, NEAR_BITS[kind]):
+    for p, q, bits in near_pages:
         a, b = owners[p], owners[q]
         if a != b:
             for closest, page in zip(found[a, b], (p, q), strict=True):
@@ -75,9 +80,12 @@ def near_samples(looks: Sequence[Sequence[bytes]], kind: Kind) -> Iterator[tuple
             yield a, b, apart[len(apart) // 2]
 
 
-def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (row, later row, bits apart) of all hashes that are at most so far apart: each pair is looked at."""
-    for start in range(0, len(hashes), BLOCK):
+def near_hashes(hashes: Hashes, most_bits: int, first: int = 0, step: int = 1) -> Iterator[Near]:
+    """Yield (row, later row, bits apart) of all hashes that are at most so far apart: each pair is looked at.
+
+    With `first` and `step`, only every so many blocks of rows are compared with those behind them, for others do the rest.
+    """
+    for start in range(first * BLOCK, len(hashes), step * BLOCK):
         block = hashes[start : start + BLOCK]
         bits = bits_apart(block, hashes[start:])
         for i, j in np.argwhere(bits <= most_bits).tolist():
@@ -98,7 +106,8 @@ def as_hashes(looks: Sequence[bytes]) -> Hashes:
     return np.frombuffer(b"".join(looks), dtype=np.uint64).reshape(-1, 4)
 
 
-def _rows(looks: Sequence[Sequence[bytes]]) -> tuple[list[int], Hashes]:
+def hashes_of(looks: Sequence[Sequence[bytes]]) -> tuple[list[int], Hashes]:
+    """Return the hash of each page that has one, and before it the sample that each is of."""
     told = [(n, look) for n, each in enumerate(looks) for look in each if look]
     return [n for n, _ in told], as_hashes([look for _, look in told])
 

@@ -39,7 +39,7 @@ from pipeline.dedupe import (
     remainders_of,
 )
 from pipeline.fingerprint import unit_interval
-from pipeline.likeness import COMPARED, compare_samples
+from pipeline.likeness import COMPARED, NEAR_BITS, compare_samples, hashes_of, near_hashes
 from pipeline.measure import added
 from pipeline.review import broken_pairs, review_annotations
 from pipeline.split import split_annotations
@@ -52,6 +52,7 @@ from pipeline.verify import Usual, verify_annotations
 
 SAID = pa.schema([pa.field("task", pa.string()), pa.field("key", pa.string())])  # what texts of a shard say
 LEFT = pa.schema([pa.field("remainder", pa.uint64())])
+NEAR = pa.schema([pa.field(name, pa.int64()) for name in ("page", "other", "bits")])
 MISSPELLED = pa.schema([pa.field(name, pa.string()) for name in ("task", "wrong", "right")])
 COUNTS = pa.schema([pa.field("name", pa.string()), pa.field("count", pa.int64())])
 ENTRIES = pa.schema([pa.field("annotation_id", pa.string()), pa.field("entries", pa.list_(pa.int32()))])
@@ -59,7 +60,7 @@ ENTRIES = pa.schema([pa.field("annotation_id", pa.string()), pa.field("entries",
 
 def steps(job: Job) -> list[tuple[Task, bool]]:
     """Return what is to be done, in order, once the shards are filled; and whether by all numbers, or by one."""
-    compared: list[tuple[Task, bool]] = [(compare_looks, False)] if kind_of_images(job.config) else []
+    compared: list[tuple[Task, bool]] = [(compare_looks, True), (settle_looks, False)] if kind_of_images(job.config) else []
     return [
         (gather_usual, False),
         (apply_verify, True),
@@ -119,10 +120,24 @@ def leave_keys(job: Job, number: int, table: pa.Table) -> None:
     write_table(job.shard(number).stage("dedupe", "remainders"), [left], LEFT)
 
 
-def compare_looks(job: Job, _: int) -> Told:
-    """Find samples that look alike, in one place, and tell their shards."""
+def compare_looks(job: Job, number: int) -> Told:
+    """Compare a part of all images with all others, by their looks."""
+    kind = kind_of_images(job.config)
+    assert kind
+    looks = pa.concat_tables([pq.read_table(folder.stage("source"), columns=["looks"]) for folder in job.folders])
+    _, hashes = hashes_of(looks["looks"].to_pylist())
+    near = near_hashes(hashes, NEAR_BITS[kind], number, job.shards)
+    table = pa.Table.from_pylist([dict(zip(NEAR.names, each, strict=True)) for each in near], schema=NEAR)
+    write_table(job.hops / "near" / f"{number:05d}.parquet", [table], NEAR)
+    return {}
+
+
+def settle_looks(job: Job, _: int) -> Told:
+    """Say which samples are to go for another that looks like them, and tell their shards."""
     samples = pa.concat_tables([pq.read_table(folder.stage("source"), columns=list(COMPARED)) for folder in job.folders])
-    known = compare_samples(samples, kind_of_images(job.config))
+    tables = [pq.read_table(job.hops / "near" / f"{number:05d}.parquet") for number in range(job.shards)]
+    near = [(row["page"], row["other"], row["bits"]) for table in tables for row in table.to_pylist()]
+    known = compare_samples(samples, kind_of_images(job.config), near)
     alone = pc.and_(pc.equal(known["sample_id"], known["image_group"]), pc.is_null(known["image_reason"]))
     job.hop("likeness").send(0, [known.filter(pc.invert(alone))], lambda rows: job.shard_of(rows["sample_id"].to_pylist()))
     return {}

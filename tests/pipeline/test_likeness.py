@@ -175,3 +175,11 @@ def test_what_has_gone_keeps_nothing_else_from_staying() -> None:
     known = compare_samples(samples(*rows), "photos")
     assert known["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
     assert set(known["image_group"].to_pylist()) == {"s0"}
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_what_several_find_in_their_blocks_is_what_one_finds(step: int) -> None:
+    hashes = np.random.default_rng(0).integers(0, 4, (3 * BLOCK + 7, 4), np.uint64)  # many are near
+    shares = [list(near_hashes(hashes, 1, first, step)) for first in range(step)]
+    assert sorted(pair for share in shares for pair in share) == sorted(near_hashes(hashes, 1))
+    assert sum(bool(share) for share in shares) >= min(step, 3)  # it is shared out
