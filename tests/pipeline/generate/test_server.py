@@ -208,7 +208,8 @@ def test_a_server_and_its_engine_end_with_us_however_we_end() -> None:
     """Its engine is a child of the server, which is killed first: as Ray does to children of a worker."""
     code = (
         "import os, subprocess, sys; from pipeline.generate.server import _end_with_us;"
-        "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE, start_new_session=True);"
+        "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"
+        " stderr=subprocess.DEVNULL, start_new_session=True);"
         "print(server.stdout.readline().decode().strip(), flush=True);"
         "leash = _end_with_us(server.pid);"
         "sys.argv[1] == 'called off' and os.write(leash, b'\\n');"
