@@ -20,7 +20,7 @@ test: .stamps/venv .stamps/vllm .stamps/browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/whole/test_vllm.py tests/whole tests  # the longest first
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 format: .stamps/venv
 	$(BIN)/ruff check --fix .

@@ -95,9 +95,12 @@ def generate(
     ray_address: Annotated[
         str | None, typer.Option(help="The Ray cluster.", show_default="one on this machine, for as long as the command runs")
     ] = None,
-    shards: Annotated[int | None, typer.Option(min=1, help="Of the data on a cluster.", show_default="16")] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="On a cluster, cut the data into so many parts.", show_default="16")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="That ask at once, on a cluster.", show_default="one for each GPU, or CPU but one")
+        int | None,
+        typer.Option(min=1, help="On a cluster, so many ask at once.", show_default="one for each GPU, or CPU but one"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same settings and more; flags win over it.")] = None,
     dry_run: Annotated[

@@ -59,7 +59,7 @@ from pipeline.stages import (
 from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table, write_text
 from pipeline.tables import PIXELS
 from pipeline.types import Sample, Silence, Source, Talk
-from pipeline.version import Rows, build_rows, draft_version
+from pipeline.version import Draft, Rows, build_rows, draft_version
 
 LEFT_OUT = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
 
@@ -114,7 +114,7 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
         if not new:
             raise ConfigError(f"no mark in {', '.join(map(str, files))}", hint="mark texts in a report, then export the marks")
         with folder.lock():
-            if not folder.stage_files("split"):
+            if not folder.stage("split").exists() and not folder.finished.exists():
                 raise ConfigError(f"{folder.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_marks(folder.marks) if folder.marks.exists() else []
             rows = {name_of(row): row for path in folder.stage_files("split") for row in pq.read_table(path).to_pylist()}
@@ -232,22 +232,17 @@ def _write_version(
     funnel: list[Step],
 ) -> tuple[Version, bool]:
     source, model = (read_json(require_file(folder.made_by(stage))) for stage in ("source", "generate"))
-    rows, measure = Rows(), Measure()
-    shown: list[dict[str, Any]] = []
     with draft_version(folder) as draft:
-        decks, never, compared_as = bool(source.pop("decks", False)), source.pop("never"), source.pop("compared_as")
-        for table in build_rows(annotations, batches(folder), source["name"], rows, decks=decks):
-            draft.add(table)
-            texts = table.drop_columns(list(PIXELS)).to_pylist()
-            measure.add(texts)
-            shown += texts[: CARD_SAMPLES - len(shown)]
+        rows, measure, shown = fill_draft(draft, annotations, folder, source)
         lost = dict(Counter(row["reason"] for row in rows.rejected))
         step = step_of("version", "images", len(rows.digests), lost)
         if step.input != samples:
             raise TableError(f"stage version was given {samples} images and returned {step}", hint="please report this bug")
         funnel.append(step)
         left_out = {"version": pa.Table.from_pylist(rows.rejected, schema=LEFT_OUT)}
-        leakage = _leakage(folder, compared_as, never, annotations)
+        images = annotations.group_by("image_group").aggregate([("sample_id", "count_distinct")])["sample_id_count_distinct"]
+        groups = sum(count > 1 for count in images.to_pylist())
+        leakage = leakage_of(source, funnel, groups, annotations.num_rows - annotations["repeats"].null_count)
         marked = [pq.read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
         made_by = about_run(config, source, model, funnel, measure.result(), leakage) | {"review": count_marks(*marked)}
         version, is_new = draft.publish(rows, made_by, build_ledger(rejected(folder) | left_out), shown)
@@ -271,7 +266,7 @@ def about_run(
     """Return what a manifest says of the run that made a version."""
     asked = asked_tasks(config)
     return {
-        "source": source,
+        "source": {name: source[name] for name in ("name", "revision")},
         "model": model,
         "prompts": prompt_texts(asked, config),
         "schemas": {task: wire_schema(task) for task in asked},
@@ -282,17 +277,37 @@ def about_run(
     }
 
 
-def _leakage(folder: Folder, compared_as: str | None, never: list[dict[str, Any]], annotations: pa.Table) -> dict[str, Any]:
-    """Return what was done so that nothing held out is learned from, here or elsewhere."""
-    lost = [require_stage(folder, stage)[1] for stage in ("source", "dedupe")]
-    images = annotations.group_by("image_group").aggregate([("sample_id", "count_distinct")])["sample_id_count_distinct"]
+def fill_draft(
+    draft: Draft, annotations: pa.Table, folder: Folder, source: dict[str, Any]
+) -> tuple[Rows, Measure, list[dict[str, Any]]]:
+    """Write the rows of a folder's samples; return what was learned of them, what was measured, and a few for the card."""
+    rows, measure = Rows(), Measure()
+    shown: list[dict[str, Any]] = []
+    for table in build_rows(annotations, batches(folder), source["name"], rows, decks=bool(source.get("decks"))):
+        draft.add(table)
+        texts = table.drop_columns(list(PIXELS)).to_pylist()
+        measure.add(texts)
+        shown += texts[: CARD_SAMPLES - len(shown)]
+    return rows, measure, shown
+
+
+def leakage_of(source: dict[str, Any], funnel: list[Step], groups: int, repeated_texts: int) -> dict[str, Any]:
+    """Return what was done so that nothing held out is learned from, here or elsewhere.
+
+    Args:
+        source: what is known of the source.
+        funnel: what each stage did.
+        groups: how many groups of several images look alike.
+        repeated_texts: how many texts stand in a data set of --never, too.
+    """
+    lost = {step.stage: step.rejected for step in funnel}
     return {
-        "compared_as": compared_as,
-        "groups_of_images": sum(count > 1 for count in images.to_pylist()),
-        "near_held_out_annotations": lost[1].get("near_held_out_image", 0),
-        "never": never,
-        "banned_images": lost[0].get("banned_image", 0),
-        "repeated_texts": annotations.num_rows - annotations["repeats"].null_count,
+        "compared_as": source["compared_as"],
+        "groups_of_images": groups,
+        "near_held_out_annotations": lost["dedupe"].get("near_held_out_image", 0),
+        "never": source["never"],
+        "banned_images": lost["source"].get("banned_image", 0),
+        "repeated_texts": repeated_texts,
     }
 
 

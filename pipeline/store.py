@@ -144,6 +144,11 @@ class Folder:
         own = self.stage(name, which)
         return [own] if own.exists() else sorted(self.path.glob(f"shards/*/stages/{name}/{which}.parquet"))
 
+    @property
+    def finished(self) -> Path:
+        """What a run on a cluster leaves when all shards are done; without it they may be of several runs."""
+        return self.path / "shards" / "finished.json"
+
     def made_by(self, stage: str) -> Path:
         """Which source or model a stage had: what starts after it must not name another one."""
         return self.path / "stages" / stage / "made_by.json"

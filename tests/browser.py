@@ -17,7 +17,7 @@ WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 800}
 Open = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open an event loop runs, and no test could start another
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster.job import DEATHS, HEX_DIGITS, Job, given_up
+from pipeline.cluster.job import HEX_DIGITS, Job, Told, do
 from pipeline.errors import EngineError, SourceError
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import Choice, choose_engine
@@ -34,15 +34,16 @@ from pipeline.stages import (
     require_stage,
     write_source,
 )
-from pipeline.store import Folder, aside, disk_errors, read_json, write_json, write_table
+from pipeline.store import Folder, aside, read_json, write_json, write_table
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Part, Rejected, Sample, Silence
 from pipeline.verify import Usual
 
+FILLED = "filled.json"  # with which inputs a shard was filled, and what was told of it
 CHUNK_SAMPLES = 256  # dealt out at once, or fewer, where they come to CHUNK_BYTES
 
 
-def read_part(job: Job, number: int) -> dict[str, Any]:
+def read_part(job: Job, number: int) -> Told:
     """Read a part of the source, and send each sample to its shard; rows that cannot be read go to one of them each."""
     samples, unread = job.hop("samples"), job.hop("unread")
     if not (samples.file(number).exists() and unread.file(number).exists()):
@@ -87,14 +88,20 @@ def _limited(job: Job, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | R
                 return
 
 
-def tries_file(folder: Folder) -> Path:
-    """Return where it stands how often a shard was begun in this run, and got no reply more."""
-    return folder.path / "tries.json"
+def is_filled(job: Job, number: int) -> bool:
+    """Whether a shard holds what this job would fill it with."""
+    done = job.shard(number).path / FILLED
+    return done.exists() and read_json(done)["inputs"] == job.inputs
 
 
 def usual_file(folder: Folder) -> Path:
     """Return where it stands what the texts of a shard usually say (verify.Usual), pickled."""
     return folder.path / "stages" / "verify" / "usual.pickle"
+
+
+def _replies(folder: Folder) -> int:
+    with Journal(folder.journal) as journal:
+        return journal.totals()["replies"]
 
 
 class Filler(AbstractContextManager["Filler"]):
@@ -110,31 +117,21 @@ class Filler(AbstractContextManager["Filler"]):
         """End the server, if one was started."""
         self._stack.close()
 
-    def __call__(self, number: int) -> dict[str, Any]:
+    def __call__(self, number: int) -> Told:
         """Fill a shard, unless it is filled already with the same; return how much was asked."""
-        job = self.job
-        job.enter()
-        folder = job.shard(number)
-        done, tries = folder.path / "filled.json", tries_file(folder)
-        with folder.lock(wait=True):
-            if done.exists() and read_json(done)["inputs"] == job.inputs:
-                return {**read_json(done)["told"], "asked": 0, "again": True}
-            done.unlink(missing_ok=True)
-            with Journal(folder.journal) as journal:
-                replies = journal.totals()["replies"]
-            before = read_json(tries) if tries.exists() else {"tried": 0, "replies": replies}
-            tried = before["tried"] if before["replies"] == replies else 0  # a worker that got on was not ended by the shard
-            if tried > DEATHS:
-                raise given_up(f"shard {number}", tried)
-            write_json(tries, {"tried": tried + 1, "replies": replies})
-            with disk_errors(folder.path):
-                found = self._fill(number)
-            tries.unlink()
-            if not found["unanswered"]:  # what a server could not answer is asked again by the same command
-                write_json(done, {"inputs": job.inputs, "told": found})
-            return found
+        return do(self.job, self._fill_once, number, _replies)
 
-    def _fill(self, number: int) -> dict[str, Any]:
+    def _fill_once(self, job: Job, number: int) -> Told:
+        done = job.shard(number).path / FILLED
+        if is_filled(job, number):
+            return {**read_json(done)["told"], "asked": 0, "again": True}
+        done.unlink(missing_ok=True)
+        found = self._fill(number)
+        if not found["unanswered"]:  # what a server could not answer is asked again by the same command
+            write_json(done, {"inputs": job.inputs, "told": found})
+        return found
+
+    def _fill(self, number: int) -> Told:
         job, config, folder, talk = self.job, self.job.config, self.job.shard(number), Silence()
         write_source(folder, self.rows_of(number), self.banned, None, talk)
         samples, _ = require_stage(folder, "source")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.cluster.exchange import Exchange, Numbers
 from pipeline.config import Config
 from pipeline.errors import ClusterError
-from pipeline.store import Folder, disk_errors, write_text
+from pipeline.store import Folder, disk_errors, read_json, write_json
 
 DEATHS = 3  # of workers at one number, before it is given up
 HEX_DIGITS = 8  # of an id, which say in which shard it is
@@ -73,8 +73,8 @@ class Job:
 
     @property
     def tries(self) -> Path:
-        """The folder of how often steps were begun in this run and not ended: Ray itself would try for ever."""
-        return self.hops / "tries"
+        """The folder of how often tasks were begun in this run and not ended."""
+        return self.home / "shards" / "tries"
 
     def hop(self, name: str) -> Exchange:
         """Return a hop of rows from all numbers to all numbers: of shards, or of groups of keys, of which there are as many."""
@@ -85,23 +85,30 @@ class Job:
         return self.hop(name).receive(number, self.shards if senders is None else senders)
 
 
-def do(job: Job, task: Task, number: int) -> Told:
+def do(job: Job, task: Task, number: int, got_on: Callable[[Folder], int] = lambda folder: 0) -> Told:
     """Do a task of a job at a number; nobody else does any at this number meanwhile.
 
     A worker that was given up may live on for a while, beside the one that took its place.
+
+    Args:
+        job: the run.
+        task: what is to be done.
+        number: of a shard, or of what there are as many of.
+        got_on: what grows in the shard's folder while the task gets on; a worker that died after that was not ended by it.
+
+    Raises:
+        ClusterError: the task has ended one worker after the other: Ray itself would try for ever.
     """
     job.enter()
-    folder, tries = job.shard(number), job.tries / f"{getattr(task, '__name__', 'rows')}-{number}"
+    folder, tries = job.shard(number), job.tries / f"{getattr(task, 'func', task).__name__}-{number}.json"
     with disk_errors(folder.path), folder.lock(wait=True):
-        tried = int(tries.read_text()) if tries.exists() else 0
+        now = got_on(folder)
+        before = read_json(tries) if tries.exists() else {"tried": 0, "got_on": now}
+        tried = before["tried"] if before["got_on"] == now else 0
         if tried > DEATHS:
-            raise given_up(f"a step of shard {number}", tried)
-        write_text(tries, f"{tried + 1}")
+            what = f"{tries.stem} has ended {tried} workers"
+            raise ClusterError(what, hint="was memory short? the same command goes on with the rest")
+        write_json(tries, {"tried": tried + 1, "got_on": now})
         told = task(job, number)
         tries.unlink()
         return told
-
-
-def given_up(what: str, times: int) -> ClusterError:
-    """Return the error to raise where workers die again and again."""
-    return ClusterError(f"{what} has ended {times} workers", hint="was memory short? the same command goes on with the rest")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.balance import read_entries
 from pipeline.cluster import curate
-from pipeline.cluster.fill import Filler, read_part, tries_file
+from pipeline.cluster.fill import Filler, is_filled, read_part
 from pipeline.cluster.job import Job, Task, Told, do
 from pipeline.cluster.version import write_version
 from pipeline.cluster.workers import Plan, cluster, every, plan_workers
@@ -79,6 +79,7 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
                 pass  # brings in what a killed run has left beside it: workers only read it
         parts = shards if is_divisible(config) else 1
         job = Job(config, folder.path, Path.cwd(), shards, parts, choice.name, source.revision, choice.revision, "")
+        begin(job)
         (never,) = every(1, partial(do, job, _leave_banned))
         for what in never["said"]:
             talk.say(what)
@@ -100,7 +101,14 @@ def review_on_cluster(config: Config, folder: Folder, talk: Talk) -> Result:
     folder = Folder(folder.path.absolute())
     with cluster("local"):
         job = Job(config, folder.path, Path.cwd(), _shards(folder, None), 1, "", "", "", "review")
+        begin(job)
         return _curate(job, curate.review_steps(), Counts(), talk)
+
+
+def begin(job: Job) -> None:
+    """Forget what an earlier run in this folder has tried, and that it was finished."""
+    shutil.rmtree(job.tries, ignore_errors=True)
+    job.folder.finished.unlink(missing_ok=True)
 
 
 def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
@@ -108,10 +116,8 @@ def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
     for old in (job.home / "exchange").glob("*"):
         if old != job.hops:
             shutil.rmtree(old, ignore_errors=True)
-    if not all(_is_filled(job, number) for number in range(job.shards)):
+    if not all(is_filled(job, number) for number in range(job.shards)):
         every(job.parts, partial(do, job, read_part), talk=lambda done: talk("source", done, job.parts))
-    for folder in job.folders:
-        tries_file(folder).unlink(missing_ok=True)
     told = every(job.shards, Filler(job), plan, lambda done: talk("generate", done, job.shards, {"unit": "shards"}))
     counts, cost = Counts(), Counter[str]()
     for one in told:
@@ -132,13 +138,13 @@ def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
 def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk) -> Result:
     """Do steps over the shards, and make the version that comes out."""
     told: list[Told] = []
-    shutil.rmtree(job.tries, ignore_errors=True)
     for done, (task, by_all) in enumerate(steps, start=1):
         told += every(job.shards if by_all else 1, partial(do, job, task))
         talk("curate", done, len(steps), {"last": task.__name__})
     _say_marks(job, sum(one.get("marks", 0) for one in told), talk)
     funnel = _funnel([one["sums"] for one in told if "sums" in one])
     version, is_new = write_version(job, funnel, sum(one.get("groups", 0) for one in told))
+    write_json(job.folder.finished, {"version": version.name})
     shutil.rmtree(job.home / "exchange", ignore_errors=True)
     return Result(version, is_new, counts, funnel)
 
@@ -183,11 +189,6 @@ def _inputs(job: Job, about: dict[str, Any], model: dict[str, Any]) -> str:
     clip = Path(config.verify.clip)
     named = [file_digest(path) for path in files] + ([weights_revision(clip)] if clip.is_dir() else [])
     return digest([installed("synth"), settings, about, model, named, prompt_texts(asked_tasks(config), config), job.shards])
-
-
-def _is_filled(job: Job, number: int) -> bool:
-    done = job.shard(number).path / "filled.json"
-    return done.exists() and read_json(done)["inputs"] == job.inputs
 
 
 def _shards(folder: Folder, wanted: int | None) -> int:

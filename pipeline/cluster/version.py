@@ -20,16 +20,14 @@ from pipeline.errors import TableError
 from pipeline.ledger import build_ledger
 from pipeline.measure import Measure, added
 from pipeline.review import count_marks
-from pipeline.run import LEFT_OUT, about_run
-from pipeline.stages import Step, batches, rejected, step_of
+from pipeline.run import LEFT_OUT, about_run, fill_draft, leakage_of
+from pipeline.stages import Step, rejected, step_of
 from pipeline.store import LEDGER_FILE, Version, read_json, scratch_folder, write_table
-from pipeline.tables import LEDGER, PIXELS, SPLITS
+from pipeline.tables import LEDGER, SPLITS
 from pipeline.version import (
     Draft,
-    Rows,
     about_file,
     about_rows,
-    build_rows,
     newest,
     next_version,
     nothing_left,
@@ -51,9 +49,9 @@ def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, b
     Raises:
         TableError: no row is left, or shards do not fit together.
     """
-    about, model = (read_json(job.folder.made_by(stage)) for stage in ("source", "generate"))
+    source, model = (read_json(job.folder.made_by(stage)) for stage in ("source", "generate"))
     with scratch_folder(job.home / "versions") as draft:
-        told = every(job.shards, partial(do, job, partial(write_rows, about)))
+        told = every(job.shards, partial(do, job, write_rows))
         rows = {split: sum(one["rows"].get(split, 0) for one in told) for split in SPLITS}
         held = {tuple(one["columns"]) for one in told if one["columns"]}
         if not held:
@@ -74,16 +72,7 @@ def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, b
         measures = (pickle.loads(base64.b64decode(one["measured"])) for one in told)  # noqa: S301  # our own workers'
         total: Measure = reduce(added, measures, Measure())
         reviewed = sum((Counter(one["review"]) for one in told), Counter[str]())
-        lost_by = {step.stage: step.rejected for step in funnel}
-        leakage = {
-            "compared_as": about["compared_as"],
-            "groups_of_images": groups,
-            "near_held_out_annotations": lost_by["dedupe"].get("near_held_out_image", 0),
-            "never": about["never"],
-            "banned_images": lost_by["source"].get("banned_image", 0),
-            "repeated_texts": sum(one["repeated"] for one in told),
-        }
-        source = {name: value for name, value in about.items() if name in ("name", "revision")}
+        leakage = leakage_of(source, funnel, groups, sum(one["repeated"] for one in told))
         made_by = about_run(job.config, source, model, funnel, total.result(), leakage)
         made_by["review"] = {mark: reviewed[mark] for mark in ("good", "bad", "edited")} if reviewed else {}
         files = _gather_files(draft, told)
@@ -93,19 +82,14 @@ def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, b
         return publish_version(job.folder, draft, manifest, shown), True
 
 
-def write_rows(about: dict[str, Any], job: Job, number: int) -> Told:
+def write_rows(job: Job, number: int) -> Told:
     """Write the rows of a shard to Parquet files in a folder of its own; tell what they are."""
     folder = job.shard(number)
     # Of a name of its own: a worker that was given up must not write into files that are published.
     path = Path(mkdtemp(prefix=f"{number:05d}-", dir=job.home / "versions" / ".next"))
     annotations = pq.read_table(folder.stage("review"))
-    rows, measure, draft = Rows(), Measure(), Draft(job.folder, path)
-    shown: list[dict[str, Any]] = []
-    for table in build_rows(annotations, batches(folder), about["name"], rows, decks=about["decks"]):
-        draft.add(table)
-        texts = table.drop_columns(list(PIXELS)).to_pylist()
-        measure.add(texts)
-        shown += texts[: CARD_SAMPLES - len(shown)]
+    draft = Draft(job.folder, path)
+    rows, measure, shown = fill_draft(draft, annotations, folder, read_json(job.folder.made_by("source")))
     draft.close()
     left_out = pa.Table.from_pylist(rows.rejected, schema=LEFT_OUT)
     write_table(folder.stage("version", "rejected"), [left_out], LEFT_OUT)

@@ -47,7 +47,7 @@ def cluster(address: str | None) -> Iterator[None]:
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     ours: dict[str, Any] = (
         {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
     )

@@ -157,6 +157,8 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     driver.wait()
     chat.script = world()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # they end with the driver
+    (tmp_path / "m.jsonl").write_text(format_marks([Mark(sample_id="0" * 64, content="0" * 16, mark="good")]))
+    assert "many has no finished run to review" in said(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
     done = synth(*asked, "--out", "many", "--executor", "ray")
     assert done.returncode == 0, done.stderr
     assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]

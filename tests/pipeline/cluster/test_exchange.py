@@ -9,6 +9,7 @@ import pytest
 from pipeline.cluster.exchange import Exchange
 from pipeline.cluster.fill import Filler
 from pipeline.cluster.job import DEATHS, Job, Told, do
+from pipeline.cluster.run import begin
 from pipeline.config import resolve
 from pipeline.errors import ClusterError, TableError
 from pipeline.fingerprint import digest
@@ -95,6 +96,23 @@ def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path)
     for _ in range(DEATHS + 1):
         with pytest.raises(KeyboardInterrupt):
             do(here, dies, 2)
-    with pytest.raises(ClusterError, match="a step of shard 2 has ended 4 workers"):
+    with pytest.raises(ClusterError, match="dies-2 has ended 4 workers"):
         do(here, dies, 2)
-    assert do(here, lambda job, number: {"number": number}, 2) == {"number": 2}  # another step is another matter
+    assert do(here, lambda job, number: {"number": number}, 2) == {"number": 2}  # another task is another matter
+    begin(here)  # the same command, once more
+    with pytest.raises(KeyboardInterrupt):
+        do(here, dies, 2)
+
+
+def test_a_task_that_got_on_before_its_worker_died_is_begun_again(tmp_path: Path) -> None:
+    here = job(tmp_path, 4)
+    begun: list[int] = []
+
+    def dies(job: Job, number: int) -> Told:
+        begun.append(number)
+        raise KeyboardInterrupt
+
+    for _ in range(3 * DEATHS):
+        with pytest.raises(KeyboardInterrupt):
+            do(here, dies, 2, lambda folder: len(begun))
+    assert len(begun) == 3 * DEATHS
