@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.errors import ConfigError, SynthError
+from pipeline.objects import is_object, place
 
 if TYPE_CHECKING:
     from pipeline.generate.ask import Counts
@@ -25,7 +26,10 @@ review = typer.Typer(no_args_is_help=True, help="What people say of the texts: m
 app.add_typer(review, name="review")
 
 DataDir = Annotated[
-    Path | None, typer.Argument(help="Dataset folder, or one of its versions.", show_default="the last one made")
+    Path | None,
+    typer.Argument(
+        parser=place, metavar="PATH", help="Dataset folder, or one of its versions.", show_default="the last one made"
+    ),
 ]
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # what stands after --
 INTERRUPTED = 130  # how typer ends on Ctrl-C
@@ -71,7 +75,13 @@ def generate(
         str | None, typer.Option(help="What to ask, with commas.", show_default="caption,qa; of decks deck_qa")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Dataset folder; run again to continue it.", show_default="data/SOURCE")
+        Path | None,
+        typer.Option(
+            parser=place,
+            metavar="PATH",
+            help="Dataset folder; run again to continue it. On a cluster also s3://BUCKET/NAME, gs:// or az://.",
+            show_default="data/SOURCE",
+        ),
     ] = None,
     from_stage: Annotated[str | None, typer.Option(help="Start at this stage, from what the one before it left.")] = None,
     verify: Annotated[
@@ -138,6 +148,8 @@ def generate(
         raise typer.BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
     if executor == "ray" and (from_stage or dry_run):
         raise typer.BadParameter("--from-stage and --dry-run go with --executor local", param_hint="--executor")
+    if executor == "local" and out and is_object(out):
+        raise typer.BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
     if dry_run:
         with progress() as talk:
             estimate = estimate_run(resolved, out, talk)
@@ -210,21 +222,24 @@ def sources(
 @app.command()
 def versions(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset, oldest first: rows, size, parent, date, digest, and where each was pushed."""
-    from pipeline.store import Folder, last_made
+    from pipeline.store import Folder, disk_errors, last_made
 
     folder = Folder(data or last_made())
-    found = folder.versions() or [folder.version()]  # which says what is wrong
-    rows = [version.summary() for version in found]
-    for row in rows:
-        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in folder.pushed() if push["version"] == row["version"]]
+    with disk_errors(folder.path):
+        found = folder.versions() or [folder.version()]  # which says what is wrong
+        rows = [version.summary() for version in found]
+        for row in rows:
+            row["pushed"] = [
+                f"{push['repo']}@{push['commit']}" for push in folder.pushed() if push["version"] == row["version"]
+            ]
     if as_json:
         typer.echo(json.dumps(rows))
     for row in rows if not as_json else []:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
         counts += f"  (from {row['parent'] or 'nothing'})"
         typer.echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
-        for place in row["pushed"]:
-            typer.echo(f"          pushed to {place}")
+        for repo in row["pushed"]:
+            typer.echo(f"          pushed to {repo}")
 
 
 @app.command()
@@ -235,17 +250,19 @@ def diff(
 ) -> None:
     """Say what changed from one version to another, field by field, and why."""
     from pipeline.diff import diff_versions
-    from pipeline.pull import names_hub, pull_version
-    from pipeline.store import Folder, last_made, open_dataset
+    from pipeline.pull import names_hub, open_place, pull_version
+    from pipeline.store import last_made
 
-    folder = Path(names.pop(0)) if len(names) == 3 else None
+    folder = place(names.pop(0)) if len(names) == 3 else None
     if len(names) != 2:
         raise typer.BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
 
     def opened(name: str) -> "Version":
         if names_hub(name):
             return pull_version(name)
-        return open_dataset(Path(name)) if Path(name).is_dir() else Folder(folder or last_made()).version(name)
+        if "://" in name or Path(name).is_dir():
+            return open_place(place(name))
+        return open_place(folder or last_made(), name)
 
     found = diff_versions(*map(opened, names))
     if as_json:
@@ -259,7 +276,12 @@ def diff(
 def push(
     data: Annotated[
         Path | None,
-        typer.Argument(help="Dataset folder, one of its versions, or a checkpoint.", show_default="the last dataset made"),
+        typer.Argument(
+            parser=place,
+            metavar="PATH",
+            help="Dataset folder, one of its versions, or a checkpoint.",
+            show_default="the last dataset made",
+        ),
     ] = None,
     repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
     version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
@@ -279,12 +301,13 @@ def push(
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
     from pipeline.licence import staying_home
     from pipeline.outgoing import outgoing, outgoing_checkpoint
-    from pipeline.store import Folder, open_dataset
+    from pipeline.pull import open_place
+    from pipeline.store import Folder
 
-    if data and (data / "train.json").exists():
+    if data and not is_object(data) and (data / "train.json").exists():
         send(outgoing_checkpoint(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
         return
-    chosen = open_dataset(data, version)
+    chosen = open_place(data, version)
     held = staying_home(chosen.manifest["licences"])
     with outgoing(chosen, repo, images=images, acknowledged=acknowledge or ()) as package:
         say(f"licence of the images: {', '.join(chosen.manifest['licences'])}")
@@ -457,10 +480,11 @@ def report(
 
     Texts can be marked there as good, bad or edited; `synth review apply` takes the marks.
     """
+    from pipeline.pull import open_place
     from pipeline.report.write import newest_checkpoint, write_report
-    from pipeline.store import disk_errors, open_dataset
+    from pipeline.store import disk_errors
 
-    version = open_dataset(data)
+    version = open_place(data)
     folder = version.dataset
     with disk_errors(folder):
         typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
@@ -470,7 +494,10 @@ def report(
 def review_apply(
     marks: Annotated[list[Path], typer.Argument(help="Files of marks that a report exported; later ones win.")],
     data: Annotated[
-        Path | None, typer.Option(help="Dataset folder that the report was made of.", show_default="the last one made")
+        Path | None,
+        typer.Option(
+            parser=place, metavar="PATH", help="Dataset folder that the report was made of.", show_default="the last one made"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -504,10 +531,10 @@ def send(package: "Package", repo: str, *, private: bool, dry_run: bool, as_json
 def open_data(name: str | None, images: str | None) -> "Version":
     """Open what `--data` names, with pixels: from this machine or the Hub, joined from `--images` where it has none."""
     from pipeline.join import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
-    from pipeline.pull import names_hub, pull_version
-    from pipeline.store import Folder, disk_errors, open_dataset
+    from pipeline.pull import names_hub, open_place, pull_version
+    from pipeline.store import Folder, disk_errors
 
-    version = pull_version(name) if name and names_hub(name) else open_dataset(Path(name) if name else None)
+    version = pull_version(name) if name and names_hub(name) else open_place(place(name) if name else None)
     if not lacks_pixels(version):
         return version
     home = Folder(version.dataset / "joined")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.fingerprint import file_digest
 from pipeline.shards import SplitWriter
-from pipeline.store import LEDGER_FILE, Version, open_dataset, publish, read_version, scratch_folder, write_json
+from pipeline.store import LEDGER_FILE, MANIFEST, Version, open_dataset, publish, read_version, scratch_folder, write_json
 from pipeline.tables import PIXELS, ROW, SPLITS, features
 
 BATCH_ROWS = 64
@@ -26,7 +26,7 @@ def lacks_pixels(version: Version) -> bool:
 def joined_before(version: Version, home: Path) -> Version | None:
     """Return the copy that `join_pixels` made under `home`, if it did."""
     final = _place(version, home)
-    if not (final / "manifest.json").exists():
+    if not (final / MANIFEST).exists():
         return None
     joined = read_version(final)
     return Version(joined.path, joined.manifest, version.repo)
@@ -52,7 +52,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
         files = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
         schema = pq.read_schema(aside / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
-        write_json(aside / "manifest.json", version.manifest | joined)
+        write_json(aside / MANIFEST, version.manifest | joined)
         for name in (LEDGER_FILE, "README.md"):
             shutil.copy(version.path / name, aside / name)
         final = _place(version, home)

@@ -1,4 +1,4 @@
-"""A version that lies on the Hub: found by its tag, fetched once, checked against its manifest, and opened like any other."""
+"""A version that lies on the Hub, or in an object store: fetched once, checked against its manifest, opened like any other."""
 
 import re
 from pathlib import Path
@@ -18,10 +18,23 @@ from huggingface_hub.errors import (
 
 from pipeline.errors import ConfigError, StoreError
 from pipeline.fingerprint import file_digest
-from pipeline.store import LEDGER_FILE, Version, parse_version, read_version
+from pipeline.objects import download, explained, is_object
+from pipeline.store import (
+    LEDGER_FILE,
+    MANIFEST,
+    Folder,
+    Version,
+    dataset_folder,
+    disk_errors,
+    open_dataset,
+    parse_version,
+    publish,
+    read_version,
+    scratch_folder,
+)
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-WANTED = ["manifest.json", "README.md", LEDGER_FILE, "*.parquet"]
+WANTED = [MANIFEST, "README.md", LEDGER_FILE, "*.parquet"]
 
 
 def names_hub(text: str) -> bool:
@@ -69,6 +82,33 @@ def pull_version(name: str) -> Version:
     version = read_version(Path(folder))
     _check(version, name)
     return Version(version.path, version.manifest, repo)
+
+
+def open_place(path: Path | None, version: str | None = None) -> Version:
+    """Return a version by a folder, as `open_dataset` does, or by one in an object store: that is fetched, once, and checked.
+
+    It is kept in `data/`, in a dataset folder that is named after where it comes from.
+
+    Raises:
+        StoreError: there is no such dataset or version, it is damaged, or the store refuses.
+    """
+    if path is None or not is_object(path):
+        return open_dataset(path, version)
+    with explained(path):
+        there = read_version(path) if (path / MANIFEST).exists() else Folder(path).version(version)
+        home = Folder(dataset_folder(str(there.path.parent.parent)))
+        final = home.path / "versions" / there.name
+        with disk_errors(home.path), home.lock(wait=True):
+            if not final.exists():
+                with scratch_folder(final.parent) as draft:
+                    for name in (*there.manifest["files"], LEDGER_FILE, "README.md", MANIFEST):
+                        download(there.path / name, draft / name)
+                    _check(Version(draft, there.manifest), str(there.path))
+                    publish(draft, final)
+        found = read_version(final)
+    if found.manifest != there.manifest:
+        raise StoreError(f"{final} is another {there.name} than the one in {path}", hint=f"move {home.path} away")
+    return found
 
 
 def _tags(repo: str) -> list[str]:

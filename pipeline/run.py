@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.balance import read_entries
@@ -56,7 +55,17 @@ from pipeline.stages import (
     write_banned,
     write_source,
 )
-from pipeline.store import Folder, Version, dataset_folder, disk_errors, read_json, write_json, write_table, write_text
+from pipeline.store import (
+    Folder,
+    Version,
+    dataset_folder,
+    disk_errors,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+    write_text,
+)
 from pipeline.tables import PIXELS
 from pipeline.types import Sample, Silence, Source, Talk
 from pipeline.version import Draft, Rows, build_rows, draft_version
@@ -117,7 +126,7 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
             if not folder.stage("split").exists() and not folder.finished.exists():
                 raise ConfigError(f"{folder.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_marks(folder.marks) if folder.marks.exists() else []
-            rows = {name_of(row): row for path in folder.stage_files("split") for row in pq.read_table(path).to_pylist()}
+            rows = {name_of(row): row for path in folder.stage_files("split") for row in read_table(path).to_pylist()}
             known = {*rows, *(mark.makes for mark in before)}
             if not any(mark.name in known for mark, _ in new):
                 raise ConfigError(
@@ -170,7 +179,7 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         with engine_of(choose) as engine:
             generate(folder, config, choose().revision, engine, samples, counts, talk)
         write_json(folder.made_by("generate"), {"name": public_name(choose().model), "revision": choose().revision})
-    table = pq.read_table(require_file(folder.stage("generate")))
+    table = read_table(require_file(folder.stage("generate")))
     replies = len(table["request_id"].unique())
     if replies != samples * len(asked_of_each(config)):
         raise ConfigError("not every image has been asked about yet", hint="run once without --from-stage")
@@ -186,7 +195,7 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
                     table = join_checks(folder, config, revision, engine, table, counts, talk)
                 table = join_alignment(folder, config, table, talk)
             elif name == "dedupe":
-                looks = pq.read_table(folder.stage("source"), columns=list(COMPARED))
+                looks = read_table(folder.stage("source"), columns=list(COMPARED))
                 table = join_likeness(table, compare_samples(looks, kind_of_images(config)))
             elif name == "review":
                 table = join_marks(folder, table, talk)
@@ -195,7 +204,7 @@ def _run(folder: Folder, config: Config, source: Source | None, start: int, talk
         if kept + sum(lost.values()) != table.num_rows:
             raise TableError(f"stage {name} is not made from what the stage before it kept", hint="run without --from-stage")
         funnel.append(step_of(name, "annotations", kept, lost))
-        table = pq.read_table(folder.stage(name))
+        table = read_table(folder.stage(name))
     version, is_new = _write_version(folder, config, table, samples, funnel)
     return Result(version, is_new, counts, funnel)
 
@@ -243,7 +252,7 @@ def _write_version(
         images = annotations.group_by("image_group").aggregate([("sample_id", "count_distinct")])["sample_id_count_distinct"]
         groups = sum(count > 1 for count in images.to_pylist())
         leakage = leakage_of(source, funnel, groups, annotations.num_rows - annotations["repeats"].null_count)
-        marked = [pq.read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
+        marked = [read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
         made_by = about_run(config, source, model, funnel, measure.result(), leakage) | {"review": count_marks(*marked)}
         version, is_new = draft.publish(rows, made_by, build_ledger(rejected(folder) | left_out), shown)
     write_table(folder.stage("version", "rejected"), [left_out["version"]], LEFT_OUT)

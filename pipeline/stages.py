@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.balance import balance_annotations
 from pipeline.config import DRAWN, Config, resolve
@@ -35,7 +34,7 @@ from pipeline.marks import check_edits, name_of, read_marks
 from pipeline.review import review_annotations
 from pipeline.source import open_source
 from pipeline.split import split_annotations
-from pipeline.store import Folder, read_json, write_json, write_table
+from pipeline.store import Folder, open_parquet, read_json, read_table, write_json, write_table
 from pipeline.tables import ANNOTATION, BANNED, CHECK, MARK, SAMPLE, SOURCE_REJECTED
 from pipeline.types import Chunk, Described, Engine, Rejected, Sample, Talk
 from pipeline.validate import validate_annotations
@@ -158,7 +157,7 @@ def generate(
 
 def read_banned(folder: Folder) -> pa.Table:
     """Return what must not be learned from (tables.BANNED)."""
-    return pq.read_table(require_file(folder.stage("source", "banned")))
+    return read_table(require_file(folder.stage("source", "banned")))
 
 
 def join_repeats(table: pa.Table, banned: pa.Table) -> pa.Table:
@@ -225,8 +224,8 @@ def apply(folder: Folder, name: str, marked: pa.Table, table: pa.Table) -> None:
 
 def require_stage(folder: Folder, name: str) -> tuple[int, dict[str, int]]:
     """Return what a stage left on the disk: the number of kept rows, and of rejected ones by reason."""
-    kept = pq.read_metadata(require_file(folder.stage(name))).num_rows
-    reasons = pq.read_table(require_file(folder.stage(name, "rejected")), columns=["reason"])["reason"].to_pylist()
+    kept = open_parquet(require_file(folder.stage(name))).metadata.num_rows
+    reasons = read_table(require_file(folder.stage(name, "rejected")), columns=["reason"])["reason"].to_pylist()
     return kept, dict(Counter(reasons).most_common())
 
 
@@ -237,12 +236,12 @@ def step_of(name: str, unit: str, kept: int, lost: dict[str, int]) -> Step:
 
 def rejected(folder: Folder) -> dict[str, pa.Table]:
     """Return what each stage before the last rejected."""
-    return {name: pq.read_table(require_file(folder.stage(name, "rejected"))) for name in ("source", *STAGES)}
+    return {name: read_table(require_file(folder.stage(name, "rejected"))) for name in ("source", *STAGES)}
 
 
 def batches(folder: Folder, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the samples as they were written: one row group a batch."""
-    file = pq.ParquetFile(folder.stage("source"))
+    file = open_parquet(folder.stage("source"))
     for group in range(file.num_row_groups):
         yield from file.read_row_group(group, columns=columns).combine_chunks().to_batches()
 

@@ -1,7 +1,8 @@
 """The dataset folder: where everything lies, how it is written, and how a version is read.
 
 Files appear whole or not at all: they are written aside, flushed to the disk and renamed. A file that would not change is
-left alone, so that a second run of the same command touches nothing.
+left alone, so that a second run of the same command touches nothing. The folder of a run on a cluster may lie in an object
+store (objects.py).
 """
 
 import errno
@@ -12,22 +13,25 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import total_ordering
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, StoreError, SynthError
+from pipeline.objects import explained, is_object, lease, move_all, remove_folder, upload, where
 from pipeline.tables import SPLITS, TABLE_VERSION
 
 DATA = Path("data")
 LEDGER_FILE = "ledger.parquet"
+MANIFEST = "manifest.json"
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 _VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
@@ -67,7 +71,7 @@ class Version:
 
     def summary(self) -> dict[str, Any]:
         """Return what a list of versions shows. The date is that of the manifest's file: rows and manifest hold no clock."""
-        written = datetime.fromtimestamp((self.path / "manifest.json").stat().st_mtime, UTC)
+        written = datetime.fromtimestamp((self.path / MANIFEST).stat().st_mtime, UTC)
         kept = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
         size = sum(about["bytes"] for about in self.manifest["files"].values())
         return kept | {"bytes": size, "date": written.strftime("%Y-%m-%d %H:%M")}
@@ -86,7 +90,7 @@ class Version:
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for batch in pq.ParquetFile(shard).iter_batches(batch_size=rows, columns=columns):
+                    for batch in open_parquet(shard).iter_batches(batch_size=rows, columns=columns):
                         yield split, batch
                 except (OSError, pa.ArrowInvalid) as error:
                     raise self.damaged(error) from None
@@ -97,7 +101,7 @@ class Version:
         if not shards:
             raise StoreError(f"{self.name} has no rows in its {split} split", hint="make more samples, or choose another split")
         try:
-            return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in shards])
+            return pa.concat_tables([read_table(shard, columns) for shard in shards])
         except (OSError, pa.ArrowInvalid) as error:
             raise self.damaged(error) from None
 
@@ -142,7 +146,8 @@ class Folder:
     def stage_files(self, name: str, which: str = "kept") -> list[Path]:
         """Return the files of rows that a stage kept or rejected: one, or one of each shard of a run on a cluster."""
         own = self.stage(name, which)
-        return [own] if own.exists() else sorted(self.path.glob(f"shards/*/stages/{name}/{which}.parquet"))
+        below = "*/*" if is_object(self.path) else "*"
+        return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/stages/{name}/{which}.parquet"), key=str)
 
     @property
     def finished(self) -> Path:
@@ -180,7 +185,7 @@ class Folder:
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first."""
         folders = (self.path / "versions").glob("v*")
-        return sorted(read_version(folder) for folder in folders if (folder / "manifest.json").exists())
+        return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
 
     def version(self, name: str | None = None) -> Version:
         """Return the version of that name, or the newest. Raises StoreError where there is none."""
@@ -193,8 +198,15 @@ class Folder:
         return found[-1]
 
     @contextmanager
-    def lock(self, *, wait: bool = False) -> Iterator[None]:
-        """Be the only writer of this folder. Raises StoreError where another process is, unless told to wait for it."""
+    def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+        """Be the only writer of this folder. Raises StoreError where another process is, unless told to wait for it.
+
+        In an object store a killed one is waited for, and `say` told of it.
+        """
+        if is_object(self.path):
+            with lease(self.path / ".lock", say=say):
+                yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
             try:
@@ -209,7 +221,7 @@ class Folder:
 def read_version(folder: Path) -> Version:
     """Open a version folder. Raises StoreError where it is none."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         parse_version(manifest["version"])
         newer = manifest["table_version"] > TABLE_VERSION
         strange = [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]
@@ -230,7 +242,7 @@ def open_dataset(path: Path | None, version: str | None = None) -> Version:
     """
     if path is None:
         path = last_made()
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         found = read_version(path)
         if version not in (None, found.name):
             raise StoreError(f"{path} is {found.name}, not {version}", hint="name the dataset folder instead")
@@ -260,7 +272,13 @@ def safe_name(text: str) -> str:
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it takes the place of `path` when all went well, and is removed when not."""
+    """Yield a path on this machine to write to; it takes the place of `path` when all went well, and is removed when not."""
+    if is_object(path):
+        with TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -292,6 +310,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some of its columns; of an object, only the ranges where they lie."""
+    return pq.read_table(**where(path), columns=columns)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file: its metadata is read, and nothing else."""
+    return pq.ParquetFile(**where(path))
+
+
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write tables one after another to a Parquet file, whole or not at all; memory holds one of them."""
     with aside(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
@@ -303,16 +331,41 @@ def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> No
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yield an empty folder beside the finished ones of `parent`; what was not published is removed."""
     temporary = parent / ".next"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    remove(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if is_object(folder):
+        remove_folder(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move(files: list[tuple[Path, Path]]) -> None:
+    """Give files other names in their file system, or store."""
+    if files and is_object(files[0][0]):
+        move_all(files)
+        return
+    for old, new in files:
+        old.rename(new)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Flush a scratch folder to the disk and give it its name: readers see all of it or nothing."""
+    """Flush a scratch folder to the disk and give it its name: readers see all of it or nothing.
+
+    Objects are moved, and the manifest last: a version is one that has it.
+    """
+    if is_object(final):
+        files = [file for file in temporary.iterdir() if file.name != MANIFEST]
+        move([(file, final / file.name) for file in files])
+        move([(temporary / MANIFEST, final / MANIFEST)])
+        return
     for file in temporary.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -361,7 +414,11 @@ def open_table(path: Path, *columns: str) -> pq.ParquetFile:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses into one StoreError that names the folder and a way out."""
+    """Turn what a disk, or an object store, refuses into one StoreError that names the folder and a way out."""
+    if is_object(path):
+        with explained(path):
+            yield
+        return
     try:
         yield
     except SynthError:

@@ -13,13 +13,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.card import render_card
 from pipeline.errors import TableError
 from pipeline.fingerprint import canonical, digest, file_digest
 from pipeline.shards import SplitWriter
-from pipeline.store import LEDGER_FILE, Folder, Version, publish, scratch_folder, write_json, write_table, write_text
+from pipeline.store import (
+    LEDGER_FILE,
+    MANIFEST,
+    Folder,
+    Version,
+    open_parquet,
+    publish,
+    scratch_folder,
+    write_json,
+    write_table,
+    write_text,
+)
 from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, latest
 
 FIRST = "v1.0.0"
@@ -195,7 +205,7 @@ def publish_version(folder: Folder, path: Path, manifest: dict[str, Any], sample
     """Add the card and the manifest to a folder that holds shards and ledger, and give it its name."""
     manifest = manifest | {"ledger": about_file(path / LEDGER_FILE)}
     write_text(path / "README.md", render_card(manifest, samples))
-    write_json(path / "manifest.json", manifest)
+    write_json(path / MANIFEST, manifest)
     final = folder.path / "versions" / manifest["version"]
     publish(path, final)
     return Version(final, manifest)
@@ -236,4 +246,4 @@ def _schema(columns: list[str]) -> pa.Schema:
 
 def about_file(path: Path) -> dict[str, Any]:
     """Return what a manifest says of a Parquet file."""
-    return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": pq.read_metadata(path).num_rows}
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": open_parquet(path).metadata.num_rows}

@@ -26,6 +26,7 @@ STAGES = (
 BASE = {"errors": set(), "types": {"errors"}}
 LOWER = {
     **BASE,
+    "objects": {"errors"},
     "fingerprint": {"errors", "tables"},
     "image": {"errors"},
     "page": {"image"},
@@ -50,10 +51,10 @@ LOWER = {
     "copies": {"tables", "types"},
     "outgoing": {"card", "errors", "fingerprint", "licence", "store", "tables"},
     "diff": {"errors", "fingerprint", "store", "tables"},
-    "pull": {"errors", "fingerprint", "store"},
+    "pull": {"errors", "fingerprint", "objects", "store"},
     "join": {"errors", "fingerprint", "image", "shards", "store", "tables", "types"},
     "progress": set(),
-    "store": {"errors", "tables"},
+    "store": {"errors", "objects", "tables"},
     "scenes": {"errors", "schema", "generate.prompt"},
 }
 STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}

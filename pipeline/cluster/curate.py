@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.answers import normalize_answer
 from pipeline.balance import (
@@ -44,7 +43,7 @@ from pipeline.measure import added
 from pipeline.review import broken_pairs, review_annotations
 from pipeline.split import split_annotations
 from pipeline.stages import STAGES, apply, join_likeness, join_marks, kind_of_images, require_stage
-from pipeline.store import aside, write_table
+from pipeline.store import aside, read_table, write_table
 from pipeline.tables import BALANCED, LIKENESS, with_reason
 from pipeline.texts import content_keys, content_words, text_key
 from pipeline.types import Silence
@@ -99,9 +98,9 @@ def gather_usual(job: Job, _: int) -> Told:
 def apply_verify(job: Job, number: int) -> Told:
     """Judge the texts of a shard, and write what those that stay say."""
     folder = job.shard(number)
-    table = pq.read_table(folder.stage("verify", "checked"))
+    table = read_table(folder.stage("verify", "checked"))
     apply(folder, "verify", verify_annotations(table, job.config.verify, _usual(job.hops / "usual.pickle")), table)
-    leave_keys(job, number, pq.read_table(folder.stage("verify")))
+    leave_keys(job, number, read_table(folder.stage("verify")))
     return {}
 
 
@@ -124,7 +123,7 @@ def compare_looks(job: Job, number: int) -> Told:
     """Compare a part of all images with all others, by their looks."""
     kind = kind_of_images(job.config)
     assert kind
-    looks = pa.concat_tables([pq.read_table(folder.stage("source"), columns=["looks"]) for folder in job.folders])
+    looks = pa.concat_tables([read_table(folder.stage("source"), columns=["looks"]) for folder in job.folders])
     _, hashes = hashes_of(looks["looks"].to_pylist())
     near = near_hashes(hashes, NEAR_BITS[kind], number, job.shards)
     table = pa.Table.from_pylist([dict(zip(NEAR.names, each, strict=True)) for each in near], schema=NEAR)
@@ -134,8 +133,8 @@ def compare_looks(job: Job, number: int) -> Told:
 
 def settle_looks(job: Job, _: int) -> Told:
     """Say which samples are to go for another that looks like them, and tell their shards."""
-    samples = pa.concat_tables([pq.read_table(folder.stage("source"), columns=list(COMPARED)) for folder in job.folders])
-    tables = [pq.read_table(job.hops / "near" / f"{number:05d}.parquet") for number in range(job.shards)]
+    samples = pa.concat_tables([read_table(folder.stage("source"), columns=list(COMPARED)) for folder in job.folders])
+    tables = [read_table(job.hops / "near" / f"{number:05d}.parquet") for number in range(job.shards)]
     near = [(row["page"], row["other"], row["bits"]) for table in tables for row in table.to_pylist()]
     known = compare_samples(samples, kind_of_images(job.config), near)
     alone = pc.and_(pc.equal(known["sample_id"], known["image_group"]), pc.is_null(known["image_reason"]))
@@ -145,15 +144,15 @@ def settle_looks(job: Job, _: int) -> Told:
 
 def gather_remainders(job: Job, _: int) -> Told:
     """Gather what is left of texts with a word that may be misspelled."""
-    found = [pq.read_table(folder.stage("dedupe", "remainders"))["remainder"].to_numpy() for folder in job.folders]
+    found = [read_table(folder.stage("dedupe", "remainders"))["remainder"].to_numpy() for folder in job.folders]
     write_table(job.hops / "remainders.parquet", [pa.table({"remainder": np.unique(np.concatenate(found))}, schema=LEFT)], LEFT)
     return {}
 
 
 def leave_comparable(job: Job, number: int) -> Told:
     """Write the texts of a shard that may be a misspelling, or that one may be a misspelling of."""
-    said = pq.read_table(job.shard(number).stage("dedupe", "said"))
-    remainders = pq.read_table(job.hops / "remainders.parquet")["remainder"].to_numpy()
+    said = read_table(job.shard(number).stage("dedupe", "said"))
+    remainders = read_table(job.hops / "remainders.parquet")["remainder"].to_numpy()
     wanted = comparable_keys(pc.unique(said["key"]), remainders)
     write_table(job.shard(number).stage("dedupe", "comparable"), [said.filter(pc.is_in(said["key"], wanted))], SAID)
     return {}
@@ -161,7 +160,7 @@ def leave_comparable(job: Job, number: int) -> Told:
 
 def merge_keys(job: Job, _: int) -> Told:
     """Find out which texts are misspellings of which."""
-    said = pa.concat_tables([pq.read_table(folder.stage("dedupe", "comparable")) for folder in job.folders])
+    said = pa.concat_tables([read_table(folder.stage("dedupe", "comparable")) for folder in job.folders])
     merged = merge_misspelled(pc.unique(said["key"]))
     there = set(zip(said["task"].to_pylist(), said["key"].to_pylist(), strict=True))
     rows = [{"task": task, "wrong": key, "right": merged[key]} for task, key in sorted(there) if key in merged]
@@ -175,7 +174,7 @@ def send_texts(job: Job, number: int) -> Told:
     table = _with_likeness(job, number)
     columns = ["annotation_id", "sample_id", "image_group", "image_reason", "task", "agreement", "alignment", "hedges"]
     texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
-    wrong = pq.read_table(job.hops / "misspelled.parquet")
+    wrong = read_table(job.hops / "misspelled.parquet")
     say = {(row["task"], row["wrong"]): row["right"] for row in wrong.to_pylist()}
     said = zip(table["task"].to_pylist(), content_keys(texts).to_pylist(), strict=True)
     keys = pa.array([f"{task}\n{say.get((task, key), key)}" for task, key in said], pa.string())
@@ -215,7 +214,7 @@ def apply_dedupe(job: Job, number: int) -> Told:
     folder, table = job.shard(number), _with_likeness(job, number)
     marked = _joined(table, job.received("deduped", number), "annotation_id")
     apply(folder, "dedupe", marked, table)
-    rows = pq.read_table(folder.stage("dedupe")).to_pylist()
+    rows = read_table(folder.stage("dedupe")).to_pylist()
     named: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         if row["clean_text"] is not None:
@@ -259,7 +258,7 @@ def gather_counts(job: Job, _: int) -> Told:
     for name in ("kinds", "named") if job.config.balance.tail_share is not None else ("kinds",):
         total: Counter[str] = Counter()
         for folder in job.folders:
-            for row in pq.read_table(folder.stage("balance", name)).to_pylist():
+            for row in read_table(folder.stage("balance", name)).to_pylist():
                 total[row["name"]] += row["count"]
         write_table(job.hops / f"{name}.parquet", [_counted(total)], COUNTS)
     return {}
@@ -314,14 +313,14 @@ def settle_pairs(job: Job, number: int) -> Told:
 def apply_balance(job: Job, number: int) -> Told:
     """Do to a shard's texts what was found, and send the splits that its source says to images that look the same."""
     folder = job.shard(number)
-    table = pq.read_table(folder.stage("dedupe"))
+    table = read_table(folder.stage("dedupe"))
     marked = _joined(table, job.received("balanced", number), "annotation_id")
     entries: list[list[int] | None] = [None] * table.num_rows
     kept: list[float | None] = [None] * table.num_rows
     if job.config.balance.tail_share is not None:
         counts = {int(name): count for name, count in _counts(job, "named").items()}
         threshold = count_of_tail(list(counts.values()), job.config.balance.tail_share)
-        found = _joined(table.select(["annotation_id"]), pq.read_table(folder.stage("balance", "entries")), "annotation_id")
+        found = _joined(table.select(["annotation_id"]), read_table(folder.stage("balance", "entries")), "annotation_id")
         entries = found["entries"].to_pylist()
         kept = [None if each is None else keep_probability([counts[entry] for entry in each], threshold) for each in entries]
     reasons = [
@@ -332,7 +331,7 @@ def apply_balance(job: Job, number: int) -> Told:
     for name, values in (("entries", entries), ("keep_probability", kept)):
         marked = marked.append_column(BALANCED.field(name), pa.array(values, BALANCED.field(name).type))
     apply(folder, "balance", with_reason(marked, reasons), table)
-    groups = pq.read_table(folder.stage("balance"), columns=["image_group", "sample_id", "source_split"])
+    groups = read_table(folder.stage("balance"), columns=["image_group", "sample_id", "source_split"])
     _send(job, "groups", number, groups.group_by(groups.column_names).aggregate([]), "image_group")
     return {}
 
@@ -348,7 +347,7 @@ def split_groups(job: Job, number: int) -> Told:
 def apply_split(job: Job, number: int) -> Told:
     """Split a shard's texts."""
     folder = job.shard(number)
-    table = pq.read_table(folder.stage("balance"))
+    table = read_table(folder.stage("balance"))
     marked = _joined(table, job.received("splits", number), "sample_id")
     apply(folder, "split", with_reason(marked, [None] * table.num_rows), table)
     return {}
@@ -356,7 +355,7 @@ def apply_split(job: Job, number: int) -> Told:
 
 def send_pairs(job: Job, number: int) -> Told:
     """Send questions of pairs to their partners, in their last words."""
-    table = join_marks(job.folder, pq.read_table(job.shard(number).stage("split")), Silence())
+    table = join_marks(job.folder, read_table(job.shard(number).stage("split")), Silence())
     reviewed = review_annotations(table, ())
     paired = reviewed.filter(pc.is_valid(reviewed["final_pair_id"]))
     columns = ["final_pair_id", "final_question", "final_answer", "reason"]
@@ -375,7 +374,7 @@ def break_pairs(job: Job, number: int) -> Told:
 def apply_review(job: Job, number: int) -> Told:
     """Do to a shard's texts what people said of them; tell how many marks apply."""
     folder = job.shard(number)
-    table = join_marks(job.folder, pq.read_table(folder.stage("split")), Silence())
+    table = join_marks(job.folder, read_table(folder.stage("split")), Silence())
     broken = set(job.received("broken", number)["final_pair_id"].to_pylist())
     apply(folder, "review", review_annotations(table, broken), table)
     return {"marks": len(table) - table["mark"].null_count}
@@ -384,9 +383,9 @@ def apply_review(job: Job, number: int) -> Told:
 def send_looks(job: Job, number: int) -> Told:
     """Send the samples of a shard that stay to those that look the same; tell what each stage did to the shard."""
     folder = job.shard(number)
-    stay = pq.read_table(folder.stage("review"), columns=["image_group", "sample_id"])
+    stay = read_table(folder.stage("review"), columns=["image_group", "sample_id"])
     _send(job, "looks", number, stay.group_by(stay.column_names).aggregate([]), "image_group")
-    replies = len(pq.read_table(folder.stage("generate"), columns=["request_id"])["request_id"].unique())
+    replies = len(read_table(folder.stage("generate"), columns=["request_id"])["request_id"].unique())
     sums = {name: require_stage(folder, name) for name in ("source", *STAGES)}
     return {"sums": {**sums, "generate": (replies, {})}}
 
@@ -400,8 +399,8 @@ def count_looks(job: Job, number: int) -> Told:
 def _with_likeness(job: Job, number: int) -> pa.Table:
     """Return what verify has kept of a shard, with what is known of its samples beside the others."""
     folder = job.shard(number)
-    table = pq.read_table(folder.stage("verify"))
-    ids = pq.read_table(folder.stage("source"), columns=["sample_id"])["sample_id"]
+    table = read_table(folder.stage("verify"))
+    ids = read_table(folder.stage("source"), columns=["sample_id"])["sample_id"]
     found = job.received("likeness", number, 1).to_pylist() if kind_of_images(job.config) else []
     alike = {row["sample_id"]: row for row in found}
     alone = {"image_reason": None, "looks_like": None}
@@ -445,5 +444,5 @@ def _counted(counts: Counter[str]) -> pa.Table:
 
 
 def _counts(job: Job, name: str) -> dict[str, int]:
-    table = pq.read_table(job.hops / f"{name}.parquet")
+    table = read_table(job.hops / f"{name}.parquet")
     return dict(zip(table["name"].to_pylist(), table["count"].to_pylist(), strict=True))

@@ -6,24 +6,28 @@ input gives the same file: a worker that died is replaced by one that writes it 
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.objects import is_object, open_object
 from pipeline.store import aside
 from pipeline.tables import require
 
 Numbers = npt.NDArray[np.int64]
+AHEAD_BYTES = 1 << 16  # that are read of an object from where a batch begins
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One hop of rows, in a folder that all workers see."""
+    """One hop of rows, in a folder that all workers see, or in an object store."""
 
     path: Path
     receivers: int
@@ -48,7 +52,7 @@ class Exchange:
     def batches(self, receiver: int, senders: int) -> Iterator[pa.RecordBatch]:
         """Yield what was sent to one receiver, sender after sender."""
         for sender in range(senders):
-            with pa.memory_map(str(self.file(sender))) as source:
+            with _opened(self.file(sender)) as source:
                 file = pa.ipc.open_file(source)
                 for number in range(receiver, file.num_record_batches, self.receivers):
                     yield file.get_batch(number)
@@ -70,3 +74,8 @@ class Exchange:
             return np.array([zlib.crc32(key.encode()) for key in keys], np.int64) % self.receivers
 
         return to
+
+
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    """Open a file of batches, of which one is read: a map of the file, or ranges of an object."""
+    return open_object(path, AHEAD_BYTES) if is_object(path) else pa.memory_map(str(path))

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.cluster.job import HEX_DIGITS, Job, Told, do
+from pipeline.cluster.scratch import leave_stages, scratch_shard
 from pipeline.errors import EngineError, SourceError
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
 from pipeline.leakage import Banned
+from pipeline.objects import is_object
 from pipeline.source import open_source
 from pipeline.stages import (
     CHUNK_BYTES,
@@ -34,7 +35,7 @@ from pipeline.stages import (
     require_stage,
     write_source,
 )
-from pipeline.store import Folder, aside, read_json, write_json, write_table
+from pipeline.store import Folder, aside, read_json, read_table, write_json, write_table
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Part, Rejected, Sample, Silence
 from pipeline.verify import Usual
@@ -100,6 +101,8 @@ def usual_file(folder: Folder) -> Path:
 
 
 def _replies(folder: Folder) -> int:
+    if is_object(folder.path):  # where it is a copy, made now and then
+        return folder.journal.stat().st_size if folder.journal.exists() else 0
     with Journal(folder.journal) as journal:
         return journal.totals()["replies"]
 
@@ -126,13 +129,18 @@ class Filler(AbstractContextManager["Filler"]):
         if is_filled(job, number):
             return {**read_json(done)["told"], "asked": 0, "again": True}
         done.unlink(missing_ok=True)
-        found = self._fill(number)
+        if is_object(job.home):
+            with scratch_shard(job, number) as folder:
+                found = self._fill(number, folder)
+                found["folder"] = leave_stages(job, number, folder)
+        else:
+            found = self._fill(number, job.shard(number))
         if not found["unanswered"]:  # what a server could not answer is asked again by the same command
             write_json(done, {"inputs": job.inputs, "told": found})
         return found
 
-    def _fill(self, number: int) -> Told:
-        job, config, folder, talk = self.job, self.job.config, self.job.shard(number), Silence()
+    def _fill(self, number: int, folder: Folder) -> Told:
+        job, config, talk = self.job, self.job.config, Silence()
         write_source(folder, self.rows_of(number), self.banned, None, talk)
         samples, _ = require_stage(folder, "source")
         counts = Counts()
@@ -140,12 +148,12 @@ class Filler(AbstractContextManager["Filler"]):
             if job.folder.journal.exists():  # of a run on this machine alone
                 journal.take_from(job.folder.journal, *self.range_of(number))
         generate(folder, config, job.revision, self._engine, samples, counts, talk)
-        table = pq.read_table(folder.stage("generate"))
+        table = read_table(folder.stage("generate"))
         for name in ("validate", "filter"):
             if name == "filter":
                 table = join_repeats(table, self._banned)
             apply(folder, name, STAGES[name](table, config), table)
-            table = pq.read_table(folder.stage(name))
+            table = read_table(folder.stage(name))
         table = join_checks(folder, config, job.revision, self._engine, table, counts, talk)
         table = join_alignment(folder, config, table, talk)
         write_table(folder.stage("verify", "checked"), [table], table.schema)
@@ -193,7 +201,7 @@ class Filler(AbstractContextManager["Filler"]):
 
     def _choose(self) -> Choice:
         decided = self.job.config.model_copy(update={"engine": self.job.engine})
-        log = self.job.home / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
+        log = self.job.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
         choice = choose_engine(decided, log, Silence())
         if choice.revision != self.job.revision:
             raise EngineError(

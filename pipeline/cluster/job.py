@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import pyarrow as pa
 from pipeline.cluster.exchange import Exchange, Numbers
 from pipeline.config import Config
 from pipeline.errors import ClusterError
+from pipeline.fingerprint import digest
+from pipeline.objects import is_object
 from pipeline.store import Folder, disk_errors, read_json, write_json
 
 DEATHS = 3  # of workers at one number, before it is given up
@@ -25,7 +29,7 @@ class Job:
     """A run over shards. Each is a dataset folder of its own, with its samples, its journal and its stages.
 
     A sample is in the shard that the first digits of its id say: ids are digests, so shards are of nearly one size, and shards
-    in their order hold ids in theirs. All paths are seen by all workers.
+    in their order hold ids in theirs. All workers see `home`: it lies on a file system that they share, or in an object store.
     """
 
     config: Config
@@ -37,9 +41,12 @@ class Job:
     source: str  # its revision
     revision: str  # of the model
     inputs: str  # the digest of all that decides what the shards are filled with
+    filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
 
     def enter(self) -> None:
         """Make this process see what the command saw. Raises ClusterError where it cannot."""
+        if is_object(self.home) and not self.working.is_dir():
+            return  # nodes that share no files; a file of the settings that is not there will be missed by its name
         try:
             os.chdir(self.working)
         except OSError as error:
@@ -59,7 +66,12 @@ class Job:
 
     def shard(self, number: int) -> Folder:
         """Return the dataset folder of one shard."""
-        return Folder(self.home / "shards" / f"{number:05d}")
+        return Folder(self.home / "shards" / (self.filled[number] if self.filled else f"{number:05d}"))
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of the node, for what cannot lie in an object store."""
+        return scratch_of(self.home)
 
     def shard_of(self, sample_ids: Iterable[str]) -> Numbers:
         """Return the number of the shard of each sample."""
@@ -85,10 +97,16 @@ class Job:
         return self.hop(name).receive(number, self.shards if senders is None else senders)
 
 
+def scratch_of(home: Path) -> Path:
+    """Return a folder of this machine for what cannot lie in an object store; the dataset folder itself, where it can."""
+    return Path(gettempdir()) / f"synth-{os.getuid()}" / digest(str(home))[:16] if is_object(home) else home
+
+
 def do(job: Job, task: Task, number: int, got_on: Callable[[Folder], int] = lambda folder: 0) -> Told:
     """Do a task of a job at a number; nobody else does any at this number meanwhile.
 
-    A worker that was given up may live on for a while, beside the one that took its place.
+    A worker that was given up may live on for a while, beside the one that took its place. An object store has no locks: there
+    both do the same, and what they leave is the same, or has a name of its own.
 
     Args:
         job: the run.
@@ -101,7 +119,7 @@ def do(job: Job, task: Task, number: int, got_on: Callable[[Folder], int] = lamb
     """
     job.enter()
     folder, tries = job.shard(number), job.tries / f"{getattr(task, 'func', task).__name__}-{number}.json"
-    with disk_errors(folder.path), folder.lock(wait=True):
+    with disk_errors(folder.path), nullcontext() if is_object(folder.path) else folder.lock(wait=True):
         now = got_on(folder)
         before = read_json(tries) if tries.exists() else {"tried": 0, "got_on": now}
         tried = before["tried"] if before["got_on"] == now else 0
@@ -110,5 +128,5 @@ def do(job: Job, task: Task, number: int, got_on: Callable[[Folder], int] = lamb
             raise ClusterError(what, hint="was memory short? the same command goes on with the rest")
         write_json(tries, {"tried": tried + 1, "got_on": now})
         told = task(job, number)
-        tries.unlink()
+        tries.unlink(missing_ok=True)
         return told

@@ -4,7 +4,6 @@ Every step writes files that appear whole or not at all, and depends on files al
 Replies are in the journals of the shards, and are never asked for again.
 """
 
-import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 from pipeline.balance import read_entries
 from pipeline.cluster import curate
 from pipeline.cluster.fill import Filler, is_filled, read_part
-from pipeline.cluster.job import Job, Task, Told, do
+from pipeline.cluster.job import Job, Task, Told, do, scratch_of
 from pipeline.cluster.version import write_version
 from pipeline.cluster.workers import Plan, cluster, every, plan_workers
 from pipeline.config import Config
@@ -28,10 +27,11 @@ from pipeline.generate.journal import Journal
 from pipeline.generate.requests import check_prompts, prompt_texts
 from pipeline.generate.weights import weights_revision
 from pipeline.marks import read_marks
+from pipeline.objects import is_object
 from pipeline.run import Result, asked_tasks, refuse_other_settings
 from pipeline.source import is_divisible, open_source
 from pipeline.stages import ORDER, Step, kind_of_images, public_name, step_of, write_banned
-from pipeline.store import Folder, dataset_folder, disk_errors, read_json, write_json
+from pipeline.store import Folder, dataset_folder, disk_errors, read_json, remove, write_json
 from pipeline.types import Silence, Talk
 
 SHARDS = 16  # where no number is given
@@ -51,7 +51,7 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
 
     Args:
         config: what to make.
-        out: the dataset folder, on a file system that all nodes share; default `data/<source>`.
+        out: the dataset folder, on a file system that all nodes share or in an object store; default `data/<source>`.
         size: how the run is spread.
         talk: told about the progress.
 
@@ -65,18 +65,14 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
     with disk_errors(folder.path):
         refuse_other_settings(folder, config, 0)
         shards = _shards(folder, size.shards)
-    choice = choose_engine(config, folder.server_log, talk)
+    choice = choose_engine(config, Folder(scratch_of(folder.path)).server_log, talk)
     source = open_source(config)
-    with cluster(size.address), disk_errors(folder.path), folder.lock():
+    with cluster(size.address), disk_errors(folder.path), folder.lock(say=talk.say):
         plan = plan_workers(size.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
         write_json(folder.path / "shards" / "shards.json", {"shards": shards})
         write_json(folder.run_file, config.model_dump(mode="json"))
-        for name in ORDER:  # what a run on one machine has left is not of this one
-            for which in ("kept", "rejected"):
-                folder.stage(name, which).unlink(missing_ok=True)
-        if folder.journal.exists():
-            with Journal(folder.journal):
-                pass  # brings in what a killed run has left beside it: workers only read it
+        if not is_object(folder.path):
+            _leave_local(folder)
         parts = shards if is_divisible(config) else 1
         job = Job(config, folder.path, Path.cwd(), shards, parts, choice.name, source.revision, choice.revision, "")
         begin(job)
@@ -89,7 +85,8 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
         write_json(folder.made_by("source"), about)
         write_json(folder.made_by("generate"), model)
         job = replace(job, inputs=_inputs(job, about, model))
-        counts = _fill(job, plan, talk)
+        counts, filled = _fill(job, plan, talk)
+        job = replace(job, filled=filled)
         return _curate(job, curate.steps(job), counts, talk)
 
 
@@ -100,22 +97,33 @@ def review_on_cluster(config: Config, folder: Folder, talk: Talk) -> Result:
     """
     folder = Folder(folder.path.absolute())
     with cluster("local"):
-        job = Job(config, folder.path, Path.cwd(), _shards(folder, None), 1, "", "", "", "review")
+        filled = tuple(read_json(folder.finished)["filled"])
+        job = Job(config, folder.path, Path.cwd(), _shards(folder, None), 1, "", "", "", "review", filled)
         begin(job)
         return _curate(job, curate.review_steps(), Counts(), talk)
 
 
+def _leave_local(folder: Folder) -> None:
+    """Put away what a run on one machine has left: its stages are not of this run, and its journal is only read."""
+    for name in ORDER:
+        for which in ("kept", "rejected"):
+            folder.stage(name, which).unlink(missing_ok=True)
+    if folder.journal.exists():
+        with Journal(folder.journal):
+            pass  # brings in what a killed run has left beside it
+
+
 def begin(job: Job) -> None:
     """Forget what an earlier run in this folder has tried, and that it was finished."""
-    shutil.rmtree(job.tries, ignore_errors=True)
+    remove(job.tries)
     job.folder.finished.unlink(missing_ok=True)
 
 
-def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
-    """Have the source read, and every shard filled; return how much was asked."""
+def _fill(job: Job, plan: Plan, talk: Talk) -> tuple[Counts, tuple[str, ...]]:
+    """Have the source read, and every shard filled; return how much was asked, and in an object store where the shards are."""
     for old in (job.home / "exchange").glob("*"):
         if old != job.hops:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     if not all(is_filled(job, number) for number in range(job.shards)):
         every(job.parts, partial(do, job, read_part), talk=lambda done: talk("source", done, job.parts))
     told = every(job.shards, Filler(job), plan, lambda done: talk("generate", done, job.shards, {"unit": "shards"}))
@@ -132,7 +140,13 @@ def _fill(job: Job, plan: Plan, talk: Talk) -> Counts:
         talk.say(f"{again} of {job.shards} shards were filled before")
     if cost:
         write_json(job.folder.cost, cost)
-    return counts
+    if not is_object(job.home):
+        return counts, ()
+    filled = tuple(one["folder"] for one in told)
+    for old in (job.home / "shards").glob("*/*"):
+        if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
+            remove(old)  # of an earlier run, or of a worker that was given up
+    return counts, filled
 
 
 def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk) -> Result:
@@ -144,8 +158,8 @@ def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk
     _say_marks(job, sum(one.get("marks", 0) for one in told), talk)
     funnel = _funnel([one["sums"] for one in told if "sums" in one])
     version, is_new = write_version(job, funnel, sum(one.get("groups", 0) for one in told))
-    write_json(job.folder.finished, {"version": version.name})
-    shutil.rmtree(job.home / "exchange", ignore_errors=True)
+    write_json(job.folder.finished, {"version": version.name, "filled": job.filled})
+    remove(job.home / "exchange")
     return Result(version, is_new, counts, funnel)
 
 

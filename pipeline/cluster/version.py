@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial, reduce
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.card import CARD_SAMPLES
 from pipeline.cluster.job import Job, Told, do
@@ -19,10 +18,11 @@ from pipeline.cluster.workers import every
 from pipeline.errors import TableError
 from pipeline.ledger import build_ledger
 from pipeline.measure import Measure, added
+from pipeline.objects import is_object, upload_folder
 from pipeline.review import count_marks
 from pipeline.run import LEFT_OUT, about_run, fill_draft, leakage_of
 from pipeline.stages import Step, rejected, step_of
-from pipeline.store import LEDGER_FILE, Version, read_json, scratch_folder, write_table
+from pipeline.store import LEDGER_FILE, Version, move, read_json, read_table, remove, scratch_folder, write_table
 from pipeline.tables import LEDGER, SPLITS
 from pipeline.version import (
     Draft,
@@ -75,7 +75,11 @@ def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, b
         leakage = leakage_of(source, funnel, groups, sum(one["repeated"] for one in told))
         made_by = about_run(job.config, source, model, funnel, total.result(), leakage)
         made_by["review"] = {mark: reviewed[mark] for mark in ("good", "bad", "edited")} if reviewed else {}
-        files = _gather_files(draft, told)
+        # What is in an object store is moved once: to where it stays, and is no version before it has a manifest.
+        final = job.home / "versions" / named["version"] if is_object(draft) else draft
+        if is_object(final):
+            remove(final)
+        files = _gather_files(draft, final, told)
         licences = {licence for one in told for licence in one["licences"]}
         shown = [row for one in told for row in one["shown"]][:CARD_SAMPLES]
         manifest = named | about_rows(columns, licences, rows) | made_by | {"files": files}
@@ -86,8 +90,10 @@ def write_rows(job: Job, number: int) -> Told:
     """Write the rows of a shard to Parquet files in a folder of its own; tell what they are."""
     folder = job.shard(number)
     # Of a name of its own: a worker that was given up must not write into files that are published.
-    path = Path(mkdtemp(prefix=f"{number:05d}-", dir=job.home / "versions" / ".next"))
-    annotations = pq.read_table(folder.stage("review"))
+    drafts, name = job.home / "versions" / ".next", f"{number:05d}-{uuid4().hex[:8]}"
+    path = (job.scratch if is_object(drafts) else drafts) / name
+    path.mkdir(parents=True)
+    annotations = read_table(folder.stage("review"))
     draft = Draft(job.folder, path)
     rows, measure, shown = fill_draft(draft, annotations, folder, read_json(job.folder.made_by("source")))
     draft.close()
@@ -97,12 +103,16 @@ def write_rows(job: Job, number: int) -> Told:
     digests = pa.table({"sample_id": rows.digests.keys(), "digest": rows.digests.values()}, schema=DIGESTS)
     digests = digests.sort_by("sample_id")
     write_table(folder.stage("version", "digests"), [digests], DIGESTS)
-    marked = [pq.read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
+    marked = [read_table(folder.stage("review", which), columns=["mark"]) for which in ("kept", "rejected")]
+    files = {file.name: about_file(file) for file in sorted(path.iterdir())}
+    if is_object(drafts):
+        upload_folder(path, drafts / name)
+        shutil.rmtree(path)
     return {
-        "folder": path.name,
+        "folder": name,
         "columns": draft.columns,
         "rows": draft.counts(),
-        "files": {file.name: about_file(file) for file in sorted(path.iterdir())},
+        "files": files,
         "licences": sorted(rows.licences),
         "lost": dict(Counter(row["reason"] for row in rows.rejected)),
         "measured": base64.b64encode(pickle.dumps(measure)).decode(),
@@ -115,9 +125,9 @@ def write_rows(job: Job, number: int) -> Told:
 def name_version(columns: list[str], job: Job, _: int) -> Told:
     """Gather the ledger, and return the digest of all rows and the name that follows from them."""
     parent = newest(job.folder)
-    ledgers = (pq.read_table(folder.stage("version", "ledger")) for folder in job.folders)
+    ledgers = (read_table(folder.stage("version", "ledger")) for folder in job.folders)
     write_table(job.home / "versions" / ".next" / LEDGER_FILE, ledgers, LEDGER)
-    tables = [pq.read_table(folder.stage("version", "digests"), columns=["sample_id"]) for folder in job.folders]
+    tables = [read_table(folder.stage("version", "digests"), columns=["sample_id"]) for folder in job.folders]
     ids = pa.concat_tables(tables)["sample_id"].combine_chunks()
     return {
         "version": next_version(parent, ids, columns),
@@ -129,22 +139,23 @@ def name_version(columns: list[str], job: Job, _: int) -> Told:
 def _digests(job: Job) -> Iterator[tuple[str, str]]:
     """Yield (sample id, digest of its row), in the order of the ids: shards stand in theirs."""
     for folder in job.folders:
-        table = pq.read_table(folder.stage("version", "digests"))
+        table = read_table(folder.stage("version", "digests"))
         yield from zip(table["sample_id"].to_pylist(), table["digest"].to_pylist(), strict=True)
 
 
-def _gather_files(draft: Path, told: list[Told]) -> dict[str, Any]:
-    """Move the files of all shards into the draft, numbered in their order; return what the manifest says of them."""
+def _gather_files(draft: Path, folder: Path, told: list[Told]) -> dict[str, Any]:
+    """Move the files of all shards into one folder, numbered in their order; return what the manifest says of them."""
     files: dict[str, Any] = {}
+    moves: list[tuple[Path, Path]] = []
     numbers: Counter[str] = Counter()
     for one in told:
         for name, about in one["files"].items():
             split = name.rpartition("-")[0]
             final = f"{split}-{numbers[split]:05d}.parquet"
             numbers[split] += 1
-            (draft / one["folder"] / name).rename(draft / final)
+            moves.append((draft / one["folder"] / name, folder / final))
             files[final] = about
-    for left in draft.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    move(moves)
+    for one in told:
+        remove(draft / one["folder"])
     return dict(sorted(files.items()))

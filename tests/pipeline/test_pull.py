@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.pull import names_hub
-from pipeline.store import Version
+from pipeline.errors import StoreError
+from pipeline.objects import place, upload_folder
+from pipeline.pull import names_hub, open_place
+from pipeline.store import MANIFEST, Version, remove
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.scene_data import make_version, scene_samples
@@ -112,3 +114,47 @@ def test_a_version_of_the_hub_keeps_its_pushes_apart(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(3))
     assert replace(version, repo="me/x").dataset == Path("data/me-x")
     assert isinstance(version, Version)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An object store with two versions of a dataset."""
+    monkeypatch.chdir(tmp_path)
+    path = place(f"memory://sets-{tmp_path.name}/mine")
+    for count in (20, 24):
+        make_version(tmp_path / "made", scene_samples(count))
+    upload_folder(tmp_path / "made" / "versions", path / "versions")
+    yield path
+    remove(path)
+
+
+def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
+    old, new = open_place(bucket, "v1.0.0"), open_place(bucket)
+    assert (old.images, new.images) == (20, 24)
+    assert new.path == Path("data") / new.dataset.name / "versions" / "v1.1.0"
+    assert sum(new.read(split).num_rows for split in new.manifest["rows"] if new.shards(split)) == 24
+    shard = new.shards("train")[0]
+    before = shard.stat().st_ino
+    assert open_place(bucket / "versions" / "v1.1.0").path == new.path
+    assert shard.stat().st_ino == before
+    with pytest.raises(StoreError, match=r"has no version v7\.0\.0"):
+        open_place(bucket, "v7.0.0")
+
+
+def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
+    name = open_place(bucket, "v1.0.0").shards("train")[0].name
+    (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
+    with pytest.raises(StoreError, match=f"{name} of memory://.* is not what its manifest says"):
+        open_place(bucket)
+    assert open_place(bucket, "v1.0.0").images == 20
+    (bucket / "versions" / "v1.1.0" / name).unlink()
+    with pytest.raises(StoreError, match=r"memory://.*versions"):
+        open_place(bucket)
+
+
+def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:
+    open_place(bucket, "v1.0.0")
+    manifest = bucket / "versions" / "v1.0.0" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0"}))
+    with pytest.raises(StoreError, match=r"is another v1\.0\.0 than the one in memory"):
+        open_place(bucket, "v1.0.0")

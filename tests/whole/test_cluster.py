@@ -12,15 +12,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cluster.job import scratch_of
 from pipeline.marks import Mark, format_marks, name_of
-from pipeline.store import Folder, Version
+from pipeline.objects import place
+from pipeline.store import Folder, Version, dataset_folder
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hub import datasets
+from tests.s3 import running_s3
 from tests.whole.conftest import SYNTH, Run, said
 
 PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
@@ -103,11 +107,11 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: 
     assert "has 5 shards, not 3" in said(synth(*asked, *never, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
 
 
-def ray_run(tmp_path: Path, *more: str, env: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
-    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", "240", "--out", "many", *more]
-    command += ["--executor", "ray", "--shards", "6", "--workers", "2"]
+def ray_run(tmp_path: Path, *more: str, out: str = "many", limit: int = 240, shards: int = 6) -> "subprocess.Popen[bytes]":
+    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", f"{limit}", "--out", out, *more]
+    command += ["--executor", "ray", "--shards", f"{shards}", "--workers", "2"]
     with (tmp_path / "many.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=env)
+        return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
 
 
 def wait_for(is_true: Callable[[], bool], seconds: float = 120) -> None:
@@ -192,6 +196,53 @@ def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServ
     assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]
     assert made(tmp_path / "many").manifest["review"] == {"good": 0, "bad": 1, "edited": 0}
     assert len(chat.bodies) == before
+
+
+def test_nodes_that_share_no_files_keep_all_in_an_object_store(
+    synth: Run, chat: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = f"s3://sets/{uuid4().hex}"
+    asked = ("generate", "--source", "scenes", "--limit", "120", "--base-url", chat.url)
+    assert synth(*asked, "--out", "one").returncode == 0
+    peace = Counter(chat.times)
+    chat.times.clear()
+    chat.script = world(1.0)
+    with running_s3("sets") as keys:
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=120, shards=2)
+        wait_for(lambda: sum(chat.times.values()) > 150)
+        workers = below(driver.pid, "ray::MapWorker")
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        chat.script = world()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+        done = synth(*asked, "--out", home, "--executor", "ray")
+        assert done.returncode == 0, done.stderr
+        assert f"{home} is in use, or was a moment ago" in done.stderr
+        assert done.stdout.strip() == f"{home}/versions/v1.0.0"
+        assert chat.times.keys() == peace.keys()
+        assert sum((chat.times - peace).values()) <= 2 * 64  # what was in flight
+        left = {path.name for path in scratch_of(place(home)).rglob("*") if path.is_file()}
+        assert left == {".lock"}  # on the node
+
+        # From there it is a dataset like any other.
+        assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
+        fetched, one = made(tmp_path / dataset_folder(home)), made(tmp_path / "one")
+        assert fetched.manifest["digest"] == one.manifest["digest"]
+        assert rows_of(fetched) == rows_of(one)
+        assert "v1.0.0" in synth("versions", home).stdout
+        sample_id, content = name_of(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
+        marks = format_marks([Mark(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
+        (tmp_path / "marks.jsonl").write_text(marks)
+        for out in ("one", home):
+            done = synth("review", "apply", "marks.jsonl", "--data", out, "--json")
+            assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["digest"] == made(tmp_path / "one").manifest["digest"]
+        assert json.loads(done.stdout)["version"] == "v1.0.1"
+        error, _ = said(synth(*asked, "--out", "s3://none/mine", "--executor", "ray"))
+        assert "s3://none/mine: The specified bucket does not exist" in error
+    assert synth(*asked, "--out", home).returncode == 2  # one machine keeps it on a disk
 
 
 def test_a_plan_that_would_wait_for_ever_is_an_error_before_it_starts(synth: Run, chat: ChatServer, tmp_path: Path) -> None:

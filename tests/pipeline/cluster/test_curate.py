@@ -3,12 +3,12 @@
 import pickle
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cluster import curate
@@ -18,8 +18,9 @@ from pipeline.config import Config, resolve
 from pipeline.fingerprint import digest
 from pipeline.likeness import COMPARED, compare_samples
 from pipeline.marks import Mark, format_marks, name_of
+from pipeline.objects import is_object, place
 from pipeline.stages import STAGES, apply, join_likeness, join_marks, kind_of_images
-from pipeline.store import Folder, write_table, write_text
+from pipeline.store import Folder, read_table, remove, write_table, write_text
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.types import Silence
 from pipeline.verify import Usual
@@ -100,7 +101,7 @@ def in_one_process(folder: Folder, rows: list[dict[str, Any]], table: pa.Table, 
         if name == "review":
             table = join_marks(folder, table, Silence())
         apply(folder, name, STAGES[name](table, config), table)
-        table = pq.read_table(folder.stage(name))
+        table = read_table(folder.stage(name))
 
 
 def over_shards(
@@ -124,17 +125,24 @@ def over_shards(
 
 
 def left(folders: list[Folder], stage: str, which: str) -> list[dict[str, Any]]:
-    tables = [pq.read_table(folder.stage(stage, which)) for folder in folders]
+    tables = [read_table(folder.stage(stage, which)) for folder in folders]
     return sorted((row for table in tables for row in table.to_pylist()), key=lambda row: row["annotation_id"])
 
 
+@pytest.fixture(params=["folder", "object store"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "many" if request.param == "folder" else place(f"memory://{uuid4().hex}")
+    yield path
+    remove(path)
+
+
 @pytest.mark.parametrize("shards", [1, 3, 8])
-def test_over_shards_the_same_rows_go_for_the_same_reasons(tmp_path: Path, shards: int) -> None:
+def test_over_shards_the_same_rows_go_for_the_same_reasons(tmp_path: Path, home: Path, shards: int) -> None:
     rng = random.Random(shards)
     rows = samples(120, rng)
     config = settings()
     table = checked(annotations(rows, rng), config)
-    one, home = Folder(tmp_path / "one"), tmp_path / "many"
+    one = Folder(tmp_path / "one")
     in_one_process(one, rows, table, config)
     # People have their say: of texts that stay, one is bad, and a question of a pair is asked in other words.
     kept = left([one], "split", "kept")
@@ -146,7 +154,8 @@ def test_over_shards_the_same_rows_go_for_the_same_reasons(tmp_path: Path, shard
     for folder in (one, Folder(home)):
         write_text(folder.marks, marks)
     in_one_process(one, rows, table, config)
-    job = Job(config, home, tmp_path, shards, 1, "embedded", "s", "r", "inputs")
+    filled = tuple(f"{number:05d}/filled" for number in range(shards)) if is_object(home) else ()
+    job = Job(config, home, tmp_path, shards, 1, "embedded", "s", "r", "inputs", filled)
     told = over_shards(job, rows, table, lambda count: random.Random(0).sample(range(count), count))
     for stage in GROUPED:
         for which in ("kept", "rejected"):

@@ -8,7 +8,6 @@ import boto3
 import fsspec
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.config import resolve
 from pipeline.errors import SourceError
@@ -17,31 +16,23 @@ from pipeline.source.remote import open_remote
 from pipeline.types import Sample, Source
 from tests.hub import datasets
 from tests.hub.server import running_hub
+from tests.s3 import running_s3
 
 PLAIN = pa.schema([("photo", datasets.IMAGE)])
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def s3() -> Iterator[dict[str, str]]:
+    with running_s3("photos") as env:
+        yield env
 
 
 @pytest.fixture(autouse=True)
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A bucket with two files of three photos each, and one that is no Parquet; the client finds it by its own settings."""
-    for name, value in (
-        ("ACCESS_KEY_ID", "k"),
-        ("SECRET_ACCESS_KEY", "s"),
-        ("DEFAULT_REGION", "us-east-1"),
-        ("ENDPOINT_URL", endpoint),
-    ):
-        monkeypatch.setenv(f"AWS_{name}", value)
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
     client = boto3.client("s3")
-    client.create_bucket(Bucket="photos")
     for split, first in (("train", 0), ("test", 3)):
         rows = [{"photo": datasets.cell(number)} for number in range(first, first + 3)]
         client.put_object(Bucket="photos", Key=f"mine/{split}/0.parquet", Body=datasets.parquet(rows, PLAIN))

@@ -1,0 +1,201 @@
+"""Dataset folders in an object store (`s3://`, `gs://`, `az://`), by fsspec: what a path there can do, and what it cannot.
+
+Objects appear whole or not at all, are never renamed, and have no locks. What a store needs (keys, endpoint) is taken from
+where its own library looks for it.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from pipeline.errors import ConfigError, StoreError
+
+LEASE_SECONDS = 30.0  # without a sign of life, after which whoever holds a folder is taken for dead
+STORE_ERRORS = (  # that are no OSError
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+BEATS = 4  # signs of life in that time
+
+
+def place(name: str) -> Path:
+    """Return a path on this machine, or by its URL one in an object store: a UPath, which has what we use of a Path.
+
+    Raises:
+        ConfigError: nothing can be kept there, or the store's package is not installed.
+    """
+    scheme, found, _ = name.partition("://")
+    if not found:
+        return Path(name)
+    if scheme in ("hf", "http", "https"):
+        raise ConfigError(
+            f"a dataset folder cannot lie at {name}", hint="use a folder, s3://, gs:// or az://; and then `synth push`"
+        )
+    import fsspec
+    from upath import UPath
+
+    try:
+        path = UPath(name.rstrip("/"), use_listings_cache=False)  # a listing that was kept may be an old one
+        path.fs  # noqa: B018  # imports what the store needs
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
+    except ValueError as error:
+        known = ", ".join(each for each in ("s3", "gs", "az") if each in fsspec.available_protocols())
+        raise ConfigError(f"{name}: {error}", hint=f"known are {known}") from None
+    return cast(Path, path)
+
+
+def is_object(path: Path) -> bool:
+    """Whether a path lies in an object store."""
+    return not isinstance(path, Path)
+
+
+def where(path: Path) -> dict[str, Any]:
+    """Return a path as pyarrow wants to be told of it."""
+    return {"source": _at(path), "filesystem": _fs(path)} if is_object(path) else {"source": path}
+
+
+def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
+    """Open an object to read ranges of it, each with so many bytes ahead."""
+    opened: AbstractContextManager[Any] = _fs(path).open(_at(path), "rb", block_size=ahead_bytes, cache_type="readahead")
+    return opened
+
+
+def upload(file: Path, path: Path) -> None:
+    """Put a file of this machine into an object store."""
+    _fs(path).put_file(str(file), _at(path))
+
+
+def download(path: Path, file: Path) -> None:
+    """Get an object into a file of this machine."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _fs(path).get_file(_at(path), str(file))
+
+
+def upload_folder(folder: Path, path: Path) -> None:
+    """Put all files of a folder of this machine into an object store, several at once."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    _fs(path).put([str(file) for file in files], [_at(path / file.relative_to(folder).as_posix()) for file in files])
+
+
+def move_all(moves: list[tuple[Path, Path]]) -> None:
+    """Move objects within their store, several at once; nothing of them passes through this machine."""
+    fs = _fs(moves[0][0])
+    fs.copy([_at(old) for old, _ in moves], [_at(new) for _, new in moves])
+    fs.rm([_at(old) for old, _ in moves])
+
+
+def remove_folder(path: Path) -> None:
+    """Remove all objects of a folder, if there are any."""
+    with suppress(FileNotFoundError):
+        _fs(path).rm(_at(path), recursive=True)
+
+
+def _fs(path: Path) -> Any:
+    return cast(Any, path).fs
+
+
+def _at(path: Path) -> str:
+    return str(cast(Any, path).path)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what a store raises into a StoreError. Errors of Python itself are ours, and stay what they are."""
+    scheme = str(path).partition("://")[0]
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (OSError, *errors_of_stores())):
+            raise
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise StoreError(
+            f"{path}: {what}", hint=f"check the address, the network and the keys of {scheme}; then run the same command"
+        ) from None
+
+
+def errors_of_stores() -> tuple[type[Exception], ...]:
+    """Return what the libraries of stores raise, of those that were imported."""
+    return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)
+
+
+@contextmanager
+def lease(path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Be the only one who holds a name in an object store, by an object that is renewed as long as its holder lives.
+
+    Whoever is killed leaves the object behind. It is taken over when it has not changed for so many seconds, by our clock: no
+    two machines need to agree on the time.
+
+    Args:
+        path: of the object.
+        seconds: without a sign of life, after which a holder is dead.
+        say: told that one has to wait.
+
+    Raises:
+        StoreError: another one holds it, and lives.
+    """
+    me = uuid4().hex
+    _take(path, me, seconds, say)
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(path, me, seconds / BEATS, ended), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        with suppress(OSError):
+            if _holder(path)[:1] == [me]:
+                path.unlink(missing_ok=True)
+
+
+def _take(path: Path, me: str, seconds: float, say: Callable[[str], None]) -> None:
+    other = StoreError(f"another command is writing to {path.parent}", hint="wait for it, or choose another --out")
+    before, end = None, time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(FileExistsError):
+            _fs(path).pipe_file(_at(path), _beat(me, 0), mode="create")
+            return
+        now = _holder(path)
+        if before is None:
+            before = now
+            say(f"{path.parent} is in use, or was a moment ago: waiting {seconds:.0f} s for a sign of life")
+        elif now not in ([], before):
+            raise other
+        time.sleep(seconds / BEATS / 2)
+    path.write_bytes(_beat(me, 0))
+    time.sleep(seconds / BEATS)  # of two that have waited, the last one has it
+    if _holder(path)[:1] != [me]:
+        raise other
+
+
+def _renew(path: Path, me: str, every_seconds: float, ended: threading.Event) -> None:
+    beats = 0
+    while not ended.wait(every_seconds):
+        beats += 1
+        with suppress(OSError, *errors_of_stores()):  # the next beat may come through
+            if _holder(path)[:1] != [me]:
+                return  # we stood still for so long that we were taken for dead
+            path.write_bytes(_beat(me, beats))
+
+
+def _holder(path: Path) -> list[Any]:
+    """Return who holds a lease, and its last sign of life; nothing where nobody does."""
+    try:
+        found: list[Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    return found
+
+
+def _beat(me: str, beats: int) -> bytes:
+    return json.dumps([me, beats]).encode()

@@ -1,0 +1,128 @@
+"""A shard of an object store is filled on a disk of the node; nothing that was answered is lost with the node."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from pipeline import objects
+from pipeline.cluster import scratch
+from pipeline.cluster.job import Job
+from pipeline.cluster.scratch import leave_stages, scratch_shard
+from pipeline.config import resolve
+from pipeline.generate.journal import Journal
+from pipeline.generate.requests import build_requests
+from pipeline.objects import download, place
+from pipeline.store import Folder, remove, write_json
+from pipeline.types import Reply
+
+REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    monkeypatch.setattr(scratch, "SAVE_SECONDS", 0.05)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = place(f"memory://{uuid4().hex}")
+    yield Job(resolve(source="scenes"), home, tmp_path, 4, 1, "embedded", "s", "r", "inputs")
+    remove(home)
+
+
+def keep(folder: Folder, *numbers: int) -> None:
+    with Journal(folder.journal) as journal:
+        for n in numbers:
+            reply = Reply(
+                request_id=REQUESTS[n].id, attempt=0, text=f"{n}", finish_reason="stop", prompt_tokens=5, reply_tokens=2
+            )
+            journal.keep([(REQUESTS[n], reply, None)])
+
+
+def replies(path: Path) -> int:
+    with Journal(path) as journal:
+        return journal.totals()["replies"]
+
+
+def stored(job: Job, tmp_path: Path) -> int:
+    """How many replies the store knows of shard 2."""
+    kept = job.shard(2).journal
+    if not kept.exists():
+        return 0
+    download(kept, tmp_path / "copy.sqlite")
+    return replies(tmp_path / "copy.sqlite")
+
+
+def test_replies_reach_the_store_while_a_shard_is_filled(job: Job, tmp_path: Path) -> None:
+    with scratch_shard(job, 2) as folder:
+        (folder.path / "stages").mkdir()
+        keep(folder, 0)
+        end = time.monotonic() + 10
+        while stored(job, tmp_path) < 1:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        keep(folder, 1)
+    assert stored(job, tmp_path) == 2
+    assert not folder.journal.exists()  # nothing stays on the node
+
+
+def test_what_one_node_has_asked_another_one_knows(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), scratch_shard(job, 2) as folder:
+        keep(folder, 0, 1)
+        raise RuntimeError  # a server that does not answer
+    shutil.rmtree(job.scratch)  # another node
+    with scratch_shard(job, 2) as folder:
+        (folder.path / "stages").mkdir()
+        assert replies(folder.journal) == 2
+        keep(folder, 2)
+    assert stored(job, tmp_path) == 3
+
+
+def test_what_a_killed_worker_has_left_on_the_node_is_used_too(job: Job, tmp_path: Path) -> None:
+    mine = Folder(job.scratch / "shards" / "00002")
+    keep(mine, 0)  # and was killed before it reached the store
+    other = tmp_path / "other.sqlite"
+    keep(Folder(tmp_path / "far"), 1)
+    Folder(tmp_path / "far").journal.rename(other)
+    job.shard(2).journal.write_bytes(other.read_bytes())
+    with scratch_shard(job, 2) as folder:
+        (folder.path / "stages").mkdir()
+        assert replies(folder.journal) == 2
+    assert stored(job, tmp_path) == 2
+
+
+def test_a_store_that_is_away_for_a_moment_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    upload = objects.upload
+
+    def refuses(file: Path, path: Path) -> None:
+        tried.append(1)
+        if len(tried) < 3:
+            raise OSError("away")
+        upload(file, path)
+
+    monkeypatch.setattr(scratch, "upload", refuses)
+    with scratch_shard(job, 2) as folder:
+        (folder.path / "stages").mkdir()
+        keep(folder, 0)
+        end = time.monotonic() + 10
+        while len(tried) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert stored(job, tmp_path) == 1
+    tried.clear()
+    with pytest.raises(OSError, match="away"), scratch_shard(job, 2) as folder:
+        monkeypatch.setattr(scratch, "SAVE_SECONDS", 100.0)
+        (folder.path / "stages").mkdir()
+        keep(folder, 1)  # and in the end it is away: said, and kept here
+    assert replies(folder.journal) == 2
+
+
+def test_each_filling_leaves_a_folder_of_its_own(job: Job, tmp_path: Path) -> None:
+    made = Folder(tmp_path / "made")
+    write_json(made.made_by("source"), {"a": 1})
+    names = [leave_stages(job, 2, made) for _ in range(2)]
+    assert len(set(names)) == 2
+    for name in names:
+        assert Folder(job.home / "shards" / name).made_by("source").exists()

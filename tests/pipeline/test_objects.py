@@ -1,0 +1,145 @@
+"""Dataset folders in an object store: what a file system gives for free is made here, over the store of fsspec in memory."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import ConfigError, StoreError
+from pipeline.objects import explained, is_object, lease, place
+from pipeline.store import (
+    MANIFEST,
+    Folder,
+    aside,
+    disk_errors,
+    open_parquet,
+    publish,
+    read_table,
+    remove,
+    scratch_folder,
+    write_json,
+    write_table,
+)
+
+TABLE = pa.table({"a": [1, 2], "b": ["x", "y"]})
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    path = place(f"memory://{uuid4().hex}")
+    yield path
+    remove(path)
+
+
+def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
+    assert place("data/x") == Path("data/x")
+    assert not is_object(place("data/x"))
+    assert is_object(place("memory://x"))
+    assert str(place("s3://bucket/mine/") / "run.json") == "s3://bucket/mine/run.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("hf://datasets/me/x", "cannot lie at hf://"),
+        ("https://a.b/c", "cannot lie at https://"),
+        ("nowhere://x", "nowhere"),
+        ("gs://bucket/x", "gs:// needs a package that is not installed"),
+    ],
+)
+def test_a_place_where_nothing_can_be_kept_is_refused(name: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as raised:
+        place(name)
+    assert raised.value.hint
+
+
+def test_objects_are_written_whole_or_not_at_all_and_read_in_part(home: Path) -> None:
+    write_table(home / "t.parquet", [TABLE], TABLE.schema)
+    assert read_table(home / "t.parquet").equals(TABLE)
+    assert read_table(home / "t.parquet", ["b"]).column_names == ["b"]
+    assert open_parquet(home / "t.parquet").metadata.num_rows == 2
+    with pytest.raises(RuntimeError), aside(home / "t.parquet") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), aside(home / "other") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError
+    assert read_table(home / "t.parquet").equals(TABLE)
+    assert not (home / "other").exists()
+
+
+def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = home / "versions" / "v1.0.0"
+    moved: list[str] = []
+    copy = type(home.fs).copy  # type: ignore[attr-defined]
+
+    def noted(fs: object, old: list[str], new: list[str]) -> None:
+        moved.extend(name.rpartition("/")[2] for name in old)
+        copy(fs, old, new)
+
+    monkeypatch.setattr(type(home.fs), "copy", noted)  # type: ignore[attr-defined]
+    with scratch_folder(home / "versions") as draft:
+        for name in (MANIFEST, "README.md", "train-00000.parquet"):
+            write_json(draft / name, {"of": name})
+        publish(draft, final)
+    assert sorted(moved[:-1]) == ["README.md", "train-00000.parquet"]
+    assert moved[-1] == MANIFEST
+    assert json.loads((final / "README.md").read_text()) == {"of": "README.md"}
+    assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
+
+
+def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
+    said: list[str] = []
+    with lease(home / ".lock", 1.0):
+        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0, said.append):
+            pass
+        time.sleep(1.5)  # longer than a dead one is waited for
+        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0):
+            pass
+    assert "waiting 1 s for a sign of life" in said[0]
+    start = time.monotonic()
+    with Folder(home).lock():
+        assert time.monotonic() - start < 1  # it was given back
+
+
+def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
+    (home / ".lock").write_text('["dead", 7]')
+    start = time.monotonic()
+    with lease(home / ".lock", 0.4):
+        assert time.monotonic() - start >= 0.4
+        with pytest.raises(StoreError), lease(home / ".lock", 0.4):
+            pass
+    assert not (home / ".lock").exists()
+
+
+def test_of_two_that_wait_for_a_dead_one_one_goes_on(home: Path) -> None:
+    (home / ".lock").write_text('["dead", 7]')
+    results: list[str] = []
+
+    def take() -> None:
+        try:
+            with lease(home / ".lock", 0.8):
+                results.append("held")
+                time.sleep(1.5)
+        except StoreError:
+            results.append("refused")
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["held", "refused"]
+
+
+def test_what_a_store_refuses_is_one_line_and_what_is_our_own_mistake_is_not_hidden(home: Path) -> None:
+    with pytest.raises(StoreError, match=r"memory://.*: Access Denied") as raised, disk_errors(home):
+        raise PermissionError("Access\nDenied")
+    assert "keys of memory" in raised.value.hint
+    with pytest.raises(TypeError), explained(home):
+        raise TypeError
