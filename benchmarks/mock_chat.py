@@ -1,8 +1,8 @@
 """A chat endpoint that answers any request with one caption after a fixed time: what is left to measure is the client.
 
-`python benchmarks/mock_chat.py PORT [SECONDS [various]]`; with `various`, the caption depends on what is asked. GET /stats
-tells how many requests came and were answered, and how many different ones; POST /reset forgets them. It enforces no schema:
-its probe answer is the one that is wanted.
+`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, the caption depends on what is asked. GET
+/stats tells how many requests came, and from where, were answered, and were different; POST /reset forgets them. It enforces no
+schema: its probe answer is the one that is wanted.
 """
 
 import asyncio
@@ -42,6 +42,7 @@ class Mock:
         self.various = various
         self.answered: Counter[bytes] = Counter()
         self.came = 0
+        self.clients: Counter[str] = Counter()
         self.body = answer(CAPTION)
 
     async def chat(self, request: web.Request) -> web.Response:
@@ -53,6 +54,7 @@ class Mock:
                 body=answer(json.dumps({"word": schema["properties"]["word"]["enum"][0]})), content_type="application/json"
             )
         self.came += 1
+        self.clients[str(request.remote)] += 1
         # Image and words tell requests apart, whatever else a client sends along.
         key = hashlib.sha1(raw[raw.find(b'"messages"') :], usedforsecurity=False).digest()
         await asyncio.sleep(self.seconds)
@@ -63,11 +65,13 @@ class Mock:
     async def stats(self, _request: web.Request) -> web.Response:
         """Tell the counts."""
         total = sum(self.answered.values())
-        return web.json_response({"came": self.came, "answered": total, "different": len(self.answered)})
+        told = {"came": self.came, "answered": total, "different": len(self.answered), "clients": self.clients}
+        return web.json_response(told)
 
     async def reset(self, _request: web.Request) -> web.Response:
         """Forget the counts."""
         self.answered.clear()
+        self.clients.clear()
         self.came = 0
         return web.Response()
 
@@ -89,14 +93,14 @@ async def health(_request: web.Request) -> web.Response:
 
 def main() -> None:
     """Serve until killed."""
-    mock = Mock(float(sys.argv[2]) if len(sys.argv) > 2 else 0.2, various=sys.argv[3:] == ["various"])
+    mock = Mock(float(sys.argv[2]) if len(sys.argv) > 2 else 0.2, various=sys.argv[3:4] == ["various"])
     app = web.Application(client_max_size=2**28)
     app.router.add_post("/v1/chat/completions", mock.chat)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/health", health)
     app.router.add_get("/stats", mock.stats)
     app.router.add_post("/reset", mock.reset)
-    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None)
+    web.run_app(app, host=sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1", port=int(sys.argv[1]), print=None)
 
 
 if __name__ == "__main__":

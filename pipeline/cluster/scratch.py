@@ -24,9 +24,12 @@ def scratch_shard(job: Job, number: int) -> Iterator[Folder]:
     Nobody else fills the shard on this node meanwhile. What a worker that was killed has left here is used, too.
     """
     kept = job.shard(number).journal
+    kept_cost = kept.with_name("cost.json")
     folder = Folder(job.scratch / "shards" / f"{number:05d}")
     with folder.lock(wait=True):
         _bring(kept, folder.journal)
+        if kept_cost.exists():
+            download(kept_cost, folder.cost)
         ended = threading.Event()
         saving = threading.Thread(target=_keep_saving, args=(folder.journal, kept, ended), daemon=True)
         saving.start()
@@ -36,6 +39,8 @@ def scratch_shard(job: Job, number: int) -> Iterator[Folder]:
             ended.set()
             saving.join()
             save_journal(folder.journal, kept)
+            if folder.cost.exists():
+                upload(folder.cost, kept_cost)
         for made in (folder.journal.parent, folder.path / "stages"):  # not the lock, for which others may wait
             shutil.rmtree(made)
 

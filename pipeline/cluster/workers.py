@@ -5,8 +5,9 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -65,10 +66,11 @@ def cluster(address: str | None) -> Iterator[None]:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1  # a shard may take hours
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that are lost: standard output is for what was made
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> Plan:

@@ -16,7 +16,7 @@ from pipeline.config import resolve
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import build_requests
 from pipeline.objects import download, place
-from pipeline.store import Folder, remove, write_json
+from pipeline.store import Folder, read_json, remove, write_json
 from pipeline.types import Reply
 
 REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
@@ -117,6 +117,13 @@ def test_a_store_that_is_away_for_a_moment_loses_nothing(job: Job, tmp_path: Pat
         (folder.path / "stages").mkdir()
         keep(folder, 1)  # and in the end it is away: said, and kept here
     assert replies(folder.journal) == 2
+
+
+def test_what_asking_has_cost_is_added_up_over_nodes(job: Job) -> None:
+    with scratch_shard(job, 2) as folder:
+        write_json(folder.cost, {"seconds": 7.0})
+    with scratch_shard(job, 2) as folder:
+        assert read_json(folder.cost) == {"seconds": 7.0}
 
 
 def test_each_filling_leaves_a_folder_of_its_own(job: Job, tmp_path: Path) -> None:

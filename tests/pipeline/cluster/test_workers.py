@@ -61,3 +61,14 @@ def test_without_ray_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught, workers.cluster(None):
         pass
     assert "extra `ray`" in caught.value.hint
+
+
+def test_what_ray_prints_is_not_taken_for_a_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ray, "init", lambda **how: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: print("bye"))
+    with workers.cluster("local"):
+        print("(raylet) a node has been marked dead")  # as Ray does, in a thread
+    print("result")
+    out, err = capsys.readouterr()
+    assert out == "result\n"
+    assert err == "(raylet) a node has been marked dead\nbye\n"
