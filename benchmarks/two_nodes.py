@@ -3,9 +3,9 @@
     python benchmarks/two_nodes.py [--images 6000] [--shards 4] [--latency 0.5]
 
 Each node is a network and a mount namespace with an address and a `/tmp` of its own, on which a Ray node runs; both see the
-installed project, and nothing that the other one writes. An S3 (moto) and a mock endpoint are at a third address. The same
-scenes are captioned in one process; on both nodes; on both, of which one is killed with all that it has on its disk; and on
-both, which are killed with the command and started anew. Digests must be equal; what was asked twice is told.
+installed project, and nothing that the other one writes to `/tmp`. An S3 (moto) and a mock endpoint are at a third address. The
+same scenes are captioned in one process; on both nodes; on both, of which one is killed with all that it has on its disk; and
+on both, which are killed with the command and started anew. Digests must be equal; what was asked twice is told.
 """
 
 import argparse
@@ -99,10 +99,10 @@ def drive(head: int, out: str, options: argparse.Namespace, log: Path) -> "subpr
     """Give the command on the first node."""
     command = ["synth", "generate", *wanted(options), "--out", out, "--executor", "ray", "--shards", f"{options.shards}"]
     command += ["--ray-address", f"{NET}.2:{RAY}", "--workers", "2", "--json"]
+    there = 'mkdir -p /tmp/given && cd /tmp/given && exec "$@"'  # a folder that the other node has not
     with log.open("w") as file:
-        return subprocess.Popen(
-            ["nsenter", "-t", f"{head}", "-m", "-n", *command], env=ENV, stdout=subprocess.PIPE, stderr=file, text=True
-        )
+        own = ["nsenter", "-t", f"{head}", "-m", "-n", "bash", "-c", there, "bash"]
+        return subprocess.Popen([*own, *command], env=ENV, stdout=subprocess.PIPE, stderr=file, text=True)
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
@@ -118,9 +118,11 @@ def stats(what: str = "stats") -> dict[str, Any]:
         return found
 
 
-def wait_for(came: int) -> None:
-    """Wait until so many requests have come."""
+def wait_for(came: int, command: "subprocess.Popen[str]", log: Path) -> None:
+    """Wait until so many requests of a command have come."""
     while stats()["came"] < came:
+        if command.poll() is not None:
+            raise SystemExit(log.read_text()[-3000:])
         time.sleep(0.2)
 
 
@@ -173,14 +175,14 @@ def main() -> None:
 
             start = time.monotonic()
             command = drive(head, "s3://sets/lost", options, log)
-            wait_for(requests // 2)
+            wait_for(requests // 2, command, log)
             kill(3)
             note("one node killed", start, result(command, log))
 
             start_node(3)
             start = time.monotonic()
             command = drive(head, "s3://sets/all", options, log)
-            wait_for(requests // 2)
+            wait_for(requests // 2, command, log)
             kill(3)
             kill(2)
             command.wait()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.errors import ConfigError, SynthError
-from pipeline.objects import is_object, place
+from pipeline.objects import here, is_object, place
 
 if TYPE_CHECKING:
     from pipeline.generate.ask import Counts
@@ -79,7 +79,7 @@ def generate(
         typer.Option(
             parser=place,
             metavar="PATH",
-            help="Dataset folder; run again to continue it. On a cluster also s3://BUCKET/NAME, gs:// or az://.",
+            help="Dataset folder; run again to continue it. On a cluster also s3://BUCKET/NAME or gs://BUCKET/NAME.",
             show_default="data/SOURCE",
         ),
     ] = None,
@@ -260,7 +260,7 @@ def diff(
     def opened(name: str) -> "Version":
         if names_hub(name):
             return pull_version(name)
-        if "://" in name or Path(name).is_dir():
+        if is_object(place(name)) or Path(name).is_dir():
             return open_place(place(name))
         return open_place(folder or last_made(), name)
 
@@ -302,7 +302,7 @@ def push(
     from pipeline.licence import staying_home
     from pipeline.outgoing import outgoing, outgoing_checkpoint
     from pipeline.pull import open_place
-    from pipeline.store import Folder
+    from pipeline.store import Folder, disk_errors
 
     if data and not is_object(data) and (data / "train.json").exists():
         send(outgoing_checkpoint(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
@@ -317,7 +317,9 @@ def push(
             say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
         pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if pushed:
-        Folder(chosen.dataset).note_push(chosen.name, pushed.repo, pushed.commit)
+        noted_in = data if data and is_object(data) and data.parent.name != "versions" else chosen.dataset
+        with disk_errors(noted_in):
+            Folder(noted_in).note_push(chosen.name, pushed.repo, pushed.commit)
         say("load it with:\n  from datasets import load_dataset")
         say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 
@@ -345,7 +347,13 @@ def train(
         Path | None, typer.Option(help="YAML or train.json with the same settings and more; flags win over it.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
+        Path | None,
+        typer.Option(
+            parser=here,
+            metavar="PATH",
+            help="Checkpoint folder.",
+            show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     tensorboard: Annotated[
@@ -379,7 +387,7 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Argument(parser=here, metavar="PATH", help="Checkpoint folder.")],
     data: DataName = None,
     images: Images = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
@@ -414,7 +422,7 @@ def evaluate(
 
 @app.command()
 def caption(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Argument(parser=here, metavar="PATH", help="Checkpoint folder.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
     question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",
@@ -436,7 +444,10 @@ def caption(
 def experiment(
     file: Annotated[Path, typer.Argument(help="A YAML file; docs/experiment.yaml is one.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the experiment.", show_default="experiments/NAME OF THE FILE")
+        Path | None,
+        typer.Option(
+            parser=here, metavar="PATH", help="Folder of the experiment.", show_default="experiments/NAME OF THE FILE"
+        ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once.", show_default="GPUs, or cores")] = None,
     as_json: AsJson = False,
@@ -472,7 +483,8 @@ def experiment(
 def report(
     data: DataDir = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Show this training.", show_default="the last one of the dataset")
+        Path | None,
+        typer.Option(parser=here, metavar="PATH", help="Show this training.", show_default="the last one of the dataset"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
 ) -> None:

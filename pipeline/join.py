@@ -11,7 +11,17 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.fingerprint import file_digest
 from pipeline.shards import SplitWriter
-from pipeline.store import LEDGER_FILE, MANIFEST, Version, open_dataset, publish, read_version, scratch_folder, write_json
+from pipeline.store import (
+    CARD_FILE,
+    LEDGER_FILE,
+    MANIFEST,
+    Version,
+    open_dataset,
+    publish,
+    read_version,
+    scratch_folder,
+    write_json,
+)
 from pipeline.tables import PIXELS, ROW, SPLITS, features
 
 BATCH_ROWS = 64
@@ -53,7 +63,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
         schema = pq.read_schema(aside / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
         write_json(aside / MANIFEST, version.manifest | joined)
-        for name in (LEDGER_FILE, "README.md"):
+        for name in (LEDGER_FILE, CARD_FILE):
             shutil.copy(version.path / name, aside / name)
         final = _place(version, home)
         publish(aside, final)

@@ -1,28 +1,34 @@
-"""Dataset folders in an object store (`s3://`, `gs://`, `az://`), by fsspec: what a path there can do, and what it cannot.
+"""Dataset folders in an object store (`s3://`, `gs://`), by fsspec: what a path there can do, and what it cannot.
 
 Objects appear whole or not at all, are never renamed, and have no locks. What a store needs (keys, endpoint) is taken from
 where its own library looks for it.
 """
 
 import json
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 from uuid import uuid4
 
 from pipeline.errors import ConfigError, StoreError
 
+STORES = ("s3", "gs", "gcs", "memory")  # the last one for tests; on Azure a copy may be unfinished when the call returns
+_STRANGE = re.compile(r"[*?\[\]#]")
+_URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
 LEASE_SECONDS = 30.0  # without a sign of life, after which whoever holds a folder is taken for dead
 STORE_ERRORS = (  # that are no OSError
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("aiohttp", "ClientError"),
     ("google.auth.exceptions", "GoogleAuthError"),
-    ("azure.core.exceptions", "AzureError"),
+    ("gcsfs.retry", "HttpError"),
+    ("gcsfs.retry", "ChecksumError"),
 )
 BEATS = 4  # signs of life in that time
 
@@ -33,25 +39,31 @@ def place(name: str) -> Path:
     Raises:
         ConfigError: nothing can be kept there, or the store's package is not installed.
     """
-    scheme, found, _ = name.partition("://")
+    scheme, found, key = name.partition("://")
     if not found:
-        return Path(name)
-    if scheme in ("hf", "http", "https"):
+        return here(name)
+    if scheme not in STORES:
         raise ConfigError(
-            f"a dataset folder cannot lie at {name}", hint="use a folder, s3://, gs:// or az://; and then `synth push`"
+            f"a dataset folder cannot lie at {name}", hint=f"use a folder, or {' or '.join(STORES[:2])}://BUCKET/NAME"
         )
-    import fsspec
+    parts = key.rstrip("/").split("/")
+    if not all(parts) or _STRANGE.search(key) or {".", ".."} & {*parts}:  # names that listings read as patterns, or lose
+        raise ConfigError(f"not a place in a store: {name}", hint=f"it looks like {scheme}://BUCKET/NAME, without any of *?[]#")
     from upath import UPath
 
     try:
-        path = UPath(name.rstrip("/"), use_listings_cache=False)  # a listing that was kept may be an old one
+        path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)  # a listing that was kept may be an old one
         path.fs  # noqa: B018  # imports what the store needs
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
-    except ValueError as error:
-        known = ", ".join(each for each in ("s3", "gs", "az") if each in fsspec.available_protocols())
-        raise ConfigError(f"{name}: {error}", hint=f"known are {known}") from None
     return cast(Path, path)
+
+
+def here(name: str) -> Path:
+    """Return a path on this machine. Raises ConfigError for a URL, or for one that has lost a slash."""
+    if _URL.match(name):
+        raise ConfigError(f"{name} is no path on this machine", hint="only dataset folders may be URLs, as s3://BUCKET/NAME")
+    return Path(name)
 
 
 def is_object(path: Path) -> bool:
@@ -79,6 +91,17 @@ def download(path: Path, file: Path) -> None:
     """Get an object into a file of this machine."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _fs(path).get_file(_at(path), str(file))
+
+
+@contextmanager
+def copy_here(path: Path) -> Iterator[Path]:
+    """Yield a copy of an object on this machine for as long as it is read; a file of this machine as it is."""
+    if not is_object(path):
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        download(path, Path(folder) / path.name)
+        yield Path(folder) / path.name
 
 
 def upload_folder(folder: Path, path: Path) -> None:
@@ -129,16 +152,22 @@ def errors_of_stores() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def lease(path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def lease(
+    path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Callable[[], None]]:
     """Be the only one who holds a name in an object store, by an object that is renewed as long as its holder lives.
 
     Whoever is killed leaves the object behind. It is taken over when it has not changed for so many seconds, by our clock: no
-    two machines need to agree on the time.
+    two machines need to agree on the time. A store that does not know conditional writes (`If-None-Match`) keeps nobody out
+    who begins at the same moment.
 
     Args:
         path: of the object.
         seconds: without a sign of life, after which a holder is dead.
         say: told that one has to wait.
+
+    Yields:
+        What raises StoreError where we were taken for dead, and another one goes on.
 
     Raises:
         StoreError: another one holds it, and lives.
@@ -148,12 +177,17 @@ def lease(path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None]
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(path, me, seconds / BEATS, ended), daemon=True)
     renewing.start()
+
+    def check() -> None:
+        if _holder(path)[:1] != [me]:
+            raise StoreError(f"another command has taken over {path.parent}", hint="this one stood still; that one goes on")
+
     try:
-        yield
+        yield check
     finally:
         ended.set()
         renewing.join()
-        with suppress(OSError):
+        with suppress(OSError, *errors_of_stores()):
             if _holder(path)[:1] == [me]:
                 path.unlink(missing_ok=True)
 
@@ -161,7 +195,7 @@ def lease(path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None]
 def _take(path: Path, me: str, seconds: float, say: Callable[[str], None]) -> None:
     other = StoreError(f"another command is writing to {path.parent}", hint="wait for it, or choose another --out")
     before, end = None, time.monotonic() + seconds
-    while time.monotonic() < end:
+    while True:
         with suppress(FileExistsError):
             _fs(path).pipe_file(_at(path), _beat(me, 0), mode="create")
             return
@@ -171,9 +205,11 @@ def _take(path: Path, me: str, seconds: float, say: Callable[[str], None]) -> No
             say(f"{path.parent} is in use, or was a moment ago: waiting {seconds:.0f} s for a sign of life")
         elif now not in ([], before):
             raise other
+        if time.monotonic() > end:
+            break
         time.sleep(seconds / BEATS / 2)
     path.write_bytes(_beat(me, 0))
-    time.sleep(seconds / BEATS)  # of two that have waited, the last one has it
+    time.sleep(seconds / BEATS)  # of several that have waited, the last one has it
     if _holder(path)[:1] != [me]:
         raise other
 
@@ -182,7 +218,7 @@ def _renew(path: Path, me: str, every_seconds: float, ended: threading.Event) ->
     beats = 0
     while not ended.wait(every_seconds):
         beats += 1
-        with suppress(OSError, *errors_of_stores()):  # the next beat may come through
+        with suppress(Exception):  # whatever it is, the next beat may come through
             if _holder(path)[:1] != [me]:
                 return  # we stood still for so long that we were taken for dead
             path.write_bytes(_beat(me, beats))

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.fingerprint import file_digest
 from pipeline.objects import download, explained, is_object
 from pipeline.store import (
+    CARD_FILE,
     LEDGER_FILE,
     MANIFEST,
     Folder,
@@ -29,12 +30,14 @@ from pipeline.store import (
     open_dataset,
     parse_version,
     publish,
+    read_json,
     read_version,
     scratch_folder,
+    write_json,
 )
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-WANTED = [MANIFEST, "README.md", LEDGER_FILE, "*.parquet"]
+WANTED = [MANIFEST, CARD_FILE, LEDGER_FILE, "*.parquet"]
 
 
 def names_hub(text: str) -> bool:
@@ -80,7 +83,7 @@ def pull_version(name: str) -> Version:
             hint="check the network, then try again; what was fetched is kept",
         ) from None
     version = read_version(Path(folder))
-    _check(version, name)
+    _check(version, name, f"fetch it again: remove {version.path}")
     return Version(version.path, version.manifest, repo)
 
 
@@ -95,20 +98,33 @@ def open_place(path: Path | None, version: str | None = None) -> Version:
     if path is None or not is_object(path):
         return open_dataset(path, version)
     with explained(path):
-        there = read_version(path) if (path / MANIFEST).exists() else Folder(path).version(version)
-        home = Folder(dataset_folder(str(there.path.parent.parent)))
+        there = open_dataset(path, version)
+        parent = there.path.parent
+        origin = str(parent.parent if parent.name == "versions" else parent)
+        home = Folder(dataset_folder(origin))
         final = home.path / "versions" / there.name
         with disk_errors(home.path), home.lock(wait=True):
+            _only_from(origin, home)
             if not final.exists():
                 with scratch_folder(final.parent) as draft:
-                    for name in (*there.manifest["files"], LEDGER_FILE, "README.md", MANIFEST):
+                    for name in (*there.manifest["files"], LEDGER_FILE, CARD_FILE, MANIFEST):
                         download(there.path / name, draft / name)
-                    _check(Version(draft, there.manifest), str(there.path))
+                    _check(Version(draft, there.manifest), str(there.path), f"compare {there.path} with what was put there")
                     publish(draft, final)
         found = read_version(final)
     if found.manifest != there.manifest:
         raise StoreError(f"{final} is another {there.name} than the one in {path}", hint=f"move {home.path} away")
     return found
+
+
+def _only_from(origin: str, home: Folder) -> None:
+    """Keep versions of different places apart, whose names are one when written as the name of a folder."""
+    file = home.path / "origin.json"
+    known = read_json(file)["origin"] if file.exists() else None
+    if known not in (None, origin) or (known is None and home.versions()):
+        raise StoreError(f"{home.path} holds versions from {known or 'here'}, not from {origin}", hint=f"move {home.path} away")
+    if known is None:
+        write_json(file, {"origin": origin})
 
 
 def _tags(repo: str) -> list[str]:
@@ -135,12 +151,12 @@ def _is_version(name: str) -> bool:
     return True
 
 
-def _check(version: Version, name: str) -> None:
+def _check(version: Version, name: str, hint: str) -> None:
     files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
     for file, about in files.items():
         path = version.path / file
         if not path.is_file() or file_digest(path) != about.get("sha256"):
             raise StoreError(
                 f"{file} of {name} is not what its manifest says",
-                hint=f"fetch it again: remove {path.parent}; if that does not help, do not use the dataset",
+                hint=f"{hint}; if that does not help, do not use the dataset",
             )

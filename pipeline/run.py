@@ -122,7 +122,7 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
         new = [(mark, path) for path in files for mark in read_marks(path)]
         if not new:
             raise ConfigError(f"no mark in {', '.join(map(str, files))}", hint="mark texts in a report, then export the marks")
-        with folder.lock():
+        with folder.lock() as check:
             if not folder.stage("split").exists() and not folder.finished.exists():
                 raise ConfigError(f"{folder.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_marks(folder.marks) if folder.marks.exists() else []
@@ -145,7 +145,7 @@ def apply_marks(folder: Folder, files: Sequence[Path], talk: Talk | None = None)
                     return _run(folder, config, None, ORDER.index("review"), talk or Silence())
                 from pipeline.cluster.run import review_on_cluster
 
-                return review_on_cluster(config, folder, talk or Silence())
+                return review_on_cluster(config, folder, talk or Silence(), check)
             except SynthError:
                 write_text(folder.marks, format_marks(before))
                 raise

@@ -2,7 +2,7 @@
 
 Files appear whole or not at all: they are written aside, flushed to the disk and renamed. A file that would not change is
 left alone, so that a second run of the same command touches nothing. The folder of a run on a cluster may lie in an object
-store (objects.py).
+store (objects.py): there, files are made on a disk, and put.
 """
 
 import errno
@@ -14,12 +14,12 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import total_ordering
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ from pipeline.tables import SPLITS, TABLE_VERSION
 DATA = Path("data")
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
+CARD_FILE = "README.md"
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 _VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
@@ -198,14 +199,15 @@ class Folder:
         return found[-1]
 
     @contextmanager
-    def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
         """Be the only writer of this folder. Raises StoreError where another process is, unless told to wait for it.
 
-        In an object store a killed one is waited for, and `say` told of it.
+        In an object store a killed one is waited for, and `say` told of it; what is yielded raises StoreError where we were
+        taken for dead ourselves.
         """
         if is_object(self.path):
-            with lease(self.path / ".lock", say=say):
-                yield
+            with lease(self.path / ".lock", say=say) as check:
+                yield check
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
@@ -215,7 +217,7 @@ class Folder:
                 raise StoreError(
                     f"another process is writing to {self.path}", hint="wait for it, or choose another --out"
                 ) from None
-            yield
+            yield lambda: None
 
 
 def read_version(folder: Path) -> Version:
@@ -247,7 +249,7 @@ def open_dataset(path: Path | None, version: str | None = None) -> Version:
         if version not in (None, found.name):
             raise StoreError(f"{path} is {found.name}, not {version}", hint="name the dataset folder instead")
         return found
-    if not path.is_dir():
+    if not is_object(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
     return Folder(path).version(version)
 
@@ -359,12 +361,12 @@ def move(files: list[tuple[Path, Path]]) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Flush a scratch folder to the disk and give it its name: readers see all of it or nothing.
 
-    Objects are moved, and the manifest last: a version is one that has it.
+    In an object store the shards lie there already (cluster/version.py), and the manifest is moved last: a version is one that
+    has it.
     """
     if is_object(final):
-        files = [file for file in temporary.iterdir() if file.name != MANIFEST]
-        move([(file, final / file.name) for file in files])
-        move([(temporary / MANIFEST, final / MANIFEST)])
+        for names in ((LEDGER_FILE, CARD_FILE), (MANIFEST,)):
+            move([(temporary / name, final / name) for name in names])
         return
     for file in temporary.iterdir():
         with file.open("rb") as handle:
@@ -393,6 +395,8 @@ _DISK_ERRORS = {
     errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
 }
 
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # which no object store says
+
 _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.ENOSPC,  # what a full disk looks like when the shared-memory file cannot grow
@@ -415,20 +419,19 @@ def open_table(path: Path, *columns: str) -> pq.ParquetFile:
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a disk, or an object store, refuses into one StoreError that names the folder and a way out."""
-    if is_object(path):
-        with explained(path):
+    with explained(path) if is_object(path) else nullcontext():
+        try:
             yield
-        return
-    try:
-        yield
-    except SynthError:
-        raise
-    except sqlite3.DatabaseError as error:
-        damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
-        what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
-        raise StoreError(f"{path}: {what}", hint=hint) from None
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        except SynthError:
             raise
-        what, hint = _DISK_ERRORS[error.errno]
-        raise StoreError(f"{error.filename or path}: {what}", hint=hint) from None
+        except sqlite3.DatabaseError as error:
+            damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
+            what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
+            raise StoreError(f"{gettempdir() if is_object(path) else path}: {what}", hint=hint) from None
+        except OSError as error:
+            of_disk = not is_object(path) or error.errno in _OF_DISKS or Path(str(error.filename)).is_absolute()
+            if error.errno not in _DISK_ERRORS or not of_disk:
+                raise
+            what, hint = _DISK_ERRORS[error.errno]
+            disk = error.filename or (gettempdir() if is_object(path) else path)
+            raise StoreError(f"{disk}: {what}", hint=hint) from None

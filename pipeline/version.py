@@ -19,6 +19,7 @@ from pipeline.errors import TableError
 from pipeline.fingerprint import canonical, digest, file_digest
 from pipeline.shards import SplitWriter
 from pipeline.store import (
+    CARD_FILE,
     LEDGER_FILE,
     MANIFEST,
     Folder,
@@ -204,7 +205,7 @@ def about_rows(columns: list[str], licences: Iterable[str], counts: dict[str, in
 def publish_version(folder: Folder, path: Path, manifest: dict[str, Any], samples: list[dict[str, Any]]) -> Version:
     """Add the card and the manifest to a folder that holds shards and ledger, and give it its name."""
     manifest = manifest | {"ledger": about_file(path / LEDGER_FILE)}
-    write_text(path / "README.md", render_card(manifest, samples))
+    write_text(path / CARD_FILE, render_card(manifest, samples))
     write_json(path / MANIFEST, manifest)
     final = folder.path / "versions" / manifest["version"]
     publish(path, final)

@@ -12,12 +12,14 @@ def running_s3(*buckets: str) -> Iterator[dict[str, str]]:
     """Run an S3 with empty buckets; yield the environment by which its clients find it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s"}
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint, **keys)
-    for bucket in buckets:
-        client.create_bucket(Bucket=bucket)
-    named = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
-    yield named | {name.upper(): key for name, key in keys.items()}
-    server.stop()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s"}
+        client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint, **keys)
+        for bucket in buckets:
+            client.create_bucket(Bucket=bucket)
+        named = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
+        yield named | {name.upper(): key for name, key in keys.items()}
+    finally:
+        server.stop()

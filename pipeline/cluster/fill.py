@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cluster.job import HEX_DIGITS, Job, Told, do
-from pipeline.cluster.scratch import leave_stages, scratch_shard
+from pipeline.cluster.scratch import forget_scratch, leave_stages, scratch_shard
 from pipeline.errors import EngineError, SourceError
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import Choice, choose_engine
 from pipeline.generate.journal import Journal
 from pipeline.leakage import Banned
-from pipeline.objects import is_object
+from pipeline.objects import copy_here, is_object
 from pipeline.source import open_source
 from pipeline.stages import (
     CHUNK_BYTES,
@@ -92,7 +92,10 @@ def _limited(job: Job, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | R
 def is_filled(job: Job, number: int) -> bool:
     """Whether a shard holds what this job would fill it with."""
     done = job.shard(number).path / FILLED
-    return done.exists() and read_json(done)["inputs"] == job.inputs
+    if not done.exists() or read_json(done)["inputs"] != job.inputs:
+        return False
+    folder = Folder(job.home / "shards" / read_json(done)["told"]["folder"])
+    return folder.stage("verify", "checked").exists()  # a worker that was given up may name one that was removed
 
 
 def usual_file(folder: Folder) -> Path:
@@ -101,8 +104,8 @@ def usual_file(folder: Folder) -> Path:
 
 
 def _replies(folder: Folder) -> int:
-    if is_object(folder.path):  # where it is a copy, made now and then
-        return folder.journal.stat().st_size if folder.journal.exists() else 0
+    if is_object(folder.path):  # where they are copies, made now and then
+        return max((path.stat().st_size for path in folder.journal.parent.glob("*.sqlite")), default=0)
     with Journal(folder.journal) as journal:
         return journal.totals()["replies"]
 
@@ -127,6 +130,8 @@ class Filler(AbstractContextManager["Filler"]):
     def _fill_once(self, job: Job, number: int) -> Told:
         done = job.shard(number).path / FILLED
         if is_filled(job, number):
+            if is_object(job.home):
+                forget_scratch(Folder(job.scratch / "shards" / f"{number:05d}"))
             return {**read_json(done)["told"], "asked": 0, "again": True}
         done.unlink(missing_ok=True)
         if is_object(job.home):
@@ -134,7 +139,7 @@ class Filler(AbstractContextManager["Filler"]):
                 found = self._fill(number, folder)
                 found["folder"] = leave_stages(job, number, folder)
         else:
-            found = self._fill(number, job.shard(number))
+            found = self._fill(number, job.shard(number)) | {"folder": job.shard(number).path.name}
         if not found["unanswered"]:  # what a server could not answer is asked again by the same command
             write_json(done, {"inputs": job.inputs, "told": found})
         return found
@@ -145,8 +150,9 @@ class Filler(AbstractContextManager["Filler"]):
         samples, _ = require_stage(folder, "source")
         counts = Counts()
         with Journal(folder.journal) as journal:
-            if job.folder.journal.exists():  # of a run on this machine alone
-                journal.take_from(job.folder.journal, *self.range_of(number))
+            if job.folder.journal.exists():  # of a run on one machine alone
+                with copy_here(job.folder.journal) as copy:
+                    journal.take_from(copy, *self.range_of(number))
         generate(folder, config, job.revision, self._engine, samples, counts, talk)
         table = read_table(folder.stage("generate"))
         for name in ("validate", "filter"):

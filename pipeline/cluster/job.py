@@ -14,12 +14,16 @@ import pyarrow as pa
 from pipeline.cluster.exchange import Exchange, Numbers
 from pipeline.config import Config
 from pipeline.errors import ClusterError
-from pipeline.fingerprint import digest
+from pipeline.fingerprint import digest, file_digest
+from pipeline.generate.requests import prompt_texts
+from pipeline.generate.weights import weights_revision
 from pipeline.objects import is_object
+from pipeline.run import asked_tasks
 from pipeline.store import Folder, disk_errors, read_json, write_json
 
 DEATHS = 3  # of workers at one number, before it is given up
 HEX_DIGITS = 8  # of an id, which say in which shard it is
+_SEEN = set[str]()  # digests of named files that this process has found to be its own
 Told = dict[str, Any]  # what a worker tells of a number; JSON
 Task = Callable[["Job", int], Told]
 
@@ -40,19 +44,26 @@ class Job:
     engine: str  # as the command has decided: workers do not decide again
     source: str  # its revision
     revision: str  # of the model
+    files: str  # the digest of the files that the settings name: each worker must see the same
     inputs: str  # the digest of all that decides what the shards are filled with
     filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
 
     def enter(self) -> None:
         """Make this process see what the command saw. Raises ClusterError where it cannot."""
-        if is_object(self.home) and not self.working.is_dir():
-            return  # nodes that share no files; a file of the settings that is not there will be missed by its name
         try:
             os.chdir(self.working)
         except OSError as error:
-            raise ClusterError(
-                f"a worker cannot see {self.working}: {error.strerror}", hint="use a file system that all nodes share"
-            ) from None
+            if not is_object(self.home):  # else nodes need share no files, but for those that the settings name
+                raise ClusterError(
+                    f"a worker cannot see {self.working}: {error.strerror}", hint="use a file system that all nodes share"
+                ) from None
+        if self.files not in _SEEN:
+            if digest(named_files(self.config)) != self.files:
+                raise ClusterError(
+                    "a worker sees other files than the command: prompts, split list, entries, or the folder of a CLIP",
+                    hint="put the same ones at the same path on all nodes",
+                )
+            _SEEN.add(self.files)
 
     @property
     def folder(self) -> Folder:
@@ -97,9 +108,30 @@ class Job:
         return self.hop(name).receive(number, self.shards if senders is None else senders)
 
 
+def named_files(config: Config) -> dict[str, Any]:
+    """Return the contents, or their digests, of the files that settings name, each by its setting."""
+    clip, entries = Path(config.verify.clip), config.balance.entries
+    return {
+        "prompts": prompt_texts(asked_tasks(config), config),
+        "split_list": file_digest(config.split_list) if config.split_list and config.split_list.exists() else None,
+        "entries": file_digest(entries) if entries and entries.exists() else None,
+        "clip": weights_revision(clip) if clip.is_dir() else None,
+    }
+
+
 def scratch_of(home: Path) -> Path:
-    """Return a folder of this machine for what cannot lie in an object store; the dataset folder itself, where it can."""
-    return Path(gettempdir()) / f"synth-{os.getuid()}" / digest(str(home))[:16] if is_object(home) else home
+    """Return a folder of this machine for what cannot lie in an object store; the dataset folder itself, where it can.
+
+    Raises:
+        ClusterError: somebody else has made the folder in which it lies.
+    """
+    if not is_object(home):
+        return home
+    mine = Path(gettempdir()) / f"synth-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.stat().st_uid != os.getuid():
+        raise ClusterError(f"{mine} belongs to somebody else", hint="set TMPDIR to a folder of your own")
+    return mine / digest(str(home))[:16]
 
 
 def do(job: Job, task: Task, number: int, got_on: Callable[[Folder], int] = lambda folder: 0) -> Told:
@@ -119,7 +151,8 @@ def do(job: Job, task: Task, number: int, got_on: Callable[[Folder], int] = lamb
     """
     job.enter()
     folder, tries = job.shard(number), job.tries / f"{getattr(task, 'func', task).__name__}-{number}.json"
-    with disk_errors(folder.path), nullcontext() if is_object(folder.path) else folder.lock(wait=True):
+    held = nullcontext() if is_object(folder.path) else folder.lock(wait=True)
+    with disk_errors(folder.path), held:
         now = got_on(folder)
         before = read_json(tries) if tries.exists() else {"tried": 0, "got_on": now}
         tried = before["tried"] if before["got_on"] == now else 0

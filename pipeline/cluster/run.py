@@ -5,6 +5,7 @@ Replies are in the journals of the shards, and are never asked for again.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as installed
@@ -15,7 +16,7 @@ from typing import Any
 from pipeline.balance import read_entries
 from pipeline.cluster import curate
 from pipeline.cluster.fill import Filler, is_filled, read_part
-from pipeline.cluster.job import Job, Task, Told, do, scratch_of
+from pipeline.cluster.job import Job, Task, Told, do, named_files, scratch_of
 from pipeline.cluster.version import write_version
 from pipeline.cluster.workers import Plan, cluster, every, plan_workers
 from pipeline.config import Config
@@ -24,11 +25,10 @@ from pipeline.fingerprint import digest, file_digest
 from pipeline.generate.ask import Counts
 from pipeline.generate.engine import choose_engine
 from pipeline.generate.journal import Journal
-from pipeline.generate.requests import check_prompts, prompt_texts
-from pipeline.generate.weights import weights_revision
+from pipeline.generate.requests import check_prompts
 from pipeline.marks import read_marks
 from pipeline.objects import is_object
-from pipeline.run import Result, asked_tasks, refuse_other_settings
+from pipeline.run import Result, refuse_other_settings
 from pipeline.source import is_divisible, open_source
 from pipeline.stages import ORDER, Step, kind_of_images, public_name, step_of, write_banned
 from pipeline.store import Folder, dataset_folder, disk_errors, read_json, remove, write_json
@@ -67,14 +67,14 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
         shards = _shards(folder, size.shards)
     choice = choose_engine(config, Folder(scratch_of(folder.path)).server_log, talk)
     source = open_source(config)
-    with cluster(size.address), disk_errors(folder.path), folder.lock(say=talk.say):
+    with cluster(size.address), disk_errors(folder.path), folder.lock(say=talk.say) as check:
         plan = plan_workers(size.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
         write_json(folder.path / "shards" / "shards.json", {"shards": shards})
         write_json(folder.run_file, config.model_dump(mode="json"))
-        if not is_object(folder.path):
-            _leave_local(folder)
+        _leave_local(folder)
+        files = digest(named_files(config))
         parts = shards if is_divisible(config) else 1
-        job = Job(config, folder.path, Path.cwd(), shards, parts, choice.name, source.revision, choice.revision, "")
+        job = Job(config, folder.path, Path.cwd(), shards, parts, choice.name, source.revision, choice.revision, files, "")
         begin(job)
         (never,) = every(1, partial(do, job, _leave_banned))
         for what in never["said"]:
@@ -87,20 +87,28 @@ def generate_on_cluster(config: Config, out: Path | None = None, size: Size | No
         job = replace(job, inputs=_inputs(job, about, model))
         counts, filled = _fill(job, plan, talk)
         job = replace(job, filled=filled)
-        return _curate(job, curate.steps(job), counts, talk)
+        return _curate(job, curate.steps(job), counts, talk, check)
 
 
-def review_on_cluster(config: Config, folder: Folder, talk: Talk) -> Result:
+def review_on_cluster(config: Config, folder: Folder, talk: Talk, check: Callable[[], None]) -> Result:
     """Do what people said of texts that a cluster has made, on this machine, and return the version that follows.
 
-    The caller holds the lock of the folder. Nothing is read from the source, and no model is asked.
+    Nothing is read from the source, and no model is asked.
+
+    Args:
+        config: what was made.
+        folder: the dataset folder, whose lock the caller holds.
+        talk: told about the progress.
+        check: raises where the lock is lost.
     """
     folder = Folder(folder.path.absolute())
     with cluster("local"):
         filled = tuple(read_json(folder.finished)["filled"])
-        job = Job(config, folder.path, Path.cwd(), _shards(folder, None), 1, "", "", "", "review", filled)
+        job = Job(
+            config, folder.path, Path.cwd(), _shards(folder, None), 1, "", "", "", digest(named_files(config)), "review", filled
+        )
         begin(job)
-        return _curate(job, curate.review_steps(), Counts(), talk)
+        return _curate(job, curate.review_steps(), Counts(), talk, check)
 
 
 def _leave_local(folder: Folder) -> None:
@@ -108,7 +116,7 @@ def _leave_local(folder: Folder) -> None:
     for name in ORDER:
         for which in ("kept", "rejected"):
             folder.stage(name, which).unlink(missing_ok=True)
-    if folder.journal.exists():
+    if folder.journal.exists() and not is_object(folder.path):
         with Journal(folder.journal):
             pass  # brings in what a killed run has left beside it
 
@@ -149,15 +157,16 @@ def _fill(job: Job, plan: Plan, talk: Talk) -> tuple[Counts, tuple[str, ...]]:
     return counts, filled
 
 
-def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk) -> Result:
+def _curate(job: Job, steps: list[tuple[Task, bool]], counts: Counts, talk: Talk, check: Callable[[], None]) -> Result:
     """Do steps over the shards, and make the version that comes out."""
+    check()
     told: list[Told] = []
     for done, (task, by_all) in enumerate(steps, start=1):
         told += every(job.shards if by_all else 1, partial(do, job, task))
         talk("curate", done, len(steps), {"last": task.__name__})
     _say_marks(job, sum(one.get("marks", 0) for one in told), talk)
     funnel = _funnel([one["sums"] for one in told if "sums" in one])
-    version, is_new = write_version(job, funnel, sum(one.get("groups", 0) for one in told))
+    version, is_new = write_version(job, funnel, sum(one.get("groups", 0) for one in told), check)
     write_json(job.folder.finished, {"version": version.name, "filled": job.filled})
     remove(job.home / "exchange")
     return Result(version, is_new, counts, funnel)
@@ -199,10 +208,10 @@ def _inputs(job: Job, about: dict[str, Any], model: dict[str, Any]) -> str:
     config = job.config
     later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split"}
     settings = config.model_dump(mode="json", exclude=later)
-    files = [job.folder.stage("source", "banned"), *([config.split_list] if config.split_list else [])]
-    clip = Path(config.verify.clip)
-    named = [file_digest(path) for path in files] + ([weights_revision(clip)] if clip.is_dir() else [])
-    return digest([installed("synth"), settings, about, model, named, prompt_texts(asked_tasks(config), config), job.shards])
+    files = named_files(config)
+    del files["entries"]  # of balance
+    banned = file_digest(job.folder.stage("source", "banned"))
+    return digest([installed("synth"), settings, about, model, files, banned, job.shards])
 
 
 def _shards(folder: Folder, wanted: int | None) -> int:

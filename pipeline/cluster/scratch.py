@@ -11,8 +11,8 @@ from uuid import uuid4
 
 from pipeline.cluster.job import Job
 from pipeline.generate.journal import Journal
-from pipeline.objects import download, errors_of_stores, upload, upload_folder
-from pipeline.store import Folder
+from pipeline.objects import copy_here, download, upload, upload_folder
+from pipeline.store import Folder, disk_errors
 
 SAVE_SECONDS = 30.0  # what may have to be asked again when a node is lost
 
@@ -21,28 +21,41 @@ SAVE_SECONDS = 30.0  # what may have to be asked again when a node is lost
 def scratch_shard(job: Job, number: int) -> Iterator[Folder]:
     """Yield a folder of this node to fill a shard in, with the replies that the store knows; in the end it knows all of them.
 
-    Nobody else fills the shard on this node meanwhile. What a worker that was killed has left here is used, too.
+    Nobody else fills the shard on this node meanwhile, and what a worker that was killed has left here is used, too. On another
+    node a worker that was given up may live on: what either puts into the store has a name of its own.
     """
-    kept = job.shard(number).journal
-    kept_cost = kept.with_name("cost.json")
-    folder = Folder(job.scratch / "shards" / f"{number:05d}")
-    with folder.lock(wait=True):
-        _bring(kept, folder.journal)
-        if kept_cost.exists():
-            download(kept_cost, folder.cost)
+    there = job.shard(number).journal.parent
+    known = sorted(there.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
+    folder, mine = Folder(job.scratch / "shards" / f"{number:05d}"), there / f"{uuid4().hex[:8]}.sqlite"
+    with folder.lock(wait=True), disk_errors(job.scratch):
+        for path in known:
+            _bring(path, folder)
+        with Journal(folder.journal):
+            pass  # makes it, where there is none
         ended = threading.Event()
-        saving = threading.Thread(target=_keep_saving, args=(folder.journal, kept, ended), daemon=True)
+        saving = threading.Thread(target=_keep_saving, args=(folder, mine, ended), daemon=True)
         saving.start()
         try:
             yield folder
-        finally:
+        except BaseException:
             ended.set()
             saving.join()
-            save_journal(folder.journal, kept)
-            if folder.cost.exists():
-                upload(folder.cost, kept_cost)
-        for made in (folder.journal.parent, folder.path / "stages"):  # not the lock, for which others may wait
-            shutil.rmtree(made)
+            with suppress(Exception):  # what is raised already matters more
+                save_journal(folder, mine)
+            raise
+        ended.set()
+        saving.join()
+        save_journal(folder, mine)
+        for path in known:  # whose replies are in ours
+            path.unlink(missing_ok=True)
+            _cost_of(path).unlink(missing_ok=True)
+        forget_scratch(folder)
+
+
+def forget_scratch(folder: Folder) -> None:
+    """Remove what filling a shard has left on this node, but for the lock: others may wait for it."""
+    for made in (folder.journal.parent, folder.path / "stages"):
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def leave_stages(job: Job, number: int, folder: Folder) -> str:
@@ -55,35 +68,40 @@ def leave_stages(job: Job, number: int, folder: Folder) -> str:
     return name
 
 
-def save_journal(journal: Path, kept: Path) -> None:
-    """Copy a journal to the store as it is now, whoever writes to it meanwhile."""
+def save_journal(folder: Folder, path: Path) -> None:
+    """Copy the journal of a shard to the store as it is now, whoever writes to it meanwhile, and what asking has cost."""
     with TemporaryDirectory() as temporary:
-        copy = Path(temporary) / kept.name
-        with closing(sqlite3.connect(journal)) as db, closing(sqlite3.connect(copy)) as other:
+        copy = Path(temporary) / path.name
+        with closing(sqlite3.connect(folder.journal)) as db, closing(sqlite3.connect(copy)) as other:
             db.backup(other)
-        upload(copy, kept)
+        upload(copy, path)
+    if folder.cost.exists():
+        upload(folder.cost, _cost_of(path))
 
 
-def _bring(kept: Path, journal: Path) -> None:
-    """Make a journal hold the replies of the one in the store, and its own."""
-    with TemporaryDirectory() as temporary:
-        copy = Path(temporary) / kept.name
-        if kept.exists():
-            download(kept, copy)
-            if not journal.exists():
-                journal.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(copy, journal)
-        with Journal(journal) as mine:
-            if copy.exists():
-                mine.take_from(copy, "", "g")
+def _bring(path: Path, folder: Folder) -> None:
+    """Make the journal of a shard hold the replies of one in the store, and its own."""
+    with copy_here(path) as copy:
+        if folder.journal.exists():
+            with Journal(folder.journal) as journal:
+                journal.take_from(copy, "", "g")
+        else:
+            folder.journal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(copy, folder.journal)
+    if _cost_of(path).exists() and not folder.cost.exists():
+        download(_cost_of(path), folder.cost)
 
 
-def _keep_saving(journal: Path, kept: Path, ended: threading.Event) -> None:
-    with closing(sqlite3.connect(journal)) as db:
+def _cost_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _keep_saving(folder: Folder, path: Path, ended: threading.Event) -> None:
+    with closing(sqlite3.connect(folder.journal)) as db:
         before = None
         while not ended.wait(SAVE_SECONDS):
             (now,) = db.execute("PRAGMA data_version").fetchone()  # changes when another connection has written
             if now != before:
-                with suppress(OSError, *errors_of_stores()):  # the replies are here, and the next copy may come through
-                    save_journal(journal, kept)
+                with suppress(Exception):  # whatever it is: the replies are here, and the next copy may come through
+                    save_journal(folder, path)
                     before = now

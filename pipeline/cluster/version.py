@@ -4,7 +4,7 @@ import base64
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import pyarrow as pa
 from pipeline.card import CARD_SAMPLES
 from pipeline.cluster.job import Job, Told, do
 from pipeline.cluster.workers import every
-from pipeline.errors import TableError
+from pipeline.errors import StoreError, TableError
 from pipeline.ledger import build_ledger
 from pipeline.measure import Measure, added
 from pipeline.objects import is_object, upload_folder
 from pipeline.review import count_marks
 from pipeline.run import LEFT_OUT, about_run, fill_draft, leakage_of
 from pipeline.stages import Step, rejected, step_of
-from pipeline.store import LEDGER_FILE, Version, move, read_json, read_table, remove, scratch_folder, write_table
+from pipeline.store import LEDGER_FILE, MANIFEST, Version, move, read_json, read_table, remove, scratch_folder, write_table
 from pipeline.tables import LEDGER, SPLITS
 from pipeline.version import (
     Draft,
@@ -38,16 +38,18 @@ from pipeline.version import (
 DIGESTS = pa.schema([pa.field("sample_id", pa.string()), pa.field("digest", pa.string())])
 
 
-def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, bool]:
+def write_version(job: Job, funnel: list[Step], groups: int, check: Callable[[], None]) -> tuple[Version, bool]:
     """Write the version that the shards hold by now, or return the newest one (and False) if that holds the very same rows.
 
     Args:
         job: the run.
         funnel: what each stage did; the last step is added here.
         groups: how many groups of images look alike.
+        check: raises where another command has taken over.
 
     Raises:
         TableError: no row is left, or shards do not fit together.
+        StoreError: there is a version of that name by now.
     """
     source, model = (read_json(job.folder.made_by(stage)) for stage in ("source", "generate"))
     with scratch_folder(job.home / "versions") as draft:
@@ -77,8 +79,11 @@ def write_version(job: Job, funnel: list[Step], groups: int) -> tuple[Version, b
         made_by["review"] = {mark: reviewed[mark] for mark in ("good", "bad", "edited")} if reviewed else {}
         # What is in an object store is moved once: to where it stays, and is no version before it has a manifest.
         final = job.home / "versions" / named["version"] if is_object(draft) else draft
+        check()
         if is_object(final):
-            remove(final)
+            if (final / MANIFEST).exists():
+                raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
+            remove(final)  # what a killed command has moved there
         files = _gather_files(draft, final, told)
         licences = {licence for one in told for licence in one["licences"]}
         shown = [row for one in told for row in one["shown"]][:CARD_SAMPLES]

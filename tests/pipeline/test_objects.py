@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
+import boto3
 import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConfigError, StoreError
 from pipeline.objects import explained, is_object, lease, place
 from pipeline.store import (
+    CARD_FILE,
+    LEDGER_FILE,
     MANIFEST,
     Folder,
     aside,
@@ -25,6 +28,7 @@ from pipeline.store import (
     write_json,
     write_table,
 )
+from tests.s3 import running_s3
 
 TABLE = pa.table({"a": [1, 2], "b": ["x", "y"]})
 
@@ -48,6 +52,13 @@ def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
     [
         ("hf://datasets/me/x", "cannot lie at hf://"),
         ("https://a.b/c", "cannot lie at https://"),
+        ("az://container/x", "cannot lie at az://"),
+        ("file:///x", "cannot lie at file://"),
+        ("s3://", "not a place in a store"),
+        ("s3://bucket//x", "not a place in a store"),
+        ("s3://bucket/x[1]", "not a place in a store"),
+        ("s3://bucket/../x", "not a place in a store"),
+        ("s3:/bucket/x", "no path on this machine"),
         ("nowhere://x", "nowhere"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
@@ -84,12 +95,12 @@ def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest
 
     monkeypatch.setattr(type(home.fs), "copy", noted)  # type: ignore[attr-defined]
     with scratch_folder(home / "versions") as draft:
-        for name in (MANIFEST, "README.md", "train-00000.parquet"):
+        for name in (MANIFEST, CARD_FILE, LEDGER_FILE, "00003-late/train-00000.parquet"):
             write_json(draft / name, {"of": name})
         publish(draft, final)
-    assert sorted(moved[:-1]) == ["README.md", "train-00000.parquet"]
-    assert moved[-1] == MANIFEST
-    assert json.loads((final / "README.md").read_text()) == {"of": "README.md"}
+        assert [path.name for path in draft.iterdir()] == ["00003-late"]  # of a worker that was given up
+    assert moved == [LEDGER_FILE, CARD_FILE, MANIFEST]
+    assert json.loads((final / CARD_FILE).read_text()) == {"of": CARD_FILE}
     assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
 
 
@@ -135,6 +146,49 @@ def test_of_two_that_wait_for_a_dead_one_one_goes_on(home: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(results) == ["held", "refused"]
+
+
+def test_who_was_taken_for_dead_is_told_and_leaves_the_other_one_alone(home: Path) -> None:
+    with lease(home / ".lock", 0.4) as check:
+        check()
+        (home / ".lock").write_text('["another", 0]')
+        with pytest.raises(StoreError, match="another command has taken over"):
+            check()
+        time.sleep(0.5)
+    assert (home / ".lock").read_text() == '["another", 0]'
+
+
+def test_a_sign_of_life_that_fails_is_followed_by_the_next(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = type(home).write_bytes
+    failed: list[int] = []
+
+    def fails_twice(path: Path, data: bytes) -> int:
+        if len(failed) < 2:
+            failed.append(1)
+            raise RuntimeError("of a library of its own kind")
+        return write(path, data)
+
+    with lease(home / ".lock", 0.4):
+        monkeypatch.setattr(type(home), "write_bytes", fails_twice)
+        before, end = (home / ".lock").read_text(), time.monotonic() + 5
+        while (home / ".lock").read_text() == before:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert len(failed) == 2
+
+
+def test_what_another_client_has_put_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_s3("sets") as keys:
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        mine = place("s3://sets/mine")
+        (mine / "a").write_text("a")
+        assert [path.name for path in mine.iterdir()] == ["a"]
+        boto3.client("s3").put_object(Bucket="sets", Key="mine/b", Body=b"b")
+        assert sorted(path.name for path in mine.iterdir()) == ["a", "b"]
+        with lease(mine / ".lock", 0.8), pytest.raises(StoreError), lease(mine / ".lock", 0.8):
+            pass
+        assert not (mine / ".lock").exists()
 
 
 def test_what_a_store_refuses_is_one_line_and_what_is_our_own_mistake_is_not_hidden(home: Path) -> None:

@@ -139,6 +139,8 @@ def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
     assert shard.stat().st_ino == before
     with pytest.raises(StoreError, match=r"has no version v7\.0\.0"):
         open_place(bucket, "v7.0.0")
+    with pytest.raises(StoreError, match=r"is v1\.1\.0, not v1\.0\.0"):
+        open_place(bucket / "versions" / "v1.1.0", "v1.0.0")
 
 
 def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
@@ -150,6 +152,15 @@ def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
     (bucket / "versions" / "v1.1.0" / name).unlink()
     with pytest.raises(StoreError, match=r"memory://.*versions"):
         open_place(bucket)
+
+
+def test_versions_of_two_places_are_never_mixed(bucket: Path, tmp_path: Path) -> None:
+    open_place(bucket, "v1.0.0")
+    other = place(str(bucket).replace("sets-", "sets/"))
+    upload_folder(tmp_path / "made" / "versions", other / "versions")
+    with pytest.raises(StoreError, match=r"holds versions from memory://sets-.*, not from memory://sets/"):
+        open_place(other)
+    remove(other)
 
 
 def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:

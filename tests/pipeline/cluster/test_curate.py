@@ -155,7 +155,7 @@ def test_over_shards_the_same_rows_go_for_the_same_reasons(tmp_path: Path, home:
         write_text(folder.marks, marks)
     in_one_process(one, rows, table, config)
     filled = tuple(f"{number:05d}/filled" for number in range(shards)) if is_object(home) else ()
-    job = Job(config, home, tmp_path, shards, 1, "embedded", "s", "r", "inputs", filled)
+    job = Job(config, home, tmp_path, shards, 1, "embedded", "s", "r", "files", "inputs", filled)
     told = over_shards(job, rows, table, lambda count: random.Random(0).sample(range(count), count))
     for stage in GROUPED:
         for which in ("kept", "rejected"):
@@ -190,7 +190,7 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     rows = samples(3, rng)
     config = settings()
     table = checked(annotations(rows, rng), config)
-    job = Job(config, tmp_path, tmp_path, 16, 1, "embedded", "s", "r", "inputs")
+    job = Job(config, tmp_path, tmp_path, 16, 1, "embedded", "s", "r", "files", "inputs")
     over_shards(job, rows, table, lambda count: list(range(count)))
     in_one_process(Folder(tmp_path / "one"), rows, table, config)
     assert left(job.folders, "review", "kept") == left([Folder(tmp_path / "one")], "review", "kept")

@@ -1,18 +1,22 @@
 """Hops of rows: everything that is sent arrives, at the one place that its key says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+import prompts
 from pipeline.cluster.exchange import Exchange
 from pipeline.cluster.fill import Filler
-from pipeline.cluster.job import DEATHS, Job, Told, do
+from pipeline.cluster.job import DEATHS, Job, Told, do, named_files
 from pipeline.cluster.run import begin
 from pipeline.config import resolve
 from pipeline.errors import ClusterError, TableError
 from pipeline.fingerprint import digest
+from pipeline.generate.prompt import template
+from pipeline.objects import place
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
 
@@ -22,7 +26,8 @@ def rows(*numbers: int) -> pa.Table:
 
 
 def job(folder: Path, shards: int) -> Job:
-    return Job(resolve(source="scenes"), folder, folder, shards, 1, "embedded", "s", "r", "inputs")
+    config = resolve(source="scenes")
+    return Job(config, folder, folder, shards, 1, "embedded", "s", "r", digest(named_files(config)), "inputs")
 
 
 def test_each_row_arrives_once_and_equal_keys_at_one_place(tmp_path: Path) -> None:
@@ -82,9 +87,35 @@ def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, sh
 
 
 def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Path) -> None:
-    lost = Job(resolve(source="scenes"), tmp_path, tmp_path / "elsewhere", 1, 1, "embedded", "s", "r", "inputs")
+    lost = Job(resolve(source="scenes"), tmp_path, tmp_path / "elsewhere", 1, 1, "embedded", "s", "r", "files", "inputs")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
         lost.enter()
+
+
+def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_path: Path) -> None:
+    away = tmp_path / "elsewhere"
+    config = resolve(source="scenes", generate={"prompts": tmp_path / "prompts"}, balance={"entries": tmp_path / "entries.txt"})
+    (tmp_path / "entries.txt").write_text("dog\n")
+    home = place("memory://b")
+    seen = Job(config, home, away, 1, 1, "embedded", "s", "r", digest(named_files(config)), "inputs")
+    seen.enter()
+    seen.enter()
+    (tmp_path / "entries.txt").write_text("dog\ncat\n")  # as another node has it
+    other = digest(named_files(config))
+    assert other != seen.files
+    (tmp_path / "entries.txt").write_text("dog\n")
+    with pytest.raises(ClusterError, match="a worker sees other files than the command: prompts"):
+        replace(seen, files=other).enter()
+
+
+def test_prompts_of_ones_own_are_among_the_files_that_settings_name(tmp_path: Path) -> None:
+    mine = tmp_path / "prompts" / "caption" / "v1.j2"
+    mine.parent.mkdir(parents=True)
+    config = resolve(source="scenes", generate={"prompts": tmp_path / "prompts"})
+    before = named_files(config)
+    mine.write_text((Path(prompts.__file__).parent / "caption" / "v1.j2").read_text() + " Mine.")
+    template.cache_clear()  # another process
+    assert named_files(config)["prompts"] != before["prompts"]
 
 
 def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     banned = Banned.of(read_banned(one), kind_of_images(config))
     write_source(one, open_source(config).rows, banned, limit, Silence())
     parts = shards if is_divisible(config) else 1
-    job = Job(config, tmp_path / "many", tmp_path, shards, parts, "embedded", open_source(config).revision, "r", "inputs")
+    job = Job(
+        config, tmp_path / "many", tmp_path, shards, parts, "embedded", open_source(config).revision, "r", "files", "inputs"
+    )
     write_banned(job.folder, config, Silence())
     for number in reversed(range(parts)):
         read_part(job, number)
@@ -57,6 +59,6 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
 
 def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     config = resolve(source="scenes", limit=3)
-    job = Job(config, tmp_path, tmp_path, 1, 1, "embedded", "another revision", "r", "inputs")
+    job = Job(config, tmp_path, tmp_path, 1, 1, "embedded", "another revision", "r", "files", "inputs")
     with pytest.raises(SourceError, match="scenes has changed while it was read"):
         read_part(job, 0)

@@ -1,5 +1,6 @@
 """A shard of an object store is filled on a disk of the node; nothing that was answered is lost with the node."""
 
+import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ import pytest
 
 from pipeline import objects
 from pipeline.cluster import scratch
-from pipeline.cluster.job import Job
-from pipeline.cluster.scratch import leave_stages, scratch_shard
+from pipeline.cluster.job import Job, Told, do, named_files
+from pipeline.cluster.scratch import leave_stages, save_journal, scratch_shard
 from pipeline.config import resolve
+from pipeline.errors import EngineError, StoreError
+from pipeline.fingerprint import digest
 from pipeline.generate.journal import Journal
 from pipeline.generate.requests import build_requests
-from pipeline.objects import download, place
+from pipeline.objects import copy_here, place
 from pipeline.store import Folder, read_json, remove, write_json
 from pipeline.types import Reply
 
@@ -27,7 +30,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     monkeypatch.setattr(scratch, "SAVE_SECONDS", 0.05)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = place(f"memory://{uuid4().hex}")
-    yield Job(resolve(source="scenes"), home, tmp_path, 4, 1, "embedded", "s", "r", "inputs")
+    config = resolve(source="scenes")
+    yield Job(config, home, tmp_path, 4, 1, "embedded", "s", "r", digest(named_files(config)), "inputs")
     remove(home)
 
 
@@ -45,25 +49,24 @@ def replies(path: Path) -> int:
         return journal.totals()["replies"]
 
 
-def stored(job: Job, tmp_path: Path) -> int:
-    """How many replies the store knows of shard 2."""
-    kept = job.shard(2).journal
-    if not kept.exists():
-        return 0
-    download(kept, tmp_path / "copy.sqlite")
-    return replies(tmp_path / "copy.sqlite")
+def stored(job: Job) -> int:
+    """How many replies the store knows of shard 2, in the journal that knows most."""
+    found = [0]
+    for path in job.shard(2).journal.parent.glob("*.sqlite"):
+        with copy_here(path) as copy:
+            found.append(replies(copy))
+    return max(found)
 
 
 def test_replies_reach_the_store_while_a_shard_is_filled(job: Job, tmp_path: Path) -> None:
     with scratch_shard(job, 2) as folder:
-        (folder.path / "stages").mkdir()
         keep(folder, 0)
         end = time.monotonic() + 10
-        while stored(job, tmp_path) < 1:
+        while stored(job) < 1:
             assert time.monotonic() < end
             time.sleep(0.02)
         keep(folder, 1)
-    assert stored(job, tmp_path) == 2
+    assert stored(job) == 2
     assert not folder.journal.exists()  # nothing stays on the node
 
 
@@ -73,23 +76,19 @@ def test_what_one_node_has_asked_another_one_knows(job: Job, tmp_path: Path) -> 
         raise RuntimeError  # a server that does not answer
     shutil.rmtree(job.scratch)  # another node
     with scratch_shard(job, 2) as folder:
-        (folder.path / "stages").mkdir()
         assert replies(folder.journal) == 2
         keep(folder, 2)
-    assert stored(job, tmp_path) == 3
+    assert stored(job) == 3
 
 
 def test_what_a_killed_worker_has_left_on_the_node_is_used_too(job: Job, tmp_path: Path) -> None:
     mine = Folder(job.scratch / "shards" / "00002")
     keep(mine, 0)  # and was killed before it reached the store
-    other = tmp_path / "other.sqlite"
     keep(Folder(tmp_path / "far"), 1)
-    Folder(tmp_path / "far").journal.rename(other)
-    job.shard(2).journal.write_bytes(other.read_bytes())
+    save_journal(Folder(tmp_path / "far"), job.shard(2).journal.with_name("far.sqlite"))
     with scratch_shard(job, 2) as folder:
-        (folder.path / "stages").mkdir()
         assert replies(folder.journal) == 2
-    assert stored(job, tmp_path) == 2
+    assert stored(job) == 2
 
 
 def test_a_store_that_is_away_for_a_moment_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,19 +103,68 @@ def test_a_store_that_is_away_for_a_moment_loses_nothing(job: Job, tmp_path: Pat
 
     monkeypatch.setattr(scratch, "upload", refuses)
     with scratch_shard(job, 2) as folder:
-        (folder.path / "stages").mkdir()
         keep(folder, 0)
         end = time.monotonic() + 10
         while len(tried) < 3:
             assert time.monotonic() < end
             time.sleep(0.02)
-    assert stored(job, tmp_path) == 1
+    assert stored(job) == 1
     tried.clear()
     with pytest.raises(OSError, match="away"), scratch_shard(job, 2) as folder:
         monkeypatch.setattr(scratch, "SAVE_SECONDS", 100.0)
-        (folder.path / "stages").mkdir()
         keep(folder, 1)  # and in the end it is away: said, and kept here
     assert replies(folder.journal) == 2
+
+
+def test_a_worker_that_was_given_up_takes_nothing_away(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "near").mkdir()
+    with scratch_shard(job, 2) as given_up:
+        keep(given_up, 0)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "near"))  # a node that took its place
+        with scratch_shard(job, 2) as folder:
+            keep(folder, 1, 2)
+        assert stored(job) == 2
+    assert stored(job) == 2  # and its own one beside it
+    with scratch_shard(job, 2) as folder:
+        assert replies(folder.journal) == 3
+    assert stored(job) == 3
+    assert len(list(job.shard(2).journal.parent.glob("*"))) == 1  # those that are in it are gone
+
+
+def test_a_journal_that_has_not_grown_is_not_copied_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(scratch, "upload", lambda file, path: copied.append(1))
+    with scratch_shard(job, 2) as folder:
+        keep(folder, 0)
+        time.sleep(0.6)
+        assert 1 <= len(copied) <= 2
+
+
+def test_whatever_goes_wrong_with_a_copy_the_next_one_is_tried(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def breaks(file: Path, path: Path) -> None:
+        tried.append(1)
+        raise RuntimeError("of a library of its own kind")
+
+    monkeypatch.setattr(scratch, "upload", breaks)
+    with pytest.raises(EngineError, match="the server is gone"), scratch_shard(job, 2) as folder:  # said, and not the other one
+        keep(folder, 0)
+        end = time.monotonic() + 10
+        while len(tried) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        raise EngineError("the server is gone")
+
+
+def test_a_full_disk_of_the_node_is_not_blamed_on_the_store(job: Job, tmp_path: Path) -> None:
+    def full(job: Job, number: int) -> Told:
+        with scratch_shard(job, number):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StoreError, match="the disk is full") as raised:
+        do(job, full, 2)
+    assert str(tmp_path) in str(raised.value)
 
 
 def test_what_asking_has_cost_is_added_up_over_nodes(job: Job) -> None:

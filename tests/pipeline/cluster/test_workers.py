@@ -67,7 +67,7 @@ def test_what_ray_prints_is_not_taken_for_a_result(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray, "init", lambda **how: None)
     monkeypatch.setattr(ray, "shutdown", lambda: print("bye"))
     with workers.cluster("local"):
-        print("(raylet) a node has been marked dead")  # as Ray does, in a thread
+        print("(raylet) a node has been marked dead")
     print("result")
     out, err = capsys.readouterr()
     assert out == "result\n"
