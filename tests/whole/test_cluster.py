@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -202,7 +203,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     synth: Run, chat: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = f"s3://sets/{uuid4().hex}"
-    asked = ("generate", "--source", "scenes", "--limit", "120", "--base-url", chat.url)
+    asked = ("generate", "--source", "scenes", "--limit", "90", "--base-url", chat.url)
     assert synth(*asked, "--out", "one").returncode == 0
     peace = Counter(chat.times)
     chat.times.clear()
@@ -210,27 +211,36 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
-        driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=120, shards=2)
-        wait_for(lambda: sum(chat.times.values()) > 150)
+        driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=90, shards=3)
+        shards = place(home) / "shards"
+        wait_for(lambda: any(shards.glob("*/filled.json")))
         workers = below(driver.pid, "ray::MapWorker")
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
         chat.script = world()
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+        filled = {int(path.parent.name) for path in shards.glob("*/filled.json")}
+        shutil.rmtree(scratch_of(place(home)))  # the node is lost
         done = synth(*asked, "--out", home, "--executor", "ray")
         assert done.returncode == 0, done.stderr
         assert f"{home} is in use, or was a moment ago" in done.stderr
+        assert f"{len(filled)} of 3 shards were filled before" in done.stderr
         assert done.stdout.strip() == f"{home}/versions/v1.0.0"
         assert chat.times.keys() == peace.keys()
-        assert sum((chat.times - peace).values()) <= 2 * 64  # what was in flight
+        twice = (chat.times - peace).keys()
+        assert not {int(key[:8], 16) * 3 >> 32 for key in twice} & filled  # a key begins with the id of its image
         left = {path.name for path in scratch_of(place(home)).rglob("*") if path.is_file()}
         assert left == {".lock"}  # on the node
+        assert "nothing new: v1.0.0" in synth(*asked, "--out", home, "--executor", "ray").stderr
+        assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
+        assert not (place(home) / "exchange").exists()
 
         # From there it is a dataset like any other.
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
         fetched, one = made(tmp_path / dataset_folder(home)), made(tmp_path / "one")
         assert fetched.manifest["digest"] == one.manifest["digest"]
         assert rows_of(fetched) == rows_of(one)
+        assert rows_of(one).keys() <= {key.split()[0] for key in peace}
         assert "v1.0.0" in synth("versions", home).stdout
         sample_id, content = name_of(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
         marks = format_marks([Mark(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
