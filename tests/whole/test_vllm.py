@@ -217,6 +217,11 @@ def named(pids: list[int], *words: str) -> list[int]:
     return [pid for pid, command in commands.items() if any(word in command for word in words)]
 
 
+def servers(process: "subprocess.Popen[bytes]") -> list[int]:
+    """The vLLM servers that a command has started, and that run."""
+    return named(descendants(process.pid), "vllm.entrypoints")
+
+
 def shard_replies(folder: Path) -> int:
     return sum(replies(shard) for shard in (folder / "shards").glob("[0-9]*"))
 
@@ -230,11 +235,10 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
             generate(folder, "--engine", "vllm", *cluster, scenes=scenes), env=environment(), stderr=talk
         )
         wait_until(lambda: shard_replies(folder) > 60 or process.poll() is not None, "sixty replies")
-        (server,) = (
-            pid for pid in descendants(process.pid) if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
+        (server,) = servers(process)
         os.kill(server, signal.SIGKILL)
-        before = shard_replies(folder)
+        wait_until(lambda: servers(process) not in ([], [server]) or process.poll() is not None, "another server")
+        before = shard_replies(folder)  # with those that were on their way
         wait_until(lambda: shard_replies(folder) > before + 60 or process.poll() is not None, "sixty replies of another server")
         assert process.poll() is None, (tmp_path / "talk").read_text()
         family = named(descendants(process.pid), "ray::MapWorker", "vllm", "VLLM")
