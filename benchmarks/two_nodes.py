@@ -4,8 +4,9 @@
 
 Each node is a network and a mount namespace with an address and a `/tmp` of its own, on which a Ray node runs; both see the
 installed project, and nothing that the other one writes to `/tmp`. An S3 (moto) and a mock endpoint are at a third address. The
-same scenes are captioned in one process; on both nodes; on both, of which one is killed with all that it has on its disk; and
-on both, which are killed with the command and started anew. Digests must be equal; what was asked twice is told.
+same scenes are captioned in one process; on both nodes; on both, of which one is cut off from all others for a minute; of which
+one is killed with all that it has on its disk; and on both, which are killed with the command and started anew. Digests must be
+equal; what was asked twice is told.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def result(command: "subprocess.Popen[str]", log: Path) -> str:
 
 
 def main() -> None:
-    """Do all four."""
+    """Do all five."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--shards", type=int, default=4)
@@ -173,6 +174,16 @@ def main() -> None:
             start = time.monotonic()
             note("two nodes", start, result(drive(head, "s3://sets/both", options, log), log))
 
+            start = time.monotonic()
+            command = drive(head, "s3://sets/cut", options, log)
+            wait_for(requests // 2, command, log)
+            ip("link set synth-v3 down")
+            time.sleep(60)
+            ip("link set synth-v3 up")
+            note("one node cut off", start, result(command, log))
+
+            kill(3)  # where something of the first one may be left
+            start_node(3)
             start = time.monotonic()
             command = drive(head, "s3://sets/lost", options, log)
             wait_for(requests // 2, command, log)
