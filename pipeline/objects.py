@@ -22,6 +22,7 @@ STORES = ("s3", "gs", "gcs", "memory")  # the last one for tests; on Azure a cop
 _STRANGE = re.compile(r"[*?\[\]#]")
 _URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
 LEASE_SECONDS = 30.0  # without a sign of life, after which whoever holds a folder is taken for dead
+BEATS = 4  # signs of life in that time
 STORE_ERRORS = (  # that are no OSError
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
@@ -30,7 +31,6 @@ STORE_ERRORS = (  # that are no OSError
     ("gcsfs.retry", "HttpError"),
     ("gcsfs.retry", "ChecksumError"),
 )
-BEATS = 4  # signs of life in that time
 
 
 def place(name: str) -> Path:
@@ -43,9 +43,7 @@ def place(name: str) -> Path:
     if not found:
         return here(name)
     if scheme not in STORES:
-        raise ConfigError(
-            f"a dataset folder cannot lie at {name}", hint=f"use a folder, or {' or '.join(STORES[:2])}://BUCKET/NAME"
-        )
+        raise ConfigError(f"a dataset folder cannot lie at {name}", hint="use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME")
     parts = key.rstrip("/").split("/")
     if not all(parts) or _STRANGE.search(key) or {".", ".."} & {*parts}:  # names that listings read as patterns, or lose
         raise ConfigError(f"not a place in a store: {name}", hint=f"it looks like {scheme}://BUCKET/NAME, without any of *?[]#")

@@ -133,12 +133,12 @@ class Filler(AbstractContextManager["Filler"]):
             if is_object(job.home):
                 forget_scratch(Folder(job.scratch / "shards" / f"{number:05d}"))
             return {**read_json(done)["told"], "asked": 0, "again": True}
-        done.unlink(missing_ok=True)
         if is_object(job.home):
             with scratch_shard(job, number) as folder:
                 found = self._fill(number, folder)
                 found["folder"] = leave_stages(job, number, folder)
         else:
+            done.unlink(missing_ok=True)  # from here on the shard is written anew, in its place
             found = self._fill(number, job.shard(number)) | {"folder": job.shard(number).path.name}
         if not found["unanswered"]:  # what a server could not answer is asked again by the same command
             write_json(done, {"inputs": job.inputs, "told": found})

@@ -12,7 +12,7 @@ from uuid import uuid4
 from pipeline.cluster.job import Job
 from pipeline.generate.journal import Journal
 from pipeline.objects import copy_here, download, upload, upload_folder
-from pipeline.store import Folder, disk_errors
+from pipeline.store import Folder
 
 SAVE_SECONDS = 30.0  # what may have to be asked again when a node is lost
 
@@ -25,9 +25,9 @@ def scratch_shard(job: Job, number: int) -> Iterator[Folder]:
     node a worker that was given up may live on: what either puts into the store has a name of its own.
     """
     there = job.shard(number).journal.parent
-    known = sorted(there.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
     folder, mine = Folder(job.scratch / "shards" / f"{number:05d}"), there / f"{uuid4().hex[:8]}.sqlite"
-    with folder.lock(wait=True), disk_errors(job.scratch):
+    with folder.lock(wait=True):
+        known = sorted(there.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
         for path in known:
             _bring(path, folder)
         with Journal(folder.journal):
