@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import boto3
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 
 @contextmanager
@@ -12,6 +13,7 @@ def running_s3(*buckets: str) -> Iterator[dict[str, str]]:
     """Run an S3 with empty buckets; yield the environment by which its clients find it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    S3FileSystem.clear_instance_cache()  # which would go on to ask the server of another test
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"
