@@ -224,9 +224,12 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         chat.script = world()
         filled = {int(path.parent.name) for path in shards.glob("*/filled.json")}
         shutil.rmtree(scratch_of(place(home)))  # the node is lost
+        moved = place(home) / "versions" / "v1.0.0" / "train-00009.parquet"
+        moved.write_bytes(b"by a command that was killed before there was a manifest")
         done = synth(*asked, "--out", home, "--executor", "ray")
         assert done.returncode == 0, done.stderr
         assert f"{home} is in use, or was a moment ago" in done.stderr
+        assert not moved.exists()
         assert filled == {0, 1}
         assert "2 of 3 shards were filled before" in done.stderr
         assert done.stdout.strip() == f"{home}/versions/v1.0.0"

@@ -1,19 +1,22 @@
 """The source in parts, dealt out to shards: the same samples and rejections as when one process reads it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cluster.fill import Filler, read_part
+from pipeline.cluster.fill import FILLED, Filler, is_filled, read_part
 from pipeline.cluster.job import Job
 from pipeline.config import resolve
 from pipeline.errors import SourceError
 from pipeline.leakage import Banned
+from pipeline.objects import place
 from pipeline.source import is_divisible, open_source
 from pipeline.stages import kind_of_images, read_banned, write_banned, write_source
-from pipeline.store import Folder
+from pipeline.store import Folder, remove, write_json
 from pipeline.types import Silence
 from tests.hub import datasets
 
@@ -62,3 +65,16 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> N
     job = Job(config, tmp_path, tmp_path, 1, 1, "embedded", "another revision", "r", "files", "inputs")
     with pytest.raises(SourceError, match="scenes has changed while it was read"):
         read_part(job, 0)
+
+
+def test_a_shard_whose_folder_is_gone_is_filled_again() -> None:
+    home = place(f"memory://{uuid4().hex}")
+    job = Job(resolve(source="scenes"), home, Path.cwd(), 2, 1, "embedded", "s", "r", "files", "inputs")
+    write_json(job.shard(1).path / FILLED, {"inputs": "inputs", "told": {"folder": "00001/here"}})
+    assert not is_filled(job, 1)  # a worker that was given up said so, after its folder was removed
+    checked = Folder(home / "shards" / "00001" / "here").stage("verify", "checked")
+    write_json(checked, {})
+    assert is_filled(job, 1)
+    assert not is_filled(replace(job, inputs="others"), 1)
+    assert not is_filled(job, 0)
+    remove(home)
