@@ -172,7 +172,7 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     assert 0 < again <= 3 * 64  # what was in flight: of one worker, then of two
     sent, replies = journals(tmp_path / "many")
     assert replies == sum(peace.values())
-    assert sent - replies == again
+    assert again <= sent - replies <= 3 * 64  # some that are noted never left
 
 
 def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
