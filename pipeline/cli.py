@@ -31,6 +31,7 @@ DataDir = Annotated[
         parser=place, metavar="PATH", help="Dataset folder, or one of its versions.", show_default="the last one made"
     ),
 ]
+Checkpoint = Annotated[Path, typer.Argument(parser=here, metavar="PATH", help="Checkpoint folder.")]
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # what stands after --
 INTERRUPTED = 130  # how typer ends on Ctrl-C
 DataName = Annotated[
@@ -227,11 +228,9 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
     folder = Folder(data or last_made())
     with disk_errors(folder.path):
         found = folder.versions() or [folder.version()]  # which says what is wrong
-        rows = [version.summary() for version in found]
-        for row in rows:
-            row["pushed"] = [
-                f"{push['repo']}@{push['commit']}" for push in folder.pushed() if push["version"] == row["version"]
-            ]
+        rows, pushed = [version.summary() for version in found], folder.pushed()
+    for row in rows:
+        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
     if as_json:
         typer.echo(json.dumps(rows))
     for row in rows if not as_json else []:
@@ -387,7 +386,7 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(parser=here, metavar="PATH", help="Checkpoint folder.")],
+    checkpoint: Checkpoint,
     data: DataName = None,
     images: Images = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
@@ -422,7 +421,7 @@ def evaluate(
 
 @app.command()
 def caption(
-    checkpoint: Annotated[Path, typer.Argument(parser=here, metavar="PATH", help="Checkpoint folder.")],
+    checkpoint: Checkpoint,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
     question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",

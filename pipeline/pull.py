@@ -27,6 +27,7 @@ from pipeline.store import (
     Version,
     dataset_folder,
     disk_errors,
+    home_of,
     open_dataset,
     parse_version,
     publish,
@@ -99,8 +100,7 @@ def open_place(path: Path | None, version: str | None = None) -> Version:
         return open_dataset(path, version)
     with explained(path):
         there = open_dataset(path, version)
-        parent = there.path.parent
-        origin = str(parent.parent if parent.name == "versions" else parent)
+        origin = str(home_of(there.path))
         home = Folder(dataset_folder(origin))
         final = home.path / "versions" / there.name
         with disk_errors(home.path), home.lock(wait=True):

@@ -61,8 +61,7 @@ class Version:
         """Return the folder for what is made of this version: the dataset folder that holds it, or its own parent."""
         if self.repo:
             return dataset_folder(self.repo)
-        parent = self.path.resolve().parent
-        home = parent.parent if parent.name == "versions" else parent
+        home = home_of(self.path.resolve())
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 
     @property
@@ -109,6 +108,11 @@ class Version:
     def damaged(self, error: Exception) -> StoreError:
         """Return the error to raise where a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
+
+
+def home_of(version: Path) -> Path:
+    """Return the dataset folder that holds a version's folder, or where there is none what the version lies in."""
+    return version.parent.parent if version.parent.name == "versions" else version.parent
 
 
 def parse_version(name: str) -> tuple[int, ...]:

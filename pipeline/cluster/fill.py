@@ -89,13 +89,17 @@ def _limited(job: Job, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | R
                 return
 
 
-def is_filled(job: Job, number: int) -> bool:
-    """Whether a shard holds what this job would fill it with."""
+def told_of_filled(job: Job, number: int) -> Told | None:
+    """Return what was told of a shard when it was filled, if it holds what this job would fill it with."""
     done = job.shard(number).path / FILLED
-    if not done.exists() or read_json(done)["inputs"] != job.inputs:
-        return False
-    folder = Folder(job.home / "shards" / read_json(done)["told"]["folder"])
-    return folder.stage("verify", "checked").exists()  # a worker that was given up may name one that was removed
+    if not done.exists():
+        return None
+    filled = read_json(done)
+    if filled["inputs"] != job.inputs:
+        return None
+    told: Told = filled["told"]
+    folder = Folder(job.home / "shards" / told["folder"])  # a worker that was given up may name one that was removed
+    return told if folder.stage("verify", "checked").exists() else None
 
 
 def usual_file(folder: Folder) -> Path:
@@ -129,10 +133,10 @@ class Filler(AbstractContextManager["Filler"]):
 
     def _fill_once(self, job: Job, number: int) -> Told:
         done = job.shard(number).path / FILLED
-        if is_filled(job, number):
+        if told := told_of_filled(job, number):
             if is_object(job.home):
                 forget_scratch(Folder(job.scratch / "shards" / f"{number:05d}"))
-            return {**read_json(done)["told"], "asked": 0, "again": True}
+            return {**told, "asked": 0, "again": True}
         if is_object(job.home):
             with scratch_shard(job, number) as folder:
                 found = self._fill(number, folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.balance import read_entries
 from pipeline.cluster import curate
-from pipeline.cluster.fill import Filler, is_filled, read_part
+from pipeline.cluster.fill import Filler, read_part, told_of_filled
 from pipeline.cluster.job import Job, Task, Told, do, named_files, scratch_of
 from pipeline.cluster.version import write_version
 from pipeline.cluster.workers import Plan, cluster, every, plan_workers
@@ -132,7 +132,7 @@ def _fill(job: Job, plan: Plan, talk: Talk) -> tuple[Counts, tuple[str, ...]]:
     for old in (job.home / "exchange").glob("*"):
         if old != job.hops:
             remove(old)
-    if not all(is_filled(job, number) for number in range(job.shards)):
+    if not all(told_of_filled(job, number) for number in range(job.shards)):
         every(job.parts, partial(do, job, read_part), talk=lambda done: talk("source", done, job.parts))
     told = every(job.shards, Filler(job), plan, lambda done: talk("generate", done, job.shards, {"unit": "shards"}))
     counts, cost = Counts(), Counter[str]()

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cluster.fill import FILLED, Filler, is_filled, read_part
+from pipeline.cluster.fill import FILLED, Filler, read_part, told_of_filled
 from pipeline.cluster.job import Job
 from pipeline.config import resolve
 from pipeline.errors import SourceError
@@ -71,10 +71,10 @@ def test_a_shard_whose_folder_is_gone_is_filled_again() -> None:
     home = place(f"memory://{uuid4().hex}")
     job = Job(resolve(source="scenes"), home, Path.cwd(), 2, 1, "embedded", "s", "r", "files", "inputs")
     write_json(job.shard(1).path / FILLED, {"inputs": "inputs", "told": {"folder": "00001/here"}})
-    assert not is_filled(job, 1)  # a worker that was given up said so, after its folder was removed
+    assert not told_of_filled(job, 1)  # a worker that was given up said so, after its folder was removed
     checked = Folder(home / "shards" / "00001" / "here").stage("verify", "checked")
     write_json(checked, {})
-    assert is_filled(job, 1)
-    assert not is_filled(replace(job, inputs="others"), 1)
-    assert not is_filled(job, 0)
+    assert told_of_filled(job, 1) == {"folder": "00001/here"}
+    assert not told_of_filled(replace(job, inputs="others"), 1)
+    assert not told_of_filled(job, 0)
     remove(home)

@@ -3,7 +3,7 @@
 import errno
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -58,13 +58,17 @@ def stored(job: Job) -> int:
     return max(found)
 
 
+def wait_for(is_true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_replies_reach_the_store_while_a_shard_is_filled(job: Job, tmp_path: Path) -> None:
     with scratch_shard(job, 2) as folder:
         keep(folder, 0)
-        end = time.monotonic() + 10
-        while stored(job) < 1:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for(lambda: stored(job) == 1)
         keep(folder, 1)
     assert stored(job) == 2
     assert not folder.journal.exists()  # nothing stays on the node
@@ -104,10 +108,7 @@ def test_a_store_that_is_away_for_a_moment_loses_nothing(job: Job, tmp_path: Pat
     monkeypatch.setattr(scratch, "upload", refuses)
     with scratch_shard(job, 2) as folder:
         keep(folder, 0)
-        end = time.monotonic() + 10
-        while len(tried) < 3:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for(lambda: len(tried) >= 3)
     assert stored(job) == 1
     tried.clear()
     with pytest.raises(OSError, match="away"), scratch_shard(job, 2) as folder:
@@ -150,10 +151,7 @@ def test_whatever_goes_wrong_with_a_copy_the_next_one_is_tried(job: Job, monkeyp
     monkeypatch.setattr(scratch, "upload", breaks)
     with pytest.raises(EngineError, match="the server is gone"), scratch_shard(job, 2) as folder:  # said, and not the other one
         keep(folder, 0)
-        end = time.monotonic() + 10
-        while len(tried) < 3:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for(lambda: len(tried) >= 3)
         raise EngineError("the server is gone")
 
 
