@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from dedupe import plant
 
-from pipeline.balance import match_entries, spaced
-from pipeline.wordnet import names
+from pipeline.stages.balance import match_entries, spaced
+from pipeline.text.wordnet import names
 
 
 def by_ngrams(texts: list[str], entries: tuple[str, ...]) -> list[list[int]]:

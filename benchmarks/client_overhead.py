@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.types import Chunk
+    from pipeline.types import SampleBatch
 
 HERE = Path(__file__).parent
 CONCURRENCY = 256
@@ -101,10 +101,10 @@ def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
     from contextlib import ExitStack
 
     from pipeline.config import resolve
-    from pipeline.generate.ask import Counts, ask_about, read_annotations
-    from pipeline.generate.client import Client
-    from pipeline.generate.journal import Journal
-    from pipeline.validate import validate_annotations
+    from pipeline.inference.client import Client
+    from pipeline.inference.journal import Journal
+    from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+    from pipeline.stages.validate import validate_annotations
 
     config = resolve(
         source="folder:bench",
@@ -116,7 +116,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
     )
     ids: list[str] = []
 
-    def chunks() -> "Iterator[Chunk]":
+    def chunks() -> "Iterator[SampleBatch]":
         for first in range(0, rows, 64):
             data = [read_image(images, number) for number in range(first, min(first + 64, rows))]
             chunk = [(hashlib.sha256(image).hexdigest(), (image,)) for image in data]
@@ -124,7 +124,9 @@ def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
             yield chunk
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
-        for _ in ask_about(chunks(), config, "m", lambda: stack.enter_context(Client("model", "m", config)), journal, Counts()):
+        for _ in ask_about(
+            chunks(), config, "m", lambda: stack.enter_context(Client("model", "m", config)), journal, RequestStats()
+        ):
             pass
         samples = ([(name, 1, None) for name in ids[at : at + 64]] for at in range(0, rows, 64))
         kept = 0

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from pipeline.wordnet import names
+from pipeline.text.wordnet import names
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
 TEMPLATES = (
@@ -104,8 +104,8 @@ def score(kept: list[bool], groups: list[int], kinds: list[str]) -> str:
 
 def ours(source: Path, out: Path) -> None:
     """Read the texts, and write which are kept, as the peers do."""
-    from pipeline.config import DedupeConfig
-    from pipeline.dedupe import dedupe_annotations
+    from pipeline.stages.dedupe import STAGE
+    from tests.stage_runs import run_stage
 
     lines = csv.ReadOptions(column_names=["text"], block_size=1 << 24), csv.ParseOptions(delimiter="\x01", quote_char=False)
     texts = csv.read_csv(source, *lines)["text"]
@@ -113,7 +113,7 @@ def ours(source: Path, out: Path) -> None:
     columns = {"annotation_id": ids, "sample_id": ids, "task": pa.repeat("caption", len(texts))}
     columns |= {"clean_text": texts, "clean_question": pa.nulls(len(texts), pa.string())}
     del texts
-    marked = dedupe_annotations(pa.table(columns), DedupeConfig(max_images_per_caption=1))
+    marked = run_stage(STAGE, pa.table(columns), dedupe={"max_images_per_caption": 1})
     out.write_text("\n".join("1" if reason is None else "0" for reason in marked["reason"].to_pylist()), encoding="utf-8")
 
 

@@ -15,16 +15,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.store import Folder, Version
-from pipeline.tables import LEDGER, ROW
-from pipeline.version import Rows, draft_version, row_digest
+from pipeline.dataset.builder import ROW_WITH_SPLIT, Rows
+from pipeline.dataset.version import Version
 from tests.hub.server import RunningHub, running_hub
-from tests.scene_data import MADE_BY
+from tests.scene_data import publish_tables
 
 IMAGE_BYTES = 90_000
 CHANGED = 0.01
@@ -39,9 +39,10 @@ seconds = time.monotonic() - started
 print(json.dumps({{"seconds": seconds, "peak_mb": (kilobytes("VmHWM") - idle) / 1000}}))
 """
 OURS = {
-    "imports": "from pipeline.outgoing import outgoing\nfrom pipeline.push import push_package\n"
-    "from pipeline.store import read_version\nimport huggingface_hub.hf_api",
-    "push": "with outgoing(read_version(Path(sys.argv[1])), sys.argv[2]) as package:\n    push_package(package, sys.argv[2])",
+    "imports": "from pipeline.hub.package import build_package\nfrom pipeline.hub.push import push_package\n"
+    "from pipeline.dataset.version import read_version\nimport huggingface_hub.hf_api",
+    "push": "with build_package(read_version(Path(sys.argv[1])), sys.argv[2]) as package:\n"
+    "    push_package(package, sys.argv[2])",
 }
 THEIRS = {
     "imports": "import datasets, huggingface_hub.hf_api\n"
@@ -77,17 +78,20 @@ def row(number: int, image: int, text: str) -> dict[str, Any]:
 
 def make(folder: Path, count: int, *, new_texts: set[int] = frozenset(), new_images: set[int] = frozenset()) -> Version:  # type: ignore[assignment]
     """Write the next version of a dataset; some rows have another text or another image than in the first."""
-    rows = Rows(licences={"cc0-1.0"})
+    rows = Rows()
     words = " ".join(f"word{n}" for n in range(20))
-    with draft_version(Folder(folder)) as draft:
+
+    def tables() -> Iterator[pa.Table]:
         for first in range(0, count, 100):
             batch = [
                 row(n, n + (count if n in new_images else 0), f"{'Another' if n in new_texts else 'A'} caption {n} {words}")
                 for n in range(first, min(count, first + 100))
             ]
-            rows.digests |= {each["sample_id"]: row_digest(each) for each in batch}
-            draft.add(pa.Table.from_pylist(batch, schema=ROW.append(pa.field("split", pa.string()))))
-        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
+            table = pa.Table.from_pylist(batch, schema=ROW_WITH_SPLIT)
+            rows.add(table)
+            yield table
+
+    version, _ = publish_tables(folder, tables(), rows)
     return version
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.generate.picture import fits, reencode
-from pipeline.source.folder import open_folder
+from pipeline.inference.request_images import fits, reencode
+from pipeline.sources.folder import open_folder
 
 
 def make(folder: Path, count: int) -> None:

@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,11 @@ import pyarrow as pa
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from pipeline.report.write import THUMBNAIL_BYTES, write_report
-from pipeline.store import Folder, Version
-from pipeline.tables import LEDGER, SAMPLE, SPLITS
-from pipeline.version import Rows, build_rows, draft_version
+from pipeline.dataset.version import Version
+from pipeline.report.build import THUMBNAIL_BYTES, write_report
+from pipeline.tables import SAMPLE, SPLITS
 from tests.browser import FLAGS
-from tests.scene_data import MADE_BY, scene_samples, true_captions
+from tests.scene_data import publish_rows, scene_samples, true_captions
 
 BATCH = 250
 
@@ -48,18 +48,17 @@ def photo(seed: int) -> bytes:
 def make_version(folder: Path, count: int) -> Version:
     """Write a version of so many photographs, with the texts of drawn scenes."""
     samples = scene_samples(count)
-    with draft_version(Folder(folder)) as draft:
-        rows = Rows()
-        table = true_captions(samples)
+
+    def batches() -> Iterator[pa.RecordBatch]:
         for first in range(0, count, BATCH):
-            some = [
-                {"sample_id": s.id, "images": [photo(first + n)], "looks": [b""], "width_px": 500, "height_px": 375}
+            rows = [
+                {"sample_id": s.id, "images": [photo(first + n)], "pdq_hashes": [b""], "width_px": 500, "height_px": 375}
                 | {"source_row": s.source_row, "licence": s.licence, "references": list(s.references), "split": None}
                 for n, s in enumerate(samples[first : first + BATCH])
             ]
-            for each in build_rows(table, pa.Table.from_pylist(some, schema=SAMPLE).to_batches(), "photos", rows):
-                draft.add(each)
-        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
+            yield from pa.Table.from_pylist(rows, schema=SAMPLE).to_batches()
+
+    version, _ = publish_rows(folder, [true_captions(samples)], batches(), source="photos")
     return version
 
 

@@ -1,101 +1,209 @@
-"""What each stage costs an annotation, and how that grows.
+"""What the stages from validate to version cost an annotation, beside another checkout of this project.
 
-    PYTHONPATH=. python benchmarks/stages.py [--images 10000 20000 40000]
+    PYTHONPATH=. python benchmarks/stages.py [--images 10000] [--peer FOLDER] [--rounds 3]
+    PYTHONPATH=. python benchmarks/stages.py --comparing 25000000
 
-Scenes with captions in two styles and three questions each, true by construction: CPU microseconds an annotation of every stage
-from validate to review, and of writing the version, in one process. Nothing is asked of a model.
+A dataset folder is made as generate would leave it: scenes with captions in two styles and three questions each, true by
+construction. `synth generate --from-stage validate` then runs on copies of it, as a process of its own, with the code of this
+checkout and of the peer in turn. Reported are CPU seconds and peak memory of the process, files read and written included; the
+cost of starting up (a run over eight images) is taken off. With --comparing, rows of few columns are made, and pass only the
+stages that compare rows.
 """
 
 import argparse
+import hashlib
+import os
 import random
+import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline.config import Config
-from pipeline.fingerprint import digest
-from pipeline.scenes.score import scene_of
+from pipeline.config import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import digest
+from pipeline.progress import NullProgress
+from pipeline.run import STAGES
+from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import STYLES, ask_number, ask_other, ask_yes_no, caption
-from pipeline.stages import STAGES
-from pipeline.store import Folder
-from pipeline.tables import ANNOTATION, CHECK, LEDGER, MARK
-from pipeline.version import Rows, build_rows, draft_version
-from tests.scene_data import MADE_BY, sample_table, scene_samples
+from pipeline.stages.base import RunPlan, compare_stage, judge_stage
+from pipeline.storage.database import open_database, read
+from pipeline.storage.files import write_json, write_table
+from pipeline.tables import ANNOTATION, EXCLUSIONS, OLD_COLUMNS, SAMPLE, SOURCE_REJECTED
+
+BATCH = 500  # images made at once
+TEXTS = 5  # an image
+START_IMAGES = 8
 
 
-def annotations(samples: list[Any]) -> pa.Table:
-    """Return rows of tables.ANNOTATION as generate would leave them."""
-    rows = []
-    for sample in samples:
-        scene = scene_of(sample.facts)
-        texts: list[dict[str, Any]] = [{"task": "caption", "style": style, "text": caption(scene, style)} for style in STYLES]
-        pairs = [ask(scene, random.Random(sample.id)) for ask in (ask_yes_no, ask_number, ask_other)]
-        texts += [{"task": "qa", "style": ""} | pair.model_dump() for pair in pairs]
-        for position, said in enumerate(texts):
-            ids = {"annotation_id": digest([sample.id, position]), "sample_id": sample.id, "request_id": digest([sample.id])}
-            rows.append(
-                {**ids, "position": position, "prompt_id": "p", "pages": 1, "evidence_pages": [], "expression": "", **said}
-            )
-    return pa.Table.from_pylist(rows, schema=ANNOTATION)
+def old(schema: pa.Schema) -> pa.Schema:
+    """Return a schema under the names of columns that both sides read."""
+    return pa.schema([field.with_name(OLD_COLUMNS.get(field.name, field.name)) for field in schema])
 
 
-def joined(name: str, table: pa.Table) -> pa.Table:
-    """Join what `run` joins before a stage, where nothing was found."""
-    nothing: dict[str, list[tuple[str, pa.DataType]]] = {
-        "filter": [("repeats", pa.string())],
-        "verify": [("checks", pa.list_(CHECK)), ("alignment", pa.float64())],
-        "dedupe": [("image_reason", pa.string()), ("looks_like", pa.string())],
-        "review": [("mark", MARK)],
-    }
-    for column, kind in nothing.get(name, []):
-        empty = pa.array([[]] * len(table), kind) if column == "checks" else pa.nulls(len(table), kind)
-        table = table.append_column(column, empty)
-    return table.append_column("image_group", table["sample_id"]) if name == "dedupe" else table
+def samples(count: int) -> Iterator[pa.Table]:
+    """Yield rows of tables.SAMPLE, whose pixels no stage looks at."""
+    for first in range(0, count, BATCH):
+        rows = []
+        for n in range(first, min(first + BATCH, count)):
+            scene = sample_scene(random.Random(n))
+            objects = [{name: getattr(thing, name) for name in ("size", "color", "shape", "place")} for thing in scene.objects]
+            facts = {"background": scene.background, "objects": objects}
+            ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [hashlib.sha256(b"%d" % n).digest()], "looks": []}
+            rows.append({**ids, "width_px": 84, "height_px": 84, "licence": "cc0-1.0", "references": [], "facts": facts})
+        yield pa.Table.from_pylist(rows, schema=old(SAMPLE))
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what some work gives, and its CPU seconds."""
-    start = time.process_time()
-    return work(), time.process_time() - start
+def annotations(count: int) -> Iterator[pa.Table]:
+    """Yield rows of tables.ANNOTATION as generate would leave them."""
+    for first in range(0, count, BATCH):
+        rows = []
+        for n in range(first, min(first + BATCH, count)):
+            scene, sample_id = sample_scene(random.Random(n)), digest([n])
+            texts: list[dict[str, Any]] = [
+                {"task": "caption", "style": style, "text": caption(scene, style)} for style in STYLES
+            ]
+            pairs = [ask(scene, random.Random(sample_id)) for ask in (ask_yes_no, ask_number, ask_other)]
+            texts += [{"task": "qa", "style": ""} | pair.model_dump() for pair in pairs]
+            for position, text in enumerate(texts):
+                request = digest([sample_id, text["task"], text["style"]])
+                ids = {"annotation_id": digest([request, position]), "sample_id": sample_id, "request_id": request}
+                more = {"position": position, "prompt_id": "p", "pages": 1, "evidence_pages": [], "expression": ""}
+                rows.append({**ids, **more, **text})
+        yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 
-def measure(images: int) -> dict[str, float]:
-    """Return CPU microseconds an annotation by stage."""
-    samples = scene_samples(images)
-    table, config, found = annotations(samples), Config(source="scenes"), {}
-    count = len(table)
-    for name, stage in STAGES.items():
-        before = joined(name, table)
-        marked, seconds = timed(lambda stage=stage, before=before: stage(before, config))  # type: ignore[misc]
-        found[name] = 1e6 * seconds / count
-        table = marked.filter(pc.is_null(marked["reason"])).drop_columns(["reason"])
-    batches = sample_table(samples).to_batches(max_chunksize=64)
+def make_folder(path: Path, count: int) -> None:
+    """Make a dataset folder in which source and generate have been run."""
+    dataset = DatasetDir(path)
+    write_table(dataset.stage("source"), samples(count), old(SAMPLE))
+    write_table(dataset.stage("source", "rejected"), [SOURCE_REJECTED.empty_table()], SOURCE_REJECTED)
+    write_table(dataset.stage("source", "banned"), [old(EXCLUSIONS).empty_table()], old(EXCLUSIONS))
+    write_table(dataset.stage("generate"), annotations(count), ANNOTATION)
+    source = {"name": "scenes", "revision": "1.0", "decks": False, "never": [], "compared_as": None}
+    write_json(dataset.provenance("source"), source)
+    write_json(dataset.provenance("generate"), {"name": "facts", "revision": "r"})
 
-    def write() -> None:
-        with tempfile.TemporaryDirectory() as folder, draft_version(Folder(Path(folder))) as draft:
-            rows = Rows()
-            for each in build_rows(table, batches, "scenes", rows):
-                draft.add(each)
-            draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
 
-    found["version"] = 1e6 * timed(write)[1] / count
-    return found
+def run(checkout: Path, dataset: Path, count: int) -> tuple[float, float]:
+    """Run all stages of a copy of a dataset folder with the code of a checkout; return CPU seconds and peak megabytes."""
+    with tempfile.TemporaryDirectory(dir=dataset.parent) as folder:
+        copy = Path(folder) / "d"
+        shutil.copytree(dataset, copy, copy_function=os.link)  # nothing is written into these files
+        arguments = ["--source", "scenes", "--limit", str(count), "--from-stage", "validate", "--out", str(copy)]
+        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "generate", *arguments]
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(checkout)}, stderr=subprocess.PIPE, cwd=folder)
+        assert process.stderr
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(said.decode())
+        return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+
+
+def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
+    """Print what an annotation costs in each checkout, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, start = Path(folder) / "whole", Path(folder) / "start"
+        make_folder(whole, count)
+        make_folder(start, START_IMAGES)
+        costs: dict[str, list[float]] = {name: [] for name in checkouts}
+        for _ in range(rounds):
+            for name, checkout in checkouts.items():
+                idle, _ = run(checkout, start, START_IMAGES)
+                seconds, megabytes = run(checkout, whole, count)
+                costs[name].append(1e6 * (seconds - idle) / (TEXTS * (count - START_IMAGES)))
+                print(f"{name:<6} {costs[name][-1]:8.1f} us of CPU an annotation, peak {megabytes:,.0f} MB", flush=True)
+        for name, values in costs.items():
+            print(f"{name:<6} median {statistics.median(values):.1f} us of CPU an annotation")
+        if len(costs) == 2:
+            ours, peer = (statistics.median(values) for values in costs.values())
+            print(f"ratio  {ours / peer:.2f}")
+
+
+def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
+    """Yield rows as verify leaves them, as far as later stages look at them: one caption and four questions an image."""
+    query = f"""
+    WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp','street'] AS w,
+                          ['red','blue','old','small','wooden','bright','dark','round'] AS a),
+    drawn AS (SELECT range AS n, range // 5 AS image, range % 5 AS position, hash(range) AS h FROM range({count}))
+    SELECT sha256('a' || n) AS annotation_id, sha256('s' || image) AS sample_id,
+           CASE WHEN position = 0 THEN 'caption' ELSE 'qa' END AS task,
+           CASE WHEN position = 0 THEN 'brief' ELSE '' END AS style,
+           CASE WHEN position = 0 THEN 'A ' || a[1 + h % 8] || ' ' || w[1 + h // 8 % 12] || ' stands near a '
+               || a[1 + h // 96 % 8] || ' ' || w[1 + h // 768 % 12] || ' at place ' || (h // 9216 % 100000) END AS clean_text,
+           CASE WHEN position = 1 THEN 'Is there a ' || w[1 + h % 12] || ' at place ' || (h // 8 % 20000) || '?'
+                WHEN position = 2 THEN 'How many ' || w[1 + h % 12] || 's are near place ' || (h // 8 % 20000) || '?'
+                WHEN position > 2 THEN 'What is ' || a[1 + h % 8] || ' beside the ' || w[1 + h // 8 % 12] || ' of place '
+               || (h // 96 % 20000) || '?' END AS clean_question,
+           CASE WHEN position = 1 THEN CASE WHEN h % 10 < 7 THEN 'yes' ELSE 'no' END
+                WHEN position = 2 THEN (h // 96 % 5)::VARCHAR WHEN position > 2 THEN w[1 + h // 3 % 12] END AS clean_answer,
+           CASE position WHEN 1 THEN 'yes/no' WHEN 2 THEN 'number' ELSE 'other' END AS answer_type,
+           NULL::VARCHAR AS source_split, 'p' AS prompt_id, '' AS expression, NULL::INTEGER[] AS evidence_pages, 1 AS pages,
+           0 AS hedge_count, NULL::DOUBLE AS agreement, NULL::DOUBLE AS alignment
+    FROM drawn, words ORDER BY n
+    """
+    yield from read(db.sql(query))
+
+
+def compare_only(count: int) -> None:
+    """Pass rows through the stages that compare rows, in a process of its own; print seconds and peak memory of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = DatasetDir(Path(folder))
+        with open_database(dataset.path) as db:
+            tables = make_rows(db, count)
+            first = next(tables)
+            path = dataset.stage("verify")
+            path.parent.mkdir(parents=True)
+            with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+                writer.write_table(first)
+                for table in tables:
+                    writer.write_table(table)
+        pid = os.fork()
+        if pid == 0:
+            plan = RunPlan(dataset, resolve(source="scenes"), "r", None, ())
+            before = "verify"
+            for stage in STAGES[3:]:
+                wall, cpu = time.monotonic(), time.process_time()
+                compare_stage(stage, [dataset], dataset, before, plan, NullProgress())
+                middle = time.process_time()
+                judge_stage(stage, dataset, before, plan)
+                kept = pq.ParquetFile(dataset.stage(stage.name)).metadata.num_rows
+                us, judged = (1e6 * s / count for s in (middle - cpu, time.process_time() - middle))
+                seconds = time.monotonic() - wall
+                print(
+                    f"{stage.name:<8} {seconds:6.0f} s, {us:5.2f} us CPU a row, {judged:.2f} to write, {kept:,} kept",
+                    flush=True,
+                )
+                before = stage.name
+            os._exit(0)
+        _, status, usage = os.wait4(pid, 0)
+        print(f"exit {status}, peak {usage.ru_maxrss / 1000:,.0f} MB, CPU {usage.ru_utime + usage.ru_stime:.0f} s")
 
 
 def main() -> None:
-    """Print a table: stages down, sizes across."""
+    """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 20_000, 40_000])
-    sizes = {images: measure(images) for images in parser.parse_args().images}
-    print("stage      " + "".join(f"{images:>12,}" for images in sizes) + "  images; CPU us an annotation, five an image")
-    for name in next(iter(sizes.values())):
-        print(f"{name:<11}" + "".join(f"{found[name]:>12.1f}" for found in sizes.values()))
-    print("all        " + "".join(f"{sum(found.values()):>12.1f}" for found in sizes.values()))
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--peer", type=Path, help="another checkout")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--comparing", type=int, metavar="ROWS")
+    asked = parser.parse_args()
+    if asked.comparing:
+        compare_only(asked.comparing)
+        return
+    checkouts = {"ours": Path(__file__).parents[1].resolve()}
+    if asked.peer:
+        checkouts["peer"] = asked.peer.resolve()
+    compare(asked.images, checkouts, asked.rounds)
 
 
 if __name__ == "__main__":

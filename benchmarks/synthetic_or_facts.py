@@ -9,37 +9,43 @@ give. Both are scored against the facts of the held-out scenes.
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.dataset.builder import ROW_WITH_SPLIT, Rows
+from pipeline.dataset.directory import open_dataset
+from pipeline.dataset.version import Version
 from pipeline.scenes.score import scene_of
 from pipeline.scenes.text import caption
-from pipeline.store import Folder, Version, open_dataset
-from pipeline.tables import LEDGER, ROW, SPLITS
-from pipeline.version import Rows, draft_version, row_digest
+from pipeline.tables import SPLITS
+from tests.scene_data import publish_tables
 from trainer.config import resolve
-from trainer.loop import train
+from trainer.train import train
 
 SCORES = ("bleu_4", "rouge_l", "cider_d")
 
 
 def with_facts(version: Version, folder: Path) -> Version:
     """Write the same version with every caption replaced by what is true."""
-    rows = Rows(licences={"cc0-1.0"})
-    schema = ROW.append(pa.field("split", pa.string()))
-    with draft_version(Folder(folder)) as draft:
+    rows = Rows()
+
+    def tables() -> Iterator[pa.Table]:
         for split in SPLITS:
             batch: list[dict[str, Any]] = version.read(split).to_pylist()
             for row in batch:
                 scene = scene_of(row["facts"])
                 row["captions"] = [c | {"text": caption(scene, c["style"])} for c in row["captions"]]
                 row["split"] = split
-                rows.digests[row["sample_id"]] = row_digest(row)
-            draft.add(pa.Table.from_pylist(batch, schema=schema))
-        made_by = ("source", "model", "prompts", "schemas", "config", "funnel", "measured")
-        return draft.publish(rows, {name: version.manifest[name] for name in made_by}, LEDGER.empty_table(), [])[0]
+            table = pa.Table.from_pylist(batch, schema=ROW_WITH_SPLIT)
+            rows.add(table)
+            yield table
+
+    names = ("source", "model", "prompts", "schemas", "config", "funnel", "measured")
+    provenance = {name: version.manifest[name] for name in names}
+    return publish_tables(folder, tables(), rows, funnel=provenance["funnel"], provenance=provenance)[0]
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config import Config, resolve
-from pipeline.generate.engine import choose_engine
-from pipeline.generate.parse import parse_reply
-from pipeline.generate.requests import build_requests
+from pipeline.inference.engines import choose_engine
+from pipeline.inference.requests import build_requests
 from pipeline.scenes.score import score_annotations, score_decks
-from pipeline.source.scenes import draw_deck, draw_sample
-from pipeline.stages import CHUNK_SAMPLES
+from pipeline.sources.scenes import draw_deck, draw_sample
+from pipeline.stages.source import BATCH_SAMPLES
+from pipeline.tasks.replies import parse_reply
 from pipeline.types import Request, Sample
 
 REWORDED_SYSTEM = (
@@ -64,7 +64,7 @@ def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[
     engine = choice.make()
     list(engine.ask(Rounds(iter([requests(samples[:1])]))))
     rows: list[dict[str, Any]] = []
-    work = Rounds(requests(samples[at : at + CHUNK_SAMPLES]) for at in range(0, len(samples), CHUNK_SAMPLES))
+    work = Rounds(requests(samples[at : at + BATCH_SAMPLES]) for at in range(0, len(samples), BATCH_SAMPLES))
     started = time.perf_counter()
     for replies in engine.ask(work):
         rows += [row for reply in replies for row in parse_reply(work.asked[reply.request_id], reply)]

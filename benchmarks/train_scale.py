@@ -18,15 +18,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 from report import photo
 
-from pipeline.store import Folder, Version
-from pipeline.tables import LEDGER, SAMPLE
-from pipeline.version import Rows, build_rows, draft_version
-from tests.scene_data import MADE_BY, make_version, scene_samples, true_captions
+from pipeline.dataset.version import Version
+from pipeline.tables import SAMPLE
+from tests.scene_data import make_version, publish_rows, scene_samples, true_captions
 
 TRAIN = ("train", "--steps", "60", "--json")
 SYNTH = [sys.executable, "-m", "pipeline.cli"]
@@ -34,7 +34,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 HELD = """
 import sys
 from pathlib import Path
-from pipeline.store import read_version
+from pipeline.dataset.version import read_version
 version = read_version(Path(sys.argv[1]))
 images = {row["sample_id"]: row["image"]["bytes"] for row in version.read("train", ["sample_id", "image"]).to_pylist()}
 print(len(images))
@@ -71,24 +71,22 @@ def padded_version(folder: Path, count: int, image_bytes: int) -> Version:
     """Write a version of photographs of so many bytes each."""
     rng, photos = random.Random(0), [photo(n) for n in range(50)]
     samples = scene_samples(count)
-    with draft_version(Folder(folder)) as draft:
-        rows = Rows()
+
+    def batches() -> Iterator[pa.RecordBatch]:
         for first in range(0, count, 500):
-            mine = samples[first : first + 500]
-            some = [
+            rows = [
                 {
                     "sample_id": s.id,
                     "images": [(jpeg := photos[n % 50]) + rng.randbytes(image_bytes - len(jpeg))],
-                    "looks": [b""],
+                    "pdq_hashes": [b""],
                 }
                 | {"width_px": 500, "height_px": 375, "source_row": s.source_row, "licence": s.licence, "split": None}
                 | {"references": list(s.references)}
-                for n, s in enumerate(mine)
+                for n, s in enumerate(samples[first : first + 500])
             ]
-            table = pa.Table.from_pylist(some, schema=SAMPLE)
-            for each in build_rows(true_captions(mine), table.to_batches(), "photos", rows):
-                draft.add(each)
-        version, _ = draft.publish(rows, MADE_BY, LEDGER.empty_table(), [])
+            yield from pa.Table.from_pylist(rows, schema=SAMPLE).to_batches()
+
+    version, _ = publish_rows(folder, [true_captions(samples)], batches(), source="photos")
     return version
 
 

@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessor
 
 from trainer.model.captioner import Captioner, CaptionerConfig
 from trainer.model.encoder import EncoderConfig
-from trainer.text import Texts
+from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
 SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384
@@ -60,12 +60,12 @@ def encoder_config(**tower: Any) -> EncoderConfig:
     return EncoderConfig(model, CLIPImageProcessor().to_dict(), frozen=True)
 
 
-def texts(seed: int = 0) -> Texts:
+def texts(seed: int = 0) -> TextBatch:
     """Return captions of one length, with one token of prompt: TOKENS - 1 are learned."""
     ids = torch.randint(2, VOCAB, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(seed))
     of_image = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
     ones = torch.ones(len(ids), dtype=torch.long)
-    return Texts(of_image, ids, ones, ones * TOKENS, ones.bool())
+    return TextBatch(of_image, ids, ones, ones * TOKENS, ones.bool())
 
 
 def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | None = None) -> Step:

@@ -21,20 +21,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from teacher import Rounds
 
-from pipeline.alignment import TINY_CLIP, Aligner
-from pipeline.claims import claims_of
 from pipeline.config import Config, resolve
-from pipeline.generate.checks import build_check, checks_of
-from pipeline.generate.engine import choose_engine
-from pipeline.generate.parse import parse_reply
-from pipeline.image import prepare_image
-from pipeline.run import generate_version
+from pipeline.images.clip import TINY_CLIP, ClipScorer
+from pipeline.images.decode import prepare_image
+from pipeline.inference.engines import choose_engine
+from pipeline.inference.verification import build_check, checks_of
+from pipeline.run import generate_dataset
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing
 from pipeline.scenes.score import scene_of, score_annotations
 from pipeline.scenes.text import STYLES, answer, caption, phrases
 from pipeline.tables import CHECK
+from pipeline.tasks.replies import parse_reply
+from pipeline.text.claims import claims_of
 from pipeline.types import Request
-from pipeline.verify import verify_annotations
+from tests.stage_runs import verify_rows
 
 CHECKS = ("round_trip", "claims", "blind")
 AT_ONCE = 1024  # requests that are sorted into batches together
@@ -134,7 +134,7 @@ def judge(
     table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
     table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
-    return list(zip(rows, verify_annotations(table, config.verify).to_pylist(), strict=True))
+    return list(zip(rows, verify_rows(table, **config.verify.model_dump()).to_pylist(), strict=True))
 
 
 def show(title: str, mine: list[tuple[dict[str, Any], bool]]) -> None:
@@ -180,7 +180,7 @@ def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[s
 
 def align(rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
     """Print how often the tiny CLIP puts a true caption above the one with an error, by style and kind of error."""
-    aligner, pairs = Aligner(TINY_CLIP), defaultdict[tuple[str, str], list[bool]](list)
+    aligner, pairs = ClipScorer(TINY_CLIP), defaultdict[tuple[str, str], list[bool]](list)
     true: dict[tuple[str, str], str] = {
         (row["sample_id"], row["style"]): row["clean_text"] for row in rows if row["task"] == "caption" and not row["error"]
     }
@@ -219,8 +219,8 @@ def main() -> None:
         out = Path(folder) / "scenes"
         config = resolve(source="scenes", limit=arguments.scenes, seed=arguments.seed, verify={"checks": CHECKS})
         started = time.perf_counter()
-        result = generate_version(config, out)
-        print(f"\nthe teacher's own: {result.counts.asked:,} requests, {3 * arguments.scenes:,} of them to write", end="")
+        result = generate_dataset(config, out)
+        print(f"\nthe teacher's own: {result.stats.asked:,} requests, {3 * arguments.scenes:,} of them to write", end="")
         print(f", {time.perf_counter() - started:.0f} s", flush=True)
         source = pq.read_table(out / "stages" / "source" / "kept.parquet", columns=["sample_id", "facts", "images"]).to_pylist()
         facts = {row["sample_id"]: row["facts"] for row in source}

@@ -18,7 +18,7 @@ from pipeline.config import resolve
 from pipeline.scenes.deck import answer_deck
 from pipeline.scenes.facts import Scene
 from pipeline.scenes.score import scene_of
-from pipeline.source.scenes import draw_deck
+from pipeline.sources.scenes import draw_deck
 
 
 def plant(written: list[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> Iterator[dict[str, Any]]:

@@ -25,15 +25,16 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Config, resolve
-from pipeline.generate.ask import Counts, ask_about, read_annotations
-from pipeline.generate.client import Client
-from pipeline.generate.engine import TINY_WEIGHTS, plan
-from pipeline.generate.journal import Journal
-from pipeline.generate.requests import build_requests
-from pipeline.generate.server import Server
-from pipeline.schema import wire_schema
-from pipeline.source.scenes import draw_sample
-from pipeline.types import Request, Silence
+from pipeline.inference.client import Client
+from pipeline.inference.engines import TINY_WEIGHTS, plan
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.requests import build_requests
+from pipeline.inference.vllm_server import Server
+from pipeline.progress import NullProgress
+from pipeline.sources.scenes import draw_sample
+from pipeline.tasks import wire_schema
+from pipeline.types import Request
 
 IMAGE_TOKENS = 256
 SIDE_PX = 448
@@ -74,7 +75,7 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
     """Run the pass of `synth generate`: journal, validation of each reply, and the table of annotations."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
         chunks = iter([images[at : at + 64] for at in range(0, len(images), 64)])
-        for _ in ask_about(chunks, config, client.revision, lambda: client, journal, Counts()):
+        for _ in ask_about(chunks, config, client.revision, lambda: client, journal, RequestStats()):
             pass
         list(read_annotations([[(name, 1, None) for name, _ in images]], config, client.revision, journal))
 
@@ -89,7 +90,7 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
     """Run a server; yield its address without /v1, and what it calls the model. Its key goes into the environment."""
     launch = plan(model, REVISION, config, log)
     os.environ["SYNTH_API_KEY"] = launch.api_key
-    server = Server(launch, Silence())
+    server = Server(launch, NullProgress())
     with asyncio.Runner() as runner:
         runner.run(server.__aenter__())
         try:

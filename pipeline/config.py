@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, one_line
 
 DECKS = ("scenes-deck", "slidevqa")  # the sources whose samples are decks
 DRAWN = ("scenes", "scenes-deck")  # the sources whose facts are known
@@ -27,47 +27,67 @@ Distinct = Annotated[tuple[Item, ...], AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and no unknown keys."""
+    """Base of all sections: frozen, no unknown keys, and keys of earlier releases are read under their new names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    OLD_KEYS: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_old_keys(cls, values: Any) -> Any:
+        return {cls.OLD_KEYS.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
 
 
 class GenerateConfig(Section):
     """How the model is asked."""
 
+    OLD_KEYS: ClassVar = {"attempts": "max_attempts", "prompts": "prompt_dir"}
+
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy would ask every image the same; more is less true
     max_tokens: int = Field(default=256, ge=1)
-    attempts: int = Field(default=3, ge=1)  # at a reply that can be used
+    max_attempts: int = Field(default=3, ge=1)  # at a reply that can be used
     max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger images are scaled down; None: as the model bounds them
-    prompts: Path | None = None  # a folder of templates that win over ours, such as caption/v1.j2
+    prompt_dir: Path | None = None  # a folder of templates that win over ours, such as caption/v1.j2
     batch_size: int = Field(default=64, ge=1)  # requests at once in this process; no part of a reply's identity
 
 
 class ServerConfig(Section):
     """How vLLM is started and used. Only flags that may change a reply are part of what a dataset holds."""
 
+    OLD_KEYS: ClassVar = {
+        "start_seconds": "startup_timeout_s",
+        "restarts": "max_restarts",
+        "reply_seconds": "request_timeout_s",
+    }
+
     flags: tuple[str, ...] = ()  # go to vLLM as they are, and win over ours
-    start_seconds: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is away
-    restarts: int = Field(default=3, ge=0)  # of a server that dies
-    reply_seconds: float = Field(default=600, gt=0)  # for one reply
+    startup_timeout_s: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is away
+    max_restarts: int = Field(default=3, ge=0)  # of a server that dies
+    request_timeout_s: float = Field(default=600, gt=0)  # for one reply
     concurrency: Annotated[int, Field(ge=1)] | None = None  # requests without a kept reply; None: follows the server
 
 
 class FilterConfig(Section):
     """Bounds on a text that is worth keeping; words are counted after openings such as "The image shows" were taken off."""
 
+    OLD_KEYS: ClassVar = {
+        "max_repeated_trigrams": "max_duplicate_trigram_frac",
+        "min_distinct_words": "min_distinct_word_frac",
+        "max_foreign_letters": "max_non_latin_frac",
+    }
+
     min_caption_words: int = Field(default=5, ge=1)
     max_caption_words: int = Field(default=150, ge=1)
     min_question_words: int = Field(default=3, ge=1)
     max_question_words: int = Field(default=30, ge=1)
     max_answer_words: int = Field(default=10, ge=1)
-    max_repeated_trigrams: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
-    min_distinct_words: float = Field(default=0.35, ge=0, le=1)
+    max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
+    min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
     language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # ISO 639; None: any
     min_language_score: float = Field(default=0.8, ge=0, le=1)  # how sure the detector must be of another language
-    max_foreign_letters: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
+    max_non_latin_frac: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
 
 
 Check = Literal["round_trip", "claims", "blind", "evidence", "alignment"]
@@ -76,11 +96,13 @@ Check = Literal["round_trip", "claims", "blind", "evidence", "alignment"]
 class VerifyConfig(Section):
     """What is asked again about annotations, and what an answer must be like. Nothing is asked unless a check is named."""
 
+    OLD_KEYS: ClassVar = {"min_blind_share": "min_blind_frac", "max_luck": "max_answer_frequency", "clip": "clip_model"}
+
     checks: Distinct[Check] = ()
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
-    min_blind_share: float = Field(default=0.8, gt=0, le=1)  # of the images asked the same, for an answer to need no image
-    max_luck: float = Field(default=0.1, ge=0, le=1)  # share above which an answer may be right by luck, without its pages
-    clip: str = "auto"  # for alignment: tiny-clip for drawn scenes, else openai/clip-vit-base-patch32; or a folder, or a Hub id
+    min_blind_frac: float = Field(default=0.8, gt=0, le=1)  # of the images asked the same, for an answer to need no image
+    max_answer_frequency: float = Field(default=0.1, ge=0, le=1)  # above it, an answer may be right by luck
+    clip_model: str = "auto"  # of `alignment`: auto, clip, metaclip, tiny-clip, a folder or a Hub id
     min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest go
     lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, these go
 
@@ -95,15 +117,21 @@ class DedupeConfig(Section):
 class BalanceConfig(Section):
     """How much of one kind is too much."""
 
-    max_answer_share: float = Field(default=0.4, gt=0, le=1)  # of the questions of one type
-    max_yes_no_share: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also where there are two other answers
+    OLD_KEYS: ClassVar = {
+        "max_answer_share": "max_answer_frac",
+        "max_yes_no_share": "max_yes_no_frac",
+        "tail_share": "tail_frac",
+    }
+
+    max_answer_frac: float = Field(default=0.4, gt=0, le=1)  # of the questions of one type
+    max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also where there are two other answers
     min_questions_per_type: int = Field(default=50, ge=1)  # rarer types are balanced together
-    tail_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p for captions, such as 0.06; None: all are kept
+    tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p for captions, such as 0.06; None: all are kept
     entries: Path | None = None  # a list of one's own to balance captions over; None: WordNet's names
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""
-        return self.max_yes_no_share if len(answers) <= 2 or {"yes", "no"} & set(answers) else self.max_answer_share
+        return self.max_yes_no_frac if len(answers) <= 2 or {"yes", "no"} & set(answers) else self.max_answer_frac
 
 
 class SplitConfig(Section):
@@ -122,6 +150,8 @@ class SplitConfig(Section):
 class Config(Section):
     """Everything that decides what a dataset holds. Saved as `run.json`."""
 
+    OLD_KEYS: ClassVar = {"never": "exclude"}
+
     source: str
     source_split: Literal["train", "validation", "test"] | None = None
     columns: dict[str, str] = {}  # role -> column, for tables whose columns are not plain
@@ -129,7 +159,7 @@ class Config(Section):
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
-    never: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
+    exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
     tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)  # of decks: deck_qa
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
@@ -141,6 +171,16 @@ class Config(Section):
     dedupe: DedupeConfig = DedupeConfig()
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
+
+
+def current_settings(values: dict[str, Any], section: type[Section] = Config) -> dict[str, Any]:
+    """Return settings under today's names of keys, in all sections."""
+    renamed = {section.OLD_KEYS.get(key, key): value for key, value in values.items()}
+    for name, field in section.model_fields.items():
+        inner, value = field.annotation, renamed.get(name)
+        if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, dict):
+            renamed[name] = current_settings(value, inner)
+    return renamed
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
@@ -175,7 +215,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config file {path}: {error}", hint="pass a YAML file: --config FILE") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}", hint="check it") from None
+        raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint="check it") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"config file {path} must hold keys and values", hint="for example: limit: 100")
     if values and "config" in values and "version" in values:  # the manifest of a version

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import TAUGHT, Config
-from pipeline.generate.engine import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.inference.engines import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
 DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version

@@ -1,8 +1,8 @@
-"""Every error this project raises on purpose. Imports nothing, so anyone may import it."""
+"""All errors that this project raises for users. This module imports nothing."""
 
 
 class SynthError(Exception):
-    """A failure we understand: what happened, and what the reader can do next."""
+    """Base of all errors shown to users: what happened, and a hint what to do next."""
 
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)
@@ -10,40 +10,48 @@ class SynthError(Exception):
 
 
 class ConfigError(SynthError):
-    """The user asked for something impossible; nothing has been written."""
+    """Raised when settings are invalid. Nothing has been written."""
 
 
 class SourceError(SynthError):
-    """The input images cannot be read."""
+    """Raised when a source of images cannot be read."""
 
 
 class ImageError(SynthError):
-    """One image is unusable. `reason` is the word that its rejected row carries."""
+    """Raised when one image is unusable; `reason` is the reason of its rejected row."""
 
     def __init__(self, reason: str, what: str) -> None:
         super().__init__(what)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        return ImageError, (self.reason, str(self))
+
 
 class EngineError(SynthError):
-    """The model cannot be loaded or asked."""
+    """Raised when a model cannot be loaded or asked."""
 
 
 class StoreError(SynthError):
-    """The dataset folder cannot be read or written."""
+    """Raised when a dataset folder cannot be read or written."""
 
 
 class TableError(SynthError):
-    """A table does not have the columns or rows that its version promises."""
+    """Raised when a table lacks the columns or rows of its version."""
 
 
 class ClusterError(SynthError):
-    """The cluster is not there, or has no room."""
+    """Raised when a cluster is not there, or has no room."""
 
 
 class PushError(SynthError):
-    """The Hub refused, or could not be reached."""
+    """Raised when the Hub refuses a request, or cannot be reached."""
 
 
 class TrainError(SynthError):
-    """A model cannot be trained, loaded or scored."""
+    """Raised when a captioner cannot be trained, loaded or scored."""
+
+
+def one_line(error: BaseException, max_characters: int = 200) -> str:
+    """Return the text of an error on one line, cut to a length; its type where it has no text."""
+    return " ".join(str(error).split())[:max_characters] or type(error).__name__

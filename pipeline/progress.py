@@ -4,25 +4,26 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
 
 EVERY_SECONDS = 10.0
 
 
 @contextmanager
-def progress() -> Iterator["Shown"]:
+def show_progress() -> Iterator["LineProgress"]:
     """Yield what to call as work goes on."""
-    shown = Moving() if sys.stderr.isatty() else Shown()
+    shown = LiveProgress() if sys.stderr.isatty() else LineProgress()
     try:
         yield shown
     finally:
         shown.end()
 
 
-class Shown:
+class LineProgress:
     """Plain lines on stderr; types.Talk."""
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Shown:
         self.started = self.last = time.monotonic()
         self.first = 0
 
-    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
         """Tell how far a stage is, with figures by name; most calls show nothing."""
         now = time.monotonic()
         if stage != self.stage:
@@ -40,13 +41,13 @@ class Shown:
             return
         self.last = now
         rate, left = self.speed(done, total)
-        told = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (figures or {}).items())]
+        told = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (metrics or {}).items())]
         about = ", ".join(part for part in told if part)
         self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({about})' if about else ''}")
 
-    def say(self, text: str, *, passing: bool = False) -> None:
-        """Tell that something happened; what is `passing` will be told again soon."""
-        if passing and time.monotonic() - self.last < EVERY_SECONDS:
+    def message(self, text: str, *, transient: bool = False) -> None:
+        """Tell that something happened; what is `transient` will be told again soon."""
+        if transient and time.monotonic() - self.last < EVERY_SECONDS:
             return
         self.last = time.monotonic()
         self.line(text)
@@ -66,7 +67,7 @@ class Shown:
         self.stage = ""
 
 
-class Moving(Shown):
+class LiveProgress(LineProgress):
     """A panel on a terminal that is drawn anew a few times a second."""
 
     def __init__(self) -> None:
@@ -76,21 +77,21 @@ class Moving(Shown):
 
         self.console = Console(stderr=True, highlight=False)
         self.now: tuple[int, int | None, Mapping[str, str]] = (0, None, {})
-        self.passing = ""
+        self.transient = ""
         self.live = Live(console=self.console, get_renderable=self.panel, refresh_per_second=4, transient=True)
         self.live.start()
 
-    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
         """See Shown; here every call is shown."""
         if stage != self.stage:
             self.close_stage()
             self.stage, self.started, self.first = stage, time.monotonic(), done
-        self.now, self.passing = (done, total, figures or {}), ""
+        self.now, self.transient = (done, total, metrics or {}), ""
 
-    def say(self, text: str, *, passing: bool = False) -> None:
+    def message(self, text: str, *, transient: bool = False) -> None:
         """See Shown; what is passing stands in the panel until something else does."""
-        if passing:
-            self.passing = text
+        if transient:
+            self.transient = text
         else:
             self.line(text)
 
@@ -107,17 +108,17 @@ class Moving(Shown):
 
         rows: list[Any] = []
         if self.stage:
-            done, total, figures = self.now
+            done, total, metrics = self.now
             rate, left = self.speed(done, total)
             grid = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=total, completed=done, width=30, pulse=total is None)
             speed = f"{rate:.1f}/s" if rate else ""
             grid.add_row(Text(self.stage, "bold"), bar, f"{done:,}{f' of {total:,}' if total else ''}", speed, left)
             rows.append(grid)
-            if figures:
-                rows.append(Text(" · ".join(f"{name} {value}" for name, value in figures.items()), "dim"))
-        if self.passing:
-            rows.append(Text(self.passing, "dim"))
+            if metrics:
+                rows.append(Text(" · ".join(f"{name} {value}" for name, value in metrics.items()), "dim"))
+        if self.transient:
+            rows.append(Text(self.transient, "dim"))
         return Group(*rows)
 
     def close_stage(self) -> None:
@@ -130,7 +131,7 @@ class Moving(Shown):
     def end(self) -> None:
         """See Shown."""
         self.close_stage()
-        self.stage = self.passing = ""
+        self.stage = self.transient = ""
         self.live.stop()
 
 
@@ -140,3 +141,25 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Progress(Protocol):
+    """Somebody who is told how the work goes on."""
+
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        """Tell how far a stage is, with figures by name."""
+        ...
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        """Tell that something happened; what is `transient` will be told again soon."""
+        ...
+
+
+class NullProgress:
+    """A Talk that nobody hears."""
+
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        """See Talk."""
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        """See Talk."""

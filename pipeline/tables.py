@@ -4,14 +4,31 @@ Columns are grouped by the stage that fills them; a later stage writes a new col
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import TableError
 
-TABLE_VERSION = 2  # raise on any change a reader would notice; readers refuse a newer one
+TABLE_VERSION = 2  # of the rows of a version, and part of its digest; raise on any change a reader would notice
+# Columns of stage files and of rejections.parquet that earlier releases wrote under other names; both are read.
+OLD_COLUMNS = {
+    "pdq_hashes": "looks",
+    "pdq_hash": "look",
+    "contaminated_by": "repeats",
+    "word_count": "words",
+    "answer_word_count": "answer_words",
+    "duplicate_trigram_frac": "repeated_trigrams",
+    "distinct_word_frac": "distinct_words",
+    "hedge_count": "hedges",
+    "redaction_count": "redacted",
+    "non_latin_frac": "foreign_letters",
+    "answered_blind": "blind",
+    "near_duplicate_of": "looks_like",
+    "review": "mark",
+    "content_digest": "content",
+}
 SPLITS = ("train", "validation", "test")
 SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # the higher, the more an image is held out
 
@@ -37,7 +54,7 @@ SAMPLE = pa.schema(
         pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes; of pages: of their hashes
         pa.field("source_row", pa.string(), nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),  # as the source encoded them; several are pages
-        pa.field("looks", pa.list_(pa.binary()), nullable=False),  # PDQ hashes of the images; empty where none are needed
+        pa.field("pdq_hashes", pa.list_(pa.binary()), nullable=False),  # of each image; empty where none are needed
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
@@ -80,15 +97,15 @@ FILTERED = pa.schema(
         pa.field("clean_text", pa.string()),
         pa.field("clean_question", pa.string()),
         pa.field("clean_answer", pa.string()),
-        pa.field("words", pa.int32(), nullable=False),
-        pa.field("answer_words", pa.int32(), nullable=False),
-        pa.field("repeated_trigrams", pa.float32(), nullable=False),
-        pa.field("distinct_words", pa.float32(), nullable=False),
-        pa.field("hedges", pa.int32(), nullable=False),
-        pa.field("redacted", pa.int32(), nullable=False),
+        pa.field("word_count", pa.int32(), nullable=False),  # of the caption, or of the question
+        pa.field("answer_word_count", pa.int32(), nullable=False),
+        pa.field("duplicate_trigram_frac", pa.float32(), nullable=False),
+        pa.field("distinct_word_frac", pa.float32(), nullable=False),
+        pa.field("hedge_count", pa.int32(), nullable=False),
+        pa.field("redaction_count", pa.int32(), nullable=False),
         pa.field("language", pa.string()),
         pa.field("language_score", pa.float32(), nullable=False),
-        pa.field("foreign_letters", pa.float32(), nullable=False),
+        pa.field("non_latin_frac", pa.float32(), nullable=False),
     ]
 )
 
@@ -97,29 +114,38 @@ CHECK = pa.struct([pa.field(name, pa.string()) for name in ("kind", "question", 
 VERIFIED = pa.schema(
     [
         pa.field("agreement", pa.float64()),  # 1 where the model gave the answer again, else 0; of a caption: claims supported
-        pa.field("blind", pa.bool_()),  # whether the answer was given without the image
+        pa.field("answered_blind", pa.bool_()),  # whether the answer was given without the image
         pa.field("sufficient", pa.bool_()),  # whether the evidence pages alone led to the answer
         pa.field("necessary", pa.bool_()),  # whether the other pages alone did not
     ]
 )
 
 # Images and texts that must not be learned from, read once (leakage.py)
-BANNED = pa.schema(
+EXCLUSIONS = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),  # SOURCE#SPLIT
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("look", pa.binary(), nullable=False),
+        pa.field("pdq_hash", pa.binary(), nullable=False),
         pa.field("texts", pa.list_(pa.string()), nullable=False),
     ]
 )
 
 # What is known of a sample beside the others (likeness.py)
-LIKENESS = pa.schema(
+IMAGE_GROUPS = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("image_group", pa.string(), nullable=False),  # the first id of all samples that look like this one
         pa.field("image_reason", pa.string()),  # why the sample is to go; null where it stays
-        pa.field("looks_like", pa.string()),  # the sample for which it goes
+        pa.field("near_duplicate_of", pa.string()),  # the sample that is kept instead
+    ]
+)
+
+# dedupe: IMAGE_GROUPS without the id, and which texts say the same
+DEDUPED = pa.schema(
+    [
+        *(field.with_nullable(True) for field in list(IMAGE_GROUPS)[1:]),
+        pa.field("cluster", pa.string()),  # the first id of all texts of this task that say the same
+        pa.field("duplicate_of", pa.string()),  # the text that is kept instead
     ]
 )
 
@@ -135,7 +161,7 @@ BALANCED = pa.schema(
 
 # review: what a person said of an annotation (marks.py), and what it says in the end
 REVIEWED = "review"  # the prompt_id of words that a person wrote
-MARK = pa.struct(
+REVIEW = pa.struct(
     [
         *(pa.field(name, pa.string()) for name in ("mark", "reason", "text", "question", "answer")),
         pa.field("evidence_pages", pa.list_(pa.int32())),
@@ -183,14 +209,16 @@ ROW = pa.schema(
     ]
 )
 # What the stages rejected on the way to a version, so that a later version can say why a row is gone. No text of a model.
-LEDGER = pa.schema([pa.field(name, pa.string()) for name in ("stage", "reason", "source_row", "sample_id", "task", "content")])
+LEDGER = pa.schema(
+    [pa.field(name, pa.string()) for name in ("stage", "reason", "source_row", "sample_id", "task", "content_digest")]
+)
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
 OPTIONAL = (*PIXELS, "reference_qa", "facts", "page_facts")
 
 
-def require(table: pa.Table, *names: str) -> None:
+def require_columns(table: pa.Table, *names: str) -> None:
     """Fail early, naming every column that is missing."""
     missing = [name for name in names if name not in table.column_names]
     if missing:
@@ -200,9 +228,29 @@ def require(table: pa.Table, *names: str) -> None:
         )
 
 
-def latest(row: dict[str, Any], name: str) -> Any:
+def old_name(name: str, there: Collection[str]) -> str:
+    """Return the name under which a column stands in a file: today's, or that of an earlier release."""
+    old = OLD_COLUMNS.get(name, name)
+    return old if old in there and name not in there else name
+
+
+def current_names(names: Iterable[str]) -> list[str]:
+    """Return today's names of the columns of a file."""
+    today = {old: name for name, old in OLD_COLUMNS.items()}
+    return [today.get(name, name) for name in names]
+
+
+def final_value(row: dict[str, Any], name: str) -> Any:
     """Return a field of an annotation as the last stage has it that wrote it: review, filter, or generate."""
     return row.get(f"final_{name}", row.get(f"clean_{name}", row.get(name)))
+
+
+def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return a field of annotations as the last stage has it that wrote it; null where none did."""
+    for known in (f"final_{name}", f"clean_{name}", name):
+        if known in table.column_names:
+            return table[known].cast(kind)
+    return pa.chunked_array([pa.nulls(table.num_rows, kind)])
 
 
 def with_reason(table: pa.Table, reasons: Iterable[str | None]) -> pa.Table:

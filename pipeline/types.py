@@ -1,6 +1,6 @@
 """The few shapes that sources, engines and the run hand to each other."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class Sample:
     id: str
     source_row: str
     images: tuple[bytes, ...]
-    looks: tuple[bytes, ...] = ()  # of each image, its PDQ hash (image.look_of); none where all are known to be distinct
+    pdq_hashes: tuple[bytes, ...] = ()  # of each image; none where all images are known to be distinct
     width_px: int
     height_px: int
     licence: str
@@ -37,8 +37,8 @@ class Sample:
     page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck
 
 
-Chunk = Sequence[tuple[str, tuple[bytes, ...]]]  # (sample_id, images) of some samples
-Described = Sequence[tuple[str, int, str | None]]  # (sample_id, number of pages, the split that its source says)
+SampleBatch = Sequence[tuple[str, tuple[bytes, ...]]]  # (sample_id, images) of some samples
+SampleInfo = Sequence[tuple[str, int, str | None]]  # (sample_id, number of pages, the split that its source says)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +62,14 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourceSlice:
     """One of several parts of a source, counted from 0: together they are all of it, and no row is in two."""
 
     number: int
     of: int
 
 
-WHOLE = Part(0, 1)
+ALL = SourceSlice(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,29 +124,7 @@ SERVER_ERROR = "server_error"
 UNANSWERED = (REFUSED_BY_SERVER, SERVER_ERROR)
 
 
-class Talk(Protocol):
-    """Somebody who is told how the work goes on."""
-
-    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
-        """Tell how far a stage is, with figures by name."""
-        ...
-
-    def say(self, text: str, *, passing: bool = False) -> None:
-        """Tell that something happened; what is `passing` will be told again soon."""
-        ...
-
-
-class Silence:
-    """A Talk that nobody hears."""
-
-    def __call__(self, stage: str, done: int, total: int | None, figures: Mapping[str, str] | None = None) -> None:
-        """See Talk."""
-
-    def say(self, text: str, *, passing: bool = False) -> None:
-        """See Talk."""
-
-
-class Work(Protocol):
+class RequestSource(Protocol):
     """What is to be asked, as an engine sees it."""
 
     def take(self) -> list[Request]:
@@ -172,10 +150,10 @@ class Engine(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def ask(self, work: Work) -> Iterator[list[Reply]]:
+    def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
         """Yield replies in groups as they are done, until nothing is left to take and each request has its reply."""
         ...
 
-    def figures(self) -> dict[str, str]:
+    def metrics(self) -> dict[str, str]:
         """Return what a person who watches would like to know, by name."""
         ...

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.source.scenes import draw_sample
+from pipeline.sources.scenes import draw_sample
 from tests.hub.server import running_hub
 
 HERE = Path("demo")

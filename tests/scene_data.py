@@ -1,21 +1,24 @@
 """Small datasets of scenes whose captions are true by construction: what a perfect teacher would have written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import SplitConfig
+from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.version import Version
 from pipeline.scenes.score import scene_of
 from pipeline.scenes.text import STYLES, caption
-from pipeline.source.scenes import draw_sample
-from pipeline.split import split_of
-from pipeline.store import Folder, Version
+from pipeline.sources.scenes import draw_sample
+from pipeline.stages.split import split_of
+from pipeline.storage.files import scratch_folder
 from pipeline.tables import LEDGER, SAMPLE
 from pipeline.types import Sample
-from pipeline.version import Rows, build_rows, draft_version
 
 MADE_BY: dict[str, Any] = {
     "source": {"name": "scenes", "revision": "test"},
@@ -61,15 +64,60 @@ def make_version(
     annotations: pa.Table | None = None,
     ledger: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
+    source: str = "scenes",
+    provenance: dict[str, Any] = MADE_BY,
+    *,
+    decks: bool = False,
 ) -> tuple[Version, bool]:
     """Write the samples as the next version of a dataset folder."""
-    rows = Rows()
-    shown: list[dict[str, Any]] = []
     annotations = true_captions(samples) if annotations is None else annotations
-    with draft_version(Folder(folder)) as draft:
-        for table in build_rows(annotations, sample_table(samples).to_batches(), "scenes", rows):
-            draft.add(table)
-            shown += table.drop_columns(["image", "pages"]).to_pylist()
-        return draft.publish(
-            rows, MADE_BY | {"funnel": list(funnel)}, LEDGER.empty_table() if ledger is None else ledger, shown[:5]
-        )
+    order = {sample.id: n for n, sample in enumerate(samples)}
+    places = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
+    annotations = annotations.take(pc.array_sort_indices(places)) if len(places) else annotations
+    return publish_rows(
+        folder, [annotations], sample_table(samples).to_batches(), ledger, funnel, source, provenance, decks=decks
+    )
+
+
+def publish_rows(
+    folder: Path,
+    annotations: Iterable[pa.Table],
+    batches: Iterable[pa.RecordBatch],
+    ledger: pa.Table | None = None,
+    funnel: Sequence[dict[str, Any]] = (),
+    source: str = "scenes",
+    provenance: dict[str, Any] = MADE_BY,
+    *,
+    decks: bool = False,
+    rows: Rows | None = None,
+) -> tuple[Version, bool]:
+    """Write annotations and samples as the next version of a dataset folder."""
+    rows = Rows() if rows is None else rows
+    tables = build_rows(annotations, batches, source, rows, decks=decks)
+    return publish_tables(folder, tables, rows, ledger, funnel, provenance)
+
+
+def publish_tables(
+    folder: Path,
+    tables: Iterable[pa.Table],
+    rows: Rows,
+    ledger: pa.Table | None = None,
+    funnel: Sequence[dict[str, Any]] = (),
+    provenance: dict[str, Any] = MADE_BY,
+) -> tuple[Version, bool]:
+    """Write rows, of which `rows` knows once they are written, as the next version of a dataset folder."""
+    with scratch_folder(folder / "versions") as draft:
+        writer = RowWriter(draft / "rows")
+        writer.path.mkdir()
+        for table in tables:
+            writer.add(table)
+        content = content_of(writer, rows)
+        rejections = [LEDGER.empty_table() if ledger is None else ledger]
+        return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
+
+
+def content_of(writer: RowWriter, rows: Rows) -> Content:
+    """What was written of all rows."""
+    files = [(writer.path / name, name, described) for name, described in writer.close().items()]
+    digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
+    return Content(writer.columns, digests, writer.counts(), files, sorted(rows.licenses), rows.examples)

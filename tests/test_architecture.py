@@ -1,129 +1,168 @@
-"""The direction of dependencies, as a test: cli -> run -> stages -> store, config -> schema, tables -> types -> errors."""
+"""Architecture: every file has a place, imports run one way, and no stage knows another (docs/architecture.md)."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = (
-    "source",
-    "generate",
-    "validate",
-    "filter",
-    "verify",
-    "dedupe",
-    "balance",
-    "split",
-    "review",
-    "version",
-    "push",
-    "report",
+FILES = {
+    "pipeline": "__init__ config digests doctor dry_run errors progress run tables types",
+    "pipeline/cli": "__init__ __main__ datasets generate options output training",
+    "pipeline/dataset": """__init__ builder card diff directory licenses manifest paths pixels rejections reviews shards
+        statistics version""",
+    "pipeline/executors": "__init__ base local",
+    "pipeline/executors/ray": "__init__ cluster deal executor scratch shards workers",
+    "pipeline/hub": "__init__ package pull push",
+    "pipeline/images": "__init__ clip decode similarity",
+    "pipeline/inference": """__init__ chat_api client endpoints engines journal queue request_images requests
+        transformers_engine verification vllm_launch vllm_server""",
+    "pipeline/report": "__init__ build figures html rows",
+    "pipeline/scenes": "__init__ clip deck draw facts score teacher text",
+    "pipeline/scenes/training": "__init__ guide pack train_clip train_teacher wording",
+    "pipeline/sources": """__init__ columns exclusions flickr30k folder hub image_urls parquet remote scenes slidevqa vqav2""",
+    "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",
+    "pipeline/storage": "__init__ database files lock object_store",
+    "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",
+    "pipeline/text": "__init__ claims content_keys normalize pii refusals spelling vqa_answers",
+    "pipeline/text/wordnet": "__init__ build",
+    "trainer": """__init__ checkpoint clipscore config data distributed evaluate features generate image_index metrics
+        optimizer tokenizer train vqa""",
+    "trainer/experiment": "__init__ compare grid report runs slices",
+    "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model",
+}
+# From top to bottom: what stands in one line may import what stands in lines below it, and nothing else of the project.
+LAYERS = (
+    ("pipeline.cli",),
+    ("pipeline.run", "pipeline.dry_run", "pipeline.doctor", "trainer"),
+    ("pipeline.executors",),
+    ("pipeline.stages",),
+    ("pipeline.sources", "pipeline.inference", "pipeline.hub", "pipeline.report"),
+    ("pipeline.dataset",),
+    ("pipeline.scenes",),
+    ("pipeline.tasks",),
+    ("pipeline.images", "pipeline.storage"),
+    ("pipeline.digests",),
+    ("pipeline.config", "pipeline.tables"),
+    ("pipeline.text", "pipeline.types", "pipeline.progress"),
+    ("pipeline.errors",),
 )
-# What each part may import of `pipeline`, beside what lies under itself.
-BASE = {"errors": set(), "types": {"errors"}}
-LOWER = {
-    **BASE,
-    "objects": {"errors"},
-    "fingerprint": {"errors", "tables"},
-    "image": {"errors"},
-    "page": {"image"},
-    "answers": set(),
-    "licence": set(),
-    "arithmetic": set(),
-    "schema": {"errors", "arithmetic"},
-    "tables": {"errors"},
-    "config": {"errors"},
-    "wordnet": set(),
-    "texts": {"wordnet"},
-    "privacy": set(),
-    "claims": {"answers"},
-    "alignment": {"errors"},
-    "likeness": {"tables"},
-    "leakage": {"likeness", "tables", "texts", "types"},
-    "card": set(),
-    "ledger": {"fingerprint", "tables"},
-    "marks": {"errors", "fingerprint", "schema", "tables"},
-    "measure": {"scenes"},
-    "shards": {"tables"},
-    "copies": {"tables", "types"},
-    "outgoing": {"card", "errors", "fingerprint", "licence", "store", "tables"},
-    "diff": {"errors", "fingerprint", "store", "tables"},
-    "pull": {"errors", "fingerprint", "objects", "store"},
-    "join": {"errors", "fingerprint", "image", "shards", "store", "tables", "types"},
-    "progress": set(),
-    "store": {"errors", "objects", "tables"},
-    "scenes": {"errors", "schema", "generate.prompt"},
-}
-STAGE_MAY = {"answers", "card", "config", "errors", "fingerprint", "image", "licence", "outgoing", "scenes", "schema", "shards"}
-STAGE_MAY |= {"claims", "marks", "page", "privacy", "store", "tables", "texts", "types", "wordnet"}
-TRAINER_MAY = {
-    "alignment",
-    "answers",
+TRAINER_MAY = (
+    "dataset",
+    "digests",
     "errors",
-    "types",
-    "schema",
+    "images",
+    "progress",
+    "report.html",
+    "storage",
     "tables",
-    "store",
-    "image",
-    "page",
-    "fingerprint",
-    "wordnet",
-}
+    "text",
+    "types",
+    "config",
+)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for package in ("pipeline", "trainer") for path in (ROOT / package).rglob("*.py")}
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:
-    """All modules that a file imports; with `top_only`, those it imports when it is loaded."""
+    """Modules that a file imports; with `top_only`, those that it imports when it is loaded."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_only else list(ast.walk(tree))
-    from_modules = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
-    return from_modules | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-
-
-def files_of(part: str) -> list[Path]:
-    path = ROOT / "pipeline" / part
-    found = [f for f in [path.with_suffix(".py"), *path.rglob("*.py")] if f.exists()]
-    assert found, f"{part} has moved: keep this test in step"
+    found: set[str] = set()
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
     return found
 
 
-def foreign(path: Path, part: str, allowed: set[str]) -> set[str]:
-    inner = {name.removeprefix("pipeline.") for name in imports(path) if name.startswith("pipeline.")}
-    return {name for name in inner if not any(name == a or name.startswith(f"{a}.") for a in {part, *allowed})}
+GRAPH = {module: imports(path) & MODULES.keys() for module, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("part", LOWER)
-def test_what_lies_below_imports_nothing_from_above(part: str) -> None:
-    for path in files_of(part):
-        assert not foreign(path, part, LOWER[part]), path
+def is_within(module: str, part: str) -> bool:
+    return module == part or module.startswith(f"{part}.")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_imports_no_other_stage(stage: str) -> None:
-    for path in files_of(stage):
-        assert not foreign(path, stage, STAGE_MAY), path
+def layer_of(module: str) -> tuple[int, str]:
+    return next((n, part) for n, layer in enumerate(LAYERS) for part in layer if is_within(module, part))
+
+
+def wrong_arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
+    """Imports that run upwards, or from one part to another of the same layer."""
+    for module, targets in graph.items():
+        for target in sorted(targets - {module, "pipeline", "trainer"}):
+            (own_layer, own_part), (layer, part) = layer_of(module), layer_of(target)
+            if part != own_part and layer <= own_layer:
+                yield module, target
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, directly or not."""
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        waiting, known = list(graph[module]), set[str]()
+        while waiting:
+            target = waiting.pop()
+            if target not in known:
+                known.add(target)
+                waiting += graph.get(target, ())
+        reached[module] = known
+    groups = [frozenset(other for other in reached[m] if m in reached.get(other, ())) for m in graph if m in reached[m]]
+    return [set(group) for group in set(groups) if len(group) > 1]
+
+
+def test_every_file_is_listed_under_its_folder() -> None:
+    listed = {f"{folder}/{name}.py" for folder, names in FILES.items() for name in names.split()}
+    assert {str(path.relative_to(ROOT)) for path in MODULES.values()} == listed
+
+
+def test_imports_run_from_top_to_bottom() -> None:
+    parts = {module: targets for module, targets in GRAPH.items() if module not in ("pipeline", "trainer")}
+    assert list(wrong_arrows(parts)) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(GRAPH) == []
+
+
+def test_no_stage_imports_another_stage() -> None:
+    for module, targets in GRAPH.items():
+        if module.startswith("pipeline.stages."):
+            others = {target for target in targets if target.startswith("pipeline.stages.")}
+            assert others <= {"pipeline.stages.base"}, module
 
 
 def test_the_trainer_imports_only_what_data_is_read_with() -> None:
-    for path in (ROOT / "trainer").rglob("*.py"):
-        assert not foreign(path, "", TRAINER_MAY), path
+    allowed = [f"pipeline.{name}" for name in TRAINER_MAY]
+    for module, targets in GRAPH.items():
+        if is_within(module, "trainer"):
+            foreign = [t for t in targets if is_within(t, "pipeline") and not any(is_within(t, part) for part in allowed)]
+            assert not foreign, module
 
 
-def test_the_pipeline_imports_the_trainer_only_within_a_command() -> None:
-    for path in (ROOT / "pipeline").rglob("*.py"):
-        names = imports(path, top_only=path.name == "cli.py")
-        assert not {name for name in names if name.split(".")[0] == "trainer"}, path
+def test_only_training_commands_import_the_trainer() -> None:
+    for module, path in MODULES.items():
+        if is_within(module, "pipeline"):
+            names = imports(path, top_only=module == "pipeline.cli.training")
+            assert not [name for name in names if is_within(name, "trainer")], module
 
 
-def test_the_test_fails_on_an_import_from_above(tmp_path: Path) -> None:
-    bad = tmp_path / "dedupe.py"
-    bad.write_text("from pipeline.validate import validate_annotations\n", encoding="utf-8")
-    assert foreign(bad, "dedupe", STAGE_MAY) == {"validate"}
+def test_an_upward_import_and_a_circle_are_found() -> None:
+    graph = {"pipeline.stages.filter": {"pipeline.run"}, "pipeline.run": {"pipeline.stages.filter"}}
+    assert list(wrong_arrows(graph)) == [("pipeline.stages.filter", "pipeline.run")]
+    assert circles(graph) == [{"pipeline.stages.filter", "pipeline.run"}]
 
 
-@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.run", "pipeline.push", "pipeline.report"])
+@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.run", "pipeline.hub.push", "pipeline.report.build"])
 def test_no_heavy_package_is_loaded_before_it_is_needed(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'vllm') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
-from pipeline.store import write_text
+from pipeline.storage.files import write_text
 from trainer.model.captioner import Captioner
-from trainer.text import Words
+from trainer.tokenizer import CaptionTokenizer
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -30,15 +30,15 @@ class Checkpoint:
     """A trained captioner with the words that it writes with."""
 
     captioner: Captioner
-    words: Words
+    words: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json, each of them whole or not at all."""
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            self.captioner.save_pretrained(aside)
-            self.words.tokenizer.save(str(Path(aside) / "tokenizer.json"))
+        with tempfile.TemporaryDirectory(dir=folder) as draft:
+            self.captioner.save_pretrained(draft)
+            self.words.tokenizer.save(str(Path(draft) / "tokenizer.json"))
             for name in FILES:
-                (Path(aside) / name).replace(folder / name)
+                (Path(draft) / name).replace(folder / name)
 
 
 def best_device(rank: int = 0) -> torch.device:
@@ -61,17 +61,17 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if kind == "scratch":
         tokenizer.encode_special_tokens = True
-    return Checkpoint(captioner, Words(tokenizer, kind, captioner.config.eos_id))
+    return Checkpoint(captioner, CaptionTokenizer(tokenizer, kind, captioner.config.eos_id))
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
     """Keep all that the next step depends on, whole or not at all."""
-    aside = folder / ".resume.tmp"
-    with aside.open("wb") as file:
+    draft = folder / ".resume.tmp"
+    with draft.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(folder / "resume.pt")
+    draft.replace(folder / "resume.pt")
 
 
 def load_resume(folder: Path, run: str) -> dict[str, Any]:

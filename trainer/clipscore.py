@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from pipeline.alignment import Aligner
+from pipeline.images.clip import ClipScorer
 from trainer.model.encoder import place_of
 
 WEIGHT = 2.5  # brings usual values to between 0 and 1
@@ -15,9 +15,9 @@ def clip_scores(name: str, images: Iterable[Image], captions: Sequence[str], *or
     """Return, for each order, 2.5 x max(cosine, 0) of each image (RGB) and the caption whose turn it is, by this CLIP.
 
     Raises:
-        EngineError: see alignment.Aligner.
+        EngineError: see alignment.ClipScorer.
     """
-    clip = Aligner(name)
+    clip = ClipScorer(name)
     image_states, text_states = clip.image_states(images), clip.text_states(captions)
     cosines = [clip.compare(image_states, [text_states[at] for at in order]) for order in orders]
     return [[WEIGHT * max(cosine, 0.0) for cosine in mine] for mine in cosines]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, one_line
 
 # What training decides where it is left open.
 SETTLED = ("steps", "evaluate_every", "connector_rate", "decoder_rate", "encoder_rate")
@@ -15,7 +15,7 @@ SETTLED = ("steps", "evaluate_every", "connector_rate", "decoder_rate", "encoder
 class TrainConfig(BaseModel):
     """Settings of one training run. Widths are features, lengths are tokens, shares are between 0 and 1.
 
-    A rate of 0 leaves that part of the model as it is. What is None depends on encoder and decoder; see `settled`.
+    A rate of 0 leaves that part of the model as it is. What is None depends on encoder and decoder; see `with_defaults`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
         """Whether the decoder begins from nothing."""
         return self.decoder == "scratch"
 
-    def settled(self, images: int) -> "TrainConfig":
+    def with_defaults(self, images: int) -> "TrainConfig":
         """Return the same settings with everything decided, for training on so many images."""
         steps = self.steps or -(-self.epochs * images // min(self.batch_images, images))
         from_nothing = self.encoder == "tiny-vit"
@@ -118,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error, 1000)
         hint = "pass a YAML file, such as train.json of a checkpoint"
         raise ConfigError(f"cannot read config file {path}: {said}", hint=hint) from None
     if not isinstance(values, dict):

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.dataset.version import Version
+from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
-from pipeline.fingerprint import unit_interval
-from pipeline.image import prepare_image
-from pipeline.store import Version
+from pipeline.images.decode import prepare_image
 from pipeline.tables import PIXELS
-from trainer.pixels import map_images
-from trainer.text import Text
+from trainer.image_index import map_images
+from trainer.tokenizer import TargetText
 
 HUMAN_STYLE = "brief"  # as people caption
 UNNAMED = "any"  # whose words they are, where prompts do not say it
@@ -37,7 +37,7 @@ class Example:
 
     sample_id: str
     image: bytes | memoryview
-    texts: tuple[Text, ...]
+    texts: tuple[TargetText, ...]
     references: tuple[str, ...]
     questions: tuple[Question, ...] = ()
 
@@ -97,14 +97,16 @@ def read_examples(
 def _example(row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool) -> Example:
     asked = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in row.get("qa") or ()]
     human = [(pair["question"], tuple(pair["answers"]), pair["answer_type"]) for pair in row.get("reference_qa") or ()]
-    texts: list[Text] = []
+    texts: list[TargetText] = []
     if mixture != "human":
-        texts += [Text("synthetic", caption["text"], style=caption["style"]) for caption in row["captions"]]
-        texts += [Text("synthetic", answers[0], question=question) for question, answers, _ in asked if questions]
+        texts += [TargetText("synthetic", caption["text"], style=caption["style"]) for caption in row["captions"]]
+        texts += [TargetText("synthetic", answers[0], question=question) for question, answers, _ in asked if questions]
     if mixture != "synthetic":
-        texts += [Text("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
+        texts += [TargetText("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
         texts += [
-            Text("human", most_common(answers), question=question) for question, answers, _ in human if questions and answers
+            TargetText("human", most_common(answers), question=question)
+            for question, answers, _ in human
+            if questions and answers
         ]
     return Example(
         sample_id=row["sample_id"],
@@ -119,7 +121,7 @@ def limit_images(examples: list[Example], images: int) -> list[Example]:
     """Return so many of the examples in their order, chosen by their ids: a smaller choice lies within a larger one."""
     if not images or images >= len(examples):
         return examples
-    chosen = sorted(examples, key=lambda example: unit_interval(example.sample_id))[:images]
+    chosen = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))[:images]
     kept = {example.sample_id for example in chosen}
     return [example for example in examples if example.sample_id in kept]
 
@@ -134,7 +136,7 @@ def limit_captions(examples: list[Example], words: int) -> list[Example]:
         return examples
     captions = [[n for n, text in enumerate(example.texts) if text.style] for example in examples]
     for example, mine in zip(examples, captions, strict=True):
-        mine.sort(key=lambda n: unit_interval(example.sample_id, example.texts[n].text))
+        mine.sort(key=lambda n: hash_to_unit(example.sample_id, example.texts[n].text))
     if sum(count_words(e.texts[mine[0]]) for e, mine in zip(examples, captions, strict=True) if mine) > words:
         for example, mine in zip(examples, captions, strict=True):
             mine.sort(key=lambda n: count_words(example.texts[n]))
@@ -151,7 +153,7 @@ def limit_captions(examples: list[Example], words: int) -> list[Example]:
     ]
 
 
-def count_words(text: Text) -> int:
+def count_words(text: TargetText) -> int:
     """Return the words of a caption, which are counted alike for every decoder."""
     return len(text.text.split())
 

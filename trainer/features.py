@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch.distributed
 from torch import Tensor
 
-from pipeline.fingerprint import digest
-from pipeline.store import write_json
+from pipeline.dataset.version import Version
+from pipeline.digests import digest
+from pipeline.storage.files import write_json
 from trainer.data import Example
+from trainer.model.captioner import Captioner
 from trainer.model.encoder import Encoder
 
 BATCH_IMAGES = 64
-Talk = Callable[[str, int, int | None], None]
+Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class OnlineFeatures:
     """Hidden states of images that are computed each time."""
 
     encoder: Encoder
@@ -55,15 +57,17 @@ class Look:
         return states_BNV
 
 
-States = Features | Look
+FeatureSource = Features | OnlineFeatures
 
 
 @torch.inference_mode()
-def cache_features(encoder: Encoder, examples: Sequence[Example], folder: Path, device: torch.device, talk: Talk) -> Features:
+def cache_features(
+    encoder: Encoder, examples: Sequence[Example], folder: Path, device: torch.device, progress: Progress
+) -> Features:
     """Return the features of all examples, computing those that are not in `folder` yet."""
     ids = list(dict.fromkeys(example.sample_id for example in examples))
     first_of = {example.sample_id: example for example in reversed(examples)}
-    look = Look(encoder, device)
+    look = OnlineFeatures(encoder, device)
     one_NV = look([first_of[ids[0]]])[0]
     name = digest([encoder.key(), ids])[:24]
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,16 @@ def cache_features(encoder: Encoder, examples: Sequence[Example], folder: Path, 
             states[at : at + len(batch)] = look(batch).cpu().bfloat16().view(torch.int16).numpy()
             states.flush()  # before it is said to be there
             write_json(about, {"done": at + len(batch), "shape": shape})
-            talk("features", at + len(batch), len(ids))
+            progress("features", at + len(batch), len(ids))
     return Features(
         {sample_id: row for row, sample_id in enumerate(ids)}, np.memmap(file, dtype=np.int16, mode="r", shape=shape)
     )
+
+
+def _states(
+    captioner: Captioner, version: Version, examples: list[Example], device: torch.device, progress: Progress
+) -> FeatureSource:
+    """Return where hidden states come from: a frozen encoder looks at each image once."""
+    if not captioner.encoder.config.frozen:
+        return OnlineFeatures(captioner.encoder, device)
+    return cache_features(captioner.encoder, examples, version.dataset_dir / "features", device, progress)

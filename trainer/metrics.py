@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 Tokens = Sequence[str]
-Counts = Counter[tuple[str, ...]]
-
+RequestStats = Counter[tuple[str, ...]]
 MAX_N = 4
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['\u2019-][^\W_]+)*")
 
@@ -44,7 +43,7 @@ def score(
     return scores | {name: sum(values) / len(values) for name, values in each.items()}
 
 
-def ngrams(tokens: Tokens, n: int) -> Counts:
+def ngrams(tokens: Tokens, n: int) -> RequestStats:
     """Count the n-grams of a text."""
     return Counter(tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1))
 
@@ -58,7 +57,7 @@ def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
         length += len(hypothesis)
         reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in mine)[1]
         for n in range(1, MAX_N + 1):
-            best: Counts = Counter()
+            best: RequestStats = Counter()
             for reference in mine:
                 best |= ngrams(reference, n)
             matched[n - 1] += (ngrams(hypothesis, n) & best).total()
@@ -98,7 +97,7 @@ def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
     The weight of an n-gram falls with the number of images whose references hold it, so scores of different test sets
     do not compare. Repetition is clipped, and a difference in length costs by a Gaussian of width `sigma`.
     """
-    documents: Counts = Counter()
+    documents: RequestStats = Counter()
     for mine in references:
         documents.update({gram for reference in mine for n in range(1, MAX_N + 1) for gram in ngrams(reference, n)})
     log_images = math.log(len(references))
@@ -158,3 +157,11 @@ def bootstrap(each: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[st
         for name, values in each.items():
             means[name].append(sum(values[at] for at in drawn) / len(drawn))
     return {name: (sorted(found)[int(0.025 * draws)], sorted(found)[int(0.975 * draws)]) for name, found in means.items()}
+
+
+def derangement(count: int) -> list[int]:
+    """Return an order, always the same, in which nothing is at its own place (for `count` above 1)."""
+    order = list(range(count))
+    random.Random(0).shuffle(order)
+    after = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [after[place] for place in range(count)]

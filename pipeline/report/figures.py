@@ -8,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataset.directory import DatasetDir
 from pipeline.report.rows import to_pylist, visible
-from pipeline.store import Folder, open_table
-from pipeline.texts import content_words, words_of
+from pipeline.storage.files import open_table
+from pipeline.text.content_keys import content_words
+from pipeline.text.normalize import words_of
 
 MAX_CLUSTERS = 50  # of each kind, the largest
 MAX_MEMBERS = 12  # of a cluster
@@ -37,7 +39,7 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def is_of_stages(folder: Path, manifest: dict[str, Any]) -> bool:
     """Whether the stages in a dataset folder are those of the run that made this version: they hold as many rows."""
     steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
-    files = [(Folder(folder).stage_files(step["stage"]), step["kept"]) for step in steps]
+    files = [(DatasetDir(folder).stage_files(step["stage"]), step["kept"]) for step in steps]
     return bool(files) and all(sum(open_table(path).metadata.num_rows for path in paths) == kept for paths, kept in files)
 
 
@@ -47,7 +49,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     Each has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). A version that was
     made elsewhere has no stages here, and no tables.
     """
-    kept, rejected = (Folder(folder).stage_files("balance", which) for which in ("kept", "rejected"))
+    kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in ("kept", "rejected"))
     if not kept:
         return []
     lengths, concepts = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
@@ -79,7 +81,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     Of each kind there are as many as `found`; `shown` are the largest. Each member of a cluster has the `id` of its sample, its
     words (`said`), and whether it was `kept`.
     """
-    files = [Folder(folder).stage_files("dedupe", which) for which in ("kept", "rejected")]
+    files = [DatasetDir(folder).stage_files("dedupe", which) for which in ("kept", "rejected")]
     if not files[0]:
         return {}
     rejected = list(_read(files[1], [*_OF_CLUSTERS, *_OF_IMAGES, "reason"]))
@@ -111,7 +113,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (sample id, first image) of samples that may be in no version, as the source gave them."""
-    for path in Folder(folder).stage_files("source") if wanted else ():
+    for path in DatasetDir(folder).stage_files("source") if wanted else ():
         file = open_table(path, "sample_id", "images")
         for group in range(file.num_row_groups):
             ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]

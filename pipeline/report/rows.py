@@ -12,8 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.marks import name_of
-from pipeline.store import Folder, Version, open_table
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.reviews import text_name
+from pipeline.dataset.version import Version
+from pipeline.storage.files import open_table
 from pipeline.tables import PIXELS
 
 MAX_SHOWN_CHARACTERS = 2000
@@ -50,7 +52,7 @@ def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
     files = [*folder.glob("stages/*/rejected.parquet"), *folder.glob("shards/*/stages/*/rejected.parquet")]
     for stage in sorted({path.parent.name for path in files}):
         shown: Counter[str] = Counter()
-        for path in Folder(folder).stage_files(stage, "rejected"):
+        for path in DatasetDir(folder).stage_files(stage, "rejected"):
             for row in _rejected(path):
                 shown[row["reason"]] += 1
                 if shown[row["reason"]] <= MAX_REJECTED:
@@ -123,7 +125,7 @@ def _text(row: dict[str, Any], said: dict[str, Any], kind: str) -> dict[str, Any
     """Return a text: what a mark calls it, of which kind it is, its words as they are shown, those that are really others
     (`raw`), and whether they were `cut`.
     """
-    _, content = name_of(said | {"sample_id": row["sample_id"]})
+    _, content = text_name(said | {"sample_id": row["sample_id"]})
     words = {name: said[name] for name in (*_SAID, "expression") if said.get(name)}
     shown = {name: visible(text) for name, text in words.items()}
     found: dict[str, Any] = {"content": content, "kind": visible(kind)} | shown

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.scenes.facts import BACKGROUNDS, PLACES, Scene, sample_scene
 from pipeline.scenes.text import answer
-from pipeline.schema import DeckAnswerType, DeckQAPair
+from pipeline.tasks.deck_qa import DeckAnswerType, DeckQAPair
 
 PAGES = len(BACKGROUNDS)
 Spot = tuple[int, int]  # a page, counted from 1, and one of its places; END is what stands behind the page and sums it up

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, Thing
-from pipeline.schema import QAPair
+from pipeline.tasks.qa import QAPair
 
 STYLES = ("brief", "detailed")
 NUMBER_WORDS = ("no", "one", "two", "three", "four")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.store import Version
+from pipeline.dataset.version import Version
 from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub
 
@@ -20,9 +20,9 @@ PARENT = """
 import json, os, sys, traceback
 from pathlib import Path
 from pipeline.errors import SynthError
-from pipeline.outgoing import outgoing
-from pipeline.push import push_package
-from pipeline.store import read_version
+from pipeline.dataset.version import read_version
+from pipeline.hub.package import build_package
+from pipeline.hub.push import push_package
 
 if os.environ.get("HASTY"):
     import time
@@ -30,7 +30,7 @@ if os.environ.get("HASTY"):
     time.sleep = lambda seconds: wait(min(seconds, 0.02))
 
 def push(version, repo, images=None, acknowledged=(), private=False):
-    with outgoing(read_version(Path(version)), repo, images=images, acknowledged=acknowledged) as package:
+    with build_package(read_version(Path(version)), repo, images=images, acknowledged=acknowledged) as package:
         pushed = push_package(package, repo, private=private)
     return {"commit": pushed.commit, "tag": pushed.tag, "is_new": pushed.is_new, "url": pushed.url, "repo": pushed.repo}
 

@@ -97,16 +97,16 @@ async def lfs_batch(hub: Hub, request: Request, repo: str, kind: str = "models")
 
 async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
     """Receive a large file, and refuse other bytes than were announced."""
-    aside, digest = hub.storage.path(f".{sha256}.tmp"), hashlib.sha256()
-    with aside.open("wb") as file:
+    draft, digest = hub.storage.path(f".{sha256}.tmp"), hashlib.sha256()
+    with draft.open("wb") as file:
         async for part in request.stream():
             digest.update(part)
             file.write(part)
             hub.received_bytes += len(part)
     if digest.hexdigest() != sha256:
-        aside.unlink()
+        draft.unlink()
         raise HubError(400, "BadChecksum", "the bytes are not those announced")
-    aside.replace(hub.storage.path(sha256))
+    draft.replace(hub.storage.path(sha256))
     return Response()
 
 
@@ -120,18 +120,18 @@ async def lfs_part(hub: Hub, request: Request, sha256: str, number: str) -> Resp
 
 async def lfs_complete(hub: Hub, request: Request, sha256: str) -> Response:
     """Put the parts of a large file together."""
-    digest, aside = hashlib.sha256(), hub.storage.path(f".{sha256}.tmp")
+    digest, draft = hashlib.sha256(), hub.storage.path(f".{sha256}.tmp")
     parts = [hub.storage.path(f".{sha256}.{part['partNumber']}") for part in (await request.json())["parts"]]
-    with aside.open("wb") as file:
+    with draft.open("wb") as file:
         for part in parts:
             data = part.read_bytes()
             digest.update(data)
             file.write(data)
             part.unlink()
     if digest.hexdigest() != sha256:
-        aside.unlink()
+        draft.unlink()
         raise HubError(400, "BadChecksum", "the bytes are not those announced")
-    aside.replace(hub.storage.path(sha256))
+    draft.replace(hub.storage.path(sha256))
     return JSONResponse({})
 
 

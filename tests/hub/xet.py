@@ -54,29 +54,29 @@ class Store:
 
     def assemble(self, sha256: str, segments: list[Segment]) -> None:
         """Write a file from its chunks, and refuse other bytes than were announced."""
-        aside, digest = self.storage.path(f".{sha256}.tmp"), hashlib.sha256()
-        with aside.open("wb") as file:
+        atomic_write, digest = self.storage.path(f".{sha256}.tmp"), hashlib.sha256()
+        with atomic_write.open("wb") as file:
             for segment in segments:
                 for chunk in self.chunks(segment):
                     digest.update(chunk)
                     file.write(chunk)
         if digest.hexdigest() != sha256:
-            aside.unlink()
+            atomic_write.unlink()
             raise HubError(400, "BadChecksum", "the chunks do not make the file that was announced")
-        aside.replace(self.storage.path(sha256))
+        atomic_write.replace(self.storage.path(sha256))
 
 
-def _chunks(block: bytes) -> Iterator["Chunk"]:
+def _chunks(block: bytes) -> Iterator["SampleBatch"]:
     """Yield the chunks of a block, each to be unpacked when called."""
     at = 0
     while at + 8 <= len(block) and block[at] == 0:  # the version of a chunk's header; a footer begins otherwise
         packed = int.from_bytes(block[at + 1 : at + 4], "little")
         scheme, size = block[at + 4], int.from_bytes(block[at + 5 : at + 8], "little")
-        yield Chunk(block[at + 8 : at + 8 + packed], scheme, size)
+        yield SampleBatch(block[at + 8 : at + 8 + packed], scheme, size)
         at += 8 + packed
 
 
-class Chunk(NamedTuple):
+class SampleBatch(NamedTuple):
     """A chunk as it lies in a block."""
 
     data: bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.doctor import examine, judge_gpus
-from pipeline.generate.engine import VLLM_PYTHON
+from pipeline.inference.engines import VLLM_PYTHON
 
 
 def test_the_roomiest_card_counts() -> None:

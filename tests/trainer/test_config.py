@@ -24,18 +24,18 @@ def test_a_mistake_is_one_error_with_a_hint(tmp_path: Path, text: str) -> None:
 
 def test_rates_follow_encoder_and_decoder() -> None:
     frozen, along, pretrained = (
-        TrainConfig(**flags).settled(100)  # type: ignore[arg-type]
+        TrainConfig(**flags).with_defaults(100)  # type: ignore[arg-type]
         for flags in ({"encoder": "clip"}, {"encoder": "tiny-vit"}, {"encoder": "clip", "decoder": "qwen3"})
     )
     assert (frozen.encoder_rate, along.encoder_rate) == (0.0, 1e-3)
     assert (frozen.decoder_rate, pretrained.decoder_rate) == (1e-3, 2e-5)
-    assert TrainConfig(encoder="clip", encoder_rate=1e-5).settled(100).encoder_rate == 1e-5
+    assert TrainConfig(encoder="clip", encoder_rate=1e-5).with_defaults(100).encoder_rate == 1e-5
 
 
 def test_a_finished_run_of_other_settings_is_told_from_the_same(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
     assert not is_of_other_settings(tmp_path, config)
-    (tmp_path / "train.json").write_text(config.settled(100).model_dump_json())
+    (tmp_path / "train.json").write_text(config.with_defaults(100).model_dump_json())
     assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", texts="mixed"))  # it was never finished
     (tmp_path / "metrics.json").write_text("{}")
     assert not is_of_other_settings(tmp_path, config)

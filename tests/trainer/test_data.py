@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import TrainError
 from trainer.data import batches, count_words, limit_captions, limit_images, most_common, read_examples
-from trainer.text import Text
+from trainer.tokenizer import TargetText
 
 ROW: dict[str, Any] = {
     "sample_id": "a",
@@ -28,11 +28,11 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 
 def test_the_texts_of_the_model_those_of_people_or_both() -> None:
-    ours = {Text("synthetic", "A ring.", style="brief"), Text("synthetic", "1", question="How many?")}
+    ours = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
     theirs = {
-        Text("human", "One ring.", style="brief"),
-        Text("human", "A circle.", style="brief"),
-        Text("human", "ring", question="What?"),
+        TargetText("human", "One ring.", style="brief"),
+        TargetText("human", "A circle.", style="brief"),
+        TargetText("human", "ring", question="What?"),
     }
     for mixture, wanted in (("synthetic", ours), ("human", theirs), ("mixed", ours | theirs)):
         (example,) = read_examples(table({}), IMAGES, mixture)  # type: ignore[arg-type]

@@ -4,9 +4,11 @@ import pytest
 
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
-from trainer.evaluate import _references, answering_prompt, derangement, scored_prompt, vqa_accuracy
-from trainer.metrics import bootstrap, score_each
-from trainer.text import Text
+from trainer.evaluate import _references
+from trainer.generate import answering_prompt, scored_prompt
+from trainer.metrics import bootstrap, derangement, score_each
+from trainer.tokenizer import TargetText
+from trainer.vqa import vqa_accuracy
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])
@@ -17,7 +19,7 @@ def test_shuffling_leaves_no_image_at_its_place(count: int) -> None:
 
 
 def example(references: tuple[str, ...], style: str = "brief") -> Example:
-    texts = (Text("synthetic", "A ring.", style=style),)
+    texts = (TargetText("synthetic", "A ring.", style=style),)
     return Example(sample_id="x", image=b"", texts=texts, references=references)
 
 

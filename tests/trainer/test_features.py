@@ -13,7 +13,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer import features
 from trainer.data import Example, examples_in
-from trainer.features import Look, cache_features
+from trainer.features import OnlineFeatures, cache_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 def test_cached_states_are_those_that_would_be_computed(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
     cached = cache_features(encoder, examples, tmp_path, CPU, quiet)
     some = [examples[3], examples[0], examples[3]]
-    assert torch.equal(cached(some), Look(encoder, CPU)(some))
+    assert torch.equal(cached(some), OnlineFeatures(encoder, CPU)(some))
 
 
 def test_the_second_time_only_one_image_is_looked_at(
@@ -71,7 +71,7 @@ def test_a_build_that_was_cut_off_goes_on(
     done: list[int] = []
     cached = cache_features(encoder, examples, tmp_path, CPU, lambda stage, at, total: done.append(at))
     assert done[0] == 24  # 16 were on the disk
-    assert torch.equal(cached(examples), Look(encoder, CPU)(examples))
+    assert torch.equal(cached(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
 def test_other_weights_or_images_are_another_cache(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
@@ -84,15 +84,15 @@ BUILD = """
 import sys
 from pathlib import Path
 import torch
-from pipeline.store import read_version
+from pipeline.dataset.version import read_version
 from trainer.data import examples_in
-from trainer.features import Look, cache_features
+from trainer.features import OnlineFeatures, cache_features
 from trainer.model.encoder import load_encoder
 torch.set_num_threads(1)
 examples, encoder = examples_in(read_version(Path(sys.argv[1])), "train"), load_encoder(sys.argv[2])
 looked = []
 states = cache_features(encoder, examples, Path(sys.argv[3]), torch.device("cpu"), lambda *_: looked.append(1))
-assert torch.equal(states(examples), Look(encoder, torch.device("cpu"))(examples))
+assert torch.equal(states(examples), OnlineFeatures(encoder, torch.device("cpu"))(examples))
 print(len(looked))
 """
 

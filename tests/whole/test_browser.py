@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Page, expect
 
-from pipeline.marks import read_marks
-from pipeline.report import write
-from pipeline.report.write import write_report
-from pipeline.store import Folder, Version, open_dataset
+from pipeline.dataset.directory import DatasetDir, open_dataset
+from pipeline.dataset.reviews import read_reviews
+from pipeline.dataset.version import Version
+from pipeline.report import build
+from pipeline.report.build import write_report
 from pipeline.tables import SPLITS
 from tests.browser import PHONE, WIDE, Open, violations
 from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
@@ -58,7 +59,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
 @pytest.fixture
 def page(opened: Open, dataset: Version) -> Page:
     """The report of 120 scenes, in one file."""
-    return opened(write_report(dataset, dataset.dataset))
+    return opened(write_report(dataset, dataset.dataset_dir))
 
 
 def text_of(page: Page, number: int = 0) -> Any:
@@ -151,7 +152,7 @@ def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: P
     with page.expect_download() as download:
         page.get_by_role("button", name="Export marks").click()
     download.value.save_as(tmp_path / "marks.jsonl")
-    (mark,) = read_marks(tmp_path / "marks.jsonl")
+    (mark,) = read_reviews(tmp_path / "marks.jsonl")
     assert mark.text == "A \u202ereal\u202c dot."
 
 
@@ -205,9 +206,9 @@ def test_keys_do_nothing_while_somebody_types(page: Page) -> None:
 def test_a_folder_opens_from_the_disk_and_loads_its_parts(
     opened: Open, dataset: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "ONE_FILE_ROWS", 10)
-    monkeypatch.setattr(write, "PART_ROWS", 30)
-    monkeypatch.setattr(write, "AT_ONCE", 10)
+    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
+    monkeypatch.setattr(build, "PART_ROWS", 30)
+    monkeypatch.setattr(build, "AT_ONCE", 10)
     page = opened(write_report(dataset, tmp_path))
     assert found(page) == "1 to 48 of 120 found, 120 in this report"
     assert page.locator("script[src]").count() == 4
@@ -217,7 +218,7 @@ def test_a_folder_opens_from_the_disk_and_loads_its_parts(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
 def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewport: dict[str, int], scheme: str) -> None:
-    page = opened(write_report(dataset, dataset.dataset), viewport=viewport, color_scheme=scheme)
+    page = opened(write_report(dataset, dataset.dataset_dir), viewport=viewport, color_scheme=scheme)
     text_of(page).get_by_role("button", name="Bad").click()
     text_of(page, 1).get_by_role("button", name="Edit").click()
     assert violations(page) == []
@@ -284,7 +285,7 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     assert len(before) - len(after) == 1
     edited = [text for text in after if text not in before]
     assert len(edited) == 1 and edited[0].endswith("9 review")
-    ledger = Folder(tmp_path / "data" / "scenes").version().path / "ledger.parquet"
+    ledger = DatasetDir(tmp_path / "data" / "scenes").version().path / "ledger.parquet"
     assert "marked_not_true" in pa.parquet.read_table(ledger)["reason"].to_pylist()
     assert "ring is not there" not in "".join(path.read_text(errors="replace") for path in new.path.iterdir())
     why = synth("diff", "v1.0.0", "v1.0.1").stdout

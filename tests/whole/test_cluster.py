@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cluster.job import scratch_of
-from pipeline.marks import Mark, format_marks, name_of
-from pipeline.objects import place
-from pipeline.store import Folder, Version, dataset_folder
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.paths import dataset_folder
+from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.dataset.version import Version
+from pipeline.executors.ray.shards import scratch_root
+from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hub import datasets
 from tests.s3 import running_s3
@@ -72,7 +74,7 @@ def photos(tmp_path: Path) -> str:
 
 
 def made(folder: Path) -> Version:
-    return Folder(folder).version()
+    return DatasetDir(folder).version()
 
 
 def rows_of(version: Version) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     driver.wait()
     chat.script = world()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # they end with the driver
-    (tmp_path / "m.jsonl").write_text(format_marks([Mark(sample_id="0" * 64, content="0" * 16, mark="good")]))
+    (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
     assert "many has no finished run to review" in said(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
     done = synth(*asked, "--out", "many", "--executor", "ray")
     assert done.returncode == 0, done.stderr
@@ -187,8 +189,8 @@ def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServ
         assert "lies in no folder here" not in page
     assert shown[0] == shown[1]
     rows = pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()
-    sample_id, content = name_of(rows[0])
-    marks = format_marks([Mark(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
+    sample_id, content = text_name(rows[0])
+    marks = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
     (tmp_path / "marks.jsonl").write_text(marks)
     before = len(chat.bodies)
     for out in ("one", "many"):
@@ -215,7 +217,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
         driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=90, shards=3)
-        shards = place(home) / "shards"
+        shards = parse_dataset_path(home) / "shards"
         wait_for(lambda: len(list(shards.glob("*/filled.json"))) == 2 and any(shard_of(key) == 2 for key in chat.times))
         workers = below(driver.pid, "ray::MapWorker")
         os.kill(driver.pid, signal.SIGKILL)
@@ -223,8 +225,8 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
         chat.script = world()
         filled = {int(path.parent.name) for path in shards.glob("*/filled.json")}
-        shutil.rmtree(scratch_of(place(home)))  # the node is lost
-        moved = place(home) / "versions" / "v1.0.0" / "train-00009.parquet"
+        shutil.rmtree(scratch_root(parse_dataset_path(home)))  # the node is lost
+        moved = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
         moved.write_bytes(b"by a command that was killed before there was a manifest")
         done = synth(*asked, "--out", home, "--executor", "ray")
         assert done.returncode == 0, done.stderr
@@ -236,11 +238,11 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert chat.times.keys() == peace.keys()
         twice = (chat.times - peace).keys()
         assert not set(map(shard_of, twice)) & filled
-        left = {path.name for path in scratch_of(place(home)).rglob("*") if path.is_file()}
+        left = {path.name for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()}
         assert left == {".lock"}  # on the node
         assert "nothing new: v1.0.0" in synth(*asked, "--out", home, "--executor", "ray").stderr
         assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
-        assert not (place(home) / "exchange").exists()
+        assert not (parse_dataset_path(home) / "exchange").exists()
 
         # From there it is a dataset like any other.
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
@@ -249,8 +251,8 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert rows_of(fetched) == rows_of(one)
         assert rows_of(one).keys() <= {key.split()[0] for key in peace}
         assert "v1.0.0" in synth("versions", home).stdout
-        sample_id, content = name_of(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
-        marks = format_marks([Mark(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
+        sample_id, content = text_name(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
+        marks = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
         (tmp_path / "marks.jsonl").write_text(marks)
         for out in ("one", home):
             done = synth("review", "apply", "marks.jsonl", "--data", out, "--json")

@@ -2,17 +2,17 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError
-from pipeline.run import generate_version
-from pipeline.stages import STAGES
-from tests.pipeline.test_likeness import cropped, photo, stored_again
+from pipeline.run import STAGES, generate_dataset
+from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 from tests.whole.conftest import SYNTH
 
 SCENES = 24
@@ -90,7 +90,7 @@ def test_copies_are_one_image_crops_share_a_split_and_banned_images_stay_out(tmp
     assert [(row["source_row"], row["reason"], row["detail"]) for row in source] == [("7.png", "banned_image", "folder")]
     samples = {row["source_row"]: row["sample_id"] for row in kept(tmp_path / "d", "source")}
     gone = pq.read_table(tmp_path / "d" / "stages" / "dedupe" / "rejected.parquet").to_pylist()
-    copies = {row["sample_id"]: row["looks_like"] for row in gone if row["reason"] == "near_duplicate_image"}
+    copies = {row["sample_id"]: row["near_duplicate_of"] for row in gone if row["reason"] == "near_duplicate_image"}
     assert copies == {samples["0-copy.jpg"]: samples["0.png"]}
     groups: dict[str, set[str]] = {}
     for row in kept(tmp_path / "d", "dedupe"):
@@ -109,23 +109,23 @@ def test_a_source_that_is_to_be_left_out_and_is_none_is_one_error(tmp_path: Path
 def test_a_run_that_was_stopped_leaves_nothing_that_a_run_from_the_middle_takes_for_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(table: object, config: object) -> None:
+    def stopped(table: object, plan: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    generate_version(resolve(source="scenes", limit=3), tmp_path / "d")
+    generate_dataset(resolve(source="scenes", limit=3), tmp_path / "d")
     strict = resolve(source="scenes", limit=3, filter={"max_caption_words": 10})
-    monkeypatch.setitem(STAGES, "filter", stopped)
+    monkeypatch.setattr("pipeline.run.STAGES", tuple(replace(s, judge=stopped) if s.name == "filter" else s for s in STAGES))
     with pytest.raises(KeyboardInterrupt):
-        generate_version(strict, tmp_path / "d", "filter")
+        generate_dataset(strict, tmp_path / "d", "filter")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="is missing"):
-        generate_version(strict, tmp_path / "d", "dedupe")
-    assert set(generate_version(strict, tmp_path / "d", "filter").funnel[3].rejected) == {"too_long"}
+        generate_dataset(strict, tmp_path / "d", "dedupe")
+    assert set(generate_dataset(strict, tmp_path / "d", "filter").funnel[3].rejected) == {"too_long"}
 
 
 def test_a_list_of_entries_that_is_not_there_is_an_error_before_anything_is_touched(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.txt"):
-        generate_version(resolve(source="scenes", limit=3, balance={"entries": "nowhere.txt"}), tmp_path / "d")
+        generate_dataset(resolve(source="scenes", limit=3, balance={"entries": "nowhere.txt"}), tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.generate.journal import Journal
-from pipeline.stages import STAGES
-from pipeline.store import Folder, read_json
+from pipeline.dataset.directory import DatasetDir
+from pipeline.inference.journal import Journal
+from pipeline.run import STAGES
+from pipeline.storage.files import read_json
 from tests.whole.conftest import SYNTH, Run, hears_ctrl_c
 
 SCENES = 128
@@ -36,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 
 def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]) -> None:
-    version = Folder(whole[0]).version()
+    version = DatasetDir(whole[0]).version()
     funnel = {step["stage"]: step for step in version.manifest["funnel"]}
     assert list(funnel) == ["source", "generate", *STAGES, "version"]
     for step in funnel.values():
@@ -48,8 +49,8 @@ def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]
 
 
 def test_what_it_took_is_written_down(whole: tuple[Path, dict[str, str]]) -> None:
-    cost = read_json(Folder(whole[0]).cost)
-    with Journal(Folder(whole[0]).journal) as journal:
+    cost = read_json(DatasetDir(whole[0]).cost)
+    with Journal(DatasetDir(whole[0]).journal) as journal:
         assert cost == journal.totals() | {"timed": cost["asked"], "seconds": cost["seconds"]}
     assert cost["replies"] == SCENES * 3
     assert cost["seconds"] > 1
@@ -68,11 +69,11 @@ def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Pat
 
 def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
     folder, _ = whole
-    before = Folder(folder).version("v1.0.0")
+    before = DatasetDir(folder).version("v1.0.0")
     command = [str(SYNTH), "generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr
-    after = Folder(folder).version()
+    after = DatasetDir(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
     assert set(before.read("test", ["sample_id"])["sample_id"].to_pylist()) <= set(
         after.read("test", ["sample_id"])["sample_id"].to_pylist()
@@ -95,7 +96,7 @@ def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[P
             break  # it was faster than its murderers: what is left to show is shown below
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["digest"] == whole[1]["digest"]
-    with Journal(Folder(tmp_path / "d").journal) as journal:
+    with Journal(DatasetDir(tmp_path / "d").journal) as journal:
         totals = journal.totals()
     assert totals["replies"] == SCENES * 3
     assert totals["asked"] - totals["replies"] <= killed * 64  # one group of requests was in flight at each death
@@ -107,10 +108,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
-    _, talk = process.communicate(timeout=60)
+    _, progress = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "run the same command to go on" in talk
-    assert "Traceback" not in talk
+    assert "run the same command to go on" in progress
+    assert "Traceback" not in progress
 
 
 def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.source.scenes import draw_sample
-from pipeline.store import Folder
+from pipeline.dataset.directory import DatasetDir
+from pipeline.sources.scenes import draw_sample
 from tests.hub.server import RunningHub, running_hub
 from tests.whole.conftest import SYNTH
 
@@ -128,7 +128,7 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     files = repo.commits[pushed["commit"]].files
     card = hub.hub.storage.path(files["README.md"].sha256).read_text()
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["me/scenes"]
-    assert Folder(maker.folder / "data" / "scenes").version().manifest["digest"] in card
+    assert DatasetDir(maker.folder / "data" / "scenes").version().manifest["digest"] in card
     shown = card.split("```python")[1].split("```")[0]
     code = shown.replace("load_checkpoint(folder)", f"load_checkpoint({checkpoint!r})").replace("photo.jpg", "scene.png")
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
@@ -155,13 +155,13 @@ def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(maker: User, hub: RunningHub) -> None:
     asked = len(hub.hub.log)
     told = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
-    assert set(told["files"]) == {p.name for p in Folder(maker.folder / "data" / "scenes").version().path.iterdir()}
+    assert set(told["files"]) == {p.name for p in DatasetDir(maker.folder / "data" / "scenes").version().path.iterdir()}
     assert len(hub.hub.log) == asked
 
 
 def test_a_manifest_and_the_journal_are_enough_to_make_a_version_again(maker: User, tmp_path: Path) -> None:
     data = maker.folder / "data" / "scenes"
-    manifest = Folder(data).version("v1.0.0").path / "manifest.json"
+    manifest = DatasetDir(data).version("v1.0.0").path / "manifest.json"
     shutil.copytree(data / "journal", tmp_path / "again" / "journal")
     done = maker.synth("generate", "--config", str(manifest), "--out", str(tmp_path / "again"), "--json")
     assert "asked the model 0 times" in done.stderr

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.generate.engine import LARGE, TINY_WEIGHTS
+from pipeline.inference.engines import LARGE, TINY_WEIGHTS
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH
 from trainer.model.encoder import HUB
-from trainer.model.pretrained import HUB as DECODERS
+from trainer.model.language_model import HUB as DECODERS
 
 
 @pytest.fixture

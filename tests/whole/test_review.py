@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.marks import Mark, format_marks, name_of, read_marks
-from pipeline.store import Folder
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.reviews import Review, format_reviews, read_reviews, text_name
 from tests.whole.conftest import Run, said
 
 
@@ -17,15 +17,15 @@ def marked(synth: Run, tmp_path: Path) -> Callable[..., Path]:
     """Make a dataset of a few scenes, and write marks of its texts: (kind of text, mark, more)."""
     done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert done.returncode == 0, done.stderr
-    rows = pq.read_table(Folder(tmp_path / "d").stage("split")).to_pylist()
+    rows = pq.read_table(DatasetDir(tmp_path / "d").stage("split")).to_pylist()
 
     def write(*wanted: tuple[str, str, dict[str, Any]]) -> Path:
         marks = []
         for kind, mark, more in wanted:
-            sample_id, content = name_of(next(row for row in rows if kind in (row["style"], row["answer_type"])))
-            marks.append(Mark.model_validate({"sample_id": sample_id, "content": content, "mark": mark} | more))
+            sample_id, content = text_name(next(row for row in rows if kind in (row["style"], row["answer_type"])))
+            marks.append(Review.model_validate({"sample_id": sample_id, "content": content, "mark": mark} | more))
         path = tmp_path / "marks.jsonl"
-        path.write_text(format_marks(marks))
+        path.write_text(format_reviews(marks))
         return path
 
     return write
@@ -38,28 +38,28 @@ def test_marks_that_cannot_be_used_are_said_and_leave_all_as_it_was(
     error, _ = said(synth("review", "apply", str(marked(("number", "edited", edit))), "--data", "d"))
     assert "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question" in error
     assert "marks.jsonl" in error
-    (tmp_path / "other.jsonl").write_text(format_marks([Mark(sample_id="0" * 64, content="0" * 16, mark="good")]))
+    (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
     assert "none of the 1 marks is about a text of d" in said(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "no mark in empty.jsonl" in said(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
-    assert not Folder(tmp_path / "d").marks.exists()
-    assert [version.name for version in Folder(tmp_path / "d").versions()] == ["v1.0.0"]
+    assert not DatasetDir(tmp_path / "d").reviews.exists()
+    assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
 
 def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "4", "--out", "d").returncode == 0
-    folder = Folder(tmp_path / "d")
-    names = [name_of(row) for row in pq.read_table(folder.stage("split")).to_pylist()]
+    folder = DatasetDir(tmp_path / "d")
+    names = [text_name(row) for row in pq.read_table(folder.stage("split")).to_pylist()]
 
     def bad(some: list[tuple[str, str]]) -> str:
-        marks = [Mark(sample_id=sample_id, content=content, mark="bad", reason="other") for sample_id, content in some]
-        (tmp_path / "m.jsonl").write_text(format_marks(marks))
+        marks = [Review(sample_id=sample_id, content=content, mark="bad", reason="other") for sample_id, content in some]
+        (tmp_path / "m.jsonl").write_text(format_reviews(marks))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 
     assert "review: 1 marks apply" in bad(names[:1])
-    before = folder.marks.read_text()
+    before = folder.reviews.read_text()
     assert "no row is left to make a version of" in bad(names)
-    assert folder.marks.read_text() == before
+    assert folder.reviews.read_text() == before
     assert "review: 2 marks apply" in bad(names[1:2])
 
 
@@ -67,15 +67,15 @@ def test_an_edit_that_later_stages_have_overtaken_waits(marked: Callable[..., Pa
     """Somebody may write by hand, or another version of the prompts may say, what a person has made of another text."""
     edit = marked(("brief", "edited", {"text": "What a person says."}))
     assert "review: 1 marks apply" in synth("review", "apply", str(edit), "--data", "d").stderr
-    folder = Folder(tmp_path / "d")
-    (mark,) = read_marks(folder.marks)
-    row = next(row for row in pq.read_table(folder.stage("split")).to_pylist() if name_of(row) == mark.name)
+    folder = DatasetDir(tmp_path / "d")
+    (mark,) = read_reviews(folder.reviews)
+    row = next(row for row in pq.read_table(folder.stage("split")).to_pylist() if text_name(row) == mark.name)
     other = next(
         each
         for each in pq.read_table(folder.stage("split")).to_pylist()
-        if each["sample_id"] == row["sample_id"] and each["task"] == "caption" and name_of(each) != mark.name
+        if each["sample_id"] == row["sample_id"] and each["task"] == "caption" and text_name(each) != mark.name
     )
-    folder.marks.write_text(format_marks([mark.model_copy(update={"text": other["clean_text"]})]))
+    folder.reviews.write_text(format_reviews([mark.model_copy(update={"text": other["clean_text"]})]))
     again = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert again.returncode == 0
     assert "review: 0 marks apply; 1 fit no text that is there now" in again.stderr
@@ -91,4 +91,4 @@ def test_a_mark_waits_while_its_text_is_not_there(marked: Callable[..., Path], s
     assert "review: 1 marks apply; 1 fit no text that is there now" in fewer.stderr
     again = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert "review: 2 marks apply\n" in again.stderr
-    assert "too easy" in Folder(tmp_path / "d").marks.read_text()
+    assert "too easy" in DatasetDir(tmp_path / "d").reviews.read_text()

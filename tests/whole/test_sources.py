@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.generate.engine import LARGE, TINY_WEIGHTS
-from pipeline.store import LEDGER_FILE, Folder, Version
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.inference.engines import LARGE, TINY_WEIGHTS
 from tests.chat.server import ChatServer, running_chat
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
@@ -40,7 +41,7 @@ def synth(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.Complete
 def made(hub: RunningHub, folder: Path, *arguments: str) -> Version:
     done = synth(hub, folder, "generate", *arguments)
     assert done.returncode == 0, done.stderr
-    return Folder(folder / Path(json.loads(done.stdout)["path"]).parents[1]).version()
+    return DatasetDir(folder / Path(json.loads(done.stdout)["path"]).parents[1]).version()
 
 
 def rows(version: Version) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def adds_up(version: Version, upstream: int) -> None:
 def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_name(hub: RunningHub, tmp_path: Path) -> None:
     done = synth(hub, tmp_path, "generate", "--source", "flickr30k")
     assert done.returncode == 0, done.stderr
-    version = Folder(tmp_path / "data" / "flickr30k").version()
+    version = DatasetDir(tmp_path / "data" / "flickr30k").version()
     adds_up(version, 20)
     assert version.manifest["model"]["name"] == LARGE
     assert version.manifest["model"]["revision"] == hub.hub.storage.repos["model", LARGE].branches["main"]

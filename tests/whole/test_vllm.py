@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.generate.engine import TINY_WEIGHTS
-from pipeline.generate.weights import weights_revision
+from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import weights_revision
+from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.scenes.score import score_annotations
-from pipeline.store import Folder
 from tests.scene_data import scene_samples
 from tests.whole.conftest import SYNTH, hears_ctrl_c
 
@@ -56,7 +56,7 @@ def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
 
 
 def annotations(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(Folder(folder).stage("validate")).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(DatasetDir(folder).stage("validate")).to_pylist()
     return rows
 
 
@@ -88,7 +88,7 @@ def wait_until(true: Any, what: str, seconds: float = START_SECONDS) -> None:
 
 
 def replies(folder: Path) -> int:
-    journal = Folder(folder).journal
+    journal = DatasetDir(folder).journal
     if not journal.exists():
         return 0
     with sqlite3.connect(journal) as db:
@@ -103,9 +103,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`synth serve`, as it runs in a second terminal; a start takes half a minute, which no smaller test can stand in for."""
     folder = tmp_path_factory.mktemp("serve")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
-    with (folder / "talk").open("w") as talk:
+    with (folder / "talk").open("w") as progress:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=talk, text=True, preexec_fn=hears_ctrl_c
+            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=progress, text=True, preexec_fn=hears_ctrl_c
         )
     try:
         assert process.stdout
@@ -135,8 +135,8 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     folder = tmp_path / "d"
     done = subprocess.run(generate(folder, "--base-url", served), capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    assert Folder(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
-    funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
+    assert DatasetDir(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
+    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
     ours, theirs = accuracy(embedded), accuracy(folder)
@@ -172,8 +172,8 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
     """Takes two starts of vLLM."""
     folder, scenes = tmp_path / "d", 256
     command = generate(folder, "--engine", "vllm", scenes=scenes)
-    with (tmp_path / "talk").open("w") as talk:
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=talk, text=True)
+    with (tmp_path / "talk").open("w") as progress:
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=progress, text=True)
         wait_until(lambda: replies(folder) > 100 or process.poll() is not None, "a hundred replies")
         assert process.poll() is None, (tmp_path / "talk").read_text()
         (server,) = children(process.pid)
@@ -184,9 +184,9 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
     assert process.returncode == 0, said
     assert "vLLM died" in said
     assert KEY not in said + stdout + (folder / "vllm.log").read_text()
-    funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
+    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3
-    assert sum(Folder(folder).version().manifest["rows"].values()) == scenes
+    assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
     assert not any(map(is_alive, family))
     assert not list(Path("/dev/shm").glob(f"synth-{process.pid}-*"))
 
@@ -230,9 +230,9 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
     """Takes two starts of vLLM; the last part is asked of a server that runs."""
     folder, scenes = tmp_path / "d", 256
     cluster = ("--executor", "ray", "--shards", "4", "--workers", "1")
-    with (tmp_path / "talk").open("w") as talk:
+    with (tmp_path / "talk").open("w") as progress:
         process = subprocess.Popen(
-            generate(folder, "--engine", "vllm", *cluster, scenes=scenes), env=environment(), stderr=talk
+            generate(folder, "--engine", "vllm", *cluster, scenes=scenes), env=environment(), stderr=progress
         )
         wait_until(lambda: shard_replies(folder) > 60 or process.poll() is not None, "sixty replies")
         (server,) = servers(process)
@@ -251,6 +251,6 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
         generate(folder, "--base-url", served, *cluster, scenes=scenes), env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    funnel = {step["stage"]: step for step in Folder(folder).version().manifest["funnel"]}
+    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
     assert f"asked the model {scenes * 3 - before} times" in done.stderr  # nothing that had its reply is asked again

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store import read_json
+from pipeline.storage.files import read_json
 from trainer.checkpoint import read_log
-from trainer.experiment.cells import Run
 from trainer.experiment.grid import FACTORS
+from trainer.experiment.runs import Run
 from trainer.experiment.slices import SLICES, slice_scores
 from trainer.metrics import cider_d, tokenize
 

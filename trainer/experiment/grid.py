@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigError
-from pipeline.fingerprint import digest
-from pipeline.store import safe_name
+from pipeline.dataset.paths import slugify
+from pipeline.digests import digest
+from pipeline.errors import ConfigError, one_line
 from trainer.config import TrainConfig, resolve
 from trainer.data import Mixture
 
@@ -124,7 +124,7 @@ class Cell:
     def folder(self, *known: Any) -> str:
         """Return a readable name that no cell of other settings, on other data (`known`), has."""
         images = str(self.train_images or "all")
-        said = safe_name(
+        said = slugify(
             f"{self.data}-{Path(self.encoder).name}-{Path(self.decoder).name}-{self.alignment}-{images}-s{self.seed}"
         )
         return f"{said}-{digest([self.config.model_dump(mode='json'), *known])[:8]}"
@@ -140,7 +140,7 @@ def read_experiment(path: Path) -> Experiment:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         hint = "pass a YAML file; docs/experiment.yaml is one"
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}", hint=hint) from None
+        raise ConfigError(f"cannot read {path}: {one_line(error, 1000)}", hint=hint) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values", hint="docs/experiment.yaml is an example")
     try:

@@ -9,7 +9,7 @@ A corpus is a list of images, each with one hypothesis and some references, all 
 from collections.abc import Sequence
 from functools import cache
 
-from pipeline.wordnet import names
+from pipeline.text.wordnet import names
 from trainer.metrics import Tokens
 
 _COUNTING = """
@@ -40,8 +40,8 @@ def slice_of(word: str) -> str | None:
         return "position"
     if word in ATTRIBUTES:
         return "attributes"
-    is_object = word not in NO_OBJECTS and (word in _names() or word.removesuffix("s") in _names())
-    return "objects" if is_object else None
+    is_remote = word not in NO_OBJECTS and (word in _names() or word.removesuffix("s") in _names())
+    return "objects" if is_remote else None
 
 
 def slice_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float | None]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
+from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
-from trainer.model.pretrained import PretrainedDecoder
-from trainer.model.search import Search
-from trainer.text import Texts
+from trainer.model.language_model import PretrainedDecoder
+from trainer.tokenizer import TextBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         if config.contrast_width:
             self.contrast = Contrast(self.decoder.width, config.contrast_width)
 
-    def loss(self, states_BNV: Tensor, texts: Texts) -> Tensor:
+    def loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
         """Return the sum of negative log-likelihoods over all tokens that are to be learned.
 
         Args:
@@ -69,7 +69,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts)
         return loss
 
-    def contrast_loss(self, states_BNV: Tensor, texts: Texts) -> Tensor:
+    def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
         """Return how badly images and captions find each other; 0 where there is nothing to tell apart.
 
         Pooled states of both are compared in a space of their own. The text is read without the image.
@@ -82,7 +82,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         return loss
 
     @torch.inference_mode()
-    def generate(self, states_BNV: Tensor, prompt_BT: Tensor, search: Search) -> list[list[int]]:
+    def generate(self, states_BNV: Tensor, prompt_BT: Tensor, search: DecodingConfig) -> list[list[int]]:
         """Write one text an image after a prompt of its own (all of one length), until EOS or the longest text.
 
         Returns token ids without the prompt and without EOS. Stops as soon as every text has ended.

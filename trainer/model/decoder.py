@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.search import Search, beam_search, write
-from trainer.text import Texts
+from trainer.model.decoding import DecodingConfig, beam_search, write
+from trainer.tokenizer import TextBatch
 
 LENGTH_GROUPS = 3  # of the texts of a batch, by their length
 
@@ -73,7 +73,7 @@ class ScratchDecoder(nn.Module):
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
-    def loss(self, memory_BND: Tensor, texts: Texts) -> Tensor:
+    def loss(self, memory_BND: Tensor, texts: TextBatch) -> Tensor:
         """Return the sum of negative log-likelihoods over the tokens of `texts` that are to be learned."""
         total = memory_BND.new_zeros(())
         for group in texts.by_length(LENGTH_GROUPS):  # an answer is not padded to the length of a description
@@ -83,13 +83,15 @@ class ScratchDecoder(nn.Module):
             total = total + functional.cross_entropy(scores_KV.float(), group.ids_CT[:, 1:][learned_CT], reduction="sum")
         return total
 
-    def read(self, texts: Texts) -> Tensor:
+    def read(self, texts: TextBatch) -> Tensor:
         """Return one state a text, that of its last token, without any image: (C, D)."""
         states_CTD = self(texts.ids_CT, None, texts.image_of_C)
         last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
         return last
 
-    def generate(self, memory_BND: Tensor, prompt_BT: Tensor, search: Search, max_tokens: int, eos_id: int) -> list[list[int]]:
+    def generate(
+        self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+    ) -> list[list[int]]:
         """Write one text an image; see Captioner.generate."""
         cache = Cache()
         image_of_R = torch.arange(len(memory_BND), device=memory_BND.device).repeat_interleave(search.beams)

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, ViTImageProcessor, ViTModel
 
+from pipeline.digests import canonical
 from pipeline.errors import TrainError
-from pipeline.fingerprint import canonical
-from trainer.model.settings import quietly, settings_of
+from trainer.model.hf_config import quietly, settings_of
 
 HUB = {
     "vit": "google/vit-base-patch16-224-in21k",

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.marks import name_of
+from pipeline.dataset.reviews import text_name
 from pipeline.report.rows import MAX_REJECTED, MAX_SHOWN_CHARACTERS, read_rejected, read_rows, to_pylist, visible
 from pipeline.tables import SPLITS
 from tests.scene_data import make_version, scene_samples
@@ -47,7 +47,7 @@ def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
     assert len(rows) == 12
     for row in rows:
         for text in row["texts"]:
-            assert (row["id"], text["content"]) == name_of({"sample_id": row["id"], "text": text["text"]})
+            assert (row["id"], text["content"]) == text_name({"sample_id": row["id"], "text": text["text"]})
             assert text["kind"] in ("brief", "detailed")
 
 

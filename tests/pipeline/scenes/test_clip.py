@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from pipeline.scenes import train_clip
 from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer, weights_folder
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
-from pipeline.scenes.train_clip import VALUES, PlaceHeads, align_loss, change_one, embed, step_data
+from pipeline.scenes.training import train_clip
+from pipeline.scenes.training.train_clip import VALUES, PlaceHeads, align_loss, change_one, embed, step_data
 
 UNSEEN = 7002
 ATTRIBUTES = (*VALUES, "background")

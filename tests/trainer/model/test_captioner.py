@@ -12,10 +12,10 @@ from torch import Tensor
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.captioner import Captioner, Contrast, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
+from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.pretrained import load_decoder, pack
-from trainer.model.search import GREEDY, Search
-from trainer.text import Texts
+from trainer.model.language_model import load_decoder, pack
+from trainer.tokenizer import TextBatch
 
 WORDS, V, N, EOS = 30, 32, 5, 1
 KINDS = ("scratch", "qwen3", "llama")
@@ -47,10 +47,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return built
 
 
-def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> Texts:
+def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    return Texts(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
+    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
 
 
 ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
@@ -149,7 +149,7 @@ def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Buil
 def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     prompt = torch.tensor([[2, 3]] * 2)
-    greedy, beams = (captioner.generate(states, prompt, search) for search in (GREEDY, Search(beams=3)))
+    greedy, beams = (captioner.generate(states, prompt, search) for search in (GREEDY, DecodingConfig(beams=3)))
 
     def mean_nll(row: int, ids: list[int]) -> float:
         whole = [2, 3, *ids, *([captioner.config.eos_id] if len(ids) < 8 else [])]
@@ -190,7 +190,7 @@ def test_packed_texts_start_again_behind_the_prefix() -> None:
 def test_scores_are_computed_in_pieces_that_add_up(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner, states = build("qwen3"), torch.randn(2, N, V)
     whole = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
-    monkeypatch.setattr("trainer.model.pretrained.HEAD_TOKENS", 2)
+    monkeypatch.setattr("trainer.model.language_model.HEAD_TOKENS", 2)
     torch.testing.assert_close(captioner.loss(states, texts(ROWS, PROMPTS, IMAGES)), whole)
     assert isinstance(whole, Tensor)
 

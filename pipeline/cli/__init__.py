@@ -1,0 +1,60 @@
+"""The `synth` command: the application, its commands in the order of `synth --help`, and what errors look like.
+
+Commands parse their options, call one function and print its result; decisions live elsewhere. Heavy imports wait until a
+command needs them: `synth --help` must not load torch, transformers or datasets.
+"""
+
+import typer
+
+from pipeline.cli import datasets, generate, training
+from pipeline.cli.options import VLLM_FLAGS
+from pipeline.cli.output import say
+from pipeline.errors import SynthError
+
+INTERRUPTED = 130  # Typer's exit code on Ctrl-C
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
+app.add_typer(review, name="review")
+app.command(context_settings=VLLM_FLAGS)(generate.generate)
+app.command(context_settings=VLLM_FLAGS)(generate.serve)
+for command in (
+    generate.doctor,
+    generate.sources,
+    datasets.versions,
+    datasets.diff,
+    datasets.push,
+    training.train,
+    training.evaluate,
+    training.caption,
+    training.experiment,
+    datasets.report,
+):
+    app.command()(command)
+review.command("apply")(datasets.review_apply)
+
+
+@app.callback()
+def synth() -> None:
+    """Make a vision-language dataset, publish it, and train a captioner on it."""
+
+
+def main() -> None:
+    """Run the command line; print a SynthError as one line with a hint, and let unknown errors raise."""
+    try:
+        app()
+    except SynthError as error:
+        say(f"synth: {error}")
+        if error.hint:
+            say(f"  hint: {error.hint}")
+        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("pipeline", "trainer", "prompts", "data_cards"):
+            raise
+        say(f"synth: this command needs the package {error.name}")
+        say("  hint: install synth with its extras `embedded` and `train`")
+        raise SystemExit(1) from None
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:
+            say("interrupted: what was done is kept; run the same command to go on (train: with --resume)")
+        raise

@@ -1,0 +1,5 @@
+"""Run the command line: `python -m pipeline.cli`."""
+
+from pipeline.cli import main
+
+main()

@@ -1,0 +1,183 @@
+"""Commands about finished datasets: versions, diff, push, report, review."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import AsJson, DataDir
+from pipeline.cli.output import print_run_result, say, show
+from pipeline.storage.object_store import is_remote, parse_dataset_path, parse_local_path
+
+if TYPE_CHECKING:
+    from pipeline.dataset.version import Version
+    from pipeline.hub.package import Package
+    from pipeline.hub.push import PushResult
+
+
+def versions(data: DataDir = None, as_json: AsJson = False) -> None:
+    """List the versions of a dataset, oldest first: rows, size, parent, date, digest, and where each was pushed."""
+    from pipeline.dataset.directory import DatasetDir, last_made
+    from pipeline.storage.files import translate_disk_errors
+
+    folder = DatasetDir(data or last_made())
+    with translate_disk_errors(folder.path):
+        found = folder.versions() or [folder.version()]  # which says what is wrong
+        rows, pushed = [version.summary() for version in found], folder.pushed()
+    for row in rows:
+        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
+    if as_json:
+        typer.echo(json.dumps(rows))
+    for row in rows if not as_json else []:
+        counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
+        counts += f"  (from {row['parent'] or 'nothing'})"
+        typer.echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
+        for repo in row["pushed"]:
+            typer.echo(f"          pushed to {repo}")
+
+
+def diff(
+    names: Annotated[list[str], typer.Argument(metavar="[DIR] V1 V2", help="Versions here, or ORG/NAME@VERSION on the Hub.")],
+    rows: Annotated[int, typer.Option(min=0, help="Show so many of the rows that differ.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Say what changed from one version to another, field by field, and why."""
+    from pipeline.dataset.diff import diff_versions
+    from pipeline.dataset.directory import last_made
+    from pipeline.hub.pull import names_hub, open_or_download, pull_version
+
+    folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
+    if len(names) != 2:
+        raise typer.BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
+
+    def opened(name: str) -> "Version":
+        if names_hub(name):
+            return pull_version(name)
+        if is_remote(parse_dataset_path(name)) or Path(name).is_dir():
+            return open_or_download(parse_dataset_path(name))
+        return open_or_download(folder or last_made(), name)
+
+    found = diff_versions(*map(opened, names))
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"counts": found.counts(), "reasons": found.reasons()}))
+    else:
+        for line in found.lines(rows):
+            typer.echo(line)
+
+
+def push(
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=parse_dataset_path,
+            metavar="PATH",
+            help="Dataset folder, one of its versions, or a checkpoint.",
+            show_default="the last dataset made",
+        ),
+    ] = None,
+    repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
+    version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+    images: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"
+        ),
+    ] = None,
+    acknowledge: Annotated[
+        list[str] | None, typer.Option(help="A licence under which you hold the right to pass pixels on; the card says so.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
+    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.licenses import non_redistributable
+    from pipeline.hub.package import build_checkpoint_package, build_package
+    from pipeline.hub.pull import open_or_download
+    from pipeline.storage.files import translate_disk_errors
+
+    if data and not is_remote(data) and (data / "train.json").exists():
+        send(build_checkpoint_package(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
+        return
+    chosen = open_or_download(data, version)
+    held = non_redistributable(chosen.manifest["licences"])
+    with build_package(chosen, repo, images=images, acknowledged=acknowledge or ()) as package:
+        say(f"licence of the images: {', '.join(chosen.manifest['licences'])}")
+        if package.manifest.get("acknowledged"):
+            say(f"note: pixels under {', '.join(held)} are pushed, and the card says that you acknowledged their terms")
+        elif held and images is None:
+            say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
+        pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
+    if pushed:
+        noted_in = data if data and is_remote(data) and data.parent.name != "versions" else chosen.dataset_dir
+        with translate_disk_errors(noted_in):
+            DatasetDir(noted_in).record_push(chosen.name, pushed.repo, pushed.commit)
+        say("load it with:\n  from datasets import load_dataset")
+        say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
+
+
+def report(
+    data: DataDir = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_local_path, metavar="PATH", help="Show this training.", show_default="the last one of the dataset"
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
+) -> None:
+    """Write a page that shows a dataset and how a captioner learned from it; above 500 images, a folder.
+
+    Texts can be marked there as good, bad or edited; `synth review apply` takes the marks.
+    """
+    from pipeline.hub.pull import open_or_download
+    from pipeline.report.build import newest_checkpoint, write_report
+    from pipeline.storage.files import translate_disk_errors
+
+    version = open_or_download(data)
+    folder = version.dataset_dir
+    with translate_disk_errors(folder):
+        typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
+
+
+def review_apply(
+    marks: Annotated[list[Path], typer.Argument(help="Files of marks that a report exported; later ones win.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_dataset_path,
+            metavar="PATH",
+            help="Dataset folder that the report was made of.",
+            show_default="the last one made",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
+    from pipeline.dataset.directory import DatasetDir, last_made
+    from pipeline.progress import show_progress
+    from pipeline.run import apply_reviews
+
+    with show_progress() as progress:
+        result = apply_reviews(DatasetDir(data or last_made()), marks, progress)
+    print_run_result(result, as_json=as_json)
+
+
+def send(package: "Package", repo: str, *, private: bool, dry_run: bool, as_json: bool) -> "PushResult | None":
+    """Push a package and print where it is, or with `dry_run` only what would be sent."""
+    from pipeline.hub.push import push_package
+    from pipeline.progress import show_progress
+
+    sizes = package.bytes()
+    say(f"{package.name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    if dry_run:
+        show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
+        return None
+    with show_progress() as progress:
+        pushed = push_package(package, repo, private=private, progress=progress)
+    say(f"pushed {pushed.tag} as {pushed.commit}" if pushed.is_new else f"nothing to do: {pushed.tag} is there already")
+    show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
+    return pushed

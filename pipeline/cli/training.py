@@ -1,0 +1,196 @@
+"""Commands about captioners: train, evaluate, caption, experiment."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import AsJson, Checkpoint, DataName, Images
+from pipeline.cli.output import print_scores, say, show
+from pipeline.errors import ConfigError
+from pipeline.storage.object_store import parse_dataset_path, parse_local_path
+
+if TYPE_CHECKING:
+    from pipeline.dataset.version import Version
+
+
+def train(
+    data: DataName = None,
+    images: Images = None,
+    encoder: Annotated[
+        str, typer.Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
+    ] = "auto",
+    layer: Annotated[int | None, typer.Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
+    decoder: Annotated[str, typer.Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
+    texts: Annotated[
+        str | None, typer.Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic")
+    ] = None,
+    align_steps: Annotated[
+        int | None, typer.Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides weights, dropout and the order of the data.", show_default="0")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or train.json with the same settings and more; flags win over it.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_local_path,
+            metavar="PATH",
+            help="Checkpoint folder.",
+            show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the curves for TensorBoard, too, into the checkpoint folder.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a captioner on a version, and score it on the test split."""
+    from pipeline.dataset.paths import slugify
+    from pipeline.progress import show_progress
+    from pipeline.storage.files import translate_disk_errors
+    from trainer.config import is_of_other_settings, resolve
+    from trainer.train import choose_encoder
+    from trainer.train import train as train_captioner
+
+    version = open_data(data, images)
+    flags = {"encoder": encoder, "layer": layer, "decoder": decoder, "texts": texts, "align_steps": align_steps}
+    settings = resolve(config, **flags, steps=steps, seed=seed)
+    if encoder == "auto" and "encoder" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"encoder": choose_encoder(say)})
+    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
+    name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
+    folder = out or version.dataset_dir / "checkpoints" / name
+    if not resume and is_of_other_settings(folder, settings):
+        raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
+    with show_progress() as progress, translate_disk_errors(folder):
+        metrics = train_captioner(version, settings, folder, resume=resume, tensorboard=tensorboard, progress=progress)
+    if metrics:  # of several processes one speaks
+        print_scores(metrics)
+        show(metrics | {"path": str(folder)}, as_json, "path")
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: DataName = None,
+    images: Images = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    clip_score: Annotated[
+        str | None, typer.Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a captioner, on its images and on shuffled ones."""
+    from pipeline.tables import SPLITS
+    from trainer.checkpoint import load_checkpoint, write_captions
+    from trainer.evaluate import evaluate_version
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+    loaded = load_checkpoint(checkpoint)
+    version = open_data(data, images)
+    if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
+        say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
+    metrics = evaluate_version(loaded, version, split, style, beams, clip_score)
+    each = metrics.pop("each")
+    if captions:
+        write_captions(captions, each)
+    print_scores(metrics)
+    show(metrics, as_json, "scores")
+
+
+def caption(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
+    question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",
+    beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Write a caption for each image, or the answer to a question about it."""
+    from trainer.checkpoint import load_checkpoint
+    from trainer.generate import describe_files
+    from trainer.model.decoding import DecodingConfig
+
+    written = describe_files(load_checkpoint(checkpoint), images, style, question, DecodingConfig(beams=beams))
+    what = "answer" if question else "caption"
+    for path, text in zip(images, written, strict=True):
+        typer.echo(json.dumps({"image": str(path), what: text}) if as_json else f"{path}: {text}")
+
+
+def experiment(
+    file: Annotated[Path, typer.Argument(help="A YAML file; docs/experiment.yaml is one.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_local_path,
+            metavar="PATH",
+            help="Folder of the experiment.",
+            show_default="experiments/NAME OF THE FILE",
+        ),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once.", show_default="GPUs, or cores")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a grid of captioners, and say which data, encoder, decoder or alignment makes the better one."""
+    from pipeline.dataset.directory import DatasetDir
+    from pipeline.errors import TrainError
+    from pipeline.progress import show_progress
+    from pipeline.storage.files import translate_disk_errors
+    from trainer.experiment.grid import cells_of, read_experiment
+    from trainer.experiment.report import markdown, write_result
+    from trainer.experiment.runs import default_jobs, plan, run_cells
+
+    asked = read_experiment(file)
+    folder = out or Path("experiments") / file.stem
+    with translate_disk_errors(folder), DatasetDir(folder).lock():
+        runs = plan(asked, cells_of(asked), open_data, folder)
+        say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
+        with show_progress() as progress:
+            failed = run_cells(runs, jobs or default_jobs(), progress)
+        finished = [run for run in runs if run.is_done]
+        result = write_result(finished, folder) if finished else None
+    if result:
+        say(markdown(result))
+        show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
+    if failed:
+        for each in failed:
+            say(f"failed: {each}")
+        hint = "the others are in the result; mend it, and the same command trains what is missing"
+        raise TrainError(f"{len(failed)} of {len(runs)} cells failed", hint=hint)
+
+
+def open_data(name: str | None, images: str | None) -> "Version":
+    """Open what `--data` names, with pixels: from this machine or the Hub, joined from `--images` where it has none."""
+    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.pixels import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
+    from pipeline.hub.pull import names_hub, open_or_download, pull_version
+    from pipeline.storage.files import translate_disk_errors
+
+    version = pull_version(name) if name and names_hub(name) else open_or_download(parse_dataset_path(name) if name else None)
+    if not lacks_pixels(version):
+        return version
+    home = DatasetDir(version.dataset_dir / "joined")
+    with translate_disk_errors(home.path), home.lock(wait=True):  # of several processes one joins
+        if found := joined_before(version, home.path):
+            return found
+        if images is None:
+            raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the images are: --images FOLDER")
+        folder = Path(images)
+        if not folder.is_dir():
+            from pipeline.sources import read_images
+
+            return join_pixels(version, read_images(images), home.path)
+        is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
+        return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home.path)

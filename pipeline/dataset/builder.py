@@ -1,0 +1,288 @@
+"""The rows of a version, and the version itself: annotations grouped by sample, Parquet files, a digest, a name.
+
+The digest of a version is that of its rows as a set: rows that come in another order make the same version.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.card import CARD_SAMPLES, render_card
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.shards import SplitWriter
+from pipeline.dataset.statistics import DatasetStatistics
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish
+from pipeline.digests import canonical, digest, file_digest
+from pipeline.errors import TableError
+from pipeline.storage.files import open_parquet, write_json, write_table, write_text
+from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, final_column
+
+FIRST = "v1.0.0"
+NO_ANNOTATION = "no_annotation_left"
+ROW_WITH_SPLIT = ROW.append(pa.field("split", pa.string()))
+DIGESTS = pa.schema([pa.field("sample_id", pa.string()), pa.field("digest", pa.string())])
+
+
+@dataclass(slots=True)
+class Rows:
+    """What a pass over the rows of a version learns: a digest for each sample, samples left out, statistics."""
+
+    digests: list[pa.Table] = field(default_factory=list)  # of schema DIGESTS
+    rejected: list[str] = field(default_factory=list)  # ids of samples that have no annotation left
+    licenses: set[str] = field(default_factory=set)
+    statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
+    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows without their pixels, for the card
+
+    def add(self, rows: pa.Table) -> None:
+        """Learn from rows (ROW_WITH_SPLIT)."""
+        texts = rows.drop_columns(list(PIXELS)).to_pylist()
+        digests = [row_digest(row) for row in texts]
+        self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
+        self.licenses.update(row["licence"] for row in texts)
+        self.statistics.add(texts)
+        self.examples += texts[: CARD_SAMPLES - len(self.examples)]
+
+
+def build_rows(
+    annotations: Iterable[pa.Table], samples: Iterable[pa.RecordBatch], source: str, rows: Rows, *, decks: bool = False
+) -> Iterator[pa.Table]:
+    """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (ROW_WITH_SPLIT).
+
+    Args:
+        annotations: of all samples, in the order of the samples.
+        samples: the samples, in batches.
+        source: the name of the source.
+        rows: what is learned of the rows.
+        decks: whether a sample is a document, though it may have one page only.
+
+    Raises:
+        TableError: annotations are of no sample, or not in the order of the samples.
+    """
+    reader = _BySample(iter(annotations))
+    for batch in samples:
+        of_batch = reader.take(batch["sample_id"])
+        table = _join(pa.Table.from_batches([batch]), of_batch, source, decks=decks)
+        is_left = pc.is_valid(table["split"])
+        rows.rejected += table.filter(pc.invert(is_left))["sample_id"].to_pylist()
+        table = table.filter(is_left).combine_chunks()
+        rows.add(table)
+        yield table
+    if reader.waiting is not None and reader.waiting.num_rows:
+        raise TableError("annotations and samples are in different orders", hint="run without --from-stage")
+
+
+class _BySample:
+    """Annotations in the order of their samples, taken a batch of samples at a time."""
+
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
+        self._tables = tables
+        self.waiting: pa.Table | None = next(tables, None)
+
+    def take(self, sample_ids: pa.Array) -> pa.Table:
+        """Return all annotations of these samples."""
+        taken: list[pa.Table] = []
+        while self.waiting is not None:
+            is_other = pc.invert(pc.is_in(self.waiting["sample_id"], sample_ids))
+            others = pc.index(is_other, True).as_py()
+            taken.append(self.waiting.slice(0, None if others < 0 else others))
+            self.waiting = self.waiting.slice(others) if others >= 0 else next(self._tables, None)
+            if others >= 0:
+                break
+        return pa.concat_tables(taken) if taken else pa.table({"sample_id": pa.array([], pa.string())})
+
+
+def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool) -> pa.Table:
+    """Return the rows of some samples; `split` is null for those that have no annotation."""
+    count = samples.num_rows
+    owner = pc.index_in(annotations["sample_id"], samples["sample_id"].combine_chunks()).to_numpy()
+    images = samples["images"].combine_chunks()
+    offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
+    pixels = images.flatten()
+    stored = pa.StructArray.from_arrays([pixels, pa.nulls(len(pixels), pa.string())], ["bytes", "path"])
+    is_deck = np.full(count, decks) | (np.diff(offsets) > 1)
+    first = stored.take(pa.array(offsets[:-1], mask=is_deck))
+    pages = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
+    is_caption = pc.equal(final_column(annotations, "task", pa.string()), "caption").to_numpy(zero_copy_only=False)
+    splits = final_column(annotations, "split", pa.string()).combine_chunks()
+    first_of_sample = np.full(count, -1)
+    first_of_sample[owner[::-1]] = np.arange(len(owner))[::-1]
+    made = {
+        "image": first,
+        "pages": pc.if_else(pa.array(is_deck), pages, None),
+        "source": pa.array([source] * count, pa.string()),
+        "captions": _lists(annotations, owner, is_caption, count, CAPTION),
+        "qa": _lists(annotations, owner, ~is_caption, count, QA),
+        "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
+    }
+    columns = []
+    for kind in ROW_WITH_SPLIT:
+        known = made[kind.name] if kind.name in made else final_column(samples, kind.name, kind.type)
+        columns.append(known.cast(kind.type))
+    return pa.table(columns, schema=ROW_WITH_SPLIT)
+
+
+def _lists(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.StructType) -> pa.ListArray:
+    """Return for each of `count` samples the list of its annotations that are wanted, each in its last words."""
+    chosen = annotations.filter(pa.array(wanted))
+    fields = [final_column(chosen, item.name, item.type).combine_chunks() for item in kind]
+    offsets = np.r_[0, np.cumsum(np.bincount(owner[wanted], minlength=count))]
+    values = pa.StructArray.from_arrays(fields, fields=list(kind))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def row_digest(row: dict[str, Any]) -> str:
+    """Return the digest of a row and its split; `sample_id` stands for the pixels."""
+    return digest({name: value for name, value in row.items() if name not in PIXELS})
+
+
+def version_digest(rows: Iterable[tuple[str, str]], columns: list[str]) -> str:
+    """Return the digest of a version's content, from its columns and the digest of each row by sample, ordered by id.
+
+    It is the digest of [table version, columns, rows], computed row by row.
+    """
+    content = hashlib.sha256(canonical([TABLE_VERSION, columns])[:-1] + b",[")
+    for n, row in enumerate(rows):
+        content.update((b"," if n else b"") + canonical(row))
+    content.update(b"]]")
+    return content.hexdigest()
+
+
+def next_version(parent: Version | None, sample_ids: pa.ChunkedArray, columns: list[str]) -> str:
+    """Return the name that follows: major when columns change, minor when rows are added, else patch."""
+    if parent is None:
+        return FIRST
+    major, minor, patch = parent.number
+    if parent.manifest["columns"] != columns:
+        return f"v{major + 1}.0.0"
+    known = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
+    if not pc.all(pc.is_in(sample_ids, known)).as_py():
+        return f"v{major}.{minor + 1}.0"
+    return f"v{major}.{minor}.{patch + 1}"
+
+
+@dataclass(slots=True)
+class RowWriter:
+    """Writes rows to the Parquet files of a folder, each split to its own."""
+
+    path: Path
+    columns: list[str] = field(default_factory=list)
+    _writers: dict[str, SplitWriter] = field(default_factory=dict)
+
+    def add(self, table: pa.Table) -> None:
+        """Write rows (ROW_WITH_SPLIT) to the files of their `split`.
+
+        Raises:
+            TableError: some samples have a column that the first ones have not.
+        """
+        if not table.num_rows:
+            return
+        self.columns = self.columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
+        lost = [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]
+        if lost:
+            raise TableError(
+                f"some samples have {', '.join(lost)} and the first ones have not",
+                hint="a source fills such a column always or never",
+            )
+        for split in SPLITS:
+            of_split = table.filter(pc.equal(table["split"], split))
+            if of_split.num_rows:
+                if split not in self._writers:
+                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns))
+                self._writers[split].add(of_split)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows of each split."""
+        return {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS}
+
+    def close(self) -> dict[str, Any]:
+        """Finish all files, and return what a manifest says of each."""
+        for writer in self._writers.values():
+            writer.close()
+        return {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The rows of a version, which are written already."""
+
+    columns: list[str]
+    digests: pa.Table  # DIGESTS, ordered by id
+    rows: dict[str, int]  # by split
+    files: list[tuple[Path, str, dict[str, Any]]]  # where each Parquet file lies, its name, and what the manifest says of it
+    licenses: list[str]
+    examples: list[dict[str, Any]]
+
+
+def publish_version(
+    dataset: DatasetDir,
+    draft: Path,
+    content: Content,
+    provenance: dict[str, Any],
+    rejections: Iterable[pa.Table],
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Version, bool]:
+    """Give rows that are written the next name, or return the newest version (and False) if that holds the very same rows.
+
+    Args:
+        dataset: the dataset folder.
+        draft: the scratch folder beside its versions.
+        content: what was written.
+        provenance: what the manifest says of the run; name, counts and digest are added here.
+        rejections: what every stage rejected (tables.LEDGER).
+        check: raises where another command has taken over the folder.
+
+    Raises:
+        TableError: no row is left.
+        StoreError: there is a version of that name by now.
+    """
+    if not content.digests.num_rows:
+        hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
+        raise TableError("no row is left to make a version of", hint=hint)
+    parent = newest(dataset)
+    pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
+    content_digest = version_digest(pairs, content.columns)
+    if parent is not None and parent.manifest["digest"] == content_digest:
+        return parent, False
+    name = next_version(parent, content.digests["sample_id"], content.columns)
+    write_table(draft / LEDGER_FILE, rejections, LEDGER)
+    manifest = {
+        "version": name,
+        "digest": content_digest,
+        "parent": parent.name if parent else None,
+        "table_version": TABLE_VERSION,
+        "columns": content.columns,
+        "features": features(row_schema(content.columns)),
+        "licences": content.licenses,
+        "rows": content.rows,
+        **provenance,
+        "files": {file: described for _, file, described in sorted(content.files, key=lambda entry: entry[1])},
+        "ledger": describe_file(draft / LEDGER_FILE),
+    }
+    write_text(draft / CARD_FILE, render_card(manifest, content.examples))
+    write_json(draft / MANIFEST, manifest)
+    check()
+    final = dataset.path / "versions" / name
+    publish(draft, final, [(path, file) for path, file, _ in content.files])
+    return Version(final, manifest), True
+
+
+def newest(dataset: DatasetDir) -> Version | None:
+    """Return the newest version of a dataset folder, if there is one."""
+    known = dataset.versions()
+    return known[-1] if known else None
+
+
+def row_schema(columns: list[str]) -> pa.Schema:
+    """Return the schema of the rows of a version with these columns."""
+    return pa.schema([ROW.field(name) for name in columns])
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a Parquet file."""
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": open_parquet(path).metadata.num_rows}

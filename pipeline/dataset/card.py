@@ -1,0 +1,118 @@
+"""Cards of datasets and models: README.md with YAML that a dumper wrote and text in which model output can break nothing."""
+
+import html
+import json
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+CARD_SAMPLES = 5
+PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
+TASK_CATEGORIES = {"caption": "image-to-text", "qa": "visual-question-answering", "deck_qa": "document-question-answering"}
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
+    """Return README.md for a manifest and a few of its rows without pixels."""
+    body = environment().from_string(read_template("dataset.md.j2")).render(manifest=manifest, samples=samples, repo=repo)
+    return f"---\n{dump_header(metadata(manifest))}---\n\n{body.strip()}\n"
+
+
+def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
+    """Return README.md for a checkpoint.
+
+    Args:
+        about: `config`, `train` and `metrics` as the checkpoint holds them, and the `digest` of its files.
+        repo: where the model is pushed to.
+        dataset: the repository of the data, where it is known.
+    """
+    values = about | {"title": repo, "data": about["config"]["data"], "dataset": dataset}
+    body = environment().from_string(read_template("model.md.j2")).render(values)
+    header = {
+        "language": ["en"],
+        "license": "other",
+        "pipeline_tag": "image-to-text",
+        "tags": ["image-captioning", "synthetic", "synth"],
+        **({"datasets": [dataset]} if dataset else {}),
+    }
+    return f"---\n{dump_header(header)}---\n\n{body.strip()}\n"
+
+
+def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the YAML header of the card, as the Hub's dataset card specification names its keys."""
+    total = sum(manifest["rows"].values())
+    splits = [split for split, count in manifest["rows"].items() if count]
+    sizes = {split: _sizes(manifest, split) for split in splits}
+    upstream = re.search(r"[^:/\s]+/[^:/\s]+$", manifest["source"]["name"])  # the source is a repository of the Hub
+    return {
+        "pretty_name": f"synth {manifest['source']['name']} {manifest['version']}",
+        **_licence(manifest["licences"]),
+        "language": ["en"],
+        "task_categories": [TASK_CATEGORIES[task] for task in manifest["config"]["tasks"]],
+        "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
+        "annotations_creators": ["machine-generated"],
+        "language_creators": ["machine-generated"],
+        "source_datasets": [upstream[0] if upstream else "original"],
+        "tags": ["synthetic", "synth"],
+        "configs": [
+            {"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"} for split in splits]}
+        ],
+        "dataset_info": {
+            "features": [{"name": name, **_feature(kind)} for name, kind in manifest["features"].items()],
+            "splits": [{"name": split, "num_bytes": sizes[split], "num_examples": manifest["rows"][split]} for split in splits],
+            "download_size": sum(sizes.values()),
+            "dataset_size": sum(sizes.values()),
+        },
+    }
+
+
+def environment() -> Environment:
+    """Return the environment of all card templates; text that is not ours goes through its filter `line`."""
+    made = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+    made.filters |= {"line": one_line, "as_json": lambda value: json.dumps(value, indent=1, ensure_ascii=False)}
+    return made
+
+
+def one_line(text: Any) -> str:
+    """Make model text harmless within a line of Markdown: no markup, no control characters, no line break."""
+    flat = re.sub(r"[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(text))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(flat, quote=False))
+
+
+def dump_header(values: dict[str, Any]) -> str:
+    """Return a card's YAML header, without its fences."""
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+@cache
+def read_template(name: str) -> str:
+    """Return a template of `data_cards/`."""
+    return (files("data_cards") / name).read_text(encoding="utf-8")
+
+
+def _licence(licences: list[str]) -> dict[str, str]:
+    """Name the licence if there is one that the Hub may know; else spell out what there is."""
+    if len(licences) == 1 and re.fullmatch(r"[a-z0-9.-]+", licences[0]) and licences[0] in _KNOWN:
+        return {"license": licences[0]}
+    return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licences)}
+
+
+_KNOWN = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-2.0", "apache-2.0", "mit", "odc-by")
+
+
+def _sizes(manifest: dict[str, Any], split: str) -> int:
+    return sum(about["bytes"] for name, about in manifest["files"].items() if name.startswith(f"{split}-"))
+
+
+def _feature(kind: Any) -> dict[str, Any]:
+    """Write one of tables.features the way that the YAML of a card does."""
+    if "_type" not in kind:  # a struct: its fields by name
+        return {"struct": [{"name": name, **_feature(inner)} for name, inner in kind.items()]}
+    if kind["_type"] == "List":
+        inner = _feature(kind["feature"])
+        return {"list": inner.get("struct") or inner.get("dtype") or [inner]}
+    return {"dtype": "image" if kind["_type"] == "Image" else kind["dtype"]}

@@ -1,0 +1,214 @@
+"""What changed between two versions: rows that came, went or differ, field by field, and why as far as it can be told."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import current_settings
+from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.digests import annotation_digest, digest
+from pipeline.storage.files import read_batches
+from pipeline.tables import PIXELS, REVIEWED
+
+LISTS = ("captions", "qa")
+MAX_SHOWN = 160  # characters of a value
+
+
+@dataclass(slots=True)
+class Change:
+    """One row that differs. `fields` are the names of columns; `why` says, for each, what is known of the cause."""
+
+    sample_id: str
+    source_row: str
+    what: str  # added, removed or changed
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # before and after
+    why: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Diff:
+    """All that differs from `before` to `after`."""
+
+    before: str
+    after: str
+    same: int
+    changes: list[Change]
+    settings: dict[str, tuple[Any, Any]]  # what made the versions, where it differs
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows by what became of them."""
+        found = Counter(change.what for change in self.changes)
+        return {"same": self.same, **{what: found[what] for what in ("added", "removed", "changed")}}
+
+    def fields(self) -> dict[str, int]:
+        """Return in how many rows each field changed."""
+        return dict(Counter(name for change in self.changes for name in change.fields).most_common())
+
+    def reasons(self) -> dict[str, int]:
+        """Return how often each cause is given."""
+        return dict(Counter(why for change in self.changes for why in change.why).most_common())
+
+    def lines(self, rows: int) -> Iterator[str]:
+        """Yield the difference for a reader: counts, fields, reasons, settings, and some of the rows."""
+        yield f"{self.before} -> {self.after}: " + ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        for title, counts in (("changed fields", self.fields()), ("why", self.reasons())):
+            yield from [f"{title}:", *(f"  {count:>7}  {name}" for name, count in counts.items())] if counts else []
+        if self.settings:
+            yield "made otherwise:"
+            yield from (f"  {name}: {_short(then)} -> {_short(now)}" for name, (then, now) in self.settings.items())
+        for change in self.changes[:rows]:
+            yield f"{change.what} {change.sample_id[:12]} ({_short(change.source_row)}) {'; '.join(change.why)}".rstrip()
+            for name, sides in change.fields.items():
+                for mark, side in zip("-+", sides.values(), strict=True):
+                    for item in side if isinstance(side, list) else [side]:
+                        yield f"  {mark} {name}: {_short(item)}"
+        if len(self.changes) > rows:
+            yield f"and {len(self.changes) - rows} more rows; --rows shows more, --json all"
+
+
+def _short(value: Any) -> str:
+    """Return a value within a line, without control characters: it may be a model's."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, "") and name != "prompt_id")
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+
+
+def diff_versions(before: Version, after: Version) -> Diff:
+    """Compare two versions, from this machine or the Hub; pixels are compared by `sample_id`.
+
+    Memory holds a digest of each row, and the rows that differ.
+    """
+    columns = [c for c in before.manifest["columns"] if c in after.manifest["columns"] and c not in PIXELS]
+    old, new = _digests(before, columns), _digests(after, columns)
+    differ = {sample_id for sample_id in old.keys() | new.keys() if old.get(sample_id) != new.get(sample_id)}
+    old_rows, new_rows = _rows(before, columns, differ), _rows(after, columns, differ)
+    old_ledger, new_ledger = _Ledger(before), _Ledger(after)
+    settings = _settings(before.manifest, after.manifest)
+    changes = []
+    for sample_id in sorted(differ):
+        then, now = old_rows.get(sample_id), new_rows.get(sample_id)
+        if then is None:
+            assert now is not None
+            why = [f"was rejected: {reason}" for reason in old_ledger.about_sample(sample_id, now["source_row"])]
+            changes.append(Change(sample_id, now["source_row"], "added", why=why))
+        elif now is None:
+            why = new_ledger.about_sample(sample_id, then["source_row"]) or ["the source does not yield it any more"]
+            changes.append(Change(sample_id, then["source_row"], "removed", why=why))
+        else:
+            changes.append(_changed(then, now, old_ledger, new_ledger, settings))
+    return Diff(before.name, after.name, len(old.keys() & new.keys() - differ), changes, settings)
+
+
+class _Ledger:
+    """What a version rejected on its way, by what it was about."""
+
+    def __init__(self, version: Version) -> None:
+        path = version.path / LEDGER_FILE
+        rows = [row for table in read_batches(path) for row in table.to_pylist()] if path.exists() else []
+        self.by_sample: dict[str, list[str]] = {}
+        self.by_source_row: dict[str, list[str]] = {}
+        self.by_content: dict[tuple[str, str], str] = {}
+        for row in rows:
+            said = f"{row['stage']}: {row['reason']}"
+            if row["content_digest"]:
+                self.by_content[row["sample_id"], row["content_digest"]] = said
+            if row["sample_id"]:
+                self.by_sample.setdefault(row["sample_id"], []).append(said)
+            elif row["source_row"]:
+                self.by_source_row.setdefault(row["source_row"], []).append(said)
+
+    def about_sample(self, sample_id: str, source_row: str) -> list[str]:
+        """Return why a sample has no row."""
+        return sorted(set(self.by_sample.get(sample_id) or self.by_source_row.get(source_row) or []))
+
+    def about(self, sample_id: str, annotation: dict[str, Any]) -> str | None:
+        """Return why an annotation is not there."""
+        return self.by_content.get((sample_id, annotation_digest(annotation)))
+
+
+def _changed(
+    then: dict[str, Any], now: dict[str, Any], old: _Ledger, new: _Ledger, settings: dict[str, tuple[Any, Any]]
+) -> Change:
+    change = Change(now["sample_id"], now["source_row"], "changed")
+    for name in then:
+        if then[name] == now[name]:
+            continue
+        if name not in LISTS:
+            change.fields[name] = {"before": then[name], "after": now[name]}
+            continue
+        gone = [item for item in then[name] or [] if item not in (now[name] or [])]
+        come = [item for item in now[name] or [] if item not in (then[name] or [])]
+        change.fields[name] = {"removed": gone, "added": come}
+        paired = [item for item in map(_unpaired, gone) if item in map(_unpaired, come)]
+        if paired:
+            change.why.append("another pair")  # the same question has found another partner: nobody wrote it anew
+        gone, come = ([item for item in items if _unpaired(item) not in paired] for items in (gone, come))
+        change.why += _why(change.sample_id, gone, come, old, new, settings)
+    change.why = list(dict.fromkeys(change.why))
+    return change
+
+
+def _why(
+    sample_id: str,
+    gone: list[dict[str, Any]],
+    come: list[dict[str, Any]],
+    old: _Ledger,
+    new: _Ledger,
+    settings: dict[str, tuple[Any, Any]],
+) -> list[str]:
+    """Say why texts went and came: a stage rejected them, or another prompt or model wrote others."""
+    said = [new.about(sample_id, item) for item in gone]
+    said += [f"was rejected: {reason}" for item in come if (reason := old.about(sample_id, item))]
+    prompts = {item["prompt_id"] for item in gone} ^ {item["prompt_id"] for item in come} if gone and come else set()
+    if any(item["prompt_id"] == REVIEWED for item in come):
+        said.append("edited in review")
+    elif prompts:
+        said.append("another prompt")
+    elif "model" in settings and gone and come:
+        said.append("another model")
+    elif gone and come and not any(said):
+        said.append("another reply")
+    return [reason for reason in said if reason]
+
+
+def _unpaired(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if name != "pair_id"}
+
+
+def _digests(version: Version, columns: list[str]) -> dict[str, str]:
+    """Return a digest of each row and its split, by sample."""
+    return {row["sample_id"]: digest([split, row]) for split, batch in version.batches(columns) for row in batch.to_pylist()}
+
+
+def _rows(version: Version, columns: list[str], wanted: set[str]) -> dict[str, dict[str, Any]]:
+    return {
+        row["sample_id"]: row | {"split": split}
+        for split, batch in version.batches(columns)
+        for row in (batch.to_pylist() if wanted else ())
+        if row["sample_id"] in wanted
+    }
+
+
+def _settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs of what made the versions: source, model, prompts and the settings by name."""
+    then, now = (
+        {
+            "source": m["source"],
+            "model": m["model"],
+            "prompts": sorted(m["prompts"]),
+            "columns": m["columns"],
+            **_flat(current_settings(m["config"])),
+        }
+        for m in (before, after)
+    )
+    return {name: (then.get(name), now.get(name)) for name in {**then, **now} if then.get(name) != now.get(name)}
+
+
+def _flat(config: dict[str, Any], prefix: str = "config.") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found

@@ -1,0 +1,186 @@
+"""The dataset folder: where everything lies, how it is written, and how a version is read.
+
+Files appear whole or not at all: they are written aside, flushed to the disk and renamed. A file that would not change is
+left alone, so that a second run of the same command touches nothing. The folder of a run on a cluster may lie in an object
+store (objects.py): there, files are made on a disk, and put.
+"""
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import Config
+from pipeline.dataset.paths import DATA
+from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.errors import ConfigError, StoreError
+from pipeline.storage.files import open_parquet, read_json, read_table, write_json
+from pipeline.storage.lock import lease
+from pipeline.storage.object_store import is_remote
+from pipeline.tables import current_names, old_name
+from pipeline.types import SampleBatch
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetDir:
+    """Paths within one dataset folder."""
+
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        """The resolved config."""
+        return self.path / "run.json"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the last run, under today's names. Raises ValueError where the file holds none."""
+        return Config.model_validate(read_json(self.run_file)).model_dump(mode="json")
+
+    @property
+    def journal(self) -> Path:
+        """Raw replies of the one writer on this machine."""
+        return self.path / "journal" / "local.sqlite"
+
+    @property
+    def server_log(self) -> Path:
+        """What a vLLM server that we started has printed."""
+        return self.path / "vllm.log"
+
+    def stage(self, name: str, which: str = "kept") -> Path:
+        """Rows that a stage kept or rejected."""
+        return self.path / "stages" / name / f"{which}.parquet"
+
+    def stage_files(self, name: str, which: str = "kept") -> list[Path]:
+        """Return the files of rows that a stage kept or rejected: one, or one of each shard of a run on a cluster."""
+        own = self.stage(name, which)
+        below = "*/*" if is_remote(self.path) else "*"
+        return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/stages/{name}/{which}.parquet"), key=str)
+
+    @property
+    def finished(self) -> Path:
+        """What a run on a cluster leaves when all shards are done; without it they may be of several runs."""
+        return self.path / "shards" / "finished.json"
+
+    def provenance(self, stage: str) -> Path:
+        """The source or the model that a stage used: a run that starts after it must not name another one."""
+        return self.path / "stages" / stage / "made_by.json"
+
+    @property
+    def reviews(self) -> Path:
+        """Reviews of texts by people, applied by `synth review apply`."""
+        return self.path / "review" / "marks.jsonl"
+
+    @property
+    def cost(self) -> Path:
+        """What asking has taken so far."""
+        return self.path / "stages" / "generate" / "cost.json"
+
+    @property
+    def push_file(self) -> Path:
+        """Which version was pushed where."""
+        return self.path / "pushed.json"
+
+    def pushed(self) -> list[dict[str, str]]:
+        """Return every push from here: version, repo and commit."""
+        return list(read_json(self.push_file)["pushed"]) if self.push_file.exists() else []
+
+    def record_push(self, version: str, repo: str, commit: str) -> None:
+        """Remember a push; the same one twice is noted once."""
+        push = {"version": version, "repo": repo, "commit": commit}
+        write_json(self.push_file, {"pushed": [*(known for known in self.pushed() if known != push), push]})
+
+    def versions(self) -> list[Version]:
+        """Return all finished versions, oldest first."""
+        folders = (self.path / "versions").glob("v*")
+        return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
+
+    def version(self, name: str | None = None) -> Version:
+        """Return the version of that name, or the newest. Raises StoreError where there is none."""
+        found = [version for version in self.versions() if name in (None, version.name)]
+        if not found:
+            known = ", ".join(version.name for version in self.versions()) or "none"
+            raise StoreError(
+                f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {known}; `synth generate` makes one"
+            )
+        return found[-1]
+
+    @contextmanager
+    def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
+        """Be the only writer of this folder. Raises StoreError where another process is, unless told to wait for it.
+
+        In an object store a killed one is waited for, and `say` told of it; what is yielded raises StoreError where we were
+        taken for dead ourselves.
+        """
+        if is_remote(self.path):
+            with lease(self.path / ".lock", say=say) as check:
+                yield check
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise StoreError(
+                    f"another process is writing to {self.path}", hint="wait for it, or choose another --out"
+                ) from None
+            yield lambda: None
+
+
+def open_dataset(path: Path | None, version: str | None = None) -> Version:
+    """Return a version by a dataset folder, a version folder, or the last one made under `data/`.
+
+    Raises:
+        StoreError: there is no such dataset or version.
+    """
+    if path is None:
+        path = last_made()
+    if (path / MANIFEST).exists():
+        found = read_version(path)
+        if version not in (None, found.name):
+            raise StoreError(f"{path} is {found.name}, not {version}", hint="name the dataset folder instead")
+        return found
+    if not is_remote(path) and not path.is_dir():
+        raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
+    return DatasetDir(path).version(version)
+
+
+def last_made() -> Path:
+    """Return the dataset folder under `data/` whose newest version was written last."""
+    manifests = sorted(DATA.glob("*/versions/v*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not manifests:
+        raise StoreError(f"no dataset under {DATA}/", hint="make one: `synth generate --source scenes`, or name its folder")
+    return manifests[-1].parents[2]
+
+
+def read_exclusions(dataset: DatasetDir) -> pa.Table:
+    """Return the images and texts that must not be learned from (tables.EXCLUSIONS)."""
+    path, old = dataset.stage("source", "exclusions"), dataset.stage("source", "banned")  # its name in earlier releases
+    table = read_table(old if old.exists() and not path.exists() else require_file(path))
+    return table.rename_columns(current_names(table.column_names))
+
+
+def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the samples (tables.SAMPLE) as they were written: one row group a batch."""
+    file = open_parquet(shard.stage("source"))
+    there = file.schema_arrow.names
+    wanted = None if columns is None else [old_name(name, there) for name in columns]
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=wanted)
+        yield from table.rename_columns(current_names(table.column_names)).combine_chunks().to_batches()
+
+
+def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
+    """Yield the ids and images of all samples, a batch at a time."""
+    for batch in read_samples(shard, ["sample_id", "images"]):
+        yield list(zip(batch["sample_id"].to_pylist(), map(tuple, batch["images"].to_pylist()), strict=True))
+
+
+def require_file(path: Path) -> Path:
+    """Return a path that must be there. Raises ConfigError where it is not."""
+    if not path.exists():
+        raise ConfigError(f"{path} is missing", hint="run once without --from-stage")
+    return path

@@ -1,0 +1,76 @@
+"""Manifest: what a version says of the run that made it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.digests import file_digest, public_name
+from pipeline.tasks import wire_schema
+from pipeline.tasks.answer import TASK as ANSWER
+from pipeline.tasks.prompts import prompt_texts
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """What one stage did to its rows; kept and rejected add up to the input."""
+
+    stage: str
+    unit: str
+    input: int
+    kept: int
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+def asked_tasks(config: Config) -> tuple[str, ...]:
+    """Return all that a model is asked in a run."""
+    return (*config.tasks, *([ANSWER] if set(config.verify.checks) - {"alignment"} else []))
+
+
+def describe_run(
+    config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a manifest says of the run that made a version."""
+    tasks = asked_tasks(config)
+    return {
+        "source": {name: source[name] for name in ("name", "revision")},
+        "model": model,
+        "prompts": prompt_texts(tasks, config.generate.prompt_dir),
+        "schemas": {task: wire_schema(task) for task in tasks},
+        "config": publishable_settings(config, source["name"], model["name"]),
+        "funnel": [asdict(summary) for summary in funnel],
+        "measured": statistics,
+    }
+
+
+def describe_leakage(source: dict[str, Any], funnel: list[StageSummary], groups: int, contaminated: int) -> dict[str, Any]:
+    """Return what was done so that nothing held out is learned from, here or elsewhere.
+
+    Args:
+        source: what is known of the source.
+        funnel: what each stage did.
+        groups: how many groups of several images look alike.
+        contaminated: how many texts are also in a data set of --exclude.
+    """
+    rejected = {summary.stage: summary.rejected for summary in funnel}
+    return {
+        "compared_as": source["compared_as"],
+        "groups_of_images": groups,
+        "near_held_out_annotations": rejected["dedupe"].get("near_held_out_image", 0),
+        "never": source["never"],
+        "banned_images": rejected["source"].get("banned_image", 0),
+        "repeated_texts": contaminated,
+    }
+
+
+def publishable_settings(config: Config, source: str, model: str) -> dict[str, Any]:
+    """Return the settings as a manifest holds them: without addresses, and with digests or names instead of local paths."""
+    settings = config.model_dump(mode="json", exclude={"base_url", "server"}) | {"source": source, "model": model}
+    settings["exclude"] = [name for name in config.exclude if not name.startswith(("folder:", "parquet:"))]
+    if config.split_list:
+        settings["split_list"] = file_digest(config.split_list)
+    if config.generate.prompt_dir:
+        settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
+    if config.balance.entries:
+        settings["balance"]["entries"] = file_digest(config.balance.entries)
+    settings["verify"]["clip_model"] = public_name(config.verify.clip_model)
+    return settings

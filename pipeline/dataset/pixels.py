@@ -1,0 +1,111 @@
+"""Pixels that did not travel with a version, joined again by `sample_id` from a copy that the reader has."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.dataset.directory import open_dataset
+from pipeline.dataset.shards import SplitWriter
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish, read_version
+from pipeline.digests import file_digest
+from pipeline.errors import StoreError
+from pipeline.storage.files import scratch_folder, write_json
+from pipeline.tables import PIXELS, ROW, SPLITS, features
+
+BATCH_ROWS = 64
+Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
+
+
+def lacks_pixels(version: Version) -> bool:
+    """Whether a version holds ids and texts only."""
+    return not set(PIXELS) & set(version.manifest["columns"])
+
+
+def joined_before(version: Version, home: Path) -> Version | None:
+    """Return the copy that `join_pixels` made under `home`, if it did."""
+    final = _place(version, home)
+    if not (final / MANIFEST).exists():
+        return None
+    joined = read_version(final)
+    return Version(joined.path, joined.manifest, version.repo)
+
+
+def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Version:
+    """Return a copy of a version with its pixels, written under `home`; rows stand in the order of the images.
+
+    Raises:
+        StoreError: images of some rows are not there.
+    """
+    texts = version.batches(version.manifest["columns"])
+    rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}
+    count = len(rows)
+    with scratch_folder(home) as draft:
+        columns = {*version.manifest["columns"], *version.manifest["pixel_columns"]}
+        _write(draft, rows, images, pa.schema([field for field in ROW if field.name in columns]))
+        if rows:
+            raise StoreError(
+                f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}",
+                hint="sample_id is the sha256 of an image's file: the very files are needed, unchanged",
+            )
+        files = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size} for path in sorted(draft.iterdir())}
+        schema = pq.read_schema(draft / next(iter(files)))
+        joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
+        write_json(draft / MANIFEST, version.manifest | joined)
+        for name in (LEDGER_FILE, CARD_FILE):
+            shutil.copy(version.path / name, draft / name)
+        final = _place(version, home)
+        publish(draft, final)
+    return Version(final, version.manifest | joined, version.repo)
+
+
+def images_of_files(folder: Path) -> Iterator[Images]:
+    """Yield every file of a folder under the sha256 of its bytes."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        yield file_digest(path), (path.read_bytes(),)
+
+
+def images_of_dataset(folder: Path) -> Iterator[Images]:
+    """Yield the images of a version of this machine."""
+    version = open_dataset(folder)
+    if lacks_pixels(version):
+        raise StoreError(f"{folder} holds no pixels either", hint="name the folder of the image files, or a source")
+    columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
+    for _, batch in version.batches(columns, BATCH_ROWS):
+        for row in batch.to_pylist():
+            pages = row.get("pages") or [row["image"]]
+            yield row["sample_id"], tuple(page["bytes"] for page in pages)
+
+
+def _write(folder: Path, rows: dict[str, dict[str, Any]], images: Iterable[Images], schema: pa.Schema) -> None:
+    """Write each row as soon as its pixels come by, and take it out of `rows`."""
+    writers: dict[str, SplitWriter] = {}
+    held: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        for split in SPLITS:
+            mine = [row for row in held if row["split"] == split]
+            if mine:
+                writer = writers.setdefault(split, SplitWriter(folder, split, schema))
+                writer.add(pa.Table.from_pylist(mine, schema=schema))
+        held.clear()
+
+    for sample_id, pages in images:
+        row = rows.pop(sample_id, None)
+        if row is None:
+            continue
+        pixels = [{"bytes": page, "path": None} for page in pages]
+        row |= {"pages": pixels} if len(pages) > 1 else {"image": pixels[0]}
+        held.append(row)
+        if len(held) == BATCH_ROWS:
+            flush()
+    flush()
+    for writer in writers.values():
+        writer.close()
+
+
+def _place(version: Version, home: Path) -> Path:
+    return home / f"{version.name}-{version.manifest['digest'][:12]}"

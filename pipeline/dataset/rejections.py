@@ -1,0 +1,39 @@
+"""Rejections: one line for everything that a stage rejected, kept with the version that lacks it."""
+
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
+
+from pipeline.dataset.directory import DatasetDir, require_file
+from pipeline.digests import annotation_digest
+from pipeline.storage.files import read_batches
+from pipeline.tables import LEDGER
+
+
+def read_rejections(shard: DatasetDir, stages: Iterable[str]) -> Iterator[pa.Table]:
+    """Yield what the stages of a shard rejected (tables.LEDGER), in order."""
+    for stage in stages:
+        for table in read_batches(require_file(shard.stage(stage, "rejected"))):
+            yield list_rejections(stage, table)
+
+
+def list_rejections(stage: str, table: pa.Table) -> pa.Table:
+    """Return the rejections (tables.LEDGER) of the rows that a stage rejected.
+
+    A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of an annotation's words as a
+    version would have had them. The words themselves may be what the row was rejected for, and are left out.
+    """
+    return pa.Table.from_pylist(
+        [
+            {
+                "stage": stage,
+                "reason": row["reason"],
+                "source_row": row.get("source_row"),
+                "sample_id": row.get("sample_id"),
+                "task": row.get("task"),
+                "content_digest": annotation_digest(row) if "task" in row else None,
+            }
+            for row in table.to_pylist()
+        ],
+        schema=LEDGER,
+    )

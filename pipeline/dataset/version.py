@@ -1,0 +1,160 @@
+"""One immutable version of a dataset: Parquet shards, a manifest and a card in one folder."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import total_ordering
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.dataset.paths import dataset_folder
+from pipeline.errors import ConfigError, StoreError
+from pipeline.storage.files import flush_folder, move, open_parquet, read_table, remove
+from pipeline.storage.object_store import is_remote
+from pipeline.tables import SPLITS, TABLE_VERSION
+
+LEDGER_FILE = "ledger.parquet"
+MANIFEST = "manifest.json"
+CARD_FILE = "README.md"
+_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
+_VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
+
+
+@total_ordering
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable version of a dataset: a folder with Parquet shards, a manifest and a card."""
+
+    path: Path
+    manifest: dict[str, Any]
+    repo: str | None = None  # of the Hub that it came from; its files lie in a cache then
+
+    @property
+    def name(self) -> str:
+        """Return the semantic version with a leading v."""
+        return str(self.manifest["version"])
+
+    @property
+    def number(self) -> tuple[int, ...]:
+        """Return (major, minor, patch)."""
+        return parse_version(self.name)
+
+    @property
+    def dataset_dir(self) -> Path:
+        """Return the folder for what is made of this version: the dataset folder that holds it, or its own parent."""
+        if self.repo:
+            return dataset_folder(self.repo)
+        home = home_of(self.path.resolve())
+        return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
+
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows there are in all splits."""
+        return sum(self.manifest["rows"].values())
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a list of versions shows. The date is that of the manifest's file: rows and manifest hold no clock."""
+        written = datetime.fromtimestamp((self.path / MANIFEST).stat().st_mtime, UTC)
+        kept = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
+        size = sum(about["bytes"] for about in self.manifest["files"].values())
+        return kept | {"bytes": size, "date": written.strftime("%Y-%m-%d %H:%M")}
+
+    def __lt__(self, other: "Version") -> bool:
+        return self.number < other.number
+
+    def shards(self, split: str) -> list[Path]:
+        """Return the Parquet files of a split, in order."""
+        return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
+
+    def batches(
+        self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS
+    ) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield all rows with the split that they are in, a batch at a time. Raises StoreError where a shard is damaged."""
+        for split in splits:
+            for shard in self.shards(split):
+                try:
+                    for batch in open_parquet(shard).iter_batches(batch_size=rows, columns=columns):
+                        yield split, batch
+                except (OSError, pa.ArrowInvalid) as error:
+                    raise self.damaged(error) from None
+
+    def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
+        """Read the rows of a split. Raises StoreError where the version has none."""
+        shards = self.shards(split)
+        if not shards:
+            raise StoreError(f"{self.name} has no rows in its {split} split", hint="make more samples, or choose another split")
+        try:
+            return pa.concat_tables([read_table(shard, columns) for shard in shards])
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self.damaged(error) from None
+
+    def damaged(self, error: Exception) -> StoreError:
+        """Return the error to raise where a file of this version cannot be read."""
+        return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
+
+
+def home_of(version: Path) -> Path:
+    """Return the dataset folder that holds a version's folder, or where there is none what the version lies in."""
+    return version.parent.parent if version.parent.name == "versions" else version.parent
+
+
+def parse_version(name: str) -> tuple[int, ...]:
+    """Return the numbers of a name such as v1.2.3. Raises ConfigError where it is none."""
+    found = _VERSION_NAME.fullmatch(name)
+    if not found:
+        raise ConfigError(f"not a version: {name}", hint="versions are named like v1.0.0; `synth versions` lists them")
+    return tuple(int(part) for part in found.groups())
+
+
+def read_version(folder: Path) -> Version:
+    """Open a version folder. Raises StoreError where it is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        parse_version(manifest["version"])
+        newer = manifest["table_version"] > TABLE_VERSION
+        strange = [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
+    if newer:
+        raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")
+    if strange:  # a manifest from elsewhere must not make us read, or publish, any other file
+        raise StoreError(f"the manifest of {folder} names files that are no shards: {strange[0]!r}", hint="do not use it")
+    return Version(folder, manifest)
+
+
+def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
+    """Give a draft its final name: readers see all of a version or nothing.
+
+    On a disk, the Parquet files join the others in `draft`, all are flushed, and the folder is renamed. Objects are moved one
+    by one, and the manifest last: a version is a folder that has a manifest.
+
+    Args:
+        draft: holds the ledger, the card and the manifest.
+        final: the folder of the version.
+        files: Parquet files that lie elsewhere, and the name of each.
+
+    Raises:
+        StoreError: the version exists already.
+    """
+    if is_remote(final):
+        if (final / MANIFEST).exists():
+            raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
+        remove(final)  # files that a killed command has moved there
+        move([(path, final / name) for path, name in files])
+        for names in ((LEDGER_FILE, CARD_FILE), (MANIFEST,)):
+            move([(draft / name, final / name) for name in names])
+        return
+    move([(path, draft / name) for path, name in files])
+    for entry in draft.iterdir():
+        if entry.is_dir():
+            remove(entry)
+            continue
+        with entry.open("rb") as handle:
+            os.fsync(handle.fileno())
+    draft.rename(final)
+    flush_folder(final.parent)

@@ -1,0 +1,46 @@
+"""Digests: what makes two things the same. A digest here never depends on a clock, a host, or the order of a set."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.tables import final_value
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a JSON value, written in one way only: sorted keys, no white space."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON encoding of a value that digests are made from."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def annotation_digest(annotation: dict[str, Any]) -> str:
+    """Return the name of what an annotation says in the end: a caption by its text, a pair by its question and answer."""
+    return digest([final_value(annotation, name) for name in ("text", "question", "answer")])
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_to_unit(*parts: object) -> float:
+    """Return a number in [0, 1) that depends on `parts` alone and is spread evenly over many of them."""
+    return int.from_bytes(hashlib.sha256(canonical([str(part) for part in parts])).digest()[:8], "big") / 2**64
+
+
+def weights_revision(folder: Path) -> str:
+    """Return a digest over all files of a model folder but its card."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("README"))
+    return digest([[path.name, file_digest(path)] for path in files])[:16]
+
+
+def public_name(model: str) -> str:
+    """Return what may be told of a model: its name without a path, and without the revision that a server puts behind it."""
+    name = model.rpartition("@")[0] or model
+    return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

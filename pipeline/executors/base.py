@@ -1,0 +1,154 @@
+"""What a run is, whichever executor carries it out: its settings, its shards, and what it returns.
+
+An executor fills shards (it reads the source, asks the model, and judges rows one by one) and applies functions to them. What
+compares rows runs in the process of the command, over the shards' files.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import pyarrow.compute as pc
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError, TableError
+from pipeline.inference.queue import RequestStats
+from pipeline.progress import Progress
+from pipeline.stages.base import (
+    RunPlan,
+    Services,
+    Stage,
+    compare_stage,
+    judge_stage,
+    prepare_stage,
+    require_stage,
+    summarize_stage,
+)
+from pipeline.stages.version import WrittenRows, publish_shards, write_rows
+from pipeline.storage.files import read_batches, read_json, scratch_folder
+
+T = TypeVar("T")
+UNITS = {"source": "images", "generate": "requests"}  # of all other stages: annotations
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run made: the version, whether it is new, how many requests it took, and what each stage did."""
+
+    version: Version
+    is_new: bool
+    stats: RequestStats
+    funnel: list[StageSummary]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """How a run is spread: over which cluster (None: one on this machine), how many shards, and how many workers that ask."""
+
+    address: str | None = None
+    shards: int | None = None
+    workers: int | None = None
+
+
+class Executor(Protocol):
+    """Applies functions to the shards of a run."""
+
+    @property
+    def shards(self) -> Sequence[DatasetDir]:
+        """The dataset folders of all shards, in the order of their rows."""
+        ...
+
+    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
+        """Apply a function to every shard, and return what it returns, in order."""
+        ...
+
+    def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
+        """Apply a function to every shard and an empty folder of its own, of which the files end up below `draft`."""
+        ...
+
+
+def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
+    """Run the stages of a shard up to the first that compares rows with those of other shards; of that, what it prepares."""
+    for stage in stages:
+        prepare_stage(stage, shard, before, plan, services)
+        if stage.compare:
+            return
+        judge_stage(stage, shard, before, plan)
+        before = stage.name
+
+
+def compare_rows(
+    executor: Executor, dataset: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, progress: Progress
+) -> None:
+    """Run the stages from the first that compares rows: comparisons here, judging shard by shard."""
+    for done, stage in enumerate(stages, start=1):
+        if stage.compare:
+            compare_stage(stage, executor.shards, dataset, before, plan, progress)
+        executor.map(partial(judge_stage, stage, before=before, plan=plan))
+        progress("curate", done, len(stages), {"last": stage.name})
+        before = stage.name
+
+
+def publish(
+    executor: Executor, dataset: DatasetDir, stages: Sequence[Stage], plan: RunPlan, check: Callable[[], None]
+) -> tuple[Version, bool, list[StageSummary]]:
+    """Make the version that the shards hold by now; see `stages.version.publish_shards`."""
+    funnel = summarize_shards(executor, stages, plan)
+    source = read_json(dataset.provenance("source"))
+    names = ("source", *(stage.name for stage in stages))
+    check()
+    with scratch_folder(dataset.path / "versions") as draft:
+        write = partial(write_rows, stages=names, source=source)
+        written = executor.map_with_scratch(write, draft)
+        version, is_new = publish_shards(dataset, executor.shards, written, draft, plan, funnel, check)
+    return version, is_new, funnel
+
+
+def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan) -> list[StageSummary]:
+    """Return what each stage did to all shards.
+
+    Raises:
+        ConfigError: not every image was asked about.
+        TableError: a stage was not given what the stage before it kept.
+    """
+    names = ("source", "generate", *(stage.name for stage in stages))
+    counts = executor.map(partial(_count_rows, names=names))
+    funnel: list[StageSummary] = []
+    for name in names:
+        rejected: dict[str, int] = {}
+        for of_shard in counts:
+            for reason, count in of_shard[name][1].items():
+                rejected[reason] = rejected.get(reason, 0) + count
+        kept = sum(of_shard[name][0] for of_shard in counts)
+        most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
+        funnel.append(summarize_stage(name, UNITS.get(name, "annotations"), kept, most_first))
+    if funnel[1].kept != funnel[0].kept * len(plan.requests):
+        raise ConfigError("not every image has been asked about yet", hint="run once without --from-stage")
+    for before, summary in pairwise(funnel[2:]):
+        if summary.input != before.kept:
+            raise TableError(
+                f"stage {summary.stage} was given {summary.input} rows, of {before.kept}", hint="run without --from-stage"
+            )
+    return funnel
+
+
+def _count_rows(shard: DatasetDir, names: Sequence[str]) -> dict[str, tuple[int, dict[str, int]]]:
+    counts = {name: require_stage(shard, name) for name in names if name != "generate"}
+    return counts | {"generate": (count_requests(shard), {})}
+
+
+def count_requests(shard: DatasetDir) -> int:
+    """Return how many requests the annotations of a shard come from; those of one request stand together."""
+    count, last = 0, None
+    for table in read_batches(shard.stage("generate"), ["request_id"]):
+        ids = table["request_id"].combine_chunks()
+        if len(ids):
+            changes = pc.sum(pc.not_equal(ids[1:], ids[:-1])).as_py() or 0
+            count += changes + (ids[0].as_py() != last)
+            last = ids[-1].as_py()
+    return count

@@ -1,0 +1,135 @@
+"""Run in one process: the dataset folder is the only shard."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir, read_exclusions, require_file
+from pipeline.digests import public_name
+from pipeline.errors import ConfigError
+from pipeline.executors.base import RunResult, T, compare_rows, judge_rows, publish
+from pipeline.images.similarity import choose_image_kind
+from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats
+from pipeline.inference.requests import requests_per_sample
+from pipeline.progress import Progress
+from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.stages.base import RunPlan, Services, Stage
+from pipeline.stages.generate import generate_annotations
+from pipeline.stages.source import write_exclusions, write_source
+from pipeline.stages.version import WrittenRows
+from pipeline.storage.files import read_json, write_json
+from pipeline.types import Source
+
+
+class LocalExecutor:
+    """Applies functions in this process; executors.base.Executor."""
+
+    def __init__(self, dataset: DatasetDir) -> None:
+        self.dataset = dataset
+
+    @property
+    def shards(self) -> Sequence[DatasetDir]:
+        """See Executor."""
+        return [self.dataset]
+
+    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
+        """See Executor."""
+        return [work(self.dataset)]
+
+    def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
+        """See Executor."""
+        path = draft / "rows"
+        path.mkdir()
+        return [work(self.dataset, path)]
+
+
+def run_locally(
+    config: Config, dataset: DatasetDir, stages: Sequence[Stage], start: str, source: Source | None, progress: Progress
+) -> RunResult:
+    """Run all stages from `start` on, and return the version that comes out.
+
+    Args:
+        config: what to make.
+        dataset: the dataset folder, whose lock the caller holds.
+        stages: all stages between generate and version, in order.
+        start: the name of the first stage to run; what the stage before it left is on the disk.
+        source: the samples, where the source is to be read.
+        progress: receives updates.
+
+    Raises:
+        SynthError: whatever a user can mend; finished work stays on the disk.
+    """
+    order = ("source", "generate", *(stage.name for stage in stages), "version")
+    position = order.index(start)
+    choose = cache(partial(choose_engine, config, dataset.server_log, progress))
+    if position <= order.index("generate"):
+        choose()  # before anything is written
+    _forget_other_settings(dataset, config, order[position:])
+    if source is not None:
+        _read_source(dataset, config, source, progress)
+    elif config.exclude and _compared_as(dataset) != choose_image_kind(config):
+        raise ConfigError(
+            "dedupe.images has changed since images were compared with --exclude", hint="run without --from-stage"
+        )
+    asks = position <= order.index("generate")
+    revision = choose().revision if asks else str(read_json(require_file(dataset.provenance("generate")))["revision"])
+    plan = RunPlan(dataset, config, revision, choose_image_kind(config), requests_per_sample(config))
+    stats = RequestStats()
+    todo = [stage for stage in stages if order.index(stage.name) >= position]
+    with open_engine(partial(_require_model, choose, revision)) as engine:
+        services = Services(engine, stats, progress)
+        if asks:
+            import_shard_replies(dataset)
+            generate_annotations(dataset, plan, services)
+            write_json(dataset.provenance("generate"), {"name": public_name(choose().model), "revision": revision})
+        before = order[max(position, 2) - 1]
+        judge_rows(dataset, todo, before, plan, services)
+    executor = LocalExecutor(dataset)
+    comparing = next((n for n, stage in enumerate(todo) if stage.compare), len(todo))
+    compare_rows(executor, dataset, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
+    version, is_new, funnel = publish(executor, dataset, stages, plan, lambda: None)
+    return RunResult(version, is_new, stats, funnel)
+
+
+def import_shard_replies(dataset: DatasetDir) -> None:
+    """Take over the replies of runs on a cluster in the same folder."""
+    journals = sorted(dataset.path.glob("shards/*/journal/local.sqlite"))
+    if journals:
+        with Journal(dataset.journal) as journal:
+            for path in journals:
+                with Journal(path):
+                    pass  # brings in what a killed worker has left beside it
+                journal.import_replies(path, "", "g")  # behind every digest
+
+
+def _forget_other_settings(dataset: DatasetDir, config: Config, stages: Sequence[str]) -> None:
+    """Remove stage files that other settings have made: a later run that starts in the middle must not take them for ours."""
+    settings = config.model_dump(mode="json")
+    if not dataset.run_file.exists() or dataset.settings() != settings:
+        for name in stages:
+            for which in ("kept", "rejected"):
+                dataset.stage(name, which).unlink(missing_ok=True)
+    write_json(dataset.run_file, settings)
+
+
+def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
+    excluded = write_exclusions(dataset, config, progress)
+    kind = choose_image_kind(config)
+    write_source(dataset, source.rows, ExclusionIndex.of(read_exclusions(dataset), kind), config.limit, progress)
+    described = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": excluded}
+    write_json(dataset.provenance("source"), described | {"compared_as": kind})
+
+
+def _compared_as(dataset: DatasetDir) -> str | None:
+    compared_as: str | None = read_json(require_file(dataset.provenance("source"))).get("compared_as")
+    return compared_as
+
+
+def _require_model(choose: Callable[[], EngineChoice], revision: str) -> EngineChoice:
+    """Return the engine. Raises ConfigError where another model answers now than the one that wrote the annotations."""
+    if choose().revision != revision:
+        raise ConfigError("another model answers now than the one that wrote", hint="run without --from-stage")
+    return choose()

@@ -1,0 +1,174 @@
+"""Ray: where it runs, how many work at once, and how a function is applied to every shard."""
+
+import logging
+import math
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipeline.errors import ClusterError, SynthError, one_line
+
+T = TypeVar("T")
+CONNECT_SECONDS = 10
+MIN_CLUSTER_CPUS = 2  # Ray counts a CPU for each task that reads, and would wait for one for ever
+MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """How many workers ask at once, and what each holds of the cluster."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def open_cluster(address: str | None) -> Iterator[None]:
+    """Join the cluster at an address, or start one on this machine that ends with this process.
+
+    Raises:
+        ClusterError: Ray is not installed, or there is no cluster at the address.
+    """
+    if find_spec("ray") is None:
+        raise ClusterError("--executor ray needs the package ray", hint="install synth with its extra `ray`")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of actors that may restart is said to nobody
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    host, _, port = address.rpartition(":")
+    options: dict[str, Any] = (
+        {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
+    )
+    try:
+        if port.isdigit() and "/" not in host:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself tries for minutes
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Ray cluster at {address}: {one_line(error)}",
+            hint="start one with `ray start --head`; one that wants a token: RAY_AUTH_MODE=token",
+        ) from None
+    import ray.data  # which sets up its own log
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1  # a shard may take hours
+    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that are lost: standard output is for what was made
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
+    """Return how the asking is spread over the cluster: a worker for each GPU, or for each CPU but one.
+
+    Where each worker loads a model and there are no GPUs, there is one for each node: a model takes all of its CPUs. A pool
+    that holds every CPU would wait for ever for one that reads.
+
+    Raises:
+        ClusterError: the cluster has no room for so many workers.
+    """
+    import ray
+
+    known = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = known.get("CPU", 0.0), known.get("GPU", 0.0)
+    on_gpus = loads_model and own_server and gpus > 0
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    workers = wanted or int(gpus if on_gpus else nodes if loads_model else max(1, cpus - 1))
+    free = cpus - 1  # one is left for what reads
+    if cpus < MIN_CLUSTER_CPUS or workers * MIN_CPUS > free:
+        raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")
+    if on_gpus and workers > gpus:
+        raise ClusterError(
+            f"{workers} workers with a server each do not fit on {gpus:g} GPUs", hint="pass fewer --workers, or --base-url"
+        )
+    share = math.floor(100 * min(1.0, free / workers)) / 100
+    return WorkerPlan(workers, share, 1.0 if on_gpus else 0.0)
+
+
+def map_on_cluster(
+    count: int, work: Callable[[int], T], workers: WorkerPlan | None = None, report: Callable[[int], None] | None = None
+) -> list[T]:
+    """Apply a function to every index below `count` on the cluster, and return the results in order.
+
+    A worker that dies is replaced, and its indices are done again.
+
+    Args:
+        count: how many indices there are.
+        work: writes files that appear whole or not at all. It is pickled; with `workers`, each worker has a copy of its own.
+        workers: how many at once; None: as Ray sees fit. A function that is a context manager is left in the end.
+        report: receives how many are done.
+
+    Raises:
+        SynthError: the first that a worker has raised.
+        ClusterError: workers died.
+    """
+    results: dict[int, T] = {}
+    for index, result in _map(count, work, workers):
+        results[index] = result
+        if report:
+            report(len(results))
+    return [results[index] for index in range(count)]
+
+
+def _map(count: int, work: Callable[[int], T], workers: WorkerPlan | None) -> Iterator[tuple[int, T]]:
+    """Yield (index, result) as they are done."""
+    import ray.data
+    import ray.exceptions as lost
+
+    indices = ray.data.range(count, override_num_blocks=count)
+    if workers:
+        pool = ray.data.ActorPoolStrategy(size=workers.workers)
+        done = indices.map_batches(
+            _Worker, fn_constructor_args=(work,), batch_size=1, batch_format="pyarrow", compute=pool,
+            num_cpus=workers.cpus, num_gpus=workers.gpus,
+        )  # fmt: skip
+    else:
+        done = indices.map_batches(partial(_apply, work), batch_size=1, batch_format="pyarrow")
+    try:
+        for row in done.iter_rows():
+            result, error = pickle.loads(row["outcome"])  # noqa: S301  # of our own workers
+            if error:
+                raise error
+            yield row["id"], result
+    except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
+        what = f"workers died again and again: {one_line(died)}"
+        raise ClusterError(what, hint="was memory short? the same command goes on with what is done") from None
+
+
+class _Worker:
+    """Keeps a function and what it has made for the next index: a server, a model."""
+
+    def __init__(self, work: Callable[[int], Any]) -> None:
+        self.work = work
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _apply(self.work, batch)
+
+    def __del__(self) -> None:  # Ray drops it before the worker ends
+        if isinstance(self.work, AbstractContextManager):
+            self.work.__exit__(None, None, None)
+
+
+def _apply(work: Callable[[int], Any], batch: pa.Table) -> pa.Table:
+    rows = []
+    for index in batch["id"].to_pylist():
+        try:
+            outcome: tuple[Any, SynthError | None] = (work(index), None)
+        except SynthError as error:
+            outcome = (None, error)
+        rows.append({"id": index, "outcome": pickle.dumps(outcome)})
+    return pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.int64()), ("outcome", pa.binary())]))

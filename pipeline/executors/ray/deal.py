@@ -1,0 +1,69 @@
+"""Deal rows of a source out to shards: each reader writes one file, with a batch of rows for every shard.
+
+Files appear whole or not at all, and the same input gives the same file: a reader that died is replaced by one that writes its
+file again.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.storage.files import atomic_write
+from pipeline.storage.object_store import is_remote, open_object
+
+Indices = npt.NDArray[np.int64]
+AHEAD_BYTES = 1 << 16  # read of an object from where a batch begins
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Files of rows in one folder that all workers see, or in an object store."""
+
+    path: Path
+    shards: int
+
+    def write(self, reader: int, tables: Iterable[pa.Table], shard_of: Callable[[pa.Table], Indices]) -> None:
+        """Write the rows of a reader, each for its shard, in the order in which they come; memory holds one table."""
+        with atomic_write(self.file(reader)) as path, path.open("wb") as sink:
+            writer = None
+            for table in tables:
+                options = pa.ipc.IpcWriteOptions(compression="lz4")
+                writer = writer or pa.ipc.new_file(sink, table.schema, options=options)
+                shard = shard_of(table)
+                order = np.argsort(shard, kind="stable")
+                bounds = np.searchsorted(shard[order], np.arange(self.shards + 1)).tolist()
+                ordered = table.take(pa.array(order)).combine_chunks()
+                for first, end in pairwise(bounds):
+                    batches = ordered.slice(first, end - first).to_batches()
+                    writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema))
+            if writer:
+                writer.close()
+
+    def read(self, shard: int, readers: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one shard, reader after reader."""
+        for reader in range(readers):
+            with _open(self.file(reader)) as source:
+                file = pa.ipc.open_file(source)
+                for number in range(shard, file.num_record_batches, self.shards):
+                    yield file.get_batch(number)
+
+    def file(self, reader: int) -> Path:
+        """Return where the rows of a reader lie; the file is there once all of them are."""
+        return self.path / f"{reader:05d}.arrow"
+
+    def by_hash(self, names: Iterable[str]) -> Indices:
+        """Return the shard of each of some names."""
+        return np.array([zlib.crc32(name.encode()) for name in names], np.int64) % self.shards
+
+
+def _open(path: Path) -> AbstractContextManager[Any]:
+    """Open a file of batches, of which one is read: a map of the file, or ranges of an object."""
+    return open_object(path, AHEAD_BYTES) if is_remote(path) else pa.memory_map(str(path))

@@ -1,0 +1,258 @@
+"""Run on a Ray cluster: shards are filled by workers, compared by the command, and become the version of a run in one process.
+
+Every step writes files that appear whole or not at all, and depends on files alone: whatever dies, the same command goes on.
+Replies are in the journals of the shards, and are never asked for again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import digest, file_digest, public_name
+from pipeline.errors import ConfigError
+from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, publish
+from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
+from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
+from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_result, read_slice, sum_fill_results
+from pipeline.images.similarity import choose_image_kind
+from pipeline.inference.engines import choose_engine
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats
+from pipeline.inference.requests import requests_per_sample
+from pipeline.progress import NullProgress, Progress
+from pipeline.sources import is_divisible, open_source
+from pipeline.stages.base import RunPlan, Stage
+from pipeline.stages.source import write_exclusions
+from pipeline.stages.version import WrittenRows
+from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
+from pipeline.storage.object_store import is_remote, upload_folder
+
+DEFAULT_SHARDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RayExecutor:
+    """Applies functions to shards on the workers of a cluster; executors.base.Executor."""
+
+    run: ShardedRun
+
+    @property
+    def shards(self) -> Sequence[DatasetDir]:
+        """See Executor."""
+        return self.run.shards
+
+    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
+        """See Executor."""
+        return map_on_cluster(self.run.shard_count, partial(_work_on_shard, self.run, work))
+
+    def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
+        """See Executor."""
+        return map_on_cluster(self.run.shard_count, partial(_write_shard, self.run, work, draft))
+
+
+def run_on_cluster(
+    config: Config, dataset: DatasetDir, stages: Sequence[Stage], options: ClusterOptions, progress: Progress
+) -> RunResult:
+    """Run all stages on a Ray cluster and return the version that comes out: the same as of a run in one process.
+
+    Args:
+        config: what to make.
+        dataset: the dataset folder, on a file system that all nodes share or in an object store.
+        stages: all stages between generate and version, in order.
+        options: how the run is spread.
+        progress: receives updates.
+
+    Raises:
+        SynthError: whatever a user can mend; finished work stays on the disk.
+    """
+    with translate_disk_errors(dataset.path):
+        shard_count = _count_shards(dataset, options.shards)
+    choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
+    source = open_source(config)
+    locked = dataset.lock(say=progress.message)
+    with open_cluster(options.address), translate_disk_errors(dataset.path), locked as check:
+        workers = plan_workers(options.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
+        write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
+        write_json(dataset.run_file, config.model_dump(mode="json"))
+        _forget_local_run(dataset, ("source", "generate", *(stage.name for stage in stages), "version"))
+        plan = RunPlan(dataset, config, choice.revision, choose_image_kind(config), requests_per_sample(config))
+        readers = shard_count if is_divisible(config) else 1
+        files = digest(named_files(config))
+        run = ShardedRun(plan, Path.cwd(), shard_count, readers, choice.name, source.revision, files)
+        _begin(run)
+        (excluded,) = map_on_cluster(1, partial(_write_exclusions, run))
+        for text in excluded.messages:
+            progress.message(text)
+        described = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": excluded.described}
+        described |= {"compared_as": plan.image_kind}
+        model = {"name": public_name(choice.model), "revision": choice.revision}
+        write_json(dataset.provenance("source"), described)
+        write_json(dataset.provenance("generate"), model)
+        run = replace(run, inputs=_digest_inputs(run, described, model))
+        first = next(n for n, stage in enumerate(stages) if stage.compare)
+        stats, run = _fill(run, stages[: first + 1], workers, progress)
+        return _finish(run, stages, first, stats, progress, check)
+
+
+def review_on_cluster(
+    config: Config, dataset: DatasetDir, stages: Sequence[Stage], progress: Progress, check: Callable[[], None]
+) -> RunResult:
+    """Apply reviews to texts that a cluster has made, on this machine, and return the version that follows.
+
+    Nothing is read from the source, and no model is asked.
+
+    Args:
+        config: what was made.
+        dataset: the dataset folder, whose lock the caller holds.
+        stages: all stages between generate and version, in order; the last one is run.
+        progress: receives updates.
+        check: raises where the lock is lost.
+    """
+    with open_cluster("local"):
+        plan = RunPlan(dataset, config, "", choose_image_kind(config), requests_per_sample(config))
+        filled = tuple(read_json(dataset.finished)["filled"])
+        files = digest(named_files(config))
+        run = ShardedRun(plan, Path.cwd(), _count_shards(dataset, None), 1, "", "", files, "review", filled)
+        _begin(run)
+        return _finish(run, stages, len(stages) - 1, RequestStats(), progress, check)
+
+
+def _finish(
+    run: ShardedRun, stages: Sequence[Stage], first: int, stats: RequestStats, progress: Progress, check: Callable[[], None]
+) -> RunResult:
+    """Run the stages from `first` on, and make the version that comes out."""
+    executor, dataset = RayExecutor(run), run.plan.dataset
+    check()
+    compare_rows(executor, dataset, stages[first:], stages[first - 1].name, run.plan, progress)
+    version, is_new, funnel = publish(executor, dataset, stages, run.plan, check)
+    write_json(dataset.finished, {"version": version.name, "filled": run.filled})
+    remove(dataset.path / "exchange")
+    return RunResult(version, is_new, stats, funnel)
+
+
+def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progress: Progress) -> tuple[RequestStats, ShardedRun]:
+    """Have the source read and every shard filled; return what was asked, and the run with the folders of its shards."""
+    for old in (run.root / "exchange").glob("*"):
+        if old != run.exchange:
+            remove(old)
+    worker = ShardWorker(run, stages)
+    if not all(read_fill_result(run, index, worker.last_stage) for index in range(run.shard_count)):
+        read = partial(_read_slice, run)
+        map_on_cluster(run.readers, read, report=lambda done: progress("source", done, run.readers))
+    results: list[FillResult] = map_on_cluster(
+        run.shard_count, worker, workers, lambda done: progress("generate", done, run.shard_count, {"unit": "shards"})
+    )
+    stats, cost = sum_fill_results(results)
+    if old_count := sum(result.is_old for result in results):
+        progress.message(f"{old_count} of {run.shard_count} shards were filled before")
+    if cost:
+        write_json(run.plan.dataset.cost, cost)
+    if not is_remote(run.root):
+        return stats, run
+    filled = tuple(result.folder for result in results)
+    for old in (run.root / "shards").glob("*/*"):
+        if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
+            remove(old)  # of an earlier run, or of a worker that was given up
+    return stats, replace(run, filled=filled)
+
+
+def _read_slice(run: ShardedRun, index: int) -> None:
+    run_exclusively(run, "read", index, lambda: read_slice(run, index))
+
+
+def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int) -> T:
+    return run_exclusively(run, _name_of(work), index, lambda: work(run.shard(index)))
+
+
+def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path, index: int) -> WrittenRows:
+    """Write the rows of a shard to a folder of a new name: a worker that was given up must not write into published files."""
+
+    def write() -> WrittenRows:
+        name = f"{index:05d}-{uuid4().hex[:8]}"
+        path = (run.scratch if is_remote(draft) else draft) / name
+        path.mkdir(parents=True)
+        written = work(run.shard(index), path)
+        if not is_remote(draft):
+            return written
+        upload_folder(path, draft / name)
+        remove(path)
+        return replace(written, path=draft / name)
+
+    return run_exclusively(run, "write", index, write)
+
+
+def _name_of(work: Callable[..., Any]) -> str:
+    """Return a name for the count of attempts: of a partial function, that of the function, with the stage that it runs."""
+    function = getattr(work, "func", work)
+    stages = [argument.name for argument in getattr(work, "args", ()) if isinstance(argument, Stage)]
+    return "-".join([function.__name__, *stages])
+
+
+def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
+    """Remove the stage files of a run in one process, which are not of this run; its journal is only read."""
+    for name in stages:
+        for which in ("kept", "rejected"):
+            dataset.stage(name, which).unlink(missing_ok=True)
+    if dataset.journal.exists() and not is_remote(dataset.path):
+        with Journal(dataset.journal):
+            pass  # brings in what a killed run has left beside it
+
+
+def _begin(run: ShardedRun) -> None:
+    """Forget what an earlier run in this folder has tried, and that it was finished."""
+    remove(run.attempts)
+    run.plan.dataset.finished.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Excluded:
+    described: list[dict[str, Any]]
+    messages: list[str]
+
+
+def _write_exclusions(run: ShardedRun, _: int) -> _Excluded:
+    def write() -> _Excluded:
+        progress = RecordingProgress()
+        return _Excluded(write_exclusions(run.plan.dataset, run.config, progress), progress.messages)
+
+    return run_exclusively(run, "exclude", 0, write)
+
+
+class RecordingProgress(NullProgress):
+    """A Progress that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        """See Progress."""
+        if not transient:
+            self.messages.append(text)
+
+
+def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any]) -> str:
+    """Return the digest of all that decides what shards are filled with."""
+    config = run.config
+    later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split"}
+    settings = config.model_dump(mode="json", exclude=later)
+    files = named_files(config)
+    del files["entries"]  # of balance
+    exclusions = file_digest(run.plan.dataset.stage("source", "exclusions"))
+    return digest([installed_version("synth"), settings, source, model, files, exclusions, run.shard_count])
+
+
+def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:
+    """Return how many shards a folder has, or is to have. Raises ConfigError where it has another number."""
+    path = dataset.path / "shards" / "shards.json"
+    known = int(read_json(path)["shards"]) if path.exists() else None
+    if known is not None and wanted not in (None, known):
+        raise ConfigError(
+            f"{dataset.path} has {known} shards, not {wanted}", hint="leave --shards out, or choose another --out"
+        )
+    return known or wanted or DEFAULT_SHARDS

@@ -1,0 +1,117 @@
+"""Fill a shard of an object store on a disk of the node, and copy its journal to the store again and again."""
+
+import logging
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.executors.ray.shards import ShardedRun
+from pipeline.inference.journal import Journal
+from pipeline.storage.object_store import copy_here, download, upload, upload_folder
+
+SAVE_SECONDS = 30.0  # what may have to be asked again when a node is lost
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
+    """Yield a folder of this node to fill a shard in, with the replies that the store has; at the end the store has all.
+
+    Nobody else fills the shard on this node meanwhile, and what a killed worker has left here is used. On another node, a
+    worker that was given up may live on: what either puts into the store has a name of its own.
+    """
+    stored = run.shard(index).journal.parent
+    shard, saved = DatasetDir(run.scratch / "shards" / f"{index:05d}"), stored / f"{uuid4().hex[:8]}.sqlite"
+    with shard.lock(wait=True):
+        known = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
+        for path in known:
+            _fetch_journal(path, shard)
+        with Journal(shard.journal):
+            pass  # makes it, where there is none
+        ended = threading.Event()
+        saving = threading.Thread(target=_keep_saving, args=(shard, saved, ended), daemon=True)
+        saving.start()
+        try:
+            yield shard
+        except BaseException:
+            ended.set()
+            saving.join()
+            _try_to_save(shard, saved)  # the error that is raised already matters more
+            raise
+        ended.set()
+        saving.join()
+        save_journal(shard, saved)
+        for path in known:  # the saved journal has their replies
+            path.unlink(missing_ok=True)
+            _cost_file(path).unlink(missing_ok=True)
+        forget_scratch(shard)
+
+
+def forget_scratch(shard: DatasetDir) -> None:
+    """Remove what filling a shard has left on this node, but for the lock, which others may wait for."""
+    for folder in (shard.journal.parent, shard.path / "stages"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
+    """Put the stage files of a shard into the store, and return the name of their folder there.
+
+    The name is new: a worker that was given up, and lives on, cannot write into the folder.
+    """
+    name = f"{index:05d}/{uuid4().hex[:8]}"
+    upload_folder(shard.path / "stages", run.root / "shards" / name / "stages")
+    return name
+
+
+def save_journal(shard: DatasetDir, path: Path) -> None:
+    """Copy the journal of a shard to the store as it is now, whoever writes to it meanwhile, and the cost of asking."""
+    with TemporaryDirectory() as temporary:
+        copy = Path(temporary) / path.name
+        with closing(sqlite3.connect(shard.journal)) as db, closing(sqlite3.connect(copy)) as other:
+            db.backup(other)
+        upload(copy, path)
+    if shard.cost.exists():
+        upload(shard.cost, _cost_file(path))
+
+
+def _fetch_journal(path: Path, shard: DatasetDir) -> None:
+    """Add the replies of a journal in the store to the journal of a shard."""
+    with copy_here(path) as copy:
+        if shard.journal.exists():
+            with Journal(shard.journal) as journal:
+                journal.import_replies(copy, "", "g")
+        else:
+            shard.journal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(copy, shard.journal)
+    if _cost_file(path).exists() and not shard.cost.exists():
+        download(_cost_file(path), shard.cost)
+
+
+def _cost_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _keep_saving(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
+    with closing(sqlite3.connect(shard.journal)) as db:
+        saved_version = None
+        while not ended.wait(SAVE_SECONDS):
+            (version,) = db.execute("PRAGMA data_version").fetchone()  # changes when another connection has written
+            if version != saved_version and _try_to_save(shard, path):
+                saved_version = version
+
+
+def _try_to_save(shard: DatasetDir, path: Path) -> bool:
+    """Save the journal if the store takes it; the replies are on this node in any case, and the next copy may succeed."""
+    try:
+        save_journal(shard, path)
+    except Exception as error:  # noqa: BLE001  # whatever a store raises
+        log.warning("the journal of %s was not copied to the store: %s", shard.path, error)
+        return False
+    return True

@@ -1,0 +1,176 @@
+"""A run over shards: what every worker knows of it, where its shards lie, and who may work on one."""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.manifest import asked_tasks
+from pipeline.digests import digest, file_digest, weights_revision
+from pipeline.errors import ClusterError
+from pipeline.executors.ray.deal import Deal, Indices
+from pipeline.stages.base import RunPlan
+from pipeline.storage.files import read_json, translate_disk_errors, write_json
+from pipeline.storage.object_store import is_remote
+from pipeline.tasks.prompts import prompt_texts
+
+T = TypeVar("T")
+MAX_DEATHS = 3  # of workers at one shard, before it is given up
+HEX_DIGITS = 8  # of an id, which decide its shard
+_KNOWN_FILES = set[str]()  # digests of named files that this process has checked
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedRun:
+    """A run over shards. Each shard is a dataset folder of its own, with its samples, its journal and its stages.
+
+    The first digits of a sample's id decide its shard: ids are digests, so shards are of nearly one size, and shards in their
+    order hold ids in their order. All workers see the dataset folder: it lies on a shared file system or in an object store.
+    """
+
+    plan: RunPlan
+    working: Path  # the folder that the command was given in: names of files in the settings are relative to it
+    shard_count: int
+    readers: int  # how many parts of the source are read at once
+    engine: str  # as the command has chosen it; workers do not choose again
+    source_revision: str
+    files: str  # digest of the files that the settings name: every worker must see the same
+    inputs: str = ""  # digest of all that decides what the shards are filled with
+    filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return self.plan.config
+
+    @property
+    def root(self) -> Path:
+        """The dataset folder."""
+        return self.plan.dataset.path
+
+    def enter(self) -> None:
+        """Make this process see what the command saw. Raises ClusterError where it cannot."""
+        change_directory(self.working, is_required=not is_remote(self.root))
+        if self.files not in _KNOWN_FILES:
+            if digest(named_files(self.config)) != self.files:
+                raise ClusterError(
+                    "a worker sees other files than the command: prompts, split list, entries, or the folder of a CLIP",
+                    hint="put the same ones at the same path on all nodes",
+                )
+            _KNOWN_FILES.add(self.files)
+
+    @property
+    def shards(self) -> list[DatasetDir]:
+        """The dataset folders of all shards."""
+        return [self.shard(index) for index in range(self.shard_count)]
+
+    def shard(self, index: int) -> DatasetDir:
+        """Return the dataset folder of one shard."""
+        return DatasetDir(self.root / "shards" / (self.filled[index] if self.filled else f"{index:05d}"))
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of the node, for what cannot lie in an object store."""
+        return scratch_root(self.root)
+
+    def shard_of(self, sample_ids: Iterable[str]) -> Indices:
+        """Return the index of the shard of each sample."""
+        first = [int(sample_id[:HEX_DIGITS], 16) for sample_id in sample_ids]
+        return np.array(first, np.int64) * self.shard_count >> 4 * HEX_DIGITS
+
+    def id_range(self, index: int) -> tuple[str, str]:
+        """Return the first id that may be in a shard, and the first one behind it."""
+        first, end = (-(-(at << 4 * HEX_DIGITS) // self.shard_count) for at in (index, index + 1))
+        return f"{first:0{HEX_DIGITS}x}", f"{end:0{HEX_DIGITS}x}" if index + 1 < self.shard_count else "g"
+
+    @property
+    def exchange(self) -> Path:
+        """The folder of rows on their way to shards."""
+        return self.root / "exchange" / self.inputs[:16]
+
+    def deal(self, name: str) -> Deal:
+        """Return the files that carry rows from all readers to all shards."""
+        return Deal(self.exchange / name, self.shard_count)
+
+    @property
+    def attempts(self) -> Path:
+        """The folder that counts how often work was begun in this run and not ended."""
+        return self.root / "shards" / "tries"
+
+
+def change_directory(path: Path, *, is_required: bool) -> None:
+    """Work in the folder of the command, so that relative names mean the same. Raises ClusterError where it is required."""
+    try:
+        os.chdir(path)
+    except OSError as error:
+        if is_required:
+            raise ClusterError(
+                f"a worker cannot see {path}: {error.strerror}", hint="use a file system that all nodes share"
+            ) from None
+
+
+def named_files(config: Config) -> dict[str, Any]:
+    """Return the contents, or their digests, of the files that settings name, each by its setting."""
+    clip, entries = Path(config.verify.clip_model), config.balance.entries
+    return {
+        "prompts": prompt_texts(asked_tasks(config), config.generate.prompt_dir),
+        "split_list": file_digest(config.split_list) if config.split_list and config.split_list.exists() else None,
+        "entries": file_digest(entries) if entries and entries.exists() else None,
+        "clip": weights_revision(clip) if clip.is_dir() else None,
+    }
+
+
+def scratch_root(root: Path) -> Path:
+    """Return a folder of this machine for what cannot lie in an object store; the dataset folder itself, where it can.
+
+    Raises:
+        ClusterError: another user has made the folder in which it lies.
+    """
+    if not is_remote(root):
+        return root
+    folder = Path(gettempdir()) / f"synth-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ClusterError(f"{folder} belongs to another user", hint="set TMPDIR to a folder of your own")
+    return folder / digest(str(root))[:16]
+
+
+def run_exclusively(
+    run: ShardedRun, name: str, index: int, work: Callable[[], T], growth: Callable[[DatasetDir], int] = lambda shard: 0
+) -> T:
+    """Do some work on a shard while no other worker does any on it.
+
+    A worker that was given up may live on for a while, beside the one that took its place. An object store has no locks: there
+    both do the same work, and what they leave is the same, or has a name of its own.
+
+    Args:
+        run: the run.
+        name: of the work.
+        index: of the shard.
+        work: what is to be done.
+        growth: what grows in the folder of the shard while the work gets on; a worker that died after that did not die of it.
+
+    Raises:
+        ClusterError: the work has ended one worker after the other: Ray itself would try for ever.
+    """
+    run.enter()
+    shard, attempts = run.shard(index), run.attempts / f"{name}-{index}.json"
+    with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):
+        grown = growth(shard)
+        before = read_json(attempts) if attempts.exists() else {"tried": 0, "got_on": grown}
+        tried = before["tried"] if before["got_on"] == grown else 0
+        if tried > MAX_DEATHS:
+            raise ClusterError(
+                f"{attempts.stem} has ended {tried} workers", hint="was memory short? the same command goes on with the rest"
+            )
+        write_json(attempts, {"tried": tried + 1, "got_on": grown})
+        result = work()
+        attempts.unlink(missing_ok=True)
+        return result

@@ -1,0 +1,222 @@
+"""Workers of a run over shards: some read the source and deal it out, the others fill shards.
+
+A shard is filled when its samples were asked about, and its rows judged as far as no other shard is needed for it.
+"""
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.dataset.directory import DatasetDir, read_exclusions
+from pipeline.errors import EngineError, SourceError
+from pipeline.executors.base import judge_rows
+from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_stages
+from pipeline.executors.ray.shards import ShardedRun, run_exclusively
+from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats
+from pipeline.progress import NullProgress
+from pipeline.sources import open_source
+from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.stages.base import Services, Stage
+from pipeline.stages.generate import generate_annotations
+from pipeline.stages.source import BATCH_BYTES, write_source
+from pipeline.storage.files import read_json, write_json
+from pipeline.storage.object_store import copy_here, is_remote
+from pipeline.tables import SAMPLE, SOURCE_REJECTED
+from pipeline.types import UNANSWERED, Engine, Rejected, Sample, SourceSlice
+
+FILLED = "filled.json"  # in the folder of a shard: with which inputs it was filled, and the result
+BATCH_SAMPLES = 256  # dealt out at once; fewer, where their images come to BATCH_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class FillResult:
+    """What filling one shard took; `filled.json` keeps it."""
+
+    folder: str  # of the shard, below `shards`
+    asked: int = 0
+    total: int = 0
+    attempts: dict[str, int] = field(default_factory=dict)
+    flaws: dict[str, int] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    is_old: bool = False  # it was filled by an earlier command
+
+
+def read_slice(run: ShardedRun, index: int) -> None:
+    """Read a slice of the source and deal its samples out to their shards; a row that cannot be read goes to any of them."""
+    samples, unread = run.deal("samples"), run.deal("unread")
+    if not (samples.file(index).exists() and unread.file(index).exists()):
+        rejected: list[dict[str, Any]] = []
+        samples.write(index, _read(run, index, rejected), lambda rows: run.shard_of(rows["sample_id"].to_pylist()))
+        table = pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)
+        unread.write(index, [table], lambda rows: unread.by_hash(rows["source_row"].to_pylist()))
+
+
+def _read(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    source = open_source(run.config, SourceSlice(index, run.readers))
+    if source.revision not in ("", run.source_revision):
+        raise SourceError(
+            f"{source.name} has changed while it was read", hint="run again, or pin it: --source hub:ORG/NAME@REVISION"
+        )
+    batch: list[dict[str, Any]] = []
+    batch_bytes = 0
+    for row in _limit(run, source.rows):
+        if isinstance(row, Rejected):
+            rejected.append(asdict(row))
+            continue
+        batch.append({"sample_id": row.id, **asdict(row)})
+        batch_bytes += sum(map(len, row.images))
+        if len(batch) == BATCH_SAMPLES or batch_bytes >= BATCH_BYTES:
+            yield pa.Table.from_pylist(batch, schema=SAMPLE)
+            batch, batch_bytes = [], 0
+    yield pa.Table.from_pylist(batch, schema=SAMPLE)
+
+
+def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
+    """Yield rows until so many different images have come that are not excluded; shards find out which again."""
+    limit = run.config.limit
+    if limit is None or run.readers > 1:
+        yield from rows
+        return
+    excluded, ids = ExclusionIndex.of(read_exclusions(run.plan.dataset), run.plan.image_kind), set[str]()
+    for row in rows:
+        yield row
+        if isinstance(row, Sample) and not excluded.find(row):
+            ids.add(row.id)
+            if len(ids) == limit:
+                return
+
+
+def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult | None:
+    """Return how a shard was filled, if it holds what this run would fill it with."""
+    path = run.shard(index).path / FILLED
+    if not path.exists():
+        return None
+    filled = read_json(path)
+    if filled["inputs"] != run.inputs:
+        return None
+    result = FillResult(**filled["result"])
+    shard = DatasetDir(run.root / "shards" / result.folder)  # a worker that was given up may name one that was removed
+    return result if shard.stage(last_stage).exists() else None
+
+
+class ShardWorker(AbstractContextManager["ShardWorker"]):
+    """Fills shards one after another, and keeps the model, or its server, from shard to shard."""
+
+    def __init__(self, run: ShardedRun, stages: Sequence[Stage]) -> None:
+        self.run = run
+        self.stages = stages  # up to the first that compares rows
+
+    def __exit__(self, *error: object) -> None:
+        """End the server, if one was started."""
+        self._stack.close()
+
+    def __call__(self, index: int) -> FillResult:
+        """Fill a shard, unless it is filled already with the same."""
+        return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index), _count_replies)
+
+    def _fill_once(self, index: int) -> FillResult:
+        run = self.run
+        path = run.shard(index).path / FILLED
+        if result := read_fill_result(run, index, self.last_stage):
+            if is_remote(run.root):
+                forget_scratch(DatasetDir(run.scratch / "shards" / f"{index:05d}"))
+            return FillResult(**{**asdict(result), "asked": 0, "is_old": True})
+        if is_remote(run.root):
+            with scratch_shard(run, index) as shard:
+                result = self._fill(index, shard)
+                result = FillResult(**{**asdict(result), "folder": upload_stages(run, index, shard)})
+        else:
+            path.unlink(missing_ok=True)  # from here on the shard is written anew, in its place
+            result = self._fill(index, run.shard(index))
+        if not any(result.flaws.get(reason) for reason in UNANSWERED):  # the same command asks again what no server answered
+            write_json(path, {"inputs": run.inputs, "result": asdict(result)})
+        return result
+
+    @property
+    def last_stage(self) -> str:
+        """The last stage of which a filled shard has the rows."""
+        judged = [stage.name for stage in self.stages if not stage.compare]
+        return judged[-1]
+
+    def _fill(self, index: int, shard: DatasetDir) -> FillResult:
+        run, dataset, stats = self.run, self.run.plan.dataset, RequestStats()
+        write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
+        with Journal(shard.journal) as journal:
+            if dataset.journal.exists():  # of a run in one process
+                with copy_here(dataset.journal) as copy:
+                    journal.import_replies(copy, *run.id_range(index))
+        services = Services(self._engine, stats, NullProgress())
+        generate_annotations(shard, run.plan, services)
+        judge_rows(shard, self.stages, "generate", run.plan, services)
+        return FillResult(
+            folder=run.shard(index).path.name,
+            asked=stats.asked,
+            total=stats.total,
+            attempts={str(attempt): count for attempt, count in stats.attempts.items()},
+            flaws=dict(stats.flaws),
+            cost=read_json(shard.cost) if shard.cost.exists() else {},
+        )
+
+    def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
+        """Yield what was dealt to a shard."""
+        run = self.run
+        for batch in run.deal("samples").read(index, run.readers):
+            for row in batch.to_pylist():
+                yield Sample(id=row.pop("sample_id"), **row)
+        for batch in run.deal("unread").read(index, run.readers):
+            yield from (Rejected(**row) for row in batch.to_pylist())
+
+    @cached_property
+    def excluded(self) -> ExclusionIndex:
+        """The images that are left out."""
+        return ExclusionIndex.of(read_exclusions(self.run.plan.dataset), self.run.plan.image_kind)
+
+    @cached_property
+    def _engine(self) -> Callable[[], Engine]:
+        return self._stack.enter_context(open_engine(self._choose))
+
+    @cached_property
+    def _stack(self) -> ExitStack:
+        return ExitStack()  # ends with the process; a server that we started ends with it, too
+
+    def _choose(self) -> EngineChoice:
+        run = self.run
+        config = run.config.model_copy(update={"engine": run.engine})
+        log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
+        choice = choose_engine(config, log, NullProgress())
+        if choice.revision != run.plan.revision:
+            raise EngineError(
+                f"a worker has another {choice.model} than the command: {choice.revision[:12]}, not {run.plan.revision[:12]}",
+                hint="use one model on all nodes, or one list of --base-url",
+            )
+        return choice
+
+
+def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Counter[str]]:
+    """Return what filling all shards took: requests, and cost."""
+    stats, cost = RequestStats(), Counter[str]()
+    for result in results:
+        stats.asked += result.asked
+        stats.total += result.total
+        stats.done += result.total
+        cost.update(result.cost)
+        if not result.is_old:
+            stats.attempts.update({int(attempt): count for attempt, count in result.attempts.items()})
+            stats.flaws.update(result.flaws)
+    return stats, cost
+
+
+def _count_replies(shard: DatasetDir) -> int:
+    if is_remote(shard.path):  # where they are copies, made now and then
+        return max((path.stat().st_size for path in shard.journal.parent.glob("*.sqlite")), default=0)
+    with Journal(shard.journal) as journal:
+        return journal.totals()["replies"]

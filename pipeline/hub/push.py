@@ -1,0 +1,223 @@
+"""Stage: push. A version, or a model, goes to the Hugging Face Hub in one commit, then gets a tag that never moves.
+
+A reader of the Hub sees the old version or the new one, never a mixture. Every attempt begins by looking at what is there, so
+that whatever cut off the one before, the next goes on from it.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from pipeline.dataset.version import LEDGER_FILE, parse_version
+from pipeline.errors import ConfigError, PushError, one_line
+from pipeline.hub.package import Package
+from pipeline.progress import NullProgress, Progress
+
+# What decides how much memory an upload by Xet takes: of its blocks of 64 MB, one is on its way while the next is filled.
+# 2 GB took 360 MB without these settings and 270 MB with them, in the same time (benchmarks/push.py on loopback).
+for _name, _value in (
+    ("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1"),
+    ("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1"),
+    ("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb"),
+):
+    os.environ.setdefault(_name, _value)
+# Where the C library is glibc: threads share one heap, and what is large is given back when it is freed.
+if _mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    _mallopt(-8, 1)  # M_ARENA_MAX
+    _mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+TRIES = 6
+RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
+NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """Where a package lies on the Hub. `is_new` is False where it was there before."""
+
+    repo: str
+    url: str
+    commit: str
+    tag: str
+    is_new: bool
+
+
+def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
+    """Push a package and tag the commit with its name; the same one twice is pushed once.
+
+    Raises:
+        PushError: no or a bad token, a name that is taken, a Hub that refuses or does not answer.
+    """
+    api = HfApi()
+    try:
+        return _persist(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
+    except LocalTokenNotFoundError:
+        raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
+    except HFValidationError as error:
+        raise PushError(f"not a repository name: {repo}", hint=f"it looks like ORG/NAME ({error})") from None
+    except HfHubHTTPError as error:
+        raise _explain(error, repo) from None
+    except RuntimeError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _explain(error.__cause__, repo) from None
+        if not isinstance(error.__cause__, OSError | httpx2.TransportError):
+            raise
+        raise _unreachable(api, error.__cause__) from None
+    except (ConnectionError, TimeoutError, httpx2.TransportError) as error:
+        raise _unreachable(api, error) from None
+    except OSError as error:
+        raise PushError(f"cannot read or keep a file: {error}", hint="check the disk, then push again") from None
+
+
+def _persist(attempt: Callable[[], PushResult]) -> PushResult:
+    """Try again where the Hub is busy, somebody else was faster, or a connection broke."""
+    for tried in range(1, TRIES):
+        try:
+            return attempt()
+        except (HfHubHTTPError, OSError, RuntimeError, httpx2.TransportError) as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(_pause_seconds(error, tried))
+    return attempt()
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error may be gone the next time; an upload by LFS wraps what went wrong in a RuntimeError."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in RETRIED
+    if isinstance(error, RuntimeError):
+        return error.__cause__ is not None and _may_pass(error.__cause__)
+    broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
+    return broken and not isinstance(error, httpx2.ConnectError)  # which says that nobody listens there
+
+
+def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
+    created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True)
+    repo, name = created.repo_id, package.name
+    if private and not api.repo_info(repo, repo_type=package.kind).private:
+        raise PushError(f"{repo} exists and is public", hint="make it private in its settings, or choose another name")
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=package.kind).tags}
+    is_new = name not in tags
+    commit = _commit(api, package, repo, progress) if is_new else tags[name]
+    _verify(api, package, repo, commit)
+    if is_new:
+        api.create_tag(
+            repo, repo_type=package.kind, tag=name, revision=commit, tag_message=f"digest {package.manifest['digest']}"
+        )
+    return PushResult(repo, str(created), commit, name, is_new)
+
+
+def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
+    """Upload what is large, then make the one commit on top of the head that was looked at; return its id."""
+    manifest, name = package.manifest, package.name
+    head = str(api.repo_info(repo, repo_type=package.kind).sha)
+    there = _remote_manifest(api, package, repo, head)
+    files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
+    if there and there["version"] == name:
+        _require_same(package, there, repo)
+        return head  # an earlier push was cut off between its commit and its tag
+    if there and package.kind == "dataset" and parse_version(there["version"]) > parse_version(name):
+        raise PushError(
+            f"{repo} already holds {there['version']}, which is newer than {name}",
+            hint="push the newest version, or an older one to a repository of its own",
+        )
+    if not there and files - {*NEW_REPO}:
+        raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
+    # Made anew in each attempt: an operation remembers what the branch held when it was uploaded, and would be left out of
+    # the commit as unchanged although somebody has changed that file since.
+    additions = [CommitOperationAdd(path, what) for path, what in package.files.items()]
+    large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
+    for done, addition in enumerate(large):
+        progress("push", done, len(large))
+        api.preupload_lfs_files(repo, [addition], repo_type=package.kind, free_memory=False)
+    progress("push", len(large), len(large))
+    stale = [path for path in there.get("files", ()) if path in files and path not in package.files]
+    made = api.create_commit(
+        repo,
+        [*additions, *map(CommitOperationDelete, stale)],
+        repo_type=package.kind,
+        commit_message=package.title,
+        commit_description=f"digest {manifest['digest']}",
+        parent_commit=head,
+    )
+    return str(made.oid)
+
+
+def _require_same(package: Package, there: dict[str, Any], repo: str) -> None:
+    """Refuse to go on where the Hub has something else under the name of this version."""
+    name = package.name
+    if there.get("digest") != package.manifest["digest"]:
+        raise PushError(
+            f"{repo} already has another {name}", hint="a tag never moves: make a new version, or push to another repository"
+        )
+    if there.get("pixels") != package.manifest.get("pixels"):
+        which = "without its images" if there.get("pixels") else "with its images"
+        raise PushError(f"{repo} already has {name} {which}", hint="a tag never moves: push to another repository")
+
+
+def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> dict[str, Any]:
+    """Return the manifest at a revision; nothing where there is none of ours."""
+    if not api.file_exists(repo, "manifest.json", repo_type=package.kind, revision=revision):
+        return {}
+    path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
+    try:
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        ours = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict) and "version" in manifest
+        if package.kind == "dataset":
+            parse_version(manifest["version"])
+    except (ValueError, KeyError, TypeError, ConfigError):
+        return {}  # somebody else's file of the same name
+    return manifest if ours else {}
+
+
+def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
+    """Read back what lies on the Hub, and compare it with its own manifest by checksum."""
+    manifest = _remote_manifest(api, package, repo, commit)
+    _require_same(package, manifest, repo)
+    files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {})
+    wanted = {name: about["sha256"] for name, about in files.items()}
+    found: dict[str, str] = {}
+    for entry in api.get_paths_info(repo, list(wanted), repo_type=package.kind, revision=commit):
+        if isinstance(entry, RepoFile):
+            found[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(package, repo, entry.path, commit)
+    wrong = sorted(name for name, sha256 in wanted.items() if found.get(name) != sha256)
+    if wrong:
+        raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
+
+
+def _small_file_digest(package: Package, repo: str, path: str, commit: str) -> str:
+    local = hf_hub_download(repo, path, repo_type=package.kind, revision=commit)
+    return hashlib.sha256(Path(local).read_bytes()).hexdigest()
+
+
+def _pause_seconds(error: Exception, tried: int) -> float:
+    # 429 says in its ratelimit header how long the window lasts: "api";r=0;t=1
+    told = error.response.headers.get("ratelimit", "").rpartition("t=")[2] if isinstance(error, HfHubHTTPError) else ""
+    return float(told) + 1 if told.isdigit() else min(2.0 ** (tried - 2), 8.0)
+
+
+def _unreachable(api: HfApi, error: BaseException) -> PushError:
+    return PushError(f"cannot reach the Hub at {api.endpoint}: {error}", hint="check the network, then push again")
+
+
+def _explain(error: HfHubHTTPError, repo: str) -> PushError:
+    status = error.response.status_code
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return PushError("the Hub does not accept the token", hint="log in with `hf auth login`, or set HF_TOKEN")
+    if status == 403:
+        return PushError(f"the token may not write to {repo}", hint="use a token with write access to that account")
+    if status in (401, 404):
+        return PushError(f"no repository {repo}, or no access to it", hint="check the name, and that the token may see it")
+    message = error.server_message or one_line(error)
+    return PushError(f"the Hub refused ({status}): {message}", hint="push again; what was uploaded is not sent twice")

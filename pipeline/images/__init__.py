@@ -1,0 +1,1 @@
+"""Images: decoding, similarity, and their fit with texts."""

@@ -1,0 +1,112 @@
+"""The OpenAI-style chat protocol: a request as bytes, and a reply from bytes.
+
+The body is joined from pieces, and the image's piece is made once: no JSON encoder ever runs over its base64.
+The order of the pieces is what a prefix cache wants: system text, image, then the words of the task.
+"""
+
+import json
+from functools import cache, lru_cache
+from typing import Any
+
+from pipeline.tasks import wire_schema
+from pipeline.types import Reply, Request
+
+# A server that knows it ends a reply which repeats these many tokens this often; others ignore it.
+_REPETITION = json.dumps({"max_pattern_size": 32, "min_count": 6}).encode()
+_PROOF = "synth-7f3a"
+
+
+class BadAnswerError(Exception):
+    """A server answered 200, and not what the protocol promises."""
+
+
+def body(request: Request, images: bytes, model: str) -> bytes:
+    """Return the body of a chat request; `images` is the JSON of its message parts (picture.Pictures.parts).
+
+    No seed is sent: it kills vLLM's engine for CPUs.
+    """
+    turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
+    text = b'{"type":"text","text":%s}' % _text(request.text)
+    turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
+    if request.failed:
+        said, told = request.failed
+        turns.append(b'{"role":"assistant","content":%s}' % json.dumps(said).encode())
+        turns.append(b'{"role":"user","content":%s}' % json.dumps(told).encode())
+    return b'{"model":%s,"messages":[%s],"temperature":%s,"top_p":1,"max_tokens":%d,"repetition_detection":%s,%s}' % (
+        _text(model),
+        b",".join(turns),
+        json.dumps(request.sampling.temperature).encode(),
+        request.sampling.max_tokens,
+        _REPETITION,
+        _response_format(request.task),
+    )
+
+
+def read_reply(request: Request, answer: bytes) -> Reply:
+    """Return the reply in the body of an answer.
+
+    Raises:
+        BadAnswerError: it is cut, not JSON, or holds no choice.
+    """
+    try:
+        value = json.loads(answer)
+        choice = value["choices"][0]
+        text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage") or {}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
+    return Reply(
+        request_id=request.id,
+        attempt=request.attempt,
+        # Half of a surrogate pair can be written in JSON, and in no file.
+        text=str(text).encode("utf-8", "replace").decode(),
+        finish_reason=str(finish_reason),
+        prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        reply_tokens=int(usage.get("completion_tokens") or 0),
+    )
+
+
+def error_message(answer: bytes) -> str:
+    """Return what the body of an error says, on one line."""
+    try:
+        value = json.loads(answer)
+        error = value.get("error", value)
+        message = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        message = answer.decode(errors="replace")
+    return " ".join(str(message).split())[:500] or "no message"
+
+
+def probe(model: str) -> dict[str, Any]:
+    """Return a chat that only a server which enforces schemas can answer as `proves_schemas` wants."""
+    schema = {
+        "type": "object",
+        "properties": {"word": {"type": "string", "enum": [_PROOF]}},
+        "required": ["word"],
+        "additionalProperties": False,
+    }
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "temperature": 0,
+        "max_tokens": 64,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "probe", "schema": schema, "strict": True}},
+    }
+
+
+def proves_schemas(answer: bytes) -> bool:
+    """Whether the answer to `probe` is the one that its schema leaves possible."""
+    try:
+        return bool(json.loads(json.loads(answer)["choices"][0]["message"]["content"]) == {"word": _PROOF})
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+@lru_cache(1024)
+def _text(text: str) -> bytes:
+    return json.dumps(text).encode()
+
+
+@cache
+def _response_format(task: str) -> bytes:
+    schema = {"name": task, "schema": wire_schema(task), "strict": True}
+    return b'"response_format":' + json.dumps({"type": "json_schema", "json_schema": schema}).encode()

@@ -1,0 +1,249 @@
+"""Which engine answers, decided before anything is loaded: the name and revision of a model are part of every request."""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import TAUGHT, Config, ServerConfig
+from pipeline.digests import digest, weights_revision
+from pipeline.errors import EngineError, one_line
+from pipeline.progress import Progress
+from pipeline.types import Engine
+
+if TYPE_CHECKING:
+    from pipeline.inference.vllm_launch import VllmCommand
+
+
+TINY = "tiny"
+_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
+TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
+LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
+HOW_TO_CHOOSE = (
+    "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
+    "to try the pipeline itself on any image: --engine embedded --model tiny"
+)
+OUTPUT_NEUTRAL_FLAGS = frozenset(  # they change how fast a reply comes, and not what it says
+    f"--{name}"
+    for name in (
+        "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
+        "kv-cache-memory-bytes", "max-model-len", "max-num-batched-tokens", "max-num-seqs", "performance-mode",
+        "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
+    )
+)  # fmt: skip
+VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # names the interpreter of an environment of its own that has vLLM
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine that will answer. `why` is for people; `make` is called when something must be asked."""
+
+    name: str
+    model: str
+    revision: str
+    why: str
+    make: Callable[[], Engine]
+
+
+def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None) -> EngineChoice:
+    """Decide who answers. `log` is where the output of a server that we start goes; `progress` hears of what servers do.
+
+    Raises:
+        EngineError: no model can answer for this source on this machine, or a server named by --base-url does not.
+    """
+    name, why = pick_engine(config)
+    if config.server.flags and (name != "vllm" or config.base_url):
+        raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
+    if name == "vllm" and config.base_url:
+        from pipeline.inference.client import Client
+        from pipeline.inference.endpoints import find_model
+
+        served, revision = find_model(config)
+        return EngineChoice(name, served, revision, why, lambda: Client(served, revision, config, progress=progress))
+    model = _model(config)
+    path = str(tiny_weights(config)) if model == TINY else model
+    revision = _revision(model, path)
+    if name == "vllm":
+        revision += _output_affecting_flags(config.server.flags)
+        return EngineChoice(name, model, revision, why, lambda: _managed(model, path, revision, config, log, progress))
+    return EngineChoice(name, model, revision, why, lambda: _embedded(model, path, revision, config))
+
+
+def tiny_weights(config: Config) -> Path:
+    """Return the weights of the tiny teacher for these tasks: one knows single scenes, the other decks of them."""
+    return TINY_DECK_WEIGHTS if "deck_qa" in config.tasks else TINY_WEIGHTS
+
+
+def _output_affecting_flags(flags: tuple[str, ...]) -> str:
+    """Return a mark for flags that may change what the model says, such as --quantization; nothing where none does."""
+    words = " ".join(flags).replace("=", " ").split()
+    told = [
+        word
+        for at, word in enumerate(words)
+        if (word.startswith("--") and word not in OUTPUT_NEUTRAL_FLAGS)
+        or (not word.startswith("--") and words[at - 1] not in OUTPUT_NEUTRAL_FLAGS)
+    ]
+    return f"+{digest(told)[:8]}" if told else ""
+
+
+def pick_engine(config: Config) -> tuple[str, str]:
+    """Return embedded or vllm, and why; what is left to `auto` goes to a server that is named, or to a GPU with vLLM."""
+    if config.engine == "embedded" and config.base_url:
+        raise EngineError("--base-url names a server, and --engine embedded uses none", hint="leave one of them out")
+    if config.engine != "auto":
+        return config.engine, f"--engine {config.engine}"
+    if config.base_url:
+        return "vllm", "--base-url names a server"
+    if has_gpu() and vllm_python():
+        return "vllm", "a GPU and vLLM are here"
+    return "embedded", "no server is named" + (", and there is no GPU" if not has_gpu() else ", and vLLM is not installed")
+
+
+def vllm_python() -> str | None:
+    """Return the interpreter that can import vLLM: the one that SYNTH_VLLM_PYTHON names, or this one."""
+    if named := os.environ.get(VLLM_PYTHON):
+        return named
+    return sys.executable if find_spec("vllm") else None
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU can be used; asks no library, since loading torch takes seconds."""
+    cards = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]  # a container may have any one of them
+    return bool(cards) and shutil.which("nvidia-smi") is not None
+
+
+def max_pixels(path: str, revision: str | None = None) -> int | None:
+    """Return how many pixels the processor of a model lets an image have, where it says so; of a Hub id, at a revision."""
+    if not Path(path).is_dir():
+        return _hub_max_pixels(path, revision)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = Path(path) / name
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            found = found.get("image_processor", found)
+            limit = found.get("max_pixels") or (found.get("size") or {}).get("longest_edge")
+            return int(limit) if limit else None
+    return None
+
+
+def _hub_max_pixels(model: str, revision: str | None) -> int | None:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["preprocessor_config.json", "processor_config.json"]
+    return max_pixels(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
+def _model(config: Config) -> str:
+    taught = config.source in TAUGHT
+    model = config.model or (TINY if taught else LARGE)
+    if model == TINY and not taught and config.engine != "embedded":
+        raise EngineError(
+            f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}", hint=HOW_TO_CHOOSE
+        )
+    if model == TINY:
+        from pipeline.scenes.text import STYLES
+
+        unknown = [style for style in config.generate.caption_styles if style not in STYLES]
+        if unknown:
+            raise EngineError(
+                f"the tiny teacher does not know the caption style {unknown[0]}",
+                hint=f"it knows {', '.join(STYLES)}; --model takes a larger Qwen2.5-VL",
+            )
+    return model
+
+
+def _revision(model: str, path: str) -> str:
+    if Path(path).is_dir():
+        return weights_revision(Path(path))
+    if model == TINY:
+        raise EngineError(
+            "the tiny teacher's weights are not installed", hint="install synth again, from a whole wheel or clone"
+        )
+    return _hub_revision(model)
+
+
+def _hub_revision(model: str) -> str:
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return str(HfApi().model_info(model).sha)
+    except (HfHubHTTPError, HFValidationError, OSError, httpx2.TransportError) as error:
+        raise EngineError(f"no model {model}: {one_line(error)}", hint=HOW_TO_CHOOSE) from None
+
+
+def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:
+    try:
+        from pipeline.inference.transformers_engine import EmbeddedEngine
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"the embedded engine needs the package {error.name}", hint="install synth with its extra `embedded`"
+        ) from None
+    return EmbeddedEngine(model, path, revision, config.generate)
+
+
+def _managed(model: str, path: str, revision: str, config: Config, log: Path, progress: Progress | None) -> Engine:
+    from pipeline.inference.client import Client
+
+    bound = max_pixels(path, revision.partition("+")[0])
+    return Client(model, revision, config, plan(path, revision, config, log), bound, progress)
+
+
+def serve_model(
+    model: str, server: ServerConfig, port: int | None, log: Path, progress: Progress, ready: Callable[[dict[str, str]], None]
+) -> None:
+    """Run a server until the process is interrupted; `ready` is told its address and key once it answers.
+
+    Raises:
+        EngineError: vLLM is not here, cannot be started, or dies again and again.
+    """
+    from pipeline.inference.vllm_server import Server
+
+    path = str(TINY_WEIGHTS) if model == TINY else model
+    config = Config(source="none", tasks=("deck_qa",), server=server)  # which has room for single images as well
+    launch = replace(plan(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log), port=port)
+
+    async def serve() -> None:
+        async with Server(launch, progress) as running:
+            progress.message(f"serving {launch.name}; use it with:\n  export SYNTH_API_KEY={launch.api_key}")
+            progress.message(f"  synth generate --base-url {running.root}/v1 --source ...")
+            ready({"url": f"{running.root}/v1", "key": launch.api_key})
+            await running.gave_up.wait()
+            raise running.failure or EngineError("the server has ended", hint=f"its log: {log}")
+
+    asyncio.run(serve())
+
+
+def plan(path: str, revision: str, config: Config, log: Path) -> "VllmCommand":
+    """Return how vLLM is to be started on this machine.
+
+    Raises:
+        EngineError: there is no vLLM here.
+    """
+    from pipeline.inference.vllm_launch import plan_vllm_command
+
+    python = vllm_python()
+    if python is None:
+        raise EngineError(
+            "vLLM is not installed here",
+            hint=f"pip install vllm; or let {VLLM_PYTHON} name an interpreter that has it; or name a server: --base-url",
+        )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    return plan_vllm_command(python, path, revision, config, log, gpu=has_gpu(), cores=cores, memory_gib=memory_gib)
+
+
+@contextmanager
+def open_engine(choose: Callable[[], EngineChoice]) -> Iterator[Callable[[], Engine]]:
+    """Yield what returns an engine: made when it is first called, and closed in the end."""
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(choose().make()))

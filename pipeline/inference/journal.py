@@ -1,0 +1,136 @@
+"""The journal: every raw reply, kept before anything else happens, under the digest of what was asked.
+
+A reply that is in the journal is never asked for again; a request that was sent but has no reply is one that was in flight
+when the process died. One SQLite file has one writer: the process that holds the lock of its folder.
+"""
+
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.errors import StoreError
+from pipeline.types import UNANSWERED, Reply, Request
+
+FORMAT = 2  # raise when a table changes
+_TABLES = """
+CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS replies (
+    request_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+    sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
+    text TEXT NOT NULL, finish_reason TEXT NOT NULL, flaw TEXT, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL,
+    PRIMARY KEY (request_id, attempt)
+) WITHOUT ROWID;
+"""
+_KEEP = (
+    "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
+    "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
+    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens "
+    "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')"  # types.UNANSWERED
+)
+
+
+class Journal:
+    """Replies on disk. Use as a context manager; each call that writes is one transaction.
+
+    Raises:
+        StoreError: the file was written by another version of synth.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path)
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        if tables and found != FORMAT:
+            self._db.close()
+            raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
+        if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
+        if not tables:
+            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._db.close()
+
+    def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
+        """Return the newest reply to a request and its flaw, if there is one; with `answered`, the newest by a model."""
+        columns = "attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw"
+        by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
+        newest = f"SELECT {columns} FROM replies WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"  # noqa: S608
+        row = self._db.execute(newest, (request_id,)).fetchone()
+        if row is None:
+            return None
+        attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw = row
+        reply = Reply(
+            request_id=request_id,
+            attempt=attempt,
+            text=text,
+            finish_reason=finish_reason,
+            prompt_tokens=prompt_tokens,
+            reply_tokens=reply_tokens,
+        )
+        return reply, flaw
+
+    def record_sent(self, requests: Iterable[Request]) -> None:
+        """Note that these requests are about to be sent."""
+        with self._db:
+            self._db.executemany(
+                "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1",
+                [(request.id,) for request in requests],
+            )
+
+    def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
+        """Keep replies with their flaws; when this returns they are on the disk.
+
+        A reply that is there already stays, unless no model gave it (types.UNANSWERED).
+        """
+        with self._db:
+            self._db.executemany(
+                _KEEP,
+                [
+                    (
+                        request.id,
+                        reply.attempt,
+                        request.sample_id,
+                        request.task,
+                        request.style,
+                        request.prompt_id,
+                        reply.text,
+                        reply.finish_reason,
+                        flaw,
+                        reply.prompt_tokens,
+                        reply.reply_tokens,
+                    )
+                    for request, reply, flaw in answered
+                ],
+            )
+
+    def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
+        """Take over the replies of another journal about samples from one id up to, and without, another; ours stay.
+
+        Blind questions are about no sample: the answers to all of them are taken.
+        Nobody writes to the other one meanwhile, and it was closed: it is only read, from whichever node.
+
+        Raises:
+            StoreError: it was written by another version of synth.
+        """
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as other:
+            if other.execute("PRAGMA user_version").fetchone() != (FORMAT,):
+                raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
+            mine = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
+            rows = other.execute(f"SELECT * FROM replies WHERE {mine}", (first_id, behind_id))  # noqa: S608
+            with self._db:
+                self._db.executemany(_KEEP, rows)
+
+    def totals(self) -> dict[str, int]:
+        """Return how many requests were sent in all (repeats count), how many replies are kept, and their tokens."""
+        (asked,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
+        sums = "COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
+        replies, prompt_tokens, reply_tokens = self._db.execute(f"SELECT {sums} FROM replies").fetchone()  # noqa: S608
+        return {"asked": asked, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}

@@ -1,0 +1,84 @@
+"""What is asked of one image, and the name of each request: a digest of everything that its reply depends on."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+from pipeline.config import Config, GenerateConfig
+from pipeline.digests import digest
+from pipeline.tasks import wire_schema
+from pipeline.tasks.prompts import Prompt, render
+from pipeline.types import Reply, Request, Sampling
+
+RETRY_TEMPERATURE_STEP = (
+    0.5  # each further attempt adds this to the temperature, up to 1: equal words would lead to an equal reply
+)
+FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
+
+
+def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, revision: str) -> Iterator[Request]:
+    """Yield the requests for one sample, in the order of the config's tasks and styles."""
+    for task, style in requests_per_sample(config):
+        prompt, sampling, about = _asked(task, style, config.generate, config.seed, revision)
+        yield Request(
+            id=digest({"image": sample_id, "about": about}),
+            sample_id=sample_id,
+            task=task,
+            style=style,
+            prompt_id=prompt.id,
+            system=prompt.system,
+            text=prompt.text,
+            images=images,
+            sampling=sampling,
+        )
+
+
+def check_prompts(config: Config) -> None:
+    """Render every prompt once, so that one which cannot be is an error before anything is written.
+
+    Raises:
+        ConfigError: see prompt.render.
+    """
+    for task, style in requests_per_sample(config):
+        render(task, config.generate.prompt_dir, style=style)
+    if config.verify.checks:
+        render("answer", config.generate.prompt_dir, question="?")
+
+
+def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
+    """Return the (task, style) pairs that every image is asked, in order; a task other than caption has no style."""
+    return tuple((t, s) for t in config.tasks for s in (config.generate.caption_styles if t == "caption" else ("",)))
+
+
+def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
+    """Return the next attempt after a reply that cannot be used: first warmer and with more room, then with its own
+    fault shown to the model as well (not the text of a reply that was cut short: it may be endless).
+    """
+    attempt = reply.attempt + 1
+    steps = attempt - request.attempt  # more than one where a run goes on from the journal
+    warmest = max(request.sampling.temperature, 1.0)
+    sampling = Sampling(
+        temperature=min(request.sampling.temperature + RETRY_TEMPERATURE_STEP * steps, warmest),
+        max_tokens=request.sampling.max_tokens * (2 if request.attempt == 0 else 1),
+    )
+    show = attempt > 1 and reply.finish_reason == "stop"
+    said = FEEDBACK.format(flaw=flaw.replace("_", " "), task_line=request.text.splitlines()[-1])
+    return replace(request, attempt=attempt, sampling=sampling, failed=(reply.text, said) if show else None)
+
+
+@cache
+def _asked(task: str, style: str, generate: GenerateConfig, seed: int, revision: str) -> tuple[Prompt, Sampling, str]:
+    """Return what is the same for every image: the words, how tokens are chosen, and a digest of all of it."""
+    prompt = render(task, generate.prompt_dir, style=style)
+    temperature = generate.caption_temperature if task == "caption" else generate.qa_temperature
+    sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
+    asked = {
+        "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
+        "schema": wire_schema(task),
+        "model": revision,  # not its name: equal weights give equal replies
+        "sampling": [sampling.temperature, sampling.max_tokens],
+        "max_pixels": generate.max_pixels,
+    }
+    # A greedy reply does not depend on the seed: another seed must not pay for it again.
+    return prompt, sampling, digest(asked | ({"seed": seed} if sampling.temperature > 0 else {}))

@@ -1,0 +1,208 @@
+"""A Qwen2.5-VL model in this process: transformers, constrained decoding by llguidance, batches of requests.
+
+The grammar is the one that vLLM's guidance backend would use, to the byte. Each request draws its own random numbers,
+seeded by its id: a reply does not depend on what else is in its batch, beyond the rounding of sums in another order.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import llguidance.hf
+import llguidance.torch
+import numpy as np
+import torch
+from llguidance import LLMatcher
+from torch import Tensor, nn
+from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.config import GenerateConfig
+from pipeline.errors import EngineError, one_line
+from pipeline.images.decode import prepare_image
+from pipeline.tasks import wire_schema
+from pipeline.tasks.base import MAX_PAGES
+from pipeline.tasks.prompts import Prompt
+from pipeline.types import Reply, Request, RequestSource
+
+
+class EmbeddedEngine:
+    """Answers requests in this process. `model` is a folder or a Hub id; `revision` names its exact weights."""
+
+    def __init__(self, model: str, path: str, revision: str, config: GenerateConfig) -> None:
+        self.model = model
+        self.revision = revision
+        self._path = path
+        self._batch_size = config.batch_size
+        self._max_pixels = config.max_pixels
+        self._tokens = 0
+        # Of a Hub model exactly the commit is loaded that the requests are named by; a folder has no other.
+        self._commit = "main" if Path(path).is_dir() else revision
+
+    def __enter__(self) -> "EmbeddedEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
+        """Answer what there is, one group after another; see types.Engine.
+
+        Groups have a fixed make-up, so that a run that was killed asks in the same company as one that was not.
+        """
+        while requests := work.take():
+            # A batch of decks has as many images at most as one of single images.
+            size = self._batch_size // MAX_PAGES if any(len(request.images) > 1 for request in requests) else self._batch_size
+            for group in groups(requests, max(1, size)):
+                work.sending(group)
+                yield self._answer(group)
+
+    def metrics(self) -> dict[str, str]:
+        """See types.Engine."""
+        return {"reply tokens": f"{self._tokens:,}"}
+
+    def _answer(self, requests: list[Request]) -> list[Reply]:
+        processor, model = self._loaded
+        images = [[prepare_image(image, self._max_pixels) for image in request.images] for request in requests]
+        inputs = processor(
+            text=[self._chat(request) for request in requests],
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        chooser = GrammarChooser(requests, self._grammars, model.config.text_config.vocab_size)
+        max_tokens = requests[0].sampling.max_tokens
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs, max_new_tokens=max_tokens, do_sample=False, logits_processor=LogitsProcessorList([chooser])
+            )
+        prompt_tokens = inputs["attention_mask"].sum(1).tolist()
+        replies_BT = output[:, inputs["input_ids"].shape[1] :]
+        replies = zip(requests, replies_BT.tolist(), prompt_tokens, strict=True)
+        return [self._reply(request, ids, prompt) for request, ids, prompt in replies]
+
+    def _chat(self, request: Request) -> str:
+        processor, _ = self._loaded
+        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages(
+            len(request.images), request.pages
+        )
+        if request.failed:
+            said, told = request.failed
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+        return text
+
+    def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
+        tokenizer = self._loaded[0].tokenizer
+        finished = tokenizer.eos_token_id in ids
+        said = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+        self._tokens += len(said)
+        return Reply(
+            request_id=request.id,
+            attempt=request.attempt,
+            text=tokenizer.decode(said, skip_special_tokens=True),
+            finish_reason="stop" if finished else "length",
+            prompt_tokens=prompt_tokens,
+            reply_tokens=len(said),
+        )
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        disable_progress_bar()  # ours stands there already
+        try:
+            processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
+            model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                self._path, revision=self._commit, dtype=_dtype()
+            )
+        except (OSError, ValueError) as error:
+            raise EngineError(
+                f"cannot load {self.model}: {one_line(error, 300)}",
+                hint="--model takes a Qwen2.5-VL checkpoint: a folder, a Hub id, or tiny",
+            ) from None
+        processor.tokenizer.padding_side = "left"
+        return processor, model.to(_device()).eval()
+
+    @cached_property
+    def _grammars(self) -> "Grammars":
+        return Grammars(self._loaded[0].tokenizer, self._loaded[1].config.text_config.vocab_size)
+
+
+def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
+    """Cut requests of one kind into groups: prompts of about one length need little padding and end at about the same time."""
+
+    def words(request: Request) -> tuple[str, str, int]:
+        return request.task, request.style, request.attempt
+
+    for _, same in groupby(sorted(requests, key=words), key=words):  # a stable sort: samples stay in order
+        group = list(same)
+        yield from (group[at : at + size] for at in range(0, len(group), size))
+
+
+class Grammars:
+    """One matcher a request, from the wire schema of its task; compact JSON, as the models are taught."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
+        self._prototypes: dict[str, LLMatcher] = {}
+
+    def matcher(self, task: str) -> LLMatcher:
+        """Return a fresh matcher for a task's wire schema."""
+        if task not in self._prototypes:
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(wire_schema(task)), overrides={"whitespace_flexible": False}
+            )
+            self._prototypes[task] = LLMatcher(self._tokenizer, grammar)
+        return self._prototypes[task].deep_copy()
+
+
+class GrammarChooser(LogitsProcessor):
+    """Choose the next token of each row: the likeliest, or one drawn at its temperature, of those its grammar allows.
+
+    The choice is returned as scores that leave one token possible, so that `generate` stays greedy and each row keeps
+    its own random numbers (shapes: B rows, V vocabulary).
+    """
+
+    def __init__(self, requests: list[Request], grammars: Grammars, vocab_size: int) -> None:
+        self._matchers = [grammars.matcher(request.task) for request in requests]
+        self._rngs = [np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests]
+        self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
+        self._mask = llguidance.torch.allocate_token_bitmask(len(requests), vocab_size)
+        self._done = [False] * len(requests)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # the signature of transformers
+        """Take ids [B, T] and scores [B, V] of the next token; return scores in which one token is left."""
+        for row, matcher in enumerate(self._matchers):
+            llguidance.torch.fill_next_token_bitmask(matcher, self._mask, row)
+        allowed_BV = scores.float().cpu()
+        llguidance.torch.apply_token_bitmask_inplace(allowed_BV, self._mask)
+        chosen_B = self._choose(allowed_BV)
+        for row, token in enumerate(chosen_B.tolist()):
+            if not self._done[row]:
+                self._done[row] = not self._matchers[row].consume_token(token) or self._matchers[row].is_stopped()
+        only_BV = torch.full_like(allowed_BV, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)
+        return only_BV.to(scores.device, scores.dtype)
+
+    def _choose(self, allowed_BV: Tensor) -> Tensor:
+        chosen_B = allowed_BV.argmax(-1)
+        rows = (self._temperatures > 0).nonzero().flatten()
+        if len(rows):
+            # Inverse transform sampling: the first token at which the summed probability passes a uniform number.
+            share_RV = (allowed_BV[rows] / self._temperatures[rows, None]).double().softmax(-1).cumsum(-1)
+            uniform_R = torch.tensor([self._rngs[row].random() for row in rows.tolist()], dtype=torch.double)
+            passed_R = torch.searchsorted(share_RV, (uniform_R * share_RV[:, -1])[:, None], right=True).flatten()
+            chosen_B[rows] = passed_R.clamp(max=allowed_BV.shape[1] - 1)
+        return chosen_B
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype() -> torch.dtype:
+    # Small models are as fast in float32 on a CPU, and their sums are steadier.
+    return torch.float32 if _device() == "cpu" else torch.bfloat16

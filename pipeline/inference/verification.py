@@ -1,0 +1,110 @@
+"""What is asked about annotations, to see whether they are true: a second pass through the same journal.
+
+Every check is a question of the task `answer`, put to the model that wrote the annotation, greedily. It sees the image again,
+and not what was answered; a blind one sees no image; an evidence check sees some pages of a deck only.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pipeline.config import Config, GenerateConfig, VerifyConfig
+from pipeline.digests import digest
+from pipeline.inference.journal import Journal
+from pipeline.tasks import wire_schema
+from pipeline.tasks.answer import TASK
+from pipeline.tasks.prompts import Prompt, render
+from pipeline.tasks.replies import parse_reply
+from pipeline.text.claims import claims_of
+from pipeline.types import Request, SampleBatch, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question about one annotation. `pages`: which are shown, counted from 1; None: all."""
+
+    kind: str
+    question: str
+    expected: str
+    pages: tuple[int, ...] | None = None
+
+
+def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
+    """Return what is to be asked about an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order."""
+    if row["task"] == "caption":
+        claims = claims_of(row["clean_text"]) if "claims" in config.checks else []
+        return [Check("claims", claim.question, claim.expected) for claim in claims]
+    question, answer = row["clean_question"], row["clean_answer"]
+    checks = [Check("round_trip", question, answer)] if "round_trip" in config.checks else []
+    if "blind" in config.checks:
+        checks.append(Check("blind", question, answer, ()))
+    evidence = tuple(row["evidence_pages"] or ())
+    others = tuple(page for page in range(1, row["pages"] + 1) if page not in evidence)
+    if "evidence" in config.checks and evidence and others:
+        checks += [Check("sufficient", question, answer, evidence), Check("necessary", question, answer, others)]
+    return checks
+
+
+def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:
+    """Return the request of a check; `images` are those of the sample, or none where only its name is wanted."""
+    prompt, sampling, about = _asked(check.question, config.generate, revision)
+    shown = images if check.pages is None else [images[page - 1] for page in check.pages if images]
+    return Request(
+        id=digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": about}),
+        sample_id=sample_id,
+        task=TASK,
+        style=check.kind,
+        prompt_id=prompt.id,
+        system=prompt.system,
+        text=prompt.text,
+        images=tuple(shown),
+        pages=check.pages,
+        sampling=sampling,
+    )
+
+
+def build_all(
+    chunks: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], config: Config, revision: str
+) -> Iterator[list[Request]]:
+    """Yield the requests of all checks of each chunk of samples; one that several annotations lead to is asked once."""
+    built: set[str] = set()
+    for chunk in chunks:
+        new: dict[str, Request] = {}
+        for sample_id, images in chunk:
+            for check in checks_of_sample.get(sample_id, ()):
+                request = build_check(check, sample_id, images, config, revision)
+                if request.id not in built:
+                    new[request.id] = request
+        built |= new.keys()
+        yield list(new.values())
+
+
+def read_checks(
+    sample_id: str, checks: Iterable[Check], config: Config, revision: str, journal: Journal
+) -> list[dict[str, str | None]]:
+    """Return checks of a sample with the answers that came (tables.CHECK); null where none could be read."""
+    found = []
+    for check in checks:
+        request = build_check(check, sample_id, (), config, revision)
+        last = journal.last(request.id)
+        assert last is not None, f"no reply to {request.id}: the engine left a request out"
+        read = parse_reply(request, last[0])[0]
+        answer = None if read["reply_error"] else read["answer"]
+        found.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})
+    return found
+
+
+@cache
+def _asked(question: str, generate: GenerateConfig, revision: str) -> tuple[Prompt, Sampling, str]:
+    prompt = render(TASK, generate.prompt_dir, question=question)
+    sampling = Sampling(temperature=0.0, max_tokens=generate.max_tokens)
+    asked = {
+        "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
+        "schema": wire_schema(TASK),
+        "model": revision,
+        "sampling": [sampling.temperature, sampling.max_tokens],
+        "max_pixels": generate.max_pixels,
+    }
+    return prompt, sampling, digest(asked)

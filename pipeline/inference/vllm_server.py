@@ -1,0 +1,219 @@
+"""A vLLM server of our own: started with flags for this machine, watched, started again when it dies, always stopped.
+
+It listens on loopback only, behind a random key. What it prints goes to a file.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pipeline.errors import EngineError
+from pipeline.inference.vllm_launch import VllmCommand
+from pipeline.progress import Progress
+
+STOP_SECONDS = 15
+TAIL_BYTES = 20_000  # of the log, for what went wrong
+REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are handed over in memory where the machine can
+
+
+class Server:
+    """A running vLLM: an async context manager, ready when entered."""
+
+    def __init__(self, launch: VllmCommand, progress: Progress) -> None:
+        self.launch = launch
+        self.restarted = 0
+        self.failure: EngineError | None = None  # why it cannot be kept alive
+        self.gave_up = asyncio.Event()
+        self.media = _media_folder()
+        self._progress = progress
+        self._port = launch.port or _free_port()
+        self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._reaper_pipe: int | None = None
+        self._log_start = 0
+
+    @property
+    def root(self) -> str:
+        """The address without `/v1`."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The process that listens, where there is one."""
+        return self._process.pid if self._process else None
+
+    async def __aenter__(self) -> "Server":
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._watcher:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._stop()
+
+    async def _watch(self) -> None:
+        """Start the server again when it dies, a bounded number of times; then say why it cannot be kept alive."""
+        while True:
+            assert self._process
+            code = await self._process.wait()
+            await self._kill()
+            if self.restarted == self.launch.max_restarts:
+                self.failure = self._failed(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
+                self.gave_up.set()
+                return
+            self.restarted += 1
+            self._progress.message(
+                f"vLLM died (exit code {code}): starting it again, {self.restarted} of {self.launch.max_restarts}"
+            )
+            try:
+                await self._start()
+            except EngineError as error:
+                self._progress.message(str(error))
+                await self._kill()
+                if self._process is None:
+                    self.failure = error
+                    self.gave_up.set()
+                    return
+
+    async def _start(self) -> None:
+        self.launch.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
+        self._process = None
+        with self.launch.log.open("ab") as log:
+            self._log_start = log.tell()
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self.launch.command(self._port, self.media),
+                    env=environment,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                what = f"cannot run {self.launch.python}: {error.strerror}"
+                raise EngineError(what, hint="let SYNTH_VLLM_PYTHON name an interpreter with vLLM") from None
+        self._reaper_pipe = _end_with_us(self._process.pid)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while not await answers(f"{self.root}/health"):
+            seconds = loop.time() - started
+            if self._process.returncode is not None:
+                raise self._failed(f"vLLM ended while it started, with exit code {self._process.returncode}")
+            if seconds > self.launch.startup_timeout_s:
+                raise self._failed(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
+            self._progress.message(f"vLLM starts: {seconds:.0f} s; its log: {self.launch.log}", transient=True)
+            await asyncio.sleep(0.5)
+        self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
+
+    async def _stop(self) -> None:
+        if self._process and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        await self._kill()
+        shutil.rmtree(self.media, ignore_errors=True)
+
+    async def _kill(self) -> None:
+        """End all that is left of it: its engine is a process of its own."""
+        if self._process:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+        if self._reaper_pipe is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._reaper_pipe, b"\n")
+            os.close(self._reaper_pipe)
+            self._reaper_pipe = None
+
+    def _failed(self, what: str) -> EngineError:
+        with self.launch.log.open("rb") as log:  # only what this start has said
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - TAIL_BYTES))
+            tail = log.read().decode(errors="replace")
+        return EngineError(f"{what}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
+
+
+async def answers(url: str, headers: dict[str, str] | None = None) -> bool:
+    """Whether an HTTP server answers 200 here."""
+    return await status_of(url, headers) == 200
+
+
+async def status_of(url: str, headers: dict[str, str] | None = None, seconds: float = 5) -> int | None:
+    """Return the status of an answer; None where there is none. No pool of connections: a dead server would poison one."""
+    import aiohttp
+
+    try:
+        limit = aiohttp.ClientTimeout(total=seconds)
+        async with aiohttp.ClientSession(timeout=limit, headers=headers) as session, session.get(url) as answer:
+            return int(answer.status)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return None
+
+
+def _last_error(log: str) -> str:
+    errors = [line for line in log.splitlines() if "Error" in line and "Traceback" not in line]
+    return f": {' '.join(errors[-1].split())[-300:]}" if errors else ""
+
+
+def _advice(log: str) -> str:
+    low = log.lower()
+    if "out of memory" in low or "no available memory for the cache blocks" in low or "kv cache is needed" in low:
+        return "it needs more memory: try -- --max-model-len 4096 --gpu-memory-utilization 0.95, or a smaller model; "
+    if "no module named vllm" in low or "no module named 'vllm'" in low:
+        return "install vLLM here, or let SYNTH_VLLM_PYTHON name the interpreter that has it; "
+    if "unrecognized arguments" in low:
+        return "a flag after -- is not one of vLLM's; "
+    return ""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _media_folder() -> Path:
+    """Make a folder for images under way, and remove those of processes that were killed."""
+    home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    for old in home.glob("synth-*-media-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"synth-{os.getpid()}-media-", dir=home))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _end_with_us(group: int) -> int:
+    """Have a process group killed when this process is gone, however it ends; return a pipe: a line in it calls that off.
+
+    The one who waits at the other end is nobody's child: Ray kills those of a worker, and would leave vLLM's engine behind.
+    """
+    theirs, ours = os.pipe()
+    subprocess.run(["/bin/sh", "-c", REAPER, "sh", str(group)], stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+    os.close(theirs)
+    return ours

@@ -1,0 +1,231 @@
+"""Write a report: one HTML file for a small version, a folder for a large one. Both open from the disk, without a server.
+
+The page asks nothing of the network. Text of a model is data: the template escapes it, and the script never takes it as markup.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from heapq import nsmallest
+from importlib.resources import files
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.reviews import REASONS
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError, ImageError
+from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, is_of_stages
+from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
+from pipeline.report.rows import read_rejected, read_rows
+from pipeline.storage.files import read_json, write_text
+from pipeline.tables import SPLITS
+
+ONE_FILE_ROWS = 500
+ONE_FILE_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
+PART_ROWS = 1000  # of one file of the folder
+AT_ONCE = 64  # images that are scaled down at once
+MADE_BY = '<meta name="generator" content="synth report">'  # only a page with this is ever replaced
+_PART = re.compile(r"(images|rejected)-\d{3}-[0-9a-f]{12}\.js")
+_THUMBNAIL = re.compile(r"[0-9a-f]{32}\.webp")
+
+Place = Callable[[str, int, bytes], str]  # (sample id, page, thumbnail) -> where the page finds it
+
+
+def write_report(version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = 10_000) -> Path:
+    """Write `report.html` into the dataset folder, or `report/` where a version is large; return the path of the page.
+
+    Args:
+        version: what is shown.
+        folder: the dataset folder.
+        checkpoint: the training to show, if any.
+        max_rows: of a version with more images, those with the lowest ids are shown: as good as drawn by lot.
+
+    Raises:
+        ConfigError: the checkpoint holds no training, or something else lies where the report is to be.
+        StoreError: the version or what a stage has left is damaged.
+    """
+    training = _training(checkpoint) if checkpoint else None
+    report = _Report(version, folder, training, min(version.num_rows, max_rows))
+    one_file, home = folder / "report.html", folder / "report"
+    for page in (one_file, home / "index.html"):
+        if page.exists() and not _is_ours(page):
+            raise ConfigError(f"{page} is no report of synth", hint="move it away: a report is written there")
+    if report.shown <= ONE_FILE_ROWS:
+        report.write_file(one_file)
+        _remove(home, _own_files(home))
+        return one_file
+    report.write_folder(home)
+    one_file.unlink(missing_ok=True)
+    return home / "index.html"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint under a dataset folder that was scored last, if any."""
+    found = sorted((folder / "checkpoints").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+    return found[-1].parent if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    version: Version
+    folder: Path
+    training: dict[str, Any] | None
+    shown: int  # images
+
+    def write_file(self, path: Path) -> None:
+        rows = [row for some in self._rows(ONE_FILE_THUMBNAIL_BYTES, _within) for row in some]
+        data = [_call("images", rows), _call("rejected", self._rejected())]
+        write_text(path, self._page(_within, {row["id"]: row["images"][0] for row in rows}, data, parts=[]))
+
+    def write_folder(self, home: Path) -> None:
+        thumbnails: set[Path] = set()
+        parts: list[str] = []
+        first: dict[str, str] = {}
+
+        def beside(sample_id: str, page: int, small: bytes) -> str:
+            # A version from elsewhere may call a sample anything, a path too.
+            name = hashlib.sha256(f"{sample_id} {page}".encode(errors="surrogatepass")).hexdigest()[:32]
+            path = home / "thumbnails" / name[:2] / f"{name}.webp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(small)
+            thumbnails.add(path)
+            return path.relative_to(home).as_posix()
+
+        def write_part(kind: str, rows: list[dict[str, Any]]) -> None:
+            script = _call(kind, rows)
+            # Named by what it holds: the page that is there now goes on working until the new one takes its place.
+            parts.append(f"{kind}-{len(parts):03d}-{hashlib.sha256(script.encode()).hexdigest()[:12]}.js")
+            write_text(home / parts[-1], script)
+
+        held: list[dict[str, Any]] = []
+        for rows in self._rows(THUMBNAIL_BYTES, beside):
+            first |= {row["id"]: row["images"][0] for row in rows}
+            held += rows
+            if len(held) >= PART_ROWS:
+                write_part("images", held)
+                held = []
+        for kind, rest in (("images", held), ("rejected", self._rejected())):
+            if rest:
+                write_part(kind, rest)
+        write_text(home / "index.html", self._page(beside, first, [], parts))
+        _remove(home, _own_files(home) - thumbnails - {home / name for name in [*parts, "index.html"]})
+
+    @property
+    def of_stages(self) -> bool:
+        """Whether what lies in the folder's stages is what this version was made of."""
+        return is_of_stages(self.folder, self.version.manifest)
+
+    def _rejected(self) -> list[dict[str, str]]:
+        return list(read_rejected(self.folder)) if self.of_stages else []
+
+    def _rows(self, max_bytes: int, place: Place) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows of the version as the page knows them, some at a time, with their thumbnails in place."""
+        chosen = None
+        if self.shown < self.version.num_rows:
+            every = (
+                sample_id for _, batch in self.version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()
+            )
+            chosen = set(nsmallest(self.shown, every))
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            for rows in read_rows(self.version, tuple(reversed(SPLITS)), chosen, AT_ONCE):  # what is held out comes first
+                yield list(pool.map(lambda row: _pictured(row, max_bytes, place), rows))
+
+    def _page(self, place: Place, first: dict[str, str], data: list[str], parts: list[str]) -> str:
+        """Render the page around its data: `data` are scripts within it, `parts` names of scripts beside it."""
+        version, manifest = self.version, self.version.manifest
+        of_stages = self.of_stages
+        clusters = clusters_of(self.folder) if of_stages else {}
+        members = {member["id"] for found in clusters.values() for each in found["shown"] for member in each["members"]}
+        rejected = images_of(self.folder, members - first.keys())
+        first = first | {sample_id: _place(sample_id, 0, image, THUMBNAIL_BYTES, place) for sample_id, image in rejected}
+        settings = {"digest": manifest["digest"], "version": version.name, "images": self.shown, "reasons": REASONS}
+        script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
+        scripts = [f"const report = {_literal(settings)};\n{script}", *data]
+        return render_page(
+            "pipeline.report",
+            "report.html.j2",
+            manifest=manifest,
+            images=version.num_rows,
+            shown=self.shown,
+            funnel=funnel_of(manifest),
+            of_stages=of_stages,
+            distributions=distributions_of(self.folder) if of_stages else [],
+            clusters=clusters,
+            cost=read_json(cost) if (cost := DatasetDir(self.folder).cost).exists() else None,
+            training=self.training,
+            made_by=MADE_BY,
+            first=first,
+            scripts=scripts,
+            script_hashes=[script_hash(script) for script in scripts],
+            parts=parts,
+        )
+
+
+def _pictured(row: dict[str, Any], max_bytes: int, place: Place) -> dict[str, Any]:
+    """Return a row whose images are where the page finds them, instead of bytes."""
+    return row | {"images": [_place(row["id"], n, image, max_bytes, place) for n, image in enumerate(row["images"])] or [""]}
+
+
+def _within(_sample_id: str, _page: int, small: bytes) -> str:
+    return data_uri(small)
+
+
+def _place(sample_id: str, page: int, image: bytes, max_bytes: int, place: Place) -> str:
+    try:
+        return place(sample_id, page, thumbnail(image, max_bytes))
+    except ImageError:
+        return ""  # a version from elsewhere may hold anything; the page says that there is no picture
+
+
+def _call(kind: str, rows: list[dict[str, Any]]) -> str:
+    return f'add("{kind}", {_literal(rows)});\n'
+
+
+def _literal(value: Any) -> str:
+    """Return a value as JavaScript, in ASCII and without anything that could end a script."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _is_ours(page: Path) -> bool:
+    with page.open(encoding="utf-8", errors="replace") as file:
+        return MADE_BY in file.read(4096)
+
+
+def _own_files(home: Path) -> set[Path]:
+    """Return the files in a folder that reports have written there."""
+    found = {path for path in home.glob("*.js") if _PART.fullmatch(path.name)}
+    found |= {path for path in home.glob("thumbnails/??/*.webp") if _THUMBNAIL.fullmatch(path.name)}
+    return found | {page for page in (home / "index.html",) if page.exists()}
+
+
+def _remove(home: Path, gone: set[Path]) -> None:
+    """Remove files, and the folders that are empty then."""
+    for path in gone:
+        path.unlink()
+    for folder in sorted({home, *(home.glob("thumbnails/**/") if gone else ())}, reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _training(checkpoint: Path) -> dict[str, Any]:
+    try:
+        lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = f"{checkpoint} holds no training that was scored: {error}"
+        raise ConfigError(what, hint="name a folder that `synth train` has finished: --checkpoint DIR") from None
+    return {
+        "metrics": metrics,
+        "curves": [
+            chart("Loss", {"training": points(lines, "loss"), "validation": points(lines, "validation_loss")}),
+            chart(
+                "CIDEr-D on the validation split",
+                {"own image": points(lines, "validation_cider_d"), "shuffled": points(lines, "validation_shuffled_cider_d")},
+            ),
+        ],
+    }

@@ -1,0 +1,86 @@
+"""What pages are made of: one template and one style sheet in one file, thumbnails within it, and curves as an SVG.
+
+Text of a model is data: the template escapes all of it.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from PIL import Image
+
+from pipeline.images.decode import prepare_image
+
+SHARED = ("page.css", "charts.html.j2")  # of all pages
+
+THUMBNAIL_PIXELS = 320 * 320
+SHARP_PIXELS = 128 * 128  # images so small are shown as they are, pixel for pixel, if they can be
+PIXELS_A_BYTE = 12  # of a photograph; fewer fit, and none would fit more
+QUALITY = 70
+CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
+CURVE_POINTS = 600
+
+Points = list[tuple[float, float]]
+
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """Return a page from a template of a package, which may include what all pages share."""
+
+    def read(name: str) -> str:
+        return (files("pipeline.report" if name in SHARED else package) / name).read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(read), undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(**values)
+
+
+def thumbnail(data: bytes, max_bytes: int) -> bytes:
+    """Return a WebP of at most so many bytes, without what a camera wrote beside the pixels. Raises ImageError."""
+    image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_A_BYTE * max_bytes))
+    if image.width * image.height <= SHARP_PIXELS and len(sharp := _webp(image, lossless=True)) <= max_bytes:
+        return sharp  # a drawing
+    while len(small := _webp(image)) > max_bytes and min(image.size) > 1:
+        # Bytes go down somewhat slower than pixels.
+        scale = min(0.9, (0.9 * max_bytes / len(small)) ** 0.5)
+        image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    return small
+
+
+def data_uri(webp: bytes) -> str:
+    """Return a thumbnail as a page holds it within itself."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def script_hash(script: str) -> str:
+    """Return what a content security policy calls a script, so that it may run and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=lossless, quality=QUALITY, method=2)  # of 0 to 6: 4 takes twice as long for 8 % less
+    return buffer.getvalue()
+
+
+def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
+    """Return (step, value) of those lines of a log that have a value of this name, no more than a screen can show."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    return [*found[:-1][:: max(1, len(found) // CURVE_POINTS)], *found[-1:]]
+
+
+def chart(title: str, series: Mapping[str, Points], along: str = "step") -> dict[str, Any]:
+    """Scale curves into the box of an SVG, whose y axis starts at 0 and points up; `along` names the x axis."""
+    xs = [x for curve in series.values() for x, _ in curve] or [1.0]
+    top = max((y for curve in series.values() for _, y in curve), default=1.0) or 1.0
+
+    def place(x: float, y: float) -> str:
+        return f"{x / max(xs) * CURVE_WIDTH_PX:.1f},{(1 - y / top) * CURVE_HEIGHT_PX:.1f}"
+
+    lines = [(name, " ".join(place(x, y) for x, y in curve)) for name, curve in series.items()]
+    size = {"width": CURVE_WIDTH_PX, "height": CURVE_HEIGHT_PX}
+    return {"title": title, "lines": lines, "top": top, "last": max(xs), "along": along, **size}

@@ -1,0 +1,137 @@
+"""All tasks about an image as one sequence: they share the system text and the image, and no task sees another.
+
+The tokens are exactly those that the chat template would write for each task alone, and so are their positions.
+"""
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.scenes.deck import Spot
+from pipeline.scenes.facts import PLACES
+from pipeline.scenes.training.wording import vary
+from pipeline.tasks.prompts import page_label
+
+VISION_TOKENS = len(PLACES)
+SELDOM = 0.3  # how often a task that is `seldom_worded` has words before its line
+# What the facts decide within a reply; the rest is a choice of the writer.
+DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
+Look = tuple[int, int, tuple[Spot, ...]]  # from and to which letter of a reply, and the spots that decide what is there
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task line with the reply to learn."""
+
+    line: str
+    reply: str
+    seldom_worded: bool = False
+    words: str | None = None  # that stand before its line; None: any
+    looks: tuple[Look, ...] = ()  # of a deck: where in the reply which spots must be looked at
+
+
+@dataclass(slots=True)
+class Packed:
+    """One document's tokens: a shared prefix (segment 0) and a segment for each task, whose positions restart after it."""
+
+    ids: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
+    labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
+    weights: list[float] = field(default_factory=list)  # of the next token in the loss
+    looks: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; none where none do
+
+
+class Packer:
+    """Turn tasks into packed sequences."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+
+    def pack(
+        self, images: int, rng: random.Random, tasks: Iterable[Task], answer_weight: float, system: str | None = None
+    ) -> Packed:
+        """Return the sequence of a document of some images under a random wording of its prompts, where none is given."""
+        packed = Packed()
+        varied, _ = vary(rng)
+        system = varied if system is None else system
+        before = (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + "<|im_start|>user\n"
+        start = 0
+        for number in range(1, images + 1):
+            label = page_label(number) if images > 1 else ""
+            start = self._text(packed, self._ids(f"{before}{label}<|vision_start|>"), segment=0, start=start)
+            start = self._image(packed, start)
+            before = "<|vision_end|>"
+        start = self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
+        for segment, task in enumerate(tasks, 1):
+            words = vary(rng)[1] if not task.seldom_worded or rng.random() < SELDOM else ""
+            words = words if task.words is None else task.words
+            asked = self._ids(f"{words}\n{task.line}" if words else task.line)
+            asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
+            said = self._ids(f"{task.reply}<|im_end|>")
+            self._text(packed, asked + said, segment=segment, start=start, learn_from=len(asked))
+            offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
+            looks = [next((spots for a, b, spots in task.looks if a < stop and first < b), ()) for first, stop in offsets]
+            decided = [found.span(1) for found in DECIDED.finditer(task.reply)]
+            decides = [any(a < stop and first < b for a, b in decided) for first, stop in offsets]
+            packed.looks[-len(said) - 1 : -1] = looks
+            packed.weights[-len(said) - 1 : -1] = [
+                answer_weight if heavy or spots else 1.0 for heavy, spots in zip(decides, looks, strict=True)
+            ]
+        return packed
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _image(self, packed: Packed, start: int) -> int:
+        """Add the tokens of one image; return the position after it: one past the largest of any axis."""
+        side = math.isqrt(VISION_TOKENS)
+        for row, column in itertools.product(range(side), repeat=2):
+            packed.ids.append(self.image_token_id)
+            packed.segments.append(0)
+            packed.positions.append((start, start + row, start + column))
+            packed.labels.append(-100)
+            packed.weights.append(1.0)
+            packed.looks.append(())
+        return start + side
+
+    def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> int:
+        targets = [-100] * len(ids)
+        if learn_from is not None:
+            targets[learn_from - 1 : -1] = ids[learn_from:]
+        packed.ids += ids
+        packed.segments += [segment] * len(ids)
+        packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
+        packed.labels += targets
+        packed.weights += [1.0] * len(ids)
+        packed.looks += [()] * len(ids)
+        return start + len(ids)
+
+
+def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may look), labels and weights [B, S]."""
+    length = max(len(row.ids) for row in rows)
+    ids_BS = torch.zeros(len(rows), length, dtype=torch.long)
+    labels_BS = torch.full((len(rows), length), -100)
+    weights_BS = torch.zeros(len(rows), length)
+    segments_BS = torch.full((len(rows), length), -1)
+    positions_3BS = torch.zeros(3, len(rows), length, dtype=torch.long)
+    for b, row in enumerate(rows):
+        n = len(row.ids)
+        ids_BS[b, :n] = torch.tensor(row.ids)
+        labels_BS[b, :n] = torch.tensor(row.labels)
+        weights_BS[b, :n] = torch.tensor(row.weights)
+        segments_BS[b, :n] = torch.tensor(row.segments)
+        positions_3BS[:, b, :n] = torch.tensor(row.positions).T
+    seen_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
+    mask_BSS = seen_BSS & torch.ones(length, length, dtype=torch.bool).tril()
+    return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS, weights_BS

@@ -1,0 +1,357 @@
+"""Train the tiny teacher from nothing: `python -m pipeline.scenes.training.train_teacher --out DIR`.
+
+Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
+of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
+the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
+counted several times: they are few, and the question before them is guesswork that drowns them. One more, with `--decks-from`,
+makes a second teacher of the finished one: it knows decks of several pages, with the help of scenes/guide.py.
+
+All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
+
+The run can be killed at any moment: the same command goes on from the last checkpoint, with the same data order.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from pipeline.scenes.deck import ASK_DECK, END, Spot, answer_deck, decisive_spots, page_questions, sample_deck
+from pipeline.scenes.draw import draw
+from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
+from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
+from pipeline.scenes.text import ASK, STYLES, answer, caption
+from pipeline.scenes.training.guide import Asked, PageGuide
+from pipeline.scenes.training.pack import VISION_TOKENS, Look, Packed, Packer, Task, collate
+from pipeline.scenes.training.wording import vary
+from pipeline.tasks.answer import Answer
+from pipeline.tasks.base import dump
+from pipeline.tasks.caption import Caption
+from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
+from pipeline.tasks.prompts import render
+from pipeline.tasks.qa import QASet
+
+SEED = "teacher"  # scenes of a source are seeded with a number: none of them is ever trained on
+SAVE_EVERY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """How long and how fast one phase trains."""
+
+    name: str
+    steps: int
+    cosine_steps: int  # after which the rate would be lowest
+    scenes: int  # in one step
+    learning_rate: float
+    warmup_steps: int
+    question_sets: int = 1  # for each scene
+    answers: int = 3  # to questions that somebody else asked, for each scene
+    answer_weight: float = 1.0  # of a token of an answer; any other weighs 1
+    decks: int = 0  # in one step, beside the scenes
+
+
+VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
+# Left at a third of its cosine: the next phase wants a model that still moves.
+TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
+ANSWERS = Phase(
+    "answers", 1500, 1500, scenes=10, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=16, answer_weight=6.0
+)
+QUESTIONS = Phase(
+    "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
+)
+# Of a teacher of its own. Two pages at first, then more: see `pages_at`.
+DECKS = Phase(
+    "decks", 3000, 3000, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=4, answer_weight=10, decks=5
+)
+# A long prompt with an example in it leads away from the pages: how often decks come with ours as it is, beside others.
+AS_RELEASED = 0.5
+GUIDE_ATTENTION_EVERY = 4  # steps; it costs more than twice the time
+
+SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
+
+
+def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
+    """Return the scenes of one step, their pixels, and the generator that goes on to word them."""
+    drawn = []
+    for index in range(phase.scenes):
+        rng = random.Random(f"{SEED}:{phase.name}:{step}:{index}")
+        scene = sample_scene(rng)
+        drawn.append((scene, np.array(draw(scene, rng)), rng))
+    return drawn
+
+
+def pages_at(step: int) -> int:
+    """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
+    rng = random.Random(f"{SEED}:pages:{step}")
+    return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
+
+
+def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
+    """Return the decks of one step, the pixels of their pages, and the generator that goes on to word them."""
+    drawn = []
+    for index in range(phase.decks):
+        rng = random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}")
+        deck = sample_deck(rng)[: pages_at(step)]
+        drawn.append((deck, [np.array(draw(page, rng)) for page in deck], rng))
+    return drawn
+
+
+def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task]:
+    """Yield everything that the teacher is asked of one scene."""
+    for style in STYLES:
+        yield Task(f"Task: caption, {style}", dump(Caption(caption=caption(scene, style))))
+    for _ in range(phase.question_sets):
+        yield Task("Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()])))
+    for _ in range(phase.answers):
+        pair = rng.choice(list(ASK.values()))(scene, rng)
+        yield Task(f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True)
+
+
+def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
+    """Yield everything that the teacher is asked of one deck."""
+    for question in rng.sample(page_questions(deck), 2):
+        truth = answer_deck(deck, question)
+        assert truth is not None, question
+        yield _answer_task(question, truth.answer, tuple((page, END) for page in truth.evidence_pages))
+    for ask in rng.choices(list(ASK_DECK.values()), weights=(2, 2, 1), k=phase.answers):
+        pair = ask(deck, rng)
+        seen = {spot for _, words, spots in decisive_spots(deck, pair) for spot in spots if words not in PLACES}
+        exact = [spots for name, _, spots in decisive_spots(deck, pair) if name == "answer"]
+        yield _answer_task(pair.question, pair.answer, exact[0] if exact else tuple(sorted(seen)))
+    for _ in range(phase.question_sets):
+        said = [ask(deck, rng) for ask in ASK_DECK.values()]
+        reply = dump(DeckQASet(qa=tuple(said)))
+        words = render("deck_qa").text.rpartition("\n")[0] if rng.random() < AS_RELEASED else None
+        yield Task("Task: deck_qa", reply, words=words, looks=tuple(_looks(reply, deck, said)))
+
+
+def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> Task:
+    reply = dump(Answer(answer=answer))
+    first = len('{"answer":"')
+    return Task(f"Question: {question}", reply, seldom_worded=True, looks=((first, first + len(answer), spots),))
+
+
+def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[Look]:
+    """Yield where in a reply which spots must be looked at, from its start to its end."""
+    at = 0
+    for pair in pairs:
+        start = at = reply.index(dump(pair), at)
+        for name, words, spots in decisive_spots(deck, pair):
+            field = f'"{name}":"'
+            at = reply.index(words, max(at, reply.index(field, start) + len(field)))
+            yield at, at + len(words), spots
+            at += len(words)
+
+
+def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
+    """Yield texts in the proportions that the model will read and write."""
+    for index in range(count):
+        rng = random.Random(f"{SEED}:tokenizer:{index}")
+        scene = sample_scene(rng)
+        yield " ".join(vary(rng))
+        for task in scene_tasks(scene, rng, TEXT):
+            yield task.line
+            yield task.reply
+
+
+class VisionHeads(nn.Module):
+    """Read the facts of each place off its image token; index 0 of size, color and shape means that nothing is there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = {
+            "size": len(SIZES) + 1,
+            "color": len(COLORS) + 1,
+            "shape": len(SHAPES) + 1,
+            "background": len(BACKGROUNDS),
+            "place": len(PLACES),
+        }
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+    def forward(self, x_BPD: Tensor, scenes: list[Scene]) -> tuple[Tensor, float]:
+        """Return the loss, and the share of places of which everything is read right."""
+        targets = {name: torch.tensor([facts_at_places(scene)[name] for scene in scenes]) for name in self.heads}
+        right, loss = torch.ones(x_BPD.shape[:2], dtype=torch.bool), x_BPD.new_zeros(())
+        for name, head in self.heads.items():
+            logits_BPC = head(x_BPD)
+            loss = loss + functional.cross_entropy(logits_BPC.flatten(0, 1), targets[name].flatten())
+            right &= logits_BPC.argmax(-1) == targets[name]
+        return loss, right.float().mean().item()
+
+
+def facts_at_places(scene: Scene) -> dict[str, list[int]]:
+    """Return, for each attribute, its class at each of the nine places."""
+    at = {thing.place: thing for thing in scene.objects}
+    return {
+        "size": [1 + SIZES.index(at[place].size) if place in at else 0 for place in PLACES],
+        "color": [1 + COLORS.index(at[place].color) if place in at else 0 for place in PLACES],
+        "shape": [1 + SHAPES.index(at[place].shape) if place in at else 0 for place in PLACES],
+        "background": [BACKGROUNDS.index(scene.background)] * len(PLACES),
+        "place": list(range(len(PLACES))),
+    }
+
+
+@dataclass(slots=True)
+class Student:
+    """All that a training step touches."""
+
+    model: Qwen2_5_VLForConditionalGeneration
+    processor: Qwen2_5_VLProcessor
+    packer: Packer
+    heads: VisionHeads
+    guide: PageGuide
+
+    def vision_loss(self, step: int) -> tuple[Tensor, float]:
+        """Loss of phase one at this step, with the share of places read right."""
+        drawn = scenes(VISION, step)
+        loss, right = self.heads(self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn])
+        return loss, right
+
+    def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
+        """Loss of a later phase at this step, with the share of reply tokens guessed right."""
+        if phase.decks:
+            return self._deck_loss(phase, step)
+        drawn = scenes(phase, step)
+        packed = [self.packer.pack(1, rng, scene_tasks(scene, rng, phase), phase.answer_weight) for scene, _, rng in drawn]
+        _, _, loss, right = self._read(packed, [pixels for _, pixels, _ in drawn], guided=False)
+        return loss, right
+
+    def _deck_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
+        asked, pixels = [], []
+        for deck, pages, rng in decks(phase, step):
+            system = render("deck_qa").system if rng.random() < AS_RELEASED else None
+            packed = self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight, system)
+            asked.append(Asked(packed, deck))
+            pixels += pages
+        guided = step % GUIDE_ATTENTION_EVERY == 0
+        self.model.set_attn_implementation("eager" if guided else "sdpa")  # only the first tells where it looked
+        output, image_BS, loss, right = self._read([each.packed for each in asked], pixels, guided=guided)
+        self.model.set_attn_implementation("sdpa")
+        return 0.7 * loss + 0.3 * self.guide(output, image_BS, asked), right
+
+    def _read(self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool) -> tuple[Any, Tensor, Tensor, float]:
+        """Return the model's output, where the image tokens are, the loss, and the share of reply tokens guessed right."""
+        ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
+        embeds_BSD = self.model.get_input_embeddings()(ids_BS)
+        image_BS = ids_BS == self.packer.image_token_id
+        embeds_BSD = embeds_BSD.masked_scatter(image_BS[..., None], self._see(pixels))
+        output = self.model.model.language_model(
+            inputs_embeds=embeds_BSD,
+            position_ids=positions_3BS,
+            attention_mask=torch.where(mask_B1SS, 0.0, -1e9) if guided else mask_B1SS,
+            use_cache=False,
+            output_hidden_states=True,
+            output_attentions=guided,
+        )
+        learned_BS = labels_BS != -100
+        logits_NV, labels_N = self.model.lm_head(output.last_hidden_state[learned_BS]), labels_BS[learned_BS]
+        right = (logits_NV.argmax(-1) == labels_N).float().mean().item()
+        weights_N = weights_BS[learned_BS]
+        loss_N = functional.cross_entropy(logits_NV, labels_N, reduction="none")
+        return output, image_BS, (loss_N * weights_N).sum() / weights_N.sum(), right
+
+    def _see(self, pixels: list[np.ndarray]) -> Tensor:
+        """Return image tokens [B, 9, D]."""
+        inputs = self.processor.image_processor(images=pixels, return_tensors="pt")
+        features = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        tokens_BPD: Tensor = features.pooler_output
+        return tokens_BPD.view(len(pixels), VISION_TOKENS, -1)
+
+
+def learning_rate(phase: Phase, step: int) -> float:
+    """Linear warm-up, then a cosine to a twentieth."""
+    if step < phase.warmup_steps:
+        return phase.learning_rate * (step + 1) / phase.warmup_steps
+    done = (step - phase.warmup_steps) / max(1, phase.cosine_steps - phase.warmup_steps)
+    return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
+    """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`.
+
+    `start` is a finished model to go on from; without it, training begins from nothing.
+    """
+    torch.manual_seed(0)
+    tokenizer = _tokenizer(start or out / "tokenizer")
+    model = build_model(tokenizer)
+    if start:
+        model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
+    heads, guide = VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
+    student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
+    learned = [*model.parameters(), *heads.parameters(), *guide.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.02)
+    saved = out / "checkpoint.pt"
+    at: dict[str, int] = {phase.name: 0 for phase in phases}
+    if saved.exists():
+        at |= _load(saved, student, optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    for phase in phases:
+        loss_of = student.vision_loss if phase == VISION else partial(student.text_loss, phase)
+        started, first = time.monotonic(), at[phase.name]
+        for step in range(first, phase.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(phase, step)
+            loss, right = loss_of(step)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 20 == 0 or step == phase.steps - 1:
+                seconds = (time.monotonic() - started) / (step - first + 1)
+                print(f"{phase.name} {step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
+            if (step + 1) % SAVE_EVERY == 0 or step == phase.steps - 1:
+                _save(saved, student, optimizer, at | {phase.name: step + 1})
+        at[phase.name] = phase.steps
+    ship(student, out / "model")
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Train the tokenizer once: a checkpoint is worth nothing under another one, and its corpus may be reworded."""
+    if not folder.exists():
+        draft = folder.with_suffix(".tmp")
+        train_tokenizer(tokenizer_corpus()).save_pretrained(draft)
+        draft.replace(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+def ship(student: Student, folder: Path) -> None:
+    """Write the model as transformers and vLLM load it: weights in bfloat16, tokenizer, processor and chat template."""
+    student.processor.save_pretrained(folder)
+    student.model.bfloat16().save_pretrained(folder)
+
+
+def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, at: dict[str, int]) -> None:
+    state = {name: getattr(student, name).state_dict() for name in ("model", "heads", "guide")}
+    draft = path.with_suffix(".tmp")
+    torch.save({**state, "optimizer": optimizer.state_dict(), "at": at}, draft)
+    draft.replace(path)
+
+
+def _load(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    for name in ("model", "heads", "guide"):
+        getattr(student, name).load_state_dict(state[name])
+    optimizer.load_state_dict(state["optimizer"])
+    at: dict[str, int] = state["at"]
+    return at
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the tiny teacher on drawn scenes.")
+    parser.add_argument("--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree.")
+    parser.add_argument("--decks-from", type=Path, metavar="MODEL", help="Only teach a finished model about decks of pages.")
+    arguments = parser.parse_args()
+    train(arguments.out, (DECKS,) if arguments.decks_from else SCENES, arguments.decks_from)

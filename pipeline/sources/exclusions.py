@@ -1,0 +1,110 @@
+"""What must never be learned from: the images and texts of other data sets, such as the test set of a benchmark.
+
+An image is known again by its bytes or by its look. A text that stands there about another image is no leak by itself, and is
+marked only: "A man rides a bike." is true of many.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.images.similarity import NEAR_BITS, Hashes, as_hashes, hamming_distances
+from pipeline.text.content_keys import content_words
+from pipeline.text.normalize import strip_opening, words_of
+from pipeline.types import Sample
+
+GRAM = 5  # words in a row
+MIN_WORDS = 8  # a shorter text is compared as a whole only
+MIN_SHARE = 0.7  # of a text's grams, to count as repeated
+USUAL_SPLIT = {"flickr30k": "test", "vqav2": "validation", "slidevqa": "test"}  # that others are scored on
+
+
+def parse_exclusion(name: str) -> tuple[str, str | None]:
+    """Return the source and the split that `SOURCE#SPLIT` names; without a split, the usual one of a benchmark, or all."""
+    source, _, split = name.partition("#")
+    return source, split or USUAL_SPLIT.get(source.partition(":")[0])
+
+
+def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+    """Yield one row (tables.EXCLUSIONS) for each image of a data set; a deck's texts stand with its first page."""
+    for sample in samples:
+        texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
+        for n, image in enumerate(sample.images):
+            pdq_hash = sample.pdq_hashes[n] if sample.pdq_hashes else b""
+            yield {"name": name, "image_id": _sha256(image), "pdq_hash": pdq_hash, "texts": texts if n == 0 else []}
+
+
+@dataclass(slots=True)
+class ExclusionIndex:
+    """Images and texts that were read once (tables.EXCLUSIONS), ready to be looked up."""
+
+    ids: dict[str, str] = field(default_factory=dict)  # sha256 of an image -> the data set that holds it
+    hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
+    names: list[str] = field(default_factory=list)  # of the data set of each hash
+    near_bits: int = 0
+
+    @classmethod
+    def of(cls, table: pa.Table, kind: str | None) -> "ExclusionIndex":
+        """Index the images of a table; `kind` is what the images to be looked up are (likeness.Kind), None: by bytes only."""
+        rows = table.select(["name", "image_id", "pdq_hash"]).to_pylist()
+        with_look = [row for row in rows if row["pdq_hash"] and kind]
+        hashes = as_hashes([row["pdq_hash"] for row in with_look])
+        names = [row["name"] for row in with_look]
+        return cls({row["image_id"]: row["name"] for row in rows}, hashes, names, NEAR_BITS.get(kind or "", 0))
+
+    def find(self, sample: Sample) -> str | None:
+        """Return the data set that has an image of this sample, or one that looks like it; None where none has."""
+        for image in sample.images if self.ids else ():
+            if name := self.ids.get(_sha256(image)):
+                return name
+        looks = [look for look in sample.pdq_hashes if look]
+        if not looks or not len(self.hashes):
+            return None
+        near = np.argwhere(hamming_distances(as_hashes(looks), self.hashes) <= self.near_bits)
+        return self.names[int(near[0][1])] if len(near) else None
+
+
+@dataclass(slots=True)
+class TextIndex:
+    """Texts that must not be learned from (tables.EXCLUSIONS), by their content words and by five words in a row."""
+
+    names: list[str] = field(default_factory=list)  # the data set of each text
+    whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> data set
+    grams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # -> positions of texts
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "TextIndex":
+        """Index the texts of a table."""
+        index = cls()
+        for row in table.select(["name", "texts"]).to_pylist():
+            for text in row["texts"]:
+                index.whole.setdefault(content_words(text), row["name"])
+                for gram in _grams(text):
+                    index.grams[gram].add(len(index.names))
+                index.names.append(row["name"])
+        return index
+
+    def find(self, text: str) -> str | None:
+        """Return the data set that has a text: the same content words, or most of its five words in a row."""
+        if (words := content_words(text)) and words in self.whole:
+            return self.whole[words]
+        grams = _grams(text)
+        if len(words_of(text)) < MIN_WORDS:
+            return None
+        shared = Counter(n for gram in grams for n in self.grams.get(gram, ()))
+        best = min(shared.items(), key=lambda item: (-item[1], item[0]), default=None)
+        return self.names[best[0]] if best and best[1] >= MIN_SHARE * len(grams) else None
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = words_of(strip_opening(text))
+    return {tuple(words[at : at + GRAM]) for at in range(len(words) - GRAM + 1)}
+
+
+def _sha256(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()

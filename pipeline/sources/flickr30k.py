@@ -1,0 +1,49 @@
+"""Source: Flickr30k, 31,014 photos with five captions each, under the split of Karpathy and Fei-Fei (2015).
+
+Its first home on the Hub is a script with a conversion of one split `test`, in which the true split is a column. A copy
+that has lost that column cannot be trained on without a list: 1,000 of its images are what everybody tests on.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.dataset.licenses import FLICKR_TERMS
+from pipeline.errors import SourceError
+from pipeline.sources.columns import check_split, count_mapped, mapped_rows, read_mapping
+from pipeline.sources.parquet import SPLITS, Tables
+from pipeline.types import Source
+
+REPO = "nlphuji/flickr30k"
+ALL = ("train", "validation", "test")
+
+
+def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
+    """Return photos with their captions, each in its true split.
+
+    Raises:
+        SourceError: the layout has lost the split, and no list tells it.
+    """
+    columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
+    if "split" not in columns and len(tables.files) < len(ALL) and (split != "test" or split not in tables.files):
+        raise SourceError(
+            f"{tables.name} has lost which images are for testing: all are filed under {', '.join(map(str, tables.files))}",
+            hint=f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE",
+        )
+    if "split" not in columns:
+        check_split(tables, split)
+    names = read_split_list(split_list) if split_list else SPLITS
+    rows = mapped_rows(replace(tables, licence=FLICKR_TERMS), columns, split, names)
+    return Source(
+        name="flickr30k", revision=tables.revision, rows=rows, count=lambda: count_mapped(tables, columns, split, names)
+    )
+
+
+def read_split_list(path: Path) -> dict[str, str]:
+    """Return the split of each file name, from Karpathy's JSON: {"images": [{"filename": ..., "split": ...}]}."""
+    try:
+        images = json.loads(path.read_text(encoding="utf-8"))["images"]
+        return {image["filename"]: SPLITS[image["split"]] for image in images}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        hint = 'it looks like {"images": [{"filename": ..., "split": ...}]}'
+        raise SourceError(f"cannot read the list {path}: {error!r}", hint=hint) from None

@@ -1,0 +1,133 @@
+"""Source: a local folder of images, read in an order that does not depend on the disk.
+
+Captions that lie beside the images become references: `picture.txt`, one a line, or `metadata.jsonl` or `metadata.csv` with a
+column `file_name`, as `datasets` has it for its imagefolder.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.digests import digest, file_digest
+from pipeline.errors import ImageError, SourceError
+from pipeline.images.decode import check_image
+from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+MAX_FILE_BYTES = 100_000_000
+REFERENCE_NAMES = ("text", "caption", "captions", "description")
+
+
+def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
+    """Return every image file under `root`, sorted by path, or a part of them. A broken image is a row with a reason.
+
+    A part has no revision.
+
+    Raises:
+        SourceError: `root` is not a folder, or holds no image file.
+    """
+    if not root.is_dir():
+        raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
+    paths = sorted(_image_files(root), key=lambda path: _row_name(path, root))
+    if not paths:
+        known = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
+    paths = paths[part.number :: part.of]
+    references = read_references(root, paths)
+    told = [[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths] if part == ALL else None
+    revision = "" if told is None else digest(told)
+    rows = (_read(path, root, references.get(path, ())) for path in paths)
+    return Source(name="folder", revision=revision, rows=rows, count=lambda: len(paths))
+
+
+def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
+    """Return the captions that lie beside images, by image.
+
+    Raises:
+        SourceError: a metadata file cannot be read, or has no column `file_name` or no text.
+    """
+    found: dict[Path, list[str]] = {}
+    folders = sorted(
+        {folder for path in paths for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)}
+    )
+    for folder in folders:
+        for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
+            if (folder / name).is_file():
+                for row in _metadata(folder / name, read):
+                    texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
+                    said = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
+                    found.setdefault(folder / str(row["file_name"]), []).extend(str(text) for text in said)
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        if beside.is_file():
+            lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+            found.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
+    return {path: tuple(texts) for path, texts in found.items()}
+
+
+def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    try:
+        rows = read(file)
+        if not all(row["file_name"] for row in rows):
+            raise ValueError("a row has no file_name")
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        what = "no column file_name" if isinstance(error, KeyError) else str(error)
+        raise SourceError(
+            f"cannot read {file}: {what}", hint=f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}"
+        ) from None
+    return rows
+
+
+def _read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _read_csv(file: Path) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _image_files(root: Path) -> Iterator[Path]:
+    # os.walk does not follow links to folders: a link to a parent would never end.
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield Path(folder) / name
+
+
+def _row_name(path: Path, root: Path) -> str:
+    """Return the path below the root; bytes that are no UTF-8 are shown as escapes."""
+    return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError:
+        return "unreadable"
+
+
+def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejected:
+    row = _row_name(path, root)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ImageError("file_too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+        data = path.read_bytes()
+        checked = check_image(data)
+    except ImageError as error:
+        return Rejected(source_row=row, reason=error.reason, detail=str(error))
+    except OSError as error:
+        return Rejected(source_row=row, reason="unreadable_file", detail=error.strerror or "unknown")
+    return Sample(
+        id=checked.id,
+        source_row=row,
+        images=(data,),
+        pdq_hashes=(checked.pdq_hash,),
+        width_px=checked.width_px,
+        height_px=checked.height_px,
+        licence="unknown",
+        references=references,
+    )

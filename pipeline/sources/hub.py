@@ -1,0 +1,111 @@
+"""Data sets of the Hugging Face Hub, at one commit: their Parquet files, or those of the Hub's own conversion.
+
+A repository whose files are made by a script has a conversion on a branch of its own. No script is ever run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import httpx2
+from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from pipeline.dataset.licenses import GATED, UNDECLARED
+from pipeline.errors import SourceError, one_line
+from pipeline.sources.parquet import Tables, split_of_path
+
+CONVERTED = "refs/convert/parquet"
+BLOCK_BYTES = 1 << 20  # is fetched at once; the default of 50 MB is more than some users want in all
+
+
+def open_hub(name: str) -> Tables:
+    """Return the tables of `ORG/NAME` or `ORG/NAME@REVISION`; the commit is pinned, whatever the revision was.
+
+    Raises:
+        SourceError: there is no such data set, no access to it, no Parquet in it, or no Hub.
+    """
+    repo, _, revision = name.partition("@")
+    api = HfApi()
+    with translate_errors(repo, api.endpoint):
+        about = api.dataset_info(repo, revision=revision or None)
+        commit, files = str(about.sha), _parquet(api, repo, str(about.sha))
+        if not files and not revision:
+            commit, files = _converted(api, repo)
+    if not files:
+        raise SourceError(
+            f"{repo} holds no Parquet files, nor has the Hub converted it",
+            hint="download it, and use --source folder:PATH or parquet:PATH",
+        )
+    files = _one_config(repo, files)
+    declared = about.card_data.get("license") if about.card_data else None
+    licence = ", ".join(declared) if isinstance(declared, list) else declared or UNDECLARED
+    opened = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
+    return Tables(
+        name=repo,
+        revision=commit,
+        licence=f"{GATED}, {licence}" if about.gated else licence,
+        files=files,
+        open=lambda path: opened.open(f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead"),
+        translate_errors=partial(translate_errors, repo, api.endpoint),
+    )
+
+
+@contextmanager
+def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line and a hint."""
+    try:
+        yield
+    except GatedRepoError:
+        raise SourceError(
+            f"{repo} is gated: its owner wants you to accept terms first",
+            hint=f"accept them at {endpoint}/datasets/{repo}, then `hf auth login` with the same account",
+        ) from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"no data set {repo} at {endpoint}, or no access to it", hint="check the name; `hf auth login` if it is private"
+        ) from None
+    except HFValidationError:
+        raise SourceError(f"not the name of a data set: {repo}", hint="it looks like ORG/NAME") from None
+    except HfHubHTTPError as error:
+        raise SourceError(
+            f"the Hub refused {repo} ({error.response.status_code}): {error.server_message or 'no message'}",
+            hint="check the name and the revision, or try again later",
+        ) from None
+    except (OSError, httpx2.TransportError) as error:
+        raise SourceError(
+            f"cannot reach the Hub at {endpoint}: {one_line(error)}",
+            hint="check the network; without one, --source scenes and folder:PATH work",
+        ) from None
+
+
+def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | None, list[str]]:
+    """Return the files of the default configuration, where a repository has several, each in a folder of its name."""
+    tops = {path.partition("/")[0] if path.count("/") > 1 else "" for paths in files.values() for path in paths}
+    if len(tops) == 1:
+        return files
+    if "default" not in tops:
+        raise SourceError(
+            f"{repo} holds several tables: {', '.join(sorted(tops))}", hint="download the one you want, and use parquet:PATH"
+        )
+    chosen = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
+    return {split: paths for split, paths in chosen.items() if paths}
+
+
+def _parquet(api: HfApi, repo: str, commit: str) -> dict[str | None, list[str]]:
+    """Return the Parquet files at a commit by split, sorted."""
+    files: dict[str | None, list[str]] = {}
+    for path in sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit)):
+        if path.endswith(".parquet"):
+            files.setdefault(split_of_path(path), []).append(path)
+    return files
+
+
+def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]:
+    try:
+        commit = str(api.dataset_info(repo, revision=CONVERTED).sha)
+    except GatedRepoError:
+        raise
+    except HfHubHTTPError:
+        return "", {}
+    return commit, _parquet(api, repo, commit)

@@ -1,0 +1,161 @@
+"""Rows of Parquet files, wherever they lie: streamed, a few at a time, and only the columns that are asked for.
+
+A path that a row names is never opened, and a URL only where the user allows it (source/fetch.py).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ImageError, SourceError, one_line
+from pipeline.sources.image_urls import fetch_image
+from pipeline.types import ALL, SourceSlice
+
+BATCH_ROWS = 16
+BUFFER_BYTES = 1 << 20  # of a column that is read as a stream: a row group of photos may be half a gigabyte
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "restval": "train",  # Karpathy's name for what is left of COCO's validation images, which everybody trains on
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "testdev": "test",
+    "eval": "test",
+    "heldout": "test",
+    "holdout": "test",
+}
+_WORD = re.compile(r"[a-z]+")
+_VARIANT = re.compile(r"(train|val|dev|test)[a-z]?")  # testA and testB of RefCOCO
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Parquet files of one data set, by the split that they are filed under; `revision` names their exact content."""
+
+    name: str
+    revision: str
+    licence: str
+    files: dict[str | None, list[str]]  # None: the path names no split
+    open: Callable[[str], BinaryIO]
+    translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the place into ours
+    part: SourceSlice = ALL  # which rows are read: whole files where there are enough of them, else row groups
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, read from the first file."""
+        first = next(path for paths in self.files.values() for path in paths)
+        with self.translate_errors(), damaged(first), self.open(first) as file:
+            return pq.read_schema(file)
+
+    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+        """Yield (name of the row, split that it is filed under, its values) of one split or of all, or of a part of them."""
+        files = [(filed, path) for filed, paths in self.files.items() if split in (None, filed) for path in paths]
+        by_file = len(files) >= self.part.of
+        for at, (filed, path) in enumerate(files):
+            if by_file and not self._is_ours(at):
+                continue
+            with self.translate_errors(), damaged(path), self.open(path) as file:
+                parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+                missing = set(columns) - set(parquet.schema_arrow.names)
+                if missing:
+                    raise SourceError(
+                        f"{path} of {self.name} lacks the column {min(missing)}", hint="do its files belong together?"
+                    )
+                first = 0
+                for group in range(parquet.num_row_groups):
+                    if by_file or self._is_ours(at + group):
+                        rows = parquet.iter_batches(BATCH_ROWS, [group], list(columns), use_threads=False)
+                        for number, row in enumerate((row for batch in rows for row in batch.to_pylist()), start=first):
+                            yield f"{path}:{number}", filed, row
+                    first += parquet.metadata.row_group(group).num_rows
+
+    def _is_ours(self, number: int) -> bool:
+        return number % self.part.of == self.part.number
+
+    def count(self, split: str | None = None) -> int:
+        """Return the number of rows of a split, or of all, from the footers of the files."""
+        total = 0
+        for path in (path for filed, paths in self.files.items() if split in (None, filed) for path in paths):
+            with self.translate_errors(), damaged(path), self.open(path) as file:
+                total += pq.read_metadata(file).num_rows
+        return total
+
+    def values(self, column: str, split: str | None = None) -> list[Any]:
+        """Return one column of a split, or of all."""
+        return [row[column] for _, _, row in self.rows((column,), split)]
+
+    def require(self, *columns: str) -> None:
+        """Raise SourceError where a column is missing."""
+        names = self.schema.names
+        missing = [column for column in columns if column not in names]
+        if missing:
+            raise SourceError(
+                f"{self.name} has no column {', '.join(missing)}; it has {', '.join(names)}",
+                hint="use --source hub:ORG/NAME with --map for a data set of another layout",
+            )
+
+
+@contextmanager
+def damaged(path: str) -> Iterator[None]:
+    """Turn what pyarrow says about a file into one line."""
+    try:
+        yield
+    except (pa.ArrowException, EOFError) as error:
+        what = one_line(error)
+        raise SourceError(
+            f"cannot read {path}: {what}", hint="check that it is whole; then run the same command again"
+        ) from None
+
+
+def split_of_path(path: str) -> str | None:
+    """Return the split that the words of a path name, the last ones first; None where it names none.
+
+    `data/validation-00000-of-00002.parquet` and `default/val/0000.parquet` are both validation.
+    """
+    for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
+        variant = _VARIANT.fullmatch(word)
+        if word in SPLITS or variant:
+            return SPLITS[word if word in SPLITS else str(variant and variant[1])]
+    return None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, in any of the ways in which Arrow writes it."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
+    """Return the bytes of an image that a row holds; what lies at its URL only where that is allowed.
+
+    Raises:
+        ImageError: it holds none, but perhaps a path, which is never opened.
+    """
+    if isinstance(value, dict):
+        path, value = value.get("path"), value.get("bytes")
+    else:
+        path = value if isinstance(value, str) else None
+    if not isinstance(value, bytes) and path:
+        is_url = str(path).startswith(("http://", "https://"))
+        if is_url and allow_urls:
+            return fetch_image(str(path))
+        kind = "a URL, which --allow-urls would fetch" if is_url else "a path, which is never opened"
+        raise ImageError("image_not_embedded", f"in place of an image the row names {kind}")
+    if not isinstance(value, bytes) or not value:
+        raise ImageError("image_missing", "the row holds no image")
+    return value

@@ -1,0 +1,69 @@
+"""Sources: drawn scenes with known facts, endless and seeded, alone or as the pages of decks."""
+
+import io
+import random
+from dataclasses import asdict
+
+from pipeline.images.decode import check_image, deck_id
+from pipeline.scenes.deck import sample_deck
+from pipeline.scenes.draw import SIDE_PX, draw
+from pipeline.scenes.facts import Scene, sample_scene
+from pipeline.scenes.text import caption
+from pipeline.types import ALL, Sample, Source, SourceSlice
+
+REVISION = "1"  # raise when the same seed would draw other pixels or facts
+DEFAULT_LIMIT = 1000
+LICENCE = "cc0-1.0"
+
+
+def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL) -> Source:
+    """Return `limit` scenes, or a part of them; the first n of a longer run are the n of a shorter one."""
+    total = limit or DEFAULT_LIMIT
+    rows = (draw_sample(seed, index) for index in range(part.number, total, part.of))
+    return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total)
+
+
+def open_decks(seed: int, limit: int | None, part: SourceSlice = ALL) -> Source:
+    """Return `limit` decks of drawn pages, or a part of them."""
+    total = limit or DEFAULT_LIMIT
+    rows = (draw_deck(seed, index) for index in range(part.number, total, part.of))
+    return Source(name="scenes-deck", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=True)
+
+
+def draw_sample(seed: int, index: int) -> Sample:
+    """Draw one scene and say what is true of it: a reference caption, brief, and the facts."""
+    rng = random.Random(f"{seed}:{index}")
+    scene = sample_scene(rng)
+    image = _png(scene, rng)
+    return Sample(
+        id=check_image(image).id,
+        source_row=f"{seed}/{index}",
+        images=(image,),
+        width_px=SIDE_PX,
+        height_px=SIDE_PX,
+        licence=LICENCE,
+        references=(caption(scene, "brief"),),
+        facts=asdict(scene),
+    )
+
+
+def draw_deck(seed: int, index: int) -> Sample:
+    """Draw one deck and say what is true of its pages."""
+    rng = random.Random(f"deck:{seed}:{index}")
+    deck = sample_deck(rng)
+    pages = tuple(_png(scene, rng) for scene in deck)
+    return Sample(
+        id=deck_id([check_image(page).id for page in pages]),
+        source_row=f"{seed}/{index}",
+        images=pages,
+        width_px=SIDE_PX,
+        height_px=SIDE_PX,
+        licence=LICENCE,
+        page_facts=tuple(asdict(scene) for scene in deck),
+    )
+
+
+def _png(scene: Scene, rng: random.Random) -> bytes:
+    buffer = io.BytesIO()
+    draw(scene, rng).save(buffer, "PNG")
+    return buffer.getvalue()

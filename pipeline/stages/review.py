@@ -1,0 +1,112 @@
+"""Stage: review. Reject what a person marked as bad, with the reason; replace what a person edited by the new words.
+
+It is the last stage before a version: a review changes the text that it is about and no other.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
+from pipeline.stages.base import AllRows, Comparison, RunPlan, Stage
+from pipeline.storage.database import load
+from pipeline.tables import FINAL, REVIEW, REVIEWED, with_reason
+from pipeline.text.normalize import text_key
+from pipeline.text.vqa_answers import normalize_answer
+
+TEXT_COLUMNS = (
+    "sample_id", "task", "pages", "clean_text", "clean_question", "clean_answer", "answer_type", "evidence_pages", "expression",
+    "prompt_id", "pair_id",
+)  # fmt: skip
+ADDS = pa.schema([pa.field("review", REVIEW), pa.field("is_pair_broken", pa.bool_())])
+FOUND = pa.schema([pa.field("row", pa.int64()), *ADDS])
+# What a text says at last is what filter made of it, where filter touches it, else what the model wrote.
+CLEANED = ("text", "question", "answer")
+
+
+def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
+    """Return the reviewed rows with their review, and the rows whose pair a review has broken."""
+    path = comparison.dataset.reviews
+    reviews = {review.name: review for review in read_reviews(path)} if path.exists() else {}
+    if not reviews:
+        return None
+    rows = read_texts(comparison.rows, {sample_id for sample_id, _ in reviews}, "sample_id")
+    by_name = {text_name(row): row for row in rows}
+    unusable = check_edits(reviews, by_name)
+    used = {name: review for name, review in reviews.items() if name in by_name and name not in unusable}
+    lost = len(reviews) - len(used)
+    waiting = f"; {lost} fit no text that is there now" if lost else ""
+    comparison.progress.message(f"review: {len(used)} marks apply{waiting}")
+    touched = {by_name[name]["pair_id"] for name in used} - {None}
+    paired = read_texts(comparison.rows, touched, "pair_id")
+    broken = broken_pairs({row["row"]: row for row in [*rows, *paired] if row["pair_id"] in touched}.values(), used)
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if review := used.get(text_name(row)):
+            found[row["row"]] = {"review": review.model_dump(include=set(REVIEW.names))}
+    for row in paired:
+        if row["pair_id"] in broken:
+            found.setdefault(row["row"], {"review": None})["is_pair_broken"] = True
+    table = pa.Table.from_pylist([{"row": row, **values} for row, values in found.items()], schema=FOUND)
+    load(comparison.db, "found", [table], FOUND)
+    return comparison.db.table("found")
+
+
+def read_texts(rows: AllRows, values: Iterable[str], column: str) -> list[dict[str, Any]]:
+    """Return the texts whose column has one of some values."""
+    known = pa.array(sorted(values), pa.string())
+    wanted = (table.filter(pc.is_in(table[column], known)) for table in rows.batches(*TEXT_COLUMNS) if len(known))
+    return [row for table in wanted for row in table.to_pylist()]
+
+
+def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
+    """Return the pairs of which not both questions stay, in the same words and with different answers.
+
+    Args:
+        rows: all questions of some pairs.
+        reviews: what people said of them.
+    """
+    said: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in rows:
+        stays = said[row["pair_id"]]
+        review = reviews.get(text_name(row))
+        if review is None or review.mark != "bad":
+            edit = review if review and review.mark == "edited" else None
+            question, answer = ((edit and getattr(edit, name)) or row[f"clean_{name}"] for name in ("question", "answer"))
+            stays.append((text_key(question), normalize_answer(answer)))
+    return {
+        pair
+        for pair, stays in said.items()
+        if len({question for question, _ in stays}) != 1 or len({answer for _, answer in stays}) < 2
+    }
+
+
+def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
+    """Append the last words of each row (tables.FINAL) and `reason`: why a person wants a row gone."""
+    final = {f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "prompt_id")}
+    final["final_pair_id"] = pc.if_else(pc.fill_null(table["is_pair_broken"], False), None, table["pair_id"])
+    columns = {field.name: final[field.name].cast(field.type) for field in FINAL}
+    reviews = table["review"].combine_chunks()
+    reviewed = table.drop_columns(["is_pair_broken"])
+    if reviews.null_count == len(reviews):
+        for name, column in columns.items():
+            reviewed = reviewed.append_column(FINAL.field(name), column)
+        return with_reason(reviewed, [None] * table.num_rows)
+    rows = pa.table(columns).to_pylist()
+    reasons: list[str | None] = []
+    for row, review in zip(rows, reviews.to_pylist(), strict=True):
+        reasons.append(f"marked_{review['reason']}" if review and review["mark"] == "bad" else None)
+        if review and review["mark"] == "edited":
+            row |= {f"final_{name}": review[name] for name in EDITABLE if review[name] is not None}
+            row["final_prompt_id"] = REVIEWED
+    edited = pa.Table.from_pylist(rows, schema=FINAL)
+    for field in FINAL:
+        reviewed = reviewed.append_column(field, edited[field.name])
+    return with_reason(reviewed, reasons)
+
+
+STAGE = Stage("review", review_annotations, compare=find_reviews, adds=ADDS)

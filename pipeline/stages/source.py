@@ -1,0 +1,129 @@
+"""Stage: source. Write the samples of a source; reject unreadable rows, copies of an image, and excluded images."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import Config, resolve
+from pipeline.dataset.directory import DatasetDir, read_samples
+from pipeline.errors import SourceError
+from pipeline.progress import Progress
+from pipeline.sources import open_source
+from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows, parse_exclusion
+from pipeline.storage.files import write_table
+from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
+from pipeline.types import Rejected, Sample
+
+BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
+BATCH_BYTES = 16_000_000
+
+
+@dataclass(slots=True)
+class DuplicateImages:
+    """The samples that were kept so far; of copies of one image, the same one stays in whatever order they come."""
+
+    kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # by sample id: row of the source, split
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by sample id: new values of columns
+
+    def add(self, sample: Sample) -> Sample | Rejected:
+        """Return a sample that is new, or the rejection of one of two copies.
+
+        The references and the name of the copy stay whose row in the source comes first by its name.
+        """
+        if sample.id not in self.kept:
+            self.kept[sample.id] = (sample.source_row, sample.split)
+            return sample
+        row, split = self.kept[sample.id]
+        rejected_row = max(row, sample.source_row)
+        if sample.source_row < row:
+            values = asdict(sample)
+            self._change(
+                sample.id, {name: values[name] for name in SAMPLE.names if name in values and name not in ("images", "split")}
+            )
+        # A copy in a held-out split holds out all of them.
+        if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:
+            split = sample.split
+            self._change(sample.id, {"split": split})
+        self.kept[sample.id] = (min(row, sample.source_row), split)
+        return Rejected(source_row=rejected_row, reason="duplicate_image", detail=sample.id)
+
+    def apply(self, batch: pa.RecordBatch) -> pa.Table:
+        """Return samples (tables.SAMPLE) with the changes that their copies have led to."""
+        if not self.changes.keys() & set(batch["sample_id"].to_pylist()):
+            return pa.Table.from_batches([batch])
+        rows = [row | self.changes.get(row["sample_id"], {}) for row in batch.to_pylist()]
+        return pa.Table.from_pylist(rows, schema=SAMPLE)
+
+    def _change(self, sample_id: str, values: dict[str, Any]) -> None:
+        self.changes.setdefault(sample_id, {}).update(values)
+
+
+def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) -> list[dict[str, Any]]:
+    """Read the sources of --exclude; return what they are: names, revisions, and numbers of images and texts.
+
+    Raises:
+        SourceError: no image of one of them can be read.
+    """
+    described: list[dict[str, Any]] = []
+
+    def tables() -> Iterator[pa.Table]:
+        for given in config.exclude:
+            name, split = parse_exclusion(given)
+            urls = config.allow_urls and name.startswith(("hub:", "parquet:"))
+            source = open_source(resolve(source=name, source_split=split, allow_urls=urls))
+            label = f"{source.name}#{split}" if split else source.name
+            rows: list[dict[str, Any]] = []
+            unread = 0
+            for sample in source.rows:
+                if isinstance(sample, Rejected):
+                    unread += 1
+                    continue
+                rows += exclusion_rows(label, [sample])
+                progress(f"exclude {label}", len(rows), None)
+            if not rows:
+                raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")
+            if unread:
+                progress.message(f"exclude {label}: {unread} rows could not be read, and are not compared with")
+            texts = sum(len(row["texts"]) for row in rows)
+            described.append(
+                {"name": label, "revision": source.revision, "images": len(rows), "texts": texts, "unread": unread}
+            )
+            yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)
+
+    write_table(dataset.stage("source", "exclusions"), tables(), EXCLUSIONS)
+    return described
+
+
+def write_source(
+    shard: DatasetDir, rows: Iterable[Sample | Rejected], excluded: ExclusionIndex, limit: int | None, progress: Progress
+) -> None:
+    """Write rows of a source, kept and rejected; of several copies of an image one is kept, of an excluded one none."""
+    rejected: list[dict[str, str]] = []
+    images = DuplicateImages()
+
+    def tables() -> Iterator[pa.Table]:
+        batch: list[dict[str, Any]] = []
+        for row in rows:
+            if isinstance(row, Sample) and (name := excluded.find(row)):
+                row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
+            row = images.add(row) if isinstance(row, Sample) else row
+            if isinstance(row, Rejected):
+                rejected.append(asdict(row))
+                continue
+            batch.append({"sample_id": row.id, **asdict(row)})
+            if len(batch) == BATCH_SAMPLES or sum(len(image) for one in batch for image in one["images"]) >= BATCH_BYTES:
+                yield pa.Table.from_pylist(batch, schema=SAMPLE)
+                progress("source", len(images.kept), limit)
+                batch.clear()
+            if len(images.kept) == limit:
+                break
+        yield pa.Table.from_pylist(batch, schema=SAMPLE)
+        progress("source", len(images.kept), limit and len(images.kept))
+
+    write_table(shard.stage("source"), tables(), SAMPLE)
+    if images.changes:
+        write_table(shard.stage("source"), map(images.apply, read_samples(shard)), SAMPLE)
+    rejected.sort(key=lambda row: row["source_row"])
+    write_table(shard.stage("source", "rejected"), [pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)], SOURCE_REJECTED)

@@ -1,0 +1,60 @@
+"""Stage: split. Every sample goes to train, validation or test as a whole: as its source says, else by a hash of its id.
+
+The hash knows nothing of the other images, so an image stays in its split when images are added or removed. Images that look
+alike share the hash of the first of them, and so their split.
+"""
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import SplitConfig
+from pipeline.digests import hash_to_unit
+from pipeline.stages.base import Comparison, RunPlan, Stage
+from pipeline.storage.database import load
+from pipeline.tables import SPLIT_RANK, require_columns, with_reason
+from pipeline.text.normalize import map_distinct
+
+STATED = pa.schema([pa.field("row", pa.int64()), pa.field("image_group", pa.string()), pa.field("source_split", pa.string())])
+_RANKED = [(name, rank) for name, rank in SPLIT_RANK.items() if name]
+RANKS = pa.table({"source_split": [name for name, _ in _RANKED], "rank": [rank for _, rank in _RANKED]})
+
+
+def split_of(group: str, config: SplitConfig, seed: int) -> str:
+    """Return the split of one image, or group of images, by a hash."""
+    point = hash_to_unit("split", seed, group)
+    if point < config.test_frac:
+        return "test"
+    return "validation" if point < config.test_frac + config.validation_frac else "train"
+
+
+def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+    """Return the split that the source states for each row, or for another image of its group: the most held-out one."""
+    db = comparison.db
+    load(db, "stated", comparison.rows.batches("image_group", "source_split"), STATED)
+    load(db, "ranks", [RANKS], RANKS.schema)
+    return db.sql(
+        """
+        SELECT row, coalesce(stated.source_split, groups.source_split) AS stated_split
+        FROM stated JOIN (
+            SELECT image_group, arg_max(source_split, rank) AS source_split
+            FROM stated JOIN ranks USING (source_split) GROUP BY image_group
+        ) AS groups USING (image_group)
+        """
+    )
+
+
+def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
+    """Append `split`: `stated_split` where it is known, else by a hash of `image_group`; no row is rejected."""
+    require_columns(table, "image_group", "stated_split")
+    hashed = map_distinct(table["image_group"], lambda group: split_of(group, config, seed))
+    splits = pc.coalesce(table["stated_split"], hashed)
+    return with_reason(table.drop_columns(["stated_split"]).append_column("split", splits), [None] * table.num_rows)
+
+
+def judge_splits(table: pa.Table, plan: RunPlan) -> pa.Table:
+    """Split rows by the settings of a run; see `split_annotations`."""
+    return split_annotations(table, plan.config.split, plan.config.seed)
+
+
+STAGE = Stage("split", judge_splits, compare=find_stated_splits, adds=pa.schema([pa.field("stated_split", pa.string())]))

@@ -1,0 +1,24 @@
+"""Stage: validate. Check each annotation against the full output model of its task, and name the first rule it breaks."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.stages.base import Stage
+from pipeline.tables import require_columns, with_reason
+from pipeline.tasks import broken_rule
+
+FIELDS = ("task", "text", "question", "answer", "answer_type", "evidence_pages", "expression", "pages", "reply_error")
+
+
+def validate_annotations(table: pa.Table) -> pa.Table:
+    """Append `reason`: why the reply could not be read, or which rule of its task the annotation breaks."""
+    require_columns(table, *FIELDS)
+    return with_reason(table, map(_reason, table.select(FIELDS).to_pylist()))
+
+
+def _reason(row: dict[str, Any]) -> str | None:
+    return row["reply_error"] or broken_rule(row["task"], row | {"caption": row["text"]}, row["pages"])
+
+
+STAGE = Stage("validate", judge=lambda table, plan: validate_annotations(table))

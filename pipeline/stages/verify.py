@@ -1,0 +1,213 @@
+"""Stage: verify. Ask the model again whether an annotation is true of its image, and judge the annotation by the answers.
+
+A check that the settings do not name, or whose reply could not be read, rejects nothing.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import DRAWN, Config
+from pipeline.dataset.directory import DatasetDir, sample_batches
+from pipeline.images.decode import prepare_image
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import ask_all
+from pipeline.inference.verification import Check, build_all, checks_of, read_checks
+from pipeline.progress import Progress
+from pipeline.stages.base import AllRows, Comparison, RunPlan, Services, Stage, record_cost
+from pipeline.storage.database import load
+from pipeline.storage.files import read_batches
+from pipeline.tables import CHECK, VERIFIED
+from pipeline.text.normalize import map_distinct, text_key
+from pipeline.text.vqa_answers import normalize_answer
+
+CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), pa.field("alignment", pa.float64()), *VERIFIED])
+ANNOTATION_COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "evidence_pages", "pages")
+JUDGED = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        *(pa.field(name, pa.string()) for name in ("task", "style", "question", "answer", "answer_type")),
+        pa.field("agreement", pa.float64()),
+        *(pa.field(name, pa.bool_()) for name in ("answered_blind", "sufficient", "necessary")),
+        pa.field("alignment", pa.float64()),
+    ]
+)
+# One of two answers is right by luck: `blind` says nothing about yes and no, and balance looks after them.
+QUERY = """
+WITH answers_to_question AS (
+    SELECT question, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY question) AS asked
+    FROM judged WHERE question IS NOT NULL GROUP BY question, answer
+), answerable_blind AS (  -- of all images that are asked the same, most have this answer
+    SELECT question, answer FROM answers_to_question
+    WHERE answer NOT IN ('yes', 'no') AND times >= {min_blind_frac} * asked
+), answers_of_type AS (
+    SELECT answer_type, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY answer_type) AS asked
+    FROM judged WHERE question IS NOT NULL GROUP BY answer_type, answer
+), frequent_answers AS (  -- other questions of that type often have this answer, so that it may be right without the pages
+    SELECT answer_type, answer FROM answers_of_type
+    WHERE answer IN ('yes', 'no') OR times - 1 > {max_answer_frequency} * (asked - 1)
+), ranked AS (
+    SELECT style, alignment, row_number() OVER (PARTITION BY style ORDER BY alignment) AS place,
+           count(*) OVER (PARTITION BY style) AS count
+    FROM judged WHERE alignment IS NOT NULL
+), floors AS (  -- the least alignment that a caption of each style must have
+    SELECT style, greatest({min_alignment}, alignment) AS floor
+    FROM ranked WHERE place = 1 + trunc(count * {lowest_alignment_frac}::DOUBLE)
+)
+SELECT row, CASE
+    WHEN task <> 'caption' AND agreement < 1 THEN 'answer_not_confirmed'
+    WHEN task = 'caption' AND agreement < {min_claims_supported} THEN 'claims_not_confirmed'
+    WHEN answered_blind AND (question, answer) IN (SELECT (question, answer) FROM answerable_blind)
+        THEN 'answerable_without_image'
+    WHEN NOT sufficient THEN 'evidence_not_sufficient'
+    WHEN NOT necessary AND (answer_type, answer) NOT IN (SELECT (answer_type, answer) FROM frequent_answers)
+        THEN 'evidence_not_necessary'
+    WHEN alignment < floor THEN 'low_alignment'
+END AS reason
+FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
+"""
+
+
+def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services) -> Iterator[pa.Table]:
+    """Ask what the settings want to know about the annotations of a shard; yield them with the answers (CHECKED)."""
+    config = plan.config
+    needed = [table.select(ANNOTATION_COLUMNS).to_pylist() for table in read_batches(path, ANNOTATION_COLUMNS)]
+    rows = [row for batch in needed for row in batch]
+    checks = [checks_of(row, config.verify) for row in rows]
+    answers = _ask(shard, plan, services, rows, checks) if any(checks) else [[] for _ in rows]
+    alignments = _alignments(shard, config, rows, services.progress)
+    first = 0
+    for table in read_batches(path):
+        end = first + table.num_rows
+        table = table.append_column(CHECKED.field("checks"), pa.array(answers[first:end], CHECKED.field("checks").type))
+        table = table.append_column(CHECKED.field("alignment"), pa.array(alignments[first:end], pa.float64()))
+        yield judge_checks(table)
+        first = end
+
+
+def judge_checks(table: pa.Table) -> pa.Table:
+    """Append what follows from `checks` (tables.VERIFIED)."""
+    rows = table.select(["task", "checks"]).to_pylist()
+    columns = pa.Table.from_pylist([_judge(row) for row in rows], schema=VERIFIED)
+    for field in VERIFIED:
+        table = table.append_column(field, columns[field.name])
+    return table
+
+
+def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
+    """Return the rows that their checks speak against, given what all rows say, with the `reason`."""
+    config = comparison.plan.config.verify
+    if not config.checks:
+        return None
+    load(comparison.db, "judged", _judged(comparison.rows), JUDGED)
+    settings = config.model_dump(include={"min_blind_frac", "max_answer_frequency", "lowest_alignment_frac"})
+    settings |= {"min_claims_supported": config.min_claims_supported}
+    settings["min_alignment"] = -1.0 if config.min_alignment is None else config.min_alignment
+    return comparison.db.sql(QUERY.format(**settings))
+
+
+def judge_verified(table: pa.Table, plan: RunPlan) -> pa.Table:
+    """Append the columns of CHECKED where nothing was asked; `reason` is what the comparison found."""
+    if not plan.config.verify.checks:
+        no_checks = pa.array([[]], CHECKED.field("checks").type).take(pa.array([0] * table.num_rows, pa.int64()))
+        for field in CHECKED:
+            column = no_checks if field.name == "checks" else pa.nulls(table.num_rows, field.type)
+            table = table.append_column(field, column)
+    return table
+
+
+def _judged(rows: AllRows) -> Iterator[pa.Table]:
+    columns = ("task", "style", "clean_question", "clean_answer", "answer_type", *JUDGED.names[6:])
+    for table in rows.batches(*columns):
+        made = {
+            "question": map_distinct(table["clean_question"], text_key),
+            "answer": map_distinct(table["clean_answer"], normalize_answer),
+            "answer_type": pc.fill_null(table["answer_type"], ""),
+        }
+        yield pa.table({name: made.get(name, table[name] if name in table.column_names else None) for name in JUDGED.names})
+
+
+def _judge(row: dict[str, Any]) -> dict[str, Any]:
+    same = _whether(row["checks"], "necessary")
+    return {
+        "agreement": _share(row["checks"], "claims" if row["task"] == "caption" else "round_trip"),
+        "answered_blind": _whether(row["checks"], "blind"),
+        "sufficient": _whether(row["checks"], "sufficient"),
+        "necessary": None if same is None else not same,
+    }
+
+
+def _share(checks: Sequence[dict[str, str]], kind: str) -> float | None:
+    agree = [_agrees(check) for check in checks if check["kind"] == kind and check["answer"] is not None]
+    return sum(agree) / len(agree) if agree else None
+
+
+def _whether(checks: Sequence[dict[str, str]], kind: str) -> bool | None:
+    share = _share(checks, kind)
+    return None if share is None else share == 1
+
+
+def _agrees(check: dict[str, str]) -> bool:
+    return normalize_answer(check["answer"]) == normalize_answer(check["expected"])
+
+
+def _ask(
+    shard: DatasetDir, plan: RunPlan, services: Services, rows: list[dict[str, Any]], checks: list[list[Check]]
+) -> list[list[dict[str, str | None]]]:
+    """Return the checks of each row with their answers; what the journal does not hold yet is asked."""
+    config, stats, progress = plan.config, services.stats, services.progress
+    wanted = Counter(check.kind for of_row in checks for check in of_row)
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
+    progress.message(f"verify asks at most {wanted.total():,} questions: {kinds}")
+    of_sample: dict[str, list[Check]] = defaultdict(list)
+    for row, of_row in zip(rows, checks, strict=True):
+        of_sample[row["sample_id"]] += of_row
+    with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
+        before = stats.done
+        requests = build_all(sample_batches(shard), of_sample, config, plan.revision)
+        for ready in ask_all(requests, config.generate.max_attempts, services.engine, journal, stats):
+            progress("verify", stats.done - before, wanted.total(), ready.metrics())
+        return [
+            read_checks(row["sample_id"], of_row, config, plan.revision, journal)
+            for row, of_row in zip(rows, checks, strict=True)
+        ]
+
+
+def _alignments(shard: DatasetDir, config: Config, rows: list[dict[str, Any]], progress: Progress) -> list[float | None]:
+    """Return how well each caption fits its image, where that is asked for."""
+    if "alignment" not in config.verify.checks or "deck_qa" in config.tasks:
+        return [None] * len(rows)
+    from pipeline.images.clip import TINY_CLIP, ClipScorer
+
+    name = config.verify.clip_model
+    scorer = ClipScorer((TINY_CLIP if config.source in DRAWN else "clip") if name == "auto" else name)
+    captions_of: dict[str, list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        if row["task"] == "caption":
+            captions_of[row["sample_id"]].append(n)
+    alignments: list[float | None] = [None] * len(rows)
+    done = 0
+    for batch in sample_batches(shard):
+        images = [(sample_id, prepare_image(pages[0])) for sample_id, pages in batch if sample_id in captions_of]
+        captions = [(n, image) for sample_id, image in images for n in captions_of[sample_id]]
+        cosines = scorer.cosines([image for _, image in captions], [rows[n]["clean_text"] for n, _ in captions])
+        for (n, _), cosine in zip(captions, cosines, strict=True):
+            alignments[n] = cosine
+        done += len(images)
+        progress("align", done, len(captions_of))
+    return alignments
+
+
+STAGE = Stage(
+    "verify",
+    judge_verified,
+    prepare=ask_checks,
+    is_prepared=lambda config: bool(config.verify.checks),
+    compare=find_unconfirmed,
+    adds=pa.schema([pa.field("reason", pa.string())]),
+)

@@ -1,0 +1,147 @@
+"""Stage: version. Write the rows of every shard, and publish them as one immutable version."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
+from pipeline.dataset.card import CARD_SAMPLES
+from pipeline.dataset.directory import DatasetDir, read_samples
+from pipeline.dataset.manifest import StageSummary, describe_leakage, describe_run
+from pipeline.dataset.rejections import list_rejections, read_rejections
+from pipeline.dataset.statistics import DatasetStatistics, merge
+from pipeline.dataset.version import Version
+from pipeline.errors import TableError
+from pipeline.stages.base import AllRows, RunPlan, summarize_stage
+from pipeline.storage.database import load, open_database, read
+from pipeline.storage.files import read_batches, read_json, write_table
+from pipeline.tables import LEDGER, SPLITS
+
+NAME = "version"
+REJECTED = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
+IMAGES = pa.schema([pa.field(name, pa.string()) for name in ("image_group", "sample_id")])
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenRows:
+    """The rows of one shard, as Parquet files."""
+
+    path: Path  # the folder of the files
+    columns: list[str]
+    rows: dict[str, int]  # by split
+    files: dict[str, Any]  # what a manifest says of each
+    licenses: list[str]
+    without_annotation: int  # samples that are in no row
+    statistics: DatasetStatistics
+    examples: list[dict[str, Any]]
+
+
+def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dict[str, Any]) -> WrittenRows:
+    """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its stage files.
+
+    Args:
+        shard: the dataset folder of the shard.
+        path: the folder.
+        stages: the names of all stages before this one that reject rows.
+        source: what is known of the source.
+    """
+    rows, writer = Rows(), RowWriter(path)
+    annotations = read_batches(shard.stage("review"))
+    for table in build_rows(annotations, read_samples(shard), source["name"], rows, decks=bool(source.get("decks"))):
+        writer.add(table)
+    files = writer.close()
+    rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
+    write_table(shard.stage(NAME, "rejected"), [rejected], REJECTED)
+    rejections = [*read_rejections(shard, stages), list_rejections(NAME, rejected)]
+    write_table(shard.stage(NAME, "rejections"), rejections, LEDGER)
+    write_table(shard.stage(NAME, "digests"), rows.digests, DIGESTS)
+    return WrittenRows(
+        path, writer.columns, writer.counts(), files, sorted(rows.licenses), len(rows.rejected), rows.statistics, rows.examples
+    )
+
+
+def publish_shards(
+    dataset: DatasetDir,
+    shards: Sequence[DatasetDir],
+    written: Sequence[WrittenRows],
+    draft: Path,
+    plan: RunPlan,
+    funnel: list[StageSummary],
+    check: Callable[[], None],
+) -> tuple[Version, bool]:
+    """Make one version of the rows of all shards, or return the newest one (and False) if that holds the very same rows.
+
+    Args:
+        dataset: the dataset folder.
+        shards: the dataset folders of the shards.
+        written: the rows of each.
+        draft: the scratch folder beside the versions.
+        plan: what the run did.
+        funnel: what each stage did; this one is added here.
+        check: raises where another command has taken over the dataset folder.
+
+    Raises:
+        TableError: no row is left, or shards do not fit together.
+        StoreError: there is a version of that name by now.
+    """
+    source, model = (read_json(dataset.provenance(stage)) for stage in ("source", "generate"))
+    rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
+    lost = sum(part.without_annotation for part in written)
+    funnel.append(summarize_stage(NAME, "images", sum(rows.values()), {NO_ANNOTATION: lost} if lost else {}))
+    if funnel[-1].input != funnel[0].kept:
+        raise TableError(
+            f"stage version was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
+        )
+    columns = {tuple(part.columns) for part in written if part.columns}
+    if len(columns) > 1:
+        raise TableError("some samples have columns that others have not", hint="a source fills a column always or never")
+    statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
+    all_rows = AllRows([shard.stage("review") for shard in shards])
+    with open_database(dataset.path) as db:
+        load(db, "images", all_rows.batches(*IMAGES.names), pa.schema([pa.field("row", pa.int64()), *IMAGES]))
+        groups = "SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
+        ((group_count,),) = db.sql(f"SELECT count(*) FROM ({groups})").fetchall()  # noqa: S608
+        load(db, "digests", (part for shard in shards for part in read_batches(shard.stage(NAME, "digests"))), DIGESTS)
+        digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
+    contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
+    provenance = describe_run(plan.config, source, model, funnel, statistics.result())
+    provenance["leakage"] = describe_leakage(source, funnel, group_count, contaminated)
+    provenance["review"] = count_reviews(shards)
+    content = Content(
+        columns=list(columns.pop()) if columns else [],
+        digests=digests,
+        rows=rows,
+        files=_number_files(written),
+        licenses=sorted({name for part in written for name in part.licenses}),
+        examples=[row for part in written for row in part.examples][:CARD_SAMPLES],
+    )
+    rejections = (table for shard in shards for table in read_batches(shard.stage(NAME, "rejections")))
+    return publish_version(dataset, draft, content, provenance, rejections, check)
+
+
+def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
+    """Return how many annotations were reviewed, by mark; nothing where none was."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        for which in ("kept", "rejected"):
+            for table in read_batches(shard.stage("review", which), ["review"]):
+                if table["review"].null_count < table.num_rows:
+                    counts.update(review["mark"] for review in table["review"].to_pylist() if review)
+    return {mark: counts[mark] for mark in ("good", "bad", "edited")} if counts else {}
+
+
+def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:
+    """Return each file of all shards with its name in the version: files of a split are numbered in the order of shards."""
+    files = []
+    numbers: Counter[str] = Counter()
+    for part in written:
+        for name, described in part.files.items():
+            split = name.rpartition("-")[0]
+            files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", described))
+            numbers[split] += 1
+    return files

@@ -1,0 +1,55 @@
+"""DuckDB for whatever compares rows with each other: queries that spill to the disk instead of filling the memory."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.storage.object_store import is_remote
+
+MEMORY_BYTES = 1_500_000_000  # of DuckDB; the rest of a query lies on the disk
+BATCH_ROWS = 65_536
+
+
+@contextmanager
+def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield an empty database that lies in `folder` while it is used, or, for an object store, in the temporary folder."""
+    parent = None if is_remote(folder) else folder
+    with TemporaryDirectory(prefix=".compare-", dir=parent) as scratch:
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": f"{MEMORY_BYTES // 2**20}MiB",
+            "threads": str(len(os.sched_getaffinity(0))),
+        }
+        with duckdb.connect(f"{scratch}/rows.duckdb", config=settings) as db:
+            db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
+            yield db
+
+
+def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Make a table from Arrow tables of one schema; memory holds one of them.
+
+    What makes the tables may query the database through a cursor of its own only.
+    """
+    reader = pa.RecordBatchReader.from_batches(
+        schema, (batch for table in batches for batch in table.cast(schema).to_batches())
+    )
+    db.register("incoming", reader)
+    db.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")  # noqa: S608  # a name of ours
+    db.unregister("incoming")
+
+
+def read(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
+    """Yield the rows of a query in its order, a batch at a time."""
+    for batch in relation.to_arrow_reader(BATCH_ROWS):
+        yield pa.Table.from_batches([batch])
+
+
+def hash_to_unit_sql(*parts: str) -> str:
+    """Return the SQL of `digests.hash_to_unit`; each part is SQL for a text that JSON writes without escapes."""
+    joined = """ || '","' || """.join(parts)
+    first_bytes = f"substr(sha256('[\"' || {joined} || '\"]'), 1, 16)"
+    return f"(('0x' || {first_bytes})::UBIGINT::DOUBLE / 18446744073709551616.0)"

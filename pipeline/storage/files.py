@@ -1,0 +1,190 @@
+"""Files that appear whole or not at all, on a disk or in an object store, and their errors in plain words.
+
+A file is written under a temporary name, flushed and renamed. A file that would not change is left alone, so that a second
+run of the same command writes nothing.
+"""
+
+import errno
+import filecmp
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StoreError, SynthError, TableError
+from pipeline.storage.object_store import arrow_location, is_remote, move_all, remove_folder, translate_store_errors, upload
+from pipeline.tables import current_names, old_name
+
+_DISK_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "free some space, then run the same command: it goes on where it stopped"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, then run the same command: it goes on where it stopped"),
+    errno.EROFS: ("the folder cannot be written: the file system is read-only", "choose another folder: --out DIR"),
+    errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
+    errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
+    errno.ENOTDIR: ("a file is where a folder should be", "choose another folder: --out DIR"),
+    errno.ENOTEMPTY: ("a folder is in the way that is no version", "move it away, then run the same command"),
+    errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
+}
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # which no object store says
+_SQLITE_ERRORS = {  # by primary result code
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,  # what a full disk looks like when the shared-memory file cannot grow
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+
+
+BATCH_ROWS = 16_384  # read at once
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a path on this machine to write to; it takes the place of `path` when all went well, and is removed when not."""
+    if is_remote(path):
+        with TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        if path.exists() and filecmp.cmp(path, temporary, shallow=False):
+            return
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people can read and diff."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some of its columns; of an object, only the ranges where they lie."""
+    return pq.read_table(**arrow_location(path), columns=columns)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file: its metadata is read, and nothing else."""
+    return pq.ParquetFile(**arrow_location(path))
+
+
+def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Write tables one after another to a Parquet file, whole or not at all; memory holds one of them."""
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table.select(schema.names).cast(schema))
+
+
+def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the rows of a file that a stage wrote, under today's names of columns; at least one table, be it empty."""
+    file = open_parquet(path)
+    there = file.schema_arrow.names
+    wanted = None if columns is None else [old_name(name, there) for name in columns]
+    missing = sorted(set(wanted or ()) - set(there))
+    if missing:
+        raise TableError(f"{path} lacks {', '.join(missing)}", hint="run without --from-stage")
+    names = there if wanted is None else wanted
+    empty = file.schema_arrow.empty_table().select(names)
+    for n, batch in enumerate(file.iter_batches(BATCH_ROWS, columns=wanted)):
+        empty = None if n == 0 else empty
+        table = pa.Table.from_batches([batch]).select(names)
+        yield table.rename_columns(current_names(names))
+    if empty is not None:
+        yield empty.rename_columns(current_names(names))
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder beside the finished ones of `parent`; what was not published is removed."""
+    temporary = parent / ".next"
+    remove(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if is_remote(folder):
+        remove_folder(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move(files: list[tuple[Path, Path]]) -> None:
+    """Give files other names in their file system, or store."""
+    if files and is_remote(files[0][0]):
+        move_all(files)
+        return
+    for old, new in files:
+        old.rename(new)
+
+
+def flush_folder(path: Path) -> None:
+    """Make a rename last: the name is in the folder, not in the file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_table(path: Path, *columns: str) -> pq.ParquetFile:
+    """Open a Parquet file that a stage has left. Raises StoreError where it is damaged or lacks a column."""
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{path} is damaged: {error}", hint="run `synth generate` again, without --from-stage") from None
+    if missing := set(columns) - set(file.schema_arrow.names):
+        raise StoreError(f"{path} has no column {min(missing)}", hint="run `synth generate` again, without --from-stage")
+    return file
+
+
+@contextmanager
+def translate_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk, or an object store, refuses into one StoreError that names the folder and a way out."""
+    with translate_store_errors(path) if is_remote(path) else nullcontext():
+        try:
+            yield
+        except SynthError:
+            raise
+        except sqlite3.DatabaseError as error:
+            damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
+            what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
+            raise StoreError(f"{gettempdir() if is_remote(path) else path}: {what}", hint=hint) from None
+        except OSError as error:
+            of_disk = not is_remote(path) or error.errno in _OF_DISKS or Path(str(error.filename)).is_absolute()
+            if error.errno not in _DISK_ERRORS or not of_disk:
+                raise
+            what, hint = _DISK_ERRORS[error.errno]
+            disk = error.filename or (gettempdir() if is_remote(path) else path)
+            raise StoreError(f"{disk}: {what}", hint=hint) from None

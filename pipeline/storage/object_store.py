@@ -1,0 +1,143 @@
+"""Dataset folders in an object store (`s3://`, `gs://`), by fsspec: what a path there can do, and what it cannot.
+
+Objects appear whole or not at all, are never renamed, and have no locks. What a store needs (keys, endpoint) is taken from
+where its own library looks for it.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from pipeline.errors import ConfigError, StoreError, one_line
+
+STORES = ("s3", "gs", "gcs", "memory")  # the last one for tests; on Azure a copy may be unfinished when the call returns
+_STRANGE = re.compile(r"[*?\[\]#]")
+_URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
+STORE_ERRORS = (  # that are no OSError
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("gcsfs.retry", "HttpError"),
+    ("gcsfs.retry", "ChecksumError"),
+)
+
+
+def parse_dataset_path(name: str) -> Path:
+    """Return a path on this machine, or by its URL one in an object store: a UPath, which has what we use of a Path.
+
+    Raises:
+        ConfigError: nothing can be kept there, or the store's package is not installed.
+    """
+    scheme, found, key = name.partition("://")
+    if not found:
+        return parse_local_path(name)
+    if scheme not in STORES:
+        raise ConfigError(f"a dataset folder cannot lie at {name}", hint="use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME")
+    parts = key.rstrip("/").split("/")
+    if not all(parts) or _STRANGE.search(key) or {".", ".."} & {*parts}:  # names that listings read as patterns, or lose
+        raise ConfigError(f"not a place in a store: {name}", hint=f"it looks like {scheme}://BUCKET/NAME, without any of *?[]#")
+    from upath import UPath
+
+    try:
+        path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)  # a listing that was kept may be an old one
+        path.fs  # noqa: B018  # imports what the store needs
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
+    return cast(Path, path)
+
+
+def parse_local_path(name: str) -> Path:
+    """Return a path on this machine. Raises ConfigError for a URL, or for one that has lost a slash."""
+    if _URL.match(name):
+        raise ConfigError(f"{name} is no path on this machine", hint="only dataset folders may be URLs, as s3://BUCKET/NAME")
+    return Path(name)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path lies in an object store."""
+    return not isinstance(path, Path)
+
+
+def arrow_location(path: Path) -> dict[str, Any]:
+    """Return a path as pyarrow wants to be told of it."""
+    return {"source": _at(path), "filesystem": _fs(path)} if is_remote(path) else {"source": path}
+
+
+def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
+    """Open an object to read ranges of it, each with so many bytes ahead."""
+    opened: AbstractContextManager[Any] = _fs(path).open(_at(path), "rb", block_size=ahead_bytes, cache_type="readahead")
+    return opened
+
+
+def upload(file: Path, path: Path) -> None:
+    """Put a file of this machine into an object store."""
+    _fs(path).put_file(str(file), _at(path))
+
+
+def download(path: Path, file: Path) -> None:
+    """Get an object into a file of this machine."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _fs(path).get_file(_at(path), str(file))
+
+
+@contextmanager
+def copy_here(path: Path) -> Iterator[Path]:
+    """Yield a copy of an object on this machine for as long as it is read; a file of this machine as it is."""
+    if not is_remote(path):
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        download(path, Path(folder) / path.name)
+        yield Path(folder) / path.name
+
+
+def upload_folder(folder: Path, path: Path) -> None:
+    """Put all files of a folder of this machine into an object store, several at once."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    _fs(path).put([str(file) for file in files], [_at(path / file.relative_to(folder).as_posix()) for file in files])
+
+
+def move_all(moves: list[tuple[Path, Path]]) -> None:
+    """Move objects within their store, several at once; nothing of them passes through this machine."""
+    fs = _fs(moves[0][0])
+    fs.copy([_at(old) for old, _ in moves], [_at(new) for _, new in moves])
+    fs.rm([_at(old) for old, _ in moves])
+
+
+def remove_folder(path: Path) -> None:
+    """Remove all objects of a folder, if there are any."""
+    with suppress(FileNotFoundError):
+        _fs(path).rm(_at(path), recursive=True)
+
+
+def _fs(path: Path) -> Any:
+    return cast(Any, path).fs
+
+
+def _at(path: Path) -> str:
+    return str(cast(Any, path).path)
+
+
+@contextmanager
+def translate_store_errors(path: Path) -> Iterator[None]:
+    """Turn what a store raises into a StoreError. Errors of Python itself are ours, and stay what they are."""
+    scheme = str(path).partition("://")[0]
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (OSError, *errors_of_stores())):
+            raise
+        what = one_line(error)
+        raise StoreError(
+            f"{path}: {what}", hint=f"check the address, the network and the keys of {scheme}; then run the same command"
+        ) from None
+
+
+def errors_of_stores() -> tuple[type[Exception], ...]:
+    """Return what the libraries of stores raise, of those that were imported."""
+    return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)

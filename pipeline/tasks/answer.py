@@ -1,0 +1,11 @@
+"""Task: answer. The answer to a given question; verify asks it about annotations."""
+
+from pipeline.tasks.base import Line, Output
+
+TASK = "answer"
+
+
+class Answer(Output):
+    """Task `answer`: the answer to a question that somebody else asked."""
+
+    answer: Line

@@ -1,0 +1,102 @@
+"""Prompts: templates in `prompts/<task>/vN.j2`, rendered to a system text and a task text.
+
+The system text is the same for all tasks, and the image stands between the two, so that a server can reuse what it
+computed for the system text with every image, and what it computed for an image with each of its tasks.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from pipeline.errors import ConfigError
+
+SYSTEM = "system/v1"
+TASK_PROMPTS = {"caption": "caption/v1", "qa": "qa/v1", "deck_qa": "deck_qa/v1", "answer": "answer/v1"}
+STYLES = ("brief", "detailed", "plain", "alt")  # that caption/v1 knows
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The words around one image. `id` names the templates and their content."""
+
+    id: str
+    system: str
+    text: str
+
+    def messages(self, images: int = 1, pages: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Return the chat in the form that a chat template of transformers takes, with a place for each image."""
+        user = {"role": "user", "content": user_content([{"type": "image"}] * images, self.text, pages)}
+        return [{"role": "system", "content": self.system}, user] if self.system else [user]
+
+
+def user_content(images: Sequence[Any], text: str, pages: Sequence[int] | None = None) -> list[Any]:
+    """Return the parts of the user's turn: the images, then the text; of several images each stands after its page number.
+
+    `pages` are the numbers of images that are some pages of a document, be it one.
+    """
+    parts: list[Any] = []
+    for number, image in zip(pages or range(1, len(images) + 1), images, strict=True):
+        parts += [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 or pages else [image]
+    return [*parts, {"type": "text", "text": text}]
+
+
+def page_label(number: int) -> str:
+    """Return the words before a page of a deck."""
+    return f"Page {number}:"
+
+
+def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
+    """Render the prompt of a task; `values` are what its template names, such as `style`.
+
+    `folder` holds templates of the user's own, under the same names; one that it does not hold is ours.
+
+    Raises:
+        ConfigError: the template is none, or does not know a value, such as a style.
+    """
+    name = TASK_PROMPTS[task]
+    try:
+        text = _environment().from_string(template(name, folder)).render(values).strip()
+    except TemplateError as error:
+        given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
+        raise ConfigError(
+            f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}",
+            hint=f"caption styles of this version: {', '.join(STYLES)}; others need your own template (generate.prompt_dir)",
+        ) from None
+    return Prompt(id=prompt_id(task, folder), system=template(SYSTEM, folder).strip(), text=text)
+
+
+def prompt_id(task: str, folder: Path | None = None) -> str:
+    """Return the name of a task's prompt with a digest of all it is rendered from: its template and the system text."""
+    name = TASK_PROMPTS[task]
+    content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{template(name, folder)}".encode()).hexdigest()
+    return f"{name}@{content[:12]}"
+
+
+@cache
+def template(name: str, folder: Path | None = None) -> str:
+    """Return the source of a template, such as `caption/v1`: of the user's folder, or ours."""
+    own = folder / f"{name}.j2" if folder else None
+    try:
+        if own and own.exists():
+            return own.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompt {own}: {error}", hint="a prompt is a text file in UTF-8") from None
+    return (files("prompts") / f"{name}.j2").read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    # Prompts are plain text for a model: nothing to escape.
+    return Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False)  # noqa: S701
+
+
+def prompt_texts(tasks: Iterable[str], folder: Path | None) -> dict[str, str]:
+    """Return the templates of the tasks in full, by the ids that annotations name, after the system text."""
+    of_tasks = {prompt_id(task, folder): template(TASK_PROMPTS[task], folder) for task in tasks}
+    return {SYSTEM: template(SYSTEM, folder), **of_tasks}

@@ -1,0 +1,92 @@
+"""A raw reply to annotations: one row for a caption, one for each question. A reply that cannot be read is a row as well,
+with the reason in `reply_error`, so that nothing vanishes between the journal and the tables."""
+
+import json
+from typing import Any
+
+from pipeline.digests import digest
+from pipeline.tasks import broken_rule
+from pipeline.text.refusals import is_refusal
+from pipeline.types import Reply, Request
+
+MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
+_UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
+
+
+def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
+    """Return the annotations of one reply as rows of tables.ANNOTATION; at least one."""
+    return [
+        {
+            "annotation_id": digest([request.id, position]),
+            "sample_id": request.sample_id,
+            "request_id": request.id,
+            "task": request.task,
+            "style": request.style,
+            "position": position,
+            "prompt_id": request.prompt_id,
+            "text": values.get("caption"),
+            "question": values.get("question"),
+            "answer": values.get("answer"),
+            "answer_type": values.get("answer_type"),
+            "evidence_pages": values.get("evidence_pages"),
+            "expression": values.get("expression"),
+            "reply_error": error,
+            # What cannot be read is kept as it came, so that a person can see why.
+            "reply_text": reply.text if error else None,
+        }
+        for position, (values, error) in enumerate(_fields(request.task, reply))
+    ]
+
+
+def find_flaw(request: Request, reply: Reply) -> str | None:
+    """Return why nothing in this reply can be used; None where one annotation or more is sound."""
+    pages = max(1, len(request.images))
+    flaws = [error or broken_rule(request.task, values, pages) for values, error in _fields(request.task, reply)]
+    return None if None in flaws else flaws[0]
+
+
+def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
+    """Return (fields, error) for each annotation; one that is off the schema does not cost its siblings."""
+    if reply.finish_reason != "stop":
+        return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
+    try:
+        value = json.loads(reply.text)
+    except (ValueError, RecursionError):
+        return [({}, "not_json")]
+    found = value.get("qa") if task in ("qa", "deck_qa") and isinstance(value, dict) else [value]
+    if not isinstance(found, list) or not found:
+        return [({}, "off_schema")]
+    return [(item, _unusable(item)) if _is_readable(item) else ({}, "off_schema") for item in found]
+
+
+def _unusable(item: dict[str, Any]) -> str | None:
+    texts = [value for value in item.values() if isinstance(value, str)]
+    if any(is_refusal(value, is_answer=name == "answer") for name, value in item.items() if isinstance(value, str)):
+        return "refusal"
+    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts) else None
+
+
+def _repeats(words: list[str]) -> bool:
+    """Whether the last words, one to eight of them, stand there MAX_REPEATS times in a row: a model that cannot stop."""
+    for size in range(1, 9):
+        tail = words[-size:]
+        if len(words) >= size * MAX_REPEATS and words[-size * MAX_REPEATS :] == tail * MAX_REPEATS:
+            return True
+    return False
+
+
+def _is_readable(item: Any) -> bool:
+    """Whether a table can hold it: texts, and a list of small numbers under the one name that has it."""
+    return isinstance(item, dict) and all(
+        _is_pages(value) if name == "evidence_pages" else isinstance(value, str) and _is_unicode(value)
+        for name, value in item.items()
+    )
+
+
+def _is_pages(value: Any) -> bool:
+    return isinstance(value, list) and all(type(page) is int and 0 < page < 2**31 for page in value)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can escape half of a surrogate pair, which no table can hold."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

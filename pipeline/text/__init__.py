@@ -1,0 +1,1 @@
+"""Text: words, content keys, spelling, personal data."""

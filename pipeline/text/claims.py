@@ -1,0 +1,91 @@
+"""What a caption claims, as questions that can be put to whoever sees the image, each with the answer that it implies.
+
+"Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large red ball, and that
+the background is gray. A drawn shape is asked for by what it is like, one word at a time, the others (or its place) telling
+which one is meant: the tiny teacher answers that better than whether such a thing is there (docs/experiments/curation.md). What
+no rule can take apart is asked as a whole: "Is it true that ...?"
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.text.vqa_answers import normalize_answer
+
+MAX_CLAIMS = 16  # of one caption
+
+_NUMBER = r"(?:no|one|two|three|four|five|six|seven|eight|nine|ten|\d{1,2})"
+_COLOR = r"red|orange|yellow|green|blue|purple|pink|black|white|gray|grey|brown|beige|mint|golden|silver"
+_SIZE = r"small|large|big|tiny|huge"
+_SHAPE = r"circle|square|triangle|cross|ring|star|rectangle|diamond|oval|hexagon|arrow"
+_SENTENCE = re.compile(r"(?<=[.!;])\s+")
+_GROUND = re.compile(r",?\s*\b(?:on|against|with|over) (?:an?|the) ([\w-]+) background\b", re.IGNORECASE)
+_NEXT = re.compile(rf",?\s+and\s+(?=(?:an?|{_NUMBER})\s)|,\s+(?=(?:an?|{_NUMBER})\s)", re.IGNORECASE)
+_THERE = re.compile(r"there (?:is|are) ", re.IGNORECASE)
+_NO_NOUN = r"(?:are|is|was|were|has|have|on|in|at|of|with|that|which|who|near|by|from|to|one|more|\w+ing)\b"
+_COUNTED = re.compile(rf"({_NUMBER}) ((?!{_NO_NOUN})[\w-]+(?: (?!{_NO_NOUN})[\w-]+){{0,3}}?)(?: {_NO_NOUN}.*)?", re.IGNORECASE)
+_DRAWN = re.compile(
+    rf"an? (?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})(?: is (?P<where>(?:at|in|on) the [\w -]+))?", re.IGNORECASE
+)
+_THING = re.compile(r"(an?) (.+)", re.IGNORECASE)
+_IS = re.compile(r" (?:is|are) (?=(?:at|in|on|near|by|behind|under|over|above|below|beside|next|between|\w+ing)\b)")
+_OTHER_VERB = re.compile(r" (?:is|are|was|were|has|have|[a-z]+[a-rt-z]s) (?:an?|the|in|on|at|to)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A question, and the answer that agrees with the caption."""
+
+    question: str
+    expected: str
+
+
+def claims_of(caption: str) -> list[Claim]:
+    """Return what a caption claims, in its order, each once."""
+    found: list[Claim] = []
+    for sentence in _SENTENCE.split(caption.strip()):
+        rest = sentence.rstrip(" .!;")
+        grounds = _GROUND.findall(rest)
+        for part in _NEXT.split(_GROUND.sub("", rest)):
+            found += _claims(part.strip(" ,"))
+        found += [Claim("What color is the background?", ground.lower()) for ground in grounds]
+    answers: dict[str, set[str]] = {}
+    for claim in found:
+        answers.setdefault(claim.question, set()).add(claim.expected)
+    # A question to which the caption itself has two answers picks out no single thing.
+    return [claim for claim in dict.fromkeys(found) if len(answers[claim.question]) == 1][:MAX_CLAIMS]
+
+
+def _claims(part: str) -> Iterator[Claim]:
+    part = part[found.end() :] if (found := _THERE.match(part)) else part
+    if counted := _COUNTED.fullmatch(part):
+        number, things = counted[1].lower(), counted[2]
+        several = things if number not in ("one", "1") else plural(things)
+        yield Claim(f"How many {several} are there?", "0" if number == "no" else normalize_answer(number))
+    elif drawn := _DRAWN.fullmatch(part):
+        yield from _like(**{name: (value or "").lower() for name, value in drawn.groupdict().items()})
+    elif (thing := _THING.fullmatch(part)) and (_IS.search(part) or not _OTHER_VERB.search(part)):
+        yield Claim(f"Is there {thing[1].lower()} {_IS.sub(' ', thing[2], count=1)}?", "yes")
+    elif part:
+        yield Claim(f"Is it true that {part[0].lower()}{part[1:]}?", "yes")
+
+
+def _like(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
+    """Yield what a drawn shape is said to be like."""
+    if where:
+        for attribute, value in (("color", color), ("shape", shape), ("size", size)):
+            yield Claim(f"What {attribute} is the object {where}?", value)
+    else:
+        yield Claim(f"What shape is the {size} {color} object?", shape)
+        yield Claim(f"What size is the {color} {shape}?", size)
+
+
+def plural(thing: str) -> str:
+    """Return a thing as several of it."""
+    if thing.endswith("y") and thing[-2:-1] not in "aeiou":
+        return f"{thing[:-1]}ies"
+    irregular = {"man": "men", "woman": "women", "child": "children", "person": "people"}
+    before, space, noun = thing.rpartition(" ")
+    if noun in irregular:
+        return f"{before}{space}{irregular[noun]}"
+    return f"{thing}es" if thing.endswith(("s", "x", "z", "ch", "sh")) else f"{thing}s"

@@ -1,0 +1,18 @@
+"""Refusals: what a model says instead of an answer."""
+
+import re
+
+_REFUSAL = re.compile(
+    r"\s*(?:(?:i(?:'m| am) |we are )?(?:sorry|afraid|unable|not able)\b|i apologi[sz]e|as an? (?:ai|language model)\b"
+    r"|i (?:can(?:no|')t|won't)\b"
+    r"|(?:i|we) (?:can(?:no|')?t|cannot|won't|do not|don't) (?:see|view|provide|determine|help|assist|describe|identify|answer)"
+    r"|no image (?:was |is |has been )?(?:provided|attached|given|visible)|please (?:provide|upload|attach|share)\b"
+    r"|(?:it is|it's) (?:not possible|impossible) to\b)",
+    re.IGNORECASE,
+)
+_ON_A_SIGN = ("afraid", "sorry", "please")
+
+
+def is_refusal(text: str, *, is_answer: bool = False) -> bool:
+    """Return True if a text begins like a refusal. An answer may quote a sign: "Sorry, we are closed"."""
+    return bool(_REFUSAL.match(text)) and not (is_answer and text.lstrip().lower().startswith(_ON_A_SIGN))

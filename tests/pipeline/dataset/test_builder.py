@@ -1,0 +1,138 @@
+"""Versions: content-addressed, numbered by what changed, and readable by `datasets` with images decoded."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+from datasets import Image, load_dataset
+
+from pipeline.dataset.builder import Rows, version_digest
+from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import digest
+from pipeline.errors import TableError
+from pipeline.tables import TABLE_VERSION
+from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
+
+
+def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
+    first, is_new = make_version(tmp_path, scene_samples(20))
+    again, is_new_again = make_version(tmp_path, scene_samples(20))
+    assert (is_new, is_new_again) == (True, False)
+    assert again == first
+    assert list((tmp_path / "versions").iterdir()) == [first.path]
+
+
+def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
+    one, other = (make_version(tmp_path / name, scene_samples(20))[0].manifest for name in ("one", "other"))
+    assert one["digest"] == other["digest"]
+    assert {n: f["sha256"] for n, f in one["files"].items()} == {n: f["sha256"] for n, f in other["files"].items()}
+    assert make_version(tmp_path / "third", scene_samples(20, seed=1))[0].manifest["digest"] != one["digest"]
+
+
+def test_the_digest_is_that_of_one_json_value() -> None:
+    for rows in ([], [("a", "1")], [("a", "1"), ("b", "\u00e4"), ("c", "3")]):
+        assert version_digest(iter(rows), ["image"]) == digest([TABLE_VERSION, ["image"], rows])
+
+
+def test_added_rows_are_a_minor_version_and_removed_or_changed_ones_a_patch(tmp_path: Path) -> None:
+    make_version(tmp_path, scene_samples(20))
+    assert make_version(tmp_path, scene_samples(25))[0].name == "v1.1.0"
+    assert make_version(tmp_path, scene_samples(24))[0].name == "v1.1.1"
+    fewer = true_captions(scene_samples(24)).filter(pc.field("style") == "brief")
+    version, _ = make_version(tmp_path, scene_samples(24), fewer)
+    assert (version.name, version.manifest["parent"]) == ("v1.1.2", "v1.1.1")
+
+
+def test_a_sample_without_annotations_is_left_out(tmp_path: Path) -> None:
+    samples = scene_samples(20)
+    annotations = true_captions(samples).filter(pc.field("sample_id") != samples[3].id)
+    version, _ = make_version(tmp_path, samples, annotations)
+    assert sum(version.manifest["rows"].values()) == 19
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="no row is left"):
+        make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
+    assert list((tmp_path / "versions").iterdir()) == []
+
+
+def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(20))
+    files = {split: [str(p) for p in version.shards(split)] for split in ("train", "test") if version.shards(split)}
+    loaded = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
+    assert loaded.features["image"] == Image()
+    assert loaded[0]["image"].size == (84, 84)
+    assert loaded[0]["facts"]["background"] in loaded[0]["captions"][0]["text"]
+
+
+def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
+    samples, rows = scene_samples(6), Rows()
+    first = [sample.id for sample in samples[:3]]
+    batches = [batch for part in (samples[:3], samples[3:]) for batch in sample_table(part).to_batches()]
+    annotations = true_captions(samples).filter(~pc.field("sample_id").isin(first))
+    version, _ = publish_rows(tmp_path, [annotations], batches, rows=rows)
+    assert "facts" in version.manifest["columns"]
+    assert rows.rejected == first
+
+
+def test_annotations_may_come_in_any_cuts_but_not_in_another_order_than_the_samples(tmp_path: Path) -> None:
+    samples = scene_samples(9)
+    annotations, batches = true_captions(samples), sample_table(samples).to_batches(max_chunksize=4)
+    whole, _ = make_version(tmp_path / "whole", samples)
+    for size in (1, 5, 100):
+        cuts = [annotations.slice(at, size) for at in range(0, annotations.num_rows, size)]
+        assert publish_rows(tmp_path / f"{size}", cuts, batches)[0].manifest["digest"] == whole.manifest["digest"]
+    backwards = annotations.take(list(range(annotations.num_rows - 1, -1, -1)))
+    with pytest.raises(TableError, match="different orders"):
+        publish_rows(tmp_path / "backwards", [backwards], batches)
+
+
+def test_a_folder_without_facts_has_no_column_for_them(tmp_path: Path) -> None:
+    samples = [replace(sample, facts=None) for sample in scene_samples(5)]
+    version, _ = make_version(tmp_path, samples, true_captions(scene_samples(5)))
+    assert "facts" not in version.manifest["columns"]
+
+
+def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
+    make_version(tmp_path, scene_samples(5))
+    (tmp_path / "versions" / ".next").mkdir()
+    (tmp_path / "versions" / "v9.0.0").mkdir()  # a folder without its manifest
+    assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
+
+
+def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path: Path) -> None:
+    samples = scene_samples(40)
+    shuffled = random.Random(5).sample(samples, len(samples))
+    by_style = true_captions(shuffled).sort_by([("style", "descending"), ("sample_id", "ascending")])
+    one, other = make_version(tmp_path / "one", samples), make_version(tmp_path / "other", shuffled, by_style)
+    captions = {row["sample_id"]: row["captions"] for row in one[0].read("train").to_pylist()}
+    assert one[0].manifest["digest"] != other[0].manifest["digest"]  # the captions of a row do have an order
+    assert captions.keys() == {row["sample_id"] for row in other[0].read("train").to_pylist()}
+    again, _ = make_version(tmp_path / "again", shuffled)
+    assert again.manifest["digest"] == one[0].manifest["digest"]
+    assert again.read("train")["sample_id"].to_pylist() != one[0].read("train")["sample_id"].to_pylist()
+
+
+def test_a_deck_of_one_page_is_a_deck_all_the_same(tmp_path: Path) -> None:
+    samples = scene_samples(4)
+    two = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
+    decks = [two, *(replace(sample, facts=None) for sample in samples[2:])]
+    captions = true_captions([samples[0], *samples[2:]])
+    version, _ = publish_rows(tmp_path, [captions], sample_table(decks).to_batches(), source="decks", decks=True)
+    assert "image" not in version.manifest["columns"]
+    found = [row for split, count in version.manifest["rows"].items() if count for row in version.read(split).to_pylist()]
+    assert sorted(len(row["pages"]) for row in found) == [1, 1, 2]
+    assert {row["sample_id"]: [page["bytes"] for page in row["pages"]] for row in found} == {
+        sample.id: list(sample.images) for sample in decks
+    }
+
+
+def test_pixels_that_have_no_column_are_an_error_and_are_not_dropped(tmp_path: Path) -> None:
+    samples = scene_samples(4)
+    two = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
+    tables = [sample_table([two]), sample_table([replace(samples[2], facts=None)])]
+    batches = [batch for table in tables for batch in table.to_batches()]
+    with pytest.raises(TableError, match="some samples have image"):
+        publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")

@@ -1,0 +1,126 @@
+"""The card: its YAML is a dumper's, and no text of a model can break out of its line."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from pipeline.dataset.card import metadata, one_line, render_card
+from pipeline.tables import ROW, features, with_features
+
+MANIFEST: dict[str, Any] = {
+    "version": "v1.0.0",
+    "parent": None,
+    "digest": "d" * 64,
+    "source": {"name": "scenes", "revision": "1.0"},
+    "model": {"name": "tiny", "revision": "abc"},
+    "prompts": {"system/v1": "Be brief.", "caption/v1@123": "Task: caption", "qa/v1@456": "Task: qa"},
+    "schemas": {"qa": {"type": "object"}},
+    "config": {"tasks": ["caption", "qa"]},
+    "licences": ["cc0-1.0"],
+    "columns": ["sample_id", "image"],
+    "features": features(pa.schema([ROW.field("sample_id"), ROW.field("image")])),
+    "files": {"train-00000.parquet": {"bytes": 900}, "validation-00000.parquet": {"bytes": 100}},
+    "measured": {},
+    "rows": {"train": 8, "validation": 1, "test": 0},
+    "funnel": [{"stage": "dedupe", "unit": "annotations", "input": 9, "kept": 8, "rejected": {"duplicate": 1}}],
+}
+
+
+def sample(text: str) -> dict[str, Any]:
+    pair = {"question": text, "answer": text, "answer_type": "other"}
+    return {"sample_id": "a" * 64, "captions": [{"style": "brief", "text": text}], "qa": [pair]}
+
+
+def header(card: str) -> dict[str, Any]:
+    loaded = yaml.safe_load(card.split("---\n")[1])
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_the_header_says_what_the_hub_asks_for() -> None:
+    found = header(render_card(MANIFEST, []))
+    assert found["license"] == "cc0-1.0"
+    assert found["annotations_creators"] == ["machine-generated"]
+    assert "synthetic" in found["tags"]
+    assert found["size_categories"] == ["n<1K"]
+    files = found["configs"][0]["data_files"]
+    assert files == [{"split": split, "path": f"{split}-*.parquet"} for split in ("train", "validation")]
+
+
+def test_a_card_says_whether_people_looked_at_the_texts() -> None:
+    assert "checked by machine only" in render_card(MANIFEST, [])
+    card = render_card(MANIFEST | {"review": {"good": 5, "bad": 2, "edited": 1}}, [])
+    assert "by machine only" not in card
+    assert "Of 8 texts that a person looked at, 5 were found good, 2 were taken out and 1 were written anew" in card
+
+
+def test_the_features_of_the_header_are_those_that_datasets_reads_from_a_shard() -> None:
+    from datasets import Features
+
+    info = metadata(MANIFEST | {"features": features(ROW)})["dataset_info"]
+    assert Features._from_yaml_list(info["features"]) == Features.from_arrow_schema(with_features(ROW))
+    assert [split["num_examples"] for split in info["splits"]] == [8, 1]
+    assert info["dataset_size"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "upstream"),
+    [("scenes", "original"), ("hub:me/photos", "me/photos"), ("flickr30k:me/copy", "me/copy"), ("folder", "original")],
+)
+def test_the_header_names_the_dataset_that_it_is_made_from(name: str, upstream: str) -> None:
+    assert metadata(MANIFEST | {"source": {"name": name, "revision": "1"}})["source_datasets"] == [upstream]
+
+
+def test_what_was_measured_is_told_with_what_it_is_measured_against() -> None:
+    measured = {
+        "captions": {"brief": {"count": 9, "mean_words": 7.5}},
+        "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
+        "true_captions": {"brief": {"precision": 0.99, "recall": 0.98}},
+        "true_answers": {"number": {"accuracy": 0.9, "majority": 0.4}},
+        "words_shared_with_references": {"brief": 0.7, "references": 0.6},
+    }
+    card = render_card(MANIFEST | {"measured": measured}, [])
+    assert "| objects named in captions, brief | 0.99 | of the objects that are there, 0.98 are named |" in card
+    assert "| answers, number | 0.9 | always giving the most frequent answer: 0.4 |" in card
+    assert "| one of the source's captions, by the others | 0.6 |" in card
+    assert "| answers, yes/no | 9 | yes: 0.6 of them |" in card
+
+
+def test_counts_prompts_and_the_way_to_load_it_are_there() -> None:
+    card = render_card(MANIFEST, [])
+    assert 'load_dataset("ORG/NAME", revision="v1.0.0")' in card
+    assert "| dedupe (annotations) | 9 | 8 | duplicate: 1 |" in card
+    assert "Task: qa" in card
+
+
+@pytest.mark.parametrize(
+    "text", ["a\n---\nlicense: mit", "```\n# Big", "<script>alert(1)</script>", "| a | b |", "\x1b[31m\u202e"]
+)
+def test_model_text_stays_within_its_line(text: str) -> None:
+    card, plain = render_card(MANIFEST, [sample(text)]), render_card(MANIFEST, [sample("x")])
+    assert header(card) == header(plain)
+    assert len(card.splitlines()) == len(plain.splitlines())
+    for mark in ("<", "```", "\x1b", "\u202e"):
+        assert mark not in one_line(text)
+
+
+def test_an_unknown_licence_is_called_other() -> None:
+    found = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
+    assert (found["license"], found["license_name"]) == ("other", "flickr-terms-and-unknown")
+
+
+def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
+    leakage = {
+        "compared_as": "photos",
+        "groups_of_images": 7,
+        "near_held_out_annotations": 3,
+        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 1000, "texts": 5000, "unread": 0}],
+        "banned_images": 2,
+        "repeated_texts": 4,
+    }
+    card = render_card(MANIFEST | {"leakage": leakage}, [])
+    assert "7 groups" in card and "3 annotations" in card
+    assert "flickr30k\\#test, revision `abc`: 1000 images, 5000 texts" in card
+    assert "2 were left out" in card and "4 texts here" in card

@@ -1,0 +1,107 @@
+"""What changed between two versions, and why."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.diff import diff_versions
+from pipeline.dataset.rejections import list_rejections
+from pipeline.tables import LEDGER
+from tests.scene_data import make_version, scene_samples, true_captions
+
+SAMPLES = scene_samples(20)
+
+
+def edited(table: pa.Table, sample_id: str, style: str, text: str) -> pa.Table:
+    rows = table.to_pylist()
+    for row in rows:
+        if (row["sample_id"], row["style"]) == (sample_id, style):
+            row["text"] = text
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def test_equal_versions_do_not_differ(tmp_path: Path) -> None:
+    one, other = (make_version(tmp_path / name, SAMPLES)[0] for name in ("one", "other"))
+    found = diff_versions(one, other)
+    assert found.counts() == {"same": 20, "added": 0, "removed": 0, "changed": 0}
+    assert list(found.lines(10)) == ["v1.0.0 -> v1.0.0: 20 same, 0 added, 0 removed, 0 changed"]
+
+
+def test_rows_that_came_and_went_are_counted_with_their_causes(tmp_path: Path) -> None:
+    before, _ = make_version(tmp_path, SAMPLES)
+    rejected = pa.Table.from_pylist([{"source_row": SAMPLES[2].source_row, "reason": "truncated", "detail": "of 9 bytes"}])
+    after, _ = make_version(tmp_path, [*SAMPLES[:2], *scene_samples(22)[3:]], ledger=list_rejections("source", rejected))
+    found = diff_versions(before, after)
+    assert found.counts() == {"same": 19, "added": 2, "removed": 1, "changed": 0}
+    (gone,) = (change for change in found.changes if change.what == "removed")
+    assert (gone.sample_id, gone.why) == (SAMPLES[2].id, ["source: truncated"])
+    assert diff_versions(after, before).reasons() == {
+        "was rejected: source: truncated": 1,
+        "the source does not yield it any more": 2,
+    }
+
+
+def test_a_caption_that_a_stage_rejected_is_named_with_stage_and_reason(tmp_path: Path) -> None:
+    captions = true_captions(SAMPLES)
+    before, _ = make_version(tmp_path, SAMPLES)
+    is_it = pc.and_(pc.equal(captions["sample_id"], SAMPLES[4].id), pc.equal(captions["style"], "brief"))
+    dropped = captions.filter(is_it).append_column("reason", pa.array(["too_short"]))
+    after, _ = make_version(tmp_path, SAMPLES, captions.filter(pc.invert(is_it)), list_rejections("filter", dropped))
+    (change,) = diff_versions(before, after).changes
+    assert (change.what, list(change.fields), change.why) == ("changed", ["captions"], ["filter: too_short"])
+    assert [caption["style"] for caption in change.fields["captions"]["removed"]] == ["brief"]
+    assert change.fields["captions"]["added"] == []
+
+
+def test_a_text_that_was_written_anew_shows_both_and_says_so(tmp_path: Path) -> None:
+    captions = true_captions(SAMPLES)
+    before, _ = make_version(tmp_path, SAMPLES)
+    after, _ = make_version(tmp_path, SAMPLES, edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing."))
+    found = diff_versions(before, after)
+    assert found.fields() == {"captions": 1}
+    assert found.reasons() == {"another reply": 1}
+    lines = list(found.lines(10))
+    assert any("+ captions: text A  [31mred thing., style brief" in line for line in lines)
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_question_that_found_another_partner_was_not_written_anew(tmp_path: Path) -> None:
+    def asked(pair: str | None, answer: str = "2") -> pa.Table:
+        about = {"task": "qa", "answer_type": "number", "prompt_id": "qa/v1@test", "split": "train"}
+        rows = [
+            {"sample_id": SAMPLES[0].id, "question": "How many?", "answer": "3", "pair_id": pair, **about},
+            {"sample_id": SAMPLES[0].id, "question": "How many rings?", "answer": answer, "pair_id": None, **about},
+        ]
+        return pa.concat_tables([true_captions(SAMPLES), pa.Table.from_pylist(rows)], promote_options="default")
+
+    versions = [
+        make_version(tmp_path / n, SAMPLES, asked(*how))[0] for n, how in (("a", ("x",)), ("b", (None,)), ("c", (None, "1")))
+    ]
+    assert diff_versions(versions[0], versions[1]).reasons() == {"another pair": 1}
+    assert diff_versions(versions[0], versions[2]).reasons() == {"another pair": 1, "another reply": 1}
+    assert diff_versions(versions[1], versions[2]).reasons() == {"another reply": 1}
+
+
+def test_another_split_or_reference_is_a_changed_field(tmp_path: Path) -> None:
+    before, _ = make_version(tmp_path, SAMPLES)
+    moved = [replace(SAMPLES[0], references=("Something else.",)), *SAMPLES[1:]]
+    after, _ = make_version(tmp_path, moved)
+    (change,) = diff_versions(before, after).changes
+    assert change.fields["references"] == {"before": list(SAMPLES[0].references), "after": ["Something else."]}
+
+
+def test_more_rows_than_are_shown_are_said_to_be_there(tmp_path: Path) -> None:
+    before, _ = make_version(tmp_path, SAMPLES)
+    after, _ = make_version(tmp_path, scene_samples(25))
+    assert list(diff_versions(before, after).lines(2))[-1] == "and 3 more rows; --rows shows more, --json all"
+
+
+def test_the_ledger_holds_no_words_of_a_model(tmp_path: Path) -> None:
+    captions = true_captions(SAMPLES)
+    ledger = list_rejections("filter", captions.append_column("reason", pa.array(["refusal"] * captions.num_rows)))
+    assert ledger.schema == LEDGER
+    assert ledger.num_rows == captions.num_rows
+    text = captions["text"][0].as_py()
+    assert not any(text in str(value) for row in ledger.to_pylist() for value in row.values())

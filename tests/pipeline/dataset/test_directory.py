@@ -1,0 +1,86 @@
+"""The dataset folder: files appear whole or not at all, and unchanged ones are not touched."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset.directory import DatasetDir, open_dataset
+from pipeline.dataset.paths import dataset_folder
+from pipeline.dataset.version import parse_version
+from pipeline.errors import ConfigError, StoreError
+from pipeline.storage.files import atomic_write, write_table, write_text
+
+
+def test_a_file_that_fails_half_way_is_never_seen(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "before")
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+        temporary.write_text("half of what")
+        raise RuntimeError
+    assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_would_not_change_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "same")
+    before = target.stat()
+    write_text(target, "same")
+    assert (target.stat().st_mtime_ns, target.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
+    schema = pa.schema([("a", pa.string())])
+    for name in ("one", "two"):
+        write_table(tmp_path / name, [pa.table({"a": ["x", "y"]}), pa.table({"a": ["z"]})], schema)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_two_writers_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process"), DatasetDir(tmp_path).lock():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("scenes", "scenes"), ("folder:/a/b c", "folder-a-b-c"), ("folder:..", "folder"), ("://", "dataset")]
+)
+def test_a_source_makes_a_safe_folder_name(source: str, name: str) -> None:
+    assert dataset_folder(source) == Path("data") / name
+
+
+def test_versions_sort_by_number() -> None:
+    assert parse_version("v1.10.0") > parse_version("v1.9.3")
+    with pytest.raises(ConfigError, match="not a version"):
+        parse_version("1.0")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x", "../a", "notes.txt"])
+def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
+    manifest = {"version": "v1.0.0", "table_version": 1, "files": {name: {}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="no shards"):
+        open_dataset(tmp_path)
+
+
+def test_a_version_of_a_newer_synth_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": "v1.0.0", "table_version": 99, "files": {}}))
+    with pytest.raises(StoreError, match="newer synth"):
+        open_dataset(tmp_path)
+
+
+def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": "v1.0.0", "table_version": 1, "files": {}}))
+    with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):
+        open_dataset(tmp_path, "v9.9.9")
+
+
+def test_what_is_no_dataset_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match="no dataset at"):
+        open_dataset(tmp_path / "none")
+    with pytest.raises(StoreError, match="has no version"):
+        open_dataset(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="no dataset under data/"):
+        open_dataset(None)

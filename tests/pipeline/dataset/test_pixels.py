@@ -1,0 +1,93 @@
+"""Texts without pixels meet their pixels again, by sample_id."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.pixels import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
+from pipeline.dataset.version import Version
+from pipeline.errors import StoreError
+from pipeline.hub.package import build_package
+from pipeline.images.decode import deck_id
+from pipeline.storage.files import write_text
+from pipeline.types import Sample
+from tests.scene_data import make_version, scene_samples, true_captions
+
+SAMPLES = scene_samples(30)
+
+
+def texts_of(version: Version, folder: Path) -> Version:
+    """The version as somebody else gets it who may not have its pixels."""
+    folder.mkdir()
+    with build_package(version, "me/x", images=False) as package:
+        for name, what in package.files.items():
+            (folder / name).write_bytes(what if isinstance(what, bytes) else what.read_bytes())
+        return Version(folder, package.manifest, "me/x")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Version:
+    return make_version(tmp_path / "whole", SAMPLES)[0]
+
+
+@pytest.fixture
+def texts(whole: Version, tmp_path: Path) -> Version:
+    return texts_of(whole, tmp_path / "texts")
+
+
+def files(folder: Path, samples: list[Sample]) -> Path:
+    for number, sample in enumerate(samples):
+        path = folder / f"{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample.images[0])
+    write_text(folder / "notes.txt", "no image")
+    return folder
+
+
+def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tmp_path: Path) -> None:
+    assert lacks_pixels(texts)
+    joined = join_pixels(texts, images_of_files(files(tmp_path / "files", SAMPLES)), tmp_path / "joined")
+    assert not lacks_pixels(joined)
+    assert joined.manifest["columns"] == whole.manifest["columns"]
+    assert joined.manifest["digest"] == whole.manifest["digest"]
+    for split in (split for split, count in whole.manifest["rows"].items() if count):
+        by_id = [sorted(v.read(split).to_pylist(), key=lambda row: row["sample_id"]) for v in (joined, whole)]
+        assert by_id[0] == by_id[1]
+
+
+def test_so_does_another_version_that_has_them(whole: Version, texts: Version, tmp_path: Path) -> None:
+    joined = join_pixels(texts, images_of_dataset(whole.path), tmp_path / "joined")
+    assert joined.read("train")["image"].to_pylist() == whole.read("train")["image"].to_pylist()
+
+
+def test_the_second_time_reads_no_image(texts: Version, tmp_path: Path) -> None:
+    assert joined_before(texts, tmp_path / "joined") is None
+    first = join_pixels(texts, images_of_files(files(tmp_path / "files", SAMPLES)), tmp_path / "joined")
+    assert joined_before(texts, tmp_path / "joined") == first
+    assert first.repo == "me/x"
+
+
+def test_missing_images_are_counted_and_nothing_is_left(texts: Version, tmp_path: Path) -> None:
+    some = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
+    with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are not there") as refused:
+        join_pixels(texts, some, tmp_path / "joined")
+    assert "the very files" in refused.value.hint
+    assert list((tmp_path / "joined").iterdir()) == []
+
+
+def test_a_dataset_without_pixels_is_no_copy(texts: Version) -> None:
+    with pytest.raises(StoreError, match="holds no pixels either"):
+        next(images_of_dataset(texts.path))
+
+
+def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) -> None:
+    pages = [sample.images[0] for sample in SAMPLES[:4]]
+    deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages), facts=None)
+    captions = true_captions(SAMPLES[:1])
+    ids = captions.schema.get_field_index("sample_id")
+    captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])
+    whole, _ = make_version(tmp_path / "whole", [deck], captions)
+    joined = join_pixels(texts_of(whole, tmp_path / "texts"), images_of_dataset(whole.path), tmp_path / "joined")
+    split = next(split for split, count in whole.manifest["rows"].items() if count)
+    assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages

@@ -1,0 +1,164 @@
+"""Marks: what people say of texts, kept under what the texts say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset.reviews import (
+    Review,
+    TextName,
+    check_edit,
+    check_edits,
+    format_reviews,
+    merge_reviews,
+    read_reviews,
+    text_name,
+)
+from pipeline.errors import ConfigError
+
+SAMPLE = "a" * 64
+
+
+def caption(text: str) -> dict[str, Any]:
+    return {"sample_id": SAMPLE, "task": "caption", "text": text, "question": None, "answer": None, "pages": 1}
+
+
+def mark(about: str, kind: str, **more: Any) -> Review:
+    _, content = text_name(caption(about))
+    return Review.model_validate({"sample_id": SAMPLE, "content": content, "mark": kind, **more})
+
+
+def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
+    """The annotations of an image, by name."""
+    return {text_name(caption(text)): caption(text) for text in texts}
+
+
+def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
+    marks = [
+        mark("A cat.", "good"),
+        mark("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
+        mark("A.", "edited", text="B.\u2029C\u0085"),
+    ]
+    (tmp_path / "m.jsonl").write_text(format_reviews(marks))
+    assert sorted(read_reviews(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(marks, key=lambda m: m.name)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("not json", "Invalid JSON"),
+        ('{"sample_id": "a"}', "sample_id"),
+        (mark("A.", "good").model_dump_json().replace("good", "great"), "mark"),
+        (
+            mark("A.", "good").model_dump_json().replace('"bad"', '"good"').replace("null", '"other"', 1),
+            "a reason goes with bad",
+        ),
+        (mark("A.", "good").model_dump_json().replace("good", "bad"), "a reason goes with bad"),
+        (mark("A.", "good").model_dump_json().replace("good", "edited"), "edited goes with new words"),
+        (mark("A.", "edited", text="B.").model_dump_json().replace("edited", "good"), "new words go with edited"),
+        (mark("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
+    ],
+)
+def test_a_line_that_is_no_mark_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
+    (tmp_path / "m.jsonl").write_text(format_reviews([mark("A cat.", "good")]) + line + "\n")
+    with pytest.raises(ConfigError, match="line 2 is no mark") as caught:
+        read_reviews(tmp_path / "m.jsonl")
+    assert what in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
+    for name in ("m.jsonl", "none.jsonl"):
+        with pytest.raises(ConfigError, match=f"cannot read .*{name}"):
+            read_reviews(tmp_path / name)
+
+
+def test_the_last_word_on_a_text_counts() -> None:
+    new = [mark("A cat.", "bad", reason="unclear"), mark("A dog.", "good")]
+    merged = merge_reviews([mark("A cat.", "good")], new, captions("A cat.", "A dog."))
+    assert [(m.mark, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
+
+
+def test_a_mark_of_an_edited_text_goes_back_to_what_was_edited() -> None:
+    rows = captions("A cat.")
+    first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
+    again = merge_reviews(first.values(), [mark("A dog.", "edited", text="A fox.")], rows)
+    assert {name: m.text for name, m in again.items()} == {mark("A cat.", "good").name: "A fox."}
+    gone = merge_reviews(again.values(), [mark("A fox.", "bad", reason="not_true")], rows)
+    assert {name: m.reason for name, m in gone.items()} == {mark("A cat.", "good").name: "not_true"}
+
+
+def test_an_edit_that_was_found_good_stays() -> None:
+    rows = captions("A cat.")
+    first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
+    assert merge_reviews(first.values(), [mark("A dog.", "good")], rows)[mark("A cat.", "good").name].text == "A dog."
+
+
+def test_an_edit_of_the_pages_alone_was_found_good_and_stays() -> None:
+    row: dict[str, Any] = {
+        "sample_id": SAMPLE,
+        "task": "deck_qa",
+        "text": None,
+        "question": "Which?",
+        "answer": "2",
+        "pages": 4,
+    }
+    row = row | {"answer_type": "span", "evidence_pages": [1], "expression": ""}
+    edit = {"sample_id": SAMPLE, "content": text_name(row)[1], "mark": "edited", "question": "Which?", "answer": "2"}
+    first = merge_reviews([], [Review.model_validate({**edit, "evidence_pages": [3]})], {text_name(row): row})
+    good = Review(sample_id=SAMPLE, content=text_name(row)[1], mark="good")
+    (kept,) = merge_reviews(first.values(), [good], {text_name(row): row}).values()
+    assert (kept.mark, kept.evidence_pages) == ("edited", (3,))
+    (undone,) = merge_reviews(
+        first.values(), [Review.model_validate({**edit, "evidence_pages": [1]})], {text_name(row): row}
+    ).values()
+    assert undone.mark == "good"
+
+
+def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
+    rows = captions("A cat.")
+    first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
+    back = merge_reviews(first.values(), [mark("A dog.", "edited", text="A cat.")], rows)
+    assert {name: m.mark for name, m in back.items()} == {mark("A cat.", "good").name: "good"}
+
+
+def test_marks_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
+    rows = captions("A cat.", "A dog.")
+    swapped = [mark("A cat.", "edited", text="A dog."), mark("A dog.", "edited", text="A cat.")]
+    merged = merge_reviews([], swapped, rows)
+    assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
+    assert check_edits(merged, rows) == {}
+    moved = merge_reviews([], [mark("A cat.", "edited", text="A dog."), mark("A dog.", "bad", reason="unclear")], rows)
+    assert {m.mark for m in moved.values()} == {"edited", "bad"}
+    assert check_edits(moved, rows) == {}
+
+
+def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
+    rows = captions("A cat.", "A dog.", "A fox.")
+    onto_another = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
+    assert list(check_edits(onto_another, rows).values()) == ["another text of this image says the same"]
+    onto_each_other = [mark("A cat.", "edited", text="A bird."), mark("A dog.", "edited", text="A bird.")]
+    assert len(check_edits(merge_reviews([], onto_each_other, rows), rows)) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ({"text": "A better caption."}, None),
+        ({"text": "   "}, "string_pattern_mismatch"),
+        ({"question": "Is it?", "answer": "yes"}, "of another kind"),
+    ],
+)
+def test_an_edit_must_keep_the_rules_of_its_task(words: dict[str, str], wrong: str | None) -> None:
+    found = check_edit(mark("A cat.", "edited", **words), caption("A cat."))
+    assert found is None if wrong is None else wrong in (found or "")
+
+
+def test_an_edited_calculation_must_still_be_right() -> None:
+    pair = {"question": "How many in all?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
+    row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
+    about = {"sample_id": SAMPLE, "content": text_name(row)[1], "mark": "edited", "question": "How many in all?"}
+    assert check_edit(Review.model_validate({**about, "answer": "6"}), row) == "expression_disagrees"
+    assert check_edit(Review.model_validate({**about, "answer": "6", "expression": "2 + 4"}), row) is None
+    assert check_edit(Review.model_validate({**about, "answer": "5", "evidence_pages": [5]}), row) == "evidence_outside_deck"

@@ -1,0 +1,89 @@
+"""Shards are cut by the rows themselves: a row more or less moves no other cut."""
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+
+from pipeline.dataset import shards
+from pipeline.dataset.shards import SplitWriter
+from pipeline.digests import file_digest
+from pipeline.tables import ROW
+
+ROWS = 600
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1_000_000)
+    monkeypatch.setattr(shards, "GROUP_ROWS", 16)
+    monkeypatch.setattr(shards, "SHARD_GROUPS", 2)
+
+
+def row(number: int, text: str = "a caption") -> dict[str, Any]:
+    pixels = random.Random(number).randbytes(1000)
+    captions = [{"text": text, "style": "brief", "prompt_id": "p"}]
+    return {"sample_id": hashlib.sha256(pixels).hexdigest(), "image": {"bytes": pixels, "path": None}, "captions": captions}
+
+
+def write(folder: Path, rows: list[dict[str, Any]], chunk: int = 64) -> dict[str, str]:
+    """Write rows, and return the digest of each shard."""
+    folder.mkdir()
+    writer = SplitWriter(folder, "train", ROW)
+    for first in range(0, len(rows), chunk):
+        writer.add(pa.Table.from_pylist(rows[first : first + chunk], schema=ROW))
+    writer.close()
+    assert writer.rows == len(rows)
+    return {file_digest(path): path.name for path in sorted(folder.iterdir())}
+
+
+def test_all_rows_come_back_in_order(tmp_path: Path) -> None:
+    rows = [row(number) for number in range(ROWS)]
+    write(tmp_path / "a", rows)
+    read = pq.read_table(tmp_path / "a").to_pylist()
+    assert [r["sample_id"] for r in read] == [r["sample_id"] for r in rows]
+    assert read[7]["image"] == rows[7]["image"]
+
+
+def test_how_rows_arrive_does_not_matter(tmp_path: Path) -> None:
+    rows = [row(number) for number in range(ROWS)]
+    assert write(tmp_path / "a", rows, chunk=64) == write(tmp_path / "b", rows, chunk=7)
+
+
+@pytest.mark.parametrize("change", ["one more at the front", "one less in the middle", "another text"])
+def test_a_change_of_one_row_leaves_most_shards_as_they_are(tmp_path: Path, change: str) -> None:
+    rows = [row(number) for number in range(ROWS)]
+    changed = {
+        "one more at the front": [row(ROWS), *rows],
+        "one less in the middle": rows[:300] + rows[301:],
+        "another text": [*rows[:300], row(300, "another caption"), *rows[301:]],
+    }[change]
+    before, after = write(tmp_path / "a", rows), write(tmp_path / "b", changed)
+    assert len(after) >= 4
+    assert len(after.keys() - before.keys()) <= 2
+
+
+def test_pixels_lie_in_a_shard_as_they_are(tmp_path: Path) -> None:
+    one = row(1) | {"image": {"bytes": b"all of it the same " * 100, "path": None}}  # which zstd would make small
+    write(tmp_path / "a", [one])
+    assert one["image"]["bytes"] in (tmp_path / "a" / "train-00000.parquet").read_bytes()
+
+
+def test_a_group_of_large_images_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
+    monkeypatch.setattr(shards, "GROUP_BYTES", 20_000)
+    write(tmp_path / "a", [row(number) for number in range(100)], chunk=10)
+    metadata = pq.read_metadata(tmp_path / "a" / "train-00000.parquet")
+    assert metadata.num_row_groups == 5
+
+
+def test_datasets_decodes_what_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "a", [row(1)])
+    loaded = load_dataset("parquet", data_dir=str(tmp_path / "a"), cache_dir=str(tmp_path / "cache"), split="train")
+    assert loaded.features["image"].dtype == "PIL.Image.Image"

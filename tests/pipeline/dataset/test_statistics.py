@@ -1,0 +1,19 @@
+"""What is measured of rows, in one pass or in parts."""
+
+import pytest
+
+from pipeline.dataset.statistics import DatasetStatistics, merge
+from tests.scene_data import make_version, scene_samples
+
+
+def test_measures_of_parts_add_up_to_that_of_the_whole(tmp_path_factory: pytest.TempPathFactory) -> None:
+    version, _ = make_version(tmp_path_factory.mktemp("d"), scene_samples(40))
+    batches = version.batches(version.manifest["columns"])
+    rows = [row | {"page_facts": None} for _, batch in batches for row in batch.to_pylist()]
+    whole, parts = DatasetStatistics(), [DatasetStatistics(), DatasetStatistics(), DatasetStatistics()]
+    whole.add(rows)
+    for number, part in enumerate(parts):
+        part.add(rows[number::3] if number < 2 else rows[2::3])
+    total = merge(merge(parts[0], parts[1]), parts[2])
+    assert total.result() == whole.result()
+    assert {"captions", "words_shared_with_references", "true_captions"} <= total.result().keys()

@@ -1,0 +1,74 @@
+"""How many workers ask at once: never so many that nothing is left to read for them."""
+
+import pytest
+import ray
+
+from pipeline.errors import ClusterError
+from pipeline.executors.ray import cluster
+from pipeline.executors.ray.cluster import MIN_CPUS, WorkerPlan, plan_workers
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wanted", "own_server", "plan"),
+    [
+        (2, 0, None, False, WorkerPlan(1, 1.0, 0)),
+        (8, 0, None, False, WorkerPlan(7, 1.0, 0)),
+        (2, 0, 2, False, WorkerPlan(2, 0.5, 0)),
+        (2, 0, 10, False, WorkerPlan(10, 0.1, 0)),
+        (8, 0, None, True, WorkerPlan(3, 1.0, 0)),  # one for each node
+        (32, 4, None, True, WorkerPlan(4, 1.0, 1)),
+        (32, 4, 3, True, WorkerPlan(3, 1.0, 1)),
+        (4, 4, None, True, WorkerPlan(4, 0.75, 1)),
+        (32, 4, None, False, WorkerPlan(31, 1.0, 0)),  # the GPUs are those of servers that run already
+    ],
+)
+def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: float,
+    gpus: float,
+    wanted: int | None,
+    own_server: bool,  # noqa: FBT001
+    plan: WorkerPlan,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3 + [{"Alive": False}])
+    found = plan_workers(wanted, loads_model=own_server, own_server=own_server)
+    assert found == plan
+    assert found.workers * found.cpus <= cpus - 1
+    assert found.cpus >= MIN_CPUS
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wanted", "what"),
+    [
+        (1, 0, None, "1 workers do not fit on 1 CPUs"),
+        (2, 0, 11, "11 workers do not fit on 2 CPUs"),
+        (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, wanted: int | None, what: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    with pytest.raises(ClusterError, match=what) as caught:
+        plan_workers(wanted, loads_model=True, own_server=True)
+    assert "fewer --workers" in caught.value.hint
+
+
+def test_without_ray_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught, cluster.open_cluster(None):
+        pass
+    assert "extra `ray`" in caught.value.hint
+
+
+def test_what_ray_prints_is_not_taken_for_a_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ray, "init", lambda **how: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: print("bye"))
+    with cluster.open_cluster("local"):
+        print("(raylet) a node has been marked dead")
+    print("result")
+    out, err = capsys.readouterr()
+    assert out == "result\n"
+    assert err == "(raylet) a node has been marked dead\nbye\n"

@@ -1,0 +1,60 @@
+"""Rows of a source are dealt out to shards: every row arrives, at the one shard that its key says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.executors.ray.deal import Deal, Indices
+
+SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
+
+
+def rows(*numbers: int) -> pa.Table:
+    return pa.table({"key": [f"k{n % 7}" for n in numbers], "value": numbers}, schema=SCHEMA)
+
+
+def by_key(deal: Deal) -> Callable[[pa.Table], Indices]:
+    return lambda table: deal.by_hash(table["key"].to_pylist())
+
+
+def dealt(deal: Deal, shard: int, readers: int) -> pa.Table:
+    return pa.Table.from_batches(list(deal.read(shard, readers)))
+
+
+def test_each_row_arrives_once_and_equal_keys_at_one_shard(tmp_path: Path) -> None:
+    deal = Deal(tmp_path, 4)
+    for reader in range(3):
+        tables = [rows(*range(100 * reader, 100 * reader + 50)), rows(), rows(*range(100 * reader + 50, 100 * reader + 60))]
+        deal.write(reader, tables, by_key(deal))
+    found = [dealt(deal, shard, 3) for shard in range(4)]
+    assert sorted(n for table in found for n in table["value"].to_pylist()) == [s + n for s in (0, 100, 200) for n in range(60)]
+    keys = [set(table["key"].to_pylist()) for table in found]
+    assert sum(map(len, keys)) == len(set.union(*keys)) == 7
+    for table in found:
+        assert table["value"].to_pylist() == sorted(table["value"].to_pylist())  # in the order in which they were written
+
+
+def test_a_shard_without_rows_gets_a_table_without_rows(tmp_path: Path) -> None:
+    deal = Deal(tmp_path, 3)
+    deal.write(0, [rows(1)], lambda table: np.array([2]))
+    assert dealt(deal, 0, 1).num_rows == 0
+    assert dealt(deal, 0, 1).schema.equals(SCHEMA)
+    assert dealt(deal, 2, 1)["value"].to_pylist() == [1]
+
+
+def test_a_file_that_is_written_again_is_the_same_and_one_that_was_cut_short_is_not_there(tmp_path: Path) -> None:
+    deal = Deal(tmp_path, 3)
+    deal.write(0, [rows(1, 2)], by_key(deal))
+    before = deal.file(0).stat().st_ino
+    deal.write(0, [rows(1, 2)], by_key(deal))
+    assert deal.file(0).stat().st_ino == before
+
+    def cut_short(table: pa.Table) -> Indices:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        deal.write(1, [rows(1)], cut_short)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.arrow"]

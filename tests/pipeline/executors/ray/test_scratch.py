@@ -1,0 +1,187 @@
+"""A shard of an object store is filled on a disk of the node; nothing that was answered is lost with the node."""
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import digest
+from pipeline.errors import EngineError, StoreError
+from pipeline.executors.ray import scratch
+from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_stages
+from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively
+from pipeline.inference.journal import Journal
+from pipeline.inference.requests import build_requests
+from pipeline.storage import object_store
+from pipeline.storage.files import read_json, remove, write_json
+from pipeline.storage.object_store import copy_here, parse_dataset_path
+from pipeline.types import Reply
+from tests.stage_runs import plan_of
+
+REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]:
+    monkeypatch.setattr(scratch, "SAVE_SECONDS", 0.05)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = parse_dataset_path(f"memory://{uuid4().hex}")
+    config = resolve(source="scenes")
+    yield ShardedRun(plan_of(home, config), tmp_path, 4, 1, "embedded", "s", digest(named_files(config)), "inputs")
+    remove(home)
+
+
+def keep(folder: DatasetDir, *numbers: int) -> None:
+    with Journal(folder.journal) as journal:
+        for n in numbers:
+            reply = Reply(
+                request_id=REQUESTS[n].id, attempt=0, text=f"{n}", finish_reason="stop", prompt_tokens=5, reply_tokens=2
+            )
+            journal.keep([(REQUESTS[n], reply, None)])
+
+
+def replies(path: Path) -> int:
+    with Journal(path) as journal:
+        return journal.totals()["replies"]
+
+
+def stored(run: ShardedRun) -> int:
+    """How many replies the store knows of shard 2, in the journal that knows most."""
+    found = [0]
+    for path in run.shard(2).journal.parent.glob("*.sqlite"):
+        with copy_here(path) as copy:
+            found.append(replies(copy))
+    return max(found)
+
+
+def wait_for(is_true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_replies_reach_the_store_while_a_shard_is_filled(run: ShardedRun, tmp_path: Path) -> None:
+    with scratch_shard(run, 2) as folder:
+        keep(folder, 0)
+        wait_for(lambda: stored(run) == 1)
+        keep(folder, 1)
+    assert stored(run) == 2
+    assert not folder.journal.exists()  # nothing stays on the node
+
+
+def test_what_one_node_has_asked_another_one_knows(run: ShardedRun, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), scratch_shard(run, 2) as folder:
+        keep(folder, 0, 1)
+        raise RuntimeError  # a server that does not answer
+    shutil.rmtree(run.scratch)  # another node
+    with scratch_shard(run, 2) as folder:
+        assert replies(folder.journal) == 2
+        keep(folder, 2)
+    assert stored(run) == 3
+
+
+def test_what_a_killed_worker_has_left_on_the_node_is_used_too(run: ShardedRun, tmp_path: Path) -> None:
+    mine = DatasetDir(run.scratch / "shards" / "00002")
+    keep(mine, 0)  # and was killed before it reached the store
+    keep(DatasetDir(tmp_path / "far"), 1)
+    save_journal(DatasetDir(tmp_path / "far"), run.shard(2).journal.with_name("far.sqlite"))
+    with scratch_shard(run, 2) as folder:
+        assert replies(folder.journal) == 2
+    assert stored(run) == 2
+
+
+def test_a_store_that_is_away_for_a_moment_loses_nothing(
+    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    upload = object_store.upload
+
+    def refuses(file: Path, path: Path) -> None:
+        tried.append(1)
+        if len(tried) < 3:
+            raise OSError("away")
+        upload(file, path)
+
+    monkeypatch.setattr(scratch, "upload", refuses)
+    with scratch_shard(run, 2) as folder:
+        keep(folder, 0)
+        wait_for(lambda: len(tried) >= 3)
+    assert stored(run) == 1
+    tried.clear()
+    with pytest.raises(OSError, match="away"), scratch_shard(run, 2) as folder:
+        monkeypatch.setattr(scratch, "SAVE_SECONDS", 100.0)
+        keep(folder, 1)  # and in the end it is away: said, and kept here
+    assert replies(folder.journal) == 2
+
+
+def test_a_worker_that_was_given_up_takes_nothing_away(
+    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "near").mkdir()
+    with scratch_shard(run, 2) as given_up:
+        keep(given_up, 0)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "near"))  # a node that took its place
+        with scratch_shard(run, 2) as folder:
+            keep(folder, 1, 2)
+        assert stored(run) == 2
+    assert stored(run) == 2  # and its own one beside it
+    with scratch_shard(run, 2) as folder:
+        assert replies(folder.journal) == 3
+    assert stored(run) == 3
+    assert len(list(run.shard(2).journal.parent.glob("*"))) == 1  # those that are in it are gone
+
+
+def test_a_journal_that_has_not_grown_is_not_copied_again(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(scratch, "upload", lambda file, path: copied.append(1))
+    with scratch_shard(run, 2) as folder:
+        keep(folder, 0)
+        time.sleep(0.6)
+        assert 1 <= len(copied) <= 2
+
+
+def test_whatever_goes_wrong_with_a_copy_the_next_one_is_tried(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def breaks(file: Path, path: Path) -> None:
+        tried.append(1)
+        raise RuntimeError("of a library of its own kind")
+
+    monkeypatch.setattr(scratch, "upload", breaks)
+    with pytest.raises(EngineError, match="the server is gone"), scratch_shard(run, 2) as folder:  # said, and not the other one
+        keep(folder, 0)
+        wait_for(lambda: len(tried) >= 3)
+        raise EngineError("the server is gone")
+
+
+def test_a_full_disk_of_the_node_is_not_blamed_on_the_store(run: ShardedRun, tmp_path: Path) -> None:
+    def fill_the_disk() -> None:
+        with scratch_shard(run, 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StoreError, match="the disk is full") as raised:
+        run_exclusively(run, "fill", 2, fill_the_disk)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_what_asking_has_cost_is_added_up_over_nodes(run: ShardedRun) -> None:
+    with scratch_shard(run, 2) as folder:
+        write_json(folder.cost, {"seconds": 7.0})
+    with scratch_shard(run, 2) as folder:
+        assert read_json(folder.cost) == {"seconds": 7.0}
+
+
+def test_each_filling_leaves_a_folder_of_its_own(run: ShardedRun, tmp_path: Path) -> None:
+    made = DatasetDir(tmp_path / "made")
+    write_json(made.provenance("source"), {"a": 1})
+    names = [upload_stages(run, 2, made) for _ in range(2)]
+    assert len(set(names)) == 2
+    for name in names:
+        assert DatasetDir(run.root / "shards" / name).provenance("source").exists()

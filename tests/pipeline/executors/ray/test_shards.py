@@ -1,0 +1,101 @@
+"""A run over shards: ids decide the shard, workers see what the command saw, and work that kills workers is given up."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prompts
+from pipeline.config import resolve
+from pipeline.digests import digest
+from pipeline.errors import ClusterError
+from pipeline.executors.ray.executor import _begin
+from pipeline.executors.ray.shards import MAX_DEATHS, ShardedRun, named_files, run_exclusively
+from pipeline.storage.object_store import parse_dataset_path
+from pipeline.tasks.prompts import template
+from tests.stage_runs import plan_of
+
+
+def run_in(folder: Path, shards: int) -> ShardedRun:
+    plan = plan_of(folder)
+    return ShardedRun(plan, folder, shards, 1, "embedded", "s", digest(named_files(plan.config)), "inputs")
+
+
+@pytest.mark.parametrize("shards", [1, 3, 16, 1000])
+def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, shards: int) -> None:
+    ids = sorted(digest([n]) for n in range(5000))
+    ids = ["0" * 64, *ids, "f" * 64]
+    run = run_in(tmp_path, shards)
+    numbers = run.shard_of(ids)
+    assert (np.diff(numbers) >= 0).all()
+    assert numbers[0] == 0 and numbers[-1] == shards - 1
+    assert np.bincount(numbers, minlength=shards).max() < 3 * max(5, 5000 / shards)
+    for sample_id, number in zip(ids[::50], numbers[::50].tolist(), strict=True):
+        first, behind = run.id_range(number)
+        assert first <= sample_id < behind
+
+
+def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Path) -> None:
+    lost = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, 1, "embedded", "s", "files", "inputs")
+    with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
+        lost.enter()
+
+
+def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_path: Path) -> None:
+    away = tmp_path / "elsewhere"
+    config = resolve(
+        source="scenes", generate={"prompt_dir": tmp_path / "prompts"}, balance={"entries": tmp_path / "entries.txt"}
+    )
+    (tmp_path / "entries.txt").write_text("dog\n")
+    home = parse_dataset_path("memory://b")
+    seen = ShardedRun(plan_of(home, config), away, 1, 1, "embedded", "s", digest(named_files(config)), "inputs")
+    seen.enter()
+    seen.enter()
+    (tmp_path / "entries.txt").write_text("dog\ncat\n")  # as another node has it
+    other = digest(named_files(config))
+    assert other != seen.files
+    (tmp_path / "entries.txt").write_text("dog\n")
+    with pytest.raises(ClusterError, match="a worker sees other files than the command: prompts"):
+        replace(seen, files=other).enter()
+
+
+def test_prompts_of_ones_own_are_among_the_files_that_settings_name(tmp_path: Path) -> None:
+    mine = tmp_path / "prompts" / "caption" / "v1.j2"
+    mine.parent.mkdir(parents=True)
+    config = resolve(source="scenes", generate={"prompt_dir": tmp_path / "prompts"})
+    before = named_files(config)
+    mine.write_text((Path(prompts.__file__).parent / "caption" / "v1.j2").read_text() + " Mine.")
+    template.cache_clear()  # another process
+    assert named_files(config)["prompts"] != before["prompts"]
+
+
+def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:
+    run = run_in(tmp_path, 4)
+
+    def dies() -> None:
+        raise KeyboardInterrupt  # like kill -9, it is no error that a worker reports
+
+    for _ in range(MAX_DEATHS + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_exclusively(run, "dies", 2, dies)
+    with pytest.raises(ClusterError, match="dies-2 has ended 4 workers"):
+        run_exclusively(run, "dies", 2, dies)
+    assert run_exclusively(run, "lives", 2, lambda: 7) == 7  # other work is another matter
+    _begin(run)  # the same command, once more
+    with pytest.raises(KeyboardInterrupt):
+        run_exclusively(run, "dies", 2, dies)
+
+
+def test_a_task_that_got_on_before_its_worker_died_is_begun_again(tmp_path: Path) -> None:
+    run = run_in(tmp_path, 4)
+    begun: list[int] = []
+
+    def dies() -> None:
+        begun.append(1)
+        raise KeyboardInterrupt
+
+    for _ in range(3 * MAX_DEATHS):
+        with pytest.raises(KeyboardInterrupt):
+            run_exclusively(run, "dies", 2, dies, lambda shard: len(begun))
+    assert len(begun) == 3 * MAX_DEATHS

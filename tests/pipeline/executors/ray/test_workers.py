@@ -1,0 +1,83 @@
+"""The source in parts, dealt out to shards: the same samples and rejections as when one process reads it."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import resolve
+from pipeline.dataset.directory import DatasetDir, read_exclusions
+from pipeline.errors import SourceError
+from pipeline.executors.ray.shards import ShardedRun
+from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, read_fill_result, read_slice
+from pipeline.images.similarity import choose_image_kind
+from pipeline.progress import NullProgress
+from pipeline.run import STAGES
+from pipeline.sources import is_divisible, open_source
+from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.stages.source import write_exclusions, write_source
+from pipeline.storage.files import remove, write_json
+from pipeline.storage.object_store import parse_dataset_path
+from tests.hub import datasets
+from tests.stage_runs import plan_of
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Thirty files: copies, files that are no images, and photos that others hold as well."""
+    for folder, first in (("photos", 0), ("held-out", 8)):
+        (tmp_path / folder).mkdir()
+        for n in range(30 if folder == "photos" else 4):
+            data = b"no image" if n % 7 == 6 else datasets.photo((first + n) % 20)
+            (tmp_path / folder / f"{n:02d}.jpg").write_bytes(data)
+    return tmp_path / "photos"
+
+
+def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
+    found = [row for folder in folders for row in pq.read_table(folder.stage("source", which)).to_pylist()]
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 5, 100])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, limit: int | None, shards: int) -> None:
+    config = resolve(source=f"folder:{photos}", limit=limit, exclude=[f"folder:{photos.parent / 'held-out'}"])
+    one = DatasetDir(tmp_path / "one")
+    write_exclusions(one, config, NullProgress())
+    banned = ExclusionIndex.of(read_exclusions(one), choose_image_kind(config))
+    write_source(one, open_source(config).rows, banned, limit, NullProgress())
+    parts = shards if is_divisible(config) else 1
+    plan = plan_of(tmp_path / "many", config, choose_image_kind(config))
+    run = ShardedRun(plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs")
+    write_exclusions(plan.dataset, config, NullProgress())
+    for index in reversed(range(parts)):
+        read_slice(run, index)
+    worker = ShardWorker(run, STAGES)
+    for index, shard in enumerate(run.shards):
+        write_source(shard, worker.rows_of(index), worker.excluded, None, NullProgress())
+    for which in ("kept", "rejected"):
+        assert rows(run.shards, which) == rows([one], which)
+    assert len(rows([one], "kept")) == min(limit or 100, 15)
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    config = resolve(source="scenes", limit=3)
+    run = ShardedRun(plan_of(tmp_path, config), tmp_path, 1, 1, "embedded", "another revision", "files", "inputs")
+    with pytest.raises(SourceError, match="scenes has changed while it was read"):
+        read_slice(run, 0)
+
+
+def test_a_shard_whose_folder_is_gone_is_filled_again() -> None:
+    home = parse_dataset_path(f"memory://{uuid4().hex}")
+    run = ShardedRun(plan_of(home), Path.cwd(), 2, 1, "embedded", "s", "files", "inputs")
+    result = FillResult("00001/here")
+    write_json(run.shard(1).path / FILLED, {"inputs": "inputs", "result": asdict(result)})
+    assert not read_fill_result(run, 1, "filter")  # a worker that was given up wrote so, after its folder was removed
+    write_json(DatasetDir(home / "shards" / "00001" / "here").stage("filter"), {})
+    assert read_fill_result(run, 1, "filter") == result
+    assert not read_fill_result(replace(run, inputs="others"), 1, "filter")
+    assert not read_fill_result(run, 0, "filter")
+    remove(home)

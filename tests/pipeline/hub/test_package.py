@@ -1,0 +1,79 @@
+"""What leaves this machine: pixels only where they may, and a card and a manifest that say so."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.dataset.version import Version
+from pipeline.errors import PushError
+from pipeline.hub.package import build_package
+from tests.scene_data import make_version, scene_samples, true_captions
+
+REPO = "me/scenes"
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    return make_version(tmp_path_factory.mktemp("free"), scene_samples(20))[0]
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    samples = [replace(sample, licence="flickr-terms") for sample in scene_samples(20)]
+    return make_version(tmp_path_factory.mktemp("held"), samples, true_captions(scene_samples(20)))[0]
+
+
+def test_free_pixels_go_as_they_lie_here(free: Version) -> None:
+    with build_package(free, REPO) as package:
+        assert package.manifest == free.manifest
+        assert package.files["train-00000.parquet"] == free.path / "train-00000.parquet"
+        assert package.bytes()["manifest.json"] == len(package.files["manifest.json"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("images", [None, False])
+def test_pixels_that_may_not_be_passed_on_are_left_out(held: Version, images: Any) -> None:
+    with build_package(held, REPO, images=images) as package:
+        path = package.files["train-00000.parquet"]
+        assert isinstance(path, Path)
+        there = pq.read_table(path)
+        assert there.column_names == package.manifest["columns"]
+        here = held.read("train").drop_columns(["image"])
+        assert there.to_pylist() == here.to_pylist()
+        assert "The pixels are not here" in str(package.files["README.md"])
+        assert json.loads(package.files["manifest.json"])["pixels"] == "left out"  # type: ignore[arg-type]
+        assert package.manifest["digest"] == held.manifest["digest"]
+    assert not path.exists()
+
+
+def test_no_images_leaves_out_free_pixels_too(free: Version) -> None:
+    with build_package(free, REPO, images=False) as package:
+        assert "image" not in package.manifest["columns"]
+
+
+def test_with_images_wants_each_licence_acknowledged(held: Version) -> None:
+    with pytest.raises(PushError, match="flickr-terms may not be passed on") as refused, build_package(held, REPO, images=True):
+        pass
+    assert "--acknowledge flickr-terms" in refused.value.hint
+
+
+def test_an_acknowledgement_is_recorded_in_card_and_manifest(held: Version) -> None:
+    with build_package(held, REPO, images=True, acknowledged=["flickr-terms"]) as package:
+        assert package.files["train-00000.parquet"] == held.path / "train-00000.parquet"
+        assert package.manifest["acknowledged"] == ["flickr-terms"]
+        assert r"Pixels under flickr\-terms are included" in str(package.files["README.md"], "utf-8")  # type: ignore[arg-type]
+
+
+def test_an_acknowledgement_alone_publishes_nothing(held: Version) -> None:
+    with build_package(held, REPO, acknowledged=["flickr-terms"]) as package:
+        assert "image" not in package.manifest["columns"]
+
+
+def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(5))
+    (version.path / "ledger.parquet").unlink()
+    with pytest.raises(PushError, match=r"lacks ledger\.parquet"), build_package(version, REPO):
+        pass

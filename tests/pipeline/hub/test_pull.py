@@ -1,0 +1,172 @@
+"""A version on the Hub opens like one of this machine: by tag, checked, from the cache the second time."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset.version import MANIFEST, Version
+from pipeline.errors import StoreError
+from pipeline.hub.pull import names_hub, open_or_download
+from pipeline.storage.files import remove
+from pipeline.storage.object_store import parse_dataset_path, upload_folder
+from tests.hub.pusher import Pusher
+from tests.hub.server import RunningHub, running_hub
+from tests.scene_data import make_version, scene_samples
+
+PULL = """
+import json, sys
+from pipeline.errors import SynthError
+from pipeline.hub.pull import pull_version
+for name in sys.argv[1:]:
+    try:
+        version = pull_version(name)
+        rows = sum(version.read(split).num_rows for split in ("train", "validation", "test") if version.shards(split))
+        print(json.dumps({"name": version.name, "rows": rows, "path": str(version.path), "dataset": str(version.dataset_dir)}))
+    except SynthError as error:
+        print(json.dumps({"error": str(error), "hint": error.hint}))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    """A Hub with two versions of a dataset, and one without pixels."""
+    root = tmp_path_factory.mktemp("hub")
+    with running_hub(root / "hub") as running, Pusher(running, root / "pusher") as client:
+        for count in (20, 24):
+            client.push(make_version(root / "data", scene_samples(count))[0])
+        client.push(make_version(root / "other", scene_samples(5))[0], "me/texts", images=False)
+        yield running
+
+
+def pull(hub: RunningHub, home: Path, *names: str, **env: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-c", PULL, *names]
+    done = subprocess.run(command, env=hub.env(home) | env, capture_output=True, text=True, timeout=120, cwd=home.parent)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_tag_names_a_version_and_no_tag_the_newest(hub: RunningHub, tmp_path: Path) -> None:
+    old, new = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes")
+    assert (old["name"], old["rows"]) == ("v1.0.0", 20)
+    assert (new["name"], new["rows"]) == ("v1.1.0", 24)
+    assert new["dataset"] == "data/me-scenes"  # what is trained on it lies there, and not in the cache
+
+
+def test_a_commit_names_a_version_too(hub: RunningHub, tmp_path: Path) -> None:
+    commit = hub.hub.storage.repos["dataset", "me/scenes"].tags["v1.0.0"]
+    (found,) = pull(hub, tmp_path / "home", f"me/scenes@{commit}")
+    assert found["name"] == "v1.0.0"
+
+
+@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: dict[str, str]) -> None:
+    pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes@v1.1.0")
+    asked = len(hub.hub.log)
+    named, newest, other = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
+    assert (named["rows"], newest["name"]) == (20, "v1.1.0")
+    assert "is no folder here and not in the cache, and the Hub does not answer" in other["error"]
+    assert len(hub.hub.log) == asked
+
+
+def test_a_damaged_file_is_found(hub: RunningHub, tmp_path: Path) -> None:
+    (found,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
+    shard = next(Path(found["path"]).glob("train-*.parquet")).resolve()
+    shard.chmod(0o644)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    (refused,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
+    assert "train-00000.parquet of me/scenes@v1.0.0 is not what its manifest says" in refused["error"]
+    assert str(Path(found["path"])) in refused["hint"]
+
+
+def test_what_is_not_there_is_said(hub: RunningHub, tmp_path: Path) -> None:
+    hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
+    tag, repo, theirs = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
+    assert (tag["error"], tag["hint"]) == ("me/scenes has no version v9.9.9", "versions there: v1.0.0, v1.1.0")
+    assert "no folder and no dataset of the Hub: me/nothing@v1.0.0" in repo["error"]
+    assert "not a version" in theirs["error"]
+
+
+def test_a_gated_dataset_says_how_to_get_in(hub: RunningHub, tmp_path: Path) -> None:
+    repo = hub.hub.storage.repos["dataset", "me/texts"]
+    repo.gated = True
+    try:
+        (refused,) = pull(hub, tmp_path / "home", "me/texts@v1.0.0")
+    finally:
+        repo.gated = False
+    assert refused["error"] == "me/texts is gated"
+
+
+def test_a_folder_of_this_machine_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert names_hub("me/scenes@v1.0.0")
+    assert names_hub("me/scenes")
+    (tmp_path / "me" / "scenes").mkdir(parents=True)
+    assert not names_hub("me/scenes")
+    assert not names_hub("data/me/scenes")
+
+
+def test_a_version_of_the_hub_keeps_its_pushes_apart(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(3))
+    assert replace(version, repo="me/x").dataset_dir == Path("data/me-x")
+    assert isinstance(version, Version)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An object store with two versions of a dataset."""
+    monkeypatch.chdir(tmp_path)
+    path = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
+    for count in (20, 24):
+        make_version(tmp_path / "made", scene_samples(count))
+    upload_folder(tmp_path / "made" / "versions", path / "versions")
+    yield path
+    remove(path)
+
+
+def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
+    old, new = open_or_download(bucket, "v1.0.0"), open_or_download(bucket)
+    assert (old.num_rows, new.num_rows) == (20, 24)
+    assert new.path == Path("data") / new.dataset_dir.name / "versions" / "v1.1.0"
+    assert sum(new.read(split).num_rows for split in new.manifest["rows"] if new.shards(split)) == 24
+    shard = new.shards("train")[0]
+    before = shard.stat().st_ino
+    assert open_or_download(bucket / "versions" / "v1.1.0").path == new.path
+    assert shard.stat().st_ino == before
+    with pytest.raises(StoreError, match=r"has no version v7\.0\.0"):
+        open_or_download(bucket, "v7.0.0")
+    with pytest.raises(StoreError, match=r"is v1\.1\.0, not v1\.0\.0"):
+        open_or_download(bucket / "versions" / "v1.1.0", "v1.0.0")
+
+
+def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
+    name = open_or_download(bucket, "v1.0.0").shards("train")[0].name
+    (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
+    with pytest.raises(StoreError, match=f"{name} of memory://.* is not what its manifest says"):
+        open_or_download(bucket)
+    assert open_or_download(bucket, "v1.0.0").num_rows == 20
+    (bucket / "versions" / "v1.1.0" / name).unlink()
+    with pytest.raises(StoreError, match=r"memory://.*versions"):
+        open_or_download(bucket)
+
+
+def test_versions_of_two_places_are_never_mixed(bucket: Path, tmp_path: Path) -> None:
+    open_or_download(bucket, "v1.0.0")
+    other = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
+    upload_folder(tmp_path / "made" / "versions", other / "versions")
+    with pytest.raises(StoreError, match=r"holds versions from memory://sets-.*, not from memory://sets/"):
+        open_or_download(other)
+    remove(other)
+
+
+def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:
+    open_or_download(bucket, "v1.0.0")
+    manifest = bucket / "versions" / "v1.0.0" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0"}))
+    with pytest.raises(StoreError, match=r"is another v1\.0\.0 than the one in memory"):
+        open_or_download(bucket, "v1.0.0")

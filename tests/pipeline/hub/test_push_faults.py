@@ -1,0 +1,140 @@
+"""A push that meets a fault at any of its requests: readers see a whole version, and the same command completes."""
+
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.version import Version
+from tests.hub.app import Fault
+from tests.hub.pusher import Pusher
+from tests.hub.server import RunningHub, running_hub
+from tests.hub.storage import Repo
+from tests.scene_data import make_version, scene_samples
+
+
+class World:
+    """A Hub that holds the old version, and a client that has never met the new one; `reset` goes back to this."""
+
+    def __init__(self, hub: RunningHub, client: Pusher, old: Version, new: Version) -> None:
+        self.hub, self.client, self.old, self.new = hub.hub, client, old, new
+        client.push(old)
+        self.repos = copy.deepcopy(self.hub.storage.repos)
+        self.kept = {path.name for path in self.hub.storage.root.iterdir()}
+        self.before = self.repo.branches["main"]
+
+    def reset(self, *others: Pusher) -> None:
+        self.hub.storage.repos = copy.deepcopy(self.repos)
+        for path in self.hub.storage.root.iterdir():
+            if path.name not in self.kept:
+                path.unlink()
+        for client in (self.client, *others):  # they remember what they have sent
+            shutil.rmtree(client.home, ignore_errors=True)
+        self.hub.log.clear()
+        self.hub.faults.clear()
+
+    @property
+    def repo(self) -> Repo:
+        return self.hub.storage.repos["dataset", "me/scenes"]
+
+    def check_whole(self) -> None:
+        """Every state that `main` has ever had, and every tag, is one version as a whole."""
+        whole = {"empty": {".gitattributes"}}
+        for version in (self.old, self.new):
+            whole[version.name] = {*version.manifest["files"], "README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
+        named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}
+        for name, commit in (named | self.repo.commits).items():
+            found = next((v for v in (self.old, self.new) if commit.title.startswith(v.name)), None)
+            assert set(commit.files) == whole[found.name if found else "empty"], name
+            for file, about in found.manifest["files"].items() if found else ():
+                assert commit.files[file].sha256 == about["sha256"]
+        assert self.repo.tags["v1.0.0"] == self.before
+        assert all(commit.title.startswith(name) for name, commit in named.items())
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, Version]:
+    folder = tmp_path_factory.mktemp("data")
+    return make_version(folder, scene_samples(20))[0], make_version(folder, scene_samples(24))[0]
+
+
+@pytest.fixture(scope="module", params=["lfs", "xet"])
+def world(
+    request: pytest.FixtureRequest, versions: tuple[Version, Version], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("world")
+    with running_hub(root / "hub") as hub, Pusher(hub, root / "home", xet=request.param == "xet", hasty=True) as client:
+        yield World(hub, client, *versions)
+
+
+def requests_of_a_push(world: World) -> list[tuple[str, str]]:
+    world.reset()
+    assert world.client.push(world.new)["is_new"]
+    return list(world.hub.log)
+
+
+FAULTS = {
+    "500": {"status": 500},
+    "412": {"status": 412},
+    "429": {"status": 429},
+    "a dropped connection": {},
+    "a lost answer": {"after": True},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_any_request_is_survived_or_said(world: World, fault: str) -> None:
+    requests = requests_of_a_push(world)
+    assert len(requests) > 12
+    for at, (method, path) in enumerate(requests):
+        world.reset()
+        world.hub.faults.append(Fault(".*", ".*", skip=at, **FAULTS[fault]))  # type: ignore[arg-type]
+        first = world.client.push(world.new)
+        where = f"{fault} at {method} {path}: {first}"
+        assert world.hub.faults == [], where
+        world.check_whole()
+        assert "error" not in first or first["hint"], where
+        second = world.client.push(world.new)
+        world.check_whole()
+        assert second.get("tag") == "v1.1.0", (where, second)
+        assert len(world.repo.commits) == 3, where  # empty, old, new: never twice
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_push_that_is_killed_at_any_request_is_completed_by_the_next(world: World, *, after: bool) -> None:
+    for at, (method, path) in enumerate(requests_of_a_push(world)):
+        world.reset()
+        world.hub.faults.append(Fault(".*", ".*", skip=at, after=after, call=world.client.kill))
+        assert world.client.push(world.new) == {}, (method, path)
+        world.check_whole()
+        assert world.client.push(world.new)["tag"] == "v1.1.0"
+        world.check_whole()
+        assert len(world.repo.commits) == 3, (method, path)
+
+
+def test_of_two_pushes_that_race_one_wins_and_the_other_says_so(world: World, tmp_path: Path) -> None:
+    make_version(tmp_path / "rival", scene_samples(20))
+    rival, _ = make_version(tmp_path / "rival", scene_samples(20) + scene_samples(4, seed=3))
+    assert rival.name == world.new.name
+    requests = requests_of_a_push(world)
+    with Pusher(world.client.hub, tmp_path / "home", xet=world.client.xet, hasty=True) as other:
+        for at, (method, path) in enumerate(requests):
+            world.reset(other)
+            answers: list[dict[str, object]] = []
+
+            def rival_pushes(answers: list[dict[str, object]] = answers) -> None:
+                answers.append(other.push(rival))
+
+            # The rival's whole push happens while ours waits for the answer to one of its requests.
+            world.hub.faults.append(Fault(".*", ".*", skip=at, before=rival_pushes))
+            answers.append(world.client.push(world.new))
+            winner = rival if "error" not in answers[0] else world.new
+            loser = answers[1] if winner is rival else answers[0]
+            assert "already has another v1.1.0" in str(loser.get("error")), (method, path, answers)
+            head = world.repo.commits[world.repo.branches["main"]]
+            assert world.repo.tags["v1.1.0"] == head.oid
+            wanted = {name: about["sha256"] for name, about in winner.manifest["files"].items()}
+            assert {name: file.sha256 for name, file in head.files.items() if name in wanted} == wanted
+            assert len(world.repo.commits) == 3

@@ -1,0 +1,102 @@
+"""Images: what can be decoded becomes upright RGB; what cannot, or should not, is refused with a word."""
+
+import contextlib
+import io
+import random
+import zlib
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import ImageError
+from pipeline.images.decode import check_image, prepare_image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    data = encoded(Image.new(mode, (9, 7)), "TIFF")
+    assert (prepare_image(data).mode, prepare_image(data).size) == ("RGB", (9, 7))
+
+
+def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
+    assert prepare_image(encoded(Image.new("I;16", (4, 4), 128 * 257))).getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ImageError) as caught:
+        prepare_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
+    assert caught.value.reason == "unsupported_depth"
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    assert prepare_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_that_was_taken_sideways_is_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
+    checked = check_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif))
+    assert (checked.width_px, checked.height_px) == (20, 30)
+
+
+def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
+    data = encoded(Image.new("RGB", (200, 100)))
+    assert prepare_image(data, max_pixels=5000).size == (100, 50)
+    assert prepare_image(data, max_pixels=50_000).size == (200, 100)
+
+
+def bomb(width_px: int, height_px: int) -> bytes:
+    """A PNG of a few bytes whose header claims any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width_px.to_bytes(4, "big") + height_px.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable_image"),
+        (b"not an image", "unreadable_image"),
+        (GOOD[: len(GOOD) // 2], "unreadable_image"),
+        (bomb(10_000, 10_000), "too_many_pixels"),
+        (bomb(100_000, 100_000), "too_many_pixels"),
+        (encoded(Image.new("RGB", (500, 2))), "too_narrow"),
+    ],
+    ids=["empty", "text", "cut", "bomb", "huge bomb", "sliver"],
+)
+def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        check_image(data)
+    assert caught.value.reason == reason
+
+
+def test_the_reason_never_holds_an_address_in_memory() -> None:
+    with pytest.raises(ImageError) as caught:
+        check_image(b"not an image")
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_damage_raises_anything_else(seed: int) -> None:
+    rng = random.Random(seed)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif))
+    for _ in range(3):
+        data[rng.randrange(min(len(data), 120))] = rng.randrange(256)
+    with contextlib.suppress(ImageError):
+        check_image(bytes(data))
+
+
+def test_the_id_is_the_digest_of_the_bytes() -> None:
+    assert check_image(GOOD) == check_image(bytes(GOOD))
+    assert len(check_image(GOOD).id) == 64

@@ -1,0 +1,183 @@
+"""Images that look the same: what goes, what is grouped, and what a hash alone must never decide."""
+
+import io
+import random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+
+from pipeline.images.decode import pdq_hash
+from pipeline.images.similarity import (
+    BLOCK_HASHES,
+    NEAR_BITS,
+    SAME_BITS,
+    as_hashes,
+    compare_samples,
+    hamming_distances,
+    near_hashes,
+)
+
+COUNT = 60
+
+
+def photo(seed: int) -> Image.Image:
+    """A picture with the spectrum of photos (1 / f) and a few things in it."""
+    rng, draw = np.random.default_rng(seed), random.Random(seed)
+    rows, columns = np.fft.fftfreq(240)[:, None], np.fft.rfftfreq(320)[None]
+    amplitude = 1 / np.maximum(1 / 240, np.hypot(rows, columns)) ** 1.2
+    layers = [np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), s=(240, 320)) for _ in range(4)]
+    pixels = np.stack([layers[3] + 0.4 * layer for layer in layers[:3]], -1)
+    scaled = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
+    image = Image.fromarray(scaled.astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for _ in range(draw.randint(1, 5)):
+        x, y, side = draw.randint(0, 320), draw.randint(0, 240), draw.randint(15, 90)
+        pen.ellipse((x, y, x + side, y + side), fill=tuple(draw.randint(0, 255) for _ in range(3)))
+    return image
+
+
+def stored_again(image: Image.Image, quality: int = 30) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def cropped(image: Image.Image, share: float = 0.03) -> Image.Image:
+    dx, dy = image.width * share / 2, image.height * share / 2
+    return image.crop((round(dx), round(dy), round(image.width - dx), round(image.height - dy)))
+
+
+def slide(rows: list[str]) -> Image.Image:
+    image = Image.new("RGB", (640, 480), "white")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 0, 640, 60), fill=(20, 60, 120))
+    for n, row in enumerate(rows):
+        pen.text((40, 90 + 50 * n), row, fill="black", font=ImageFont.load_default(28))
+    return image
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    return [photo(seed) for seed in range(COUNT)]
+
+
+def distances(images: list[Image.Image], others: list[Image.Image]) -> np.ndarray[Any, Any]:
+    return hamming_distances(as_hashes([pdq_hash(each) for each in images]), as_hashes([pdq_hash(each) for each in others]))
+
+
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [
+        (stored_again, 1.0),
+        (lambda image: image.resize((160, 120)), 1.0),
+        (lambda image: ImageEnhance.Brightness(image).enhance(1.25), 0.93),
+        (lambda image: ImageOps.grayscale(image).convert("RGB"), 1.0),
+    ],
+    ids=["q30", "half", "bright", "gray"],
+)
+def test_a_photo_that_was_stored_again_is_the_same_photo(photos: list[Image.Image], change: Any, least: float) -> None:
+    apart = distances(photos, [change(image) for image in photos]).diagonal()
+    assert (apart <= SAME_BITS).mean() >= least
+
+
+def test_other_photos_are_not_near(photos: list[Image.Image]) -> None:
+    apart = distances(photos, photos)
+    assert apart[~np.eye(COUNT, dtype=bool)].min() > NEAR_BITS["photos"]
+
+
+def test_a_crop_is_grouped_and_stays(photos: list[Image.Image]) -> None:
+    apart = distances(photos, [cropped(image) for image in photos]).diagonal()
+    assert (apart <= NEAR_BITS["photos"]).mean() >= 0.95
+    assert (apart <= SAME_BITS).mean() <= 0.1
+
+
+def samples(*rows: dict[str, Any]) -> pa.Table:
+    fixed = [{"sample_id": f"s{n}", "split": None, "width_px": 320, "height_px": 240} for n in range(len(rows))]
+    kinds = [("sample_id", pa.string()), ("split", pa.string()), ("pdq_hashes", pa.list_(pa.binary()))]
+    schema = pa.schema([*kinds, ("width_px", pa.int32()), ("height_px", pa.int32())])
+    return pa.Table.from_pylist([known | row for known, row in zip(fixed, rows, strict=True)], schema=schema)
+
+
+def hashes_of(*images: Image.Image) -> list[bytes]:
+    return [pdq_hash(image) for image in images]
+
+
+def test_the_largest_of_copies_stays_and_all_are_one_group(photos: list[Image.Image]) -> None:
+    small, crop = photos[0].resize((160, 120)), cropped(photos[0])
+    rows: list[dict[str, Any]] = [
+        {"pdq_hashes": hashes_of(small), "width_px": 160, "height_px": 120},
+        {"pdq_hashes": hashes_of(photos[0])},
+        {"pdq_hashes": hashes_of(crop)},
+        {"pdq_hashes": hashes_of(photos[1])},
+    ]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        known = compare_samples(samples(*rows).take(order), "photos").sort_by("sample_id").to_pydict()
+        assert known["image_reason"] == ["near_duplicate_image", None, None, None]
+        assert known["near_duplicate_of"] == ["s1", None, None, None]
+        assert known["image_group"] == ["s0", "s0", "s0", "s3"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"), [("train", "test"), ("train", "validation"), ("validation", "test"), (None, "test")]
+)
+@pytest.mark.parametrize("change", [stored_again, cropped])
+def test_what_is_near_a_held_out_image_goes(photos: list[Image.Image], mine: str | None, other: str, change: Any) -> None:
+    rows = (
+        {"pdq_hashes": hashes_of(photos[0]), "split": mine},
+        {"pdq_hashes": hashes_of(change(photos[0])), "split": other, "width_px": 100},
+    )
+    assert compare_samples(samples(*rows), "photos")["image_reason"].to_pylist() == ["near_held_out_image", None]
+
+
+def test_slides_of_one_template_never_go_and_never_meet() -> None:
+    texts = ("Revenue grew by 12 %", "Costs fell in all regions", "New plants in three cities", "Staff: 1,240 people")
+    pages = [slide([*random.Random(seed).sample(texts, 4), f"Chart {seed}: {seed * 37} units"]) for seed in range(12)]
+    changed = [slide(["Revenue grew by 12 %", "Total: 118"]), slide(["Revenue grew by 12 %", "Total: 113"])]
+    known = compare_samples(samples(*({"pdq_hashes": hashes_of(page)} for page in pages + changed)), "graphics")
+    assert set(known["image_reason"].to_pylist()) == {None}
+
+
+def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image]) -> None:
+    rows = [
+        {"pdq_hashes": hashes_of(*photos[:4])},
+        {"pdq_hashes": hashes_of(*map(stored_again, photos[:2]), *photos[4:6])},
+        {"pdq_hashes": hashes_of(photos[0], *photos[6:9])},
+        {"pdq_hashes": [b"", b"", *hashes_of(photos[0])]},
+    ]
+    assert compare_samples(samples(*rows), "graphics")["image_group"].to_pylist() == ["s0", "s0", "s2", "s3"]
+
+
+def test_decks_are_near_whichever_comes_first(photos: list[Image.Image]) -> None:
+    one, other = {"pdq_hashes": hashes_of(*photos[:1] * 4)}, {"pdq_hashes": hashes_of(*photos[:4])}
+    for rows in ((one, other), (other, one)):
+        assert len(set(compare_samples(samples(*rows), "graphics")["image_group"].to_pylist())) == 2
+
+
+def test_empty_pictures_are_near_nothing() -> None:
+    assert pdq_hash(Image.new("RGB", (300, 200), "white")) == b""
+    rows: list[dict[str, Any]] = [{"pdq_hashes": [b""]}, {"pdq_hashes": [b""]}, {"pdq_hashes": []}]
+    assert compare_samples(samples(*rows), "photos")["image_group"].to_pylist() == ["s0", "s1", "s2"]
+
+
+def test_every_pair_within_reach_is_found_across_blocks() -> None:
+    rng = np.random.default_rng(5)
+    hashes = rng.integers(0, 2**63, (BLOCK_HASHES + 300, 4), dtype=np.uint64)
+    for bits in range(9):
+        hashes[BLOCK_HASHES + bits] = hashes[bits]
+        for bit in range(bits):
+            hashes[BLOCK_HASHES + bits, bit % 4] ^= np.uint64(1 << (7 * bit))
+    assert sorted(near_hashes(hashes, 8)) == [(bits, BLOCK_HASHES + bits, bits) for bits in range(9)]
+
+
+def test_what_has_gone_keeps_nothing_else_from_staying() -> None:
+    def one_hash(bits: int) -> bytes:
+        return np.packbits([n < bits for n in range(256)]).tobytes()
+
+    # The second is near the first and goes; the third is near the second only.
+    rows = [{"pdq_hashes": [one_hash(0)]}, {"pdq_hashes": [one_hash(15)]}, {"pdq_hashes": [one_hash(30)]}]
+    known = compare_samples(samples(*rows), "photos")
+    assert known["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
+    assert set(known["image_group"].to_pylist()) == {"s0"}

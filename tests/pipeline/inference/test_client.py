@@ -1,0 +1,414 @@
+"""The client against a scripted server over real sockets: whatever a server does, each request ends in one kept reply."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import EngineError
+from pipeline.inference import client
+from pipeline.inference.client import Client
+from pipeline.inference.endpoints import find_model
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.types import Sample
+from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
+from tests.scene_data import scene_samples
+
+SAMPLES = scene_samples(12)
+ASKED = len(SAMPLES) * 3
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(client, "LONGEST_BACKOFF_SECONDS", 0.1)
+    monkeypatch.setattr(client, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
+
+
+def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any) -> tuple[RequestStats, Counter[str | None]]:
+    """Ask about the samples; return what was counted, and how many annotations have which error."""
+    config = resolve(source="scenes", base_url=list(urls), model="model", **settings)
+    counts = RequestStats()
+    with Journal(path) as journal, ExitStack() as stack:
+        chunks = iter([[(sample.id, sample.images) for sample in samples[at : at + 4]] for at in range(0, len(samples), 4)])
+        for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(Client("model", "r", config)), journal, counts):
+            pass
+        (table,) = read_annotations([[(sample.id, 1, None) for sample in samples]], config, "r", journal)
+        stored = journal.totals()["replies"]
+    assert counts.done == counts.total == len(samples) * 3  # nothing lost, nothing twice
+    assert stored >= counts.total
+    assert len(table["request_id"].unique()) == counts.total
+    return counts, Counter(table["reply_error"].to_pylist())
+
+
+def once(act: Act, task: str = "Task: qa") -> Script:
+    """Do this at the first request of every image for a task."""
+    return lambda times, body: act if times == 0 and task_of(body) == task else None
+
+
+def always(act: Act, task: str = "Task: qa") -> Script:
+    return lambda times, body: act if task_of(body) == task else None
+
+
+def test_everything_is_asked_once_and_images_travel_with_the_hash_of_their_bytes(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        counts, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED}
+    assert len(chat.bodies) == counts.asked == ASKED
+    assert {uuid_of(body) for body in chat.bodies} == {sample.id for sample in SAMPLES}
+    assert all("seed" not in body for body in chat.bodies)
+
+
+def test_a_message_is_system_text_then_image_then_task(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        run(tmp_path / "j", chat.url, samples=SAMPLES[:1])
+    for body in chat.bodies:
+        system, user = body["messages"]
+        assert system["role"] == "system"
+        assert [part["type"] for part in user["content"]] == ["image_url", "text"]
+    assert len({json.dumps([body["messages"][0], body["messages"][1]["content"][0]]) for body in chat.bodies}) == 1
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Act(status=500, close=True),
+        Act(status=500),
+        Act(status=503),
+        Act(status=503, headers={"Retry-After": "0"}),
+        Act(status=429),
+        Act(cut=True),
+        Act(raw=b'{"choices":[{"mess'),
+        Act(raw=b'{"choices":[]}'),
+        Act(raw=b"<html>busy</html>"),
+        Act(raw=b""),
+        Act(seconds=0.2),
+    ],
+    ids=lambda act: f"{act.status} {act.raw!r} {act.cut=} {act.close=} {act.seconds=}",
+)
+def test_a_server_that_fails_once_is_asked_again(tmp_path: Path, act: Act) -> None:
+    with running_chat(ChatServer(once(act))) as chat:
+        counts, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED}
+    assert counts.attempts == {1: ASKED}  # a server's fault is no attempt of the model's
+    assert len(chat.bodies) == ASKED + (0 if act.seconds else len(SAMPLES))
+
+
+def test_a_server_that_is_too_slow_is_asked_again(tmp_path: Path) -> None:
+    with running_chat(ChatServer(once(Act(seconds=1.5)))) as chat:
+        _, errors = run(tmp_path / "j", chat.url, server={"reply_seconds": 0.5})
+    assert errors == {None: ASKED}
+
+
+@pytest.mark.parametrize("act", [Act(status=500, close=True), Act(cut=True), Act(raw=b"[]")], ids=lambda act: str(act.status))
+def test_a_server_that_always_fails_at_a_request_costs_that_request_alone(tmp_path: Path, act: Act) -> None:
+    with running_chat(ChatServer(always(act))) as chat:
+        _, errors = run(tmp_path / "j", chat.url)
+        assert errors == {None: ASKED - len(SAMPLES), "server_error": len(SAMPLES)}
+        chat.script = lambda times, body: None
+        again, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED}
+    assert again.asked == len(SAMPLES)  # what no model has answered is asked by the next run
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_not_sent_again_in_the_same_run(tmp_path: Path, status: int) -> None:
+    with running_chat(ChatServer(always(Act(status=status)))) as chat:
+        _, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED - len(SAMPLES), "refused_by_server": len(SAMPLES)}
+    assert len(chat.bodies) == ASKED
+
+
+@pytest.mark.parametrize(
+    ("act", "flaw"),
+    [
+        (Act(text='{"caption"'), "not_json"),
+        (Act(text=""), "not_json"),
+        (Act(text="\n" * 400, finish_reason="length"), "cut_short"),
+        (Act(text='{"qa":[', finish_reason="length"), "cut_short"),
+        (Act(text='{"qa":[', finish_reason="repetition"), "repeats_itself"),
+        (Act(text='{"qa":[]}'), "off_schema"),
+        (Act(text='{"qa":[{"answer_type":"other","question":"What?","answer":"I\'m sorry, I cannot say."}]}'), "refusal"),
+        (Act(text='{"qa":[{"answer_type":"yes/no","question":"Is it red?","answer":"maybe"}]}'), "answer_not_yes_or_no"),
+        (Act(text="{}", finish_reason="content_filter"), "content_filter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_reply_of_no_use_is_asked_for_again_and_given_up_with_its_text(tmp_path: Path, act: Act, flaw: str) -> None:
+    with running_chat(ChatServer(once(act))) as chat:
+        counts, errors = run(tmp_path / "mended", chat.url)
+        assert errors == {None: ASKED}
+        assert (counts.attempts[2], counts.flaws) == (len(SAMPLES), {flaw: len(SAMPLES)})
+        chat.script = always(act)
+        counts, errors = run(tmp_path / "given-up", chat.url)
+        assert counts.attempts == {1: ASKED - len(SAMPLES), 3: len(SAMPLES)}
+        sent = len(chat.bodies)
+        run(tmp_path / "given-up", chat.url)
+    assert len(chat.bodies) == sent  # a reply is never paid for twice, good or bad
+    if flaw != "answer_not_yes_or_no":  # which validate finds
+        assert errors[flaw] == len(SAMPLES)
+
+
+def test_each_attempt_differs_from_the_one_before(tmp_path: Path) -> None:
+    with running_chat(ChatServer(always(Act(text="{]")))) as chat:
+        run(tmp_path / "j", chat.url, samples=SAMPLES[:1], generate={"qa_temperature": 0.25, "max_tokens": 100})
+    first, second, third = [body for body in chat.bodies if task_of(body) == "Task: qa"]
+    assert [body["temperature"] for body in (first, second, third)] == [0.25, 0.75, 1.0]
+    assert [body["max_tokens"] for body in (first, second, third)] == [100, 200, 200]
+    assert [len(body["messages"]) for body in (first, second, third)] == [2, 2, 4]
+    assert third["messages"][2] == {"role": "assistant", "content": "{]"}
+    assert third["messages"][3]["content"].splitlines()[-1] == "Task: qa"
+
+
+def test_the_ladder_goes_on_where_a_run_was_cut_off(tmp_path: Path) -> None:
+    with running_chat(ChatServer(always(Act(text="{]")))) as chat:
+        run(tmp_path / "whole", chat.url, samples=SAMPLES[:1])
+        whole = chat.bodies[:]
+        chat.bodies.clear()
+        run(tmp_path / "cut", chat.url, samples=SAMPLES[:1], generate={"attempts": 1})
+        run(tmp_path / "cut", chat.url, samples=SAMPLES[:1], generate={"attempts": 2})
+        run(tmp_path / "cut", chat.url, samples=SAMPLES[:1])
+    assert sorted(map(json.dumps, chat.bodies)) == sorted(map(json.dumps, whole))
+
+
+def test_a_server_that_does_not_enforce_schemas_is_refused_loudly(tmp_path: Path) -> None:
+    with running_chat(ChatServer(schemas=False)) as chat, pytest.raises(EngineError, match="does not enforce JSON schemas"):
+        run(tmp_path / "j", chat.url)
+    assert chat.bodies == []
+
+
+def test_a_server_of_another_model_is_refused(tmp_path: Path) -> None:
+    with running_chat(ChatServer(model="llama")) as chat:
+        with pytest.raises(EngineError, match="does not serve model") as caught:
+            run(tmp_path / "j", chat.url)
+        assert "it serves llama" in caught.value.hint
+        name, revision = find_model(resolve(source="scenes", base_url=[chat.url]))
+        assert (name, len(revision)) == ("llama", 16)
+
+
+def test_the_revision_of_a_server_is_in_its_name_or_in_what_it_says_it_serves() -> None:
+    """Two servers that call different models by one name must not share replies."""
+
+    def revision(chat: ChatServer, **settings: Any) -> str:
+        with running_chat(chat):
+            return find_model(resolve(source="scenes", base_url=[chat.url], **settings))[1]
+
+    assert revision(ChatServer(model="tiny@c0ffee")) == "c0ffee"
+    assert revision(ChatServer(model="tiny@c0ffee"), model="tiny") == "c0ffee"
+    one, other = ChatServer(model="m"), ChatServer(model="m")
+    one.model_root, other.model_root = "/models/a", "/models/b"
+    assert revision(one) != revision(other)
+
+
+def test_what_was_refused_before_does_not_stop_a_later_run(tmp_path: Path) -> None:
+    samples = scene_samples(24)
+    with running_chat(ChatServer(always(Act(status=400)))) as chat:
+        _, errors = run(tmp_path / "j", chat.url, samples=samples)
+        assert errors["refused_by_server"] == 24
+        _, errors = run(tmp_path / "j", chat.url, samples=samples)  # asks for the refused ones alone
+    assert errors["refused_by_server"] == 24
+
+
+def test_a_reply_after_a_servers_fault_goes_on_with_the_ladder(tmp_path: Path) -> None:
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        if task_of(body) != "Task: qa":
+            return None
+        return Act(text="{]") if times == 0 else Act(status=500)
+
+    with running_chat(ChatServer(script)) as chat:
+        _, errors = run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+        assert errors["server_error"] == 2
+        chat.script = lambda times, body: None
+        sent = len(chat.bodies)
+        _, errors = run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+        assert errors == {None: 6}
+        assert [body["temperature"] for body in chat.bodies[sent:]] == [0.8, 0.8]  # the second attempt, not the first
+        run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+    assert len(chat.bodies) == sent + 2
+
+
+def test_a_burst_of_busy_answers_slows_down_once_and_not_for_ever(tmp_path: Path) -> None:
+    chat = ChatServer()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        return Act(status=429) if len(chat.bodies) <= 20 else Act(seconds=0.05)
+
+    chat.script = script
+    with running_chat(chat):
+        run(tmp_path / "j", chat.url, samples=scene_samples(120), server={"concurrency": 16})
+        late = chat.most_flying_since(40)
+    assert late >= 14
+
+
+def test_a_request_that_kills_its_server_again_and_again_is_given_up_and_the_others_are_not(tmp_path: Path) -> None:
+    chat = ChatServer()
+    poison = SAMPLES[3].id
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        if uuid_of(body) == poison and task_of(body) == "Task: qa":
+            chat.dead = True
+            later(0.2, lambda: setattr(chat, "dead", False))
+        return Act(status=500, close=True) if chat.dead else Act(seconds=0.02)
+
+    chat.script = script
+    with running_chat(chat):
+        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 8})
+    assert errors == {None: ASKED - 1, "server_error": 1}
+
+
+def test_a_server_without_a_health_page_is_asked_for_its_models(tmp_path: Path) -> None:
+    chat = ChatServer(once(Act(status=500)))
+    chat.has_health = False
+    with running_chat(chat):
+        _, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED}
+
+
+def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
+        with pytest.raises(EngineError, match="refuses every request: scripted 400"):
+            run(tmp_path / "j", chat.url)
+        assert len(chat.bodies) < 2 * client.LOUD_REFUSALS + client.START_WINDOW
+
+
+def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = ChatServer()
+    chat.key = "sesame-7"
+    with running_chat(chat):
+        with pytest.raises(EngineError, match="wants another key") as caught:
+            run(tmp_path / "j", chat.url)
+        assert "SYNTH_API_KEY" in caught.value.hint
+        monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
+        run(tmp_path / "j", chat.url)
+
+
+def test_no_server_at_all_is_said_with_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="no server answers") as caught:
+        run(tmp_path / "j", "http://127.0.0.1:9/v1")
+    assert "synth serve" in caught.value.hint
+
+
+def test_work_goes_to_the_server_with_the_least_to_do_and_an_image_stays_where_it_is(tmp_path: Path) -> None:
+    slow = ChatServer(lambda times, body: Act(seconds=0.3))
+    with running_chat(slow), running_chat(ChatServer()) as fast:
+        run(tmp_path / "j", slow.url, fast.url, server={"concurrency": 6})
+    assert len(slow.bodies) + len(fast.bodies) == ASKED
+    assert 0 < len(slow.bodies) < len(fast.bodies)
+    assert not {uuid_of(body) for body in slow.bodies} & {uuid_of(body) for body in fast.bodies}
+
+
+def later(seconds: float, act: Callable[[], None]) -> None:
+    threading.Timer(seconds, act).start()
+
+
+def test_one_of_two_servers_may_die(tmp_path: Path) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as stays, ExitStack() as stack:
+        dies = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.05))))
+        later(0.3, stack.close)
+        _, errors = run(tmp_path / "j", stays.url, dies.url, samples=scene_samples(60), server={"concurrency": 8})
+    assert errors == {None: 180}
+    assert dies.bodies
+    assert len(stays.bodies) < 180  # the other one did its share while it lived
+
+
+def test_a_server_that_comes_back_is_waited_for(tmp_path: Path) -> None:
+    first = ChatServer(lambda times, body: Act(seconds=0.05))
+    with ExitStack() as stack:
+        stack.enter_context(running_chat(first))
+        port = int(first.url.split(":")[2].split("/")[0])
+        again = ChatServer()
+
+        def die_and_come_back() -> None:
+            closing = stack.pop_all()
+            closing.close()
+            time.sleep(0.5)
+            stack.enter_context(running_chat(again, port))
+
+        later(0.3, die_and_come_back)
+        _, errors = run(tmp_path / "j", first.url, samples=scene_samples(40), server={"concurrency": 4})
+    assert errors == {None: 120}
+    assert again.bodies
+
+
+def test_a_server_whose_engine_has_died_is_not_blamed_on_the_request(tmp_path: Path) -> None:
+    chat = ChatServer()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        return Act(status=500, close=True) if chat.dead else None
+
+    chat.script = script
+    chat.dead = True
+    with running_chat(chat):
+        later(1.0, lambda: setattr(chat, "dead", False))
+        _, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED}
+    assert len(chat.bodies) < 3 * ASKED  # it was left alone while it was ill
+
+
+def test_when_no_server_comes_back_what_is_done_is_kept(tmp_path: Path) -> None:
+    samples = scene_samples(60)
+    with ExitStack() as stack:
+        chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
+        later(0.5, stack.close)
+        with pytest.raises(EngineError, match="no server answers"):
+            run(tmp_path / "j", chat.url, samples=samples, server={"concurrency": 4, "start_seconds": 0.5})
+    with Journal(tmp_path / "j") as journal:
+        kept = journal.totals()["replies"]
+    assert len(chat.bodies) - 2 * 4 <= kept < 180
+
+
+def test_the_window_is_never_passed(tmp_path: Path) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as chat:
+        run(tmp_path / "j", chat.url, server={"concurrency": 5})
+    assert chat.most_flying == 5
+
+
+def test_what_a_crash_would_ask_again_is_never_more_than_the_window(tmp_path: Path) -> None:
+    chat = ChatServer(lambda times, body: Act(seconds=0.01 * (len(chat.bodies) % 7)))
+    lost: list[int] = []
+
+    class Watched(Journal):
+        def keep(self, answered: Any) -> None:
+            lost.append(len(chat.bodies) - self.totals()["replies"])  # by a crash just before this
+            super().keep(answered)
+
+    chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])
+    with running_chat(chat):
+        config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
+        with Watched(tmp_path / "j") as journal, Client("model", "r", config) as client:
+            for _ in ask_about(chunks, config, "r", lambda: client, journal, RequestStats()):
+                pass
+    assert len(chat.bodies) == 90
+    assert max(lost) <= 8
+
+
+def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    config = resolve(source="scenes", model="model", server={"concurrency": 2})
+    chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])
+    with ExitStack() as stack, Journal(tmp_path / "j") as journal:
+        chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
+        with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as client:
+            client._server = SimpleNamespace(failure=EngineError("vLLM died 4 times"))  # type: ignore[assignment]
+            later(0.2, stack.pop_all().close)
+            with pytest.raises(EngineError, match="vLLM died 4 times"):
+                for _ in ask_about(chunks, config, "r", lambda: client, journal, RequestStats()):
+                    pass
+
+
+@pytest.mark.parametrize(("waiting", "grows"), [(0, True), (200, False)])
+def test_the_window_follows_the_queue_of_the_server(tmp_path: Path, waiting: int, grows: bool) -> None:  # noqa: FBT001
+    chat = ChatServer(lambda times, body: Act(seconds=0.2))
+    chat.metrics = f'vllm:num_requests_running{{engine="0"}} 20.0\nvllm:num_requests_waiting{{engine="0"}} {waiting}.0\n'
+    with running_chat(chat):
+        run(tmp_path / "j", chat.url, samples=scene_samples(80))
+    assert (chat.most_flying > client.START_WINDOW) == grows

@@ -1,0 +1,127 @@
+"""The pass: it asks what is missing, in the same company every time, and keeps each reply before it goes on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, resolve
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.requests import build_requests
+from pipeline.inference.transformers_engine import groups
+from pipeline.types import Engine, Reply, RequestSource, SampleBatch
+
+IMAGES: SampleBatch = [(f"{n:064x}", (b"image",)) for n in range(6)]
+REPLIES = {
+    "caption": '{"caption":"A ring."}',
+    "qa": '{"qa":[{"answer_type":"number","question":"How many?","answer":"1"}]}',
+}
+
+
+class Scripted:
+    """An engine that answers in groups of three, notes its company, fails at some, and can die after some groups."""
+
+    model, revision = "scripted", "1"
+
+    def __init__(self, die_after: int | None = None, bad: tuple[str, ...] = ()) -> None:
+        self.company: list[list[tuple[str, int]]] = []
+        self.die_after = die_after
+        self.bad = bad
+
+    def __enter__(self) -> "Scripted":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def metrics(self) -> dict[str, str]:
+        return {}
+
+    def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
+        while taken := work.take():
+            for requests in groups(taken, 3):
+                work.sending(requests)
+                if len(self.company) == self.die_after:
+                    raise KeyboardInterrupt
+                self.company.append([(request.id, request.attempt) for request in requests])
+                yield [
+                    Reply(
+                        request_id=r.id,
+                        attempt=r.attempt,
+                        text="{]" if r.sample_id in self.bad and r.attempt < 2 else REPLIES[r.task],
+                        finish_reason="stop",
+                        prompt_tokens=1,
+                        reply_tokens=2,
+                    )
+                    for r in requests
+                ]
+
+
+def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[RequestStats, list[str]]:
+    """Ask about two chunks of three images."""
+    counts, settings = RequestStats(), config or resolve(source="scenes")
+    with Journal(path) as journal:
+        for _ in ask_about(iter([IMAGES[:3], IMAGES[3:]]), settings, "1", lambda: engine, journal, counts):
+            pass
+        tables = list(read_annotations([[(name, 1, None) for name, _ in IMAGES]], settings, "1", journal))
+    return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
+
+
+def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) -> None:
+    counts, rows = run(tmp_path / "j", Scripted())
+    assert (counts.total, counts.asked, counts.done, len(rows)) == (18, 18, 18, 18)
+    engine = Scripted()
+    again, same_rows = run(tmp_path / "j", engine)
+    assert (again.total, again.asked, again.done, same_rows) == (18, 0, 18, rows)
+    assert engine.company == []
+
+
+def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:
+    run(tmp_path / "j", Scripted())
+
+    def refuse() -> Engine:
+        raise AssertionError("an engine was made")
+
+    with Journal(tmp_path / "j") as journal:
+        list(ask_about(iter([IMAGES]), resolve(source="scenes"), "1", refuse, journal, RequestStats()))
+
+
+@pytest.mark.parametrize("bad", [(), (IMAGES[1][0], IMAGES[2][0], IMAGES[5][0])], ids=["all good", "some bad"])
+def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_path: Path, bad: tuple[str, ...]) -> None:
+    whole = Scripted(bad=bad)
+    run(tmp_path / "whole", whole)
+    for groups_done in range(len(whole.company)):
+        first, second = Scripted(groups_done, bad), Scripted(bad=bad)
+        path = tmp_path / f"cut{groups_done}"
+        with pytest.raises(KeyboardInterrupt):
+            run(path, first)
+        run(path, second)
+        assert first.company + second.company == whole.company
+        with Journal(path) as journal:
+            totals = journal.totals()
+        assert 1 <= totals["asked"] - totals["replies"] <= 3  # the one group that was in flight
+
+
+def test_a_reply_that_is_of_no_use_is_asked_for_again_after_its_chunk(tmp_path: Path) -> None:
+    engine = Scripted(bad=(IMAGES[0][0],))
+    counts, _ = run(tmp_path / "j", engine)
+    assert [max(attempt for _, attempt in group) for group in engine.company] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
+    assert counts.attempts == {1: 15, 3: 3}
+    assert counts.flaws == {"not_json": 6}
+    assert counts.asked == 18 + 6
+
+
+def test_another_prompt_or_task_is_asked_and_the_rest_is_not(tmp_path: Path) -> None:
+    run(tmp_path / "j", Scripted(), resolve(source="scenes", tasks=["caption"]))
+    counts, _ = run(tmp_path / "j", Scripted())
+    assert (counts.total, counts.asked) == (18, 6)
+
+
+def test_a_group_holds_one_prompt_and_no_more_than_asked() -> None:
+    config = resolve(source="scenes")
+    requests = [r for sample_id, image in IMAGES for r in build_requests(sample_id, image, config, "r")]
+    made = list(groups(requests, 4))
+    assert [len(group) for group in made] == [4, 2] * 3
+    assert all(len({request.text for request in group}) == 1 for group in made)
+    assert sorted(r.id for group in made for r in group) == sorted(r.id for r in requests)

@@ -1,0 +1,91 @@
+"""An image for a server: its own bytes where they will do, and else upright, RGB, within bounds."""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.inference.request_images import RequestImages, fits, reencode
+
+
+def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (60, 40), **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise(size, 50).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(exif=exif)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("WEBP", "RGB")])
+def test_a_plain_image_is_sent_as_it_is(kind: str, mode: str) -> None:
+    assert fits(encoded(kind, mode), None) == kind.lower()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [encoded("PNG", "RGBA"), encoded("PNG", "L"), encoded("PNG", "P"), encoded("JPEG", "CMYK"), encoded("BMP"), turned()],
+    ids=["alpha", "gray png", "palette", "cmyk", "bmp", "turned"],
+)
+def test_any_other_is_made_anew(image: bytes) -> None:
+    assert fits(image, None) is None
+    with Image.open(io.BytesIO(reencode(image, None))) as made:
+        assert (made.format, made.mode) == ("JPEG", "RGB")
+
+
+def test_a_turned_image_arrives_upright() -> None:
+    with Image.open(io.BytesIO(reencode(turned(), None))) as made:
+        assert made.size == (40, 60)
+
+
+def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
+    image = encoded(size=(600, 400))
+    assert fits(image, 60_000) is None
+    assert fits(image, 240_000) == "jpeg"
+    with Image.open(io.BytesIO(reencode(image, 60_000))) as made:
+        assert made.width * made.height <= 60_000
+        assert made.width / made.height == pytest.approx(1.5, abs=0.02)
+
+
+def part(pictures: RequestImages, image: bytes) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(asyncio.run(pictures.parts(hashlib.sha256(image).hexdigest(), (image,))))
+    return made
+
+
+@pytest.mark.parametrize("image", [encoded(), turned()], ids=["as it is", "made anew"])
+def test_the_uuid_is_the_hash_of_the_bytes_that_are_sent(tmp_path: Path, image: bytes) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        inline = part(RequestImages(None, None, None, pool), image)
+        by_path = part(RequestImages(tmp_path, None, None, pool), image)
+    head, _, data = inline["image_url"]["url"].partition(",")
+    assert head == "data:image/jpeg;base64"
+    sent = base64.b64decode(data)
+    assert inline["uuid"] == hashlib.sha256(sent).hexdigest()
+    assert by_path["uuid"] == inline["uuid"]
+    assert Path(by_path["image_url"]["url"].removeprefix("file://")).read_bytes() == sent
+
+
+def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_path: Path) -> None:
+    images = [encoded(size=(30 + n, 30)) for n in range(5)]
+
+    async def all_parts() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pictures = RequestImages(tmp_path, None, None, pool)
+            pictures.keep = 3
+            for image in images:
+                name = hashlib.sha256(image).hexdigest()
+                one, other = await asyncio.gather(pictures.parts(name, (image,)), pictures.parts(name, (image,)))
+                assert one is other
+
+    asyncio.run(all_parts())
+    assert {path.name for path in tmp_path.iterdir()} == {f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]}

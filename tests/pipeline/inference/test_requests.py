@@ -1,0 +1,44 @@
+"""Requests: their id is all that the reply depends on, and nothing else."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.inference.requests import build_requests
+
+SAMPLE = "a" * 64
+
+
+def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[str]:
+    config = resolve(source="scenes", **settings)
+    return [request.id for request in build_requests(sample_id, (), config, revision)]
+
+
+def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
+    requests = list(build_requests(SAMPLE, (), resolve(source="scenes"), "r"))
+    assert [(r.task, r.style) for r in requests] == [("caption", "brief"), ("caption", "detailed"), ("qa", "")]
+    assert len({r.id for r in requests}) == 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sample_id": "b" * 64},
+        {"revision": "other"},
+        {"generate": {"max_tokens": 9}},
+        {"generate": {"caption_temperature": 0.1, "qa_temperature": 0.1}},
+    ],
+)
+def test_what_changes_the_reply_changes_every_id(changed: dict[str, Any]) -> None:
+    assert not set(ids(**changed)) & set(ids())
+
+
+def test_the_batch_size_and_the_limit_change_no_id() -> None:
+    assert ids(generate={"batch_size": 3}, limit=7) == ids()
+
+
+def test_a_seed_changes_what_is_sampled_and_not_what_is_greedy() -> None:
+    brief, detailed, qa = ids(seed=1)
+    assert [brief, detailed] == ids()[:2]
+    assert qa != ids()[2]

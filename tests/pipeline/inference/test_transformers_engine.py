@@ -1,0 +1,156 @@
+"""The embedded engine with the real tiny teacher: schema, truth, and independence of company."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import GenerateConfig, resolve
+from pipeline.digests import weights_revision
+from pipeline.errors import EngineError
+from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
+from pipeline.inference.requests import build_requests
+from pipeline.inference.transformers_engine import EmbeddedEngine
+from pipeline.scenes.score import AnswerScore, CaptionScore, score_annotations, score_decks
+from pipeline.sources.scenes import draw_deck
+from pipeline.tasks import OUTPUTS
+from pipeline.tasks.replies import parse_reply
+from pipeline.types import Engine, Reply, Request, Sampling
+from tests.scene_data import scene_samples
+
+SEED = 8001  # no training has seen these scenes
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return choose_engine(resolve(source="scenes")).make()
+
+
+def requests(count: int, seed: int = SEED) -> list[Request]:
+    config = resolve(source="scenes")
+    revision = choose_engine(config).revision
+    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.images, config, revision)]
+
+
+class Once:
+    """Work that is taken once; a reply leads to nothing more."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self.left = list(requests)
+
+    def take(self) -> list[Request]:
+        taken, self.left = self.left, []
+        return taken
+
+    def sending(self, requests: Sequence[Request]) -> None:
+        pass
+
+    def answered(self) -> bool:
+        return False
+
+
+def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:
+    return {reply.request_id: reply for answered in engine.ask(Once(asked)) for reply in answered}
+
+
+def scores(engine: Engine, asked: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+    given = replies(engine, asked)
+    rows = [row for request in asked for row in parse_reply(request, given[request.id])]
+    return score_annotations(rows, {s.id: s.facts or {} for s in scene_samples(count, SEED)})
+
+
+def reword(request: Request) -> Request:
+    system = "A reader without eyes listens. Speak plainly, as JSON."
+    words = "Kindly do what stands below, honestly and with care, since others build upon it!"
+    return replace(request, system=system, text=f"{words}\n{request.text.splitlines()[-1]}")
+
+
+@pytest.mark.parametrize("weights", [TINY_WEIGHTS, TINY_DECK_WEIGHTS])
+def test_the_weights_are_small_enough_to_ship(weights: Path) -> None:
+    assert sum(path.stat().st_size for path in weights.iterdir()) < 10_000_000
+
+
+@pytest.mark.parametrize("wording", ["as released", "reworded"])
+def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine, wording: str) -> None:
+    """The full figures come from benchmarks/teacher.py; this catches a teacher, or a path to it, that is broken."""
+    asked = requests(100)
+    captions, answers = scores(engine, [reword(r) for r in asked] if wording == "reworded" else asked, 100)
+    assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {"brief": True, "detailed": True}
+    assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {"yes/no": True, "number": True, "other": True}
+    assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
+
+
+def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -> None:
+    """Some ten seconds: 40 decks of four pages. The figures on 500 come from benchmarks/teacher.py."""
+    config = resolve(source="scenes-deck", engine="embedded")
+    choice = choose_engine(config)
+    assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
+    decks = [draw_deck(SEED, index) for index in range(40)]
+    asked = [r for deck in decks for r in build_requests(deck.id, deck.images, config, choice.revision)]
+    given = replies(choice.make(), asked)
+    rows = [row for request in asked for row in parse_reply(request, given[request.id])]
+    scores = score_decks(rows, {deck.id: deck.page_facts or () for deck in decks})
+    assert set(scores) == {"span", "number", "arithmetic"}
+    assert sum(s.answers_right for s in scores.values()) > 0.8 * len(rows)
+    assert sum(s.evidence_right for s in scores.values()) > 0.8 * len(rows)
+
+
+def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Engine) -> None:
+    hot = [replace(r, sampling=Sampling(temperature=2.0, max_tokens=400)) for r in requests(8)]
+    given = replies(engine, hot)
+    for request in hot:
+        reply = given[request.id]
+        if reply.finish_reason == "stop":
+            names = OUTPUTS[request.task].model_fields
+            assert reply.text.startswith(f'{{"{next(iter(names))}":')
+            assert parse_reply(request, reply)[0]["reply_error"] is None
+    assert any(reply.finish_reason == "stop" for reply in given.values())
+
+
+def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
+    asked = requests(6)
+    together = replies(engine, asked)
+    alone: dict[str, Reply] = {}
+    for request in asked:
+        alone |= replies(engine, [request])
+    assert alone == together
+
+
+def test_the_same_request_has_the_same_reply_and_another_id_samples_anew(engine: Engine) -> None:
+    qa = [r for r in requests(12) if r.task == "qa"]
+    assert replies(engine, qa) == replies(engine, qa)
+    other = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
+    texts = [reply.text for reply in replies(engine, other).values()]
+    assert texts != [reply.text for reply in replies(engine, qa).values()]
+
+
+def test_a_reply_that_runs_out_of_tokens_says_so(engine: Engine) -> None:
+    short = [replace(r, sampling=Sampling(temperature=0, max_tokens=5)) for r in requests(1)]
+    given = replies(engine, short)
+    assert {reply.finish_reason for reply in given.values()} == {"length"}
+    assert {row["reply_error"] for r in short for row in parse_reply(r, given[r.id])} == {"cut_short"}
+
+
+def test_a_style_that_the_teacher_does_not_know_is_refused_before_anything_is_asked() -> None:
+    with pytest.raises(EngineError, match="does not know the caption style plain"):
+        choose_engine(resolve(source="scenes", generate={"caption_styles": ["plain"]}))
+
+
+def test_another_attempt_at_the_same_request_draws_other_numbers(engine: Engine) -> None:
+    qa = [replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(4) if r.task == "qa"]
+    again = [replace(r, attempt=1) for r in qa]
+    assert [r.text for r in replies(engine, qa).values()] != [r.text for r in replies(engine, again).values()]
+
+
+def test_a_failed_reply_can_be_shown_to_the_model(engine: Engine) -> None:
+    (brief, *_) = requests(1)
+    shown = replace(brief, attempt=2, failed=("{]", f"That cannot be used.\n{brief.text.splitlines()[-1]}"))
+    (reply,) = replies(engine, [shown]).values()
+    assert reply.attempt == 2
+    assert reply.prompt_tokens > replies(engine, [brief])[brief.id].prompt_tokens
+    assert parse_reply(shown, reply)[0]["reply_error"] is None
+
+
+def test_the_model_is_loaded_when_it_is_asked_and_not_before() -> None:
+    EmbeddedEngine("none", "/does/not/exist", "r", GenerateConfig())

@@ -1,0 +1,92 @@
+"""Checks: what is asked again, with which pages in view, and under which name."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, resolve
+from pipeline.inference.journal import Journal
+from pipeline.inference.verification import Check, build_all, build_check, checks_of, read_checks
+from pipeline.types import Reply
+
+PAGES = (b"one", b"two", b"three")
+ROW = {
+    "sample_id": "s",
+    "task": "deck_qa",
+    "clean_text": None,
+    "clean_question": "How many objects are there on the gray page?",
+    "clean_answer": "2",
+    "evidence_pages": [2],
+    "pages": 3,
+}
+CAPTION = {"sample_id": "s", "task": "caption", "clean_text": "Two dogs on a gray background.", "pages": 1}
+
+
+def config(*checks: str, **more: Any) -> Config:
+    return resolve(source="scenes-deck", verify={"checks": list(checks)}, **more)
+
+
+def test_nothing_is_asked_unless_a_check_is_named() -> None:
+    assert checks_of(ROW, config().verify) == checks_of(CAPTION, config().verify) == []
+
+
+def test_each_check_shows_what_it_is_about() -> None:
+    settings = config("round_trip", "blind", "evidence", "claims")
+    checks = checks_of(ROW, settings.verify)
+    requests = [build_check(check, "s", PAGES, settings, "r") for check in checks]
+    assert [(request.style, request.images) for request in requests] == [
+        ("round_trip", PAGES),
+        ("blind", ()),
+        ("sufficient", (b"two",)),
+        ("necessary", (b"one", b"three")),
+    ]
+    assert len({request.id for request in requests}) == len({request.shown for request in requests}) == 4
+    assert all(request.text.endswith(f"Question: {ROW['clean_question']}") for request in requests)
+    assert all(request.sampling.temperature == 0 and "2" not in request.text for request in requests)
+
+
+def test_a_caption_is_asked_for_its_claims() -> None:
+    asked = [(check.question, check.expected) for check in checks_of(CAPTION, config("claims").verify)]
+    assert asked == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
+
+
+def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:
+    assert checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify) == []
+
+
+def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:
+    settings = config("round_trip")
+    check = Check("round_trip", "How many?", "2")
+    named = build_check(check, "s", (), settings, "r").id
+    assert named == build_check(check, "s", PAGES, settings, "r").id
+    assert named == build_check(Check("claims", "How many?", "3"), "s", PAGES, settings, "r").id  # the same question
+    others = [
+        build_check(Check("round_trip", "How much?", "2"), "s", (), settings, "r"),
+        build_check(check, "t", (), settings, "r"),
+        build_check(check, "s", (), settings, "other"),
+        build_check(Check("sufficient", "How many?", "2", (1,)), "s", (), settings, "r"),
+        build_check(check, "s", (), config("round_trip", generate={"max_tokens": 9}), "r"),
+    ]
+    assert named not in {other.id for other in others}
+
+
+def test_a_blind_question_is_asked_once_for_all_images() -> None:
+    check = Check("blind", "How many?", "2", ())
+    chunks = [[("s", (b"1",)), ("t", (b"2",))], [("u", (b"3",))]]
+    requests = [r for chunk in build_all(chunks, {name: [check] for name in "stu"}, config(), "r") for r in chunk]
+    assert [request.images for request in requests] == [()]
+
+
+def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp_path: Path) -> None:
+    settings = config("round_trip", "blind")
+    checks = checks_of(ROW, settings.verify)
+    texts = ['{"answer":"2"}', "{]"]
+    with Journal(tmp_path / "j.sqlite") as journal:
+        for check, text in zip(checks, texts, strict=True):
+            request = build_check(check, "s", PAGES, settings, "r")
+            reply = Reply(request_id=request.id, attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
+            journal.keep([(request, reply, None)])
+        found = read_checks("s", checks, settings, "r", journal)
+    assert [(each["kind"], each["expected"], each["answer"]) for each in found] == [
+        ("round_trip", "2", "2"),
+        ("blind", "2", None),
+    ]

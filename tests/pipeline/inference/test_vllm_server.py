@@ -1,0 +1,233 @@
+"""How vLLM is started on machines that are not this one, and what is said when it is not to be had."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import EngineError
+from pipeline.inference import vllm_server
+from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
+from pipeline.inference.vllm_server import Server
+from pipeline.progress import NullProgress
+
+
+def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any) -> VllmCommand:
+    config = resolve(source="scenes", server={"flags": flags, **settings})
+    return plan_vllm_command("python", model, "c0ffee", config, tmp_path / "log", gpu=gpu, cores=16, memory_gib=64)
+
+
+def value_of(launch: VllmCommand, flag: str) -> str:
+    at = launch.arguments.index(flag)
+    return launch.arguments[at + 1]
+
+
+def test_the_backend_is_guidance_and_json_is_compact_everywhere(tmp_path: Path) -> None:
+    for gpu in (False, True):
+        backend = json.loads(value_of(plan(tmp_path, gpu=gpu), "--structured-outputs-config"))
+        assert backend == {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+
+
+def test_a_large_gpu_gets_several_api_servers_and_a_cpu_gets_small_blocks(tmp_path: Path) -> None:
+    gpu, cpu = plan(tmp_path, gpu=True), plan(tmp_path)
+    assert value_of(gpu, "--api-server-count") == "4"
+    assert "--block-size" not in gpu.arguments
+    assert value_of(cpu, "--block-size") == "32"
+    assert cpu.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
+    assert (gpu.max_num_seqs, cpu.max_num_seqs) == (256, 32)
+
+
+def test_a_hub_model_is_pinned_to_its_commit_and_a_folder_needs_no_hub(tmp_path: Path) -> None:
+    hub, folder = plan(tmp_path, model="me/model"), plan(tmp_path)
+    assert value_of(hub, "--revision") == "c0ffee"
+    assert "HF_HUB_OFFLINE" not in hub.environment
+    assert folder.environment["HF_HUB_OFFLINE"] == "1"
+    assert "--revision" not in folder.arguments
+
+
+def test_the_context_is_the_models_own_up_to_what_an_image_needs(tmp_path: Path) -> None:
+    assert value_of(plan(tmp_path), "--max-model-len") == "2048"
+    assert value_of(plan(tmp_path, model="me/model"), "--max-model-len") == "8192"
+
+
+@pytest.mark.parametrize("flags", [("--max-num-seqs", "7"), ("--max-num-seqs=7",)])
+def test_a_users_flags_come_last_and_count(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    launch = plan(tmp_path, *flags)
+    assert launch.max_num_seqs == 7
+    assert launch.arguments[-len(flags) :] == flags
+
+
+def test_the_key_is_random_and_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SYNTH_API_KEY", raising=False)
+    one, other = plan(tmp_path), plan(tmp_path)
+    assert one.api_key != other.api_key
+    assert one.api_key not in " ".join(one.command(1, tmp_path)) + repr(one)
+    assert "127.0.0.1" in one.command(1, tmp_path)
+
+
+def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
+    """A launch of another program in vLLM's place: what is tested is how it is watched."""
+    script = tmp_path / "stub.py"
+    script.write_text(code)
+    launch = plan(tmp_path, **settings)
+    return VllmCommand(
+        python=sys.executable,
+        name=launch.name,
+        arguments=(str(script),),
+        environment={},
+        log=tmp_path / "log",
+        max_num_seqs=1,
+        max_model_len=1,
+        max_restarts=launch.max_restarts,
+        startup_timeout_s=launch.startup_timeout_s,
+    )
+
+
+SERVES = """
+import sys, http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        if self.path == "/die": sys.stdout.flush(); import os; os._exit(7)
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "what", "hint"),
+    [
+        ("ValueError: no such model", "exit code 3: ValueError: no such model", "all it said"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "it needs more memory"),
+        ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
+        ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not one of vLLM's"),
+    ],
+)
+def test_a_server_that_ends_at_once_is_said_with_its_last_error(tmp_path: Path, printed: str, what: str, hint: str) -> None:
+    async def start() -> None:
+        async with Server(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)"), NullProgress()):
+            pass
+
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(start())
+    assert what in str(caught.value)
+    assert hint in caught.value.hint
+    assert str(tmp_path / "log") in caught.value.hint
+
+
+def test_a_server_that_never_answers_is_stopped(tmp_path: Path) -> None:
+    made: list[Server] = []
+
+    async def start() -> None:
+        made.append(Server(stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1), NullProgress()))
+        async with made[0]:
+            pass
+
+    with pytest.raises(EngineError, match="did not start within 1 s"):
+        asyncio.run(start())
+    pid = made[0].pid
+    assert pid and not Path(f"/proc/{pid}").exists()
+    assert not made[0].media.exists()
+
+
+def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path: Path) -> None:
+    async def die_often() -> tuple[int, str]:
+        async with Server(stub(tmp_path, SERVES, max_restarts=2), NullProgress()) as running:
+            first = running.root
+            while not running.gave_up.is_set():
+                await vllm_server.answers(f"{running.root}/die")
+                await asyncio.sleep(0.05)
+            assert running.root == first  # those who know its address find it again
+            return running.restarted, str(running.failure)
+
+    restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
+    assert restarted == 2
+    assert "died 3 times, the last with exit code 7" in failure
+
+
+def test_an_interpreter_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
+    async def start() -> None:
+        async with Server(replace(stub(tmp_path, ""), python="/does/not/exist"), NullProgress()):
+            pass
+
+    with pytest.raises(EngineError, match="cannot run /does/not/exist") as caught:
+        asyncio.run(start())
+    assert "SYNTH_VLLM_PYTHON" in caught.value.hint
+
+
+def test_an_error_of_an_earlier_run_is_not_told_again(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
+
+    async def start() -> None:
+        async with Server(stub(tmp_path, "raise SystemExit(3)"), NullProgress()):
+            pass
+
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(start())
+    assert "memory" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["8k", "auto"])
+def test_numbers_that_only_vllm_understands_are_left_to_it(tmp_path: Path, value: str) -> None:
+    assert plan(tmp_path, "--max-model-len", value).max_model_len == 2048
+
+
+def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) -> None:
+    assert plan(tmp_path).name == "teacher@c0ffee"
+    assert value_of(plan(tmp_path, model="me/model"), "--served-model-name") == "model@c0ffee"
+
+
+def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
+    config = resolve(source="scenes-deck")
+    launch = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpu=False, cores=2, memory_gib=8)
+    assert json.loads(value_of(launch, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
+    assert launch.max_model_len == 16_384
+
+
+def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
+    dead = tmp_path / "synth-999999999-media-x"
+    dead.mkdir()
+    alive = vllm_server._media_folder()
+    assert not dead.exists()
+    assert vllm_server._media_folder().parent == alive.parent
+    assert alive.exists()
+    assert time.time() - alive.stat().st_mtime < 60
+
+
+def test_a_server_and_its_engine_end_with_us_however_we_end() -> None:
+    """Its engine is a child of the server, which is killed first: as Ray does to children of a worker."""
+    code = (
+        "import os, subprocess, sys; from pipeline.inference.vllm_server import _end_with_us;"
+        "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"
+        " stderr=subprocess.DEVNULL, start_new_session=True);"
+        "print(server.stdout.readline().decode().strip(), flush=True);"
+        "leash = _end_with_us(server.pid);"
+        "sys.argv[1] == 'called off' and os.write(leash, b'\\n');"
+        "server.kill();"
+        "os.kill(os.getpid(), 9)"
+    )
+    for how, lives in (("killed", False), ("called off", True)):
+        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
+        engine = int(done.stdout)
+        end = time.monotonic() + 5
+        while is_running(engine) != lives and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        assert is_running(engine) is lives, how
+        if lives:
+            os.kill(engine, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    return bool(subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip(" Z\n"))

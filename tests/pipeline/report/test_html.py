@@ -1,0 +1,55 @@
+"""What pages are made of: thumbnails within bounds, and curves within their box."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import ImageError
+from pipeline.report.html import CURVE_POINTS, chart, data_uri, points, thumbnail
+from pipeline.sources.scenes import draw_sample
+
+
+def noise(width_px: int, height_px: int) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(640, 480), (3000, 40), (40, 3000), (9, 9)])
+@pytest.mark.parametrize("max_bytes", [4096, 16_384, 200])
+def test_a_thumbnail_keeps_to_its_bytes_whatever_the_image(size: tuple[int, int], max_bytes: int) -> None:
+    small = thumbnail(noise(*size), max_bytes)
+    assert len(small) <= max_bytes
+    with Image.open(io.BytesIO(small)) as image:
+        assert image.format == "WEBP"
+        assert image.width <= size[0] and image.height <= size[1]
+        assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.5)
+
+
+def test_a_drawing_is_shown_pixel_for_pixel() -> None:
+    (drawn,) = draw_sample(0, 0).images
+    with Image.open(io.BytesIO(thumbnail(drawn, 4096))) as small, Image.open(io.BytesIO(drawn)) as image:
+        assert np.array_equal(np.asarray(small.convert("RGB")), np.asarray(image.convert("RGB")))
+
+
+def test_what_is_no_image_has_no_thumbnail() -> None:
+    with pytest.raises(ImageError):
+        thumbnail(b"<svg onload=alert(1)>", 4096)
+
+
+def test_a_thumbnail_within_a_page_is_a_webp() -> None:
+    assert data_uri(b"RIFF").startswith("data:image/webp;base64,UklGRg")
+
+
+def test_of_a_long_log_a_curve_shows_some_points_and_the_last() -> None:
+    lines = [{"step": step, "loss": 1.0} for step in range(10_000)] + [{"step": 10_000, "other": 2.0}]
+    found = points(lines, "loss")
+    assert len(found) <= CURVE_POINTS + 60
+    assert found[-1] == (9999, 1.0)
+
+
+def test_a_chart_without_points_has_empty_lines() -> None:
+    assert chart("Loss", {"training": []})["lines"] == [("training", "")]

@@ -1,0 +1,80 @@
+"""The guide: heads are told the truth about pages, and attention on other pages than the evidence costs."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.scenes.deck import END, Spot, sample_deck
+from pipeline.scenes.facts import BACKGROUNDS
+from pipeline.scenes.teacher import TEXT_WIDTH, train_tokenizer
+from pipeline.scenes.training.guide import GUIDED_HEADS, NOTHING, Asked, PageGuide, _looks, attention_loss
+from pipeline.scenes.training.pack import VISION_TOKENS, Packer, Task, collate
+from pipeline.scenes.training.train_teacher import tokenizer_corpus
+
+PAGES = 3
+IMAGE_ID = 6
+
+
+@pytest.fixture(scope="module")
+def guide() -> tuple[PageGuide, Packer]:
+    tokenizer = train_tokenizer(tokenizer_corpus(400))
+    return PageGuide(TEXT_WIDTH, tokenizer), Packer(tokenizer, tokenizer.get_vocab()["<|image_pad|>"])
+
+
+def asked_of(packer: Packer, line: str, spots: tuple[Spot, ...]) -> Asked:
+    deck = sample_deck(random.Random(4))[:PAGES]
+    task = Task(line, '{"answer":"2"}', seldom_worded=True, looks=((11, 12, spots),))
+    return Asked(packer.pack(PAGES, random.Random(1), [task], 4.0), deck)
+
+
+def test_words_that_name_a_ground_or_a_page_are_to_be_looked_up(guide: tuple[PageGuide, Packer]) -> None:
+    heads, packer = guide
+    ground = sample_deck(random.Random(4))[1].background
+    asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 3?", ((2, END),))
+    page_BS, ground_BS = heads._targets([asked], len(asked.packed.ids))
+    assert page_BS[page_BS != NOTHING].tolist() == [1]
+    assert ground_BS[ground_BS != NOTHING].tolist() == [BACKGROUNDS.index(asked.deck[2].background)]
+
+
+def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tuple[PageGuide, Packer]) -> None:
+    heads, packer = guide
+    asked = asked_of(packer, "Question: How many?", ((2, 4), (2, END)))
+    ids, *_ = collate([asked.packed])
+    visual_BS = (ids == packer.image_token_id) | heads._ends([asked], ids.shape[1])
+    spots = visual_BS[0].nonzero()[:, 0].view(PAGES, VISION_TOKENS + 1)
+    losses = {}
+    for page, spot in ((2, 4), (2, END), (2, 5), (1, 4), (3, END)):
+        attention = torch.zeros(1, 5, ids.shape[1], ids.shape[1])  # heads that are not guided may look anywhere
+        attention[:, GUIDED_HEADS, :, spots[page - 1, spot]] = 1.0
+        losses[page, spot] = attention_loss([attention], visual_BS, [asked]).item()
+    assert losses[2, 4] == pytest.approx(0.0, abs=1e-3)
+    assert losses[2, END] == pytest.approx(0.0, abs=1e-3)
+    assert min(losses[2, 5], losses[1, 4], losses[3, END]) > 5
+
+
+def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[PageGuide, Packer]) -> None:
+    _, packer = guide
+    for spots, page, spot in (
+        (((2, 4),), [1], [4]),
+        (((2, 4), (2, 7)), [1], []),
+        (((2, END), (3, END)), [], [END]),
+        (((2, 4), (3, 5)), [], []),
+    ):
+        asked = asked_of(packer, "Question: How many?", spots)
+        page_BS, ground_BS, spot_BS = _looks([asked], len(asked.packed.ids))
+        grounds = [BACKGROUNDS.index(asked.deck[at].background) for at in page]
+        assert ground_BS[ground_BS != NOTHING].tolist() == grounds
+        assert (page_BS[page_BS != NOTHING].tolist(), spot_BS[spot_BS != NOTHING].tolist()) == (page, spot)
+
+
+def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:
+    heads, packer = guide
+    ground = sample_deck(random.Random(4))[0].background
+    asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 1?", ((1, END),))
+    ids, *_ = collate([asked.packed])
+    for _ in range(20):  # a page is known by its number or by its ground: now one of these heads learns, now the other
+        output = SimpleNamespace(hidden_states=[torch.randn(1, ids.shape[1], TEXT_WIDTH) for _ in range(5)], attentions=None)
+        heads(output, ids == packer.image_token_id, [asked]).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads.parameters())

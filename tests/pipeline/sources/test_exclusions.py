@@ -1,0 +1,122 @@
+"""Leakage: images of other data sets are known again, texts are marked, and clean ones pass."""
+
+import io
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.images.decode import check_image
+from pipeline.sources.exclusions import ExclusionIndex, TextIndex, exclusion_rows, parse_exclusion
+from pipeline.tables import EXCLUSIONS
+from pipeline.types import ReferenceQA, Sample
+from tests.pipeline.images.test_similarity import cropped, photo, stored_again
+
+
+def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
+    encoded = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        encoded.append(buffer.getvalue())
+    checked = [check_image(data) for data in encoded]
+    fixed: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "licence": "unknown"}
+    return Sample(
+        id=checked[0].id, images=tuple(encoded), pdq_hashes=tuple(each.pdq_hash for each in checked), **(fixed | more)
+    )
+
+
+def contaminated(texts: Sequence[str], table: pa.Table) -> list[str | None]:
+    index = TextIndex.of(table)
+    return [index.find(text) for text in texts]
+
+
+def banned(*samples: Sample) -> pa.Table:
+    return pa.Table.from_pylist(list(exclusion_rows("x#test", samples)), schema=EXCLUSIONS)
+
+
+def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
+    known = ExclusionIndex.of(banned(sample(photo(1)), sample(photo(2))), "photos")
+    assert known.find(sample(photo(1))) == "x#test"
+    assert known.find(sample(stored_again(photo(2)))) == "x#test"
+    assert known.find(sample(cropped(photo(2)))) == "x#test"
+    assert known.find(sample(photo(3))) is None
+
+
+def test_by_bytes_alone_another_file_is_another_image() -> None:
+    known = ExclusionIndex.of(banned(sample(photo(1))), None)
+    assert known.find(sample(photo(1))) == "x#test"
+    assert known.find(sample(stored_again(photo(1)))) is None
+
+
+def test_one_page_of_a_banned_deck_bans_a_deck() -> None:
+    known = ExclusionIndex.of(banned(sample(photo(1), photo(2))), "graphics")
+    assert known.find(sample(photo(5), photo(2))) == "x#test"
+    assert known.find(sample(photo(5), photo(6))) is None
+
+
+def test_nothing_is_banned_by_an_empty_list_or_an_empty_picture() -> None:
+    white = Image.new("RGB", (300, 200), "white")
+    assert ExclusionIndex.of(EXCLUSIONS.empty_table(), "photos").find(sample(photo(1))) is None
+    assert ExclusionIndex.of(banned(sample(white)), "photos").find(sample(Image.new("RGB", (301, 200), "white"))) is None
+
+
+def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
+    asked = (ReferenceQA(question="How many?", answers=("2",)),)
+    rows = list(exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=asked)]))
+    assert [row["texts"] for row in rows] == [["A dog.", "How many?"], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("flickr30k", ("flickr30k", "test")),
+        ("flickr30k:me/copy", ("flickr30k:me/copy", "test")),
+        ("vqav2", ("vqav2", "validation")),
+        ("slidevqa#train", ("slidevqa", "train")),
+        ("folder:photos", ("folder:photos", None)),
+        ("hub:me/x@abc#test", ("hub:me/x@abc", "test")),
+    ],
+)
+def test_a_name_says_the_source_and_the_split(name: str, found: tuple[str, str | None]) -> None:
+    assert parse_exclusion(name) == found
+
+
+WHO = ["firefighter", "gardener", "toddler", "violinist", "surfer", "welder", "nun", "referee", "juggler", "beekeeper"]
+DOES = ["leans against", "walks past", "points toward", "stares at", "kneels before", "climbs over"]
+WHAT = ["a rusted gate", "the marble fountain", "a striped awning", "an overturned canoe", "the tiled oven", "a wooden stage"]
+WHEN = ["at dawn near the harbor", "under heavy gray clouds", "during a crowded parade", "beside two sleeping cats"]
+
+
+def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
+    rng = random.Random("leaks")
+    endings = [" ".join(each) for each in itertools.product(DOES, WHAT, WHEN)]
+    rng.shuffle(endings)
+    test = rng.sample([f"A {who} {ending}." for who, ending in itertools.product(WHO, endings[:72])], 500)
+    clean = [f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[72:])]  # the same people, other deeds
+    known = pa.Table.from_pylist([{"name": "x#test", "image_id": "i", "look": b"", "texts": test}], schema=EXCLUSIONS)
+    planted = {
+        "verbatim": test,
+        "case": [text.upper() for text in test],
+        "opening": [f"The image shows {text[0].lower()}{text[1:]}" for text in test],
+        "suffix": [f"{text[:-1]} in this view." for text in test],
+    }
+    for kind, changed in planted.items():
+        found = contaminated(changed, known)
+        assert sum(name == "x#test" for name in found) >= 0.99 * len(changed), kind
+    assert sum(name is not None for name in contaminated(clean, known)) <= 0.002 * len(clean)
+
+
+def test_without_anything_banned_nothing_is_marked() -> None:
+    assert contaminated(["A dog."], EXCLUSIONS.empty_table()) == [None]
+
+
+def test_a_short_text_is_compared_as_a_whole_only() -> None:
+    known = pa.Table.from_pylist(
+        [{"name": "x", "image_id": "i", "look": b"", "texts": ["A dog runs on the beach at noon."]}], schema=EXCLUSIONS
+    )
+    assert contaminated(["Dog runs on the beach!", "The dog runs on a beach at noon"], known) == [None, "x"]

@@ -1,0 +1,381 @@
+"""Sources of the Hub, through the real client over HTTP: every row upstream is a sample or has a reason, in its true split."""
+
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from huggingface_hub import constants
+
+from pipeline.config import resolve
+from pipeline.dataset.licenses import non_redistributable
+from pipeline.errors import ConfigError, SourceError
+from pipeline.images.decode import check_image, deck_id
+from pipeline.sources import open_source
+from pipeline.types import ReferenceQA, Rejected, Sample, Source
+from tests.hub import datasets
+from tests.hub.app import TOKEN
+from tests.hub.server import RunningHub, running_hub
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what HF_ENDPOINT does to the client when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningHub]:
+    with running_hub(tmp_path / "hub") as running:
+        point_at(running.endpoint, monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+
+
+def opened(source: str, **settings: Any) -> Source:
+    return open_source(resolve(source=source, **settings))
+
+
+def read(source: str, **settings: Any) -> tuple[list[Sample], list[Rejected]]:
+    rows = list(opened(source, **settings).rows)
+    return [row for row in rows if isinstance(row, Sample)], [row for row in rows if isinstance(row, Rejected)]
+
+
+def reasons(rejected: list[Rejected]) -> Counter[str]:
+    return Counter(row.reason for row in rejected)
+
+
+# --- Flickr30k
+
+
+def test_flickr30k_is_read_from_the_conversion_with_karpathys_split(hub: RunningHub) -> None:
+    datasets.seed_flickr30k(hub.hub.storage, 20)
+    samples, rejected = read("flickr30k")
+    assert not rejected
+    assert Counter(sample.split for sample in samples) == {"train": 12, "validation": 4, "test": 4}
+    assert all(len(sample.references) == 5 for sample in samples)
+    assert {sample.licence for sample in samples} == {"flickr-terms"}
+    assert samples[0].images == (datasets.photo(0),)
+    assert (
+        opened("flickr30k").revision == hub.hub.storage.repos["dataset", "nlphuji/flickr30k"].branches["refs/convert/parquet"]
+    )
+
+
+def test_one_split_of_flickr30k_may_be_asked_for(hub: RunningHub) -> None:
+    datasets.seed_flickr30k(hub.hub.storage, 20)
+    assert {sample.split for sample in read("flickr30k", source_split="test")[0]} == {"test"}
+    train, _ = read("flickr30k", source_split="train")
+    assert (len(train), {sample.split for sample in train}) == (12, {None})  # free to be held out
+
+
+def test_a_copy_that_has_lost_the_split_calls_no_row_train_without_a_list(hub: RunningHub, tmp_path: Path) -> None:
+    datasets.seed_flickr30k_without_split(hub.hub.storage, 10)
+    for split in (None, "train"):
+        with pytest.raises(SourceError, match="has lost which images are for testing") as caught:
+            opened("flickr30k:lmms-lab/flickr30k", source_split=split)
+        assert "--split-list" in caught.value.hint
+    assert {sample.split for sample in read("flickr30k:lmms-lab/flickr30k", source_split="test")[0]} == {"test"}
+    (tmp_path / "list.json").write_text(datasets.karpathy_list(8))
+    samples, rejected = read("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
+    assert Counter(sample.split for sample in samples) == {"train": 6, "validation": 1, "test": 1}
+    assert reasons(rejected) == {"unknown_split": 2}  # the list does not name them
+
+
+def test_a_copy_that_files_everything_under_train_is_refused_too(hub: RunningHub) -> None:
+    schema = datasets.FLICKR.remove(datasets.FLICKR.get_field_index("split"))
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in datasets.flickr_rows(5)]
+    hub.hub.storage.seed("dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)})
+    for split in (None, "train", "test"):
+        with pytest.raises(SourceError, match="has lost which images are for testing"):
+            opened("flickr30k:me/copy", source_split=split)
+
+
+def test_a_list_that_is_none_is_said(hub: RunningHub, tmp_path: Path) -> None:
+    datasets.seed_flickr30k_without_split(hub.hub.storage)
+    (tmp_path / "list.json").write_text("{}")
+    with pytest.raises(SourceError, match="cannot read the list"):
+        opened("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
+
+
+# --- VQAv2
+
+
+def test_vqav2_is_one_sample_a_photo_with_all_its_questions(hub: RunningHub) -> None:
+    datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
+    samples, rejected = read("vqav2", source_split="validation")
+    assert not rejected
+    assert len(samples) == len({sample.id for sample in samples}) == 6
+    for sample in samples:
+        assert sample.reference_qa is not None
+        assert {qa.question for qa in sample.reference_qa} == {f"How many things of kind {k} are there?" for k in range(3)}
+        assert {qa.answers for qa in sample.reference_qa} == {("2", "2", "2")}  # as the official evaluation compares them
+        assert (sample.split, sample.licence) == ("validation", "flickr-terms")
+
+
+def test_the_test_split_of_vqav2_has_questions_without_answers(hub: RunningHub) -> None:
+    datasets.seed_vqav2(hub.hub.storage)
+    samples, _ = read("vqav2", source_split="test")
+    assert {qa.answers for sample in samples for qa in sample.reference_qa or ()} == {()}
+
+
+def test_a_split_that_is_not_there_is_said_with_those_that_are(hub: RunningHub) -> None:
+    datasets.seed_vqav2(hub.hub.storage)
+    with pytest.raises(SourceError, match="has no split train") as caught:
+        opened("vqav2", source_split="train")
+    assert "validation" in caught.value.hint
+
+
+def test_a_copy_with_other_columns_is_said_with_what_it_has(hub: RunningHub) -> None:
+    datasets.seed_flickr30k_without_split(hub.hub.storage, repo="me/other")
+    with pytest.raises(SourceError, match="has no column image_id, question") as caught:
+        opened("vqav2:me/other")
+    assert "--map" in caught.value.hint
+
+
+# --- SlideVQA
+
+
+def test_slidevqa_is_one_sample_a_deck_with_its_pages_in_order(hub: RunningHub) -> None:
+    datasets.seed_slidevqa(hub.hub.storage, decks=2)
+    hub.hub.granted.add("NTT-hil-insight/SlideVQA")
+    samples, rejected = read("slidevqa", source_split="train")
+    assert not rejected
+    assert [len(sample.images) for sample in samples] == [20, 20]
+    first = samples[0]
+    assert first.images == tuple(datasets.photo(10_000 + n) for n in range(1, 21))
+    assert first.id == deck_id([check_image(page).id for page in first.images])
+    assert first.reference_qa == (
+        ReferenceQA(
+            question="How much more is number 0 than the other?",
+            answers=("12%",),
+            answer_type="Single-Span",
+            evidence_pages=(2,),
+            expression=None,
+        ),
+        ReferenceQA(
+            question="How much more is number 1 than the other?",
+            answers=("12%",),
+            answer_type="Non-Span",
+            evidence_pages=(1, 3),
+            expression="30% - 18%",
+        ),
+    )
+
+
+def test_pages_that_a_deck_does_not_have_are_left_out(hub: RunningHub) -> None:
+    datasets.seed_slidevqa(hub.hub.storage)
+    hub.hub.granted.add("NTT-hil-insight/SlideVQA")
+    samples, _ = read("slidevqa", source_split="validation")
+    assert [(len(sample.images), sample.split) for sample in samples] == [(7, "validation")]
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+def test_a_gated_data_set_says_how_to_get_in(hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
+    datasets.seed_slidevqa(hub.hub.storage)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/does/not/exist")
+    with pytest.raises(SourceError, match="gated") as caught:
+        read("slidevqa")
+    assert "/datasets/NTT-hil-insight/SlideVQA" in caught.value.hint
+    assert "hf auth login" in caught.value.hint
+
+
+# --- any data set
+
+
+PLAIN = pa.schema([("photo", datasets.IMAGE), ("alt_text", pa.string()), ("other", datasets.IMAGE)])
+
+
+def seed_plain(hub: RunningHub, rows: list[dict[str, Any]], schema: pa.Schema = PLAIN, repo: str = "me/plain") -> None:
+    files = {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)}
+    hub.hub.storage.seed("dataset", repo, {**files, "README.md": b"---\nlicense: apache-2.0\n---\n"})
+
+
+def test_columns_are_guessed_where_they_are_plain_and_asked_for_where_not(hub: RunningHub) -> None:
+    rows = [{"photo": datasets.cell(n), "alt_text": f"Photo {n}.", "other": datasets.cell(99)} for n in range(3)]
+    seed_plain(hub, rows)
+    with pytest.raises(SourceError, match="several columns hold images: photo, other") as caught:
+        opened("hub:me/plain")
+    assert "--map" in caught.value.hint
+    samples, _ = read("hub:me/plain", columns={"image": "photo"})
+    assert [(s.references, s.licence, s.split) for s in samples] == [
+        ((f"Photo {n}.",), "apache-2.0", "train") for n in range(3)
+    ]
+    seed_plain(hub, [{k: v for k, v in row.items() if k != "other"} for row in rows], PLAIN.remove(2), "me/one")
+    assert len(read("hub:me/one")[0]) == 3
+
+
+def test_a_column_that_is_not_there_is_said(hub: RunningHub) -> None:
+    seed_plain(hub, [{"photo": datasets.cell(0)}])
+    with pytest.raises(SourceError, match="there is no column picture") as caught:
+        opened("hub:me/plain", columns={"image": "picture"})
+    assert "photo, alt_text, other" in caught.value.hint
+
+
+def test_numbered_pages_are_decks(hub: RunningHub) -> None:
+    datasets.seed_slidevqa(hub.hub.storage, repo="me/slides")
+    hub.hub.granted.add("me/slides")
+    with pytest.raises(ConfigError, match="holds decks of pages") as caught:
+        opened("hub:me/slides")
+    assert "--tasks deck_qa" in caught.value.hint
+    samples, _ = read("hub:me/slides", columns={"pages": "page_*"}, source_split="validation")
+    # Without their names the same deck comes twice, once with each question.
+    assert [len(sample.images) for sample in samples] == [7, 7]
+
+
+def test_text_is_text_however_arrow_writes_it(hub: RunningHub) -> None:
+    """polars writes large_string: a split that is overlooked would put test rows into training."""
+    schema = pa.schema([("photo", datasets.IMAGE), ("caption", pa.large_string()), ("split", pa.large_string())])
+    rows = [{"photo": datasets.cell(n), "caption": f"Photo {n}.", "split": split} for n, split in enumerate(("train", "test"))]
+    seed_plain(hub, rows, schema)
+    samples, _ = read("hub:me/plain")
+    assert [(sample.split, sample.references) for sample in samples] == [("train", ("Photo 0.",)), ("test", ("Photo 1.",))]
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00001.parquet", "train"),
+        ("default/val/0000.parquet", "validation"),
+        ("data/testA-00000.parquet", "test"),
+        ("heldout-0.parquet", "test"),
+        ("rows.parquet", None),
+    ],
+)
+def test_a_split_is_read_off_a_path_or_left_open(hub: RunningHub, path: str, split: str | None) -> None:
+    hub.hub.storage.seed("dataset", "me/filed", {path: datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)})
+    samples, _ = read("hub:me/filed", columns={"image": "photo"})
+    assert [sample.split for sample in samples] == [split]
+
+
+def test_several_tables_in_one_repository_are_not_mixed(hub: RunningHub) -> None:
+    one = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
+    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": one, "fr/train/0.parquet": one})
+    with pytest.raises(SourceError, match="holds several tables: en, fr"):
+        opened("hub:me/mixed")
+
+
+def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read(hub: RunningHub) -> None:
+    datasets.seed_slidevqa(hub.hub.storage)
+    hub.hub.granted.add("NTT-hil-insight/SlideVQA")
+    samples, _ = read("hub:NTT-hil-insight/SlideVQA", columns={"pages": "page_*"}, source_split="validation")
+    assert non_redistributable([samples[0].licence]) == ["gated, undeclared"]
+    assert non_redistributable(["apache-2.0", "cc0-1.0", "unknown"]) == []
+
+
+def test_how_many_rows_there_are_is_told_without_reading_images(hub: RunningHub) -> None:
+    datasets.seed_flickr30k(hub.hub.storage, 20)
+    datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
+    assert opened("flickr30k").count() == 20
+    assert opened("flickr30k", source_split="test").count() == 4
+    assert opened("vqav2", source_split="validation").count() == 6
+
+
+def test_the_commit_is_pinned_and_another_one_may_be_named(hub: RunningHub) -> None:
+    seed_plain(hub, [{"photo": datasets.cell(0)}])
+    first = hub.hub.storage.repos["dataset", "me/plain"].branches["main"]
+    seed_plain(hub, [{"photo": datasets.cell(1)}, {"photo": datasets.cell(2)}])
+    columns = {"image": "photo"}
+    assert len(read("hub:me/plain", columns=columns)[0]) == 2
+    assert len(read(f"hub:me/plain@{first}", columns=columns)[0]) == 1
+    assert opened(f"hub:me/plain@{first}", columns=columns).revision == first
+
+
+def test_a_limit_downloads_little(hub: RunningHub) -> None:
+    schema = pa.schema([("image", datasets.IMAGE)])
+    rows = [{"image": {"bytes": datasets.photo(n, (600, 450)) + bytes(60_000), "path": None}} for n in range(300)]
+    files = {f"data/train-{k:05d}-of-00002.parquet": datasets.parquet(rows, schema, rows_a_group=30) for k in range(2)}
+    hub.hub.storage.seed("dataset", "me/large", files)
+    whole = sum(len(data) for data in files.values())
+    hub.hub.sent_bytes = 0
+    source = opened("hub:me/large")
+    for _ in range(20):
+        assert isinstance(next(source.rows), Sample)
+    source.rows.close()  # type: ignore[attr-defined]  # a generator
+    assert hub.hub.sent_bytes < whole / 4
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("hub:me/nothing", "no data set me/nothing"),
+        ("hub:a/b/c", "not the name of a data set"),
+        ("hub:me/empty", "holds no Parquet files"),
+        ("hub:me/plain@nowhere", "the Hub refused me/plain"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_a_hint(hub: RunningHub, source: str, what: str) -> None:
+    seed_plain(hub, [{"photo": datasets.cell(0)}])
+    hub.hub.storage.seed("dataset", "me/empty", {"script.py": datasets.SCRIPT})
+    with pytest.raises(SourceError, match=what) as caught:
+        opened(source)
+    assert caught.value.hint
+
+
+def test_without_a_hub_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(SourceError, match=r"cannot reach the Hub at http://127.0.0.1:9") as caught:
+        opened("flickr30k")
+    assert "--source scenes" in caught.value.hint
+
+
+def test_options_that_do_not_go_with_a_source_are_refused() -> None:
+    for settings, what in (
+        ({"columns": {"image": "x"}, "source": "flickr30k"}, "--map was given"),
+        ({"split_list": "x.json", "source": "vqav2"}, "--split-list goes with"),
+        ({"source_split": "train", "source": "scenes-deck"}, "has no splits"),
+        ({"source": "hub:"}, "unknown source"),
+        ({"source": "scenes", "tasks": ["deck_qa"]}, "holds single images"),
+        ({"source": "scenes-deck", "tasks": ["caption"]}, "holds decks of pages"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            open_source(resolve(**settings))
+
+
+# --- attacks: a row can name a file of ours, or an address
+
+
+def test_no_row_makes_us_open_a_file_or_an_address(hub: RunningHub, tmp_path: Path) -> None:
+    canary = tmp_path / "canary.png"
+    canary.write_bytes(datasets.photo(7))
+    knocks: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        address = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
+        watcher = threading.Thread(target=lambda: knocks.append(trap.accept()), daemon=True)
+        watcher.start()
+        named = [str(canary), f"file://{canary}", "../../canary.png", "/etc/passwd", address, "hf://datasets/me/other/x.png"]
+        rows = [{"photo": {"bytes": None, "path": path}, "alt_text": "x", "other": None} for path in named]
+        bomb = datasets.cell(1, bytes=_bomb())
+        seed_plain(
+            hub, [*rows, {"photo": bomb}, {"photo": {"bytes": b"", "path": None}}, {"photo": None}, {"photo": datasets.cell(3)}]
+        )
+        accessed = canary.stat().st_atime_ns
+        samples, rejected = read("hub:me/plain", columns={"image": "photo"})
+        assert not knocks
+    assert canary.stat().st_atime_ns == accessed
+    assert [sample.images for sample in samples] == [(datasets.photo(3),)]
+    assert reasons(rejected) == {"image_not_embedded": len(named), "too_many_pixels": 1, "image_missing": 2}
+    assert str(canary) not in json.dumps([row.detail for row in rejected])
+
+
+def _bomb() -> bytes:
+    """A PNG of a few kilobytes whose header claims ten thousand pixels a side."""
+    import io
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    out = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    out.seek(0, 2)
+    out.write(chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)))
+    out.write(chunk(b"IDAT", zlib.compress(bytes(1251) * 10_000)) + chunk(b"IEND", b""))
+    return out.getvalue()

@@ -1,0 +1,131 @@
+"""Fetching by URL: only what the user allows, only from the public network, never without a bound."""
+
+import contextlib
+import http.server
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.errors import ImageError
+from pipeline.sources import image_urls
+from pipeline.sources.image_urls import fetch_image, is_public
+from pipeline.sources.parquet import embedded_bytes
+from tests.hub.datasets import photo
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        kind, _, rest = self.path.strip("/").partition("/")
+        if kind == "loop":
+            self.send_response(302)
+            self.send_header("Location", f"/{rest}" if rest else "/loop")
+            self.end_headers()
+            return
+        self.send_response(404 if kind == "gone" else 200)
+        self.end_headers()
+        try:
+            for _ in range(40 if kind == "large" else 1):
+                self.wfile.write(photo(1) if kind != "large" else bytes(10_000))
+        except OSError:
+            pass  # the client had enough
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def anywhere(address: object) -> bool:
+    return True
+
+
+def refused(url: str, allowed: image_urls.Allowed = is_public) -> str:
+    with pytest.raises(ImageError) as caught:
+        fetch_image(url, allowed)
+    return caught.value.reason
+
+
+def test_an_image_is_fetched_and_redirects_are_followed(server: str) -> None:
+    assert fetch_image(f"{server}/photo", anywhere) == photo(1)
+    assert fetch_image(f"{server}/loop/loop/photo", anywhere) == photo(1)
+
+
+def test_every_bound_holds(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "MAX_BYTES", 100_000)
+    assert refused(f"{server}/large", anywhere) == "file_too_large"
+    assert refused(f"{server}/loop", anywhere) == "url_refused"
+    assert refused(f"{server}/gone", anywhere) == "url_unreachable"
+    monkeypatch.setattr(image_urls, "MAX_SECONDS", 0.0)
+    assert refused(f"{server}/photo", anywhere) == "url_unreachable"
+
+
+@pytest.mark.parametrize("url", ["http://[foo/x.png", "http://a:b:c/", "http://127.0.0.1:99999/"])
+def test_what_is_no_url_is_a_reason_and_not_a_crash(url: str) -> None:
+    assert refused(url, anywhere) == "url_unreachable"
+
+
+def test_a_server_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "MAX_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connected, _ = listening.accept()
+            with contextlib.suppress(OSError):
+                connected.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for _ in range(200):
+                    connected.sendall(b"x")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        started = time.monotonic()
+        assert refused(f"http://127.0.0.1:{listening.getsockname()[1]}/", anywhere) == "url_unreachable"
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://localhost/x",
+        "http://",
+        "gopher://x",
+        "http://localhost/x",
+        "http://[::1]/",
+        "http://0x7f.1/",
+    ],
+)
+def test_what_is_not_the_public_web_is_refused(url: str) -> None:
+    assert refused(url) == "url_refused"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fe80::1", "::ffff:127.0.0.1", "0.0.0.0", "100.64.0.1"],
+)
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+    assert is_public(ipaddress.ip_address("8.8.8.8"))
+
+
+def test_a_server_of_ones_own_is_not_even_asked(server: str) -> None:
+    assert refused(f"{server}/photo") == "url_refused"
+    for allow_urls, reason in ((False, "image_not_embedded"), (True, "url_refused")):
+        with pytest.raises(ImageError) as caught:
+            embedded_bytes({"bytes": None, "path": f"{server}/photo"}, allow_urls=allow_urls)
+        assert caught.value.reason == reason
+
+
+def test_a_path_is_never_opened_whatever_is_allowed() -> None:
+    with pytest.raises(ImageError) as caught:
+        embedded_bytes({"bytes": None, "path": "/etc/hostname"}, allow_urls=True)
+    assert caught.value.reason == "image_not_embedded"

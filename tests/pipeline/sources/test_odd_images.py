@@ -1,0 +1,102 @@
+"""Two hundred odd images, formats by modes by damage: each is a sample or has a reason, without a crash or a warning."""
+
+import io
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FORMATS = {
+    "PNG": (".png", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+    "JPEG": (".jpg", ("L", "RGB", "CMYK")),
+    "WEBP": (".webp", ("RGB", "RGBA")),
+    "GIF": (".gif", ("L", "P", "RGB")),
+    "BMP": (".bmp", ("1", "L", "P", "RGB")),
+    "TIFF": (".tif", ("1", "L", "RGB", "RGBA", "CMYK", "F", "I;16")),
+}
+DAMAGE = (
+    "none",
+    "empty",
+    "cut in half",
+    "first bytes only",
+    "bits flipped",
+    "zeros in the middle",
+    "rubbish behind",
+    "mislabelled",
+)
+REASONS = {"unreadable_image", "unsupported_depth", "too_many_pixels", "too_narrow"}
+READ = """
+import json, resource, sys
+from pathlib import Path
+from pipeline.sources.folder import open_folder
+from pipeline.types import Sample
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = list(open_folder(Path(sys.argv[1])).rows)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([[row.source_row, None if isinstance(row, Sample) else row.reason] for row in rows] + [["grown_kb", grown]]))
+"""
+
+
+def odd(kind: str, mode: str, damage: str, rng: random.Random) -> bytes:
+    out = io.BytesIO()
+    base = Image.effect_noise((64, 48), 60)
+    image = base.convert("I;16") if mode == "I;16" else base.convert(mode)
+    options = {"progressive": True} if kind == "JPEG" and rng.random() < 0.5 else {}
+    more = [image.rotate(90), image] if kind in ("GIF", "WEBP") and rng.random() < 0.5 else []
+    image.save(out, kind, **options, **({"save_all": True, "append_images": more} if more else {}))
+    data = bytearray(out.getvalue())
+    if damage == "empty":
+        return b""
+    if damage == "cut in half":
+        return bytes(data[: len(data) // 2])
+    if damage == "first bytes only":
+        return bytes(data[:20])
+    if damage == "bits flipped":
+        for _ in range(20):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    if damage == "zeros in the middle":
+        data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    return bytes(data) + (rng.randbytes(3000) if damage == "rubbish behind" else b"")
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str | None], str, int]:
+    """What became of each file, what was printed, and by how many kB memory grew."""
+    folder = tmp_path_factory.mktemp("odd")
+    rng = random.Random(0)
+    for kind, (suffix, modes) in FORMATS.items():
+        for mode, damage in itertools.product(modes, DAMAGE):
+            name = f"{kind}-{mode.replace(';', '')}-{damage.replace(' ', '_')}"
+            (folder / f"{name}{'.png' if damage == 'mislabelled' else suffix}").write_bytes(odd(kind, mode, damage, rng))
+    done = subprocess.run([sys.executable, "-W", "default", "-c", READ, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *rows, (_, grown) = json.loads(done.stdout)
+    assert len(rows) == sum(len(modes) for _, modes in FORMATS.values()) * len(DAMAGE) > 200
+    return dict(rows), done.stderr, grown
+
+
+def test_each_is_a_sample_or_has_a_reason(read: tuple[dict[str, str | None], str, int]) -> None:
+    rows, _, _ = read
+    assert {reason for reason in rows.values() if reason} <= REASONS
+    by_damage: dict[str, Counter[str | None]] = {}
+    for name, reason in rows.items():
+        by_damage.setdefault(Path(name).stem.rpartition("-")[2], Counter())[reason] += 1
+    assert set(by_damage["none"]) == {None, "unsupported_depth"}
+    assert set(by_damage["mislabelled"]) == {None, "unsupported_depth"}  # the bytes say what it is, not the name
+    assert set(by_damage["empty"]) == set(by_damage["first_bytes_only"]) == {"unreadable_image"}
+    assert by_damage["rubbish_behind"] == by_damage["none"]
+    assert by_damage["cut_in_half"][None] <= 3  # a format whose rest is a second frame
+
+
+def test_nothing_is_printed(read: tuple[dict[str, str | None], str, int]) -> None:
+    assert read[1] == ""
+
+
+def test_memory_stays_bounded(read: tuple[dict[str, str | None], str, int]) -> None:
+    assert read[2] < 100_000

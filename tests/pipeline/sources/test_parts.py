@@ -1,0 +1,74 @@
+"""Sources in parts: together they are the whole, and no row is in two."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import resolve
+from pipeline.sources import is_divisible, open_source
+from pipeline.types import ALL, Sample, SourceSlice
+from tests.hub import datasets
+
+PHOTOS = pa.schema([("image", datasets.IMAGE), ("caption", pa.string())])
+
+
+def names(part: SourceSlice, **settings: Any) -> Counter[str]:
+    rows = open_source(resolve(**settings), part).rows
+    return Counter(f"{row.source_row} {row.references if isinstance(row, Sample) else row.reason}" for row in rows)
+
+
+def photos(folder: Path, files: int, rows: int) -> None:
+    folder.mkdir()
+    for file in range(files):
+        cells = [datasets.cell(file * rows + n) if n % 5 else {"bytes": b"", "path": None} for n in range(rows)]
+        said = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
+        (folder / f"{file}.parquet").write_bytes(datasets.parquet(said, PHOTOS, rows_a_group=3))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 40])
+@pytest.mark.parametrize(("files", "rows"), [(1, 20), (3, 7), (6, 4)])
+def test_parts_of_tables_are_files_or_row_groups(tmp_path: Path, files: int, rows: int, parts: int) -> None:
+    photos(tmp_path / "p", files, rows)
+    settings: dict[str, Any] = {"source": f"parquet:{tmp_path / 'p'}"}
+    found = [names(SourceSlice(number, parts), **settings) for number in range(parts)]
+    assert sum(found, Counter()) == names(ALL, **settings)
+    assert sum(found, Counter()).total() == files * rows
+
+
+def test_parts_of_scenes_and_folders(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.jpg").write_bytes(datasets.photo(number))
+    for settings in (
+        {"source": "scenes", "limit": 10},
+        {"source": "scenes-deck", "limit": 3},
+        {"source": f"folder:{tmp_path}"},
+    ):
+        parts = [names(SourceSlice(number, 4), **settings) for number in range(4)]
+        assert sum(parts, Counter()) == names(ALL, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"source": "scenes", "limit": 10},  # the limit says which scenes are drawn
+        {"source": "folder:x"},
+        {"source": "hub:me/photos"},
+    ],
+)
+def test_what_can_be_read_in_any_order_is_divided(settings: dict[str, Any]) -> None:
+    assert is_divisible(resolve(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"source": "folder:x", "limit": 10},  # the first ten that are different
+        {"source": "vqav2"},  # rows of one photo stand anywhere
+        {"source": "slidevqa"},
+    ],
+)
+def test_what_must_be_read_in_order_is_not_divided(settings: dict[str, Any]) -> None:
+    assert not is_divisible(resolve(**settings))

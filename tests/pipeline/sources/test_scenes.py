@@ -1,0 +1,20 @@
+"""Scenes: the first n of many are the n of few, and each holds what is true of it."""
+
+from pipeline.scenes.score import scene_of
+from pipeline.scenes.text import caption
+from pipeline.sources.scenes import open_scenes
+from pipeline.types import Sample
+
+
+def samples(seed: int, limit: int) -> list[Sample]:
+    return [row for row in open_scenes(seed, limit).rows if isinstance(row, Sample)]
+
+
+def test_more_scenes_begin_with_the_same_ones() -> None:
+    assert samples(0, 9)[:4] == samples(0, 4)
+    assert not {s.id for s in samples(1, 50)} & {s.id for s in samples(0, 50)}
+
+
+def test_the_reference_is_what_the_facts_say() -> None:
+    for sample in samples(3, 5):
+        assert sample.references == (caption(scene_of(sample.facts or {}), "brief"),)

@@ -1,0 +1,256 @@
+"""Dedupe: repetition about one image goes; the same words about another image stay, and words that decide are never merged."""
+
+import itertools
+import random
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.stages.dedupe import STAGE
+from pipeline.tables import IMAGE_GROUPS
+from pipeline.text.content_keys import content_key
+from pipeline.text.spelling import merge_misspelled, says_the_same
+from tests.stage_runs import run_stage
+
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text")]
+    + [("clean_question", pa.string()), ("agreement", pa.float64()), ("alignment", pa.float64()), ("hedge_count", pa.int32())]
+)
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    """Rows named by their position, each of its own sample unless told."""
+    fixed = [{"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "task": "caption"} for n in range(len(rows))]
+    return pa.Table.from_pylist([known | row for known, row in zip(fixed, rows, strict=True)], schema=SCHEMA)
+
+
+def captions(*texts: str, **more: Any) -> pa.Table:
+    return table(*({"clean_text": text, **more} for text in texts))
+
+
+def deduped(rows: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
+    return run_stage(STAGE, rows, shards=shards, dedupe=settings)
+
+
+def reasons(rows: pa.Table, shards: int = 1, **settings: Any) -> dict[str, str | None]:
+    marked = deduped(rows, shards, **settings)
+    return dict(zip(marked["annotation_id"].to_pylist(), marked["reason"].to_pylist(), strict=True))
+
+
+def test_of_captions_of_one_image_that_say_the_same_one_is_kept_and_named() -> None:
+    rows = captions("A red ring.", "There is a  RED ring", "A blue ring.", sample_id="s")
+    marked = deduped(rows)
+    assert marked["reason"].to_pylist() == [None, "duplicate", None]
+    assert marked["duplicate_of"].to_pylist() == [None, "000000", None]
+    assert marked["cluster"][0] == marked["cluster"][1] != marked["cluster"][2]
+
+
+def grouped(rows: pa.Table, monkeypatch: pytest.MonkeyPatch, *reasons: str | None) -> list[str | None]:
+    """The reasons of rows whose images are all of one group, and have these reasons themselves."""
+    ids = rows["sample_id"].to_pylist()
+    groups = pa.table([ids, ["g"] * len(ids), list(reasons), [None] * len(ids)], schema=IMAGE_GROUPS)
+    monkeypatch.setattr("pipeline.stages.dedupe.group_images", lambda shards, kind: groups)
+    marked = deduped(rows)
+    assert marked["image_group"].to_pylist() == ["g"] * len(ids)
+    found: list[str | None] = marked["reason"].to_pylist()
+    return found
+
+
+def test_images_that_look_the_same_count_as_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grouped(captions("A red ring.", "A red ring."), monkeypatch, None, None) == [None, "duplicate"]
+
+
+def test_a_rejected_image_takes_its_annotations_along_and_keeps_no_other_from_staying(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = captions("A red ring.", "A red ring.", "A blue ring.")
+    gone = "near_duplicate_image"
+    assert grouped(rows, monkeypatch, gone, None, gone) == [gone, None, gone]
+
+
+def test_the_same_question_about_another_image_is_no_duplicate() -> None:
+    asked = {"task": "qa", "clean_question": "What is the man doing?"}
+    assert set(reasons(table(*[asked] * 50)).values()) == {None}
+
+
+def test_a_caption_and_a_question_never_meet() -> None:
+    rows = table({"sample_id": "s", "clean_text": "A ring"}, {"sample_id": "s", "task": "qa", "clean_question": "A ring?"})
+    assert list(reasons(rows).values()) == [None, None]
+
+
+def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
+    found = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
+    assert list(found.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ({"agreement": 1.0}, {"agreement": 0.5}),
+        ({"alignment": 0.3}, {"alignment": 0.2}),
+        ({"hedge_count": 0}, {"hedge_count": 1}),
+        ({"agreement": 1.0, "alignment": 0.1}, {"agreement": 0.0, "alignment": 0.9}),
+    ],
+)
+def test_the_best_of_a_cluster_is_kept_whichever_comes_first(better: dict[str, Any], worse: dict[str, Any]) -> None:
+    same = {"sample_id": "s", "clean_text": "A red ring."}
+    assert list(reasons(table(same | worse, same | better)).values()) == ["duplicate", None]
+    assert list(reasons(table(same | better, same | worse)).values()) == [None, "duplicate"]
+
+
+# Words of this test alone: nothing here is shared with the code.
+ANIMALS = ["otter", "walrus", "pelican", "badger", "lizard", "heron", "donkey", "ferret", "magpie", "hamster"]
+COATS = ["crimson", "turquoise", "spotted", "ginger", "silver"]
+DEEDS = ["naps beside", "leaps over", "peers at", "hides behind"]
+THINGS = ["the anvil", "a wicker basket", "the mossy boulder", "a broken ladder", "the copper kettle", "an empty barrel"]
+
+
+def planted(count: int) -> tuple[list[str], list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return captions, (kind, same in other words) of each in turn, and (kind, the same but for what matters)."""
+    rng = random.Random("planted")
+    bases = [f"A {c} {a} {d} {t}." for c, a, d, t in itertools.product(COATS, ANIMALS, DEEDS, THINGS)]
+    rng.shuffle(bases)
+    bases = bases[:count]
+    same = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(SAME.items()), strict=False)]
+    other = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(OTHER.items()), strict=False)]
+    return bases, same, other
+
+
+def _moved(base: str, rng: random.Random) -> str:
+    deed = next(each for each in DEEDS if each in base)
+    front, back = base.rstrip(".").split(f" {deed} ")
+    return f"{deed.capitalize()} {back}, {front[0].lower()}{front[1:]}."
+
+
+def _misspelled(base: str, rng: random.Random) -> str:
+    word = next(word for word in base.split() if word in ANIMALS)
+    at = rng.randrange(1, len(word) - 1)
+    return base.replace(word, word[:at] + word[at + 1] + word[at] + word[at + 2 :] if word[at] != word[at + 1] else word + "q")
+
+
+def _swapped(base: str, values: list[str], rng: random.Random) -> str:
+    found = next(value for value in values if value in base)
+    return base.replace(found, rng.choice([value for value in values if value != found]))
+
+
+SAME: dict[str, Callable[[str, random.Random], str]] = {
+    "case and marks": lambda base, rng: base.upper().replace(".", " !"),
+    "opening": lambda base, rng: (
+        rng.choice(("This photo shows ", "In the image, there is ", "We can see ")) + base[0].lower() + base[1:]
+    ),
+    "articles": lambda base, rng: base.replace("A ", "The ", 1).replace(" the ", " that ").replace(" an ", " the "),
+    "adverbs": lambda base, rng: base.replace("A ", "There is a really ", 1),
+    "order of clauses": _moved,
+    "misspelled": _misspelled,
+}
+OTHER: dict[str, Callable[[str, random.Random], str]] = {
+    "color": lambda base, rng: _swapped(base, COATS, rng),
+    "subject": lambda base, rng: _swapped(base, ANIMALS, rng),
+    "deed": lambda base, rng: _swapped(base, DEEDS, rng),
+    "number": lambda base, rng: base.replace("A ", "Three ", 1),
+    "negation": lambda base, rng: (
+        base.replace(" naps", " never naps").replace(" leaps", " never leaps").replace("A ", "No ", 1)
+    ),
+    "plural": lambda base, rng: base.replace(
+        next(a for a in ANIMALS if a in base), next(a for a in ANIMALS if a in base) + "s"
+    ),
+}
+
+
+def test_planted_duplicates_are_found_and_decisive_words_keep_texts_apart() -> None:
+    bases, same, other = planted(1200)
+    texts = [*bases, *(text for _, text in same), *(text for _, text in other)]
+    marked = deduped(captions(*texts))
+    cluster = marked["cluster"].to_pylist()
+    n = len(bases)
+    right = sum(cluster[at] == cluster[n + at] for at in range(n))
+    wrong = sum(cluster[at] == cluster[2 * n + at] for at in range(n))
+    clusters: dict[str, set[str]] = {}
+    for at, name in enumerate(cluster[: 2 * n]):
+        clusters.setdefault(name, set()).add(bases[at % n])
+    assert right >= 0.80 * n, f"recall {right / n:.3f}"
+    assert wrong == 0
+    assert right / (right + sum(len(different) > 1 for different in clusters.values())) >= 0.995
+
+
+def merged(*keys: str) -> dict[str, str]:
+    return merge_misspelled(pa.array(keys, pa.string()))
+
+
+def test_what_is_merged_is_what_comparing_all_with_all_would_merge() -> None:
+    rng = random.Random("oracle")
+    words = [
+        "zebra",
+        "zerba",
+        "zebras",
+        "copper",
+        "coper",
+        "cooper",
+        "kettle",
+        "ketle",
+        "kettles",
+        "jumps",
+        "jmups",
+        "over",
+        "under",
+        "red",
+        "rad",
+        "rod",
+    ]
+    keys = sorted({content_key(" ".join(rng.choices(words, k=rng.randint(1, 5)))) for _ in range(1500)})
+    found = merged(*keys)
+    same = {key: {other for other in keys if other != key and says_the_same(key, other)} for key in keys}
+    for wrong, right in found.items():
+        assert same[wrong]  # nothing is merged that says nothing like it
+        assert right not in found
+    for key, (other, *rivals) in ((key, sorted(others)) for key, others in same.items() if others):
+        if not rivals and same[other] == {key}:  # every pair without a rival is merged
+            assert found.get(key) == other or found.get(other) == key
+    assert len(found) > 50
+
+
+def test_what_could_be_two_things_is_left_alone() -> None:
+    assert merged("a coppr kettle", "a copper kettle") == {"a coppr kettle": "a copper kettle"}
+    assert merged("the hosue", "the house") == {"the hosue": "the house"}
+    assert merged("one stirng", "one string", "one stiring", "one stirring").get("one stiring") != "one string"
+    assert merged("big cxat", "big coat", "big chat") == {}
+
+
+def test_order_and_shards_do_not_matter() -> None:
+    bases, same, _ = planted(300)
+    rows = captions(*bases, *(text for _, text in same), *bases)
+    shuffled = rows.take(random.Random(1).sample(range(rows.num_rows), rows.num_rows))
+    assert reasons(rows) == reasons(shuffled) == reasons(rows, shards=7)
+
+
+def test_a_bucket_of_one_template_costs_no_more_than_other_rows() -> None:
+    # Twenty thousand captions that differ in one word, all of them unknown to the dictionary but a few.
+    texts = [f"q{n:x}zgh".translate(str.maketrans("0123456789", "ghijklmnop")) + " stands on beach" for n in range(20_000)]
+    tracemalloc.start()
+    merged(*texts, "horse stands on beach", "hores stands on beach")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 4e8
+
+
+def test_a_cluster_is_named_by_its_first_id_whatever_the_order() -> None:
+    rows = captions("A yellow ring.", "A blue ring.", "the yellow ring", "a yelow ring")
+    expected = {"000000": "000000", "000001": "000001", "000002": "000000", "000003": "000000"}
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        marked = deduped(rows.take(order))
+        assert dict(zip(marked["annotation_id"].to_pylist(), marked["cluster"].to_pylist(), strict=True)) == expected
+
+
+def test_a_misspelling_is_one_within_its_task_alone() -> None:
+    rows = table({"clean_text": "A copper kettle."}, {"task": "qa", "clean_question": "a coppr kettle"})
+    assert deduped(rows)["cluster"].to_pylist() == ["000000", "000001"]
+
+
+def test_no_rows_are_no_clusters() -> None:
+    assert deduped(captions("A ring.").slice(0, 0)).num_rows == 0
+
+
+def test_texts_without_words_are_not_merged() -> None:
+    rows = captions("", " ", "?", "the", "yes", "no", *["5"] * 3, sample_id="s")
+    assert list(reasons(rows).values()) == [None] * 6 + [None, "duplicate", "duplicate"]

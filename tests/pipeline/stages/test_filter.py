@@ -1,0 +1,148 @@
+"""Filter: each fault has its reason, what can be mended is mended beside the original, and clean rows pass."""
+
+import itertools
+import random
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import FilterConfig
+from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.text import ASK, STYLES, caption
+from pipeline.stages.filter import RULES, filter_annotations
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("annotation_id", "text", "question", "answer")])
+GOOD = "A red kite over a grey harbour."
+
+
+def table(*rows: str | tuple[str, str]) -> pa.Table:
+    """Captions, and questions with their answers."""
+    told = [{"text": row} if isinstance(row, str) else dict(zip(("question", "answer"), row, strict=True)) for row in rows]
+    return pa.Table.from_pylist([{"annotation_id": str(n), **row} for n, row in enumerate(told)], schema=SCHEMA)
+
+
+def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
+    marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings))["reason"].to_pylist()
+    return marked
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (GOOD, None),
+        (("What is over the harbour?", "a kite"), None),
+        (("Is the kite red or blue?", "red"), None),
+        (("Is it a cat?", "no"), None),
+        ("I'm sorry, I cannot see any image here.", "refusal"),
+        ("As an AI language model I describe nothing.", "refusal"),
+        (("What is over the harbour?", "Unable to determine"), "refusal"),
+        ("A kite that says I'm sorry in large letters", None),
+        ("A harbour addCriterion with a kite", "junk"),
+        ("A kite <|im_end|> over the grey harbour", "junk"),
+        (("Where is the kite?", '{"bbox_2d": [1, 2, 3, 4]}'), "junk"),
+        (("What is written on the kite?", "not visible"), "unanswerable"),
+        (("How many kites are there?", "Unknown."), "unanswerable"),
+        (("How many kites are not visible?", "2"), None),
+        ("A kite", "too_short"),
+        (("Kite there?", "yes"), "too_short"),
+        ("a red kite over a grey harbour " * 30, "too_long"),
+        (("What is over the harbour?", "it is a kite that flies over the harbour in winds"), "too_long"),
+        ("A kite over a harbour, a kite over a harbour, a kite over a harbour.", "repetitive"),
+        ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", "other_language"),
+        ("A kite over a harbour 一个男人在骑自行车", "other_language"),
+        (("What does the sign say?", "出口"), None),
+        (("What does the sign say?", "Sorry, we are closed"), None),
+        (("What does the text above the door say?", "open"), None),
+        ("A cat sits on the table below the window.", None),
+        ("A picture above the fireplace shows a ship.", None),
+        ("A croissant and a cafe au lait on a table.", None),
+        (("What color is the red kite?", "red"), "answer_in_question"),
+        (("How many of the 3 kites are red?", "3"), None),
+        (("What letter is on a sign?", "A"), None),
+        (("What color is the bred kite?", "red"), None),
+        (("What is shown in the image above?", "a kite"), "speaks_of_elsewhere"),
+        ("The kite that was mentioned above flies over a harbour.", "speaks_of_elsewhere"),
+        ("A kite flies above the picture frame of a harbour", None),
+    ],
+)
+def test_a_fault_has_its_reason_and_a_clean_row_has_none(row: str | tuple[str, str], reason: str | None) -> None:
+    assert reasons(GOOD, row) == [None, reason]
+
+
+def test_openings_and_personal_data_go_in_columns_of_their_own() -> None:
+    text = "The image shows a sign that says mail@example.org in red."
+    marked = filter_annotations(table(text, ("Which address is shown?", "mail@example.org")), FilterConfig())
+    assert marked["text"].to_pylist() == [text, None]
+    assert marked["clean_text"].to_pylist() == ["A sign that says [email] in red.", None]
+    assert marked["clean_answer"].to_pylist() == [None, "[email]"]
+    assert marked["redaction_count"].to_pylist() == [1, 1]
+
+
+def test_a_threshold_alone_decides_over_a_stored_score() -> None:
+    short = "A kite flies over harbours."
+    assert reasons(short) == [None]
+    assert reasons(short, min_caption_words=6) == ["too_short"]
+    german = "Ein roter Drache fliegt über dem grauen Hafen der Stadt."
+    assert reasons(german, language=None) == [None]
+    assert reasons(german, language="de") == [None]
+    assert reasons("A man with a red kite walks along the grey harbour at noon.", language="de") == ["other_language"]
+
+
+def test_scenes_lose_nothing() -> None:
+    rows: list[str | tuple[str, str]] = []
+    for number in range(300):
+        rng = random.Random(f"clean:{number}")
+        scene = sample_scene(rng)
+        rows += [caption(scene, style) for style in STYLES]
+        rows += [(pair.question, pair.answer) for pair in (ask(scene, rng) for ask in ASK.values())]
+    assert set(reasons(*rows)) == {None}
+
+
+def test_planted_refusals_and_loops_are_found_and_hardly_any_clean_text_is() -> None:
+    starts = (
+        "I'm sorry, but",
+        "I am unable to",
+        "As an AI,",
+        "I can't see",
+        "Sorry,",
+        "No image was provided,",
+        "Please upload",
+    )
+    rests = (
+        "the picture cannot be described here",
+        "more details of the photo",
+        "what the people are doing",
+        "it at all today",
+    )
+    loops = ("a man in a hat and", "the dog runs and the dog", "very very very nice", "blue sky over a blue")
+    refusals = [f"{start} {rest}." for start, rest in itertools.product(starts, rests)]
+    planted = refusals + [f"A street with {' '.join([loop] * times)} end." for loop in loops for times in range(5, 12)]
+    things = (
+        "dog",
+        "woman in a coat",
+        "child with a balloon",
+        "bus",
+        "bench",
+        "boat",
+        "horse",
+        "waiter",
+        "kitchen",
+        "clock tower",
+    )
+    doing = ("stands beside", "is seen behind", "waits next to", "moves away from", "casts a shadow over")
+    places = ("a brick wall", "the old bridge", "two parked cars", "a row of trees", "an open door")
+    clean = [
+        f"A {a} {b} {c} {d}."
+        for a, b, c, d in itertools.product(things, doing, places, ("at noon", "in the rain", "today", "alone"))
+    ]
+    found = reasons(*planted)
+    assert len(clean) == 1000 and sum(reason is not None for reason in found) >= 0.98 * len(planted)
+    assert sum(reason is not None for reason in reasons(*clean)) <= 0.005 * len(clean)
+
+
+def test_no_row_is_added_lost_or_reordered() -> None:
+    rows = table(GOOD, "kite " * 300, ("Why?", "no"), GOOD)
+    marked = filter_annotations(rows, FilterConfig())
+    assert marked["annotation_id"].to_pylist() == rows["annotation_id"].to_pylist()
+    assert set(marked["reason"].to_pylist()) - {None} <= set(RULES)

@@ -1,0 +1,103 @@
+"""The stage review: what people said of texts is done to these texts, and to nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.progress import NullProgress
+from pipeline.stages.base import RunPlan, compare_stage, judge_stage
+from pipeline.stages.review import STAGE
+from pipeline.stages.version import count_reviews
+from pipeline.storage.files import write_table, write_text
+from tests.stage_runs import BEFORE, rows_after
+
+IDS = ("a" * 64, "b" * 64)
+KINDS = [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer")]
+KINDS += [(name, pa.string()) for name in ("answer_type", "expression", "prompt_id", "pair_id")]
+SCHEMA = pa.schema([*KINDS, ("evidence_pages", pa.list_(pa.int32())), ("pages", pa.int32())])
+BAD = {"mark": "bad", "reason": "not_true"}
+CAPTION = {"task": "caption", "clean_text": "A cat on a mat."}
+
+
+def question(text: str, answer: str, pair_id: str | None = None, sample: int = 0) -> dict[str, Any]:
+    kind = {"task": "qa", "answer_type": "yes/no", "pair_id": pair_id, "sample_id": IDS[sample]}
+    return {"clean_question": text, "clean_answer": answer, **kind}
+
+
+class Reviewed:
+    """A dataset folder of one or two shards with rows of its own."""
+
+    def __init__(self, path: Path, *rows: dict[str, Any], shards: int = 1) -> None:
+        blank = {"sample_id": IDS[0], "prompt_id": "p", "pages": 1, "expression": ""}
+        self.rows = [{"annotation_id": f"{n}", **blank, **row} for n, row in enumerate(rows)]
+        self.dataset = DatasetDir(path)
+        self.shards = [DatasetDir(path / f"shard-{n}") for n in range(shards)]
+        for n, shard in enumerate(self.shards):
+            table = pa.Table.from_pylist(self.rows[n::shards], schema=SCHEMA)
+            write_table(shard.stage(BEFORE), [table], SCHEMA)
+
+    def apply(self, *reviews: tuple[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Review rows by their position, and return all rows in order."""
+        made = []
+        for n, review in reviews:
+            sample_id, content = text_name(self.rows[n])
+            made.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
+        write_text(self.dataset.reviews, format_reviews(made))
+        plan = RunPlan(self.dataset, resolve(source="scenes"), "r", None, ())
+        compare_stage(STAGE, self.shards, self.dataset, BEFORE, plan, NullProgress())
+        for shard in self.shards:
+            judge_stage(STAGE, shard, BEFORE, plan)
+        ids = [row["annotation_id"] for row in self.rows]
+        rows: list[dict[str, Any]] = rows_after(STAGE, self.shards, ids).to_pylist()
+        return rows
+
+
+def test_a_text_without_a_review_goes_on_as_it_is(tmp_path: Path) -> None:
+    (row,) = Reviewed(tmp_path, CAPTION).apply()
+    assert (row["final_text"], row["final_prompt_id"], row["reason"]) == ("A cat on a mat.", "p", None)
+
+
+def test_a_bad_text_goes_with_its_reason_and_a_good_one_stays(tmp_path: Path) -> None:
+    rows = Reviewed(tmp_path, CAPTION, {**CAPTION, "clean_text": "A dog on a mat."}).apply((0, BAD), (1, {"mark": "good"}))
+    assert [row["reason"] for row in rows] == ["marked_not_true", None]
+
+
+def test_an_edited_text_says_the_new_words_and_who_wrote_them(tmp_path: Path) -> None:
+    edit = {"mark": "edited", "question": "Is it a dog?", "answer": "no"}
+    (row,) = Reviewed(tmp_path, question("Is it a cat?", "yes")).apply((0, edit))
+    assert (row["final_question"], row["final_answer"], row["final_prompt_id"]) == ("Is it a dog?", "no", "review")
+    assert row["clean_answer"] == "yes"  # the column of filter is not touched
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("review", "pair_id"),
+    [
+        ({"mark": "good"}, "1"),
+        (BAD, None),
+        ({"mark": "edited", "question": "Is it a cat?", "answer": "no"}, None),
+        ({"mark": "edited", "question": "Is it a dog?", "answer": "yes"}, None),
+        ({"mark": "edited", "question": "is it a cat?", "answer": "yes"}, "1"),
+    ],
+)
+def test_two_questions_are_a_pair_while_both_stay_and_differ(
+    tmp_path: Path, shards: int, review: dict[str, Any], pair_id: str | None
+) -> None:
+    pair = question("Is it a cat?", "yes", "1"), question("Is it a cat?", "no", "1", sample=1)
+    rows = Reviewed(tmp_path, *pair, shards=shards).apply((0, review))
+    assert [row["final_pair_id"] for row in rows] == [pair_id, pair_id]
+    assert [row["pair_id"] for row in rows] == ["1", "1"]
+
+
+def test_reviews_are_counted_over_what_stays_and_what_goes(tmp_path: Path) -> None:
+    texts = ({**CAPTION, "clean_text": f"Text number {n} of a cat."} for n in range(4))
+    reviewed = Reviewed(tmp_path, *texts, shards=2)
+    reviewed.apply((0, {"mark": "good"}), (1, BAD), (2, BAD))
+    assert count_reviews(reviewed.shards) == {"good": 1, "bad": 2, "edited": 0}
+    reviewed.apply()
+    assert count_reviews(reviewed.shards) == {}

@@ -1,0 +1,73 @@
+"""Split: by image, in the shares asked for, and for ever."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import SplitConfig, resolve
+from pipeline.errors import ConfigError
+from pipeline.stages.split import STAGE, split_of
+from tests.stage_runs import run_stage
+
+IDS = [f"{n:064x}" for n in range(4000)]
+
+
+def table(ids: list[str], source_split: str | None = None) -> pa.Table:
+    names = [f"{n}" for n in range(len(ids))]
+    stated = pa.array([source_split] * len(ids), pa.string())
+    return pa.table({"annotation_id": names, "sample_id": ids, "image_group": ids, "source_split": stated})
+
+
+def splits(rows: pa.Table, shards: int = 1) -> list[str]:
+    marked = run_stage(STAGE, rows, shards=shards)
+    assert marked["reason"].null_count == rows.num_rows
+    found: list[str] = marked["split"].to_pylist()
+    return found
+
+
+def test_all_annotations_of_an_image_are_in_one_split() -> None:
+    assert len(set(zip(IDS[:50] * 3, splits(table(IDS[:50] * 3)), strict=True))) == 50
+
+
+@pytest.mark.parametrize("given", ["train", "validation", "test"])
+def test_the_split_of_the_source_is_kept(given: str) -> None:
+    assert set(splits(table(IDS[:200], given))) == {given}
+
+
+def test_an_image_stays_where_it_is_when_others_come() -> None:
+    assert splits(table(IDS))[:100] == splits(table(IDS[:100]))
+
+
+def test_the_shares_are_those_of_the_config() -> None:
+    counts = Counter(split_of(sample_id, SplitConfig(validation_frac=0.2, test_frac=0.3), 0) for sample_id in IDS)
+    assert counts["validation"] / 4000 == pytest.approx(0.2, abs=0.02)
+    assert counts["test"] / 4000 == pytest.approx(0.3, abs=0.02)
+
+
+def test_another_seed_is_another_split() -> None:
+    assert [split_of(i, SplitConfig(), 0) for i in IDS] != [split_of(i, SplitConfig(), 1) for i in IDS]
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
+    with pytest.raises(ConfigError, match="add up to 1 or more"):
+        resolve(source="scenes", split={"validation_frac": 0.6, "test_frac": 0.4})
+
+
+def test_images_that_look_alike_are_in_one_split() -> None:
+    groups = [IDS[n // 4] for n in range(400)]
+    found = splits(table(IDS[:400]).set_column(2, "image_group", pa.array(groups)))
+    assert len(set(zip(groups, found, strict=True))) == 100 and len(set(found)) == 3
+
+
+def test_where_the_source_says_a_split_of_some_the_others_of_a_group_go_along() -> None:
+    rows = table(IDS[:200]).set_column(2, "image_group", pa.array([IDS[n // 2] for n in range(200)]))
+    stated = [("train", "test")[n // 2 % 2] if n % 2 else None for n in range(200)]
+    rows = rows.set_column(3, "source_split", pa.array(stated, pa.string()))
+    assert splits(rows) == splits(rows, shards=3) == [("train", "test")[n // 2 % 2] for n in range(200)]
+
+
+def test_an_image_goes_along_with_the_most_held_out_one_of_its_group() -> None:
+    rows = table(IDS[:4]).set_column(2, "image_group", pa.array([IDS[0]] * 4))
+    rows = rows.set_column(3, "source_split", pa.array(["train", None, "test", "validation"], pa.string()))
+    assert splits(rows) == ["train", "test", "test", "validation"]

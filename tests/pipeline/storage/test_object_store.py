@@ -1,0 +1,197 @@
+"""Dataset folders in an object store: what a file system gives for free is made here, over the store of fsspec in memory."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import boto3
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, publish
+from pipeline.errors import ConfigError, StoreError
+from pipeline.storage.files import (
+    atomic_write,
+    open_parquet,
+    read_table,
+    remove,
+    scratch_folder,
+    translate_disk_errors,
+    write_json,
+    write_table,
+)
+from pipeline.storage.lock import lease
+from pipeline.storage.object_store import is_remote, parse_dataset_path, translate_store_errors
+from tests.s3 import running_s3
+
+TABLE = pa.table({"a": [1, 2], "b": ["x", "y"]})
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    path = parse_dataset_path(f"memory://{uuid4().hex}")
+    yield path
+    remove(path)
+
+
+def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
+    assert parse_dataset_path("data/x") == Path("data/x")
+    assert not is_remote(parse_dataset_path("data/x"))
+    assert is_remote(parse_dataset_path("memory://x"))
+    assert str(parse_dataset_path("s3://bucket/mine/") / "run.json") == "s3://bucket/mine/run.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("hf://datasets/me/x", "cannot lie at hf://"),
+        ("https://a.b/c", "cannot lie at https://"),
+        ("az://container/x", "cannot lie at az://"),
+        ("file:///x", "cannot lie at file://"),
+        ("s3://", "not a place in a store"),
+        ("s3://bucket//x", "not a place in a store"),
+        ("s3://bucket/x[1]", "not a place in a store"),
+        ("s3://bucket/../x", "not a place in a store"),
+        ("s3:/bucket/x", "no path on this machine"),
+        ("nowhere://x", "nowhere"),
+        ("gs://bucket/x", "gs:// needs a package that is not installed"),
+    ],
+)
+def test_a_place_where_nothing_can_be_kept_is_refused(name: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as raised:
+        parse_dataset_path(name)
+    assert raised.value.hint
+
+
+def test_objects_are_written_whole_or_not_at_all_and_read_in_part(home: Path) -> None:
+    write_table(home / "t.parquet", [TABLE], TABLE.schema)
+    assert read_table(home / "t.parquet").equals(TABLE)
+    assert read_table(home / "t.parquet", ["b"]).column_names == ["b"]
+    assert open_parquet(home / "t.parquet").metadata.num_rows == 2
+    with pytest.raises(RuntimeError), atomic_write(home / "t.parquet") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_write(home / "other") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError
+    assert read_table(home / "t.parquet").equals(TABLE)
+    assert not (home / "other").exists()
+
+
+def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = home / "versions" / "v1.0.0"
+    moved: list[str] = []
+    copy = type(home.fs).copy  # type: ignore[attr-defined]
+
+    def noted(fs: object, old: list[str], new: list[str]) -> None:
+        moved.extend(name.rpartition("/")[2] for name in old)
+        copy(fs, old, new)
+
+    monkeypatch.setattr(type(home.fs), "copy", noted)  # type: ignore[attr-defined]
+    with scratch_folder(home / "versions") as draft:
+        for name in (MANIFEST, CARD_FILE, LEDGER_FILE, "00003-late/train-00000.parquet"):
+            write_json(draft / name, {"of": name})
+        publish(draft, final)
+        assert [path.name for path in draft.iterdir()] == ["00003-late"]  # of a worker that was given up
+    assert moved == [LEDGER_FILE, CARD_FILE, MANIFEST]
+    assert json.loads((final / CARD_FILE).read_text()) == {"of": CARD_FILE}
+    assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
+
+
+def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
+    said: list[str] = []
+    with lease(home / ".lock", 1.0):
+        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0, said.append):
+            pass
+        time.sleep(1.5)  # longer than a dead one is waited for
+        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0):
+            pass
+    assert "waiting 1 s for a sign of life" in said[0]
+    start = time.monotonic()
+    with DatasetDir(home).lock():
+        assert time.monotonic() - start < 1  # it was given back
+
+
+def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
+    (home / ".lock").write_text('["dead", 7]')
+    start = time.monotonic()
+    with lease(home / ".lock", 0.4):
+        assert time.monotonic() - start >= 0.4
+        with pytest.raises(StoreError), lease(home / ".lock", 0.4):
+            pass
+    assert not (home / ".lock").exists()
+
+
+def test_of_two_that_wait_for_a_dead_one_one_goes_on(home: Path) -> None:
+    (home / ".lock").write_text('["dead", 7]')
+    results: list[str] = []
+
+    def take() -> None:
+        try:
+            with lease(home / ".lock", 0.8):
+                results.append("held")
+                time.sleep(1.5)
+        except StoreError:
+            results.append("refused")
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["held", "refused"]
+
+
+def test_who_was_taken_for_dead_is_told_and_leaves_the_other_one_alone(home: Path) -> None:
+    with lease(home / ".lock", 0.4) as check:
+        check()
+        (home / ".lock").write_text('["another", 0]')
+        with pytest.raises(StoreError, match="another command has taken over"):
+            check()
+        time.sleep(0.5)
+    assert (home / ".lock").read_text() == '["another", 0]'
+
+
+def test_a_sign_of_life_that_fails_is_followed_by_the_next(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = type(home).write_bytes
+    failed: list[int] = []
+
+    def fails_twice(path: Path, data: bytes) -> int:
+        if len(failed) < 2:
+            failed.append(1)
+            raise RuntimeError("of a library of its own kind")
+        return write(path, data)
+
+    with lease(home / ".lock", 0.4):
+        monkeypatch.setattr(type(home), "write_bytes", fails_twice)
+        before, end = (home / ".lock").read_text(), time.monotonic() + 5
+        while (home / ".lock").read_text() == before:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert len(failed) == 2
+
+
+def test_what_another_client_has_put_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_s3("sets") as keys:
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        mine = parse_dataset_path("s3://sets/mine")
+        (mine / "a").write_text("a")
+        assert [path.name for path in mine.iterdir()] == ["a"]
+        boto3.client("s3").put_object(Bucket="sets", Key="mine/b", Body=b"b")
+        assert sorted(path.name for path in mine.iterdir()) == ["a", "b"]
+        with lease(mine / ".lock", 0.8), pytest.raises(StoreError), lease(mine / ".lock", 0.8):
+            pass
+        assert not (mine / ".lock").exists()
+
+
+def test_what_a_store_refuses_is_one_line_and_what_is_our_own_mistake_is_not_hidden(home: Path) -> None:
+    with pytest.raises(StoreError, match=r"memory://.*: Access Denied") as raised, translate_disk_errors(home):
+        raise PermissionError("Access\nDenied")
+    assert "keys of memory" in raised.value.hint
+    with pytest.raises(TypeError), translate_store_errors(home):
+        raise TypeError

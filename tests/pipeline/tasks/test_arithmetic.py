@@ -1,0 +1,60 @@
+"""Arithmetic: what a calculation comes to, and nothing that is not one."""
+
+import pytest
+
+from pipeline.tasks.arithmetic import agrees, evaluate
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("3 - 1", 2),
+        ("(1 + 2) * 4", 12),
+        ("-3 + 5", 2),
+        ("1,200 / 4", 300),
+        ("12.5% + 7.5%", 20),
+        ("$3 * 2", 6),
+        ("10 / 4", 2.5),
+    ],
+)
+def test_a_calculation_is_worked_out(expression: str, value: float) -> None:
+    assert evaluate(expression) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "1 +",
+        "1 / 0",
+        "9 ** 9 ** 9",
+        "__import__('os')",
+        "abs(3)",
+        "True + 1",
+        "[1]",
+        "a - b",
+        "1 if 1 else 2",
+        "(" * 300,
+        "1j",
+    ],
+)
+def test_anything_else_has_no_value(expression: str) -> None:
+    assert evaluate(expression) is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer", "expected"),
+    [
+        ("3 - 1", "2", True),
+        ("3 - 1", "3", False),
+        ("10 / 3", "3.33", True),
+        ("10 / 3", "3.34", False),
+        ("2 / 3", "1", True),
+        ("50 - 12.5", "37.5%", True),
+        ("600 + 600", "1,200 people", True),
+        ("3 - 1", "two", False),
+        ("x", "1", False),
+    ],
+)
+def test_an_answer_agrees_up_to_its_own_precision(expression: str, answer: str, expected: bool) -> None:  # noqa: FBT001
+    assert agrees(expression, answer) == expected

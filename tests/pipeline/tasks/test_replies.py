@@ -1,0 +1,90 @@
+"""Parse: a reply becomes its annotations, and one that cannot be read becomes a row that says so."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.inference.requests import build_requests
+from pipeline.tasks.replies import find_flaw, parse_reply
+from pipeline.types import Reply, Request
+
+BRIEF, _, QA = build_requests("a" * 64, (), resolve(source="scenes"), "r")
+
+
+def reply(text: str) -> Reply:
+    return Reply(request_id="r", attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
+
+
+def test_a_caption_is_one_row() -> None:
+    (row,) = parse_reply(BRIEF, reply('{"caption":"A \\"red\\" ring."}'))
+    assert (row["text"], row["task"], row["style"], row["reply_error"]) == ('A "red" ring.', "caption", "brief", None)
+
+
+def test_each_question_is_a_row_with_its_place() -> None:
+    pair = '{"answer_type":"number","question":"How many?","answer":"%d"}'
+    rows = parse_reply(QA, reply(f'{{"qa":[{pair % 1},{pair % 2}]}}'))
+    assert [(row["position"], row["answer"]) for row in rows] == [(0, "1"), (1, "2")]
+    assert len({row["annotation_id"] for row in rows}) == 2
+
+
+def test_one_bad_question_does_not_cost_its_siblings() -> None:
+    pair = '{"answer_type":"number","question":"How many?","answer":"1"}'
+    rows = parse_reply(QA, reply(f'{{"qa":[{pair},{{"question":3}},{pair}]}}'))
+    assert [row["reply_error"] for row in rows] == [None, "off_schema", None]
+
+
+@pytest.mark.parametrize(
+    ("request_", "text", "error"),
+    [
+        (BRIEF, '{"caption":"A red', "not_json"),
+        (BRIEF, "", "not_json"),
+        (BRIEF, "[1]", "off_schema"),
+        (BRIEF, '{"caption":3}', "off_schema"),
+        (BRIEF, '{"caption":"half a pair: \\ud83d"}', "off_schema"),
+        (BRIEF, "[" * 100_000, "not_json"),
+        (QA, '{"qa":[]}', "off_schema"),
+        (QA, '{"qa":["x"]}', "off_schema"),
+        (QA, '{"caption":"x"}', "off_schema"),
+        (QA, "null", "off_schema"),
+    ],
+)
+def test_a_reply_that_cannot_be_read_is_one_row_with_a_reason(request_: Request, text: str, error: str) -> None:
+    assert [row["reply_error"] for row in parse_reply(request_, reply(text))] == [error]
+
+
+def test_a_reply_that_was_cut_is_not_read_even_if_it_could_be() -> None:
+    cut = replace(reply('{"caption":"A red ring."}'), finish_reason="length")
+    assert [(row["reply_error"], row["text"]) for row in parse_reply(BRIEF, cut)] == [("cut_short", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("I'm sorry, but I cannot describe this.", "refusal"),
+        ("I can't help with that.", "refusal"),
+        ("As an AI, I see nothing.", "refusal"),
+        ("A sign says I'm sorry, in red.", None),
+        ("I canter on a horse.", None),
+        ("A cat and a cat and a cat and a cat and", "repeats_itself"),
+        ("red red red red", "repeats_itself"),
+        ("A big red ring, a big red disk, a big red star.", None),
+        ("Yes yes yes.", None),
+    ],
+)
+def test_a_refusal_or_a_loop_is_an_error(text: str, error: str | None) -> None:
+    (row,) = parse_reply(BRIEF, reply(f'{{"caption":"{text}"}}'))
+    assert row["reply_error"] == error
+
+
+def test_a_reply_that_cannot_be_read_is_kept_as_it_came() -> None:
+    (row,) = parse_reply(BRIEF, reply("not json"))
+    assert (row["reply_error"], row["reply_text"]) == ("not_json", "not json")
+
+
+def test_a_reply_is_flawed_only_when_nothing_in_it_is_sound() -> None:
+    good = '{"answer_type":"number","question":"How many?","answer":"1"}'
+    bad = '{"answer_type":"yes/no","question":"Is it?","answer":"perhaps"}'
+    assert find_flaw(QA, reply(f'{{"qa":[{bad},{good}]}}')) is None
+    assert find_flaw(QA, reply(f'{{"qa":[{bad},{bad}]}}')) == "answer_not_yes_or_no"
+    assert find_flaw(BRIEF, reply('{"caption":""}')) == "caption_string_too_short"

@@ -1,0 +1,101 @@
+"""Schema: the wire view holds only what a decoder enforces; the full model says the rest, with a word for each fault."""
+
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+from pydantic import ValidationError
+
+from pipeline.tasks import OUTPUTS, broken_rule, wire_schema
+from pipeline.tasks.base import dump
+from pipeline.tasks.caption import Caption
+from pipeline.tasks.qa import QAPair, QASet
+
+# What guidance enforces (vLLM 0.32 with llguidance 1.7); it refuses or, elsewhere, ignores other keywords.
+ENFORCED = {
+    "$defs", "$ref", "additionalProperties", "anyOf", "const", "enum", "items", "maxItems", "maximum", "minItems", "minimum",
+    "properties", "required", "type",
+}  # fmt: skip
+
+
+def keywords(node: Any) -> set[str]:
+    """The keywords of a schema; the names of properties and definitions are none."""
+    if isinstance(node, list):
+        return {key for item in node for key in keywords(item)}
+    if not isinstance(node, dict):
+        return set()
+    below = [value for key, inner in node.items() for value in (inner.values() if key in ("properties", "$defs") else [inner])]
+    return set(node) | keywords(below)
+
+
+@pytest.mark.parametrize("task", OUTPUTS)
+def test_the_wire_schema_is_one_that_guidance_takes_whole(task: str) -> None:
+    schema = wire_schema(task)
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))) == ""
+    assert keywords(schema) <= ENFORCED
+    assert schema["additionalProperties"] is False
+
+
+def test_properties_keep_their_order_since_the_model_writes_in_it() -> None:
+    assert list(wire_schema("qa")["$defs"]["QAPair"]["properties"]) == ["answer_type", "question", "answer"]
+
+
+def test_an_output_is_written_in_one_way() -> None:
+    pair = QAPair(answer_type="number", question="How many?", answer="2")
+    assert dump(QASet(qa=[pair])) == '{"qa":[{"answer_type":"number","question":"How many?","answer":"2"}]}'
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"question": "How many"}, "question_without_mark"),
+        ({"answer": "How many?"}, "answer_repeats_question"),
+        ({"answer_type": "yes/no", "answer": "2"}, "answer_not_yes_or_no"),
+        ({"answer_type": "colour"}, "literal_error"),
+        ({"answer": ""}, "string_too_short"),
+        ({"answer": "a\u0000b"}, "string_pattern_mismatch"),
+        ({"extra": "x"}, "extra_forbidden"),
+    ],
+)
+def test_a_fault_has_a_word(values: dict[str, str], fault: str) -> None:
+    good = {"answer_type": "number", "question": "How many?", "answer": "2"}
+    QAPair.model_validate(good)
+    with pytest.raises(ValidationError) as caught:
+        QAPair.model_validate(good | values)
+    assert [error["type"] for error in caught.value.errors()] == [fault]
+
+
+def test_a_caption_of_a_megabyte_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        Caption(caption="x" * 1_000_000)
+
+
+DECK_PAIR: dict[str, Any] = {
+    "answer_type": "span",
+    "evidence_pages": [2],
+    "question": "Who is on the stage?",
+    "expression": "",
+    "answer": "a singer",
+}
+SUM = DECK_PAIR | {"answer_type": "arithmetic", "evidence_pages": [1, 3], "expression": "3 - 1", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (DECK_PAIR, None),
+        (SUM, None),
+        (DECK_PAIR | {"evidence_pages": []}, "evidence_pages_too_short"),
+        (DECK_PAIR | {"evidence_pages": [0]}, "evidence_pages_0_greater_than_equal"),
+        (DECK_PAIR | {"evidence_pages": [5]}, "evidence_outside_deck"),
+        (DECK_PAIR | {"evidence_pages": [2, 1]}, "evidence_not_in_order"),
+        (DECK_PAIR | {"evidence_pages": [2, 2]}, "evidence_not_in_order"),
+        (DECK_PAIR | {"expression": "1 + 1"}, "expression_not_asked_for"),
+        (SUM | {"answer": "3"}, "expression_disagrees"),
+        (SUM | {"expression": "__import__('os')"}, "expression_disagrees"),
+        (SUM | {"question": "How many"}, "question_without_mark"),
+    ],
+)
+def test_a_question_about_a_deck_has_its_rules(fields: dict[str, Any], reason: str | None) -> None:
+    assert broken_rule("deck_qa", fields, pages=4) == reason

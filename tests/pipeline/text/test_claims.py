@@ -1,0 +1,68 @@
+"""What a caption claims, and what it does not."""
+
+import random
+
+import pytest
+
+from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.text import STYLES, answer, caption
+from pipeline.text.claims import claims_of, plural
+
+
+@pytest.mark.parametrize(
+    ("text", "claims"),
+    [
+        (
+            "Two dogs and a large ball on a gray background.",
+            [("How many dogs are there?", "2"), ("Is there a large ball?", "yes"), ("What color is the background?", "gray")],
+        ),
+        ("A man in a red shirt is riding a bike.", [("Is there a man in a red shirt riding a bike?", "yes")]),
+        ("A man rides a bike.", [("Is it true that a man rides a bike?", "yes")]),
+        ("There are three boats and no people.", [("How many boats are there?", "3"), ("How many people are there?", "0")]),
+        (
+            "A large red cross is at the top left.",
+            [
+                ("What color is the object at the top left?", "red"),
+                ("What shape is the object at the top left?", "cross"),
+                ("What size is the object at the top left?", "large"),
+            ],
+        ),
+        (
+            "A small blue ring.",
+            [("What shape is the small blue object?", "ring"), ("What size is the blue ring?", "small")],
+        ),
+        (
+            "The sky is blue; the sea is calm.",
+            [("Is it true that the sky is blue?", "yes"), ("Is it true that the sea is calm?", "yes")],
+        ),
+        ("Two dogs are playing in the park.", [("How many dogs are there?", "2")]),
+        ("Two old men standing on a boat.", [("How many old men are there?", "2")]),
+        ("One of the men is tall.", [("Is it true that one of the men is tall?", "yes")]),
+        ("No one is on the beach.", [("Is it true that no one is on the beach?", "yes")]),
+        ("", []),
+        ("...", []),
+    ],
+)
+def test_a_caption_is_taken_apart(text: str, claims: list[tuple[str, str]]) -> None:
+    assert [(claim.question, claim.expected) for claim in claims_of(text)] == claims
+
+
+def test_what_is_true_of_a_scene_is_all_that_its_caption_claims() -> None:
+    for seed in range(300):
+        scene = sample_scene(random.Random(seed))
+        for style in STYLES:
+            for claim in claims_of(caption(scene, style)):
+                assert answer(scene, claim.question) in (claim.expected, None)
+
+
+def test_a_question_that_the_caption_answers_twice_is_not_asked() -> None:
+    questions = {claim.question for claim in claims_of("A small red ring and a small red star on a mint background.")}
+    assert "What shape is the small red object?" not in questions
+    assert "What size is the red ring?" in questions
+
+
+@pytest.mark.parametrize(
+    ("one", "several"), [("dog", "dogs"), ("red bus", "red buses"), ("lady", "ladies"), ("key", "keys"), ("old man", "old men")]
+)
+def test_several_of_a_thing(one: str, several: str) -> None:
+    assert plural(one) == several

@@ -1,0 +1,125 @@
+"""Texts brought down to what they say: what is equal under a key, and what never is."""
+
+import random
+
+import pyarrow as pa
+import pytest
+
+from pipeline.text.content_keys import content_key, content_keys
+from pipeline.text.normalize import strip_opening, text_key
+from pipeline.text.spelling import one_edit_apart, says_the_same
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("The image shows a dog on a beach.", "A dog on a beach."),
+        ("In this photo, we can see two cats.", "Two cats."),
+        ("This is a picture of a boy.", "A boy."),
+        ("A photo of a boy.", "A photo of a boy."),
+        ("A picture of a horse hangs above the bed.", "A picture of a horse hangs above the bed."),
+        ("In the picture frame is a cat.", "In the picture frame is a cat."),
+        ("In the scene behind them a car burns.", "In the scene behind them a car burns."),
+        ("Here is an illustration that shows a boat.", "A boat."),
+        ("The image shows", "The image shows"),
+        ("The image of a saint hangs on the wall.", "The image of a saint hangs on the wall."),
+        ("A woman takes a picture of a boy.", "A woman takes a picture of a boy."),
+        ("", ""),
+    ],
+)
+def test_an_opening_that_tells_of_the_picture_is_taken_off(text: str, rest: str) -> None:
+    assert strip_opening(text) == rest
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A dog runs on the beach.", "a  dog runs, on the beach"),
+        ("There are two dogs on a beach", "2 dogs on the beach"),
+        ("The image shows a very small boat.", "A small boat"),
+        ("On a table, a cat sleeps", "A cat sleeps on a table."),
+        ("A small red ring and a large blue star", "A large blue star and a small red ring"),
+        ("A large purple triangel at the top left", "A large purple triangle at the top left"),
+        ("A trinagle on gray", "A triangle on gray"),
+    ],
+)
+def test_texts_that_say_the_same_are_found(one: str, other: str) -> None:
+    assert says_the_same(content_key(one), content_key(other))
+    assert says_the_same(content_key(other), content_key(one))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A large red circle and a small blue square", "A small red circle and a large blue square"),
+        ("A red ring on gray", "A red king on gray"),
+        ("Two dogs run", "Three dogs run"),
+        ("A dog runs", "Dogs run"),
+        ("A cat sits on the table", "A cat sits under the table"),
+        ("The cat is under the table", "The table is under the cat"),
+        ("A man bites a dog", "A dog bites a man"),
+        ("The circle is red and the square is blue", "A blue circle and a red square"),
+        ("The man is tall and the dog is small", "A small man and a tall dog"),
+        ("A woman with an umbrella", "A woman without an umbrella"),
+        ("There is a dog", "There is no dog"),
+        ("A star at the left", "A star at the right"),
+        ("A boy in a blue shirt", "A boy in a blue skirt"),
+        ("Bus 11 at the stop", "Bus 12 at the stop"),
+        ("A sign that says zorb", "A sign that says zorp"),
+    ],
+)
+def test_texts_that_differ_in_a_decisive_word_are_kept_apart(one: str, other: str) -> None:
+    assert not says_the_same(content_key(one), content_key(other))
+
+
+def test_a_text_without_content_is_its_own_key() -> None:
+    assert len({content_key(text) for text in ("", " ", "the", "there is", "?", "yes", "no")}) == 7
+
+
+def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
+    assert text_key(" What's  that?! ") == text_key("what s that")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "apart"),
+    [
+        ("abc", "abd", True),
+        ("abc", "acb", True),
+        ("abc", "ab", True),
+        ("ab", "xab", True),
+        ("abc", "abc", False),
+        ("abcd", "badc", False),
+        ("ab", "abcd", False),
+        ("abc", "cba", False),
+    ],
+)
+def test_one_edit_is_one_letter_or_two_neighbours_swapped(a: str, b: str, *, apart: bool) -> None:
+    assert one_edit_apart(a, b) == one_edit_apart(b, a) == apart
+
+
+PARTS = (
+    *("a", "two", "Two", "2", "there", "There is", "are", "is", "it's", "don't", "there's", "red", "zebra", "A", "x_y", "one"),
+    *(
+        "The image shows",
+        "In this photo, there is",
+        "This is a picture of",
+        "We can see",
+        "here in this photo,",
+        "the image is of",
+    ),
+    *("'", "''", "\u2019", "é", "ß", "\t", "\x1c", "日本", ",", ".", "-", "_", " ", "  "),
+)
+
+
+def test_keys_of_many_texts_are_the_keys_of_each() -> None:
+    rng = random.Random("keys")
+    texts = ["".join(rng.choice(PARTS) + rng.choice(("", " ", " ")) for _ in range(rng.randrange(9))) for _ in range(20_000)]
+    assert content_keys(pa.array(texts)).to_pylist() == list(map(content_key, texts))
+
+
+def test_keys_of_a_slice_and_of_nothing() -> None:
+    texts = pa.array(["A red ring.", "a blue ring", "It's a dog's ring", "the", ""])
+    for first, count in ((1, 3), (2, 1), (4, 1), (0, 0), (5, 0)):
+        part = texts.slice(first, count)
+        assert content_keys(part).to_pylist() == list(map(content_key, part.to_pylist()))
+    assert content_keys(pa.array([], pa.string())).to_pylist() == []

@@ -1,0 +1,80 @@
+"""One stage, run on the files of as many shards as a test wants; its rows come back in the order in which they went in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import Config, resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.executors.base import Executor, T
+from pipeline.images.similarity import ImageKind
+from pipeline.progress import NullProgress
+from pipeline.stages import verify
+from pipeline.stages.base import RunPlan, Stage, compare_stage, judge_stage
+from pipeline.stages.version import WrittenRows
+from pipeline.storage.files import read_table, write_table
+
+BEFORE = "before"
+
+
+def plan_of(folder: Path, config: Config | None = None, kind: ImageKind | None = None) -> RunPlan:
+    return RunPlan(DatasetDir(folder), config or resolve(source="scenes"), "revision", kind, ())
+
+
+def run_stage(
+    stage: Stage, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
+) -> pa.Table:
+    """Run a stage on a table that is cut into shards; return all rows with their reason, in the order of the table.
+
+    `given` is the stage, and which of its files, that the table lies in.
+    """
+    with TemporaryDirectory() as folder:
+        directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
+        size = -(-table.num_rows // shards)
+        for n, directory in enumerate(directories):
+            write_table(directory.stage(*given), [table.slice(n * size, size)], table.schema)
+        run_on(stage, directories, plan_of(Path(folder), resolve(**{"source": "scenes", **settings})), BEFORE)
+        return rows_after(stage, directories, table["annotation_id"].to_pylist())
+
+
+def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
+    """Judge rows with their `checks` and `alignment`, as if these settings had asked for them."""
+    settings = {"checks": ["round_trip"], **settings}
+    return run_stage(verify.STAGE, verify.judge_checks(table), shards, ("verify", "prepared"), verify=settings)
+
+
+def run_on(stage: Stage, shards: Sequence[DatasetDir], plan: RunPlan, before: str) -> None:
+    if stage.compare:
+        compare_stage(stage, shards, plan.dataset, before, plan, NullProgress())
+    for shard in shards:
+        judge_stage(stage, shard, before, plan)
+
+
+def rows_after(stage: Stage, shards: Sequence[DatasetDir], ids: Sequence[str]) -> pa.Table:
+    kept = [read_table(shard.stage(stage.name)) for shard in shards]
+    rejected = [read_table(shard.stage(stage.name, "rejected")) for shard in shards]
+    kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
+    rows = pa.concat_tables([*kept, *rejected])
+    place = {annotation_id: n for n, annotation_id in enumerate(rows["annotation_id"].to_pylist())}
+    assert sorted(place) == sorted(ids) and rows.num_rows == len(ids)
+    return rows.take(pa.array([place[annotation_id] for annotation_id in ids], pa.int64()))
+
+
+class ShardList(Executor):
+    """Applies functions to some shards, one after the other, in this process."""
+
+    def __init__(self, shards: Sequence[DatasetDir]) -> None:
+        self._shards = shards
+
+    @property
+    def shards(self) -> Sequence[DatasetDir]:
+        return self._shards
+
+    def map(self, work: Any) -> list[T]:
+        return [work(shard) for shard in self._shards]
+
+    def map_with_scratch(self, work: Any, draft: Path) -> list[WrittenRows]:
+        raise NotImplementedError

@@ -1,0 +1,92 @@
+"""The result: tables for people and programs, and a page in which text of a model is only text."""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser import PHONE, WIDE, Open, violations
+from tests.scene_data import make_version, scene_samples
+from trainer.config import TrainConfig
+from trainer.experiment.grid import Cell
+from trainer.experiment.report import write_result
+from trainer.experiment.runs import Run
+
+HOSTILE = '<script>alert(1)</script>|</td>\u202e{{ 7*7 }} "quoted"'
+QUESTIONS = {"number": {"count": 3, "accuracy": 0.75, "shuffled": 0.2, "majority": 0.25}}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Run]:
+    """Two arms of two seeds, as the trainer leaves them."""
+    version, _ = make_version(tmp_path / "d", scene_samples(40))
+    ids = version.read("test", ["sample_id"])["sample_id"].to_pylist()
+    made = []
+    for data, base in (("facts", 4.0), (HOSTILE, 2.0)):
+        for seed in (0, 1):
+            folder = tmp_path / "cells" / f"{base}-{seed}"
+            folder.mkdir(parents=True)
+            told = [
+                {
+                    "sample_id": sample_id,
+                    "caption": HOSTILE if data == HOSTILE else "a red ring",
+                    "references": ["a red ring", HOSTILE.lower()],
+                    "cider_d": base + at / 10 + seed / 100,
+                    "shuffled_cider_d": 0.5,
+                    "rouge_l": 0.5,
+                }
+                for at, sample_id in enumerate(ids)
+            ]
+            lines = [{"step": step, "validation_cider_d": base * step / 10} for step in (5, 10)]
+            metrics = {"scores": {"bleu_4": 0.1, "rouge_l": 0.5}, "words": {"mean": 3.0, "of_references": 3.0}}
+            (folder / "captions.jsonl").write_text("".join(json.dumps(about) + "\n" for about in told))
+            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (folder / "metrics.json").write_text(json.dumps(metrics | ({"questions": QUESTIONS} if data == "facts" else {})))
+            cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(texts="human"))
+            made.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, 300 if data == "facts" else 400))
+    return made
+
+
+def test_the_tables_say_what_was_measured(runs: list[Run], tmp_path: Path) -> None:
+    result = write_result(runs, tmp_path)
+    assert json.loads((tmp_path / "experiment.json").read_text()) == json.loads(json.dumps(result))
+    facts, other = result["arms"]
+    assert facts["cider_d"] - other["cider_d"] == pytest.approx(2.0)
+    assert result["words_differ"] and "different numbers of words" in (tmp_path / "experiment.md").read_text()
+    (difference,) = result["differences"]
+    assert difference["verdict"] == "worse" and difference["difference"] == pytest.approx(-2.0)
+    table = (tmp_path / "experiment.md").read_text().splitlines()
+    assert table[2].startswith("| facts, tiny-clip, scratch | 2 | ")
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in table[:4]}) == 1  # a bar in a name starts no new cell
+
+
+def test_text_of_a_model_never_becomes_markup(runs: list[Run], tmp_path: Path) -> None:
+    write_result(runs, tmp_path)
+    page = (tmp_path / "experiment.html").read_text()
+    assert "<script" not in page and html.escape(HOSTILE)[:30] in page
+    assert "default-src 'none'" in page
+    assert re.findall(r"(?:src|href)=\"(?!data:image/webp;base64,)", page) == []
+
+
+def test_curves_are_means_over_seeds_on_one_scale(runs: list[Run], tmp_path: Path) -> None:
+    write_result(runs, tmp_path)
+    page = (tmp_path / "experiment.html").read_text()
+    assert 'points="280.0,80.0 560.0,0.0"' in page and 'points="280.0,120.0 560.0,80.0"' in page
+
+
+def test_an_arm_without_questions_has_empty_cells(runs: list[Run], tmp_path: Path) -> None:
+    result: dict[str, Any] = write_result(runs, tmp_path)
+    assert [sorted(arm["questions"]) for arm in result["arms"]] == [["number"], []]
+    assert "majority 0.250" in (tmp_path / "experiment.html").read_text()
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_the_page_is_in_nobodys_way(runs: list[Run], tmp_path: Path, opened: Open, viewport: dict[str, int]) -> None:
+    write_result(runs, tmp_path)
+    page = opened(tmp_path / "experiment.html", viewport=viewport)
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert HOSTILE.split("\u202e")[0] in page.locator("main").inner_text()

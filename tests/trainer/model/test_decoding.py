@@ -1,0 +1,87 @@
+"""Search: greedy takes the likeliest word, beams find the likeliest text, sampling keeps to the likely words."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.model.decoding import DecodingConfig, beam_search, choose, write
+
+EOS, WORDS = 0, 4
+PROMPT = torch.zeros(1, 1, dtype=torch.long)
+
+
+class Chain:
+    """A language model whose next word depends on the last one; it counts how often it is asked."""
+
+    def __init__(self, scores: list[list[float]]) -> None:
+        self.logs = torch.tensor(scores).log()
+        self.calls = 0
+
+    def step(self, new_RT: Tensor) -> Tensor:
+        self.calls += 1
+        return self.logs[new_RT[:, -1]]
+
+    def mean_log(self, text: list[int]) -> float:
+        path = [0, *text, EOS]
+        return sum(float(self.logs[a, b]) for a, b in itertools.pairwise(path)) / (len(path) - 1)
+
+
+# From the start (0) word 1 is likeliest, but it leads nowhere; word 2 leads to a sure end.
+TRAP = [[0.01, 0.5, 0.45, 0.04], [0.1, 0.3, 0.3, 0.3], [0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]]
+
+
+def test_greedy_takes_the_likeliest_word_and_stops_at_eos() -> None:
+    chain = Chain([[0.1, 0.1, 0.8, 0.0], [0.7, 0.1, 0.1, 0.1], [0.1, 0.8, 0.05, 0.05], [0.25] * 4])
+    assert write(chain.step, PROMPT, DecodingConfig(), 9, EOS) == [[2, 1]]
+    assert chain.calls == 3
+
+
+def test_a_text_without_end_is_cut_at_the_longest() -> None:
+    chain = Chain([[0.0, 1.0, 0.0, 0.0]] * WORDS)
+    assert write(chain.step, PROMPT, DecodingConfig(), 5, EOS) == [[1] * 5]
+    assert beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=2), 5, EOS) == [[1] * 5]
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_beams_find_the_likeliest_text_where_greedy_walks_into_a_trap(beams: int) -> None:
+    chain = Chain(TRAP)
+    (greedy,) = write(chain.step, PROMPT, DecodingConfig(), 4, EOS)
+    (found,) = beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=beams), 4, EOS)
+    every = [list(text) for n in range(1, 4) for text in itertools.product(range(1, WORDS), repeat=n)]
+    assert found == [2] == max(every, key=chain.mean_log)
+    assert greedy[0] == 1
+
+
+def test_beams_go_on_from_where_they_came() -> None:
+    """The order that `reorder` is told must be the one in which the rows of the next step stand."""
+    seen: list[list[list[int]]] = [[[0], [0]]]
+
+    def step(new_RT: Tensor) -> Tensor:
+        for row, token in zip(seen[-1], new_RT[:, -1].tolist(), strict=True):
+            row.append(token)
+        return Chain(TRAP).logs[new_RT[:, -1]]
+
+    def reorder(rows: Tensor) -> None:
+        seen.append([list(seen[-1][row]) for row in rows.tolist()])
+
+    beam_search(step, reorder, PROMPT, DecodingConfig(beams=2), 3, EOS)
+    assert all(len(row) == len(seen[-1][0]) for row in seen[-1])
+    assert len({tuple(row) for row in seen[-1]}) == 2
+
+
+def test_sampling_keeps_to_the_words_that_hold_the_probability() -> None:
+    torch.manual_seed(0)
+    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
+    counts = torch.bincount(choose(scores, DecodingConfig(temperature=1.0, top_p=0.7)), minlength=4) / 4000
+    assert counts[2:].tolist() == [0.0, 0.0]
+    assert counts[0].item() == pytest.approx(0.5 / 0.8, abs=0.03)
+
+
+@pytest.mark.parametrize("bad", [{"beams": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"beams": 2, "temperature": 1.0}])
+def test_what_cannot_be_searched_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="cannot search so"):
+        DecodingConfig(**bad)  # type: ignore[arg-type]
+    assert math.isfinite(DecodingConfig().top_p)

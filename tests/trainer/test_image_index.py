@@ -1,0 +1,65 @@
+"""Images as slices of the files of a version."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipeline.dataset.shards
+from pipeline.dataset.version import Version
+from pipeline.errors import StoreError
+from tests.scene_data import make_version, scene_samples
+from trainer.data import examples_in
+from trainer.image_index import map_images
+
+
+@pytest.fixture
+def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
+    """A version of several shards with several row groups each."""
+    monkeypatch.setattr(pipeline.dataset.shards, "GROUP_ROWS", 4)
+    monkeypatch.setattr(pipeline.dataset.shards, "MIN_SHARD_BYTES", 1)
+    return make_version(tmp_path, scene_samples(300))[0]
+
+
+def images(version: Version, split: str) -> dict[str, bytes]:
+    rows = version.read(split, ["sample_id", "image"]).to_pylist()
+    return {row["sample_id"]: row["image"]["bytes"] for row in rows}
+
+
+def test_every_image_is_found_where_it_stands(version: Version) -> None:
+    assert len(version.shards("train")) > 3
+    assert sum(pq.read_metadata(shard).num_row_groups for shard in version.shards("train")) > 20
+    for split in ("train", "validation", "test"):
+        found = map_images(version, split)
+        assert found == images(version, split)
+        assert all(image.obj is not None and not isinstance(image.obj, bytes) for image in found.values())  # of a mapped file
+
+
+def test_an_image_that_is_not_there_as_it_is_is_held(version: Version) -> None:
+    for shard in version.shards("test"):
+        pq.write_table(pq.read_table(shard), shard, compression="zstd")
+    found = map_images(version, "test")
+    assert found == images(version, "test")
+
+
+def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
+    rows = [
+        {"sample_id": str(n), "image": {"bytes": data, "path": None}} for n, data in enumerate((b"abc", b"abc", b"", b"xabc"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)
+    version = Version(tmp_path, {"version": "v1.0.0", "files": {"test-00000.parquet": {}}})
+    assert map_images(version, "test") == {"0": b"abc", "1": b"abc", "2": b"", "3": b"xabc"}
+
+
+def test_an_example_opens_its_image(version: Version) -> None:
+    examples = examples_in(version, "test")
+    assert {example.sample_id: bytes(example.image) for example in examples} == images(version, "test")
+    assert examples[0].open().size == (84, 84)
+
+
+def test_a_damaged_shard_is_one_line(version: Version) -> None:
+    shard = version.shards("test")[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="is damaged"):
+        map_images(version, "test")

@@ -1,0 +1,72 @@
+"""Texts: a prompt says what is wanted, a target ends with EOS, and only targets are learned."""
+
+import pytest
+import torch
+
+from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, train_words
+
+TEXTS = [
+    TargetText("synthetic", "A red circle.", style="brief"),
+    TargetText("human", "A blue ring.", style="brief"),
+    TargetText("synthetic", "yes", question="Is there a red circle?"),
+]
+
+
+@pytest.fixture(scope="module")
+def words() -> CaptionTokenizer:
+    return train_words(TEXTS, 400)
+
+
+def test_a_prompt_names_whose_words_are_wanted_and_what_for(words: CaptionTokenizer) -> None:
+    token = words.tokenizer.token_to_id
+    assert words.prompt(TEXTS[0]) == [token("<synthetic>"), token("<brief>")]
+    assert words.prompt(TEXTS[1]) == [token("<human>"), token("<brief>")]
+    asked = words.prompt(TEXTS[2])
+    assert (asked[0], asked[-1]) == (token("<synthetic>"), token("<answer>"))
+    assert words.decode(asked[1:-1]) == "Is there a red circle?"
+
+
+def test_a_target_survives_its_tokens_and_ends_with_eos(words: CaptionTokenizer) -> None:
+    ids = words.target(TargetText("human", 'A "red" <eos> Kreis é.', style="brief"))
+    assert ids[-1] == EOS_ID
+    assert EOS_ID not in ids[:-1]
+    assert words.decode(ids[:-1]) == 'A "red" <eos> Kreis é.'
+
+
+def test_only_targets_are_learned_and_texts_know_their_image(words: CaptionTokenizer) -> None:
+    batch = words.collate([[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
+    assert batch.image_of_C.tolist() == [0, 0, 2]
+    for c, text in enumerate((TEXTS[0], TEXTS[2], TEXTS[1])):
+        learned = batch.ids_CT[c, 1:][batch.learned_CT[c]].tolist()
+        assert learned == words.target(text)
+    ends = batch.length_C.tolist()
+    assert all(batch.ids_CT[c, end:].eq(PAD_ID).all() for c, end in enumerate(ends))
+
+
+def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(words: CaptionTokenizer) -> None:
+    batch = words.collate([[TEXTS[0]]], max_tokens=3)
+    learned = batch.ids_CT[0, 1:][batch.learned_CT[0]].tolist()
+    assert learned == words.target(TEXTS[0])[:3]
+    assert EOS_ID not in learned
+
+
+def test_a_batch_moves_as_a_whole(words: CaptionTokenizer) -> None:
+    moved = words.collate([TEXTS], max_tokens=9).to(torch.device("meta"))
+    assert {moved.image_of_C.device.type, moved.ids_CT.device.type, moved.caption_C.device.type} == {"meta"}
+
+
+def test_answers_are_no_captions_and_some_can_be_taken(words: CaptionTokenizer) -> None:
+    batch = words.collate([TEXTS], max_tokens=64)
+    assert batch.caption_C.tolist() == [True, True, False]
+    some = batch.only(batch.caption_C)
+    assert some.length_C.tolist() == batch.length_C.tolist()[:2]
+
+
+def test_texts_of_one_length_go_together_with_little_padding(words: CaptionTokenizer) -> None:
+    long = TargetText("human", "A blue ring lies beside a red circle.", style="brief")
+    batch = words.collate([[TEXTS[0], long], [TEXTS[1], TEXTS[2]]], max_tokens=64)
+    groups = batch.by_length(2)
+    assert sum(len(group.length_C) for group in groups) == 4
+    assert groups[0].ids_CT.shape[1] == groups[0].length_C.max() < groups[1].ids_CT.shape[1]
+    told = sorted(group.ids_CT[c, : group.length_C[c]].tolist() for group in groups for c in range(len(group.length_C)))
+    assert told == sorted(batch.ids_CT[c, : batch.length_C[c]].tolist() for c in range(4))

@@ -1,0 +1,290 @@
+"""The loop: it learns what it is shown, resumes to the very bit, and its checkpoint says what it was trained on."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+import trainer.train
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError
+from tests.scene_data import make_version, scene_samples
+from tests.trainer.tiny_models import save_clip, save_language_model
+from trainer.checkpoint import load_checkpoint, read_log, save_resume
+from trainer.config import TrainConfig
+from trainer.data import examples_in
+from trainer.evaluate import EvalOptions, evaluate
+from trainer.features import OnlineFeatures
+from trainer.model.language_model import PretrainedDecoder
+from trainer.optimizer import parameter_groups, schedule, set_stage
+from trainer.train import train
+
+SMALL = TrainConfig(
+    decoder_width=64, decoder_depth=1, decoder_heads=2, batch_images=8, evaluate_images=4, steps=1, evaluate_every=3
+)
+CPU = torch.device("cpu")
+
+
+def replace(**changes: Any) -> TrainConfig:
+    return SMALL.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    return make_version(tmp_path_factory.mktemp("data"), scene_samples(60))[0]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_and_die(*arguments: Any) -> None:
+        save_resume(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.train, "save_resume", save_and_die)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+
+
+def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes some seconds: nothing short of it shows that images, text and gradients are wired together."""
+    four = examples_in(version, "train")[:4]
+    monkeypatch.setattr(trainer.train, "examples_in", lambda version, split, mixture, **how: four)
+    rates = {"connector_rate": 2e-3, "decoder_rate": 2e-3, "encoder_rate": 2e-3}
+    metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    again = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
+    wanted = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
+    assert {shown["sample_id"]: shown["caption"] for shown in again["shown"]} == wanted
+    assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
+    assert again["scores"] == metrics["scores"]
+
+
+@pytest.mark.parametrize("align_steps", [0, 3])
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int
+) -> None:
+    config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2)
+    whole = train(version, config, tmp_path / "whole")
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut")
+    monkeypatch.undo()
+    torch.manual_seed(99)  # whatever state another process is in
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    config, out = replace(encoder=clip, steps=4, align_steps=2), tmp_path / "out"
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, out, tensorboard=True)
+    monkeypatch.undo()
+    train(version, config, out, tensorboard=True, resume=True)
+    curves = EventAccumulator(str(out / "tensorboard")).Reload()
+    shown = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in shown] == pytest.approx(losses(out))
+    checked = [line for line in read_log(out / "log.jsonl") if "validation_cider_d" in line]
+    found = curves.Scalars("validation/validation_cider_d")
+    assert [point.step for point in found] == [line["step"] for line in checked]
+
+
+def test_curves_for_tensorboard_without_it_are_one_error(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainError, match="TensorBoard is not installed"):
+        train(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
+    assert not (tmp_path / "out").exists()  # nothing was begun, and nothing that was there is lost
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
+    """Averaged over all tokens of the step: parts with more words weigh more."""
+    for parts in (1, 3):
+        train(version, replace(encoder=clip, steps=4, dropout=0.0, accumulate=parts), tmp_path / str(parts))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
+
+
+def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, clip: str) -> None:
+    model = save_language_model(tmp_path / "llama", "llama")
+    config = replace(
+        encoder=clip, decoder=model, align_steps=2, steps=1, decoder_rate=0.0, connector_rate=1e-3, evaluate_every=9
+    )
+    train(version, config, tmp_path / "out")
+    captioner = load_checkpoint(tmp_path / "out").captioner
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert isinstance(captioner.decoder, PretrainedDecoder)
+    after = captioner.decoder.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    stages = [line["stage"] for line in read_log(tmp_path / "out" / "log.jsonl") if "stage" in line]
+    assert stages == ["align", "align", "train"]
+    assert losses(tmp_path / "out")[2] < losses(tmp_path / "out")[0]
+
+
+def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Version, clip: str) -> None:
+    config = TrainConfig(
+        encoder=clip, align_steps=5, steps=5, align_rate=1.0, connector_rate=0.1, decoder_rate=0.01, warmup_frac=0
+    ).with_defaults(9)
+    captioner = trainer.train._build(version, config, examples_in(version, "train")).captioner
+    optimizer = torch.optim.AdamW(parameter_groups(captioner, config))
+    for step, stage, rates in ((0, "align", (0.0, 1.0, 0.0)), (5, "train", (0.0, 0.1, 0.01))):
+        assert set_stage(optimizer, config, step) == stage
+        found = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        assert tuple(found[part] for part in ("encoder", "connector", "decoder")) == pytest.approx(rates)
+        for part, rate in found.items():
+            assert all(p.requires_grad == (rate > 0) for p in getattr(captioner, part).parameters())
+
+
+def test_a_run_in_which_nothing_would_learn_is_an_error(version: Version, tmp_path: Path, clip: str) -> None:
+    with pytest.raises(TrainError, match="nothing would learn"):
+        train(version, replace(encoder=clip, decoder_rate=0.0, connector_rate=0.0), tmp_path)
+
+
+def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Version, tmp_path: Path, clip: str) -> None:
+    ids = {split: version.read(split, ["sample_id"])["sample_id"].to_pylist() for split in ("train", "validation", "test")}
+    only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
+    metrics = train(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
+    told = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [about["sample_id"] for about in told] == sorted(set(ids["test"]) & only)
+    assert metrics["images"] == len(told) and "each" not in metrics
+    assert sum(about["cider_d"] for about in told) / len(told) == pytest.approx(metrics["scores"]["cider_d"], abs=1e-3)
+    assert sum(about["rouge_l"] for about in told) / len(told) == pytest.approx(metrics["scores"]["rouge_l"], abs=1e-3)
+
+
+def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
+    train(version, replace(encoder=clip, caption_words=1), tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").captioner.config.prompts == [("synthetic", "brief")]
+    (checked,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
+    assert math.isfinite(checked["validation_loss"]) and checked["validation_loss"] > 0
+
+
+def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:
+    train(version, SMALL, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["data"]["digest"] == version.manifest["digest"]
+    assert not (tmp_path / "resume.pt").exists()
+
+
+def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, replace(steps=2), tmp_path)
+    with pytest.raises(TrainError, match="other settings or data"):
+        train(version, replace(steps=3), tmp_path, resume=True)
+
+
+def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version: Version, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="nothing to resume"):
+        train(version, SMALL, tmp_path / "new", resume=True)
+    train(version, SMALL, tmp_path / "done")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
+    with pytest.raises(TrainError, match="nothing to resume"):
+        train(version, replace(seed=1), tmp_path / "done", resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == before
+
+
+def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
+    rates = {"connector_rate": 1e18, "decoder_rate": 1e18, "encoder_rate": 1e18}
+    with pytest.raises(TrainError, match="the loss is"):
+        train(version, replace(steps=40, clip_norm=1e18, **rates), tmp_path)
+
+
+def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, judged = trainer.train.Trainer.should_step, list[bool]()
+
+    def judge_and_spoil(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(trainer.train.Trainer, "may_learn", judge_and_spoil)
+    train(version, replace(steps=24, evaluate_every=24), tmp_path)
+    assert judged == [True] * 20 + [False] + [True] * 3
+
+
+def test_what_is_usual_begins_anew_with_the_second_stage(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """Gradients of a whole language model are many times those of a connector, and no spike."""
+    judge, judged = trainer.train.Trainer.should_step, list[bool]()
+
+    def judge_larger(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(trainer.train.Trainer, "may_learn", judge_larger)
+    train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
+    assert judged == [True] * 32
+
+
+def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
+    config = replace(encoder=clip, steps=40, contrast=1.0, dropout=0.0, evaluate_every=40)
+    train(version, config, tmp_path)
+    checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
+    texts = checkpoint.words.collate([example.texts for example in examples], 64)
+    states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
+    with torch.inference_mode():
+        learned = checkpoint.captioner.contrast_loss(states, texts).item()
+    assert learned < math.log(8) * 0.95  # what guessing costs
+
+
+def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) -> None:
+    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.dataset.version import read_version
+from trainer.config import resolve
+from trainer.train import train
+torch.set_num_threads(1)
+train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
+"""
+
+
+def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, clip: str) -> None:
+    config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
+    train(version, config, tmp_path / "one")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "process.py").write_text(PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
+    arguments = [str(version.path), "config.json", "two"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_rate_warms_up_and_falls_to_a_tenth_in_each_stage() -> None:
+    config = TrainConfig(steps=100, align_steps=50, warmup_frac=0.1)
+    shares = [schedule(config, step) for step in range(151)]
+    for first, steps in ((0, 50), (50, 100)):
+        stage = shares[first : first + steps]
+        assert stage[0] == pytest.approx(10 / steps)
+        assert max(stage) == 1.0
+        assert stage[-1] < 0.11
+    assert all(math.isfinite(share) for share in shares)

@@ -1,0 +1,25 @@
+"""Several training processes: joining them, and summing their gradients."""
+
+import os
+
+import torch.distributed
+
+MESSAGE_VALUES = 1 << 24  # of gradients that are summed over processes at once
+
+
+def _all_reduce_gradients(gradients: list[torch.Tensor]) -> None:
+    """Put the sum over all processes into each of these tensors."""
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def join_processes() -> tuple[int, int]:
+    """Return the number of this process and how many there are, as torchrun says."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), processes

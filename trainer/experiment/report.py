@@ -1,0 +1,127 @@
+"""The result of an experiment as JSON for programs, Markdown for a README, and one HTML file to look at."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.version import Version
+from pipeline.report.html import Points, chart, data_uri, points, render_page, thumbnail
+from pipeline.storage.files import write_json, write_text
+from trainer.experiment.compare import Arm, compare, examples, read_arms, summarise
+from trainer.experiment.runs import Run
+from trainer.experiment.slices import SLICES
+
+SHOWN_EXAMPLES = 12
+MAX_CURVES = 6  # in one chart: more cannot be told apart
+THUMBNAIL_BYTES = 16_384
+UNMATCHED = 0.05  # by which share words may differ between kinds of data before it is said
+
+
+def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
+    """Write experiment.json, experiment.md and experiment.html of finished runs, and return what the first holds."""
+    arms = read_arms(runs)
+    sizes = {run.cell.arm: (run.train_images, run.train_words) for run in runs}
+    result: dict[str, Any] = {
+        "arms": [summarise(arm, *sizes[arm.key]) for arm in arms],
+        "differences": compare(arms),
+        "examples": examples([arm for arm in arms if arm.key[1:] == arms[0].key[1:]], SHOWN_EXAMPLES),
+        "words_differ": _words_differ(runs),
+        "data": {run.cell.data: {"version": run.version.name, "digest": run.version.manifest["digest"]} for run in runs},
+    }
+    write_json(out / "experiment.json", result)
+    write_text(out / "experiment.md", markdown(result))
+    uris = _thumbnails(runs[0].version, [example["sample_id"] for example in result["examples"]])
+    page = render_page(
+        "trainer.experiment",
+        "experiment.html.j2",
+        result=result,
+        slices=SLICES,
+        questions=sorted({kind for arm in result["arms"] for kind in arm["questions"]}),
+        curves=[*_learning_curves(arms), *_size_curves(result["arms"])],
+        uris=uris,
+        top=max(arm["interval"][1] for arm in result["arms"]) or 1.0,
+    )
+    write_text(out / "experiment.html", page)
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the tables of a result as Markdown."""
+    lines = [
+        "| arm | seeds | CIDEr-D [95 %] | shuffled | length-matched | words | words learned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in result["arms"]:
+        low, high = arm["interval"]
+        lines.append(
+            f"| {_cell(arm['name'])} | {len(arm['seeds'])} | {arm['cider_d']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {arm['shuffled_cider_d']:.3f} | {arm['length_matched_cider_d']:.3f} | {arm['mean_words']:.1f} "
+            f"| {arm['caption_words_learned']:,} |"
+        )
+    if result["words_differ"]:
+        lines += ["", "The kinds of data have different numbers of words, see above: none of their captions could be left out."]
+    if result["differences"]:
+        lines += ["", "| arm | than | difference [95 %] | verdict | length-matched |", "|---|---|---|---|---|"]
+    for found in result["differences"]:
+        low, high = found["interval"]
+        lines.append(
+            f"| {_cell(found['arm'])} | {_cell(found['than'])} | {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"| {found['verdict']} | {found['length_matched_difference']:+.3f}, {found['length_matched_verdict']} |"
+        )
+    lines += ["", f"| arm | {' | '.join(SLICES)} |", "|---|" + "---|" * len(SLICES)]
+    for arm in result["arms"]:
+        values = [arm["slices"][name] for name in SLICES]
+        lines.append(f"| {_cell(arm['name'])} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _words_differ(runs: Sequence[Run]) -> bool:
+    """Whether arms that learn from as many images learn from clearly more words of captions."""
+    of_size: dict[int, list[int]] = {}
+    for run in runs:
+        of_size.setdefault(run.train_images, []).append(run.train_words)
+    return any(max(words) > (1 + UNMATCHED) * min(words) for words in of_size.values())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _learning_curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+    """Yield a chart for each setting, with a curve for each kind of data: the mean of all seeds on the validation split."""
+    for setting in dict.fromkeys(arm.key[1:] for arm in arms):
+        mine = [arm for arm in arms if arm.key[1:] == setting]
+        title = f"CIDEr-D on the validation split: {mine[0].name.partition(', ')[2]}"
+        for at in range(0, len(mine), MAX_CURVES):
+            yield chart(title, {arm.key[0]: _mean_curve(arm) for arm in mine[at : at + MAX_CURVES]})
+
+
+def _mean_curve(arm: Arm) -> Points:
+    of_seeds = [dict(points(lines, "validation_cider_d")) for lines in arm.curves]
+    steps = sorted(set.intersection(*(set(curve) for curve in of_seeds)))
+    return [(step, sum(curve[step] for curve in of_seeds) / len(of_seeds)) for step in steps]
+
+
+def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a chart of the score against the number of training images, for each setting that has several."""
+    same = ("encoder", "decoder", "alignment", "otherwise")
+    for setting in dict.fromkeys(tuple(arm[name] for name in same) for arm in arms):
+        curves: dict[str, Points] = {}
+        for arm in sorted(arms, key=lambda arm: arm["train_images_learned"]):
+            if tuple(arm[name] for name in same) == setting:
+                curves.setdefault(arm["data"], []).append((arm["train_images_learned"], arm["cider_d"]))
+        longer = [(name, curve) for name, curve in curves.items() if len(curve) > 1]
+        about = ", ".join(Path(part).name for part in setting if part not in ("", "none"))
+        for at in range(0, len(longer), MAX_CURVES):
+            title = f"CIDEr-D of the test split by images learned from: {about}"
+            yield chart(title, dict(longer[at : at + MAX_CURVES]), along="images")
+
+
+def _thumbnails(version: Version, wanted: Sequence[str]) -> dict[str, str]:
+    """Return thumbnails of test images by sample id."""
+    rows = version.read("test", ["sample_id", "image"])
+    chosen = rows.filter(pc.is_in(rows["sample_id"], pa.array(wanted, pa.string())))
+    return {row["sample_id"]: data_uri(thumbnail(row["image"]["bytes"], THUMBNAIL_BYTES)) for row in chosen.to_pylist()}

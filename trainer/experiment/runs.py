@@ -1,0 +1,199 @@
+"""Run the cells of an experiment, several at a time, so that any interruption costs a few steps of those that were running."""
+
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.dataset.version import Version
+from pipeline.digests import digest
+from pipeline.errors import SynthError, TrainError
+from pipeline.storage.files import write_json
+from trainer.config import TrainConfig
+from trainer.data import Example, count_words, limit_captions, limit_images
+from trainer.experiment.grid import FACTORS, Cell, Experiment
+from trainer.features import Progress
+from trainer.train import examples_of, train
+
+MIN_TEST_IMAGES = 2
+CONTEXT = get_context("spawn")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A cell with where it runs, and on what."""
+
+    cell: Cell
+    version: Version
+    config: TrainConfig
+    folder: Path
+    only: frozenset[str]  # images of all splits
+    train_images: int  # that it learns from
+    train_words: int  # of captions
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has been trained and scored."""
+        return (self.folder / "metrics.json").exists() and (self.folder / "captions.jsonl").exists()
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process that trains a cell, in one of the places for so many at once."""
+
+    process: SpawnProcess
+    run: Run
+    place: int
+    heard: Connection  # what it says before it fails
+
+
+def plan(
+    experiment: Experiment, cells: list[Cell], open_data: Callable[[str | None, str | None], Version], out: Path
+) -> list[Run]:
+    """Return the runs of all cells, with the same images and, if asked for, about as many words of captions for all data.
+
+    Raises:
+        TrainError: the data have no images in common, or nobody has said what is true of them.
+    """
+    used = {cell.data: cell.config for cell in cells}  # what is seen of a version depends on the kind of data alone
+    versions = {name: open_data(data.data, data.images) for name, data in experiment.data.items() if name in used}
+    only: set[str] = set()
+    learned: dict[str, list[Example]] = {}
+    for split in ("train", "validation", "test"):
+        seen = {name: _texts(name, version, split, used[name]) for name, version in versions.items()}
+        common = set.intersection(*({example.sample_id for example in mine} for mine in seen.values()))
+        if split == "test":  # all arms are scored against the same words
+            told = [{(e.sample_id, e.references) for e in mine if e.references} for mine in seen.values()]
+            common = {sample_id for sample_id, _ in set.intersection(*told)}
+        needed = MIN_TEST_IMAGES if split == "test" else 1
+        if len(common) < needed:
+            which = "that have the same references" if split == "test" else "with something to learn"
+            hint = "compare versions of one source, whose references come from people or facts"
+            raise TrainError(f"the data have {len(common)} {split} images in common {which}, of {needed} at least", hint=hint)
+        only |= common
+        if split == "train":
+            learned = {name: [e for e in mine if e.sample_id in common] for name, mine in seen.items()}
+    budgets: dict[int, int] = {}  # by number of images
+    sizes: dict[tuple[str, int], tuple[int, int]] = {}  # images and words that are learned, by data and number of images
+    for size in {cell.train_images for cell in cells}:
+        limited = {name: limit_images(mine, size) for name, mine in learned.items()}
+        budgets[size] = min(map(_words, limited.values())) if experiment.match_words else 0
+        fitting = {name: limit_captions(mine, budgets[size]) for name, mine in limited.items()}
+        sizes |= {(name, size): (len(mine), _words(mine)) for name, mine in fitting.items()}
+    runs, images = [], digest(sorted(only))
+    for cell in cells:
+        version, budget = versions[cell.data], budgets[cell.train_images]
+        known = (budget, version.manifest["digest"], images, _files(cell.encoder), _files(cell.decoder))
+        config = cell.config.model_copy(update={"caption_words": budget})
+        learns_from = sizes[cell.data, cell.train_images]
+        runs.append(Run(cell, version, config, out / "cells" / cell.folder(*known), frozenset(only), *learns_from))
+    return runs
+
+
+def _texts(name: str, version: Version, split: str, config: TrainConfig) -> list[Example]:
+    """Return the examples of a split without their pixels. Raises TrainError that names the kind of data."""
+    try:
+        return [replace(example, image=b"") for example in examples_of(version, split, config)]
+    except SynthError as error:
+        raise TrainError(f"data {name}: {error}", hint="see `data` and `settings.styles` of the experiment file") from None
+
+
+def _files(model: str) -> list[tuple[str, int, int]]:
+    """Return what tells one state of a model's folder from another; nothing for one that has a name."""
+    files = sorted(path for path in Path(model).glob("*") if path.is_file()) if Path(model).is_dir() else []
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _words(examples: list[Example]) -> int:
+    return sum(count_words(text) for example in examples for text in example.texts if text.style)
+
+
+def default_jobs() -> int:
+    """Return how many cells run at once: one for each GPU, or for each core."""
+    return torch.cuda.device_count() or cores()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
+    """Train all that are not done yet, so many at a time; each goes on where it stopped.
+
+    Each is a process of its own, as a single `synth train` would be: one that fails, or is killed for its memory, takes no
+    other along. Returns what was said of those.
+    """
+    waiting = [run for run in runs if not run.is_done]
+    done = len(runs) - len(waiting)
+    progress("cells", done, len(runs))
+    jobs = max(1, min(jobs, len(waiting)))
+    places, running, failed = list(range(jobs)), list[Running](), list[str]()
+    try:
+        while waiting or running:
+            while waiting and places:
+                run, place = waiting.pop(0), places.pop(0)
+                heard, told = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(target=_train, args=(run, max(1, cores() // jobs), _gpu(place), os.getpid(), told))
+                process.start()
+                told.close()
+                running.append(Running(process, run, place, heard))
+            multiprocessing.connection.wait([each.process.sentinel for each in running])
+            for each in [each for each in running if not each.process.is_alive()]:
+                running.remove(each)
+                if code := each.process.exitcode:
+                    said = each.heard.recv() if each.heard.poll() else f"its process ended with exit code {code}"
+                    failed.append(f"{each.run.folder.name}: {said}")
+                places.append(each.place)
+                done += 1
+                progress("cells", done, len(runs))
+    finally:
+        for each in running:
+            each.process.terminate()
+            each.process.join()
+    return failed
+
+
+def _gpu(place: int) -> str | None:
+    """Return the GPU of a place, as CUDA_VISIBLE_DEVICES names it; None where there is none."""
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (visible.split(",") if visible else [str(n) for n in range(count)])[place % count]
+
+
+def _train(run: Run, threads: int, gpu: str | None, parent: int, told: Any) -> None:
+    """Train one cell in its own process; what goes wrong is told to the parent, and ends the process with 1."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    cell = run.cell
+    about = {name: getattr(cell, name) for name in (*FACTORS, "otherwise", "seed")}
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_json(run.folder / "cell.json", about | {"version": run.version.name, "digest": run.version.manifest["digest"]})
+        train(run.version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the parent was interrupted as well, and says so
+    except Exception as error:  # noqa: BLE001
+        told.send(str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: what it would write is written by the next command."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

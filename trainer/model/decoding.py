@@ -1,0 +1,92 @@
+"""How a text is written token by token: greedily, by sampling, or with several candidates at once (beam search)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingConfig:
+    """One beam at temperature 0 is greedy. `top_p` keeps the likeliest words that hold so much of the probability."""
+
+    beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or (self.beams > 1 and self.temperature > 0):
+            raise ValueError(f"cannot search so: {self}")
+
+
+GREEDY = DecodingConfig()
+Step = Callable[[Tensor], Tensor]  # tokens (R, T) that are new -> scores of the next one (R, vocabulary)
+Reorder = Callable[[Tensor], None]  # which of the rows so far each row goes on from
+
+
+def write(step: Step, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int) -> list[list[int]]:
+    """Write greedily or by sampling; return ids without EOS. Stops as soon as every row has ended."""
+    new_BT = prompt_BT
+    written_TB: list[Tensor] = []
+    ended_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
+    while len(written_TB) < max_tokens and not ended_B.all():
+        next_B = choose(step(new_BT), search).masked_fill(ended_B, eos_id)
+        ended_B |= next_B == eos_id
+        written_TB.append(next_B)
+        new_BT = next_B[:, None]
+    return [[token for token in row if token != eos_id] for row in torch.stack(written_TB, 1).tolist()]
+
+
+def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:
+    """Return one token a row: the likeliest, or one drawn from the likeliest (Holtzman et al., 2020)."""
+    if search.temperature == 0:
+        return scores_BV.argmax(-1)
+    sorted_BV, order_BV = (scores_BV.float() / search.temperature).softmax(-1).sort(descending=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV  # how much the likelier ones hold
+    drawn_B1 = sorted_BV.masked_fill(before_BV >= search.top_p, 0.0).multinomial(1)
+    return order_BV.gather(1, drawn_B1)[:, 0]
+
+
+def beam_search(
+    step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+) -> list[list[int]]:
+    """Keep the `beams` likeliest beginnings of each row; return the whole text with the best mean log-probability.
+
+    `step` is called with rows in groups of `beams`; `reorder` says where they come from before each call but the first.
+    """
+    B, K = len(prompt_BT), search.beams
+    device = prompt_BT.device
+    total_BK = torch.full((B, K), -torch.inf, device=device)
+    total_BK[:, 0] = 0.0  # all beams are the same at first: only one of them counts
+    written: list[list[list[int]]] = [[[] for _ in range(K)] for _ in range(B)]
+    best: list[tuple[float, list[int]]] = [(-torch.inf, []) for _ in range(B)]
+    new_RT = prompt_BT.repeat_interleave(K, 0)
+    for length in range(1, max_tokens + 1):
+        scores_RV = step(new_RT).float().log_softmax(-1)
+        V = scores_RV.shape[-1]
+        grown_BE = (total_BK[:, :, None] + scores_RV.view(B, K, V)).flatten(1)
+        # Twice as many as are kept: each beam has one EOS at most.
+        found_BE, at_BE = grown_BE.topk(2 * K)
+        total_BK = torch.full((B, K), -torch.inf, device=device)
+        origin_BK = torch.zeros(B, K, dtype=torch.long, device=device)
+        token_BK = torch.full((B, K), eos_id, device=device)
+        for b in range(B):
+            kept, texts = 0, []
+            for value, at in zip(found_BE[b].tolist(), at_BE[b].tolist(), strict=True):
+                beam, token = divmod(at, V)
+                if token == eos_id or length == max_tokens:
+                    text = written[b][beam] + ([] if token == eos_id else [token])
+                    best[b] = max(best[b], (value / length, text), key=lambda scored: scored[0])
+                if token != eos_id and kept < K:
+                    total_BK[b, kept], origin_BK[b, kept], token_BK[b, kept] = value, beam, token
+                    texts.append([*written[b][beam], token])
+                    kept += 1
+            written[b] = texts + [[]] * (K - kept)
+        # A text that goes on has a mean no better than its sum so far by the longest length.
+        hope_B = total_BK.max(1).values / max_tokens
+        if all(hope <= score for hope, (score, _) in zip(hope_B.tolist(), best, strict=True)):
+            break
+        reorder((origin_BK + torch.arange(B, device=device)[:, None] * K).flatten())
+        new_RT = token_BK.flatten()[:, None]
+    return [text for _, text in best]

@@ -1,0 +1,138 @@
+"""Decoder, pretrained: any causal language model of transformers, which reads an image as a prefix of its text.
+
+All texts about an image are one sequence behind one shared prefix, and none sees another: position ids start again after the
+prefix, and the mask lets a token see the prefix and its own text. The scores of words are computed where there is something
+to learn, and in pieces, since a vocabulary may have 150,000 of them.
+
+Shapes: B images, P prefix states, S tokens of all texts of an image, L = P + S, D width.
+"""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import TrainError
+from trainer.model.decoding import DecodingConfig
+from trainer.model.hf_config import quietly, settings_of
+from trainer.tokenizer import CaptionTokenizer, TextBatch
+
+HUB = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
+HEAD_TOKENS = 1024  # whose scores are in memory at once
+
+
+class PretrainedDecoder(nn.Module):
+    """A language model; `settings` are those of its config."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        self.width: int = self.model.config.hidden_size
+
+    def loss(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
+        """Return the sum of negative log-likelihoods over the tokens of `texts` that are to be learned."""
+        ids_BS, positions_BS, segments_BS, labels_BS = pack(texts, len(prefix_BPD))
+        P = prefix_BPD.shape[1]
+        words_BSD = self.model.get_input_embeddings()(ids_BS)
+        before_BP = torch.arange(P, device=ids_BS.device).expand(len(prefix_BPD), -1)
+        hidden_BLD = self.model.get_decoder()(
+            inputs_embeds=torch.cat([prefix_BPD.to(words_BSD.dtype), words_BSD], 1),
+            position_ids=torch.cat([before_BP, P + positions_BS], 1),
+            attention_mask=seen(P, segments_BS)[:, None],
+            use_cache=False,
+        ).last_hidden_state
+        learned_BS = labels_BS >= 0
+        states_KD, labels_K = hidden_BLD[:, P:][learned_BS], labels_BS[learned_BS]
+        total: Tensor = hidden_BLD.new_zeros((), dtype=torch.float32)
+        for at in range(0, len(labels_K), HEAD_TOKENS):
+            part = slice(at, at + HEAD_TOKENS)
+            total = total + checkpoint(self._nll, states_KD[part], labels_K[part], use_reentrant=False)
+        return total
+
+    def read(self, texts: TextBatch) -> Tensor:
+        """Return one state a text, that of its last token, without any image: (C, D)."""
+        tokens_T = torch.arange(texts.ids_CT.shape[1], device=texts.ids_CT.device)
+        there_CT = (tokens_T < texts.length_C[:, None]).long()
+        states_CTD = self.model.get_decoder()(
+            input_ids=texts.ids_CT, attention_mask=there_CT, use_cache=False
+        ).last_hidden_state
+        last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
+        return last
+
+    def generate(
+        self, prefix_BPD: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+    ) -> list[list[int]]:
+        """Write one text an image; see Captioner.generate."""
+        words_BTD = self.model.get_input_embeddings()(prompt_BT)
+        embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
+        written_BT = self.model.generate(
+            inputs_embeds=embeds_BLD,
+            attention_mask=torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device),
+            max_new_tokens=max_tokens,
+            num_beams=search.beams,
+            do_sample=search.temperature > 0,
+            eos_token_id=eos_id,
+            pad_token_id=eos_id,
+            **({"temperature": search.temperature, "top_p": search.top_p} if search.temperature > 0 else {}),
+        )
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in written_BT.tolist()]
+
+    def _nll(self, states_KD: Tensor, labels_K: Tensor) -> Tensor:
+        return functional.cross_entropy(self.model.get_output_embeddings()(states_KD).float(), labels_K, reduction="sum")
+
+
+def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
+    """Load a language model by name (qwen3, smollm2), folder or id of the Hub, with the words that it knows.
+
+    Raises:
+        TrainError: there is no such model, or it has no tokenizer with an end of text.
+    """
+    place = HUB.get(name, name)
+    try:
+        with quietly():
+            loaded = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            words = CaptionTokenizer(
+                Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), "pretrained", int(tokenizer.eos_token_id)
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = str(error).strip().partition("\n")[0][:200]
+        hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
+        raise TrainError(f"no decoder {name}: {said}", hint=hint) from None
+    decoder = PretrainedDecoder(settings_of(loaded.config))
+    decoder.model.load_state_dict(loaded.state_dict())
+    return decoder, words
+
+
+def pack(texts: TextBatch, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Put the texts of each image one after another: ids, positions within a text, number of the text, labels, all (B, S).
+
+    The number is -1, and the label too, where a row is padded; the label is -1 where nothing is to be learned.
+    """
+    learned_CT = texts.learned_CT.cpu()
+    rows: list[list[tuple[int, int, int, int]]] = [[] for _ in range(images)]
+    counts = [0] * images
+    ids_CT = texts.ids_CT.tolist()
+    for c, (image, length) in enumerate(zip(texts.image_of_C.tolist(), texts.length_C.tolist(), strict=True)):
+        ids = ids_CT[c]
+        labels = [ids[t + 1] if learned_CT[c, t] else -1 for t in range(length - 1)]
+        rows[image] += [(ids[t], t, counts[image], labels[t]) for t in range(length - 1)]
+        counts[image] += 1
+    S = max(map(len, rows))
+    packed = torch.tensor([row + [(0, 0, -1, -1)] * (S - len(row)) for row in rows], device=texts.ids_CT.device)
+    ids_BS, positions_BS, segments_BS, labels_BS = packed.unbind(-1)
+    return ids_BS, positions_BS, segments_BS, labels_BS
+
+
+def seen(prefix: int, segments_BS: Tensor) -> Tensor:
+    """Return what each place may look at: (B, L, L), True where it may. The prefix sees what of it came before."""
+    S = segments_BS.shape[1]
+    order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which all see
+    same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
+    visible_BLL = same_BLL | (order_BL == -2)[:, None, :]
+    return visible_BLL & torch.ones(prefix + S, prefix + S, dtype=torch.bool, device=segments_BS.device).tril()

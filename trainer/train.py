@@ -1,0 +1,362 @@
+"""The training loop: stages, AdamW, warm-up and cosine, and a checkpoint from which it goes on (on a CPU to the very bit).
+
+The first stage, if there is one, aligns: only the connector learns. The second trains every part at its own rate. What a step
+sees is a function of seed and step alone; several processes (torchrun) each take a share of its images and learn the same.
+"""
+
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch.distributed
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+
+from pipeline.dataset.version import Version
+from pipeline.digests import digest
+from pipeline.errors import TrainError
+from pipeline.storage.files import write_json
+from trainer.checkpoint import (
+    Checkpoint,
+    Log,
+    best_device,
+    load_checkpoint,
+    load_resume,
+    require_tensorboard,
+    save_resume,
+    write_captions,
+)
+from trainer.config import TrainConfig
+from trainer.data import Example, batches, examples_in, limit_captions, limit_images
+from trainer.distributed import MESSAGE_VALUES, _all_reduce_gradients, join_processes
+from trainer.evaluate import EvalOptions, evaluate
+from trainer.features import FeatureSource, OnlineFeatures, Progress, _states
+from trainer.generate import scored_prompt
+from trainer.model.captioner import build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.decoding import DecodingConfig
+from trainer.model.encoder import HUB, TINY_CLIP, load_encoder
+from trainer.model.language_model import PretrainedDecoder, load_decoder
+from trainer.optimizer import parameter_groups, set_stage
+from trainer.tokenizer import train_words
+
+CLIP = HUB["clip"]
+SPIKE = 10.0  # times the usual norm of the gradient: such a step is left out
+SPIKE_STEPS = 64  # what is usual is the median of so many steps
+GIVE_UP = 10  # steps left out in a row
+
+
+@dataclass(slots=True)
+class Trainer:
+    """What the loop works on."""
+
+    checkpoint: Checkpoint
+    config: TrainConfig
+    train: list[Example]
+    validation: list[Example]
+    states_of: FeatureSource
+    device: torch.device
+    rank: int = 0
+    processes: int = 1
+    norms: list[float] = field(default_factory=list)  # of the last gradients
+    skipped_steps: int = 0  # steps in a row
+
+    @property
+    def asked(self) -> EvalOptions:
+        """Return how the captioner is asked on held-out images."""
+        return EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
+
+    def batches(self, first_step: int) -> Iterator[list[Example]]:
+        """Yield the images of each step, for ever."""
+        size = min(self.config.batch_images, len(self.train))
+        for indices in batches(len(self.train), size, self.config.seed, first_step):
+            yield [self.train[index] for index in indices]
+
+    def step_loss(self, examples: list[Example]) -> tuple[float, int]:
+        """Add up the gradients of one step; return the mean loss of a token, and the number of tokens.
+
+        The loss is over the tokens of all images of the step, in however many parts or processes they are.
+        """
+        words, longest = self.checkpoint.words, self.config.max_caption_tokens
+        count = self.config.accumulate * self.processes
+        # Of every process: the mean is over all tokens, and only the words of other processes are looked at here.
+        parts = [examples[part::count] for part in range(count)]
+        texts = [words.collate([example.texts for example in part], longest) if part else None for part in parts]
+        tokens = sum(int(mine.learned_CT.sum()) for mine in texts if mine)
+        captioner, total = self.checkpoint.captioner, 0.0
+        for at in self._parts():
+            part, said = parts[at], texts[at]
+            if said is None:
+                continue
+            mine = said.to(self.device)
+            with self._autocast():
+                states_BNV = self.states_of(part).to(self.device)
+                loss = captioner.loss(states_BNV, mine) / tokens
+                total += loss.item()
+                if self.config.contrast:  # among the images of one part: more parts, fewer to be told apart
+                    loss = loss + self.config.contrast * captioner.contrast_loss(states_BNV, mine) / count
+            loss.backward()
+        return self._summed(total), tokens
+
+    def _parts(self) -> range:
+        first = self.rank * self.config.accumulate
+        return range(first, first + self.config.accumulate)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+
+    def _summed(self, loss: float) -> float:
+        """Add up gradients and loss over all processes: many small gradients at once, since each message costs its time."""
+        if self.processes == 1:
+            return loss
+        told = torch.tensor([loss], device=self.device)
+        gradients, waiting = [told], told.numel()
+        for parameter in self.checkpoint.captioner.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if waiting + parameter.numel() > MESSAGE_VALUES:
+                    _all_reduce_gradients(gradients)
+                    gradients, waiting = [], 0
+                gradients.append(parameter.grad)
+                waiting += parameter.numel()
+        _all_reduce_gradients(gradients)
+        return told.item()
+
+    def should_step(self, loss: float, norm: float) -> bool:
+        """Whether a step is to be taken: its loss is a number, and its gradient not far larger than usual."""
+        usual = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
+        good = math.isfinite(loss) and math.isfinite(norm) and norm <= SPIKE * usual
+        if good:
+            self.norms = [*self.norms[1 - SPIKE_STEPS :], norm]
+        self.skipped_steps = 0 if good else self.skipped_steps + 1
+        return good
+
+
+def train(
+    version: Version,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    only: Container[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a captioner on a version, and score it once on the test split.
+
+    Writes to `out`: config.json, model.safetensors and tokenizer.json of the checkpoint with the best CIDEr-D on the
+    validation split, metrics.json, captions.jsonl (what it says of each test image), log.jsonl, train.json (the settings) and,
+    until done, resume.pt; with `tensorboard`, the curves of log.jsonl for that program, too. Of the images those in `only` are
+    taken, if it is given.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        StoreError: the version lacks a split.
+        TrainError: there is nothing to learn from or to resume, a model is not there, or the loss does not stay a number.
+    """
+    if tensorboard:
+        require_tensorboard()
+    say = progress or (lambda stage, done, total: None)
+    rank, processes = join_processes()
+    device = best_device(rank)
+    torch.manual_seed(config.seed)
+    sets = {split: examples_of(version, split, config, only) for split in ("train", "validation", "test")}
+    train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_words)
+    test = sets["test"]
+    validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
+    config = config.with_defaults(len(train_set))
+    if not any((config.encoder_rate, config.connector_rate, config.decoder_rate)):
+        raise TrainError("nothing would learn: all rates are 0", hint="give connector_rate, decoder_rate or encoder_rate")
+    checkpoint = _build(version, config, train_set)
+    captioner = checkpoint.captioner.to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, say)
+    trainer = Trainer(checkpoint, config, train_set, validation, states_of, device, rank, processes)
+    settings = config.model_dump(mode="json")
+    run = digest([settings, version.manifest["digest"], processes, [example.sample_id for example in train_set]])
+    state = load_resume(out, run) if resume else None
+    if rank == 0:
+        (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
+        write_json(out / "train.json", settings)
+    first_step = state["step"] if state else 0
+    log = Log(out / "log.jsonl", first_step, tensorboard=tensorboard) if rank == 0 else None
+    best = _run(trainer, out, run, log, say, state)
+    metrics: dict[str, Any] = {}
+    if rank == 0:
+        chosen = load_checkpoint(out, device)
+        asked = EvalOptions(trainer.asked.prompt, DecodingConfig(beams=config.beams), questions=True)
+        chosen_states = (
+            states_of if not isinstance(states_of, OnlineFeatures) else OnlineFeatures(chosen.captioner.encoder, device)
+        )
+        metrics = {
+            "data": captioner.config.data,
+            "split": "test",
+            "parameters": sum(p.numel() for p in captioner.parameters()),
+            "best_validation": best,
+            **evaluate(chosen, test, asked, chosen_states),
+        }
+        write_captions(out / "captions.jsonl", metrics.pop("each"))
+        write_json(out / "metrics.json", metrics)
+        (out / "resume.pt").unlink(missing_ok=True)
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return metrics
+
+
+def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
+    """Return what a run of these settings sees of a split, before budgets: by id, since a version has no order."""
+    how = {"questions": config.questions, "styles": config.styles, "name_source": config.name_source}
+    examples = examples_in(version, split, config.texts, **how)
+    seen = (example for example in examples if only is None or example.sample_id in only)
+    return sorted(seen, key=lambda example: example.sample_id)
+
+
+def _of_learned_prompts(examples: list[Example], train_set: list[Example]) -> list[Example]:
+    """Return the examples with texts of sources and styles that are learned: a limit on words may leave out all of a style."""
+    learned = {(text.source, text.style) for example in train_set for text in example.texts}
+    return [replace(e, texts=tuple(text for text in e.texts if (text.source, text.style) in learned)) for e in examples]
+
+
+def choose_encoder(say: Callable[[str], None]) -> str:
+    """Return CLIP where its weights are here or can be had, else the tiny one that is shipped, and say so."""
+    try:
+        snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
+    except (OSError, HfHubHTTPError, httpx2.TransportError):
+        say(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
+        return TINY_CLIP
+    return "clip"
+
+
+def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
+    encoder = load_encoder(config.encoder, layer=config.layer, frozen=config.encoder_rate == 0)
+    texts = [text for example in train_set for text in example.texts]
+    if config.is_scratch:
+        words = train_words(texts, config.vocab_size)
+        decoder: Any = DecoderConfig(
+            vocab_size=words.tokenizer.get_vocab_size(),
+            width=config.decoder_width,
+            depth=config.decoder_depth,
+            heads=config.decoder_heads,
+            dropout=config.dropout,
+        )
+    else:
+        decoder, words = load_decoder(config.decoder)
+    captioner = build_captioner(
+        encoder,
+        decoder,
+        prompts=sorted({(text.source, text.style) for text in texts}),
+        eos_id=words.eos_id,
+        max_caption_tokens=config.max_caption_tokens,
+        contrast_width=config.contrast_width if config.contrast else 0,
+        data={
+            "version": version.name,
+            "digest": version.manifest["digest"],
+            "source": version.manifest["source"],
+            "texts": config.texts,
+            **({"repo": version.repo} if version.repo else {}),
+        },
+    )
+    return Checkpoint(captioner, words)
+
+
+def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> float:
+    """Train to the last step; keep the checkpoint that captions the validation split best, and return its CIDEr-D."""
+    config, captioner = trainer.config, trainer.checkpoint.captioner
+    optimizer = torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
+    first_step, best = 0, -math.inf
+    if state:
+        captioner.load_state_dict(state["captioner"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
+    if config.compile:
+        learner = captioner.decoder
+        (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
+    total, started, images, tokens_done = config.align_steps + config.steps, time.monotonic(), 0, 0
+    for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
+        captioner.train()
+        if step == config.align_steps:
+            trainer.norms = []  # more parts learn from here on: what was usual says nothing
+        # Dropout is a function of seed, step and process: nothing of a generator need be kept.
+        torch.manual_seed(int(digest([config.seed, step, trainer.rank])[:15], 16))
+        stage = set_stage(optimizer, config, step)
+        optimizer.zero_grad()
+        loss, tokens = trainer.step_loss(examples)
+        learning = [p for p in captioner.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(learning, config.clip_norm))
+        if trainer.should_step(loss, norm):
+            optimizer.step()
+        elif trainer.skipped_steps >= GIVE_UP:
+            raise TrainError(f"the loss is {loss} and the gradient {norm} at step {step}", hint="lower the rates")
+        done, images, tokens_done = step + 1, images + len(examples), tokens_done + tokens
+        if log:
+            seconds = time.monotonic() - started
+            log.write(
+                step=done,
+                stage=stage,
+                loss=loss,
+                norm=norm,
+                rate=max(group["lr"] for group in optimizer.param_groups),
+                seconds=seconds,
+                seconds_left=seconds / (done - first_step) * (total - done),
+                images_per_s=images / seconds,
+                tokens_per_s=tokens_done / seconds,
+                memory_mb=_memory_mb(),
+            )
+            progress("align" if stage == "align" else "train", done, total)
+        if done % config.evaluate_every == 0 or done in (config.align_steps, total):
+            best = _check(trainer, out, log, done, best)
+            if log:
+                state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
+                save_resume(out, state | {"norms": trainer.norms, "run": run})
+    return best
+
+
+def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float) -> float:
+    """Score the validation split, and keep the captioner where it is the best so far."""
+    if log is None:
+        return best
+    scored = evaluate(trainer.checkpoint, trainer.validation, trainer.asked, trainer.states_of)
+    cider_d = scored["scores"]["cider_d"]
+    loss = validation_loss(trainer)
+    log.write(
+        step=done,
+        validation_loss=loss,
+        validation_cider_d=cider_d,
+        validation_shuffled_cider_d=scored["shuffled_scores"]["cider_d"],
+    )
+    # CIDEr-D weighs words by how rare they are among images: of a single image it is always 0.
+    quality = cider_d if scored["images"] > 1 else -loss
+    if quality > best:
+        trainer.checkpoint.save(out)
+    return max(quality, best)
+
+
+@torch.no_grad()
+def validation_loss(trainer: Trainer) -> float:
+    """Return the mean loss of a token over the images of the validation split that are looked at while training."""
+    captioner, total, tokens = trainer.checkpoint.captioner.eval(), 0.0, 0
+    told = [example for example in trainer.validation if example.texts]
+    for at in range(0, len(told), trainer.config.batch_images):
+        part = told[at : at + trainer.config.batch_images]
+        texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
+        total += captioner.loss(trainer.states_of(part).to(trainer.device), texts.to(trainer.device)).item()
+        tokens += int(texts.learned_CT.sum())
+    return total / max(1, tokens)
+
+
+def _memory_mb() -> float:
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
