@@ -92,7 +92,7 @@ def main() -> None:
             )
             show_scenes(rows, scenes)
         if decks:
-            config = resolve(source="scenes-deck", model=arguments.model, engine="embedded")
+            config = resolve(source="scenes-deck", tasks=["deck_qa"], model=arguments.model, engine="embedded")
             rows, seconds = annotate(decks, config, reworded=reworded)
             print(f"\nprompts {words}: {len(decks)} decks, {len(decks) / seconds:.1f} decks/s, {unread(rows)} rows unreadable")
             show_decks(rows, decks)

@@ -47,7 +47,7 @@ def main() -> None:
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.decks} decks of seed {arguments.seed}")
     samples = [draw_deck(arguments.seed, index) for index in range(arguments.decks)]
     decks = {sample.id: tuple(scene_of(page) for page in sample.page_facts or ()) for sample in samples}
-    config = resolve(source="scenes-deck", engine="embedded", verify={"checks": ("evidence",)})
+    config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded", verify={"checks": ("evidence",)})
     written, _ = annotate(samples, config, reworded=False)
     texts = [row | {"clean_question": row["question"], "clean_answer": row["answer"]} for row in written if row["question"]]
     rows = [row | {"clean_text": None, "pages": len(decks[row["sample_id"]])} for row in plant(texts, decks)]

@@ -9,10 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pipeline.errors import ConfigError, one_line
 
-DECKS = ("scenes-deck", "slidevqa")  # the sources whose samples are decks
-DRAWN = ("scenes", "scenes-deck")  # the sources whose facts are known
-TAUGHT = DRAWN  # those that the tiny teachers have learned: one knows scenes, the other decks of them
-Task = Literal["caption", "qa", "deck_qa"]
+Task = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # pipeline/tasks knows which there are
 Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt decides which it knows
 
 
@@ -36,6 +33,9 @@ class Section(BaseModel):
     @classmethod
     def _rename_old_keys(cls, values: Any) -> Any:
         return {cls.OLD_KEYS.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class GenerateConfig(Section):
@@ -160,7 +160,7 @@ class Config(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
-    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)  # of decks: deck_qa
+    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
     base_url: Distinct[Annotated[str, Field(pattern=r"^https?://[^/\s]+/.*v1/?$")]] = ()
@@ -189,46 +189,49 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a key or value is not one that we know.
     """
-    values = _read(config_file) if config_file else {}
+    values = read_yaml(config_file, "a line such as `limit: 100`") if config_file else {}
+    if "config" in values and "version" in values:  # the manifest of a version
+        values = values["config"]
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: what it does not name stays as the file has it
         elif value is not None:
             values[name] = value
-    values.setdefault("tasks", list(_default_tasks(values)))
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error), hint=f"known keys: {', '.join(_keys(Config))}") from None
+    return validate(Config, values)
 
 
-def _default_tasks(values: dict[str, Any]) -> tuple[Task, ...]:
-    kind = str(values.get("source")).partition(":")[0]
-    return ("deck_qa",) if kind in DECKS or "pages" in (values.get("columns") or {}) else ("caption", "qa")
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """Read a file of settings; the only reader of YAML.
 
-
-def _read(path: Path) -> dict[str, Any]:
+    Raises:
+        ConfigError: the file cannot be read, or does not hold keys and values.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config file {path}: {error}", hint="pass a YAML file: --config FILE") from None
+        raise ConfigError(f"cannot read config file {path}: {error}", hint=f"pass a YAML file, such as {example}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint="check it") from None
-    if values is not None and not isinstance(values, dict):
-        raise ConfigError(f"config file {path} must hold keys and values", hint="for example: limit: 100")
-    if values and "config" in values and "version" in values:  # the manifest of a version
-        values = values["config"]
+        raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"such as {example}") from None
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"config file {path} must hold keys and values", hint=f"for example: {example}")
     return values or {}
 
 
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown config key: {where}"
-    return f"bad value for {where}: {first['msg']}"
+def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
+    """Return settings from keys and values.
+
+    Raises:
+        ConfigError: a key or a value is not one that we know; it names the first, after `where`.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        flaw = f"unknown config key: {key}" if first["type"] == "extra_forbidden" else f"bad value for {key}: {first['msg']}"
+        raise ConfigError(f"{where}{flaw}", hint=f"known keys: {', '.join(_keys(section))}") from None
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

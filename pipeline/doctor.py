@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.config import TAUGHT, Config
+from pipeline.config import Config
 from pipeline.inference.engines import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.sources import find_source
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
 DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
@@ -86,7 +87,7 @@ def _engine(source: str) -> Finding:
     """Say what `--engine auto` would do, without asking the Hub."""
     config = Config(source=source)
     name, why = pick_engine(config)
-    if source in TAUGHT:
+    if find_source(source).is_drawn:
         return Finding("auto", True, f"{source}: {name} with {choose_engine(config).model}, because {why}")
     hint = "" if name == "vllm" else "slow without a GPU: name a server with --base-url, or a smaller model with --model"
     return Finding("auto", name == "vllm", f"{source}: {name} with {LARGE}, because {why}", hint)

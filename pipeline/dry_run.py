@@ -15,7 +15,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample
 from pipeline.progress import NullProgress, Progress
-from pipeline.sources import open_source
+from pipeline.sources import open_source, with_source_defaults
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors
 from pipeline.types import Engine, Sample
@@ -31,6 +31,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     Raises:
         SynthError: whatever `generate_dataset` would raise.
     """
+    config = with_source_defaults(config)
     folder = DatasetDir(out or dataset_folder(config.source))
     progress = progress or NullProgress()
     check_prompts(config)

@@ -13,8 +13,9 @@ from pipeline.errors import ConfigError, SynthError
 from pipeline.executors.base import ClusterOptions, RunResult
 from pipeline.executors.local import run_locally
 from pipeline.inference.requests import check_prompts
+from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
-from pipeline.sources import open_source
+from pipeline.sources import open_source, with_source_defaults
 from pipeline.stages import balance, dedupe, review, split, validate, verify
 from pipeline.stages import filter as filter_
 from pipeline.stages.base import AllRows
@@ -45,6 +46,7 @@ def generate_dataset(
         SynthError: whatever a user can mend; finished work stays on the disk.
     """
     progress = progress or NullProgress()
+    config = with_source_defaults(config)
     dataset = DatasetDir(out or dataset_folder(config.source))
     start = from_stage or ORDER[0]
     if start not in ORDER:
@@ -58,7 +60,7 @@ def generate_dataset(
 
         return run_on_cluster(config, DatasetDir(dataset.path.absolute()), STAGES, cluster, progress)
     source = open_source(config) if start == "source" else None
-    with translate_disk_errors(dataset.path), dataset.lock():
+    with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):
         return run_locally(config, dataset, STAGES, start, source, progress)
 
 
@@ -97,7 +99,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:
                 if dataset.stage("split").exists():
-                    return run_locally(config, dataset, STAGES, "review", None, progress)
+                    with log_to(dataset.path):
+                        return run_locally(config, dataset, STAGES, "review", None, progress)
                 from pipeline.executors.ray.executor import review_on_cluster
 
                 return review_on_cluster(config, DatasetDir(dataset.path.absolute()), STAGES, progress, check)

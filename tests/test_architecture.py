@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    "pipeline": "__init__ config digests doctor dry_run errors progress run tables types",
+    "pipeline": "__init__ config digests doctor dry_run errors logs progress run tables types",
     "pipeline/cli": "__init__ __main__ datasets generate options output training",
     "pipeline/dataset": """__init__ builder card diff directory licenses manifest paths pixels rejections reviews shards
         statistics version""",
@@ -18,12 +18,13 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster deal executor scratch shards workers",
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": "__init__ clip decode similarity",
-    "pipeline/inference": """__init__ chat_api client endpoints engines journal queue request_images requests
+    "pipeline/inference": """__init__ chat_api client concurrency endpoints engines journal queue request_images requests
         transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ guide pack train_clip train_teacher wording",
-    "pipeline/sources": """__init__ columns exclusions flickr30k folder hub image_urls parquet remote scenes slidevqa vqav2""",
+    "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet remote scenes slidevqa
+        vqav2""",
     "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",
     "pipeline/storage": "__init__ database files lock object_store",
     "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",
@@ -40,14 +41,15 @@ LAYERS = (
     ("pipeline.run", "pipeline.dry_run", "pipeline.doctor", "trainer"),
     ("pipeline.executors",),
     ("pipeline.stages",),
-    ("pipeline.sources", "pipeline.inference", "pipeline.hub", "pipeline.report"),
+    ("pipeline.inference",),
+    ("pipeline.sources", "pipeline.hub", "pipeline.report"),
     ("pipeline.dataset",),
     ("pipeline.scenes",),
     ("pipeline.tasks",),
     ("pipeline.images", "pipeline.storage"),
     ("pipeline.digests",),
     ("pipeline.config", "pipeline.tables"),
-    ("pipeline.text", "pipeline.types", "pipeline.progress"),
+    ("pipeline.text", "pipeline.types", "pipeline.progress", "pipeline.logs"),
     ("pipeline.errors",),
 )
 TRAINER_MAY = (
@@ -55,6 +57,7 @@ TRAINER_MAY = (
     "digests",
     "errors",
     "images",
+    "logs",
     "progress",
     "report.html",
     "storage",

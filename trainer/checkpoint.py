@@ -5,7 +5,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
-from pipeline.storage.files import write_text
+from pipeline.storage.files import remove, write_text
 from trainer.model.captioner import Captioner
 from trainer.tokenizer import CaptionTokenizer
 
@@ -133,5 +132,5 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     if first_step == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # a run that begins anew
+        remove(folder)  # a run that begins anew
     return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -65,7 +65,7 @@ def read_examples(
     *,
     questions: bool = True,
     styles: Sequence[str] = (),
-    name_source: bool = True,
+    source_in_prompt: bool = True,
 ) -> list[Example]:
     """Return the rows of a version (tables.ROW) that have something to learn.
 
@@ -75,7 +75,7 @@ def read_examples(
         mixture: whose texts to learn: the model's, people's, or both.
         questions: whether answers to questions are learned too.
         styles: of captions to learn; none means all.
-        name_source: whether prompts tell people's texts from the model's.
+        source_in_prompt: whether prompts tell people's texts from the model's.
 
     Raises:
         TrainError: the samples are decks, or no row has a text of that kind.
@@ -87,7 +87,7 @@ def read_examples(
     examples = [_example(row, images[row["sample_id"]], mixture, questions=questions) for row in rows]
     if styles:
         examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
-    if not name_source:
+    if not source_in_prompt:
         examples = [replace(e, texts=tuple(replace(t, source=UNNAMED) for t in e.texts)) for e in examples]
     if not any(text.style for example in examples for text in example.texts):
         raise TrainError(f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or take other --texts")

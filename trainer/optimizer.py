@@ -15,8 +15,8 @@ def parameter_groups(captioner: Captioner, config: TrainConfig) -> list[dict[str
     """Return parameters with the rate of their part. Matrices decay only: a bias or a norm that is pulled to zero learns
     nothing from it.
     """
-    rates = {"encoder": config.encoder_rate, "connector": config.connector_rate, "decoder": config.decoder_rate}
-    rates |= {"contrast": config.connector_rate} if config.contrast else {}
+    rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
+    rates |= {"contrast": config.connector_lr} if config.contrastive_weight else {}
     groups = []
     for part, rate in rates.items():
         parameters = list(getattr(captioner, part).parameters())
@@ -31,7 +31,7 @@ def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) 
     """Set rates for a step, and let only those parts learn that have one; return the name of the stage."""
     aligning = step < config.align_steps
     for group in optimizer.param_groups:
-        rate = (config.align_rate if group["part"] in ALIGNED else 0.0) if aligning else group["rate"]
+        rate = (config.align_lr if group["part"] in ALIGNED else 0.0) if aligning else group["rate"]
         group["lr"] = rate * schedule(config, step)
         for parameter in group["params"]:
             parameter.requires_grad_(rate > 0)

@@ -76,7 +76,7 @@ class Trainer:
 
     def batches(self, first_step: int) -> Iterator[list[Example]]:
         """Yield the images of each step, for ever."""
-        size = min(self.config.batch_images, len(self.train))
+        size = min(self.config.batch_size, len(self.train))
         for indices in batches(len(self.train), size, self.config.seed, first_step):
             yield [self.train[index] for index in indices]
 
@@ -86,7 +86,7 @@ class Trainer:
         The loss is over the tokens of all images of the step, in however many parts or processes they are.
         """
         words, longest = self.checkpoint.words, self.config.max_caption_tokens
-        count = self.config.accumulate * self.processes
+        count = self.config.gradient_accumulation_steps * self.processes
         # Of every process: the mean is over all tokens, and only the words of other processes are looked at here.
         parts = [examples[part::count] for part in range(count)]
         texts = [words.collate([example.texts for example in part], longest) if part else None for part in parts]
@@ -101,14 +101,14 @@ class Trainer:
                 states_BNV = self.states_of(part).to(self.device)
                 loss = captioner.loss(states_BNV, mine) / tokens
                 total += loss.item()
-                if self.config.contrast:  # among the images of one part: more parts, fewer to be told apart
-                    loss = loss + self.config.contrast * captioner.contrast_loss(states_BNV, mine) / count
+                if self.config.contrastive_weight:  # among the images of one part: more parts, fewer to be told apart
+                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, mine) / count
             loss.backward()
         return self._summed(total), tokens
 
     def _parts(self) -> range:
-        first = self.rank * self.config.accumulate
-        return range(first, first + self.config.accumulate)
+        first = self.rank * self.config.gradient_accumulation_steps
+        return range(first, first + self.config.gradient_accumulation_steps)
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
@@ -172,19 +172,19 @@ def train(
     device = best_device(rank)
     torch.manual_seed(config.seed)
     sets = {split: examples_of(version, split, config, only) for split in ("train", "validation", "test")}
-    train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_words)
+    train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
     test = sets["test"]
     validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
     config = config.with_defaults(len(train_set))
-    if not any((config.encoder_rate, config.connector_rate, config.decoder_rate)):
-        raise TrainError("nothing would learn: all rates are 0", hint="give connector_rate, decoder_rate or encoder_rate")
+    if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
+        raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
     checkpoint = _build(version, config, train_set)
     captioner = checkpoint.captioner.to(device)
     out.mkdir(parents=True, exist_ok=True)
     states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, say)
     trainer = Trainer(checkpoint, config, train_set, validation, states_of, device, rank, processes)
     settings = config.model_dump(mode="json")
-    run = digest([settings, version.manifest["digest"], processes, [example.sample_id for example in train_set]])
+    run = digest([config.digest_values(), version.manifest["digest"], processes, [example.sample_id for example in train_set]])
     state = load_resume(out, run) if resume else None
     if rank == 0:
         (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
@@ -195,7 +195,7 @@ def train(
     metrics: dict[str, Any] = {}
     if rank == 0:
         chosen = load_checkpoint(out, device)
-        asked = EvalOptions(trainer.asked.prompt, DecodingConfig(beams=config.beams), questions=True)
+        asked = EvalOptions(trainer.asked.prompt, DecodingConfig(beams=config.num_beams), questions=True)
         chosen_states = (
             states_of if not isinstance(states_of, OnlineFeatures) else OnlineFeatures(chosen.captioner.encoder, device)
         )
@@ -217,8 +217,8 @@ def train(
 
 def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
     """Return what a run of these settings sees of a split, before budgets: by id, since a version has no order."""
-    how = {"questions": config.questions, "styles": config.styles, "name_source": config.name_source}
-    examples = examples_in(version, split, config.texts, **how)
+    how = {"questions": config.questions, "styles": config.styles, "source_in_prompt": config.source_in_prompt}
+    examples = examples_in(version, split, config.text_source, **how)
     seen = (example for example in examples if only is None or example.sample_id in only)
     return sorted(seen, key=lambda example: example.sample_id)
 
@@ -240,7 +240,7 @@ def choose_encoder(say: Callable[[str], None]) -> str:
 
 
 def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    encoder = load_encoder(config.encoder, layer=config.layer, frozen=config.encoder_rate == 0)
+    encoder = load_encoder(config.encoder, layer=config.encoder_layer, frozen=config.encoder_lr == 0)
     texts = [text for example in train_set for text in example.texts]
     if config.is_scratch:
         words = train_words(texts, config.vocab_size)
@@ -259,12 +259,12 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
         prompts=sorted({(text.source, text.style) for text in texts}),
         eos_id=words.eos_id,
         max_caption_tokens=config.max_caption_tokens,
-        contrast_width=config.contrast_width if config.contrast else 0,
+        contrast_width=config.contrast_width if config.contrastive_weight else 0,
         data={
             "version": version.name,
             "digest": version.manifest["digest"],
             "source": version.manifest["source"],
-            "texts": config.texts,
+            "texts": config.text_source,
             **({"repo": version.repo} if version.repo else {}),
         },
     )
@@ -294,7 +294,7 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
         optimizer.zero_grad()
         loss, tokens = trainer.step_loss(examples)
         learning = [p for p in captioner.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(learning, config.clip_norm))
+        norm = float(nn.utils.clip_grad_norm_(learning, config.max_grad_norm))
         if trainer.should_step(loss, norm):
             optimizer.step()
         elif trainer.skipped_steps >= GIVE_UP:
@@ -348,8 +348,8 @@ def validation_loss(trainer: Trainer) -> float:
     """Return the mean loss of a token over the images of the validation split that are looked at while training."""
     captioner, total, tokens = trainer.checkpoint.captioner.eval(), 0.0, 0
     told = [example for example in trainer.validation if example.texts]
-    for at in range(0, len(told), trainer.config.batch_images):
-        part = told[at : at + trainer.config.batch_images]
+    for at in range(0, len(told), trainer.config.batch_size):
+        part = told[at : at + trainer.config.batch_size]
         texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
         total += captioner.loss(trainer.states_of(part).to(trainer.device), texts.to(trainer.device)).item()
         tokens += int(texts.learned_CT.sum())

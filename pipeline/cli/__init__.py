@@ -4,12 +4,15 @@ Commands parse their options, call one function and print its result; decisions 
 command needs them: `synth --help` must not load torch, transformers or datasets.
 """
 
+from typing import Annotated
+
 import typer
 
 from pipeline.cli import datasets, generate, training
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.errors import SynthError
+from pipeline.logs import show_log
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
 
@@ -35,8 +38,14 @@ review.command("apply")(datasets.review_apply)
 
 
 @app.callback()
-def synth() -> None:
+def synth(
+    is_verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also print the log: what happens in the background, and why.")
+    ] = False,
+) -> None:
     """Make a vision-language dataset, publish it, and train a captioner on it."""
+    if is_verbose:
+        show_log()
 
 
 def main() -> None:

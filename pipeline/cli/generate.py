@@ -18,7 +18,9 @@ def generate(
     split: Annotated[str | None, typer.Option(help="Which split of the source to read, where it has some.")] = None,
     columns: Annotated[
         str | None,
-        typer.Option("--map", help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."),
+        typer.Option(
+            "--columns", "--map", help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."
+        ),
     ] = None,
     allow_urls: Annotated[
         bool | None, typer.Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.")
@@ -100,7 +102,7 @@ def generate(
         config,
         source=source,
         source_split=split,
-        columns=read_pairs(columns, "--map") if columns else None,
+        columns=read_pairs(columns, "--columns") if columns else None,
         allow_urls=allow_urls,
         split_list=split_list,
         exclude=exclude or None,
@@ -171,10 +173,10 @@ def sources(
     from pipeline.sources import SOURCES, find_source
 
     if as_json:
-        found = [asdict(about) for about in ([find_source(name)] if name else SOURCES)]
+        found = [spec.describe() for spec in ([find_source(name)] if name else SOURCES)]
         typer.echo(json.dumps(found[0] if name else found))
     elif name:
-        for field, value in asdict(find_source(name)).items():
+        for field, value in find_source(name).describe().items():
             typer.echo(f"{field:<8} {value}")
     else:
         for about in SOURCES:

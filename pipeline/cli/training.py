@@ -21,10 +21,15 @@ def train(
     encoder: Annotated[
         str, typer.Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
     ] = "auto",
-    layer: Annotated[int | None, typer.Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
+    encoder_layer: Annotated[
+        int | None, typer.Option("--encoder-layer", "--layer", help="Whose hidden states: -1 the last.", show_default="-1")
+    ] = None,
     decoder: Annotated[str, typer.Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
-    texts: Annotated[
-        str | None, typer.Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic")
+    text_source: Annotated[
+        str | None,
+        typer.Option(
+            "--text-source", "--texts", help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic"
+        ),
     ] = None,
     align_steps: Annotated[
         int | None, typer.Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
@@ -60,7 +65,13 @@ def train(
     from trainer.train import train as train_captioner
 
     version = open_data(data, images)
-    flags = {"encoder": encoder, "layer": layer, "decoder": decoder, "texts": texts, "align_steps": align_steps}
+    flags = {
+        "encoder": encoder,
+        "encoder_layer": encoder_layer,
+        "decoder": decoder,
+        "text_source": text_source,
+        "align_steps": align_steps,
+    }
     settings = resolve(config, **flags, steps=steps, seed=seed)
     if encoder == "auto" and "encoder" not in settings.model_fields_set:
         settings = settings.model_copy(update={"encoder": choose_encoder(say)})
@@ -82,7 +93,7 @@ def evaluate(
     images: Images = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    num_beams: Annotated[int, typer.Option("--num-beams", "--beams", min=1, help="Candidates of the search; 1 is greedy.")] = 1,
     clip_score: Annotated[
         str | None, typer.Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
@@ -102,7 +113,7 @@ def evaluate(
     version = open_data(data, images)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
-    metrics = evaluate_version(loaded, version, split, style, beams, clip_score)
+    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score)
     each = metrics.pop("each")
     if captions:
         write_captions(captions, each)
@@ -115,7 +126,7 @@ def caption(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
     question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",
-    beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    num_beams: Annotated[int, typer.Option("--num-beams", "--beams", min=1, help="Candidates of the search; 1 is greedy.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Write a caption for each image, or the answer to a question about it."""
@@ -123,7 +134,7 @@ def caption(
     from trainer.generate import describe_files
     from trainer.model.decoding import DecodingConfig
 
-    written = describe_files(load_checkpoint(checkpoint), images, style, question, DecodingConfig(beams=beams))
+    written = describe_files(load_checkpoint(checkpoint), images, style, question, DecodingConfig(beams=num_beams))
     what = "answer" if question else "caption"
     for path, text in zip(images, written, strict=True):
         typer.echo(json.dumps({"image": str(path), what: text}) if as_json else f"{path}: {text}")

@@ -108,7 +108,7 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool)
     is_deck = np.full(count, decks) | (np.diff(offsets) > 1)
     first = stored.take(pa.array(offsets[:-1], mask=is_deck))
     pages = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
-    is_caption = pc.equal(final_column(annotations, "task", pa.string()), "caption").to_numpy(zero_copy_only=False)
+    is_caption = pc.is_valid(final_column(annotations, "text", pa.string())).to_numpy(zero_copy_only=False)
     splits = final_column(annotations, "split", pa.string()).combine_chunks()
     first_of_sample = np.full(count, -1)
     first_of_sample[owner[::-1]] = np.arange(len(owner))[::-1]

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from pipeline.tasks import find_task
+
 CARD_SAMPLES = 5
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
-TASK_CATEGORIES = {"caption": "image-to-text", "qa": "visual-question-answering", "deck_qa": "document-question-answering"}
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -52,7 +53,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "pretty_name": f"synth {manifest['source']['name']} {manifest['version']}",
         **_licence(manifest["licences"]),
         "language": ["en"],
-        "task_categories": [TASK_CATEGORIES[task] for task in manifest["config"]["tasks"]],
+        "task_categories": [category for task in manifest["config"]["tasks"] if (category := find_task(task).card_category)],
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
         "annotations_creators": ["machine-generated"],
         "language_creators": ["machine-generated"],

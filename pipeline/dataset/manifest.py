@@ -5,8 +5,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import file_digest, public_name
-from pipeline.tasks import wire_schema
-from pipeline.tasks.answer import TASK as ANSWER
+from pipeline.tasks import ANSWER, wire_schema
 from pipeline.tasks.prompts import prompt_texts
 
 

@@ -134,10 +134,11 @@ def check_edits(marks: dict[TextName, Review], rows: dict[TextName, dict[str, An
 
 def check_edit(mark: Review, row: dict[str, Any]) -> str | None:
     """Return what is wrong with an annotation (tables.ANNOTATION) once an edit is applied; None if nothing is."""
-    if (mark.text is None) == (row["task"] == "caption"):
-        return f"it is about a {'caption' if row['task'] == 'caption' else 'question'}, and its new words are of another kind"
+    is_caption = final_value(row, "text") is not None
+    if (mark.text is None) == is_caption:
+        return f"it is about a {'caption' if is_caption else 'question'}, and its new words are of another kind"
     words = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(mark.words)
-    return broken_rule(row["task"], words | {"caption": words["text"]}, row["pages"])
+    return broken_rule(row["task"], words, row["pages"])
 
 
 def text_name(row: dict[str, Any]) -> TextName:

@@ -9,12 +9,12 @@ from pipeline.dataset.directory import DatasetDir, read_exclusions, require_file
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
 from pipeline.executors.base import RunResult, T, compare_rows, judge_rows, publish
-from pipeline.images.similarity import choose_image_kind
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import requests_per_sample
 from pipeline.progress import Progress
+from pipeline.sources import choose_image_kind
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import RunPlan, Services, Stage
 from pipeline.stages.generate import generate_annotations

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.config import DRAWN, Config
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]
@@ -26,14 +25,6 @@ BLOCK_HASHES = 256  # compared with all others at once
 
 Near = tuple[int, int, int]  # two pages, by their position among all that have a hash, and how many bits they are apart
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
-
-
-def choose_image_kind(config: Config) -> ImageKind | None:
-    """Return how images are compared; None where they are known to be distinct, or are not to be compared."""
-    kind = config.dedupe.images
-    if kind == "auto":
-        return None if config.source in DRAWN else "graphics" if "deck_qa" in config.tasks else "photos"
-    return None if kind == "none" else kind
 
 
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:

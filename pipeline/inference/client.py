@@ -6,6 +6,7 @@ A *reply* can be of no use (generate/ask.py): the model is asked again in anothe
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import time
@@ -19,17 +20,18 @@ import aiohttp
 from pipeline.config import Config
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
+from pipeline.inference.concurrency import POLL_SECONDS, Concurrency
 from pipeline.inference.endpoints import (
+    CONNECTION_ERRORS,
     Endpoint,
-    _BusyError,
-    _cancel,
-    _FaultError,
-    _headers,
-    _nobody,
-    _raise_for_access,
-    _read_metrics,
-    _seconds,
-    _served,
+    Endpoints,
+    ServerBusyError,
+    ServerFaultError,
+    cancel_tasks,
+    list_models,
+    no_server,
+    raise_for_access,
+    request_headers,
 )
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
@@ -37,7 +39,7 @@ from pipeline.inference.vllm_server import Server, answers, status_of
 from pipeline.progress import NullProgress, Progress
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-GROUP_REPLIES = 64  # are handed over together, or a quarter of the window, or what there is after GROUP_SECONDS
+GROUP_REPLIES = 64  # are handed over together, or a quarter of the limit, or what there is after GROUP_SECONDS
 GROUP_SECONDS = 1.0
 NOTED_AHEAD = 32  # requests are noted as sent in groups as well, just before they are
 FAULTS = 5  # of a server that is well otherwise, at one request
@@ -45,12 +47,10 @@ FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 LOUD_REFUSALS = 16  # before any reply: then it is not the images
 SUSPECT_DEATHS = 2
-POLL_SECONDS = 1.0
-START_WINDOW = 32  # requests without a kept reply, for a server whose size is not known
-LARGEST_WINDOW = 1024
 FLIGHT_BYTES = 256_000_000  # of images in requests that are under way
 PROMPT_TOKENS = 512  # room for the words beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -92,9 +92,7 @@ class Client:
         self._name = launch.name if launch else model
         self._answered = self._refused = self._retried = 0
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
-        self._homes: dict[str, Endpoint] = {}
         self._suspects = asyncio.Lock()
-        self._slowed = 0.0
 
     def __enter__(self) -> "Client":
         self._runner = asyncio.Runner()
@@ -117,17 +115,17 @@ class Client:
             while replies := self._runner.run(self._next_group(flow)):
                 yield replies
         finally:
-            self._runner.run(_cancel(flow.running))
+            self._runner.run(cancel_tasks(flow.running))
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
         (first, before), (last, after) = self._tokens[0], self._tokens[-1]
-        looked_up, found = (sum(e.cache[n] for e in self._endpoints) for n in (0, 1))
-        up = sum(e.back.is_set() for e in self._endpoints)
+        looked_up, hits = (sum(endpoint.cache[part] for endpoint in self._endpoints) for part in (0, 1))
+        up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
             "tokens/s": f"{(after - before) / (last - first):,.0f}" if last > first else "-",
-            "prefix cache": f"{found / looked_up:.0%}" if looked_up else "-",
-            "in flight": f"{sum(e.outstanding for e in self._endpoints)} of {self._window}",
+            "prefix cache": f"{hits / looked_up:.0%}" if looked_up else "-",
+            "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
             **({"sent again": f"{self._retried:,}"} if self._retried else {}),
         }
@@ -141,64 +139,59 @@ class Client:
         seconds = aiohttp.ClientTimeout(total=self._config.server.request_timeout_s, sock_connect=10)
         self._session = await stack.enter_async_context(aiohttp.ClientSession(connector=limit, timeout=seconds))
         if self._server and self._launch:
-            self._endpoints = [Endpoint(f"{self._server.root}/v1", _headers(self._launch.api_key))]
+            endpoints = [Endpoint(f"{self._server.root}/v1", request_headers(self._launch.api_key))]
         else:
-            self._endpoints = [Endpoint(url.rstrip("/"), _headers()) for url in self._config.base_url]
-        for endpoint in self._endpoints:
-            endpoint.back.set()
-        context = self._launch.max_model_len if self._launch else await self._check_servers()
-        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "picture"))
+            endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in self._config.base_url]
+        settings = self._config.server
+        self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
+        stack.push_async_callback(self._endpoints.close)
+        context_tokens = self._launch.max_model_len if self._launch else await self._check_servers()
+        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._server.media if self._server else None
-        bound = self._config.generate.max_pixels or self._max_pixels
-        self._pictures = RequestImages(media, bound, self._sample_bound(context), pool)
-        self._set_window(self._first_window())
-        self._revivers: set[asyncio.Task[None]] = set()
-        stack.push_async_callback(_cancel, self._revivers)
+        max_pixels = self._config.generate.max_pixels or self._max_pixels
+        self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
+        at_once = self._launch.max_num_seqs if self._launch else None
+        self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once)
+        self._keep_images()
         for endpoint in self._endpoints:
-            await self._require_schemas(endpoint) if endpoint.back.is_set() else self._wait_for(endpoint)
+            await self._require_schemas(endpoint) if endpoint.is_up.is_set() else self._endpoints.wait_for(endpoint)
         poller = asyncio.create_task(self._poll())
-        stack.push_async_callback(_cancel, {poller})
+        stack.push_async_callback(cancel_tasks, {poller})
 
     async def _check_servers(self) -> int | None:
         """Leave out servers that do not answer while one does; return the shortest context that any of them has."""
         lengths = []
         for endpoint in self._endpoints:
             try:
-                served = await _served(self._session, endpoint)
-            except _FaultError:
-                endpoint.back.clear()
+                models = await list_models(self._session, endpoint)
+            except ServerFaultError:
+                endpoint.is_up.clear()
                 continue
-            if self._name not in served:
+            if self._name not in models:
                 raise EngineError(
-                    f"{endpoint.url} does not serve {self._name}", hint=f"it serves {', '.join(served)}: pass --model"
+                    f"{endpoint.url} does not serve {self._name}", hint=f"it serves {', '.join(models)}: pass --model"
                 )
-            lengths.append(served[self._name].max_model_len)
+            lengths.append(models[self._name].max_model_len)
             if await status_of(endpoint.health) == 404:
                 endpoint.health = f"{endpoint.url}/models"  # not a vLLM, perhaps
         if not lengths:
-            raise _nobody(self._endpoints)
+            raise no_server(self._endpoints)
         for endpoint in self._endpoints:
-            if not endpoint.back.is_set():
+            if not endpoint.is_up.is_set():
                 self._progress.message(f"{endpoint.url} does not answer; going on without it")
         known = [length for length in lengths if length]
         return min(known) if known else None
 
-    def _sample_bound(self, context: int | None) -> int | None:
+    def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return how many pixels the images of one request may have together: what the model's context holds."""
-        if not context:
+        if not context_tokens:
             return None
-        tokens = context - PROMPT_TOKENS - 2 * self._config.generate.max_tokens
-        return max(tokens, context // 4) * PATCH_PX**2
+        tokens = context_tokens - PROMPT_TOKENS - 2 * self._config.generate.max_tokens
+        return max(tokens, context_tokens // 4) * PATCH_PX**2
 
-    def _first_window(self) -> int:
-        if self._config.server.concurrency:
-            return self._config.server.concurrency
-        return (self._launch.max_num_seqs * 2) if self._launch else START_WINDOW * len(self._endpoints)
-
-    def _set_window(self, window: int) -> None:
-        self._window = window
-        self._group = max(1, min(GROUP_REPLIES, window // 4))
-        self._pictures.keep = window + 64
+    def _keep_images(self) -> None:
+        """Keep as many images ready as requests may be under way."""
+        self._images.keep = self._concurrency.limit + 64
 
     async def _require_schemas(self, endpoint: Endpoint) -> None:
         """Ask for what only a server that enforces schemas can say; one that is busy is asked again."""
@@ -208,10 +201,10 @@ class Client:
                     f"{endpoint.url}/chat/completions", json=chat_api.probe(self._name), headers=endpoint.headers
                 ) as answer:
                     text = await answer.read()
-                    _raise_for_access(answer.status, endpoint, text)
+                    raise_for_access(answer.status, endpoint, text)
                     if answer.status not in (429, 503):
                         break
-            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            except CONNECTION_ERRORS as error:
                 if attempt == FAULTS:
                     raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
             await asyncio.sleep(FIRST_BACKOFF_SECONDS * 2**attempt)
@@ -224,10 +217,10 @@ class Client:
     # --- the flow
 
     async def _next_group(self, flow: InFlight) -> list[Reply]:
-        """Keep the window full until a group of replies is there; an empty one when all is done."""
+        """Keep requests under way until a group of replies is there; return an empty one when all is done."""
         loop = asyncio.get_running_loop()
         self._fill(flow)
-        while len(flow.replies) < self._group and flow.running and not flow.error:
+        while len(flow.replies) < self._group_size() and flow.running and not flow.error:
             flow.wake.clear()
             timer = loop.call_later(GROUP_SECONDS, flow.wake.set)
             await flow.wake.wait()
@@ -242,8 +235,8 @@ class Client:
     def _fill(self, flow: InFlight) -> None:
         # A reply that is not handed over yet counts: after a crash it is asked for again, like one under way.
         while (
-            len(flow.running) + len(flow.replies) - flow.resting < self._window
-            and len(flow.running) < 2 * self._window
+            len(flow.running) + len(flow.replies) - flow.resting < self._concurrency.limit
+            and len(flow.running) < 2 * self._concurrency.limit
             and not flow.error
         ):
             request = self._next_request(flow)
@@ -252,6 +245,9 @@ class Client:
             task = asyncio.create_task(self._answer(request, flow))
             flow.running.add(task)
             task.add_done_callback(lambda done: self._done(done, flow))
+
+    def _group_size(self) -> int:
+        return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
 
     def _next_request(self, flow: InFlight) -> Request | None:
         if not flow.noted:
@@ -274,7 +270,7 @@ class Client:
             self._fill(flow)
         except Exception as error:  # noqa: BLE001  # raised where the flow is awaited
             flow.error = flow.error or error
-        if len(flow.replies) >= self._group or not flow.running or flow.error:
+        if len(flow.replies) >= self._group_size() or not flow.running or flow.error:
             flow.wake.set()
 
     # --- one request
@@ -286,17 +282,18 @@ class Client:
         while True:
             # What was under way at two deaths of a server may be their cause: it goes alone, and is given up at the third.
             async with self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext():
-                endpoint = await self._pick(request.sample_id)
+                endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
                     return await self._post(endpoint, request, flow)
-                except _BusyError as told:
+                except ServerBusyError as complaint:
                     if time.monotonic() > busy_until:
                         return _unanswered(request, SERVER_ERROR, "the server is too busy")
-                    self._slow_down()
+                    self._concurrency.slow_down()
+                    self._keep_images()
                     busy += 1
-                    pause = float(told.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
-                except _FaultError as fault:
+                    pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
+                except ServerFaultError as fault:
                     if not await self._is_well(endpoint):
                         self._away(endpoint)
                         deaths += 1
@@ -306,6 +303,7 @@ class Client:
                     faults += 1
                     if faults == FAULTS:
                         return _unanswered(request, SERVER_ERROR, str(fault))
+                    log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
                     # A connection that another request's error has closed costs nothing but a new one.
                     pause = 0.0 if faults == 1 else FIRST_BACKOFF_SECONDS * 2 ** (faults - 2)
                 finally:
@@ -314,32 +312,25 @@ class Client:
             if pause:
                 await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), flow)
 
-    def _slow_down(self) -> None:
-        """Make the window smaller, once for all answers of one moment; it grows again while nobody complains."""
-        now = time.monotonic()
-        if now - self._slowed > POLL_SECONDS:
-            self._slowed = now
-            self._set_window(max(1, self._window * 3 // 4))
-
     async def _post(self, endpoint: Endpoint, request: Request, flow: InFlight) -> Reply:
-        images = await self._pictures.parts(request.shown, request.images, request.pages)
+        images = await self._images.parts(request.shown, request.images, request.pages)
         body = chat_api.body(request, images, self._name)
         try:
             async with self._session.post(f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers) as answer:
                 text = await answer.read()
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise _FaultError(one_line(error, 1000)) from None
+        except CONNECTION_ERRORS as error:
+            raise ServerFaultError(one_line(error, 1000)) from None
         if answer.status in (429, 503):
-            raise _BusyError(_seconds(answer.headers.get("Retry-After")))
+            raise ServerBusyError(_retry_seconds(answer.headers.get("Retry-After")))
         if answer.status >= 500:
-            raise _FaultError(f"{answer.status}: {chat_api.error_message(text)}")
-        _raise_for_access(answer.status, endpoint, text)
+            raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
+        raise_for_access(answer.status, endpoint, text)
         if answer.status >= 400:
             return self._refuse(request, endpoint, text, flow)
         try:
             reply = chat_api.read_reply(request, text)
         except chat_api.BadAnswerError as bad:
-            raise _FaultError(str(bad)) from None
+            raise ServerFaultError(str(bad)) from None
         self._answered += 1
         self._count_tokens(reply.reply_tokens)
         return reply
@@ -361,81 +352,33 @@ class Client:
 
     # --- the servers
 
-    async def _pick(self, sample_id: str) -> Endpoint:
-        """Return the server that has this image already, else the one with the least to do; wait where all are away."""
-        while True:
-            up = [endpoint for endpoint in self._endpoints if endpoint.back.is_set()]
-            if up:
-                break
-            await self._await_any()
-        home = self._homes.get(sample_id)
-        if home is None or not home.back.is_set():
-            home = self._homes[sample_id] = min(up, key=lambda endpoint: endpoint.outstanding)
-            if len(self._homes) > self._pictures.keep:
-                del self._homes[next(iter(self._homes))]
-        return home
+    def _failure(self) -> EngineError | None:
+        return self._server.failure if self._server else None
 
-    async def _await_any(self) -> None:
-        waits = {asyncio.ensure_future(endpoint.back.wait()) for endpoint in self._endpoints}
-        try:
-            done, _ = await asyncio.wait(
-                waits, timeout=self._config.server.startup_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            await _cancel(waits)
-        if self._server and self._server.failure:
-            raise self._server.failure
-        if not done:
-            raise _nobody(self._endpoints)
+    def _outstanding(self) -> int:
+        return sum(endpoint.outstanding for endpoint in self._endpoints)
 
     async def _is_well(self, endpoint: Endpoint) -> bool:
-        """Whether the server itself is up; one of ours with its own eyes, since its process may be gone already."""
-        return endpoint.back.is_set() and await answers(endpoint.health, headers=endpoint.headers)
+        """Whether the server itself is up; one of ours is asked, since its process may be gone already."""
+        return endpoint.is_up.is_set() and await answers(endpoint.health, headers=endpoint.headers)
 
     def _away(self, endpoint: Endpoint) -> None:
-        if endpoint.back.is_set():
-            endpoint.back.clear()
+        if self._endpoints.mark_down(endpoint):
             self._progress.message(f"{endpoint.url} does not answer; waiting for it")
-            self._wait_for(endpoint)
-
-    def _wait_for(self, endpoint: Endpoint) -> None:
-        reviver = asyncio.create_task(self._revive(endpoint))
-        self._revivers.add(reviver)
-        reviver.add_done_callback(self._revivers.discard)
-
-    async def _revive(self, endpoint: Endpoint) -> None:
-        while not await answers(endpoint.health, headers=endpoint.headers):
-            if self._server and self._server.failure:
-                break  # those who wait are woken, and find the failure
-            await asyncio.sleep(POLL_SECONDS)
-        endpoint.cache = (0, 0)
-        endpoint.back.set()
+            log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
 
     async def _poll(self) -> None:
-        """Read each server's metrics, and let the window follow its queue: it should have some, and not much, to wait for."""
+        """Read the servers' metrics every second, and let the number of requests under way follow them."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            for endpoint in self._endpoints:
-                if endpoint.back.is_set():
-                    with contextlib.suppress(aiohttp.ClientError, TimeoutError, ConnectionError):
-                        async with self._session.get(f"{endpoint.root}/metrics", headers=endpoint.headers) as answer:
-                            _read_metrics(endpoint, await answer.text() if answer.status == 200 else "")
-            self._set_window(self._follow())
-
-    def _follow(self) -> int:
-        """Return the next window: as asked for, else by the queue; smaller while servers complain or images are large."""
-        fixed = self._config.server.concurrency
-        most = min(fixed or LARGEST_WINDOW * len(self._endpoints), self._pictures.bound(FLIGHT_BYTES))
-        waiting = sum(endpoint.waiting for endpoint in self._endpoints)
-        running = sum(endpoint.running for endpoint in self._endpoints)
-        outstanding = sum(endpoint.outstanding for endpoint in self._endpoints)
-        wanted = self._window
-        if running and waiting > running and not fixed:
-            wanted = max(1, int(running * 1.5))
-        elif outstanding and not waiting and time.monotonic() - self._slowed > 2 * POLL_SECONDS:
-            has_room = bool(fixed) or self._window < self._first_window() or (running and outstanding >= self._window)
-            wanted += max(1, wanted // 2) if has_room else 0
-        return max(1, min(wanted, most))
+            await self._endpoints.read_metrics(self._session)
+            self._concurrency.follow(
+                running=sum(endpoint.running for endpoint in self._endpoints),
+                waiting=sum(endpoint.waiting for endpoint in self._endpoints),
+                outstanding=self._outstanding(),
+                most=self._images.bound(FLIGHT_BYTES),
+            )
+            self._keep_images()
 
     def _count_tokens(self, tokens: int) -> None:
         now = time.monotonic()
@@ -454,3 +397,7 @@ def _unanswered(request: Request, finish_reason: str, message: str) -> Reply:
         prompt_tokens=0,
         reply_tokens=0,
     )
+
+
+def _retry_seconds(retry_after: str | None) -> float | None:
+    return float(retry_after) if retry_after and retry_after.isdigit() else None

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import TAUGHT, Config, ServerConfig
+from pipeline.config import Config, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError, one_line
 from pipeline.progress import Progress
+from pipeline.sources import find_source
+from pipeline.tasks import TASKS, asks_about_decks
 from pipeline.types import Engine
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
 
 def tiny_weights(config: Config) -> Path:
     """Return the weights of the tiny teacher for these tasks: one knows single scenes, the other decks of them."""
-    return TINY_DECK_WEIGHTS if "deck_qa" in config.tasks else TINY_WEIGHTS
+    return TINY_DECK_WEIGHTS if asks_about_decks(config.tasks) else TINY_WEIGHTS
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
@@ -142,7 +144,7 @@ def _hub_max_pixels(model: str, revision: str | None) -> int | None:
 
 
 def _model(config: Config) -> str:
-    taught = config.source in TAUGHT
+    taught = find_source(config.source).is_drawn
     model = config.model or (TINY if taught else LARGE)
     if model == TINY and not taught and config.engine != "embedded":
         raise EngineError(
@@ -209,7 +211,7 @@ def serve_model(
     from pipeline.inference.vllm_server import Server
 
     path = str(TINY_WEIGHTS) if model == TINY else model
-    config = Config(source="none", tasks=("deck_qa",), server=server)  # which has room for single images as well
+    config = Config(source="none", tasks=tuple(TASKS), server=server)
     launch = replace(plan(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log), port=port)
 
     async def serve() -> None:

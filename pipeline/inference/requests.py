@@ -7,7 +7,7 @@ from functools import cache
 
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
-from pipeline.tasks import wire_schema
+from pipeline.tasks import ANSWER, find_task, wire_schema
 from pipeline.tasks.prompts import Prompt, render
 from pipeline.types import Reply, Request, Sampling
 
@@ -43,12 +43,13 @@ def check_prompts(config: Config) -> None:
     for task, style in requests_per_sample(config):
         render(task, config.generate.prompt_dir, style=style)
     if config.verify.checks:
-        render("answer", config.generate.prompt_dir, question="?")
+        render(ANSWER, config.generate.prompt_dir, question="?")
 
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
-    """Return the (task, style) pairs that every image is asked, in order; a task other than caption has no style."""
-    return tuple((t, s) for t in config.tasks for s in (config.generate.caption_styles if t == "caption" else ("",)))
+    """Return the (task, style) pairs that every sample is asked, in order; the style of most tasks is empty."""
+    styles = {name: config.generate.caption_styles if find_task(name).has_styles else ("",) for name in config.tasks}
+    return tuple((name, style) for name in config.tasks for style in styles[name])
 
 
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
@@ -71,14 +72,21 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
 def _asked(task: str, style: str, generate: GenerateConfig, seed: int, revision: str) -> tuple[Prompt, Sampling, str]:
     """Return what is the same for every image: the words, how tokens are chosen, and a digest of all of it."""
     prompt = render(task, generate.prompt_dir, style=style)
-    temperature = generate.caption_temperature if task == "caption" else generate.qa_temperature
+    temperature: float = getattr(generate, find_task(task).temperature_key)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
+    return prompt, sampling, digest_request(task, prompt, sampling, generate.max_pixels, revision, seed)
+
+
+def digest_request(
+    task: str, prompt: Prompt, sampling: Sampling, max_pixels: int | None, revision: str, seed: int | None = None
+) -> str:
+    """Return a digest of all that a reply depends on but the images; its keys are never renamed, or replies are paid again."""
     asked = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": wire_schema(task),
         "model": revision,  # not its name: equal weights give equal replies
         "sampling": [sampling.temperature, sampling.max_tokens],
-        "max_pixels": generate.max_pixels,
+        "max_pixels": max_pixels,
     }
     # A greedy reply does not depend on the seed: another seed must not pay for it again.
-    return prompt, sampling, digest(asked | ({"seed": seed} if sampling.temperature > 0 else {}))
+    return digest(asked | ({"seed": seed} if sampling.temperature > 0 else {}))

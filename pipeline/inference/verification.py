@@ -4,7 +4,6 @@ Every check is a question of the task `answer`, put to the model that wrote the 
 and not what was answered; a blind one sees no image; an evidence check sees some pages of a deck only.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +12,8 @@ from typing import Any
 from pipeline.config import Config, GenerateConfig, VerifyConfig
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
-from pipeline.tasks import wire_schema
-from pipeline.tasks.answer import TASK
+from pipeline.inference.requests import digest_request
+from pipeline.tasks import ANSWER
 from pipeline.tasks.prompts import Prompt, render
 from pipeline.tasks.replies import parse_reply
 from pipeline.text.claims import claims_of
@@ -33,7 +32,7 @@ class Check:
 
 def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
     """Return what is to be asked about an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order."""
-    if row["task"] == "caption":
+    if row["clean_text"] is not None:
         claims = claims_of(row["clean_text"]) if "claims" in config.checks else []
         return [Check("claims", claim.question, claim.expected) for claim in claims]
     question, answer = row["clean_question"], row["clean_answer"]
@@ -54,7 +53,7 @@ def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: C
     return Request(
         id=digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": about}),
         sample_id=sample_id,
-        task=TASK,
+        task=ANSWER,
         style=check.kind,
         prompt_id=prompt.id,
         system=prompt.system,
@@ -98,13 +97,6 @@ def read_checks(
 
 @cache
 def _asked(question: str, generate: GenerateConfig, revision: str) -> tuple[Prompt, Sampling, str]:
-    prompt = render(TASK, generate.prompt_dir, question=question)
+    prompt = render(ANSWER, generate.prompt_dir, question=question)
     sampling = Sampling(temperature=0.0, max_tokens=generate.max_tokens)
-    asked = {
-        "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
-        "schema": wire_schema(TASK),
-        "model": revision,
-        "sampling": [sampling.temperature, sampling.max_tokens],
-        "max_pixels": generate.max_pixels,
-    }
-    return prompt, sampling, digest(asked)
+    return prompt, sampling, digest_request(ANSWER, prompt, sampling, generate.max_pixels, revision)

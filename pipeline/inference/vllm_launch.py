@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.tasks import asks_about_decks
 from pipeline.tasks.base import MAX_PAGES
 
 BACKEND = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
@@ -42,7 +43,7 @@ def plan_vllm_command(
 ) -> VllmCommand:
     """Choose flags for a model (a folder or a Hub id) on this machine; the user's own come last and win."""
     server = config.server
-    decks = "deck_qa" in config.tasks
+    decks = asks_about_decks(config.tasks)
     name = f"{Path(model).name}@{revision}"
     length = min(_context(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
     seqs = 256 if gpu else 32

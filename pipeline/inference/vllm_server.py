@@ -6,7 +6,6 @@ It listens on loopback only, behind a random key. What it prints goes to a file.
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from pipeline.errors import EngineError
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.progress import Progress
+from pipeline.storage.files import remove
 
 STOP_SECONDS = 15
 TAIL_BYTES = 20_000  # of the log, for what went wrong
@@ -127,7 +127,7 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         await self._kill()
-        shutil.rmtree(self.media, ignore_errors=True)
+        remove(self.media)
 
     async def _kill(self) -> None:
         """End all that is left of it: its engine is a process of its own."""
@@ -194,7 +194,7 @@ def _media_folder() -> Path:
     for old in home.glob("synth-*-media-*"):
         pid = old.name.split("-")[1]
         if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     return Path(tempfile.mkdtemp(prefix=f"synth-{os.getpid()}-media-", dir=home))
 
 

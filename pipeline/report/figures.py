@@ -101,7 +101,11 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
                 texts[row["annotation_id"]].insert(0, member)
             elif not kept and row["reason"] == "duplicate":
                 texts[row["duplicate_of"]].append(member)
-            if row["cluster"] in repeated and row["task"] == "caption" and (kept or row["reason"] == "caption_of_many_images"):
+            if (
+                row["cluster"] in repeated
+                and row["clean_text"] is not None
+                and (kept or row["reason"] == "caption_of_many_images")
+            ):
                 captions[row["cluster"]].append(member)
     found = {
         "Images that look alike": (list(members.values()) for members in images.values()),

@@ -132,7 +132,7 @@ def score_annotations(
     answers: dict[str, AnswerScore] = {}
     for row in annotations:
         scene = scene_of(facts[row["sample_id"]])
-        if row["task"] == "caption":
+        if row["text"] is not None:
             captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
         else:
             answers.setdefault(row["answer_type"] or "", AnswerScore()).add(row["question"] or "", row["answer"] or "", scene)

@@ -5,14 +5,17 @@ Which column is what is said by `--map`, or guessed where the columns make it pl
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.config import Config
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import check_image, deck_id
+from pipeline.sources.base import SourceSpec
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, is_list, is_text, split_of_path
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
@@ -199,3 +202,23 @@ def _images(value: Any) -> list[Any]:
 
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip())
+
+
+def _open(config: Config, path: str, part: SourceSlice) -> Source:
+    from pipeline.sources.remote import is_remote, open_remote  # fsspec waits until it is needed
+
+    tables = replace(open_remote(path), part=part) if is_remote(path) else open_parquet(Path(path).expanduser(), part)
+    return open_mapped(tables, config.columns, config.source_split, "parquet", allow_urls=config.allow_urls)
+
+
+SPEC = SourceSpec(
+    name="parquet:PATH",
+    what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
+    splits="as the file names say, else by hash",
+    size="yours",
+    license="unknown: say it in the card",
+    needs="a vision-language model",
+    example="synth generate --source parquet:rows.parquet --map image=photo,references=alt_text",
+    open=_open,
+    options=frozenset({"source_split", "columns", "allow_urls"}),
+)

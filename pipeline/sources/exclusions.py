@@ -21,13 +21,6 @@ from pipeline.types import Sample
 GRAM = 5  # words in a row
 MIN_WORDS = 8  # a shorter text is compared as a whole only
 MIN_SHARE = 0.7  # of a text's grams, to count as repeated
-USUAL_SPLIT = {"flickr30k": "test", "vqav2": "validation", "slidevqa": "test"}  # that others are scored on
-
-
-def parse_exclusion(name: str) -> tuple[str, str | None]:
-    """Return the source and the split that `SOURCE#SPLIT` names; without a split, the usual one of a benchmark, or all."""
-    source, _, split = name.partition("#")
-    return source, split or USUAL_SPLIT.get(source.partition(":")[0])
 
 
 def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:

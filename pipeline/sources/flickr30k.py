@@ -8,11 +8,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.config import Config
 from pipeline.dataset.licenses import FLICKR_TERMS
 from pipeline.errors import SourceError
+from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import check_split, count_mapped, mapped_rows, read_mapping
+from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import SPLITS, Tables
-from pipeline.types import Source
+from pipeline.types import Source, SourceSlice
 
 REPO = "nlphuji/flickr30k"
 ALL = ("train", "validation", "test")
@@ -47,3 +50,23 @@ def read_split_list(path: Path) -> dict[str, str]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         hint = 'it looks like {"images": [{"filename": ..., "split": ...}]}'
         raise SourceError(f"cannot read the list {path}: {error!r}", hint=hint) from None
+
+
+def _open(config: Config, repo: str, part: SourceSlice) -> Source:
+    tables = replace(open_hub(repo or REPO), part=part)
+    source = open_flickr30k(tables, config.source_split, config.split_list)
+    return replace(source, name=config.source.partition("@")[0])  # another copy is named
+
+
+SPEC = SourceSpec(
+    name="flickr30k",
+    what="everyday photos with five captions each (Young et al., 2014); another copy: flickr30k:ORG/NAME",
+    splits="Karpathy: train 29,000, validation 1,014, test 1,000",
+    size="31,014 photos, about 4.4 GB",
+    license="Flickr terms: research only, pixels stay here",
+    needs="the Hub, a vision-language model",
+    example="synth generate --source flickr30k",
+    open=_open,
+    options=frozenset({"source_split", "split_list"}),
+    usual_split="test",
+)

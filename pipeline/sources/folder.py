@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import check_image
+from pipeline.sources.base import SourceSpec
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -131,3 +132,15 @@ def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejec
         licence="unknown",
         references=references,
     )
+
+
+SPEC = SourceSpec(
+    name="folder:PATH",
+    what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv beside them",
+    splits="by hash",
+    size="yours",
+    license="unknown: say it in the card",
+    needs="a vision-language model",
+    example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
+    open=lambda _, path, part: open_folder(Path(path).expanduser(), part),
+)

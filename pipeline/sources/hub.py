@@ -5,15 +5,20 @@ A repository whose files are made by a script has a conversion on a branch of it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import httpx2
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from pipeline.config import Config
 from pipeline.dataset.licenses import GATED, UNDECLARED
 from pipeline.errors import SourceError, one_line
+from pipeline.sources.base import SourceSpec
+from pipeline.sources.columns import open_mapped
 from pipeline.sources.parquet import Tables, split_of_path
+from pipeline.types import Source, SourceSlice
 
 CONVERTED = "refs/convert/parquet"
 BLOCK_BYTES = 1 << 20  # is fetched at once; the default of 50 MB is more than some users want in all
@@ -109,3 +114,21 @@ def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]
     except HfHubHTTPError:
         return "", {}
     return commit, _parquet(api, repo, commit)
+
+
+def _open(config: Config, repo: str, part: SourceSlice) -> Source:
+    tables, name = replace(open_hub(repo), part=part), f"hub:{repo.partition('@')[0]}"
+    return open_mapped(tables, config.columns, config.source_split, name, allow_urls=config.allow_urls)
+
+
+SPEC = SourceSpec(
+    name="hub:ORG/NAME",
+    what="any data set of the Hub that is Parquet, or that the Hub has converted; @REVISION pins another commit",
+    splits="as upstream files them",
+    size="streamed: --limit downloads little",
+    license="as its card says",
+    needs="the Hub, a vision-language model",
+    example="synth generate --source hub:ORG/NAME --split train --limit 1000",
+    open=_open,
+    options=frozenset({"source_split", "columns", "allow_urls"}),
+)

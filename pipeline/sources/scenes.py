@@ -2,13 +2,14 @@
 
 import io
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from pipeline.images.decode import check_image, deck_id
 from pipeline.scenes.deck import sample_deck
 from pipeline.scenes.draw import SIDE_PX, draw
 from pipeline.scenes.facts import Scene, sample_scene
 from pipeline.scenes.text import caption
+from pipeline.sources.base import DECK_TASKS, SourceSpec
 from pipeline.types import ALL, Sample, Source, SourceSlice
 
 REVISION = "1"  # raise when the same seed would draw other pixels or facts
@@ -67,3 +68,26 @@ def _png(scene: Scene, rng: random.Random) -> bytes:
     buffer = io.BytesIO()
     draw(scene, rng).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+SCENES = SourceSpec(
+    name="scenes",
+    what="drawn pictures of one to four objects, with known facts",
+    splits="by hash",
+    size="endless; --seed and --limit choose them",
+    license=LICENCE,
+    needs="nothing",
+    example="synth generate --source scenes --limit 500",
+    open=lambda config, _, part: open_scenes(config.seed, config.limit, part),
+    image_kind=None,
+    is_drawn=True,
+    counts_rows=False,
+)
+DECKS = replace(
+    SCENES,
+    name="scenes-deck",
+    what="decks of four drawn pages, with known facts, for the tiny teacher or any other model",
+    example="synth generate --source scenes-deck --limit 200",
+    open=lambda config, _, part: open_decks(config.seed, config.limit, part),
+    tasks=DECK_TASKS,
+)

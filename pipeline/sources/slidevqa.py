@@ -6,12 +6,16 @@ decks, of which one of each is taken.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.dataset.licenses import NTT_EVALUATION
+from pipeline.sources.base import DECK_TASKS, SourceSpec
 from pipeline.sources.columns import check_split, first_of_each, kept_split, read_mapping, sample_of
+from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import Tables
-from pipeline.types import ReferenceQA, Rejected, Sample, Source
+from pipeline.types import ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 REPO = "NTT-hil-insight/SlideVQA"
 _WORDS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
@@ -59,3 +63,23 @@ def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str]
 
 def _optional(value: Any) -> str | None:
     return None if value in (None, "", "None") else str(value)
+
+
+def _open(config: Config, repo: str, _: SourceSlice) -> Source:
+    return replace(open_slidevqa(open_hub(repo or REPO), config.source_split), name=config.source.partition("@")[0])
+
+
+SPEC = SourceSpec(
+    name="slidevqa",
+    what="decks of up to 20 slides with questions, evidence pages and arithmetic (Tanaka et al., 2023); one sample is a deck",
+    splits="train 10,617, validation 1,652, test 2,215 questions",
+    size="2,619 decks, 10.9 GB",
+    license="NTT's licence for evaluation: pixels stay here",
+    needs="the Hub, access granted there, a vision-language model",
+    example="synth generate --source slidevqa --split validation --limit 50",
+    open=_open,
+    tasks=DECK_TASKS,
+    options=frozenset({"source_split"}),
+    usual_split="test",
+    is_divisible=False,
+)

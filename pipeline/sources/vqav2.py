@@ -5,13 +5,17 @@ question. They are read twice: first the words of all rows, which are kept, then
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.dataset.licenses import FLICKR_TERMS
+from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import check_split, first_of_each, kept_split, sample_of
+from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import Tables
 from pipeline.text.vqa_answers import normalize_answer
-from pipeline.types import ReferenceQA, Rejected, Sample, Source
+from pipeline.types import ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 REPO = "lmms-lab/VQAv2"
 _WORDS = ("image_id", "question", "answers", "answer_type")
@@ -52,3 +56,22 @@ def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, Any]
 
 def _text(answer: Any) -> str:
     return str(answer["answer"] if isinstance(answer, dict) else answer)
+
+
+def _open(config: Config, repo: str, _: SourceSlice) -> Source:
+    return replace(open_vqav2(open_hub(repo or REPO), config.source_split), name=config.source.partition("@")[0])
+
+
+SPEC = SourceSpec(
+    name="vqav2",
+    what="photos of COCO with questions and ten answers each (Goyal et al., 2017); one sample is a photo",
+    splits="validation 214,354 questions, test; the default copy has no train",
+    size="about 40,000 photos in validation",
+    license="CC-BY-4.0 words, Flickr terms for the photos: pixels stay here",
+    needs="the Hub, a vision-language model",
+    example="synth generate --source vqav2 --split validation --limit 1000",
+    open=_open,
+    options=frozenset({"source_split"}),
+    usual_split="validation",
+    is_divisible=False,
+)

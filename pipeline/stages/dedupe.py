@@ -26,6 +26,7 @@ TEXTS = pa.schema(
     [
         pa.field("row", pa.int64()),
         *(pa.field(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "content_key")),
+        pa.field("is_caption", pa.bool_()),
         *(pa.field(name, pa.float64()) for name in SCORES),
     ]
 )
@@ -51,14 +52,14 @@ WITH said AS (
 ), ranked AS (
     SELECT *, image_reason IS NULL AND best_of_image <> annotation_id AS is_repeated,
            row_number() OVER (PARTITION BY said ORDER BY
-               task <> 'caption' OR image_reason IS NOT NULL OR best_of_image <> annotation_id, {best}) AS place
+               NOT is_caption OR image_reason IS NOT NULL OR best_of_image <> annotation_id, {best}) AS place
     FROM named
 ), judged AS (
     SELECT row, other_group, image_reason, near_duplicate_of, cluster,
            CASE WHEN is_repeated THEN best_of_image END AS duplicate_of,
            CASE WHEN image_reason IS NOT NULL THEN image_reason
                 WHEN is_repeated THEN 'duplicate'
-                WHEN task = 'caption' AND place > {most} THEN 'caption_of_many_images' END AS reason
+                WHEN is_caption AND place > {most} THEN 'caption_of_many_images' END AS reason
     FROM ranked
     UNION ALL
     SELECT row, other_group, image_reason, near_duplicate_of, NULL, NULL, image_reason
@@ -117,6 +118,7 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
     for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", *scores):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         table = table.append_column("content_key", content_keys(texts))
+        table = table.append_column("is_caption", pc.is_valid(table["clean_text"]))
         for name in set(SCORES) - set(there):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
         yield table.select(TEXTS.names)

@@ -10,8 +10,8 @@ from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir, read_samples
 from pipeline.errors import SourceError
 from pipeline.progress import Progress
-from pipeline.sources import open_source
-from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows, parse_exclusion
+from pipeline.sources import find_source, open_source
+from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.storage.files import write_table
 from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample
@@ -58,6 +58,12 @@ class DuplicateImages:
 
     def _change(self, sample_id: str, values: dict[str, Any]) -> None:
         self.changes.setdefault(sample_id, {}).update(values)
+
+
+def parse_exclusion(name: str) -> tuple[str, str | None]:
+    """Return the source and the split that `SOURCE#SPLIT` names; without a split, the usual one of a benchmark, or all."""
+    source, _, split = name.partition("#")
+    return source, split or find_source(source).usual_split
 
 
 def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) -> list[dict[str, Any]]:

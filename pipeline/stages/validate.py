@@ -18,7 +18,7 @@ def validate_annotations(table: pa.Table) -> pa.Table:
 
 
 def _reason(row: dict[str, Any]) -> str | None:
-    return row["reply_error"] or broken_rule(row["task"], row | {"caption": row["text"]}, row["pages"])
+    return row["reply_error"] or broken_rule(row["task"], row, row["pages"])
 
 
 STAGE = Stage("validate", judge=lambda table, plan: validate_annotations(table))

@@ -12,17 +12,19 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import DRAWN, Config
+from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, sample_batches
 from pipeline.images.decode import prepare_image
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import ask_all
 from pipeline.inference.verification import Check, build_all, checks_of, read_checks
 from pipeline.progress import Progress
+from pipeline.sources import find_source
 from pipeline.stages.base import AllRows, Comparison, RunPlan, Services, Stage, record_cost
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import CHECK, VERIFIED
+from pipeline.tasks import asks_about_decks
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
@@ -31,7 +33,8 @@ ANNOTATION_COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clea
 JUDGED = pa.schema(
     [
         pa.field("row", pa.int64()),
-        *(pa.field(name, pa.string()) for name in ("task", "style", "question", "answer", "answer_type")),
+        pa.field("is_caption", pa.bool_()),
+        *(pa.field(name, pa.string()) for name in ("style", "question", "answer", "answer_type")),
         pa.field("agreement", pa.float64()),
         *(pa.field(name, pa.bool_()) for name in ("answered_blind", "sufficient", "necessary")),
         pa.field("alignment", pa.float64()),
@@ -60,8 +63,8 @@ WITH answers_to_question AS (
     FROM ranked WHERE place = 1 + trunc(count * {lowest_alignment_frac}::DOUBLE)
 )
 SELECT row, CASE
-    WHEN task <> 'caption' AND agreement < 1 THEN 'answer_not_confirmed'
-    WHEN task = 'caption' AND agreement < {min_claims_supported} THEN 'claims_not_confirmed'
+    WHEN NOT is_caption AND agreement < 1 THEN 'answer_not_confirmed'
+    WHEN is_caption AND agreement < {min_claims_supported} THEN 'claims_not_confirmed'
     WHEN answered_blind AND (question, answer) IN (SELECT (question, answer) FROM answerable_blind)
         THEN 'answerable_without_image'
     WHEN NOT sufficient THEN 'evidence_not_sufficient'
@@ -92,7 +95,7 @@ def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services)
 
 def judge_checks(table: pa.Table) -> pa.Table:
     """Append what follows from `checks` (tables.VERIFIED)."""
-    rows = table.select(["task", "checks"]).to_pylist()
+    rows = table.select(["clean_question", "checks"]).to_pylist()
     columns = pa.Table.from_pylist([_judge(row) for row in rows], schema=VERIFIED)
     for field in VERIFIED:
         table = table.append_column(field, columns[field.name])
@@ -122,9 +125,10 @@ def judge_verified(table: pa.Table, plan: RunPlan) -> pa.Table:
 
 
 def _judged(rows: AllRows) -> Iterator[pa.Table]:
-    columns = ("task", "style", "clean_question", "clean_answer", "answer_type", *JUDGED.names[6:])
+    columns = ("style", "clean_question", "clean_answer", "answer_type", *JUDGED.names[6:])
     for table in rows.batches(*columns):
         made = {
+            "is_caption": pc.is_null(table["clean_question"]),
             "question": map_distinct(table["clean_question"], text_key),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
             "answer_type": pc.fill_null(table["answer_type"], ""),
@@ -135,7 +139,7 @@ def _judged(rows: AllRows) -> Iterator[pa.Table]:
 def _judge(row: dict[str, Any]) -> dict[str, Any]:
     same = _whether(row["checks"], "necessary")
     return {
-        "agreement": _share(row["checks"], "claims" if row["task"] == "caption" else "round_trip"),
+        "agreement": _share(row["checks"], "claims" if row["clean_question"] is None else "round_trip"),
         "answered_blind": _whether(row["checks"], "blind"),
         "sufficient": _whether(row["checks"], "sufficient"),
         "necessary": None if same is None else not same,
@@ -180,15 +184,15 @@ def _ask(
 
 def _alignments(shard: DatasetDir, config: Config, rows: list[dict[str, Any]], progress: Progress) -> list[float | None]:
     """Return how well each caption fits its image, where that is asked for."""
-    if "alignment" not in config.verify.checks or "deck_qa" in config.tasks:
+    if "alignment" not in config.verify.checks or asks_about_decks(config.tasks):
         return [None] * len(rows)
     from pipeline.images.clip import TINY_CLIP, ClipScorer
 
     name = config.verify.clip_model
-    scorer = ClipScorer((TINY_CLIP if config.source in DRAWN else "clip") if name == "auto" else name)
+    scorer = ClipScorer((TINY_CLIP if find_source(config.source).is_drawn else "clip") if name == "auto" else name)
     captions_of: dict[str, list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
-        if row["task"] == "caption":
+        if row["clean_text"] is not None:
             captions_of[row["sample_id"]].append(n)
     alignments: list[float | None] = [None] * len(rows)
     done = 0

@@ -7,6 +7,7 @@ run of the same command writes nothing.
 import errno
 import filecmp
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -22,6 +23,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import arrow_location, is_remote, move_all, remove_folder, translate_store_errors, upload
 from pipeline.tables import current_names, old_name
+
+log = logging.getLogger(__name__)
 
 _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command: it goes on where it stopped"),
@@ -137,7 +140,13 @@ def remove(folder: Path) -> None:
     if is_remote(folder):
         remove_folder(folder)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("%s is left behind: %s", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def move(files: list[tuple[Path, Path]]) -> None:

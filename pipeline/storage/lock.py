@@ -1,6 +1,7 @@
 """A lease on an object store: one writer at a time where there are no file locks."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from uuid import uuid4
 from pipeline.errors import StoreError
 from pipeline.storage.object_store import _at, _fs, errors_of_stores
 
+log = logging.getLogger(__name__)
 LEASE_SECONDS = 30.0  # without a sign of life, after which whoever holds a folder is taken for dead
 BEATS = 4  # signs of life in that time
 
@@ -83,10 +85,13 @@ def _renew(path: Path, me: str, every_seconds: float, ended: threading.Event) ->
     beats = 0
     while not ended.wait(every_seconds):
         beats += 1
-        with suppress(Exception):  # whatever it is, the next beat may come through
+        try:
             if _holder(path)[:1] != [me]:
-                return  # we stood still for so long that we were taken for dead
+                log.warning("the lease of %s was taken over: this process stood still for too long", path.parent)
+                return
             path.write_bytes(_beat(me, beats))
+        except Exception as error:  # noqa: BLE001  # whatever a store raises, the next beat may succeed
+            log.warning("the lease of %s was not renewed: %s", path.parent, error)
 
 
 def _holder(path: Path) -> list[Any]:

@@ -1,32 +1,43 @@
-"""What a model must answer: one pydantic model a task, seen in two ways.
+"""The tasks by name, and what the rest of the pipeline asks of them."""
 
-`wire_schema` is what the constrained decoder enforces: types, order and enums, and only keywords that guidance really
-enforces. The model itself is the rest: lengths, a question that ends with "?", an answer that is not the question.
-"""
-
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.tasks.answer import Answer
-from pipeline.tasks.base import Output, _strip
-from pipeline.tasks.caption import Caption
-from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
-from pipeline.tasks.qa import QAPair, QASet
+from pipeline.errors import ConfigError
+from pipeline.tasks import answer, caption, deck_qa, qa
+from pipeline.tasks.base import Task, strip_schema
 
-OUTPUTS: dict[str, type[Output]] = {"caption": Caption, "qa": QASet, "deck_qa": DeckQASet, "answer": Answer}
-ANNOTATIONS: dict[str, type[Output]] = {"caption": Caption, "qa": QAPair, "deck_qa": DeckQAPair, "answer": Answer}  # one row
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, answer.TASK)}
+ANSWER = answer.TASK.name  # what verify asks about annotations
 
 
-def broken_rule(task: str, fields: dict[str, Any], pages: int = 1) -> str | None:
+def find_task(name: str) -> Task:
+    """Return a task by its name. Raises ConfigError for an unknown one."""
+    if name not in TASKS:
+        known = ", ".join(task for task in TASKS if task != ANSWER)
+        raise ConfigError(f"unknown task: {name}", hint=f"known tasks: {known}")
+    return TASKS[name]
+
+
+def asks_about_decks(names: Iterable[str]) -> bool:
+    """Return whether any of these tasks asks about decks of pages."""
+    return any(find_task(name).asks_about_decks for name in names)
+
+
+def broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
     """Return the first rule that an annotation breaks, as a word for its rejected row; None where it is sound.
 
-    `fields` may hold more than the task's; `pages` is how many the annotated document has.
+    Args:
+        name: of the task.
+        row: the columns of the annotation, and others perhaps.
+        pages: how many pages the annotated document has.
     """
-    model = ANNOTATIONS[task]
+    task = find_task(name)
     try:
-        model.model_validate({name: fields.get(name) for name in model.model_fields}, context={"pages": pages})
+        task.row.model_validate(task.fields_of(row), context={"pages": pages})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         return "_".join([*(str(part) for part in first["loc"]), str(first["type"])])
@@ -34,7 +45,7 @@ def broken_rule(task: str, fields: dict[str, Any], pages: int = 1) -> str | None
 
 
 @cache
-def wire_schema(task: str) -> dict[str, Any]:
-    """Return the JSON schema that the decoder enforces for `task`; not to be changed."""
-    schema: dict[str, Any] = _strip(OUTPUTS[task].model_json_schema())
+def wire_schema(name: str) -> dict[str, Any]:
+    """Return the JSON schema that the decoder enforces for a task; not to be changed."""
+    schema: dict[str, Any] = strip_schema(find_task(name).output.model_json_schema())
     return schema

@@ -1,6 +1,12 @@
-"""What the output models of all tasks share."""
+"""What a task is, and what the output models of all tasks share.
+
+A task has two models. The output is what a reply holds; its wire schema is what the constrained decoder enforces: types, order
+and enums, and only keywords that guidance really enforces. The row model is one annotation of a reply, with all other rules:
+lengths, a question that ends with "?", an answer that is not the question.
+"""
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
@@ -11,18 +17,49 @@ _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_LINE)]
 MAX_QA_PAIRS = 8
 MAX_PAGES = 20  # of a deck; SlideVQA's have no more
-# Lengths and patterns are checked afterwards, on the full model: a grammar that counts characters is slow,
-# and a model that is cut off in the middle of a sentence by it is worth less than a rejected row.
+# Lengths and patterns are checked afterwards, on the row model: a grammar that counts characters is slow, and a reply that the
+# grammar cuts off in the middle of a sentence is worth less than a rejected row.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
 
 
 class Output(BaseModel):
-    """Base of all outputs: unknown keys are refused, text is taken as written."""
+    """Base of all output models: unknown keys are refused, text is taken as written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _check_question(question: str, answer: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a model is asked about a sample, and how its reply becomes rows."""
+
+    name: str
+    prompt: str  # the template, such as `caption/v1`
+    output: type[Output]  # a whole reply
+    row: type[Output]  # one annotation
+    rows_field: str | None = None  # the field of a reply that lists its rows; None: a reply is one row
+    text_field: str | None = None  # the field of a row that fills the column `text`, for rows that are captions
+    asks_about_decks: bool = False  # all pages of a deck go into one request
+    has_styles: bool = False  # one request for each of `generate.caption_styles`
+    temperature_key: str = "qa_temperature"  # of the section `generate`
+    card_category: str | None = None  # of the Hub
+
+    def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of the row model from the columns of an annotation."""
+        columns = row if self.text_field is None else {**row, self.text_field: row.get("text")}
+        return {name: columns.get(name) for name in self.row.model_fields}
+
+    def columns_of(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the columns of an annotation from the fields of a reply."""
+        return fields if self.text_field is None else {**fields, "text": fields.get(self.text_field)}
+
+    def rows_of(self, reply: Any) -> list[Any] | None:
+        """Return the rows of a parsed reply; None where it does not list any."""
+        rows = reply.get(self.rows_field) if self.rows_field and isinstance(reply, dict) else [reply]
+        return rows if isinstance(rows, list) and rows else None
+
+
+def check_question(question: str, answer: str) -> None:
+    """Raise PydanticCustomError where a question does not end with a question mark, or is its own answer."""
     if not question.endswith("?"):
         raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
     if answer.casefold() == question.casefold():
@@ -34,11 +71,12 @@ def dump(output: Output) -> str:
     return json.dumps(output.model_dump(), ensure_ascii=False, separators=(",", ":"))
 
 
-def _strip(node: Any, *, is_properties: bool = False) -> Any:
+def strip_schema(node: Any, *, is_properties: bool = False) -> Any:
+    """Return a JSON schema without the keywords that stay off the wire."""
     if isinstance(node, dict):
         return {
-            key: _strip(value, is_properties=key in ("properties", "$defs") and not is_properties)
+            key: strip_schema(value, is_properties=key in ("properties", "$defs") and not is_properties)
             for key, value in node.items()
             if is_properties or key not in _NOT_ON_THE_WIRE
         }
-    return [_strip(item) for item in node] if isinstance(node, list) else node
+    return [strip_schema(item) for item in node] if isinstance(node, list) else node

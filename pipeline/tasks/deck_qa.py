@@ -6,7 +6,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.tasks.arithmetic import agrees
-from pipeline.tasks.base import MAX_PAGES, MAX_QA_PAIRS, Line, Output, _check_question
+from pipeline.tasks.base import MAX_PAGES, MAX_QA_PAIRS, Line, Output, Task, check_question
 
 DeckAnswerType = Literal["span", "number", "arithmetic"]
 
@@ -25,7 +25,7 @@ class DeckQAPair(Output):
 
     @model_validator(mode="after")
     def _is_a_question_about_the_deck(self, info: ValidationInfo) -> "DeckQAPair":
-        _check_question(self.question, self.answer)
+        check_question(self.question, self.answer)
         if list(self.evidence_pages) != sorted(set(self.evidence_pages)):
             raise PydanticCustomError("evidence_not_in_order", "evidence pages are in order, each once")
         if info.context and self.evidence_pages[-1] > info.context["pages"]:
@@ -41,3 +41,14 @@ class DeckQASet(Output):
     """Task `deck_qa`: a few pairs about one deck."""
 
     qa: Annotated[tuple[DeckQAPair, ...], Field(min_length=1, max_length=MAX_QA_PAIRS)]
+
+
+TASK = Task(
+    name="deck_qa",
+    prompt="deck_qa/v1",
+    output=DeckQASet,
+    row=DeckQAPair,
+    rows_field="qa",
+    asks_about_decks=True,
+    card_category="document-question-answering",
+)

@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from pipeline.errors import ConfigError
+from pipeline.tasks import find_task
 
 SYSTEM = "system/v1"
-TASK_PROMPTS = {"caption": "caption/v1", "qa": "qa/v1", "deck_qa": "deck_qa/v1", "answer": "answer/v1"}
 STYLES = ("brief", "detailed", "plain", "alt")  # that caption/v1 knows
 
 
@@ -59,7 +59,7 @@ def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
     Raises:
         ConfigError: the template is none, or does not know a value, such as a style.
     """
-    name = TASK_PROMPTS[task]
+    name = find_task(task).prompt
     try:
         text = _environment().from_string(template(name, folder)).render(values).strip()
     except TemplateError as error:
@@ -73,7 +73,7 @@ def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
 
 def prompt_id(task: str, folder: Path | None = None) -> str:
     """Return the name of a task's prompt with a digest of all it is rendered from: its template and the system text."""
-    name = TASK_PROMPTS[task]
+    name = find_task(task).prompt
     content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{template(name, folder)}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
 
@@ -98,5 +98,5 @@ def _environment() -> Environment:
 
 def prompt_texts(tasks: Iterable[str], folder: Path | None) -> dict[str, str]:
     """Return the templates of the tasks in full, by the ids that annotations name, after the system text."""
-    of_tasks = {prompt_id(task, folder): template(TASK_PROMPTS[task], folder) for task in tasks}
+    of_tasks = {prompt_id(task, folder): template(find_task(task).prompt, folder) for task in tasks}
     return {SYSTEM: template(SYSTEM, folder), **of_tasks}

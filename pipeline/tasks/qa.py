@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.tasks.base import MAX_QA_PAIRS, Line, Output, _check_question
+from pipeline.tasks.base import MAX_QA_PAIRS, Line, Output, Task, check_question
 
 AnswerType = Literal["yes/no", "number", "other"]
 
@@ -19,7 +19,7 @@ class QAPair(Output):
 
     @model_validator(mode="after")
     def _is_a_question_with_an_answer(self) -> "QAPair":
-        _check_question(self.question, self.answer)
+        check_question(self.question, self.answer)
         if self.answer_type == "yes/no" and self.answer.casefold() not in ("yes", "no"):
             raise PydanticCustomError("answer_not_yes_or_no", "the answer to a yes/no question is neither yes nor no")
         return self
@@ -29,3 +29,6 @@ class QASet(Output):
     """Task `qa`: a few pairs about one image."""
 
     qa: Annotated[list[QAPair], Field(min_length=1, max_length=MAX_QA_PAIRS)]
+
+
+TASK = Task(name="qa", prompt="qa/v1", output=QASet, row=QAPair, rows_field="qa", card_category="visual-question-answering")

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from pipeline.digests import digest
-from pipeline.tasks import broken_rule
+from pipeline.tasks import broken_rule, find_task
 from pipeline.text.refusals import is_refusal
 from pipeline.types import Reply, Request
 
@@ -24,7 +24,7 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "style": request.style,
             "position": position,
             "prompt_id": request.prompt_id,
-            "text": values.get("caption"),
+            "text": values.get("text"),
             "question": values.get("question"),
             "answer": values.get("answer"),
             "answer_type": values.get("answer_type"),
@@ -53,10 +53,10 @@ def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
         value = json.loads(reply.text)
     except (ValueError, RecursionError):
         return [({}, "not_json")]
-    found = value.get("qa") if task in ("qa", "deck_qa") and isinstance(value, dict) else [value]
-    if not isinstance(found, list) or not found:
+    rows = find_task(task).rows_of(value)
+    if rows is None:
         return [({}, "off_schema")]
-    return [(item, _unusable(item)) if _is_readable(item) else ({}, "off_schema") for item in found]
+    return [(find_task(task).columns_of(row), _unusable(row)) if _is_readable(row) else ({}, "off_schema") for row in rows]
 
 
 def _unusable(item: dict[str, Any]) -> str | None:

@@ -27,19 +27,19 @@ def test_rates_follow_encoder_and_decoder() -> None:
         TrainConfig(**flags).with_defaults(100)  # type: ignore[arg-type]
         for flags in ({"encoder": "clip"}, {"encoder": "tiny-vit"}, {"encoder": "clip", "decoder": "qwen3"})
     )
-    assert (frozen.encoder_rate, along.encoder_rate) == (0.0, 1e-3)
-    assert (frozen.decoder_rate, pretrained.decoder_rate) == (1e-3, 2e-5)
-    assert TrainConfig(encoder="clip", encoder_rate=1e-5).with_defaults(100).encoder_rate == 1e-5
+    assert (frozen.encoder_lr, along.encoder_lr) == (0.0, 1e-3)
+    assert (frozen.decoder_lr, pretrained.decoder_lr) == (1e-3, 2e-5)
+    assert TrainConfig(encoder="clip", encoder_lr=1e-5).with_defaults(100).encoder_lr == 1e-5
 
 
 def test_a_finished_run_of_other_settings_is_told_from_the_same(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
     assert not is_of_other_settings(tmp_path, config)
     (tmp_path / "train.json").write_text(config.with_defaults(100).model_dump_json())
-    assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", texts="mixed"))  # it was never finished
+    assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # it was never finished
     (tmp_path / "metrics.json").write_text("{}")
     assert not is_of_other_settings(tmp_path, config)
-    for other in ({"texts": "mixed"}, {"seed": 1}, {"layer": -2}, {"steps": 60}, {"decoder_rate": 0.5}):
+    for other in ({"text_source": "mixed"}, {"seed": 1}, {"encoder_layer": -2}, {"steps": 60}, {"decoder_lr": 0.5}):
         assert is_of_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | other)))
     (tmp_path / "train.json").write_text("?")
     assert is_of_other_settings(tmp_path, config)

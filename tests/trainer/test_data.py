@@ -52,7 +52,7 @@ def test_without_questions_of_people_those_of_the_model_are_scored() -> None:
 
 def test_styles_are_a_choice_and_mixtures_need_not_be_told_apart() -> None:
     two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
-    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",), name_source=False)
+    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",), source_in_prompt=False)
     captions = {(text.source, text.text) for text in example.texts if text.style}
     assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
     assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5

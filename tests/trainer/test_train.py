@@ -27,7 +27,7 @@ from trainer.optimizer import parameter_groups, schedule, set_stage
 from trainer.train import train
 
 SMALL = TrainConfig(
-    decoder_width=64, decoder_depth=1, decoder_heads=2, batch_images=8, evaluate_images=4, steps=1, evaluate_every=3
+    decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
 )
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monk
     """Takes some seconds: nothing short of it shows that images, text and gradients are wired together."""
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.train, "examples_in", lambda version, split, mixture, **how: four)
-    rates = {"connector_rate": 2e-3, "decoder_rate": 2e-3, "encoder_rate": 2e-3}
+    rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
     metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
     again = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
@@ -122,15 +122,13 @@ def test_curves_for_tensorboard_without_it_are_one_error(
 def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
     """Averaged over all tokens of the step: parts with more words weigh more."""
     for parts in (1, 3):
-        train(version, replace(encoder=clip, steps=4, dropout=0.0, accumulate=parts), tmp_path / str(parts))
+        train(version, replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts), tmp_path / str(parts))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
 
 
 def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, clip: str) -> None:
     model = save_language_model(tmp_path / "llama", "llama")
-    config = replace(
-        encoder=clip, decoder=model, align_steps=2, steps=1, decoder_rate=0.0, connector_rate=1e-3, evaluate_every=9
-    )
+    config = replace(encoder=clip, decoder=model, align_steps=2, steps=1, decoder_lr=0.0, connector_lr=1e-3, evaluate_every=9)
     train(version, config, tmp_path / "out")
     captioner = load_checkpoint(tmp_path / "out").captioner
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
@@ -144,7 +142,7 @@ def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, cl
 
 def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Version, clip: str) -> None:
     config = TrainConfig(
-        encoder=clip, align_steps=5, steps=5, align_rate=1.0, connector_rate=0.1, decoder_rate=0.01, warmup_frac=0
+        encoder=clip, align_steps=5, steps=5, align_lr=1.0, connector_lr=0.1, decoder_lr=0.01, warmup_frac=0
     ).with_defaults(9)
     captioner = trainer.train._build(version, config, examples_in(version, "train")).captioner
     optimizer = torch.optim.AdamW(parameter_groups(captioner, config))
@@ -158,7 +156,7 @@ def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Ve
 
 def test_a_run_in_which_nothing_would_learn_is_an_error(version: Version, tmp_path: Path, clip: str) -> None:
     with pytest.raises(TrainError, match="nothing would learn"):
-        train(version, replace(encoder=clip, decoder_rate=0.0, connector_rate=0.0), tmp_path)
+        train(version, replace(encoder=clip, decoder_lr=0.0, connector_lr=0.0), tmp_path)
 
 
 def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Version, tmp_path: Path, clip: str) -> None:
@@ -175,7 +173,7 @@ def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Versi
 def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
     version: Version, tmp_path: Path, clip: str
 ) -> None:
-    train(version, replace(encoder=clip, caption_words=1), tmp_path / "out")
+    train(version, replace(encoder=clip, caption_word_budget=1), tmp_path / "out")
     assert load_checkpoint(tmp_path / "out").captioner.config.prompts == [("synthetic", "brief")]
     (checked,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
     assert math.isfinite(checked["validation_loss"]) and checked["validation_loss"] > 0
@@ -207,9 +205,9 @@ def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version:
 
 
 def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
-    rates = {"connector_rate": 1e18, "decoder_rate": 1e18, "encoder_rate": 1e18}
+    rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match="the loss is"):
-        train(version, replace(steps=40, clip_norm=1e18, **rates), tmp_path)
+        train(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
 def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +217,7 @@ def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Pat
         judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
         return judged[-1]
 
-    monkeypatch.setattr(trainer.train.Trainer, "may_learn", judge_and_spoil)
+    monkeypatch.setattr(trainer.train.Trainer, "should_step", judge_and_spoil)
     train(version, replace(steps=24, evaluate_every=24), tmp_path)
     assert judged == [True] * 20 + [False] + [True] * 3
 
@@ -234,13 +232,13 @@ def test_what_is_usual_begins_anew_with_the_second_stage(
         judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
         return judged[-1]
 
-    monkeypatch.setattr(trainer.train.Trainer, "may_learn", judge_larger)
+    monkeypatch.setattr(trainer.train.Trainer, "should_step", judge_larger)
     train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
     assert judged == [True] * 32
 
 
 def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
-    config = replace(encoder=clip, steps=40, contrast=1.0, dropout=0.0, evaluate_every=40)
+    config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
     train(version, config, tmp_path)
     checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
     texts = checkpoint.words.collate([example.texts for example in examples], 64)

@@ -13,14 +13,14 @@ import yaml
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH
 
-SETTINGS = {"steps": 40, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_images": 8}
+SETTINGS = {"steps": 40, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     make_version(folder / "scenes", scene_samples(60))
-    data = {"facts": {"data": "scenes", "texts": "human"}, "model": {"data": "scenes"}}
+    data = {"facts": {"data": "scenes", "text_source": "human"}, "model": {"data": "scenes"}}
     asked = {"data": data, "encoder": ["tiny-clip"], "seeds": [0], "settings": SETTINGS}
     (folder / "which.yaml").write_text(yaml.safe_dump(asked))
     return folder

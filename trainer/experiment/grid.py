@@ -7,14 +7,13 @@ grids, in which some of these lists are replaced.
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from pipeline.config import Section, read_yaml, validate
 from pipeline.dataset.paths import slugify
 from pipeline.digests import digest
-from pipeline.errors import ConfigError, one_line
 from trainer.config import TrainConfig, resolve
 from trainer.data import Mixture
 
@@ -24,22 +23,21 @@ CONTRAST = 0.1
 MIN_STEPS = 4  # so that a quarter of them is one
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")  # by which arms differ
 ONE_FOR_ALL = ("styles", "questions")  # what is seen of a version: a smaller grid cannot have others
-DECIDED = ("encoder", "decoder", "texts", "name_source", "train_images", "caption_words", "align_steps", "contrast", "seed")
-
-
-class Section(BaseModel):
-    """Part of an experiment file: closed and frozen."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+DECIDED = (
+    "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget", "align_steps",
+    "contrastive_weight", "seed",
+)  # fmt: skip
 
 
 class Data(Section):
     """A version with the choice of its texts that is learned from."""
 
+    OLD_KEYS: ClassVar = {"texts": "text_source", "name_source": "source_in_prompt"}
+
     data: str | None = None  # as of `synth train --data`; None: what was made last
     images: str | None = None
-    texts: Mixture = "synthetic"
-    name_source: bool = True
+    text_source: Mixture = "synthetic"
+    source_in_prompt: bool = True
 
 
 class Grid(Section):
@@ -50,7 +48,7 @@ class Grid(Section):
     alignment: Annotated[tuple[Alignment, ...], Field(min_length=1)] = ("none",)
     train_images: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # 0: all
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
-    settings: dict[str, Any] = {}  # of trainer/config.py, for all cells
+    settings: dict[str, Any] = Field(default_factory=dict)  # of trainer/config.py, for all cells
 
 
 class More(Section):
@@ -65,7 +63,7 @@ class More(Section):
     alignment: Annotated[tuple[Alignment, ...], Field(min_length=1)] | None = None
     train_images: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Experiment(Grid):
@@ -81,7 +79,7 @@ class Experiment(Grid):
             steps = settings.get("steps")
             if not isinstance(steps, int) or steps < MIN_STEPS:
                 raise ValueError(f"settings.steps must say how many steps every cell trains for: a number from {MIN_STEPS} on")
-            if clash := sorted(set(settings) & set(DECIDED)):
+            if clash := sorted({TrainConfig.OLD_KEYS.get(key, key) for key in settings} & set(DECIDED)):
                 raise ValueError(f"settings.{clash[0]} is decided by the grid, not by settings")
         if clash := sorted({name for more in self.also for name in more.settings} & set(ONE_FOR_ALL)):
             raise ValueError(
@@ -127,7 +125,7 @@ class Cell:
         said = slugify(
             f"{self.data}-{Path(self.encoder).name}-{Path(self.decoder).name}-{self.alignment}-{images}-s{self.seed}"
         )
-        return f"{said}-{digest([self.config.model_dump(mode='json'), *known])[:8]}"
+        return f"{said}-{digest([self.config.digest_values(), *known])[:8]}"
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -136,20 +134,8 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ConfigError: it cannot be read, or says something that we do not know.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        hint = "pass a YAML file; docs/experiment.yaml is one"
-        raise ConfigError(f"cannot read {path}: {one_line(error, 1000)}", hint=hint) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values", hint="docs/experiment.yaml is an example")
-    try:
-        experiment = Experiment.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {f'{where}: ' if where else ''}{said}", hint="docs/experiment.yaml is an example") from None
+    values = read_yaml(path, "docs/experiment.yaml")
+    experiment = validate(Experiment, values, where=f"{path}: ")
     cells_of(experiment)  # settings that a cell cannot have are found before anything runs
     return experiment
 
@@ -179,6 +165,12 @@ def _config(
 ) -> TrainConfig:
     """Return the settings of a cell: all cells of one grid train for the same number of steps, those of aligning included."""
     align = round(ALIGN_SHARE * settings["steps"]) if alignment != "none" else 0
-    chosen = {"encoder": encoder, "decoder": decoder, "seed": seed, "texts": data.texts, "name_source": data.name_source}
+    chosen = {
+        "encoder": encoder,
+        "decoder": decoder,
+        "seed": seed,
+        "text_source": data.text_source,
+        "source_in_prompt": data.source_in_prompt,
+    }
     budget = {"train_images": images, "align_steps": align, "steps": settings["steps"] - align}
-    return resolve(None, **{**settings, **chosen, **budget, "contrast": CONTRAST if alignment == "contrast" else 0.0})
+    return resolve(None, **{**settings, **chosen, **budget, "contrastive_weight": CONTRAST if alignment == "contrast" else 0.0})

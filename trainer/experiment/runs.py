@@ -94,7 +94,7 @@ def plan(
     for cell in cells:
         version, budget = versions[cell.data], budgets[cell.train_images]
         known = (budget, version.manifest["digest"], images, _files(cell.encoder), _files(cell.decoder))
-        config = cell.config.model_copy(update={"caption_words": budget})
+        config = cell.config.model_copy(update={"caption_word_budget": budget})
         learns_from = sizes[cell.data, cell.train_images]
         runs.append(Run(cell, version, config, out / "cells" / cell.folder(*known), frozenset(only), *learns_from))
     return runs

@@ -20,13 +20,13 @@ from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, 
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_result, read_slice, sum_fill_results
-from pipeline.images.similarity import choose_image_kind
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import requests_per_sample
+from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
-from pipeline.sources import is_divisible, open_source
+from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.stages.base import RunPlan, Stage
 from pipeline.stages.source import write_exclusions
 from pipeline.stages.version import WrittenRows
@@ -76,7 +76,8 @@ def run_on_cluster(
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
     source = open_source(config)
     locked = dataset.lock(say=progress.message)
-    with open_cluster(options.address), translate_disk_errors(dataset.path), locked as check:
+    logged = log_to(scratch_root(dataset.path))
+    with open_cluster(options.address), translate_disk_errors(dataset.path), locked as check, logged:
         workers = plan_workers(options.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         write_json(dataset.run_file, config.model_dump(mode="json"))

@@ -13,6 +13,7 @@ from uuid import uuid4
 from pipeline.dataset.directory import DatasetDir
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.inference.journal import Journal
+from pipeline.storage.files import remove
 from pipeline.storage.object_store import copy_here, download, upload, upload_folder
 
 SAVE_SECONDS = 30.0  # what may have to be asked again when a node is lost
@@ -57,7 +58,7 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
 def forget_scratch(shard: DatasetDir) -> None:
     """Remove what filling a shard has left on this node, but for the lock, which others may wait for."""
     for folder in (shard.journal.parent, shard.path / "stages"):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:

@@ -16,6 +16,7 @@ from pipeline.dataset.manifest import asked_tasks
 from pipeline.digests import digest, file_digest, weights_revision
 from pipeline.errors import ClusterError
 from pipeline.executors.ray.deal import Deal, Indices
+from pipeline.logs import keep_log_in
 from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_json, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote
@@ -65,6 +66,7 @@ class ShardedRun:
                     hint="put the same ones at the same path on all nodes",
                 )
             _KNOWN_FILES.add(self.files)
+        keep_log_in(self.scratch)
 
     @property
     def shards(self) -> list[DatasetDir]:

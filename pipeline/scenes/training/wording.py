@@ -6,7 +6,8 @@ cut short, shuffled, mixed with other sentences, or replaced by letters that mea
 
 import random
 
-from pipeline.tasks.prompts import TASK_PROMPTS, template
+from pipeline.tasks import TASKS
+from pipeline.tasks.prompts import SYSTEM, template
 
 MAX_WORDS = 200  # the longest of our prompts has 160
 
@@ -49,7 +50,7 @@ def _wording(rng: random.Random) -> str:
         return ""
     if draw < 0.4:
         return " ".join(_nonsense(rng) for _ in range(rng.randint(1, 12)))
-    own = template(rng.choice(("system/v1", *TASK_PROMPTS.values()))).split("\n")
+    own = template(rng.choice((SYSTEM, *(task.prompt for task in TASKS.values())))).split("\n")
     own = [line for line in own if line and not line.startswith(("{%", "}", "Task:", "Question:"))]
     words = " ".join(rng.sample((*SENTENCES, *own), rng.randint(1, 4))).split()
     if draw < 0.8:  # a few words of it

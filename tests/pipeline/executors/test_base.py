@@ -17,9 +17,10 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
 from pipeline.executors.base import compare_rows
-from pipeline.images.similarity import COMPARED, choose_image_kind
+from pipeline.images.similarity import COMPARED
 from pipeline.progress import NullProgress
 from pipeline.run import STAGES
+from pipeline.sources import choose_image_kind
 from pipeline.stages.base import RunPlan
 from pipeline.stages.filter import judge_texts
 from pipeline.stages.validate import validate_annotations

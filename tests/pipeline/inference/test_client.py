@@ -14,8 +14,9 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client
+from pipeline.inference import client, concurrency, endpoints
 from pipeline.inference.client import Client
+from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
@@ -31,7 +32,8 @@ ASKED = len(SAMPLES) * 3
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(client, "LONGEST_BACKOFF_SECONDS", 0.1)
-    monkeypatch.setattr(client, "POLL_SECONDS", 0.05)
+    for module in (client, concurrency, endpoints):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
 
 
@@ -278,7 +280,7 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
     with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
         with pytest.raises(EngineError, match="refuses every request: scripted 400"):
             run(tmp_path / "j", chat.url)
-        assert len(chat.bodies) < 2 * client.LOUD_REFUSALS + client.START_WINDOW
+        assert len(chat.bodies) < 2 * client.LOUD_REFUSALS + START_REQUESTS
 
 
 def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,4 +413,4 @@ def test_the_window_follows_the_queue_of_the_server(tmp_path: Path, waiting: int
     chat.metrics = f'vllm:num_requests_running{{engine="0"}} 20.0\nvllm:num_requests_waiting{{engine="0"}} {waiting}.0\n'
     with running_chat(chat):
         run(tmp_path / "j", chat.url, samples=scene_samples(80))
-    assert (chat.most_flying > client.START_WINDOW) == grows
+    assert (chat.most_flying > START_REQUESTS) == grows

@@ -14,7 +14,7 @@ from pipeline.inference.requests import build_requests
 from pipeline.inference.transformers_engine import EmbeddedEngine
 from pipeline.scenes.score import AnswerScore, CaptionScore, score_annotations, score_decks
 from pipeline.sources.scenes import draw_deck
-from pipeline.tasks import OUTPUTS
+from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
 from tests.scene_data import scene_samples
@@ -83,7 +83,7 @@ def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine, wording
 
 def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -> None:
     """Some ten seconds: 40 decks of four pages. The figures on 500 come from benchmarks/teacher.py."""
-    config = resolve(source="scenes-deck", engine="embedded")
+    config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded")
     choice = choose_engine(config)
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
     decks = [draw_deck(SEED, index) for index in range(40)]
@@ -102,7 +102,7 @@ def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Eng
     for request in hot:
         reply = given[request.id]
         if reply.finish_reason == "stop":
-            names = OUTPUTS[request.task].model_fields
+            names = TASKS[request.task].output.model_fields
             assert reply.text.startswith(f'{{"{next(iter(names))}":')
             assert parse_reply(request, reply)[0]["reply_error"] is None
     assert any(reply.finish_reason == "stop" for reply in given.values())

@@ -188,7 +188,7 @@ def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) 
 
 
 def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
-    config = resolve(source="scenes-deck")
+    config = resolve(source="scenes-deck", tasks=["deck_qa"])
     launch = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpu=False, cores=2, memory_gib=8)
     assert json.loads(value_of(launch, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
     assert launch.max_model_len == 16_384

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import resolve
-from pipeline.sources import is_divisible, open_source
+from pipeline.sources import is_divisible, open_source, with_source_defaults
 from pipeline.types import ALL, Sample, SourceSlice
 from tests.hub import datasets
 
@@ -72,3 +72,13 @@ def test_what_can_be_read_in_any_order_is_divided(settings: dict[str, Any]) -> N
 )
 def test_what_must_be_read_in_order_is_not_divided(settings: dict[str, Any]) -> None:
     assert not is_divisible(resolve(**settings))
+
+
+def test_decks_are_asked_for_questions_about_decks() -> None:
+    def tasks(**settings: Any) -> tuple[str, ...]:
+        return with_source_defaults(resolve(**settings)).tasks
+
+    assert tasks(source="scenes-deck") == tasks(source="slidevqa") == ("deck_qa",)
+    assert tasks(source="hub:a/b", columns={"pages": "page_*"}) == ("deck_qa",)
+    assert tasks(source="scenes") == ("caption", "qa")
+    assert tasks(source="scenes-deck", tasks=["caption"]) == ("caption",)

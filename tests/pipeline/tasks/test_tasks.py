@@ -7,7 +7,7 @@ import pytest
 from llguidance import LLMatcher
 from pydantic import ValidationError
 
-from pipeline.tasks import OUTPUTS, broken_rule, wire_schema
+from pipeline.tasks import TASKS, broken_rule, wire_schema
 from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
 from pipeline.tasks.qa import QAPair, QASet
@@ -29,7 +29,7 @@ def keywords(node: Any) -> set[str]:
     return set(node) | keywords(below)
 
 
-@pytest.mark.parametrize("task", OUTPUTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_wire_schema_is_one_that_guidance_takes_whole(task: str) -> None:
     schema = wire_schema(task)
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))) == ""

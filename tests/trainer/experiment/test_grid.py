@@ -11,7 +11,7 @@ from trainer.experiment.grid import Experiment, cells_of, read_experiment
 
 ROOT = Path(__file__).parents[3]
 TWO: dict[str, Any] = {
-    "data": {"facts": {"data": "d", "texts": "human"}, "model": {"data": "d"}},
+    "data": {"facts": {"data": "d", "text_source": "human"}, "model": {"data": "d"}},
     "encoder": ["tiny-clip"],
     "seeds": [0, 1],
     "settings": {"steps": 100},
@@ -25,14 +25,14 @@ def experiment(**changes: Any) -> Experiment:
 def test_every_kind_of_data_meets_every_encoder_and_seed() -> None:
     cells = cells_of(experiment(encoder=["tiny-clip", "tiny-vit"]))
     assert len(cells) == 8 and len({(cell.data, cell.encoder, cell.seed) for cell in cells}) == 8
-    assert {cell.config.texts for cell in cells if cell.data == "facts"} == {"human"}
+    assert {cell.config.text_source for cell in cells if cell.data == "facts"} == {"human"}
     assert all((cell.config.encoder, cell.config.seed) == (cell.encoder, cell.seed) for cell in cells)
 
 
 def test_all_cells_train_for_the_same_number_of_steps() -> None:
     cells = cells_of(experiment(alignment=["none", "connector", "contrast"]))
     assert {cell.config.align_steps + cell.config.steps for cell in cells} == {100}
-    found = {cell.alignment: (cell.config.align_steps > 0, cell.config.contrast > 0) for cell in cells}
+    found = {cell.alignment: (cell.config.align_steps > 0, cell.config.contrastive_weight > 0) for cell in cells}
     assert found == {"none": (False, False), "connector": (True, False), "contrast": (True, True)}
 
 
@@ -67,8 +67,8 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
     [
         ({"settings": {}}, "settings.steps must say"),
         ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is decided by the grid"),
-        ({"settings": {"steps": 9, "depth": 3}}, "bad value for depth"),
-        ({"encoders": ["clip"]}, "encoders: Extra inputs"),
+        ({"settings": {"steps": 9, "depth": 3}}, "unknown config key: depth"),
+        ({"encoders": ["clip"]}, "unknown config key: encoders"),
         ({"alignment": ["both"]}, "alignment.0"),
         ({"data": {}}, "data"),
         ({"seeds": []}, "seeds"),
@@ -79,7 +79,7 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
         ({"encoder": ["auto"]}, "auto is none"),
         ({"encoder": ["a/best", "b/best"]}, "same last part"),
         ({"also": [{"data": ["nothing"]}]}, "data that is not there: nothing"),
-        ({"data": {"facts": {"texts": "true"}}}, r"data\.facts\.texts"),
+        ({"data": {"facts": {"text_source": "true"}}}, r"data\.facts\.text_source"),
     ],
 )
 def test_what_cannot_be_is_one_error_before_anything_runs(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

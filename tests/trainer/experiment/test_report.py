@@ -45,7 +45,7 @@ def runs(tmp_path: Path) -> list[Run]:
             (folder / "captions.jsonl").write_text("".join(json.dumps(about) + "\n" for about in told))
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "metrics.json").write_text(json.dumps(metrics | ({"questions": QUESTIONS} if data == "facts" else {})))
-            cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(texts="human"))
+            cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(text_source="human"))
             made.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, 300 if data == "facts" else 400))
     return made
 

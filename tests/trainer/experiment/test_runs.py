@@ -21,7 +21,7 @@ from trainer.experiment.runs import Run, plan, run_cells
 from trainer.train import examples_of
 
 SAMPLES = scene_samples(60)
-SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_images": 8}
+SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) -> list[Run]:
-    data = {"facts": {"data": "all", "texts": "human"}, "model": {"data": "few"}, "both": {"data": "all", "texts": "mixed"}}
+    data = {
+        "facts": {"data": "all", "text_source": "human"},
+        "model": {"data": "few"},
+        "both": {"data": "all", "text_source": "mixed"},
+    }
     asked = Experiment.model_validate({"data": data, "encoder": [clip], "seeds": [0], "settings": SMALL} | changes)
     return plan(asked, cells_of(asked), lambda name, images: versions[name or ""], out)
 
@@ -68,7 +72,7 @@ def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version]
 def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
         seen = limit_images(examples_of(run.version, "train", run.config, run.only), run.config.train_images)
-        learned = limit_captions(seen, run.config.caption_words)
+        learned = limit_captions(seen, run.config.caption_word_budget)
         assert len(learned) == run.train_images
         assert sum(count_words(text) for e in learned for text in e.texts if text.style) == run.train_words
         assert run.train_images == 10 or run.cell.train_images == 0

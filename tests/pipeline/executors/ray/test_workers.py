@@ -13,10 +13,9 @@ from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.errors import SourceError
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, read_fill_result, read_slice
-from pipeline.images.similarity import choose_image_kind
 from pipeline.progress import NullProgress
 from pipeline.run import STAGES
-from pipeline.sources import is_divisible, open_source
+from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.source import write_exclusions, write_source
 from pipeline.storage.files import remove, write_json

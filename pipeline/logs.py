@@ -1,0 +1,52 @@
+"""The log: what happens in the background and stops nobody, with its reason, in a file of the dataset folder.
+
+Progress is for people who watch; the log is for those who look afterwards. `synth -v` shows it on the terminal, too.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FILE = "synth.log"
+_ROOTS = ("pipeline", "trainer")
+_FORMAT = logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
+
+
+def show_log() -> None:
+    """Write log records to standard error from now on, those about details included."""
+    _add(logging.StreamHandler(sys.stderr), logging.DEBUG)
+
+
+@contextmanager
+def log_to(folder: Path) -> Iterator[None]:
+    """Append log records to a file in a folder of this machine meanwhile; the file is made with the first of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / FILE, encoding="utf-8", delay=True)
+    _add(handler, logging.INFO)
+    try:
+        yield
+    finally:
+        for name in _ROOTS:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+
+
+def keep_log_in(folder: Path) -> None:
+    """Append log records to a file in a folder for the rest of this process; the same folder twice is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = str((folder / FILE).absolute())
+    known = logging.getLogger(_ROOTS[0]).handlers
+    if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in known):
+        _add(logging.FileHandler(path, encoding="utf-8", delay=True), logging.INFO)
+
+
+def _add(handler: logging.Handler, level: int) -> None:
+    handler.setFormatter(_FORMAT)
+    handler.setLevel(level)
+    for name in _ROOTS:
+        logger = logging.getLogger(name)
+        logger.setLevel(min(level, logger.level or level))
+        logger.addHandler(handler)
+        logger.propagate = False

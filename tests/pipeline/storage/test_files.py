@@ -1,0 +1,22 @@
+"""Tests of pipeline/storage/files.py; what the storage promises a run is shown in tests/whole."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import files
+
+
+def test_a_folder_that_cannot_be_removed_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("someone else's")
+
+    (tmp_path / "held" / "inner").mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.rmdir", refuse)
+        files.remove(tmp_path / "held")
+    assert "held is left behind" in caplog.text
+    files.remove(tmp_path / "held")
+    assert not (tmp_path / "held").exists()

@@ -1,0 +1,45 @@
+"""Tests of pipeline/logs.py."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import logs
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    roots = [logging.getLogger(name) for name in ("pipeline", "trainer")]
+    before = [(root.handlers[:], root.level, root.propagate) for root in roots]
+    yield
+    for root, (handlers, level, propagates) in zip(roots, before, strict=True):
+        root.handlers[:], root.level, root.propagate = handlers, level, propagates
+
+
+def test_a_folder_gets_a_log_with_its_first_record_and_none_after(tmp_path: Path) -> None:
+    log = logging.getLogger("pipeline.storage.lock")
+    with logs.log_to(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+        log.warning("not renewed: %s", "the store was away")
+        log.debug("a detail")
+    log.warning("too late")
+    lines = (tmp_path / logs.FILE).read_text().splitlines()
+    assert [line.partition("WARNING ")[2] for line in lines] == ["pipeline.storage.lock: not renewed: the store was away"]
+
+
+def test_a_worker_that_enters_a_folder_twice_logs_once(tmp_path: Path) -> None:
+    logs.keep_log_in(tmp_path)
+    logs.keep_log_in(tmp_path)
+    logging.getLogger("pipeline.executors").warning("once")
+    assert (tmp_path / logs.FILE).read_text().count("once") == 1
+
+
+def test_verbose_shows_details_on_standard_error() -> None:
+    code = "import logging; from pipeline.logs import show_log; show_log(); logging.getLogger('trainer.x').debug('a detail')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "DEBUG trainer.x: a detail" in result.stderr
+    assert result.stdout == ""
