@@ -1,7 +1,7 @@
-"""How fast captions are matched with the entries they are balanced over: `python benchmarks/balance.py [--captions 200000]`.
+"""Measure how fast captions are matched with balance entries: `python benchmarks/balance.py [--captions 200000]`.
 
-All 86,654 names of WordNet and numbers, captions of benchmarks/dedupe.py; beside a table of n-grams, which is what one would
-write without a library, on the same captions in the same run. CPU seconds of one process; both must find the same entries.
+All 86,654 names of WordNet and numbers, and captions of benchmarks/dedupe.py. The baseline is a table of n-grams, the usual way
+without a library, on the same captions in the same run. CPU seconds of one process; both must find the same entries.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from pipeline.text.wordnet import names
 
 
 def by_ngrams(texts: list[str], entries: tuple[str, ...]) -> list[list[int]]:
-    """Look up every run of words of a text that is as long as some entry."""
+    """Match entries by looking up every n-gram of a text, up to the length of the longest entry."""
     numbers = {spaced(entry).strip(): number for number, entry in enumerate(entries)}
     longest = max(entry.count(" ") + 1 for entry in numbers)
-    found = []
+    matches = []
     for text in texts:
         words = spaced(text).split()
-        runs = {" ".join(words[at:end]) for at in range(len(words)) for end in range(at + 1, min(len(words), at + longest) + 1)}
-        found.append(sorted(numbers[run] for run in runs & numbers.keys()))
-    return found
+        runs = {" ".join(words[i:end]) for i in range(len(words)) for end in range(i + 1, min(len(words), i + longest) + 1)}
+        matches.append(sorted(numbers[run] for run in runs & numbers.keys()))
+    return matches
 
 
 def timed(work: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
@@ -43,12 +43,12 @@ def main() -> None:
     texts, entries = plant(arguments.captions, 11)[0], names()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {len(texts):,} captions, {len(entries):,} entries")
     build, _ = timed(lambda: match_entries([], entries))
-    mine, found = timed(lambda: match_entries(texts, entries))
-    peer, wanted = timed(lambda: by_ngrams(texts, entries))
-    assert found == wanted, "the two disagree"
-    print(f"  build once {build:.2f} CPU s; {sum(map(len, found)) / len(found):.1f} entries a caption")
-    print(f"  Aho-Corasick {len(texts) / mine:>9,.0f} captions/CPU s")
-    print(f"  n-gram table {len(texts) / peer:>9,.0f} captions/CPU s   ratio {peer / mine:.1f}")
+    own_seconds, matches = timed(lambda: match_entries(texts, entries))
+    peer_seconds, expected = timed(lambda: by_ngrams(texts, entries))
+    assert matches == expected, "the two disagree"
+    print(f"  build once {build:.2f} CPU s; {sum(map(len, matches)) / len(matches):.1f} entries a caption")
+    print(f"  Aho-Corasick {len(texts) / own_seconds:>9,.0f} captions/CPU s")
+    print(f"  n-gram table {len(texts) / peer_seconds:>9,.0f} captions/CPU s   ratio {peer_seconds / own_seconds:.1f}")
 
 
 if __name__ == "__main__":

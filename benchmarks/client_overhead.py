@@ -1,9 +1,9 @@
-"""What a row costs on top of the server: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]`.
+"""Measure the client's cost per row: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]`.
 
 A mock endpoint answers every request after 200 ms. Each client asks for one caption of each of N distinct JPEGs of 85 kB, 256
-requests at once: a bare aiohttp loop that throws the replies away, `synth` with its journal and its validation, and peers,
-each in an environment of its own (benchmarks/peers). CPU a row is the slope between a short and a long run, so that imports
-and start-up do not count. Then each is killed at half-way and started again: what it asks twice is counted by the endpoint.
+requests at once: a bare aiohttp loop that discards the replies, `synth` with its journal and its validation, and peers, each
+in an environment of its own (benchmarks/peers). CPU per row is the slope between a short and a long run, so that imports and
+start-up do not count. Then each client is killed half-way and restarted: the endpoint counts repeated requests.
 """
 
 import argparse
@@ -33,13 +33,13 @@ CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
 IMAGE_BYTES = 85_000
 KEPT_FILES = 2000  # above this, images differ in their last bytes only
-HANGS_SECONDS = 180  # for what is left after a kill; half of the rows take seconds
+HANGS_SECONDS = 180  # limit of the run after a kill; half of the rows take seconds
 PROMPT = "Write one sentence that names the main things in view."
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a client took."""
+    """Resources that one run of a client used."""
 
     cpu_seconds: float
     peak_mb: float
@@ -65,7 +65,7 @@ def make_images(folder: Path) -> None:
 
 
 def read_image(folder: Path, number: int) -> bytes:
-    """Return the bytes of an image; beyond the files there are, a few bytes after its end make it another one."""
+    """Return the bytes of an image; from KEPT_FILES on, a few bytes after its end make it distinct."""
     data = (folder / f"{number % KEPT_FILES:05d}.jpg").read_bytes()
     return data if number < KEPT_FILES else data + number.to_bytes(8, "big")
 
@@ -74,7 +74,7 @@ def read_image(folder: Path, number: int) -> bytes:
 
 
 def run_raw(url: str, images: Path, rows: int) -> None:
-    """Ask in a bare aiohttp loop, as one would write it in ten minutes, and keep nothing."""
+    """Send requests in a minimal aiohttp loop, and discard the replies."""
     import aiohttp
 
     async def work(session: aiohttp.ClientSession, numbers: Iterator[int]) -> None:
@@ -128,7 +128,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
             chunks(), config, "m", lambda: stack.enter_context(Client("model", "m", config)), journal, RequestStats()
         ):
             pass
-        samples = ([(name, 1, None) for name in ids[at : at + 64]] for at in range(0, rows, 64))
+        samples = ([(name, 1, None) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
         for table in read_annotations(samples, config, "m", journal):
             kept += validate_annotations(table)["reason"].null_count
@@ -152,7 +152,7 @@ def measure(command: list[str], out: Path) -> Run:
 
 
 def redone(command: list[str], out: Path, root: str, rows: int) -> str:
-    """Kill a client at half-way and run it again; return how many requests were answered twice, or that it never ends."""
+    """Kill a client half-way and run it again; return the number of repeated requests, or "hangs"."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     urllib.request.urlopen(urllib.request.Request(f"{root}/reset", b""), timeout=10).close()
@@ -179,17 +179,17 @@ def redone(command: list[str], out: Path, root: str, rows: int) -> str:
 
 
 def stats(root: str) -> dict[str, int]:
-    """Ask the endpoint what it has counted."""
-    with urllib.request.urlopen(f"{root}/stats", timeout=10) as answer:
-        found: dict[str, int] = json.load(answer)
-    return found
+    """Return the counts of the endpoint."""
+    with urllib.request.urlopen(f"{root}/stats", timeout=10) as response:
+        counts: dict[str, int] = json.load(response)
+    return counts
 
 
 def commands(url: str, images: Path, peers: dict[str, str]) -> dict[str, list[str]]:
     """Return the command line of each client, without rows and output."""
-    given = ["--url", url, "--images", str(images)]
-    ours = {name: [sys.executable, __file__, "--worker", name, *given] for name in ("raw", "synth")}
-    return ours | {name: [python, str(HERE / "peers" / f"{name}.py"), *given] for name, python in peers.items()}
+    options = ["--url", url, "--images", str(images)]
+    own_clients = {name: [sys.executable, __file__, "--worker", name, *options] for name in ("raw", "synth")}
+    return own_clients | {name: [python, str(HERE / "peers" / f"{name}.py"), *options] for name, python in peers.items()}
 
 
 def main() -> None:
@@ -213,7 +213,7 @@ def main() -> None:
         port = free.getsockname()[1]
     root = f"http://127.0.0.1:{port}"
     command = [sys.executable, str(HERE / "mock_chat.py"), str(port), str(LATENCY_SECONDS)]
-    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # it complains of clients that are killed
+    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # it logs killed clients
     try:
         with tempfile.TemporaryDirectory() as temporary:
             compare(arguments, root, Path(temporary))
@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
-    """Run every client, and print what it took."""
+    """Run every client, and print its costs."""
     images = scratch / "images"
     make_images(images)
     sizes = [path.stat().st_size for path in images.iterdir()]
@@ -235,7 +235,7 @@ def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
     clients = commands(f"{root}/v1", images, peers)
     runs: dict[str, Run] = {}
     for _ in range(arguments.repeat):
-        for name, command in clients.items():  # one after the other, so that a busy minute hits all of them
+        for name, command in clients.items():  # interleaved, so that a busy minute affects all clients
             out = scratch / name
             few = measure([*command, "--rows", str(short), "--out", str(out)], out)
             runs[name] = many = measure([*command, "--rows", str(arguments.rows), "--out", str(out)], out)

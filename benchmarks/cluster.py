@@ -1,11 +1,11 @@
-"""What the cluster costs: CPU seconds an image of `--executor ray` beside `--executor local`, on one machine.
+"""Measure the overhead of a cluster: CPU time per image of `--executor ray` and `--executor local`, on one machine.
 
     python benchmarks/cluster.py [--images 4000 80000] [--shards 8] [--latency 0.05]
 
-Both caption the same scenes in two styles through a mock endpoint that answers after so many seconds, from reading to version.
-CPU is that of the whole process tree, Ray's own processes included, as a control group counts it (Linux, as root). Each is run
-at two sizes; the difference is what images cost, without the start. Ray itself takes part of a core all the time, so that the
-ratio depends on how many images a second there are. Runs follow one another: on a shared machine, repeat them.
+Both caption the same scenes in two styles through a mock endpoint of fixed latency, from source to version. CPU covers the
+whole process tree, Ray's own processes included, as counted by a control group (Linux, as root). Each executor runs at two
+sizes; the difference is the cost of images without start-up. Ray itself uses part of a core all the time, so the ratio depends
+on the number of images per second. Runs are sequential: on a shared machine, repeat them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ GROUPS = next(
 
 
 def run(command: list[str], folder: Path) -> dict[str, float]:
-    """Run a command in a control group of its own; return its seconds, and the CPU seconds of all that it started."""
+    """Run a command in a control group of its own; return its seconds, and the CPU seconds of its process tree."""
     if GROUPS is None:
         raise SystemExit("there are no control groups (version 2) here to count CPU seconds with")
     group = GROUPS / f"synth-benchmark-{os.getpid()}"
@@ -41,7 +41,7 @@ def run(command: list[str], folder: Path) -> dict[str, float]:
     seconds = time.monotonic() - start
     if done.returncode:
         raise SystemExit((folder / "log").read_text()[-2000:])
-    while (group / "cgroup.procs").read_text().strip():  # what a cluster leaves takes a moment to end
+    while (group / "cgroup.procs").read_text().strip():  # processes of a cluster take a moment to end
         time.sleep(0.2)
     (used,) = [line.split()[1] for line in (group / "cpu.stat").read_text().splitlines() if line.startswith("usage_usec")]
     group.rmdir()
@@ -49,7 +49,7 @@ def run(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure both."""
+    """Measure both executors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs=2, default=[4000, 80000])
     parser.add_argument("--shards", type=int, default=8)
@@ -58,29 +58,29 @@ def main() -> None:
     options = parser.parse_args()
     mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(options.port), str(options.latency), "various"])
     time.sleep(2)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, more in (("local", []), ("ray", ["--executor", "ray", "--shards", str(options.shards)])):
                 runs = []
                 for images in options.images:
                     out = f"{name}-{images}"
-                    wanted = ["--source", "scenes", "--limit", str(images), "--tasks", "caption", "--out", out]
-                    where = ["--base-url", f"http://127.0.0.1:{options.port}/v1"]
-                    runs.append(run([str(SYNTH), "generate", *wanted, *where, *more], Path(folder)) | {"images": images})
+                    dataset = ["--source", "scenes", "--limit", str(images), "--tasks", "caption", "--out", out]
+                    server = ["--base-url", f"http://127.0.0.1:{options.port}/v1"]
+                    runs.append(run([str(SYNTH), "generate", *dataset, *server, *more], Path(folder)) | {"images": images})
                     manifest = json.loads((Path(folder) / out / "versions" / "v1.0.0" / "manifest.json").read_text())
                     runs[-1]["digest"] = manifest["digest"][:12]
                     print(name, runs[-1], flush=True)
                 small, large = runs
                 more_images = large["images"] - small["images"]
-                found[name] = {
+                results[name] = {
                     "cpu_ms_an_image": 1000 * (large["cpu_seconds"] - small["cpu_seconds"]) / more_images,
                     "runs": runs,
                 }
     finally:
         mock.kill()
-    local, ray = (found[name]["cpu_ms_an_image"] for name in ("local", "ray"))
-    print(json.dumps({**found, "ray_over_local": round(ray / local, 3)}))
+    local, ray = (results[name]["cpu_ms_an_image"] for name in ("local", "ray"))
+    print(json.dumps({**results, "ray_over_local": round(ray / local, 3)}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Deduplication of captions: `python benchmarks/dedupe.py [--captions 200000] [--peers PYTHON]`.
+"""Measure deduplication of captions: `python benchmarks/dedupe.py [--captions 200000] [--peers PYTHON]`.
 
-Captions of WordNet's nouns in templates, with planted duplicates and hard negatives (one decisive word changed), each about an
-image of its own; every caption may stand once. Ours beside rensa and datasketch (PYTHON is an interpreter that has both), each
-in a process of its own that reads the same file: CPU seconds, peak memory, and against the planted truth how many duplicates go
-(recall), the share of what goes that is one (precision), and how many hard negatives go. Without --peers, ours alone.
+Templates with WordNet's nouns, with planted duplicates and hard negatives (one decisive word changed), each about an image of
+its own; every caption may occur once. Ours beside rensa and datasketch (PYTHON is an interpreter that has both), each in a
+process of its own that reads the same file: CPU seconds, peak memory, recall and precision of the removed duplicates against
+the planted truth, and the fraction of hard negatives removed. Without --peers, only ours runs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def base(rng: random.Random, nouns: list[str]) -> str:
 
 
 def same(text: str, kind: str, rng: random.Random) -> str:
-    """Return the caption in other words."""
+    """Return a paraphrase of the caption."""
     if kind == "case":
         return text.upper().rstrip(".")
     if kind == "opening":
@@ -57,7 +57,7 @@ def other(text: str, kind: str, rng: random.Random) -> str:
     words = text.split(" ")
     color = next(n for n, word in enumerate(words) if word.strip(".,") in COLORS)
     if kind == "color":
-        words[color] = rng.choice([each for each in COLORS if each != words[color]])
+        words[color] = rng.choice([candidate for candidate in COLORS if candidate != words[color]])
     elif kind == "number":
         words[0] = "Three" if words[0] in ("Two", "Several") else "Four"
     else:
@@ -66,7 +66,7 @@ def other(text: str, kind: str, rng: random.Random) -> str:
 
 
 def plant(count: int, seed: int) -> tuple[list[str], list[int], list[str]]:
-    """Return captions in random order, of each the number of those that say the same, and its kind."""
+    """Return captions in random order, with the duplicate group and the kind of each."""
     rng = random.Random(seed)
     nouns = [name for name in names() if name.isalpha() and len(name) > 3]
     rng.shuffle(nouns)
@@ -90,7 +90,7 @@ def plant(count: int, seed: int) -> tuple[list[str], list[int], list[str]]:
 
 
 def score(kept: list[bool], groups: list[int], kinds: list[str]) -> str:
-    """Return how much of what went is one of two that say the same, and how much of those went."""
+    """Return recall and precision of the removed duplicates, and the fraction of hard negatives removed."""
     sizes, left = Counter(groups), Counter(group for group, flag in zip(groups, kept, strict=True) if flag)
     planted = sum(size - 1 for size in sizes.values())
     right = sum(min(size - left[group], size - 1) for group, size in sizes.items())
@@ -103,7 +103,7 @@ def score(kept: list[bool], groups: list[int], kinds: list[str]) -> str:
 
 
 def ours(source: Path, out: Path) -> None:
-    """Read the texts, and write which are kept, as the peers do."""
+    """Read the texts, and write a keep flag for each, as the peers do."""
     from pipeline.stages.dedupe import STAGE
     from tests.stage_runs import run_stage
 

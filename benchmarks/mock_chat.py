@@ -1,8 +1,8 @@
-"""A chat endpoint that answers any request with one caption after a fixed time: what is left to measure is the client.
+"""Mock chat endpoint: answers any request with a caption after a fixed time, so that only the client is measured.
 
-`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, the caption depends on what is asked. GET
-/stats tells how many requests came, and from where, were answered, and were different; POST /reset forgets them. It enforces no
-schema: its probe answer is the one that is wanted.
+`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, the caption depends on the request. GET
+/stats counts requests that came (also by client), were answered, and were different; POST /reset clears the counts. The
+endpoint enforces no schema, but answers the schema probe as expected.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ def answer(text: str, finish_reason: str = "stop") -> bytes:
 
 def caption(key: bytes) -> str:
     """Return one of half a million captions."""
-    words = [of[byte % 8] for of, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)]
+    words = [options[byte % 8] for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)]
     number = 2 + key[5] % 16
     return f"A man in a {words[0]} {words[1]} walks {number} {words[2]} dogs along a wet {words[3]} under a {words[4]} sky."
 
 
 class Mock:
-    """Counts what it is asked, by the hash of the body's messages."""
+    """Endpoint that counts requests by the hash of the body's messages."""
 
     def __init__(self, seconds: float, *, various: bool) -> None:
         self.seconds = seconds
@@ -46,7 +46,7 @@ class Mock:
         self.body = answer(CAPTION)
 
     async def chat(self, request: web.Request) -> web.Response:
-        """Answer after a while."""
+        """Answer after the fixed time."""
         raw = await request.read()
         if b'"probe"' in raw:
             schema = json.loads(raw)["response_format"]["json_schema"]["schema"]
@@ -55,7 +55,7 @@ class Mock:
             )
         self.came += 1
         self.clients[str(request.remote)] += 1
-        # Image and words tell requests apart, whatever else a client sends along.
+        # Image and text identify a request, whatever other fields a client sends.
         key = hashlib.sha1(raw[raw.find(b'"messages"') :], usedforsecurity=False).digest()
         await asyncio.sleep(self.seconds)
         self.answered[key] += 1
@@ -63,13 +63,13 @@ class Mock:
         return web.Response(body=body, content_type="application/json")
 
     async def stats(self, _request: web.Request) -> web.Response:
-        """Tell the counts."""
+        """Return the counts."""
         total = sum(self.answered.values())
-        told = {"came": self.came, "answered": total, "different": len(self.answered), "clients": self.clients}
-        return web.json_response(told)
+        counts = {"came": self.came, "answered": total, "different": len(self.answered), "clients": self.clients}
+        return web.json_response(counts)
 
     async def reset(self, _request: web.Request) -> web.Response:
-        """Forget the counts."""
+        """Clear the counts."""
         self.answered.clear()
         self.clients.clear()
         self.came = 0
@@ -87,7 +87,7 @@ async def models(_request: web.Request) -> web.Response:
 
 
 async def health(_request: web.Request) -> web.Response:
-    """All is well."""
+    """Return 200."""
     return web.Response()
 
 

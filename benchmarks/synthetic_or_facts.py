@@ -1,10 +1,10 @@
-"""How much a captioner loses by learning from a model's captions instead of the truth, on drawn scenes.
+"""Measure how much a captioner loses by learning from a model's captions instead of true ones, on drawn scenes.
 
     synth generate --source scenes --limit 2000
     python benchmarks/synthetic_or_facts.py data/scenes [--encoder tiny-clip] [--steps 600] [--seeds 0]
 
-The same images, splits, styles, steps and seeds: once with the captions of the version, once with the captions that the facts
-give. Both are scored against the facts of the held-out scenes.
+Trains twice with the same images, splits, styles, steps and seeds: on the captions of the version, and on captions made from
+the facts. Both captioners are scored against the facts of the held-out scenes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SCORES = ("bleu_4", "rouge_l", "cider_d")
 
 
 def with_facts(version: Version, folder: Path) -> Version:
-    """Write the same version with every caption replaced by what is true."""
+    """Write the same version with every caption replaced by one made from the facts."""
     rows = Rows()
 
     def tables() -> Iterator[pa.Table]:
@@ -49,7 +49,7 @@ def with_facts(version: Version, folder: Path) -> Version:
 
 
 def main() -> None:
-    """Train and score both, and print a table."""
+    """Train and score both captioners, and print a table."""
     parser = argparse.ArgumentParser(description="A captioner from a model's captions, beside one from the facts.")
     parser.add_argument("data", type=Path, help="A dataset of scenes.")
     parser.add_argument("--encoder", default="tiny-clip")
@@ -61,17 +61,17 @@ def main() -> None:
         versions = {"synthetic": version, "facts": with_facts(version, Path(name) / "facts")}
         print(f"{version.manifest['rows']}, {arguments.encoder}, decoder from scratch, {arguments.steps} steps")
         for seed in arguments.seeds:
-            found = {}
-            for kind, each in versions.items():
+            cider_d = {}
+            for kind, training_data in versions.items():
                 config = resolve(encoder=arguments.encoder, steps=arguments.steps, seed=seed, questions=False)
-                metrics = train(each, config, Path(name) / f"{kind}-{seed}")
-                found[kind] = metrics["scores"]["cider_d"]
+                metrics = train(training_data, config, Path(name) / f"{kind}-{seed}")
+                cider_d[kind] = metrics["scores"]["cider_d"]
                 shown = "   ".join(
                     f"{score} {metrics['scores'][score]:.3f} (shuffled {metrics['shuffled_scores'][score]:.3f})"
                     for score in SCORES
                 )
                 print(f"  seed {seed}, {kind:<10} {shown}", flush=True)
-            print(f"  seed {seed}: synthetic / facts, CIDEr-D: {found['synthetic'] / found['facts']:.3f}")
+            print(f"  seed {seed}: synthetic / facts, CIDEr-D: {cider_d['synthetic'] / cider_d['facts']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How good and how fast the tiny teacher is: `python benchmarks/teacher.py [--scenes 1000] [--seed 7001]`.
+"""Measure the accuracy and speed of the tiny teacher: `python benchmarks/teacher.py [--scenes 1000] [--seed 7001]`.
 
-Draws scenes that no training saw, asks all default tasks in process, and scores the replies against the facts; then once
-more with every sentence of the prompts but the task line reworded.
+Draws scenes that are in no training data, runs all default tasks in process, and scores the replies against the facts; then
+repeats it with every sentence of the prompts but the task line reworded.
 """
 
 import argparse
@@ -28,12 +28,12 @@ REWORDED_TASK = "Below stands your assignment. Kindly complete it with honesty, 
 
 
 def reword(request: Request) -> Request:
-    """Keep the task line, and put other words around it."""
+    """Keep the task line, and replace all other text."""
     return replace(request, system=REWORDED_SYSTEM, text=f"{REWORDED_TASK}\n{request.text.splitlines()[-1]}")
 
 
 class Rounds:
-    """The requests of one chunk after the other, as an engine takes them."""
+    """Requests in chunks; a types.RequestSource for an engine."""
 
     def __init__(self, chunks: Iterator[list[Request]]) -> None:
         self.asked: dict[str, Request] = {}
@@ -46,25 +46,25 @@ class Rounds:
         return chunk
 
     def sending(self, requests: Sequence[Request]) -> None:
-        """Nothing is noted here."""
+        """Do nothing: there is no journal."""
 
     def answered(self) -> bool:
-        """Nothing is known from before."""
+        """Return False: there are no earlier replies."""
         return False
 
 
 def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[list[dict[str, Any]], float]:
-    """Return the annotations of all samples and the seconds it took, loading of the model left out."""
+    """Return the annotations of all samples, and the seconds taken without loading the model."""
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
-        made = [r for sample in chunk for r in build_requests(sample.id, sample.images, config, choice.revision)]
-        return [reword(request) if reworded else request for request in made]
+        built = [r for sample in chunk for r in build_requests(sample.id, sample.images, config, choice.revision)]
+        return [reword(request) if reworded else request for request in built]
 
     engine = choice.make()
     list(engine.ask(Rounds(iter([requests(samples[:1])]))))
     rows: list[dict[str, Any]] = []
-    work = Rounds(requests(samples[at : at + BATCH_SAMPLES]) for at in range(0, len(samples), BATCH_SAMPLES))
+    work = Rounds(requests(samples[start : start + BATCH_SAMPLES]) for start in range(0, len(samples), BATCH_SAMPLES))
     started = time.perf_counter()
     for replies in engine.ask(work):
         rows += [row for reply in replies for row in parse_reply(work.asked[reply.request_id], reply)]
@@ -99,23 +99,23 @@ def main() -> None:
 
 
 def unread(rows: list[dict[str, Any]]) -> int:
-    """Return how many rows are replies that could not be read."""
+    """Return the number of rows whose reply could not be read."""
     return sum(row["reply_error"] is not None for row in rows)
 
 
 def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print how true captions and answers are."""
+    """Print the accuracy of captions and answers."""
     captions, answers = score_annotations(rows, {sample.id: sample.facts or {} for sample in samples})
     for style, c in sorted(captions.items()):
         right = c.backgrounds_right / c.captions
         print(f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}  background {right:.4f}")
     for kind, a in sorted(answers.items()):
-        said = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  unanswerable {a.unanswerable} of {a.asked}"
-        print(f"  answer  {kind:<10} {said}")
+        scores = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  unanswerable {a.unanswerable} of {a.asked}"
+        print(f"  answer  {kind:<10} {scores}")
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print how true answers, evidence pages and calculations are; of arithmetic, differences once more by themselves."""
+    """Print the accuracy of answers, evidence pages and expressions; differences are also listed separately."""
     facts: dict[str, Sequence[dict[str, Any]]] = {sample.id: sample.page_facts or () for sample in samples}
     differences = [row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")]
     for kind, a in sorted((score_decks(rows, facts) | score_decks(differences, facts)).items()):

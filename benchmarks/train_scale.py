@@ -1,12 +1,12 @@
-"""Training past one process and past the memory.
+"""Measure training in several processes, and on more images than fit in memory.
 
-    PYTHONPATH=. python benchmarks/train_scale.py processes     # images a second of two processes beside one, in turn
+    PYTHONPATH=. python benchmarks/train_scale.py processes     # images per second of two processes and of one
     PYTHONPATH=. python benchmarks/train_scale.py memory        # 3 GB of images, in a process that may hold 2 GB
 
 Memory: a version of 30,000 images of 100 kB (a small photograph with random bytes behind its end, which decoders skip) is
-trained for some steps with an encoder that looks at the images. The process may not have more than the given private memory
-(RLIMIT_DATA); pages of the mapped files do not count, since the system takes them back when it needs to. Beside it, the same
-limit while the images are read into memory, as most data sets do.
+trained for some steps with an encoder that is not frozen. The private memory of the process is limited (RLIMIT_DATA); pages of
+the mapped files do not count, since the system can reclaim them. The baseline reads all images into memory under the same
+limit, as most data sets do.
 """
 
 import argparse
@@ -42,10 +42,10 @@ print(len(images))
 
 
 def images_per_s(command: list[str], data: Path, out: Path, threads: int) -> float:
-    """Train, and return the images a second of the last half of the steps."""
+    """Train, and return the images per second over the last half of the steps."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    asked = ["--data", str(data), "--encoder", "tiny-clip", "--out", str(out)]
-    subprocess.run([*command, *TRAIN, *asked], env=environment, check=True, capture_output=True)
+    options = ["--data", str(data), "--encoder", "tiny-clip", "--out", str(out)]
+    subprocess.run([*command, *TRAIN, *options], env=environment, check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     first, last = steps[len(steps) // 2], steps[-1]
@@ -54,21 +54,21 @@ def images_per_s(command: list[str], data: Path, out: Path, threads: int) -> flo
 
 
 def processes(folder: Path, rounds: int) -> None:
-    """Print images a second of one process with one thread, of one with two, and of two with one each."""
+    """Print images per second of one process with one thread, one with two threads, and two with one thread each."""
     version, _ = make_version(folder / "d", scene_samples(600))
     kinds = {"one process, one thread": (SYNTH, 1), "one process, two threads": (SYNTH, 2), "two processes": (TORCHRUN, 1)}
-    found: dict[str, list[float]] = {name: [] for name in kinds}
-    for turn in range(rounds):
+    throughputs: dict[str, list[float]] = {name: [] for name in kinds}
+    for round_index in range(rounds):
         for name, (command, threads) in kinds.items():
-            found[name].append(images_per_s(command, version.path, folder / f"{turn}-{name}", threads))
-    base = statistics.median(found["one process, one thread"])
-    for name, rates in found.items():
+            throughputs[name].append(images_per_s(command, version.path, folder / f"{round_index}-{name}", threads))
+    base = statistics.median(throughputs["one process, one thread"])
+    for name, rates in throughputs.items():
         shown = ", ".join(f"{rate:.0f}" for rate in rates)
         print(f"{name:<26} {statistics.median(rates):>6.0f} images/s  {statistics.median(rates) / base:.2f} times  ({shown})")
 
 
 def padded_version(folder: Path, count: int, image_bytes: int) -> Version:
-    """Write a version of photographs of so many bytes each."""
+    """Write a version of `count` photographs of `image_bytes` bytes each."""
     rng, photos = random.Random(0), [photo(n) for n in range(50)]
     samples = scene_samples(count)
 
@@ -91,9 +91,9 @@ def padded_version(folder: Path, count: int, image_bytes: int) -> Version:
 
 
 def memory(folder: Path, count: int, limit_mb: int) -> None:
-    """Print what becomes of a training, and of reading all images, where so much private memory is allowed."""
+    """Print whether a training, and reading all images, succeed within `limit_mb` of private memory."""
     version = padded_version(folder / "d", count, 100_000)
-    size = sum(about["bytes"] for about in version.manifest["files"].values())
+    size = sum(entry["bytes"] for entry in version.manifest["files"].values())
     print(f"{count:,} images, {size / 1e6:,.0f} MB; {limit_mb:,} MB allowed")
 
     def limited() -> None:
@@ -119,12 +119,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=30_000)
     parser.add_argument("--limit-mb", type=int, default=2000)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        if asked.what == "processes":
-            processes(Path(name), asked.rounds)
+        if arguments.what == "processes":
+            processes(Path(name), arguments.rounds)
         else:
-            memory(Path(name), asked.images, asked.limit_mb)
+            memory(Path(name), arguments.images, arguments.limit_mb)
 
 
 if __name__ == "__main__":

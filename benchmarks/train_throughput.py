@@ -1,11 +1,11 @@
-"""Captions a second of one training step, beside nanoVLM's; and what a feature cache saves.
+"""Measure captions per second of one training step, beside nanoVLM's, and the gain of a feature cache.
 
     python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--rounds 5]
 
 With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same towers, 20 tokens a
-caption behind 49 image tokens (ours: 50), float32, encoder frozen, AdamW, one thread, rounds in turn, medians of CPU time. It
-trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one, from cached states.
-Without `--nanovlm` only our own variants are compared, and nothing is said about nanoVLM.
+caption behind 49 image tokens (ours: 50), float32, encoder frozen, AdamW, one thread, interleaved rounds, medians of CPU time.
+It trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one shared prefix,
+from cached states. Without `--nanovlm` only our own variants are compared.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def encoder_config(**tower: Any) -> EncoderConfig:
 
 
 def texts(seed: int = 0) -> TextBatch:
-    """Return captions of one length, with one token of prompt: TOKENS - 1 are learned."""
+    """Return captions of one length with a prompt of one token: TOKENS - 1 are targets."""
     ids = torch.randint(2, VOCAB, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(seed))
     of_image = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
     ones = torch.ones(len(ids), dtype=torch.long)
@@ -69,10 +69,10 @@ def texts(seed: int = 0) -> TextBatch:
 
 
 def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | None = None) -> Step:
-    """Return one training step of ours; with `cached`, hidden states are read and not computed."""
-    about: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
+    """Return one training step of ours; with `cached`, hidden states are precomputed."""
+    fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
     config = encoder_config(**(tower or TOWER))
-    captioner = Captioner(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **about))
+    captioner = Captioner(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **fields))
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=1e-4)
     pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX)
@@ -83,8 +83,8 @@ def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | N
         optimizer.zero_grad()
         batch = texts()
         with torch.no_grad():
-            seen = states_BNV if cached else captioner.encoder(pixels_BCHW)
-        loss = captioner.loss(seen, batch) / int(batch.learned_CT.sum())
+            batch_BNV = states_BNV if cached else captioner.encoder(pixels_BCHW)
+        loss = captioner.loss(batch_BNV, batch) / int(batch.learned_CT.sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -151,15 +151,15 @@ def nanovlm_step(checkout: Path) -> Step:
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Return the median CPU seconds of each step, run in turn."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    timings: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step()  # warm
+        step()  # warm-up
     for _ in range(rounds):
         for name, step in steps.items():
             started = time.process_time()
             step()
-            found[name].append(time.process_time() - started)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+            timings[name].append(time.process_time() - started)
+    return {name: statistics.median(seconds) for name, seconds in timings.items()}
 
 
 def main() -> None:

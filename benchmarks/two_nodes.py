@@ -1,12 +1,12 @@
-"""Two nodes that share no files, and what is lost with one of them: `--executor ray --out s3://...` (Linux, as root).
+"""Run two nodes that share no files, and lose one of them: `--executor ray --out s3://...` (Linux, as root).
 
     python benchmarks/two_nodes.py [--images 6000] [--shards 4] [--latency 0.5]
 
-Each node is a network and a mount namespace with an address and a `/tmp` of its own, on which a Ray node runs; both see the
-installed project, and nothing that the other one writes to `/tmp`. An S3 (moto) and a mock endpoint are at a third address. The
-same scenes are captioned in one process; on both nodes; on both, of which one is cut off from all others for a minute; of which
-one is killed with all that it has on its disk; and on both, which are killed with the command and started anew. Digests must be
-equal; what was asked twice is told.
+Each node is a network and a mount namespace with its own address and `/tmp`, on which a Ray node runs; both see the installed
+project, but not each other's `/tmp`. An S3 server (moto) and a mock endpoint have a third address. The same scenes are
+captioned in one process; on both nodes; on both with one node cut off for a minute; on both with one node killed and its disk
+lost; and on both after the nodes and the command were killed and restarted. Digests must be equal; repeated requests are
+printed.
 """
 
 import argparse
@@ -40,13 +40,13 @@ ENV = {
 
 
 def ip(arguments: str, *, check: bool = True) -> None:
-    """Do something to the network."""
+    """Run an `ip` command."""
     subprocess.run(["ip", *arguments.split()], check=check, capture_output=not check)
 
 
 @contextmanager
 def network() -> Iterator[None]:
-    """Lay two nodes at a bridge, 2 and 3; this machine is 1."""
+    """Connect nodes 2 and 3 by a bridge; this machine is 1."""
     take_down()
     ip("link add synth-br type bridge")
     ip(f"addr add {NET}.1/24 dev synth-br")
@@ -65,7 +65,7 @@ def network() -> Iterator[None]:
 
 
 def take_down() -> None:
-    """End both nodes, and take the network away."""
+    """Kill both nodes, and remove the network."""
     for number in (2, 3):
         kill(number)
         ip(f"netns del synth-{number}", check=False)
@@ -74,11 +74,11 @@ def take_down() -> None:
 
 
 def start_node(number: int) -> int:
-    """Start a Ray node, and return the process whose namespaces are its own; a first one is the head."""
-    about = ["--num-cpus=2", "--disable-usage-stats", f"--node-ip-address={NET}.{number}", "--block"]
-    about += ["--head", f"--port={RAY}", "--include-dashboard=false"] if number == 2 else [f"--address={NET}.2:{RAY}"]
-    own = 'mount --make-rprivate / && mount -t tmpfs tmpfs /tmp && mkdir /tmp/home && cd /tmp/home && exec ray start "$@"'
-    command = ["ip", "netns", "exec", f"synth-{number}", "unshare", "-m", "bash", "-c", own, "bash", *about]
+    """Start a Ray node in its own namespaces, and return its process id; node 2 is the head."""
+    options = ["--num-cpus=2", "--disable-usage-stats", f"--node-ip-address={NET}.{number}", "--block"]
+    options += ["--head", f"--port={RAY}", "--include-dashboard=false"] if number == 2 else [f"--address={NET}.2:{RAY}"]
+    script = 'mount --make-rprivate / && mount -t tmpfs tmpfs /tmp && mkdir /tmp/home && cd /tmp/home && exec ray start "$@"'
+    command = ["ip", "netns", "exec", f"synth-{number}", "unshare", "-m", "bash", "-c", script, "bash", *options]
     node = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     time.sleep(12)
     if node.poll() is not None:
@@ -87,9 +87,9 @@ def start_node(number: int) -> int:
 
 
 def kill(number: int) -> None:
-    """Kill all that runs on a node; what it had on its disk is gone with it."""
-    found = subprocess.run(["ip", "netns", "pids", f"synth-{number}"], capture_output=True, text=True)
-    for process in found.stdout.split():
+    """Kill all processes of a node; its `/tmp` is lost with them."""
+    listing = subprocess.run(["ip", "netns", "pids", f"synth-{number}"], capture_output=True, text=True)
+    for process in listing.stdout.split():
         try:
             os.kill(int(process), signal.SIGKILL)
         except ProcessLookupError:
@@ -97,30 +97,30 @@ def kill(number: int) -> None:
 
 
 def drive(head: int, out: str, options: argparse.Namespace, log: Path) -> "subprocess.Popen[str]":
-    """Give the command on the first node."""
+    """Start the command on the head node."""
     command = ["synth", "generate", *wanted(options), "--out", out, "--executor", "ray", "--shards", f"{options.shards}"]
     command += ["--ray-address", f"{NET}.2:{RAY}", "--workers", "2", "--json"]
-    there = 'mkdir -p /tmp/given && cd /tmp/given && exec "$@"'  # a folder that the other node has not
+    script = 'mkdir -p /tmp/given && cd /tmp/given && exec "$@"'  # a folder that the other node lacks
     with log.open("w") as file:
-        own = ["nsenter", "-t", f"{head}", "-m", "-n", "bash", "-c", there, "bash"]
-        return subprocess.Popen([*own, *command], env=ENV, stdout=subprocess.PIPE, stderr=file, text=True)
+        enter = ["nsenter", "-t", f"{head}", "-m", "-n", "bash", "-c", script, "bash"]
+        return subprocess.Popen([*enter, *command], env=ENV, stdout=subprocess.PIPE, stderr=file, text=True)
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
-    """Return what is to be made."""
-    about = ["--source", "scenes", "--limit", f"{options.images}", "--tasks", "caption"]
-    return [*about, "--base-url", f"http://{NET}.1:{CHAT}/v1"]
+    """Return the options of the dataset and of the endpoint."""
+    dataset = ["--source", "scenes", "--limit", f"{options.images}", "--tasks", "caption"]
+    return [*dataset, "--base-url", f"http://{NET}.1:{CHAT}/v1"]
 
 
 def stats(what: str = "stats") -> dict[str, Any]:
-    """Return what the endpoint has counted, or have it forget that."""
+    """Return the counts of the endpoint, or reset them if `what` is "reset"."""
     with urlopen(f"http://{NET}.1:{CHAT}/{what}", data=b"" if what == "reset" else None) as reply:
-        found: dict[str, Any] = json.loads(reply.read() or b"{}")
-        return found
+        counts: dict[str, Any] = json.loads(reply.read() or b"{}")
+        return counts
 
 
 def wait_for(came: int, command: "subprocess.Popen[str]", log: Path) -> None:
-    """Wait until so many requests of a command have come."""
+    """Wait until the endpoint has received `came` requests."""
     while stats()["came"] < came:
         if command.poll() is not None:
             raise SystemExit(log.read_text()[-3000:])
@@ -128,7 +128,7 @@ def wait_for(came: int, command: "subprocess.Popen[str]", log: Path) -> None:
 
 
 def result(command: "subprocess.Popen[str]", log: Path) -> str:
-    """Wait for a command, and return the digest of what it made."""
+    """Wait for a command, and return the digest of its version."""
     printed, _ = command.communicate()
     if command.returncode:
         raise SystemExit(log.read_text()[-3000:])
@@ -137,21 +137,21 @@ def result(command: "subprocess.Popen[str]", log: Path) -> str:
 
 
 def main() -> None:
-    """Do all five."""
+    """Run all five cases, and print whether the digests are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--latency", type=float, default=0.5, help="seconds")
     options = parser.parse_args()
     requests = 2 * options.images
-    found: dict[str, dict[str, Any]] = {}
+    cases: dict[str, dict[str, Any]] = {}
 
     def note(name: str, start: float, digest: str) -> None:
-        told = stats()
-        twice = told["came"] - told["different"]
-        found[name] = {"seconds": round(time.monotonic() - start, 1), "digest": digest[:12], "twice": twice}
-        found[name]["by_node"] = told["clients"]
-        print(name, json.dumps(found[name]), flush=True)
+        counts = stats()
+        repeated = counts["came"] - counts["different"]
+        cases[name] = {"seconds": round(time.monotonic() - start, 1), "digest": digest[:12], "twice": repeated}
+        cases[name]["by_node"] = counts["clients"]
+        print(name, json.dumps(cases[name]), flush=True)
         stats("reset")
 
     with tempfile.TemporaryDirectory() as folder, network():
@@ -182,7 +182,7 @@ def main() -> None:
             ip("link set synth-v3 up")
             note("one node cut off", start, result(command, log))
 
-            kill(3)  # where something of the first one may be left
+            kill(3)  # discard leftovers of the runs before
             start_node(3)
             start = time.monotonic()
             command = drive(head, "s3://sets/lost", options, log)
@@ -203,7 +203,7 @@ def main() -> None:
         finally:
             for server in servers:
                 server.kill()
-    print(json.dumps(found | {"requests": requests, "equal": len({each["digest"] for each in found.values()}) == 1}))
+    print(json.dumps(cases | {"requests": requests, "equal": len({case["digest"] for case in cases.values()}) == 1}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What verify finds and what it costs: `python benchmarks/verify.py [--scenes 2000] [--seed 7003]`.
+"""Measure what verify detects and what it costs: `python benchmarks/verify.py [--scenes 2000] [--seed 7003]`.
 
-First the teacher's own: a run of `synth generate` with verify, and how much of what it kept and rejected is true. Then errors
-of known kinds, planted into what the teacher wrote and is true: precision and recall of each check by kind, and for captions by
-the number of objects. Everything is asked of the tiny teacher in this process.
+First, a run of `synth generate` with verify: how many of the kept and rejected annotations are true. Then errors of known kinds
+are planted into true annotations of the teacher: precision and recall of each check by kind, and for captions by the number of
+objects. The tiny teacher answers all requests in this process.
 """
 
 import argparse
@@ -37,23 +37,23 @@ from pipeline.types import Request
 from tests.stage_runs import verify_rows
 
 CHECKS = ("round_trip", "claims", "blind")
-AT_ONCE = 1024  # requests that are sorted into batches together
+AT_ONCE = 1024  # requests that are batched together
 
 
 def changed(scene: Scene, kind: str, rng: random.Random) -> Scene | None:
-    """Return the scene with one error of this kind in it; None where there is no room for one."""
+    """Return the scene with one error of this kind, or None if the scene allows none."""
     things = list(scene.objects)
-    at = rng.randrange(len(things))
-    thing = things[at]
-    free = [place for place in PLACES if place not in {each.place for each in things}]
+    index = rng.randrange(len(things))
+    thing = things[index]
+    free = [place for place in PLACES if place not in {item.place for item in things}]
     if kind == "color":
-        things[at] = replace(thing, color=rng.choice([color for color in COLORS if color != thing.color]))
+        things[index] = replace(thing, color=rng.choice([color for color in COLORS if color != thing.color]))
     elif kind == "shape":
-        things[at] = replace(thing, shape=rng.choice([shape for shape in SHAPES if shape != thing.shape]))
+        things[index] = replace(thing, shape=rng.choice([shape for shape in SHAPES if shape != thing.shape]))
     elif kind == "size":
-        things[at] = replace(thing, size=next(size for size in SIZES if size != thing.size))
+        things[index] = replace(thing, size=next(size for size in SIZES if size != thing.size))
     elif kind == "place":
-        things[at] = replace(thing, place=rng.choice(free))
+        things[index] = replace(thing, place=rng.choice(free))
     elif kind == "invented":
         if len(things) == MAX_OBJECTS:
             return None
@@ -61,25 +61,25 @@ def changed(scene: Scene, kind: str, rng: random.Random) -> Scene | None:
     elif kind == "left out":
         if len(things) == 1:
             return None
-        del things[at]
-    return Scene(scene.background, tuple(sorted(things, key=lambda each: PLACES.index(each.place))))
+        del things[index]
+    return Scene(scene.background, tuple(sorted(things, key=lambda item: PLACES.index(item.place))))
 
 
 KINDS = ("color", "shape", "size", "place", "invented", "left out")
 
 
 def plant(written: list[dict[str, Any]], scenes: dict[str, Scene]) -> Iterator[dict[str, Any]]:
-    """Yield what the teacher wrote and is true, and beside each the same with one error: `error` says which, or nothing."""
+    """Yield each true annotation of the teacher, and a copy with one error; `error` names its kind, or is empty."""
     ids = sorted(scenes)
     for n, row in enumerate(written):
         rng = random.Random(f"plant:{n}")
-        scene, other = scenes[row["sample_id"]], scenes[rng.choice(ids)]
+        scene, other_scene = scenes[row["sample_id"]], scenes[rng.choice(ids)]
         if row["task"] == "caption":
             kind = (*KINDS, "swapped image")[n // 5 % (len(KINDS) + 1)]
-            wrong = other if kind == "swapped image" else changed(scene, kind, rng)
+            wrong = other_scene if kind == "swapped image" else changed(scene, kind, rng)
             if row["clean_text"] == caption(scene, row["style"]):
                 yield row | {"error": ""}
-                # A brief caption says no places and no number: with these wrong it is still true.
+                # A brief caption names no places and no number, so these errors leave it true.
                 unsaid = row["style"] == "brief" and kind in ("place", "left out")
                 if wrong is not None and not unsaid and caption(wrong, row["style"]) != caption(scene, row["style"]):
                     yield row | {"clean_text": caption(wrong, row["style"]), "error": kind}
@@ -87,7 +87,7 @@ def plant(written: list[dict[str, Any]], scenes: dict[str, Scene]) -> Iterator[d
         truth = answer(scene, row["clean_question"])
         if truth is not None and row["clean_answer"] == truth:
             yield row | {"error": ""}
-            foreign = answer(other, row["clean_question"])
+            foreign = answer(other_scene, row["clean_question"])
             if foreign not in (None, truth):
                 yield row | {"clean_answer": foreign, "error": f"{row['answer_type']}, of another image"}
             else:
@@ -113,23 +113,23 @@ def ask_again(
         [(c, build_check(c, row["sample_id"], images[row["sample_id"]], config, choice.revision)) for c in checks]
         for row, checks in ((row, checks_of(row, config.verify)) for row in rows)
     ]
-    distinct: dict[str, Request] = {request.id: request for each in named for _, request in each}
+    distinct: dict[str, Request] = {request.id: request for row_checks in named for _, request in row_checks}
     requests = list(distinct.values())
-    work = Rounds(requests[at : at + AT_ONCE] for at in range(0, len(requests), AT_ONCE))
-    said: dict[str, str | None] = {}
+    work = Rounds(requests[start : start + AT_ONCE] for start in range(0, len(requests), AT_ONCE))
+    answers: dict[str, str | None] = {}
     for replies in choice.make().ask(work):
-        said |= {reply.request_id: parse_reply(work.asked[reply.request_id], reply)[0]["answer"] for reply in replies}
+        answers |= {reply.request_id: parse_reply(work.asked[reply.request_id], reply)[0]["answer"] for reply in replies}
     print(f"  asked {len(requests):,} questions about {len(rows):,} annotations", flush=True)
     return [
-        [{"kind": c.kind, "question": c.question, "expected": c.expected, "answer": said[r.id]} for c, r in each]
-        for each in named
+        [{"kind": c.kind, "question": c.question, "expected": c.expected, "answer": answers[r.id]} for c, r in row_checks]
+        for row_checks in named
     ]
 
 
 def judge(
     rows: list[dict[str, Any]], checks: list[list[dict[str, str | None]]], config: Config
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return each row with what the stage makes of its checks."""
+    """Return each row with its result of the verify stage."""
     names = ("task", "style", "clean_question", "clean_answer", "answer_type")
     table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
@@ -137,9 +137,9 @@ def judge(
     return list(zip(rows, verify_rows(table, **config.verify.model_dump()).to_pylist(), strict=True))
 
 
-def show(title: str, mine: list[tuple[dict[str, Any], bool]]) -> None:
-    """Print one line: rows of a kind, and whether the check would remove them."""
-    wrong, true = [gone for row, gone in mine if row["error"]], [gone for row, gone in mine if not row["error"]]
+def show(title: str, rows: list[tuple[dict[str, Any], bool]]) -> None:
+    """Print recall and precision of one check; each row comes with whether the check would remove it."""
+    wrong, true = [gone for row, gone in rows if row["error"]], [gone for row, gone in rows if not row["error"]]
     hits, lost = sum(wrong), sum(true)
     print(
         f"  {title:<34} errors {len(wrong):>5} found {hits / max(1, len(wrong)):.4f}   "
@@ -148,45 +148,45 @@ def show(title: str, mine: list[tuple[dict[str, Any], bool]]) -> None:
 
 
 def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[str, bytes], config: Config) -> None:
-    """Print what is found of planted errors, and what is lost of true rows."""
-    rows = list(plant(written, {sample_id: scene_of(each) for sample_id, each in facts.items()}))
+    """Print the share of planted errors that is found, and of true rows that is lost."""
+    rows = list(plant(written, {sample_id: scene_of(scene_facts) for sample_id, scene_facts in facts.items()}))
     checks = ask_again(rows, {sample_id: (image,) for sample_id, image in images.items()}, config)
     judged = judge(rows, checks, config)
-    questions = [(row, mark["agreement"] < 1) for row, mark in judged if row["task"] == "qa"]
+    questions = [(row, result["agreement"] < 1) for row, result in judged if row["task"] == "qa"]
     print("\nround trip of questions")
     show("all", questions)
     for error in sorted({row["error"] for row, _ in questions} - {""}):
         show(error, [(row, gone) for row, gone in questions if row["error"] in ("", error)])
-    captions = [(row, mark["agreement"]) for row, mark in judged if row["task"] == "caption"]
+    captions = [(row, result["agreement"]) for row, result in judged if row["task"] == "caption"]
     print("\nclaims of captions, all must be confirmed")
     show("all", [(row, share < 1) for row, share in captions])
     for style in STYLES:
         show(style, [(row, share < 1) for row, share in captions if row["style"] == style])
         for error in (*KINDS, "swapped image"):
-            mine = [(row, share < 1) for row, share in captions if row["style"] == style and row["error"] in ("", error)]
-            show(f"{style}, {error}", mine)
+            subset = [(row, share < 1) for row, share in captions if row["style"] == style and row["error"] in ("", error)]
+            show(f"{style}, {error}", subset)
     print("\nby the number of objects, and how many claims may be denied")
     for style, count in ((style, count) for style in STYLES for count in range(1, MAX_OBJECTS + 1)):
-        mine = [(r, s) for r, s in captions if r["style"] == style and len(phrases(r["clean_text"])) == count]
+        subset = [(r, s) for r, s in captions if r["style"] == style and len(phrases(r["clean_text"])) == count]
         for denied in range(3):
-            spared = [(row, share < 1 - denied / len(claims_of(row["clean_text"])) - 1e-9) for row, share in mine]
+            spared = [(row, share < 1 - denied / len(claims_of(row["clean_text"])) - 1e-9) for row, share in subset]
             show(f"{style}, {count} objects, {denied} denied", spared)
     print("\nblind: rejected as answerable without the image, of true rows")
-    show("questions", [(row, mark["reason"] == "answerable_without_image") for row, mark in judged if row["task"] == "qa"])
-    blind = [mark["blind"] for row, mark in judged if row["task"] == "qa" and not row["error"]]
+    show("questions", [(row, result["reason"] == "answerable_without_image") for row, result in judged if row["task"] == "qa"])
+    blind = [result["blind"] for row, result in judged if row["task"] == "qa" and not row["error"]]
     print(f"  answered rightly without the image: {sum(map(bool, blind)) / len(blind):.4f}")
     align(rows, images)
 
 
 def align(rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
     """Print how often the tiny CLIP puts a true caption above the one with an error, by style and kind of error."""
-    aligner, pairs = ClipScorer(TINY_CLIP), defaultdict[tuple[str, str], list[bool]](list)
+    scorer, pairs = ClipScorer(TINY_CLIP), defaultdict[tuple[str, str], list[bool]](list)
     true: dict[tuple[str, str], str] = {
         (row["sample_id"], row["style"]): row["clean_text"] for row in rows if row["task"] == "caption" and not row["error"]
     }
     for row in (row for row in rows if row["task"] == "caption" and row["error"]):
         image = prepare_image(images[row["sample_id"]])
-        right, wrong = aligner.cosines([image] * 2, [true[row["sample_id"], row["style"]], row["clean_text"]])
+        right, wrong = scorer.cosines([image] * 2, [true[row["sample_id"], row["style"]], row["clean_text"]])
         pairs[row["style"], row["error"]].append(right > wrong)
     print("\nalignment: a true caption above the one with an error, tiny CLIP")
     for (style, error), wins in sorted(pairs.items()):
@@ -194,7 +194,7 @@ def align(rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
 
 
 def own(before: list[dict[str, Any]], out: Path, facts: dict[str, Any]) -> None:
-    """Print how true the teacher's own annotations are before and after verify."""
+    """Print the accuracy of the teacher's own annotations before and after verify."""
     after = pq.read_table(out / "stages" / "verify" / "kept.parquet").to_pylist()
     gone = pq.read_table(out / "stages" / "verify" / "rejected.parquet").to_pylist()
     print(f"  kept {len(after):,} of {len(before):,}; rejected {dict(Counter(row['reason'] for row in gone))}")

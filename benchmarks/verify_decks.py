@@ -1,7 +1,7 @@
-"""What the evidence check of decks finds and loses: `python benchmarks/verify_decks.py [--decks 200] [--seed 7004]`.
+"""Measure what the evidence check of decks finds and loses: `python benchmarks/verify_decks.py [--decks 200] [--seed 7004]`.
 
-The tiny teacher of decks writes questions with answers and evidence pages. Of those that are true, errors of known kinds are
-made; then the check asks again, with the evidence pages alone (are they sufficient?) and with all others (are they necessary?).
+The tiny teacher of decks writes questions with answers and evidence pages. Errors of known kinds are planted
+into the true ones; then the check asks again, with the evidence pages alone (sufficient?) and with all others (necessary?).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pipeline.sources.scenes import draw_deck
 
 
 def plant(written: list[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> Iterator[dict[str, Any]]:
-    """Yield each true row, and beside it the same with each error that there is room for."""
+    """Yield each true row, and a copy with each error that its pages allow."""
     for n, row in enumerate(written):
         rng, deck = random.Random(f"plant:{n}"), decks[row["sample_id"]]
         truth = answer_deck(deck, row["clean_question"])
@@ -30,16 +30,16 @@ def plant(written: list[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) ->
         if truth is None or (truth.answer, truth.evidence_pages) != (row["clean_answer"], evidence):
             continue
         yield row | {"error": ""}
-        others = [page for page in range(1, len(deck) + 1) if page not in evidence]
+        other_pages = [page for page in range(1, len(deck) + 1) if page not in evidence]
         if len(evidence) > 1:
             yield row | {"error": "a page left out", "evidence_pages": [rng.choice(evidence)]}
         else:
-            yield row | {"error": "another page", "evidence_pages": [rng.choice(others)]}
-        yield row | {"error": "a page too many", "evidence_pages": sorted((*evidence, rng.choice(others)))}
+            yield row | {"error": "another page", "evidence_pages": [rng.choice(other_pages)]}
+        yield row | {"error": "a page too many", "evidence_pages": sorted((*evidence, rng.choice(other_pages)))}
 
 
 def main() -> None:
-    """Print what each half of the check finds of each error, and what it loses."""
+    """Print which errors each half of the check finds, and which true rows it loses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decks", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7004)
@@ -56,13 +56,13 @@ def main() -> None:
     for half in ("sufficient", "necessary"):
         print(f"\nevidence is {half}")
         for error in ("another page", "a page left out", "a page too many"):
-            show(error, [(row, mark[half] is False) for row, mark in judged if row["error"] in ("", error)])
+            show(error, [(row, result[half] is False) for row, result in judged if row["error"] in ("", error)])
         reason = f"evidence_not_{half}"
-        gone = [(row, mark["reason"] == reason) for row, mark in judged]
+        gone = [(row, result["reason"] == reason) for row, result in judged]
         show("rejected for it, all errors", gone)
         for kind in ("span", "number", "arithmetic"):
-            mine = [lost for row, lost in gone if not row["error"] and row["answer_type"] == kind]
-            print(f"  true rows of type {kind:<12} lost {sum(mine) / max(1, len(mine)):.4f} of {len(mine)}")
+            losses = [lost for row, lost in gone if not row["error"] and row["answer_type"] == kind]
+            print(f"  true rows of type {kind:<12} lost {sum(losses) / max(1, len(losses)):.4f} of {len(losses)}")
 
 
 if __name__ == "__main__":

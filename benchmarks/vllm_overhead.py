@@ -1,8 +1,8 @@
-"""What `synth` costs in front of a real server: `SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]`.
+"""Overhead of `synth` in front of a real server: `SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]`.
 
 One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the same kinds of
-requests, about other scenes each time, in interleaved pairs; the figure is synth's requests a second over the bare client's.
-Then a model of random weights with images of 448 px (256 tokens) shows how much of an image the second task about it reuses.
+requests, about new scenes each time, in interleaved pairs; the result is synth's requests per second over the bare client's.
+Then a model of random weights with images of 448 px (256 tokens) shows how many image tokens the second task reuses.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Images = list[tuple[str, tuple[bytes, ...]]]
 
 
 def body(request: Request, model: str) -> dict[str, object]:
-    """Return a request as one would write it by hand."""
+    """Return the JSON body of a request, written by hand."""
     picture = {"url": f"data:image/png;base64,{base64.b64encode(request.images[0]).decode()}"}
     content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
     schema = {"name": request.task, "schema": wire_schema(request.task), "strict": True}
@@ -58,7 +58,7 @@ def body(request: Request, model: str) -> dict[str, object]:
 
 
 async def ask_bare(url: str, model: str, requests: list[Request], concurrency: int) -> None:
-    """Send all requests, some at once, and parse the replies."""
+    """Send all requests, `concurrency` at once, and parse the replies."""
     left = iter(requests)
 
     async def work(session: aiohttp.ClientSession) -> None:
@@ -74,27 +74,27 @@ async def ask_bare(url: str, model: str, requests: list[Request], concurrency: i
 def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> None:
     """Run the pass of `synth generate`: journal, validation of each reply, and the table of annotations."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
-        chunks = iter([images[at : at + 64] for at in range(0, len(images), 64)])
+        chunks = iter([images[start : start + 64] for start in range(0, len(images), 64)])
         for _ in ask_about(chunks, config, client.revision, lambda: client, journal, RequestStats()):
             pass
         list(read_annotations([[(name, 1, None) for name, _ in images]], config, client.revision, journal))
 
 
 def scenes(seed: int, count: int) -> Images:
-    """Return scenes that no other seed draws."""
+    """Return `count` scenes; no other seed draws the same ones."""
     return [(sample.id, sample.images) for sample in (draw_sample(seed, index) for index in range(count))]
 
 
 @contextmanager
 def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
-    """Run a server; yield its address without /v1, and what it calls the model. Its key goes into the environment."""
-    launch = plan(model, REVISION, config, log)
-    os.environ["SYNTH_API_KEY"] = launch.api_key
-    server = Server(launch, NullProgress())
+    """Run a server; yield its URL without /v1, and its model name. Sets SYNTH_API_KEY in the environment."""
+    command = plan(model, REVISION, config, log)
+    os.environ["SYNTH_API_KEY"] = command.api_key
+    server = Server(command, NullProgress())
     with asyncio.Runner() as runner:
         runner.run(server.__aenter__())
         try:
-            yield server.root, launch.name
+            yield server.root, command.name
         finally:
             runner.run(server.__aexit__())
 
@@ -112,18 +112,18 @@ def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) 
 def compare(
     pairs: int, count: int, concurrency: int, root: str, client: Client, config: Config, scratch: Path
 ) -> Iterator[float]:
-    """Yield one ratio a pair; who begins changes from pair to pair. The first pair warms both up and does not count."""
+    """Yield one ratio per pair, with the clients in alternating order. The first pair is a warm-up and does not count."""
     for pair in range(pairs + 1):
         rates = {}
-        for who in ("bare", "synth") if pair % 2 else ("synth", "bare"):
-            images = scenes(9000 + 2 * pair + (who == "synth"), count)
+        for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
+            images = scenes(9000 + 2 * pair + (client_name == "synth"), count)
             requests = [r for sample_id, pages in images for r in build_requests(sample_id, pages, config, client.revision)]
             started = time.perf_counter()
-            if who == "bare":
+            if client_name == "bare":
                 asyncio.run(ask_bare(f"{root}/v1", client.model, requests, concurrency))
             else:
                 ask_synth(client, images, config, scratch)
-            rates[who] = len(requests) / (time.perf_counter() - started)
+            rates[client_name] = len(requests) / (time.perf_counter() - started)
         print(f"pair {pair}: bare {rates['bare']:.1f} requests/s, synth {rates['synth']:.1f}", flush=True)
         if pair:
             yield rates["synth"] / rates["bare"]
@@ -137,13 +137,13 @@ def bootstrap(ratios: list[float]) -> tuple[float, float]:
 
 
 def measure_prefix(count: int, scratch: Path) -> None:
-    """Print which share of an image's tokens the second task about it found in the prefix cache."""
+    """Print how many tokens of an image the second task about it finds in the prefix cache."""
     folder = make_large_model(scratch / "model")
     hits = {styles: prefix_hits(folder, styles, count, scratch) for styles in (("brief",), ("brief", "detailed"))}
-    one, two = hits["brief",] / count, hits["brief", "detailed"] / count
-    # One task an image finds nothing but the start of the system text, and each of two tasks finds that as well.
-    found = two - 2 * one
-    print(f"the second task of an image found {found:.0f} tokens more in the cache than the first; an image has {IMAGE_TOKENS}")
+    one_task, two_tasks = hits["brief",] / count, hits["brief", "detailed"] / count
+    # With one task per image, only the start of the system text is reused; each of two tasks reuses that as well.
+    gain = two_tasks - 2 * one_task
+    print(f"the second task of an image found {gain:.0f} tokens more in the cache than the first; an image has {IMAGE_TOKENS}")
 
 
 def make_large_model(folder: Path) -> Path:
@@ -180,8 +180,8 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
         config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
         with Client(name, f"r{len(styles)}", config) as client:
             ask_synth(client, images, config, scratch)
-        with urllib.request.urlopen(f"{root}/metrics", timeout=10) as page:
-            lines = [line for line in page.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+        with urllib.request.urlopen(f"{root}/metrics", timeout=10) as response:
+            lines = [line for line in response.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and their order where several run at once."""
+"""Shared fixtures, and the order of tests under pytest-xdist."""
 
 import os
 
@@ -12,6 +12,6 @@ LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/who
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where files are shared out (pytest-xdist), begin with the longest, so that no worker is left with one in the end."""
+    """Under pytest-xdist, start with the longest files, so that no worker ends with one of them."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)))

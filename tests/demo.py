@@ -1,6 +1,6 @@
-"""The main job from end to end, as a user would type it, without a network: `make demo`.
+"""Run the whole workflow as a user would type it, without a network: `make demo`.
 
-Every step is a process of its own. The Hub is the one of tests/hub, on loopback; the clients are the real ones.
+Each step is a separate process. The Hub is the test server of tests/hub, on loopback; the clients are the real ones.
 """
 
 import json
@@ -29,7 +29,7 @@ print(row["image"].size, row["captions"][0]["text"], row["qa"][0]["question"], r
 
 
 class Demo:
-    """Runs steps in one folder and remembers how long each took and what it left."""
+    """Run steps in one folder, and record the duration and the output location of each."""
 
     def __init__(self, env: dict[str, str]) -> None:
         self.env = env
@@ -37,8 +37,8 @@ class Demo:
 
     def step(self, name: str, *command: str) -> str:
         """Run a command, show it, and return the last line of its stdout."""
-        shown = shlex.join(part if len(part) < 60 else "..." for part in command)
-        print(f"\n$ {shown}", flush=True)
+        command_line = shlex.join(argument if len(argument) < 60 else "..." for argument in command)
+        print(f"\n$ {command_line}", flush=True)
         started = time.monotonic()
         done = subprocess.run(command, cwd=HERE, env=self.env, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
@@ -48,10 +48,10 @@ class Demo:
         self.steps.append((name, time.monotonic() - started, ""))
         return lines[-1] if lines else ""
 
-    def lies_at(self, where: str) -> None:
-        """Note where the result of the last step lies."""
+    def lies_at(self, location: str) -> None:
+        """Record where the last step wrote its result."""
         name, seconds, _ = self.steps[-1]
-        self.steps[-1] = (name, seconds, where)
+        self.steps[-1] = (name, seconds, location)
 
 
 def main() -> None:
@@ -60,23 +60,23 @@ def main() -> None:
     synth = str(Path(sys.executable).with_name("synth"))
     with running_hub(HERE / "hub") as hub:
         demo = Demo(hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"})
-        made = json.loads(demo.step("generate", synth, "generate", "--source", "scenes", "--limit", str(SCENES), "--json"))
-        demo.lies_at(str(HERE / made["path"]))
+        generated = json.loads(demo.step("generate", synth, "generate", "--source", "scenes", "--limit", str(SCENES), "--json"))
+        demo.lies_at(str(HERE / generated["path"]))
         url = demo.step("push", synth, "push", "--repo", REPO)
         demo.lies_at(f"{url} (gone when the demo ends)")
-        demo.step("load back", sys.executable, "-c", LOAD.replace("TAG", made["version"]))
-        demo.lies_at(f"the tag {made['version']} of {REPO}")
+        demo.step("load back", sys.executable, "-c", LOAD.replace("TAG", generated["version"]))
+        demo.lies_at(f"the tag {generated['version']} of {REPO}")
         checkpoint = demo.step("train and score", synth, "train", "--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
         demo.lies_at(str(HERE / checkpoint))
         image = "example.png"
-        (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])  # a scene that no split holds
+        (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])  # a scene of another seed is in no split
         demo.step("caption it", synth, "caption", checkpoint, image)
         report = demo.step("report", synth, "report")
         demo.lies_at(str(HERE / report))
     metrics = json.loads((HERE / checkpoint / "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{'step':<16} {'seconds':>8}   where")
-    for name, seconds, where in demo.steps:
-        print(f"{name:<16} {seconds:8.1f}   {where}")
+    for name, seconds, location in demo.steps:
+        print(f"{name:<16} {seconds:8.1f}   {location}")
     print(f"{'in all':<16} {sum(seconds for _, seconds, _ in demo.steps):8.1f}")
     own, shuffled = (metrics[name]["cider_d"] for name in ("scores", "shuffled_scores"))
     print(f"\nCIDEr-D on {metrics['images']} held-out scenes: {own:.2f}; with shuffled images: {shuffled:.2f}")

@@ -1,4 +1,4 @@
-"""An S3 on loopback, and what a client has to know of it."""
+"""An S3 server on loopback, for tests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from s3fs import S3FileSystem
 
 @contextmanager
 def running_s3(*buckets: str) -> Iterator[dict[str, str]]:
-    """Run an S3 with empty buckets; yield the environment by which its clients find it."""
+    """Run an S3 server with empty buckets; yield the environment variables that its clients need."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    S3FileSystem.clear_instance_cache()  # which would go on to ask the server of another test
+    S3FileSystem.clear_instance_cache()  # cached instances would use the server of an earlier test
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"
@@ -21,7 +21,7 @@ def running_s3(*buckets: str) -> Iterator[dict[str, str]]:
         client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint, **keys)
         for bucket in buckets:
             client.create_bucket(Bucket=bucket)
-        named = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
-        yield named | {name.upper(): key for name, key in keys.items()}
+        environment = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
+        yield environment | {name.upper(): key for name, key in keys.items()}
     finally:
         server.stop()

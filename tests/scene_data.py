@@ -1,4 +1,4 @@
-"""Small datasets of scenes whose captions are true by construction: what a perfect teacher would have written."""
+"""Small datasets of scenes with captions that are true by construction, as from a perfect teacher."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -41,7 +41,7 @@ def sample_table(samples: list[Sample]) -> pa.Table:
 
 
 def true_captions(samples: list[Sample]) -> pa.Table:
-    """Annotations as they come out of the split stage."""
+    """Return annotations with the columns that the split stage writes."""
     return pa.Table.from_pylist(
         [
             {
@@ -71,9 +71,9 @@ def make_version(
 ) -> tuple[Version, bool]:
     """Write the samples as the next version of a dataset folder."""
     annotations = true_captions(samples) if annotations is None else annotations
-    order = {sample.id: n for n, sample in enumerate(samples)}
-    places = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
-    annotations = annotations.take(pc.array_sort_indices(places)) if len(places) else annotations
+    order = {sample.id: position for position, sample in enumerate(samples)}
+    positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
+    annotations = annotations.take(pc.array_sort_indices(positions)) if len(positions) else annotations
     return publish_rows(
         folder, [annotations], sample_table(samples).to_batches(), ledger, funnel, source, provenance, decks=decks
     )
@@ -105,7 +105,7 @@ def publish_tables(
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = MADE_BY,
 ) -> tuple[Version, bool]:
-    """Write rows, of which `rows` knows once they are written, as the next version of a dataset folder."""
+    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows")
         writer.path.mkdir()
@@ -117,7 +117,7 @@ def publish_tables(
 
 
 def content_of(writer: RowWriter, rows: Rows) -> Content:
-    """What was written of all rows."""
-    files = [(writer.path / name, name, described) for name, described in writer.close().items()]
+    """Close the writer and return the columns, digests, counts and files of all rows."""
+    files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
     digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
     return Content(writer.columns, digests, writer.counts(), files, sorted(rows.licenses), rows.examples)

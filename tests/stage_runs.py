@@ -1,4 +1,4 @@
-"""One stage, run on the files of as many shards as a test wants; its rows come back in the order in which they went in."""
+"""Run one stage on a table that is cut into shards; rows come back in their original order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def run_stage(
 ) -> pa.Table:
     """Run a stage on a table that is cut into shards; return all rows with their reason, in the order of the table.
 
-    `given` is the stage, and which of its files, that the table lies in.
+    `given` is the (stage, file) to which the table is written.
     """
     with TemporaryDirectory() as folder:
         directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
@@ -41,7 +41,7 @@ def run_stage(
 
 
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
-    """Judge rows with their `checks` and `alignment`, as if these settings had asked for them."""
+    """Judge rows by their `checks` and `alignment` under these settings of verify."""
     settings = {"checks": ["round_trip"], **settings}
     return run_stage(verify.STAGE, verify.judge_checks(table), shards, ("verify", "prepared"), verify=settings)
 
@@ -58,13 +58,13 @@ def rows_after(stage: Stage, shards: Sequence[DatasetDir], ids: Sequence[str]) -
     rejected = [read_table(shard.stage(stage.name, "rejected")) for shard in shards]
     kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
     rows = pa.concat_tables([*kept, *rejected])
-    place = {annotation_id: n for n, annotation_id in enumerate(rows["annotation_id"].to_pylist())}
-    assert sorted(place) == sorted(ids) and rows.num_rows == len(ids)
-    return rows.take(pa.array([place[annotation_id] for annotation_id in ids], pa.int64()))
+    position = {annotation_id: index for index, annotation_id in enumerate(rows["annotation_id"].to_pylist())}
+    assert sorted(position) == sorted(ids) and rows.num_rows == len(ids)
+    return rows.take(pa.array([position[annotation_id] for annotation_id in ids], pa.int64()))
 
 
 class ShardList(Executor):
-    """Applies functions to some shards, one after the other, in this process."""
+    """Apply functions to shards one after another in this process."""
 
     def __init__(self, shards: Sequence[DatasetDir]) -> None:
         self._shards = shards

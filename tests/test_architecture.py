@@ -1,4 +1,4 @@
-"""Architecture: every file has a place, imports run one way, and no stage knows another (docs/architecture.md)."""
+"""Architecture: every file is listed, imports run one way, and no stage imports another."""
 
 import ast
 import subprocess
@@ -35,7 +35,7 @@ FILES = {
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model",
 }
-# From top to bottom: what stands in one line may import what stands in lines below it, and nothing else of the project.
+# From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (
     ("pipeline.cli",),
     ("pipeline.run", "pipeline.dry_run", "pipeline.doctor", "trainer"),
@@ -76,16 +76,16 @@ MODULES = {module_of(path): path for package in ("pipeline", "trainer") for path
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:
-    """Modules that a file imports; with `top_only`, those that it imports when it is loaded."""
+    """Return the modules that a file imports; with `top_only`, only those of its top-level imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in names}
+            modules |= {name if name in MODULES else node.module for name in names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
+            modules |= {alias.name for alias in node.names}
+    return modules
 
 
 GRAPH = {module: imports(path) & MODULES.keys() for module, path in MODULES.items()}
@@ -100,7 +100,7 @@ def layer_of(module: str) -> tuple[int, str]:
 
 
 def wrong_arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
-    """Imports that run upwards, or from one part to another of the same layer."""
+    """Yield imports that run upwards, or between two parts of the same layer."""
     for module, targets in graph.items():
         for target in sorted(targets - {module, "pipeline", "trainer"}):
             (own_layer, own_part), (layer, part) = layer_of(module), layer_of(target)
@@ -109,17 +109,17 @@ def wrong_arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Sets of modules that import each other, directly or not."""
+    """Return sets of modules that import each other, directly or indirectly."""
     reached: dict[str, set[str]] = {}
     for module in graph:
-        waiting, known = list(graph[module]), set[str]()
+        waiting, visited = list(graph[module]), set[str]()
         while waiting:
             target = waiting.pop()
-            if target not in known:
-                known.add(target)
+            if target not in visited:
+                visited.add(target)
                 waiting += graph.get(target, ())
-        reached[module] = known
-    groups = [frozenset(other for other in reached[m] if m in reached.get(other, ())) for m in graph if m in reached[m]]
+        reached[module] = visited
+    groups = [frozenset(peer for peer in reached[m] if m in reached.get(peer, ())) for m in graph if m in reached[m]]
     return [set(group) for group in set(groups) if len(group) > 1]
 
 
@@ -140,8 +140,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_no_stage_imports_another_stage() -> None:
     for module, targets in GRAPH.items():
         if module.startswith("pipeline.stages."):
-            others = {target for target in targets if target.startswith("pipeline.stages.")}
-            assert others <= {"pipeline.stages.base"}, module
+            stages = {target for target in targets if target.startswith("pipeline.stages.")}
+            assert stages <= {"pipeline.stages.base"}, module
 
 
 def test_the_trainer_imports_only_what_data_is_read_with() -> None:
@@ -168,5 +168,5 @@ def test_an_upward_import_and_a_circle_are_found() -> None:
 @pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.run", "pipeline.hub.push", "pipeline.report.build"])
 def test_no_heavy_package_is_loaded_before_it_is_needed(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'vllm') if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

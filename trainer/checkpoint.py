@@ -1,6 +1,6 @@
-"""A checkpoint folder: it loads with `from_pretrained`, and `resume.pt` goes on where it stopped.
+"""A checkpoint folder: it loads with `from_pretrained`, and training resumes from `resume.pt`.
 
-`log.jsonl` tells how it was trained, `captions.jsonl` what it says of each test image.
+`log.jsonl` holds the training curves, `captions.jsonl` the caption and scores of each test image.
 """
 
 import json
@@ -26,13 +26,13 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A trained captioner with the words that it writes with."""
+    """A trained captioner with its tokenizer."""
 
     captioner: Captioner
     words: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json, each of them whole or not at all."""
+        """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             self.captioner.save_pretrained(draft)
             self.words.tokenizer.save(str(Path(draft) / "tokenizer.json"))
@@ -41,21 +41,21 @@ class Checkpoint:
 
 
 def best_device(rank: int = 0) -> torch.device:
-    """Return the GPU of a process, where there is one, else the CPU."""
+    """Return the GPU for a process rank, or the CPU if there is no GPU."""
     return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
-    """Load a checkpoint folder for use. Raises TrainError where it is none."""
+    """Load a checkpoint folder in evaluation mode. Raises TrainError if the folder holds no valid captioner."""
     folder = Path(folder)
-    nothing = TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
+    no_captioner = TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
     if not all((folder / name).exists() for name in FILES):
-        raise nothing
+        raise no_captioner
     try:
         with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
             captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
-    except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # somebody else's model, or half a file
-        raise nothing from None
+    except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # another kind of model, or a truncated file
+        raise no_captioner from None
     kind: Literal["scratch", "pretrained"] = "pretrained" if "language_model" in captioner.config.decoder else "scratch"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if kind == "scratch":
@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
-    """Keep all that the next step depends on, whole or not at all."""
+    """Write the state that the next step depends on to resume.pt, atomically."""
     draft = folder / ".resume.tmp"
     with draft.open("wb") as file:
         torch.save(state, file)
@@ -74,7 +74,7 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_resume(folder: Path, run: str) -> dict[str, Any]:
-    """Return what `save_resume` kept. Raises TrainError where there is nothing, or another run."""
+    """Return the state that `save_resume` wrote. Raises TrainError if there is none, or if another run wrote it."""
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
@@ -84,15 +84,15 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
     return state
 
 
-def write_captions(path: Path, each: list[dict[str, Any]]) -> None:
-    """Write what a captioner said of each image, and how it was scored, as JSON lines."""
-    write_text(path, "".join(json.dumps(about, ensure_ascii=False) + "\n" for about in each))
+def write_captions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the caption and scores of each image as JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class Log:
     """`log.jsonl`: one JSON object a line; on resume, lines from later steps are dropped.
 
-    With `tensorboard`, the same curves as event files in the folder `tensorboard` beside it.
+    With `tensorboard`, the curves are also written as event files to the folder `tensorboard` beside it.
     """
 
     def __init__(self, path: Path, first_step: int, *, tensorboard: bool = False) -> None:
@@ -102,7 +102,7 @@ class Log:
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, **values: float | int | str) -> None:
-        """Append one line, and a point to each curve; numbers of a stage are curves of their own."""
+        """Append one line, and a point to each TensorBoard curve; each stage has its own curves."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self._curves is None:
@@ -114,14 +114,14 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; none where there is no log."""
+    """Return the entries of a log, or an empty list if the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def require_tensorboard() -> None:
-    """Raise TrainError where the package is not there."""
+    """Raise TrainError if TensorBoard is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError:
@@ -132,5 +132,5 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     if first_step == 0:
-        remove(folder)  # a run that begins anew
+        remove(folder)  # a new run discards old curves
     return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -1,4 +1,4 @@
-"""CLIPScore: how well captions fit their images, by a CLIP that took no part in writing them (Hessel et al., 2021)."""
+"""CLIPScore (Hessel et al., 2021): similarity of images and captions by a CLIP that is not the captioner's encoder."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,21 +8,21 @@ from PIL.Image import Image
 from pipeline.images.clip import ClipScorer
 from trainer.model.encoder import place_of
 
-WEIGHT = 2.5  # brings usual values to between 0 and 1
+WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
 
 def clip_scores(name: str, images: Iterable[Image], captions: Sequence[str], *orders: Sequence[int]) -> list[list[float]]:
-    """Return, for each order, 2.5 x max(cosine, 0) of each image (RGB) and the caption whose turn it is, by this CLIP.
+    """Return, for each order, 2.5 x max(cosine, 0) of image i (RGB) and caption order[i], by this CLIP.
 
     Raises:
-        EngineError: see alignment.ClipScorer.
+        EngineError: see images.clip.ClipScorer.
     """
     clip = ClipScorer(name)
     image_states, text_states = clip.image_states(images), clip.text_states(captions)
-    cosines = [clip.compare(image_states, [text_states[at] for at in order]) for order in orders]
-    return [[WEIGHT * max(cosine, 0.0) for cosine in mine] for mine in cosines]
+    cosines = [clip.compare(image_states, [text_states[index] for index in order]) for order in orders]
+    return [[WEIGHT * max(cosine, 0.0) for cosine in order_cosines] for order_cosines in cosines]
 
 
 def is_same(name: str, made_from: dict[str, str]) -> bool:
-    """Whether a CLIP is the encoder that a captioner was trained with: its score would be its own judgement."""
+    """Whether a CLIP is the captioner's own encoder, whose score would be biased."""
     return place_of(made_from.get("name", "")) in (place_of(name), Path(name).name if Path(name).is_dir() else place_of(name))

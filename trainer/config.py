@@ -1,4 +1,4 @@
-"""How a captioner is trained: every number in one place, saved with each checkpoint."""
+"""Settings of a training run, saved with each checkpoint."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -7,14 +7,14 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Section, read_yaml, validate
 
-# What training decides where it is left open.
+# Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
 SETTLED = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
 
 
 class TrainConfig(Section):
-    """Settings of one training run. Widths are features, lengths are tokens, shares are between 0 and 1.
+    """Settings of one training run. Widths are features, lengths are tokens, fractions are between 0 and 1.
 
-    A rate of 0 leaves that part of the model as it is. What is None depends on encoder and decoder; see `with_defaults`.
+    A learning rate of 0 freezes that part of the model. None stands for a default that depends on encoder and decoder.
     """
 
     OLD_KEYS: ClassVar = {
@@ -34,31 +34,31 @@ class TrainConfig(Section):
     }
 
     encoder: str = "tiny-vit"
-    encoder_layer: int = -1  # whose hidden states: -1 the last, -2 the one before
+    encoder_layer: int = -1  # whose hidden states are used: -1 the last, -2 the one before
     decoder: str = "scratch"
     decoder_width: int = Field(default=192, ge=32)
     decoder_depth: int = Field(default=3, ge=1)
     decoder_heads: int = Field(default=6, ge=1)
-    vocab_size: int = Field(default=4096, ge=300)  # an upper bound: small data has fewer words
+    vocab_size: int = Field(default=4096, ge=300)  # an upper bound: small data has fewer tokens
     dropout: float = Field(default=0.1, ge=0, lt=1)
     text_source: Literal["synthetic", "human", "mixed"] = "synthetic"
-    styles: tuple[str, ...] = ()  # of captions to learn; none: all
-    source_in_prompt: bool = True  # whether a prompt says whose words are wanted
-    questions: bool = True  # learn to answer them
-    train_images: int = Field(default=0, ge=0)  # that are learned from; 0: all
-    caption_word_budget: int = Field(default=0, ge=0)  # of all captions that are learned; 0: all
+    styles: tuple[str, ...] = ()  # caption styles to learn; empty: all
+    source_in_prompt: bool = True  # whether prompts name the source: human or synthetic
+    questions: bool = True  # whether to learn answers to questions
+    train_images: int = Field(default=0, ge=0)  # limit on training images; 0: all
+    caption_word_budget: int = Field(default=0, ge=0)  # limit on the words of all training captions; 0: none
     max_caption_tokens: int = Field(default=64, ge=4)
-    align_steps: int = Field(default=0, ge=0)  # of the first stage, in which only the connector learns
+    align_steps: int = Field(default=0, ge=0)  # first stage, which trains only the connector
     align_lr: float = Field(default=1e-3, gt=0)
-    contrastive_weight: float = Field(default=0.0, ge=0)  # weight of the term that aligns pooled images and captions
+    contrastive_weight: float = Field(default=0.0, ge=0)  # of the loss that aligns pooled images and captions
     contrast_width: int = Field(default=128, ge=8)
     connector_lr: float | None = Field(default=None, ge=0)
     decoder_lr: float | None = Field(default=None, ge=0)
     encoder_lr: float | None = Field(default=None, ge=0)
     epochs: int = Field(default=16, ge=1)
-    steps: int = Field(default=0, ge=0)  # after the first stage; 0: as many as the epochs take
+    steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
     batch_size: int = Field(default=32, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)  # in how many parts the images of a step go through the model
+    gradient_accumulation_steps: int = Field(default=1, ge=1)  # micro-batches in a step
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -66,7 +66,7 @@ class TrainConfig(Section):
     compile: bool = False
     evaluate_every: int = Field(default=0, ge=0)  # steps; 0: four times in all
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
-    num_beams: int = Field(default=1, ge=1)  # of the test, at the end
+    num_beams: int = Field(default=1, ge=1)  # for the final test
     seed: int = 0
 
     @model_validator(mode="after")
@@ -77,33 +77,33 @@ class TrainConfig(Section):
 
     @property
     def is_scratch(self) -> bool:
-        """Whether the decoder begins from nothing."""
+        """Whether the decoder is trained from scratch."""
         return self.decoder == "scratch"
 
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings as digests take them: under their first names, so that runs of earlier releases go on."""
+        """Return all settings as digests take them: under their first names, so that runs of earlier releases can resume."""
         first_names = {name: old for old, name in self.OLD_KEYS.items()}
         return {first_names.get(name, name): value for name, value in self.model_dump(mode="json").items()}
 
     def with_defaults(self, images: int) -> "TrainConfig":
-        """Return the same settings with everything decided, for training on so many images."""
+        """Return the settings with all defaults filled in, for training on this number of images."""
         steps = self.steps or -(-self.epochs * images // min(self.batch_size, images))
-        from_nothing = self.encoder == "tiny-vit"
+        encoder_is_scratch = self.encoder == "tiny-vit"
         rates = {
             "connector_lr": 1e-3 if self.is_scratch else 2e-4,
             "decoder_lr": 1e-3 if self.is_scratch else 2e-5,
-            "encoder_lr": 1e-3 if from_nothing else 0.0,
+            "encoder_lr": 1e-3 if encoder_is_scratch else 0.0,
         }
-        decided = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
-        every = self.evaluate_every or -(-(steps + self.align_steps) // 4)
-        return self.model_copy(update={"steps": steps, "evaluate_every": every, **decided})
+        defaults = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
+        interval = self.evaluate_every or -(-(steps + self.align_steps) // 4)
+        return self.model_copy(update={"steps": steps, "evaluate_every": interval, **defaults})
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
-    """Return the defaults, changed by the file and by the flags that were given; `auto` and None stand for the default.
+    """Merge defaults, config file and flags, in this order; `auto` and None stand for the default.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or a value is not one that we know.
+        ConfigError: the file cannot be read, a key is unknown, or a value is invalid.
     """
     values = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values |= {name: value for name, value in flags.items() if value not in (None, "auto")}
@@ -111,15 +111,15 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
 
 
 def is_of_other_settings(folder: Path, config: TrainConfig) -> bool:
-    """Whether a checkpoint folder holds a finished captioner that was not trained as `config` says."""
+    """Whether a checkpoint folder holds a finished captioner that was trained with other settings."""
     if not (folder / "metrics.json").exists():
         return False
     try:
-        before = TrainConfig.model_validate_json((folder / "train.json").read_text(encoding="utf-8"))
+        trained = TrainConfig.model_validate_json((folder / "train.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return True
-    decided = config.model_dump(exclude_unset=True)
-    left = TrainConfig().model_dump()
+    given = config.model_dump(exclude_unset=True)
+    defaults = TrainConfig().model_dump()
     return any(
-        getattr(before, name) != decided.get(name, left[name]) for name in left if name in decided or name not in SETTLED
+        getattr(trained, name) != given.get(name, defaults[name]) for name in defaults if name in given or name not in SETTLED
     )

@@ -1,4 +1,4 @@
-"""Rows of a version to examples: each image once, with all its texts, in an order that only seed and step decide."""
+"""Turn rows of a version into examples, one per image with all its texts; batch order depends on seed and step only."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from pipeline.tables import PIXELS
 from trainer.image_index import map_images
 from trainer.tokenizer import TargetText
 
-HUMAN_STYLE = "brief"  # as people caption
-UNNAMED = "any"  # whose words they are, where prompts do not say it
+HUMAN_STYLE = "brief"  # the style of human captions
+UNNAMED = "any"  # source in prompts that do not name one
 Mixture = Literal["synthetic", "human", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about an image with the answers that count as right; several where several people were asked."""
+    """A question about an image with its accepted answers, one per annotator."""
 
     question: str
     answers: tuple[str, ...]
@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image (as its file's bytes) with the texts to learn, captions that people hold to be true, and questions."""
+    """One image (encoded bytes) with the texts to learn, reference captions and questions."""
 
     sample_id: str
     image: bytes | memoryview
@@ -46,8 +46,8 @@ class Example:
         return prepare_image(self.image)
 
 
-def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **how: Any) -> list[Example]:
-    """Return the examples of a split of a version, whose images stay in their files; see `read_examples`.
+def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
+    """Return the examples of a split; images are slices of memory-mapped files. `options` are those of `read_examples`.
 
     Raises:
         StoreError: the version has no rows in this split.
@@ -55,7 +55,7 @@ def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **
     """
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
-    return read_examples(version.read(split, columns), images, mixture, **how)
+    return read_examples(version.read(split, columns), images, mixture, **options)
 
 
 def read_examples(
@@ -67,15 +67,15 @@ def read_examples(
     styles: Sequence[str] = (),
     source_in_prompt: bool = True,
 ) -> list[Example]:
-    """Return the rows of a version (tables.ROW) that have something to learn.
+    """Return one example per row of a version (tables.ROW) that has a text to learn.
 
     Args:
         table: rows of one split, without pixels.
-        images: their images by sample id; None where they are decks.
-        mixture: whose texts to learn: the model's, people's, or both.
+        images: image bytes by sample id; None if the samples are decks.
+        mixture: source of the texts to learn: synthetic, human, or both.
         questions: whether answers to questions are learned too.
-        styles: of captions to learn; none means all.
-        source_in_prompt: whether prompts tell people's texts from the model's.
+        styles: caption styles to learn; empty means all.
+        source_in_prompt: whether prompts distinguish human from synthetic texts.
 
     Raises:
         TrainError: the samples are decks, or no row has a text of that kind.
@@ -95,12 +95,12 @@ def read_examples(
 
 
 def _example(row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool) -> Example:
-    asked = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in row.get("qa") or ()]
+    synthetic = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in row.get("qa") or ()]
     human = [(pair["question"], tuple(pair["answers"]), pair["answer_type"]) for pair in row.get("reference_qa") or ()]
     texts: list[TargetText] = []
     if mixture != "human":
         texts += [TargetText("synthetic", caption["text"], style=caption["style"]) for caption in row["captions"]]
-        texts += [TargetText("synthetic", answers[0], question=question) for question, answers, _ in asked if questions]
+        texts += [TargetText("synthetic", answers[0], question=question) for question, answers, _ in synthetic if questions]
     if mixture != "synthetic":
         texts += [TargetText("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
         texts += [
@@ -113,12 +113,12 @@ def _example(row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *
         image=image,
         texts=tuple(texts),
         references=tuple(row["references"]),
-        questions=tuple(Question(q, answers, kind or "other") for q, answers, kind in human or asked if answers),
+        questions=tuple(Question(q, answers, kind or "other") for q, answers, kind in human or synthetic if answers),
     )
 
 
 def limit_images(examples: list[Example], images: int) -> list[Example]:
-    """Return so many of the examples in their order, chosen by their ids: a smaller choice lies within a larger one."""
+    """Return `images` examples in their order, chosen by a hash of their ids: a smaller choice is part of a larger one."""
     if not images or images >= len(examples):
         return examples
     chosen = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))[:images]
@@ -127,25 +127,25 @@ def limit_images(examples: list[Example], images: int) -> list[Example]:
 
 
 def limit_captions(examples: list[Example], words: int) -> list[Example]:
-    """Return the examples with captions of so many words in all: one of each image, then a second of each, while they fit.
+    """Return the examples with at most `words` caption words in total: one caption per image, then a second, while they fit.
 
-    Each image keeps one, so that the images stay the same: the shortest, where others are too long. Which ones come first is
-    else a function of image and text alone.
+    Every image keeps one caption, so the images stay the same; the shortest, if the budget is too small for others. Otherwise
+    captions are ordered by a hash of image and text.
     """
     if not words:
         return examples
     captions = [[n for n, text in enumerate(example.texts) if text.style] for example in examples]
-    for example, mine in zip(examples, captions, strict=True):
-        mine.sort(key=lambda n: hash_to_unit(example.sample_id, example.texts[n].text))
-    if sum(count_words(e.texts[mine[0]]) for e, mine in zip(examples, captions, strict=True) if mine) > words:
-        for example, mine in zip(examples, captions, strict=True):
-            mine.sort(key=lambda n: count_words(example.texts[n]))
-    kept = [set(mine[:1]) for mine in captions]
+    for example, indices in zip(examples, captions, strict=True):
+        indices.sort(key=lambda n: hash_to_unit(example.sample_id, example.texts[n].text))
+    if sum(count_words(e.texts[indices[0]]) for e, indices in zip(examples, captions, strict=True) if indices) > words:
+        for example, indices in zip(examples, captions, strict=True):
+            indices.sort(key=lambda n: count_words(example.texts[n]))
+    kept = [set(indices[:1]) for indices in captions]
     left = words - sum(count_words(e.texts[n]) for e, chosen in zip(examples, kept, strict=True) for n in chosen)
     for turn in range(1, max(map(len, captions), default=0)):
-        for example, mine, chosen in zip(examples, captions, kept, strict=True):
-            if turn < len(mine) and (count := count_words(example.texts[mine[turn]])) <= left:
-                chosen.add(mine[turn])
+        for example, indices, chosen in zip(examples, captions, kept, strict=True):
+            if turn < len(indices) and (count := count_words(example.texts[indices[turn]])) <= left:
+                chosen.add(indices[turn])
                 left -= count
     return [
         replace(example, texts=tuple(text for n, text in enumerate(example.texts) if not text.style or n in chosen))
@@ -154,24 +154,24 @@ def limit_captions(examples: list[Example], words: int) -> list[Example]:
 
 
 def count_words(text: TargetText) -> int:
-    """Return the words of a caption, which are counted alike for every decoder."""
+    """Return the number of words of a caption, independent of the tokenizer."""
     return len(text.text.split())
 
 
 def most_common(answers: tuple[str, ...]) -> str:
-    """Return the answer that most people gave, the first of several."""
+    """Return the most frequent answer, the first one on a tie."""
     return max(answers, key=answers.count)
 
 
 def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
-    """Yield indices of examples for each step from `first_step` on, for ever: a pure function of seed and step.
+    """Yield example indices for each step from `first_step` on, without end: a pure function of seed and step.
 
-    Every example comes once an epoch, in an order that differs from epoch to epoch.
+    Every epoch visits each example once, in a new order.
     """
     step = first_step
     while True:
-        places = range(step * size, (step + 1) * size)
-        yield [_order(count, seed, place // count)[place % count] for place in places]
+        positions = range(step * size, (step + 1) * size)
+        yield [_order(count, seed, position // count)[position % count] for position in positions]
         step += 1
 
 

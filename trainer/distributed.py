@@ -1,14 +1,14 @@
-"""Several training processes: joining them, and summing their gradients."""
+"""Join distributed training processes and sum their gradients."""
 
 import os
 
 import torch.distributed
 
-MESSAGE_VALUES = 1 << 24  # of gradients that are summed over processes at once
+MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
 def _all_reduce_gradients(gradients: list[torch.Tensor]) -> None:
-    """Put the sum over all processes into each of these tensors."""
+    """Replace each tensor by its sum over all processes."""
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
@@ -16,7 +16,7 @@ def _all_reduce_gradients(gradients: list[torch.Tensor]) -> None:
 
 
 def join_processes() -> tuple[int, int]:
-    """Return the number of this process and how many there are, as torchrun says."""
+    """Join the process group that torchrun describes; return the rank and the number of processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         return 0, 1

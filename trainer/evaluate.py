@@ -1,6 +1,6 @@
 """Score a captioner on held-out images, and again with the images shuffled.
 
-A captioner that ignores its image scores as well on another one. The second score shows that at once.
+A captioner that ignores its image scores the same on another image, which the second score reveals.
 """
 
 import statistics
@@ -26,74 +26,74 @@ SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """How an evaluation asks: for whose captions of which style, by which search, and what else it measures."""
+    """Options of an evaluation: the prompt (source, style), the decoding, and what else to measure."""
 
     prompt: tuple[str, str]
     search: DecodingConfig = GREEDY
-    questions: bool = False  # and intervals
-    thorough: bool = False  # with METEOR, where Java and pycocoevalcap are there: it takes seconds
+    questions: bool = False  # also score answers and compute intervals
+    thorough: bool = False  # also compute METEOR, if Java and pycocoevalcap are installed: takes seconds
 
 
 def evaluate(
-    checkpoint: Checkpoint, examples: list[Example], asked: EvalOptions, states_of: FeatureSource, clip: str | None = None
+    checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, states_of: FeatureSource, clip: str | None = None
 ) -> dict[str, Any]:
-    """Return scores against the references of the source, or, where it has none, against the captions it was given.
+    """Return scores against the references of the source or, if there are none, against the teacher's captions.
 
-    `scores` are of each image's own caption, `shuffled_scores` of the caption of another image, `intervals` the 95 % of a
-    bootstrap over images. `questions` are scored where answers were learned. `each` has all of that for every image.
+    `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
+    intervals over images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
     """
-    source, style = asked.prompt
+    source, style = options.prompt
     against, examples, references = _references(examples, style)
     with torch.inference_mode():
-        states = [states_of(examples[at : at + BATCH_IMAGES]) for at in range(0, len(examples), BATCH_IMAGES)]
-    hypotheses = write_captions(checkpoint, states, TargetText(source, "", style=style), asked.search)
+        states = [states_of(examples[index : index + BATCH_IMAGES]) for index in range(0, len(examples), BATCH_IMAGES)]
+    hypotheses = write_captions(checkpoint, states, TargetText(source, "", style=style), options.search)
     tokens = [tokenize(text) for text in hypotheses]
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
-    shuffled = [tokens[other] for other in derangement(len(tokens))]
-    own, blind = score_each(tokens, references), score_each(shuffled, references)
-    each: list[dict[str, Any]] = [
+    shuffled = [tokens[index] for index in derangement(len(tokens))]
+    own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
+    per_image: list[dict[str, Any]] = [
         {
             "sample_id": example.sample_id,
-            "caption": hypotheses[at],
-            "references": [" ".join(reference) for reference in references[at]],
-            "cider_d": round(own["cider_d"][at], 4),
-            "shuffled_cider_d": round(blind["cider_d"][at], 4),
-            "rouge_l": round(own["rouge_l"][at], 4),
+            "caption": hypotheses[index],
+            "references": [" ".join(reference) for reference in references[index]],
+            "cider_d": round(own_scores["cider_d"][index], 4),
+            "shuffled_cider_d": round(shuffled_scores["cider_d"][index], 4),
+            "rouge_l": round(own_scores["rouge_l"][index], 4),
         }
-        for at, example in enumerate(examples)
+        for index, example in enumerate(examples)
     ]
-    ranked = sorted(range(len(each)), key=lambda at: -each[at]["cider_d"])
+    ranked = sorted(range(len(per_image)), key=lambda index: -per_image[index]["cider_d"])
     shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]
     lengths = [len(words) for words in tokens]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "images": len(examples),
         "style": style,
         "source": source,
         "against": against,
-        "scores": score(tokens, references, own),
-        "shuffled_scores": score(shuffled, references, blind),
-        "intervals": bootstrap(own) if asked.questions else {},
+        "scores": score(tokens, references, own_scores),
+        "shuffled_scores": score(shuffled, references, shuffled_scores),
+        "intervals": bootstrap(own_scores) if options.questions else {},
         "words": {
             "mean": round(statistics.fmean(lengths), 2),
             "different": len({word for words in tokens for word in words}),
-            "of_references": round(statistics.fmean(len(r) for mine in references for r in mine), 2),
+            "of_references": round(statistics.fmean(len(r) for items in references for r in items), 2),
         },
         # The best, then the worst.
-        "shown": [{**each[at], "references": each[at]["references"][:5]} for at in shown],
-        "each": each,
+        "shown": [{**per_image[index], "references": per_image[index]["references"][:5]} for index in shown],
+        "each": per_image,
     }
-    if asked.thorough:
+    if options.thorough:
         for name, value in zip(("scores", "shuffled_scores"), meteor([tokens, shuffled], references), strict=False):
-            found[name]["meteor"] = value
+            result[name]["meteor"] = value
     if clip:
-        opened, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
-        for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, opened, hypotheses, *orders), strict=True):
-            found[name]["clip_score"] = statistics.fmean(values)
-    if asked.questions and (answered := evaluate_questions(checkpoint, examples, states_of)):
-        found["questions"], of_images = answered
-        for about, mine in zip(each, of_images, strict=True):
-            about["questions"] = mine
-    return found
+        images, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
+        for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, images, hypotheses, *orders), strict=True):
+            result[name]["clip_score"] = statistics.fmean(values)
+    if options.questions and (answered := evaluate_questions(checkpoint, examples, states_of)):
+        result["questions"], of_images = answered
+        for row, items in zip(per_image, of_images, strict=True):
+            row["questions"] = items
+    return result
 
 
 def evaluate_version(
@@ -103,25 +103,25 @@ def evaluate_version(
 
     Raises:
         TrainError: the CLIP is the captioner's own encoder.
-        EngineError: the CLIP is not there.
+        EngineError: the CLIP cannot be loaded.
     """
     config = checkpoint.captioner.config
     if clip and is_same(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
     examples = examples_in(version, split, config.data.get("texts", "synthetic"))
-    look = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    asked = EvalOptions(scored_prompt(config.prompts, style), DecodingConfig(beams=beams), questions=True, thorough=True)
-    return {"split": split, **evaluate(checkpoint, examples, asked, look, clip)}
+    features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
+    options = EvalOptions(scored_prompt(config.prompts, style), DecodingConfig(beams=beams), questions=True, thorough=True)
+    return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
 
 
 def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[list[str]]]]:
-    """Return what is scored against, and the examples that have it: a caption may have been rejected on the way."""
+    """Return the kind of reference, the examples that have one, and their tokenized references."""
     against = "references of the source"
-    mine = [(example, list(example.references)) for example in examples if example.references]
-    if not mine:
+    pairs = [(example, list(example.references)) for example in examples if example.references]
+    if not pairs:
         against = "captions of the teacher"
-        mine = [(example, [text.text for text in example.texts if text.style == style]) for example in examples]
-    mine = [(example, texts) for example, texts in mine if texts]
-    if not mine:
+        pairs = [(example, [text.text for text in example.texts if text.style == style]) for example in examples]
+    pairs = [(example, texts) for example, texts in pairs if texts]
+    if not pairs:
         raise TrainError(f"no held-out image has a reference or a {style} caption", hint="choose another style")
-    return against, [example for example, _ in mine], [[tokenize(text) for text in texts] for _, texts in mine]
+    return against, [example for example, _ in pairs], [[tokenize(text) for text in texts] for _, texts in pairs]

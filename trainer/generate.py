@@ -1,4 +1,4 @@
-"""Captions and answers from a trained captioner."""
+"""Generate captions and answers with a trained captioner."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ BATCH_IMAGES = 64
 def write_captions(
     checkpoint: Checkpoint, states: Sequence[Tensor], prompt: TargetText, search: DecodingConfig = GREEDY
 ) -> list[str]:
-    """Write one text after a prompt for each batch of hidden states (B, N, V), in order."""
-    captioner, words = checkpoint.captioner.eval(), checkpoint.words
-    prompt_T = torch.tensor(words.prompt(prompt))
+    """Generate one text per image after a shared prompt, for batches of hidden states (B, N, V), in order."""
+    captioner, tokenizer = checkpoint.captioner.eval(), checkpoint.words
+    prompt_T = torch.tensor(tokenizer.prompt(prompt))
     return [
-        words.decode(ids)
+        tokenizer.decode(ids)
         for states_BNV in states
         for ids in captioner.generate(states_BNV, prompt_T.expand(len(states_BNV), -1), search)
     ]
@@ -33,68 +33,68 @@ def write_captions(
 def answer_questions(
     checkpoint: Checkpoint,
     states_of: FeatureSource,
-    asked: Sequence[tuple[Example, str]],
+    pairs: Sequence[tuple[Example, str]],
     source: str,
     search: DecodingConfig = GREEDY,
 ) -> list[str]:
-    """Answer a question about each image, in order; questions of one length go through the model together."""
-    words = checkpoint.words
-    prompts = [words.prompt(TargetText(source, "", question=question)) for _, question in asked]
-    answers = [""] * len(asked)
+    """Answer one question per example, in order; prompts of the same length are batched together."""
+    tokenizer = checkpoint.words
+    prompts = [tokenizer.prompt(TargetText(source, "", question=question)) for _, question in pairs]
+    answers = [""] * len(pairs)
     for length in sorted({len(prompt) for prompt in prompts}):
-        places = [at for at, prompt in enumerate(prompts) if len(prompt) == length]
-        for first in range(0, len(places), BATCH_IMAGES):
-            batch = places[first : first + BATCH_IMAGES]
+        indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        for start in range(0, len(indices), BATCH_IMAGES):
+            batch = indices[start : start + BATCH_IMAGES]
             with torch.inference_mode():
-                states_BNV = states_of([asked[at][0] for at in batch])
-            prompt_BT = torch.tensor([prompts[at] for at in batch], device=states_BNV.device)
-            for at, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, search), strict=True):
-                answers[at] = words.decode(ids)
+                states_BNV = states_of([pairs[index][0] for index in batch])
+            prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
+            for index, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, search), strict=True):
+                answers[index] = tokenizer.decode(ids)
     return answers
 
 
 def describe_files(
     checkpoint: Checkpoint, paths: list[Path], style: str | None = None, question: str = "", search: DecodingConfig = GREEDY
 ) -> list[str]:
-    """Write a caption for each image file, or the answer to a question about it, in their order.
+    """Return a caption for each image file, or the answer to a question about it, in order.
 
     Raises:
-        TrainError: a file cannot be read, or nothing of the kind was learned.
+        TrainError: a file cannot be read, or the captioner learned no such style or no answers.
     """
     prompts, encoder = checkpoint.captioner.config.prompts, checkpoint.captioner.encoder
-    source, wanted = answering_prompt(prompts) if question else scored_prompt(prompts, style)
-    prompt = TargetText(source, "", style=wanted, question=question)
+    source, prompt_style = answering_prompt(prompts) if question else scored_prompt(prompts, style)
+    prompt = TargetText(source, "", style=prompt_style, question=question)
     device = next(encoder.parameters()).device
-    written = []
-    for first in range(0, len(paths), BATCH_IMAGES):
+    descriptions = []
+    for start in range(0, len(paths), BATCH_IMAGES):
         images = []
-        for path in paths[first : first + BATCH_IMAGES]:
+        for path in paths[start : start + BATCH_IMAGES]:
             try:
                 images.append(prepare_image(path.read_bytes()))
             except (OSError, ImageError) as error:
                 raise TrainError(f"cannot read {path}: {error}", hint="pass image files") from None
         with torch.inference_mode():
             states_BNV = encoder(encoder.pixels(images).to(device))
-        written += write_captions(checkpoint, [states_BNV], prompt, search)
-    return written
+        descriptions += write_captions(checkpoint, [states_BNV], prompt, search)
+    return descriptions
 
 
 def scored_prompt(prompts: list[tuple[str, str]], style: str | None = None) -> tuple[str, str]:
-    """Return source and style that are asked for: brief as people caption, unless told; people's words where some were learned.
+    """Return the (source, style) to prompt with: `style` or else brief, from the human source if it was learned.
 
     Raises:
-        TrainError: nothing of that style was learned.
+        TrainError: the style was not learned.
     """
-    styles = list(dict.fromkeys(known for _, known in prompts if known))
-    wanted = style or ("brief" if "brief" in styles else styles[0])
-    sources = [source for source, known in prompts if known == wanted]
+    styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
+    chosen = style or ("brief" if "brief" in styles else styles[0])
+    sources = [source for source, learned in prompts if learned == chosen]
     if not sources:
-        raise TrainError(f"the captioner knows no style {wanted}", hint=f"it was trained on: {', '.join(styles)}")
-    return ("human" if "human" in sources else sources[0]), wanted
+        raise TrainError(f"the captioner knows no style {chosen}", hint=f"it was trained on: {', '.join(styles)}")
+    return ("human" if "human" in sources else sources[0]), chosen
 
 
 def answering_prompt(prompts: list[tuple[str, str]]) -> tuple[str, str]:
-    """Return whose answers are asked for, with an empty style. Raises TrainError where none were learned."""
+    """Return the source of answers, with an empty style. Raises TrainError if no answers were learned."""
     sources = [source for source, style in prompts if not style]
     if not sources:
         raise TrainError("the captioner has learned no answers", hint="train on a version with questions")

@@ -1,7 +1,7 @@
-"""Images of a split as slices of its mapped files, so that a version may be larger than the memory.
+"""Index the images of a split as slices of memory-mapped shards, so that a version may exceed the memory.
 
-Shards hold pixels as they are (pipeline/shards.py): uncompressed, one image after another. So the bytes of an image stand in
-the file, and a slice of the mapped file costs no memory until somebody looks at it, and none that cannot be taken back.
+Shards hold image bytes uncompressed, one image after another (pipeline/dataset/shards.py). A slice of the mapped file takes
+memory only when it is read, and the system can reclaim that memory.
 """
 
 import mmap
@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.version import Version
 
-SEARCHED_BYTES = 64_000_000  # how far behind one image the next may stand: the texts of a row group lie in between
+SEARCHED_BYTES = 64_000_000  # search window behind an image: texts of a row group may lie before the next one
 
 
 def map_images(version: Version, split: str) -> dict[str, memoryview]:
     """Return the bytes of each image of a split, by sample id; reads the split once, a row group at a time.
 
-    An image that does not stand in its file as it is (a shard that was written by something else) is held in memory.
+    An image that is not stored verbatim (in a shard of another writer) is kept in memory.
 
     Raises:
         StoreError: a file is damaged.
@@ -34,16 +34,16 @@ def map_images(version: Version, split: str) -> dict[str, memoryview]:
 def _images_of(shard: Path) -> Iterator[tuple[str, memoryview]]:
     with shard.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    whole, at = memoryview(mapped), 0
+    whole, end = memoryview(mapped), 0
     file = pq.ParquetFile(shard)
     for group in range(file.num_row_groups):
         rows = file.read_row_group(group, columns=["sample_id", "image"])
         images = pc.struct_field(rows["image"], "bytes")
         for sample_id, image in zip(rows["sample_id"].to_pylist(), images.to_pylist(), strict=True):
-            place = mapped.find(image, at, at + len(image) + SEARCHED_BYTES)
-            if place < 0:
+            start = mapped.find(image, end, end + len(image) + SEARCHED_BYTES)
+            if start < 0:
                 yield sample_id, memoryview(image)
                 continue
-            at = place + len(image)
-            yield sample_id, whole[place:at]
-        mapped.madvise(mmap.MADV_DONTNEED)  # what was looked at may leave the memory again
+            end = start + len(image)
+            yield sample_id, whole[start:end]
+        mapped.madvise(mmap.MADV_DONTNEED)  # let the system reclaim the pages that were read

@@ -1,6 +1,6 @@
-"""Texts to token ids and back: what a decoder is given (the prompt) and what it is to write (the target).
+"""Convert texts to token ids and back: the prompt of a decoder, and the target that it learns to write.
 
-A prompt says whose words are wanted (of people or of a model), and either a style of caption, or a question.
+A prompt names the source (human or synthetic) and either a caption style or a question.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,71 +27,71 @@ class TargetText:
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """Texts of a batch: C texts, of T tokens at most, padded on the right; those of an image stand together."""
+    """A batch of C texts of at most T tokens, padded on the right; texts of one image are adjacent."""
 
     image_of_C: Tensor
     ids_CT: Tensor  # prompt, target, EOS
-    prompt_C: Tensor  # how many tokens the prompt has
-    length_C: Tensor  # how many tokens all have
-    caption_C: Tensor  # whether it is a caption, and not an answer
+    prompt_C: Tensor  # tokens of the prompt
+    length_C: Tensor  # tokens of prompt, target and EOS
+    caption_C: Tensor  # True for a caption, False for an answer
 
     @property
     def learned_CT(self) -> Tensor:
-        """Whether the token after each of `ids_CT[:, :-1]` is to be learned: (C, T - 1)."""
+        """Return the loss mask of `ids_CT[:, 1:]`, which excludes prompt and padding: (C, T - 1)."""
         after_T = torch.arange(1, self.ids_CT.shape[1], device=self.ids_CT.device)
         return (after_T >= self.prompt_C[:, None]) & (after_T < self.length_C[:, None])
 
     def only(self, chosen_C: Tensor) -> "TextBatch":
-        """Return some of the texts."""
-        return TextBatch(*(getattr(self, each.name)[chosen_C] for each in fields(self)))
+        """Return the chosen texts."""
+        return TextBatch(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
 
     def by_length(self, groups: int) -> "list[TextBatch]":
-        """Return the same texts in groups of about one length, each with no more padding than it needs."""
+        """Return the texts in groups of similar length, each padded to its own longest text."""
         order_C = self.length_C.argsort()
-        found = [self.only(chosen) for chosen in order_C.chunk(groups)]
-        return [replace(group, ids_CT=group.ids_CT[:, : int(group.length_C.max())]) for group in found]
+        chunks = [self.only(chosen) for chosen in order_C.chunk(groups)]
+        return [replace(group, ids_CT=group.ids_CT[:, : int(group.length_C.max())]) for group in chunks]
 
     def to(self, device: torch.device) -> "TextBatch":
-        """Move all to a device."""
-        return TextBatch(*(getattr(self, each.name).to(device) for each in fields(self)))
+        """Move all tensors to a device."""
+        return TextBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionTokenizer:
-    """How one decoder reads and writes: a tokenizer of our own, with a token for each kind, or that of a language model."""
+    """Tokenizer of a decoder: our own with special tokens for sources and styles, or that of a language model."""
 
     tokenizer: Tokenizer
     kind: Literal["scratch", "pretrained"]
     eos_id: int
 
     def prompt(self, text: TargetText) -> list[int]:
-        """Return what stands before the words that are to be written."""
+        """Return the token ids of the prompt."""
         if self.kind == "pretrained":
-            said = f" Question: {text.question} Answer:" if text.question else f" A {text.style} caption ({text.source}):"
-            return self._ids(said)
+            prompt = f" Question: {text.question} Answer:" if text.question else f" A {text.style} caption ({text.source}):"
+            return self._ids(prompt)
         if text.question:
             return [self._special(text.source), *self._ids(text.question), self._special(None)]
         return [self._special(text.source), self._special(text.style)]
 
     def target(self, text: TargetText) -> list[int]:
-        """Return the words and EOS."""
+        """Return the token ids of the text, and EOS."""
         return [*self._ids(f" {text.text}" if self.kind == "pretrained" else text.text), self.eos_id]
 
     def collate(self, texts: Sequence[Sequence[TargetText]], max_tokens: int) -> TextBatch:
-        """Return the batch of the texts of each image; a target that is too long loses its end, and then has no EOS."""
-        owned = [(at, text) for at, mine in enumerate(texts) for text in mine]
-        prompts = [self.prompt(text) for _, text in owned]
-        rows = [[*p, *self.target(text)[:max_tokens]] for p, (_, text) in zip(prompts, owned, strict=True)]
+        """Return one batch of the texts of each image; a target longer than `max_tokens` is cut and has no EOS."""
+        pairs = [(image, text) for image, image_texts in enumerate(texts) for text in image_texts]
+        prompts = [self.prompt(text) for _, text in pairs]
+        rows = [[*p, *self.target(text)[:max_tokens]] for p, (_, text) in zip(prompts, pairs, strict=True)]
         return TextBatch(
-            torch.tensor([at for at, _ in owned], dtype=torch.long),
+            torch.tensor([image for image, _ in pairs], dtype=torch.long),
             torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD_ID),
             torch.tensor([len(prompt) for prompt in prompts]),
             torch.tensor([len(row) for row in rows]),
-            torch.tensor([not text.question for _, text in owned]),
+            torch.tensor([not text.question for _, text in pairs]),
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of written tokens."""
+        """Return the text of token ids."""
         decoded: str = self.tokenizer.decode(list(ids))
         return decoded.strip()
 
@@ -100,13 +100,13 @@ class CaptionTokenizer:
         return ids
 
     def _special(self, name: str | None) -> int:
-        found = self.tokenizer.token_to_id(_token(name))
-        assert found is not None, f"the tokenizer was not trained on {name}"
-        return int(found)
+        token_id = self.tokenizer.token_to_id(_token(name))
+        assert token_id is not None, f"the tokenizer was not trained on {name}"
+        return int(token_id)
 
 
 def train_words(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
-    """Learn a byte-level BPE from the texts of the training split, and from nothing else."""
+    """Train a byte-level BPE on the texts of the training split only."""
     texts = list(texts)
     names = [*sorted({text.source for text in texts}), *sorted({text.style for text in texts if text.style})]
     tokenizer = Tokenizer(models.BPE())
@@ -119,7 +119,7 @@ def train_words(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator((part for text in texts for part in (text.question, text.text) if part), trainer)
-    tokenizer.encode_special_tokens = True  # a caption that holds the text "<eos>" does not end there
+    tokenizer.encode_special_tokens = True  # the text "<eos>" in a caption is not the EOS token
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)
     return CaptionTokenizer(tokenizer, "scratch", EOS_ID)
 

@@ -1,7 +1,7 @@
-"""The training loop: stages, AdamW, warm-up and cosine, and a checkpoint from which it goes on (on a CPU to the very bit).
+"""The training loop: stages, AdamW, warm-up and cosine schedule, and a checkpoint to resume from (bit-exact on a CPU).
 
-The first stage, if there is one, aligns: only the connector learns. The second trains every part at its own rate. What a step
-sees is a function of seed and step alone; several processes (torchrun) each take a share of its images and learn the same.
+An optional first stage aligns: only the connector is trained. The second stage trains every part at its own rate. The batch of
+a step depends on seed and step only; several processes (torchrun) split its images and compute the same update.
 """
 
 import math
@@ -49,14 +49,14 @@ from trainer.optimizer import parameter_groups, set_stage
 from trainer.tokenizer import train_words
 
 CLIP = HUB["clip"]
-SPIKE = 10.0  # times the usual norm of the gradient: such a step is left out
-SPIKE_STEPS = 64  # what is usual is the median of so many steps
-GIVE_UP = 10  # steps left out in a row
+SPIKE = 10.0  # times the median gradient norm: such a step is skipped
+SPIKE_STEPS = 64  # steps in the median
+GIVE_UP = 10  # skipped steps in a row
 
 
 @dataclass(slots=True)
 class Trainer:
-    """What the loop works on."""
+    """State of the training loop."""
 
     checkpoint: Checkpoint
     config: TrainConfig
@@ -66,43 +66,43 @@ class Trainer:
     device: torch.device
     rank: int = 0
     processes: int = 1
-    norms: list[float] = field(default_factory=list)  # of the last gradients
+    norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
 
     @property
     def asked(self) -> EvalOptions:
-        """Return how the captioner is asked on held-out images."""
+        """Return the options of an evaluation on held-out images."""
         return EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
 
     def batches(self, first_step: int) -> Iterator[list[Example]]:
-        """Yield the images of each step, for ever."""
+        """Yield the examples of each step, without end."""
         size = min(self.config.batch_size, len(self.train))
         for indices in batches(len(self.train), size, self.config.seed, first_step):
             yield [self.train[index] for index in indices]
 
     def step_loss(self, examples: list[Example]) -> tuple[float, int]:
-        """Add up the gradients of one step; return the mean loss of a token, and the number of tokens.
+        """Accumulate the gradients of one step; return the mean loss per token, and the number of tokens.
 
-        The loss is over the tokens of all images of the step, in however many parts or processes they are.
+        The mean is over the tokens of all images of the step, across micro-batches and processes.
         """
-        words, longest = self.checkpoint.words, self.config.max_caption_tokens
+        tokenizer, longest = self.checkpoint.words, self.config.max_caption_tokens
         count = self.config.gradient_accumulation_steps * self.processes
-        # Of every process: the mean is over all tokens, and only the words of other processes are looked at here.
+        # Parts of all processes: the mean needs their token counts. Images of other processes are not read.
         parts = [examples[part::count] for part in range(count)]
-        texts = [words.collate([example.texts for example in part], longest) if part else None for part in parts]
-        tokens = sum(int(mine.learned_CT.sum()) for mine in texts if mine)
+        texts = [tokenizer.collate([example.texts for example in part], longest) if part else None for part in parts]
+        tokens = sum(int(batch.learned_CT.sum()) for batch in texts if batch)
         captioner, total = self.checkpoint.captioner, 0.0
-        for at in self._parts():
-            part, said = parts[at], texts[at]
-            if said is None:
+        for index in self._parts():
+            part, text_batch = parts[index], texts[index]
+            if text_batch is None:
                 continue
-            mine = said.to(self.device)
+            batch = text_batch.to(self.device)
             with self._autocast():
                 states_BNV = self.states_of(part).to(self.device)
-                loss = captioner.loss(states_BNV, mine) / tokens
+                loss = captioner.loss(states_BNV, batch) / tokens
                 total += loss.item()
-                if self.config.contrastive_weight:  # among the images of one part: more parts, fewer to be told apart
-                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, mine) / count
+                if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
+                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, batch) / count
             loss.backward()
         return self._summed(total), tokens
 
@@ -114,31 +114,31 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
     def _summed(self, loss: float) -> float:
-        """Add up gradients and loss over all processes: many small gradients at once, since each message costs its time."""
+        """Sum gradients and loss over all processes; small gradients share a message, since each message has a latency."""
         if self.processes == 1:
             return loss
-        told = torch.tensor([loss], device=self.device)
-        gradients, waiting = [told], told.numel()
+        loss_tensor = torch.tensor([loss], device=self.device)
+        gradients, pending = [loss_tensor], loss_tensor.numel()
         for parameter in self.checkpoint.captioner.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                if waiting + parameter.numel() > MESSAGE_VALUES:
+                if pending + parameter.numel() > MESSAGE_VALUES:
                     _all_reduce_gradients(gradients)
-                    gradients, waiting = [], 0
+                    gradients, pending = [], 0
                 gradients.append(parameter.grad)
-                waiting += parameter.numel()
+                pending += parameter.numel()
         _all_reduce_gradients(gradients)
-        return told.item()
+        return loss_tensor.item()
 
     def should_step(self, loss: float, norm: float) -> bool:
-        """Whether a step is to be taken: its loss is a number, and its gradient not far larger than usual."""
-        usual = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
-        good = math.isfinite(loss) and math.isfinite(norm) and norm <= SPIKE * usual
-        if good:
+        """Return whether to apply a step: loss and gradient norm are finite, and the norm is no spike. Records the norm."""
+        median = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
+        is_good = math.isfinite(loss) and math.isfinite(norm) and norm <= SPIKE * median
+        if is_good:
             self.norms = [*self.norms[1 - SPIKE_STEPS :], norm]
-        self.skipped_steps = 0 if good else self.skipped_steps + 1
-        return good
+        self.skipped_steps = 0 if is_good else self.skipped_steps + 1
+        return is_good
 
 
 def train(
@@ -154,20 +154,19 @@ def train(
     """Train a captioner on a version, and score it once on the test split.
 
     Writes to `out`: config.json, model.safetensors and tokenizer.json of the checkpoint with the best CIDEr-D on the
-    validation split, metrics.json, captions.jsonl (what it says of each test image), log.jsonl, train.json (the settings) and,
-    until done, resume.pt; with `tensorboard`, the curves of log.jsonl for that program, too. Of the images those in `only` are
-    taken, if it is given.
+    validation split, metrics.json, captions.jsonl (captions of the test images), log.jsonl, train.json (the settings) and,
+    until done, resume.pt; with `tensorboard`, also the curves as event files. `only` limits the images to these sample ids.
 
     Returns:
-        What metrics.json holds.
+        The content of metrics.json.
 
     Raises:
         StoreError: the version lacks a split.
-        TrainError: there is nothing to learn from or to resume, a model is not there, or the loss does not stay a number.
+        TrainError: there is nothing to learn from or to resume, a model is missing, or the loss diverges.
     """
     if tensorboard:
         require_tensorboard()
-    say = progress or (lambda stage, done, total: None)
+    report = progress or (lambda stage, done, total: None)
     rank, processes = join_processes()
     device = best_device(rank)
     torch.manual_seed(config.seed)
@@ -181,21 +180,21 @@ def train(
     checkpoint = _build(version, config, train_set)
     captioner = checkpoint.captioner.to(device)
     out.mkdir(parents=True, exist_ok=True)
-    states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, say)
+    states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, report)
     trainer = Trainer(checkpoint, config, train_set, validation, states_of, device, rank, processes)
     settings = config.model_dump(mode="json")
     run = digest([config.digest_values(), version.manifest["digest"], processes, [example.sample_id for example in train_set]])
     state = load_resume(out, run) if resume else None
     if rank == 0:
-        (out / "metrics.json").unlink(missing_ok=True)  # they are of weights that are about to change
+        (out / "metrics.json").unlink(missing_ok=True)  # stale: the weights are about to change
         write_json(out / "train.json", settings)
     first_step = state["step"] if state else 0
     log = Log(out / "log.jsonl", first_step, tensorboard=tensorboard) if rank == 0 else None
-    best = _run(trainer, out, run, log, say, state)
+    best = _run(trainer, out, run, log, report, state)
     metrics: dict[str, Any] = {}
     if rank == 0:
         chosen = load_checkpoint(out, device)
-        asked = EvalOptions(trainer.asked.prompt, DecodingConfig(beams=config.num_beams), questions=True)
+        options = EvalOptions(trainer.asked.prompt, DecodingConfig(beams=config.num_beams), questions=True)
         chosen_states = (
             states_of if not isinstance(states_of, OnlineFeatures) else OnlineFeatures(chosen.captioner.encoder, device)
         )
@@ -204,7 +203,7 @@ def train(
             "split": "test",
             "parameters": sum(p.numel() for p in captioner.parameters()),
             "best_validation": best,
-            **evaluate(chosen, test, asked, chosen_states),
+            **evaluate(chosen, test, options, chosen_states),
         }
         write_captions(out / "captions.jsonl", metrics.pop("each"))
         write_json(out / "metrics.json", metrics)
@@ -216,25 +215,25 @@ def train(
 
 
 def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
-    """Return what a run of these settings sees of a split, before budgets: by id, since a version has no order."""
-    how = {"questions": config.questions, "styles": config.styles, "source_in_prompt": config.source_in_prompt}
-    examples = examples_in(version, split, config.text_source, **how)
-    seen = (example for example in examples if only is None or example.sample_id in only)
-    return sorted(seen, key=lambda example: example.sample_id)
+    """Return the examples of a split under these settings, before budgets, sorted by id since a version has no order."""
+    options = {"questions": config.questions, "styles": config.styles, "source_in_prompt": config.source_in_prompt}
+    examples = examples_in(version, split, config.text_source, **options)
+    chosen = (example for example in examples if only is None or example.sample_id in only)
+    return sorted(chosen, key=lambda example: example.sample_id)
 
 
 def _of_learned_prompts(examples: list[Example], train_set: list[Example]) -> list[Example]:
-    """Return the examples with texts of sources and styles that are learned: a limit on words may leave out all of a style."""
+    """Drop texts whose source and style are not in the training set: a word budget may remove a whole style."""
     learned = {(text.source, text.style) for example in train_set for text in example.texts}
     return [replace(e, texts=tuple(text for text in e.texts if (text.source, text.style) in learned)) for e in examples]
 
 
-def choose_encoder(say: Callable[[str], None]) -> str:
-    """Return CLIP where its weights are here or can be had, else the tiny one that is shipped, and say so."""
+def choose_encoder(message: Callable[[str], None]) -> str:
+    """Return CLIP if its config is cached or can be downloaded, else the shipped tiny encoder, with a message."""
     try:
         snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
     except (OSError, HfHubHTTPError, httpx2.TransportError):
-        say(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
+        message(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
         return TINY_CLIP
     return "clip"
 
@@ -243,21 +242,21 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
     encoder = load_encoder(config.encoder, layer=config.encoder_layer, frozen=config.encoder_lr == 0)
     texts = [text for example in train_set for text in example.texts]
     if config.is_scratch:
-        words = train_words(texts, config.vocab_size)
+        tokenizer = train_words(texts, config.vocab_size)
         decoder: Any = DecoderConfig(
-            vocab_size=words.tokenizer.get_vocab_size(),
+            vocab_size=tokenizer.tokenizer.get_vocab_size(),
             width=config.decoder_width,
             depth=config.decoder_depth,
             heads=config.decoder_heads,
             dropout=config.dropout,
         )
     else:
-        decoder, words = load_decoder(config.decoder)
+        decoder, tokenizer = load_decoder(config.decoder)
     captioner = build_captioner(
         encoder,
         decoder,
         prompts=sorted({(text.source, text.style) for text in texts}),
-        eos_id=words.eos_id,
+        eos_id=tokenizer.eos_id,
         max_caption_tokens=config.max_caption_tokens,
         contrast_width=config.contrast_width if config.contrastive_weight else 0,
         data={
@@ -268,11 +267,11 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
             **({"repo": version.repo} if version.repo else {}),
         },
     )
-    return Checkpoint(captioner, words)
+    return Checkpoint(captioner, tokenizer)
 
 
 def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> float:
-    """Train to the last step; keep the checkpoint that captions the validation split best, and return its CIDEr-D."""
+    """Train to the last step; keep the checkpoint with the best validation score, and return that score."""
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
     first_step, best = 0, -math.inf
@@ -287,8 +286,8 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
     for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
         captioner.train()
         if step == config.align_steps:
-            trainer.norms = []  # more parts learn from here on: what was usual says nothing
-        # Dropout is a function of seed, step and process: nothing of a generator need be kept.
+            trainer.norms = []  # more parts are trained from here on: earlier norms do not apply
+        # Dropout depends on seed, step and rank only: no generator state is saved.
         torch.manual_seed(int(digest([config.seed, step, trainer.rank])[:15], 16))
         stage = set_stage(optimizer, config, step)
         optimizer.zero_grad()
@@ -324,7 +323,7 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
 
 
 def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float) -> float:
-    """Score the validation split, and keep the captioner where it is the best so far."""
+    """Score the validation split, save the captioner if it is the best so far, and return the best score."""
     if log is None:
         return best
     scored = evaluate(trainer.checkpoint, trainer.validation, trainer.asked, trainer.states_of)
@@ -336,7 +335,7 @@ def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float)
         validation_cider_d=cider_d,
         validation_shuffled_cider_d=scored["shuffled_scores"]["cider_d"],
     )
-    # CIDEr-D weighs words by how rare they are among images: of a single image it is always 0.
+    # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
     quality = cider_d if scored["images"] > 1 else -loss
     if quality > best:
         trainer.checkpoint.save(out)
@@ -345,11 +344,11 @@ def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float)
 
 @torch.no_grad()
 def validation_loss(trainer: Trainer) -> float:
-    """Return the mean loss of a token over the images of the validation split that are looked at while training."""
+    """Return the mean loss per token over the validation images that are used while training."""
     captioner, total, tokens = trainer.checkpoint.captioner.eval(), 0.0, 0
-    told = [example for example in trainer.validation if example.texts]
-    for at in range(0, len(told), trainer.config.batch_size):
-        part = told[at : at + trainer.config.batch_size]
+    examples = [example for example in trainer.validation if example.texts]
+    for start in range(0, len(examples), trainer.config.batch_size):
+        part = examples[start : start + trainer.config.batch_size]
         texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
         total += captioner.loss(trainer.states_of(part).to(trainer.device), texts.to(trainer.device)).item()
         tokens += int(texts.learned_CT.sum())

@@ -1,6 +1,6 @@
-"""Images, made safe: the one door through which untrusted bytes become pixels.
+"""Decode images safely: all untrusted bytes become pixels here.
 
-`prepare_image` serves training, every engine and the report, so that a model never sees two versions of one image.
+Training, every engine and the report use `prepare_image`, so that models always see the same pixels of an image.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.errors import ImageError, one_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million of them; checked before any is decoded
+MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 LOOK_PX = 64
 MIN_LOOK_QUALITY = 50  # of 100, as PDQ's authors advise
@@ -24,13 +24,13 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def deck_id(page_ids: Sequence[str]) -> str:
-    """Return the id of a deck: the sha256 of its pages' ids, in order; of one page, that page's own."""
+    """Return the id of a deck: the sha256 of its pages' ids, in order. A deck of one page has the id of that page."""
     return page_ids[0] if len(page_ids) == 1 else hashlib.sha256("".join(page_ids).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What is known of an image that can be decoded in full: its sha256, its size, and its PDQ hash (`pdq_hash`)."""
+    """Facts of an image that decodes in full: its sha256, its upright size, and its PDQ hash (`pdq_hash`)."""
 
     id: str
     width_px: int
@@ -39,20 +39,20 @@ class Checked:
 
 
 def check_image(data: bytes) -> Checked:
-    """Decode an image in full, once, and return what is known of it.
+    """Decode an image in full, and return its id, size and PDQ hash.
 
     Raises:
-        ImageError: the bytes are no image of a known format, are cut short, or unfold to too many pixels.
+        ImageError: the bytes are not an image of a known format, are truncated, or decode to too many pixels.
     """
     image = prepare_image(data)
     return Checked(hashlib.sha256(data).hexdigest(), image.width, image.height, pdq_hash(image))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
-    """Return the PDQ hash (Facebook, 2019) of an RGB image: 32 bytes of which few bits change with the file's size or quality.
+    """Return the PDQ hash (Facebook, 2019) of an RGB image: 32 bytes, of which few bits change with size or quality.
 
-    Of an image with too little in it to be told apart, nothing. The hash is taken from 64 x 64 pixels, which PDQ itself comes
-    down to: four times as fast as from 256 x 256, and as steady (docs/experiments/curation.md).
+    The hash is empty if the image has too little detail. It is computed from 64 x 64 pixels, to which PDQ itself downsamples:
+    four times as fast as from 256 x 256, and as stable (docs/experiments/curation.md).
     """
     small = image.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX)
     bits, quality = pdqhash.compute(np.asarray(small))
@@ -67,7 +67,7 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow talks about every odd tag
+            warnings.simplefilter("ignore")  # Pillow warns about every odd tag
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image)
@@ -79,7 +79,7 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
         raise
     except UnidentifiedImageError:
         raise ImageError("unreadable_image", "not an image of a known format") from None
-    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise anything at all on damaged files
+    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
         raise ImageError("unreadable_image", one_line(error)) from None
     rgb = _over_white(upright)
     if max_pixels and rgb.width * rgb.height > max_pixels:

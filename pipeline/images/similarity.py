@@ -1,8 +1,8 @@
-"""Near-duplicate images: which of them stays, and which belong together when samples are split.
+"""Near-duplicate images: choose which to keep, and group those that must be in the same split.
 
-Images are compared by their PDQ hashes (images/decode.py). Photos at most 20 of 256 bits apart are one photo, stored twice; up
-to 48 bits, one may be a crop of the other. Slides and charts are never rejected by their hash: with one number changed they
-look the same.
+Images are compared by their PDQ hashes (images/decode.py). Photos at most 20 of 256 bits apart are copies of one photo; up to
+48 bits, one may be a crop of the other. Slides and charts are never rejected as copies: two that differ in one number look the
+same.
 """
 
 import os
@@ -18,24 +18,24 @@ import pyarrow as pa
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]
-SAME_BITS = 20  # a worse JPEG, half the size, brighter, gray: all are within (docs/experiments/curation.md)
+SAME_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/experiments/curation.md)
 NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides of one template are 42 apart or more
-COMPARED = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that decide
-BLOCK_HASHES = 256  # compared with all others at once
+COMPARED = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that are compared
+BLOCK_HASHES = 256  # rows of one block of distances
 
-Near = tuple[int, int, int]  # two pages, by their position among all that have a hash, and how many bits they are apart
+Near = tuple[int, int, int]  # indices of two pages among those with a hash, and their distance in bits
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
 
 
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
-    """Return the group of each sample, and why it is to go if it is (tables.IMAGE_GROUPS).
+    """Return the group of each sample, and the reason for its rejection, if any (tables.IMAGE_GROUPS).
 
-    Of photos that are the same, the one in the most held-out split stays, then the largest, then the first by id. A sample near
-    one of a more held-out split goes, whatever its kind. A group is named by the first of its ids.
+    Among copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id. A sample near
+    a sample of a more held-out split is rejected, whatever its kind. The first id of a group is its name.
 
     Args:
         samples: with the columns `COMPARED`.
-        kind: what the images are.
+        kind: photos or graphics; only photos can be rejected as copies.
     """
     ids, splits, hashes, widths, heights = (samples[name].to_pylist() for name in COMPARED)
     near: dict[int, dict[int, int]] = defaultdict(dict)
@@ -44,25 +44,27 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     order = sorted(range(len(ids)), key=lambda n: (-SPLIT_RANK[splits[n]], -widths[n] * heights[n], ids[n]))
     reasons: list[str | None] = [None] * len(ids)
     near_duplicate_of: list[str | None] = [None] * len(ids)
-    stayed: set[int] = set()
+    kept: set[int] = set()
     for n in order:
-        before = sorted(near[n].keys() & stayed, key=lambda other: ids[other]) if n in near else []
+        kept_neighbors = sorted(near[n].keys() & kept, key=lambda neighbor: ids[neighbor]) if n in near else []
         more_held_out = [
-            other for other in before if SPLIT_RANK[splits[other]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
+            neighbor
+            for neighbor in kept_neighbors
+            if SPLIT_RANK[splits[neighbor]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
         ]
-        same = [other for other in before if kind == "photos" and near[n][other] <= SAME_BITS]
-        if more_held_out or same:
+        copies = [neighbor for neighbor in kept_neighbors if kind == "photos" and near[n][neighbor] <= SAME_BITS]
+        if more_held_out or copies:
             reasons[n] = "near_held_out_image" if more_held_out else "near_duplicate_image"
-            near_duplicate_of[n] = ids[(more_held_out or same)[0]]
+            near_duplicate_of[n] = ids[(more_held_out or copies)[0]]
         else:
-            stayed.add(n)
+            kept.add(n)
     return pa.table([ids, _groups(ids, near), reasons, near_duplicate_of], schema=IMAGE_GROUPS)
 
 
 def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iterator[tuple[int, int, int]]:
-    """Yield (sample, sample, bits apart), by position: images that are near, or decks of which half the pages have a near one.
+    """Yield (index, index, bits apart) of near samples: near images, or decks of which half the pages have a near page.
 
-    Of decks, the bits are those of the median page. A hash that is empty is near nothing.
+    The bits of two decks are those of the median page. An empty hash is near no other hash.
     """
     owners, hashes = flatten_hashes(pdq_hashes)
     pages = [len(of_sample) for of_sample in pdq_hashes]
@@ -79,7 +81,7 @@ def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iter
 
 
 def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[Near]:
-    """Yield (row, later row, bits apart) of all hashes at most so far apart: every pair is compared, by all cores."""
+    """Yield (row, later row, bits apart) of all hashes at most `most_bits` apart. All cores compare all pairs."""
 
     def compare_block(start: int) -> list[Near]:
         distances = hamming_distances(hashes[start : start + BLOCK_HASHES], hashes[start:])
@@ -91,34 +93,34 @@ def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[Near]:
             yield from pairs
 
 
-def hamming_distances(some: Hashes, others: Hashes) -> npt.NDArray[np.uint16]:
-    """Return how many bits differ, [len(some), len(others)]."""
-    distances = np.zeros((len(some), len(others)), np.uint16)
-    for word in range(some.shape[1]):
-        distances += np.bitwise_count(some[:, word, None] ^ others[None, :, word])
+def hamming_distances(rows: Hashes, columns: Hashes) -> npt.NDArray[np.uint16]:
+    """Return the number of differing bits of each pair, [len(rows), len(columns)]."""
+    distances = np.zeros((len(rows), len(columns)), np.uint16)
+    for word in range(rows.shape[1]):
+        distances += np.bitwise_count(rows[:, word, None] ^ columns[None, :, word])
     return distances
 
 
 def as_hashes(pdq_hashes: Sequence[bytes]) -> Hashes:
-    """Return hashes, none of them empty, as rows that can be compared."""
+    """Return PDQ hashes, none of them empty, as rows of four 64-bit words, [P, 4]."""
     return np.frombuffer(b"".join(pdq_hashes), dtype=np.uint64).reshape(-1, 4)
 
 
 def flatten_hashes(pdq_hashes: Sequence[Sequence[bytes]]) -> tuple[list[int], Hashes]:
-    """Return the hash of each page that has one, and before it the position of its sample."""
-    owned = [(n, pdq_hash) for n, of_sample in enumerate(pdq_hashes) for pdq_hash in of_sample if pdq_hash]
-    return [n for n, _ in owned], as_hashes([pdq_hash for _, pdq_hash in owned])
+    """Return (indices of samples, hashes) of all pages that have a hash."""
+    indexed = [(n, pdq_hash) for n, sample_hashes in enumerate(pdq_hashes) for pdq_hash in sample_hashes if pdq_hash]
+    return [n for n, _ in indexed], as_hashes([pdq_hash for _, pdq_hash in indexed])
 
 
 def _groups(ids: list[str], near: dict[int, dict[int, int]]) -> list[str]:
-    """Return the name of each sample's group: whatever is near it, and near that, and so on."""
-    names, done = list(ids), set[int]()
+    """Return the group name of each sample; groups are the connected components of near samples."""
+    names, visited = list(ids), set[int]()
     for first in sorted(near, key=lambda n: ids[n]):
-        waiting = [first]
-        while waiting:
-            n = waiting.pop()
-            if n not in done:
-                done.add(n)
+        pending = [first]
+        while pending:
+            n = pending.pop()
+            if n not in visited:
+                visited.add(n)
                 names[n] = ids[first]
-                waiting += near[n]
+                pending += near[n]
     return names

@@ -1,7 +1,7 @@
 """The tiny CLIP: a real CLIPModel of 2.3 million parameters that knows drawn scenes and their captions.
 
-It gives frozen hidden states that mean something, a score of how well a caption fits an image, and a feature cache worth
-having, where no pretrained weights can be had. Trained by scenes/train_clip.py.
+Where pretrained weights are not available, it provides meaningful frozen hidden states, caption scores and a feature cache.
+Trained by scenes/training/train_clip.py.
 """
 
 from collections.abc import Iterable
@@ -17,16 +17,16 @@ PATCH_PX = 14  # four patches for each of the nine places
 MAX_TOKENS = 64
 WIDTH, DEPTH = 160, 4  # of both towers
 START, END = "<|startoftext|>", "<|endoftext|>"
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # as CLIP has them
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of CLIP
 
 
 def weights_folder() -> Path:
-    """Return where the trained model lies: package data."""
+    """Return the folder of the trained model, which is package data."""
     return Path(str(files("pipeline.scenes") / "weights" / "clip"))
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE over lower-cased text; a text stands between a start and an end token, as CLIP has it."""
+    """Train a byte-level BPE on lower-cased texts; each text gets a start and an end token, as in CLIP."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> CLIPProcessor:
-    """Return a processor that brings every image to the size of a scene."""
+    """Return a processor that resizes every image to the size of a scene."""
     size = {"height": SIDE_PX, "width": SIDE_PX}
     images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=MEAN, image_std=STD)
     return CLIPProcessor(image_processor=images, tokenizer=tokenizer)

@@ -1,7 +1,7 @@
-"""Decks of drawn pages: what they hold, what can be asked of them, and what is true.
+"""Decks of drawn pages: their scenes, the questions about them, and the true answers.
 
-A page is a scene, and no two pages of a deck share a background: "the gray page" names one. Every question can be read again,
-so that an answer by any model, with its pages and its arithmetic, can be checked against the facts.
+A page is a scene, and no two pages of a deck share a background, so "the gray page" is unique. Every question can be parsed, so
+that an answer by any model, with its pages and its arithmetic, can be checked against the facts.
 """
 
 import random
@@ -13,7 +13,7 @@ from pipeline.scenes.text import answer
 from pipeline.tasks.deck_qa import DeckAnswerType, DeckQAPair
 
 PAGES = len(BACKGROUNDS)
-Spot = tuple[int, int]  # a page, counted from 1, and one of its places; END is what stands behind the page and sums it up
+Spot = tuple[int, int]  # (page, from 1; index of its place); END is the token after the page, which sums it up
 END = len(PLACES)
 
 _ON = "|".join(BACKGROUNDS)
@@ -26,7 +26,7 @@ _TOGETHER = re.compile(rf"how many objects are there on the ({_ON}) and ({_ON}) 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """The one true answer to a question, the pages that it is on, counted from 1, and how it is worked out."""
+    """The true answer to a question, its evidence pages, counted from 1, and its calculation."""
 
     answer: str
     evidence_pages: tuple[int, ...]
@@ -34,38 +34,38 @@ class Truth:
 
 
 def sample_deck(rng: random.Random) -> tuple[Scene, ...]:
-    """Draw a deck: one page of each background, in any order."""
+    """Draw a deck: one page of each background, in random order."""
     grounds = rng.sample(BACKGROUNDS, PAGES)
     return tuple(Scene(ground, sample_scene(rng).objects) for ground in grounds)
 
 
 def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
-    """Return what is true of a question in the words of `ask_*`; None where it has no single true answer."""
+    """Return the true answer to a question worded as in `ask_*`; None if there is no single true answer."""
     text = question.lower()
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     for pattern, sign in ((_MORE, "-"), (_TOGETHER, "+")):
-        if found := pattern.fullmatch(text):
-            one, other = pages.get(found[1]), pages.get(found[2])
-            if one is None or other is None or one == other:
+        if match := pattern.fullmatch(text):
+            first, second = pages.get(match[1]), pages.get(match[2])
+            if first is None or second is None or first == second:
                 return None
-            left, right = len(deck[one - 1].objects), len(deck[other - 1].objects)
+            left, right = len(deck[first - 1].objects), len(deck[second - 1].objects)
             value = left - right if sign == "-" else left + right
-            return Truth(str(value), tuple(sorted((one, other))), f"{left} {sign} {right}") if value > 0 else None
-    if found := _WHAT_COLOR.fullmatch(text):
-        number = int(found[1])
+            return Truth(str(value), tuple(sorted((first, second))), f"{left} {sign} {right}") if value > 0 else None
+    if match := _WHAT_COLOR.fullmatch(text):
+        number = int(match[1])
         return Truth(deck[number - 1].background, (number,)) if 1 <= number <= len(deck) else None
-    if found := _WHICH_PAGE.fullmatch(text):
-        return Truth(str(pages[found[1]]), (pages[found[1]],)) if found[1] in pages else None
-    found = _ONE_PAGE.fullmatch(text)
-    page = pages.get(found[2]) if found else None
-    if found is None or page is None:
+    if match := _WHICH_PAGE.fullmatch(text):
+        return Truth(str(pages[match[1]]), (pages[match[1]],)) if match[1] in pages else None
+    match = _ONE_PAGE.fullmatch(text)
+    page = pages.get(match[2]) if match else None
+    if match is None or page is None:
         return None
-    single = answer(deck[page - 1], f"{found[1]}?")
+    single = answer(deck[page - 1], f"{match[1]}?")
     return None if single is None else Truth(single, (page,))
 
 
 def ask_span(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
-    """Ask what the object at some place of some page is like."""
+    """Ask for the color, shape or size of the object at a place of a page."""
     scene = rng.choice(deck)
     attribute, place = rng.choice(("color", "shape", "size")), rng.choice(scene.objects).place
     return _pair(deck, "span", f"What {attribute} is the object at the {place} on the {scene.background} page?")
@@ -77,18 +77,18 @@ def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 
 
 def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
-    """Ask for a sum or a difference of two pages."""
-    one, other = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
-    if len(one.objects) > len(other.objects) and rng.random() < 0.35:  # seldom: who cannot compare had better add
-        question = f"How many more objects are there on the {one.background} page than on the {other.background} page?"
+    """Ask for the sum or the difference of the object counts of two pages."""
+    first, second = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
+    if len(first.objects) > len(second.objects) and rng.random() < 0.35:  # seldom: a model that cannot compare should add
+        question = f"How many more objects are there on the {first.background} page than on the {second.background} page?"
     else:
-        one, other = sorted((one, other), key=deck.index)  # as the pages are named just before: one thing less to decide
-        question = f"How many objects are there on the {one.background} and {other.background} pages together?"
+        first, second = sorted((first, second), key=deck.index)  # in page order, like the evidence pages: one decision less
+        question = f"How many objects are there on the {first.background} and {second.background} pages together?"
     return _pair(deck, "arithmetic", question)
 
 
 def page_questions(deck: tuple[Scene, ...]) -> list[str]:
-    """Return what is to be learned before anything else: which page is which, in both directions."""
+    """Return the questions to be learned first: the background of each page, and the page of each background."""
     return [
         question
         for number, scene in enumerate(deck, 1)
@@ -97,23 +97,25 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
 
 
 def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
-    """Return what in a pair is decided by what is seen: (field, words, where to look), in the order in which it is written."""
+    """Return the parts of a pair that the pages decide, in written order: (field, words, spots to look at)."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}
     places = re.findall(r"at the (.+) on the", pair.question)
-    found: list[tuple[str, str, tuple[Spot, ...]]] = []
-    for place in places:  # any that holds something could have been asked about
+    decisions: list[tuple[str, str, tuple[Spot, ...]]] = []
+    for place in places:  # any place with an object could have been asked about
         page = pair.evidence_pages[0]
-        found.append(("question", place, tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)))
-    for ground in grounds:  # of which there are more can only be said of both
-        compared = tuple(spot for each in grounds for spot in ends[each]) if "more" in pair.question else ends[ground]
-        found.append(("question", ground, compared if ground == grounds[0] else ends[ground]))
+        decisions.append(("question", place, tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)))
+    for ground in grounds:  # which page has more is decided by both
+        compared = (
+            tuple(spot for background in grounds for spot in ends[background]) if "more" in pair.question else ends[ground]
+        )
+        decisions.append(("question", ground, compared if ground == grounds[0] else ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]
-        return found + [("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)]
-    seen = ((pair.evidence_pages[0], PLACES.index(places[0])),) if places else ends[grounds[0]]
-    return [*found, ("answer", pair.answer, seen)]
+        return decisions + [("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)]
+    answer_spots = ((pair.evidence_pages[0], PLACES.index(places[0])),) if places else ends[grounds[0]]
+    return [*decisions, ("answer", pair.answer, answer_spots)]
 
 
 ASK_DECK = {"span": ask_span, "number": ask_count, "arithmetic": ask_arithmetic}

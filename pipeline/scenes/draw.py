@@ -1,4 +1,4 @@
-"""Facts to pixels: an 84 x 84 px picture in which every place is one 28 px cell.
+"""Draw a scene: an 84 x 84 px image in which every place is one 28 px cell.
 
 84 px is three cells of 28, and 28 px is what one merged image token of Qwen2.5-VL covers (two patches of 14),
 so that the nine image tokens are the nine places.
@@ -14,7 +14,7 @@ from pipeline.scenes.facts import PLACES, Scene, Thing
 SIDE_PX = 84
 CELL_PX = SIDE_PX // 3
 OVERSAMPLE = 4  # drawn larger and averaged down, for smooth edges
-# The vision tower of Qwen2.5-VL knows relative positions only: on an even ground a corner would look like the center.
+# The vision tower of Qwen2.5-VL knows relative positions only: on a uniform background a corner would look like the center.
 # The frame makes every place look different.
 FRAME_PX = 2
 

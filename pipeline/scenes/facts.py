@@ -1,4 +1,4 @@
-"""What a drawn scene holds: one to four objects on a 3 x 3 grid of places, each with a size, a color and a shape."""
+"""Facts of a drawn scene: one to four objects on a 3 x 3 grid of places, each with a size, a color and a shape."""
 
 import random
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that is true of one drawn image; objects are in reading order of their places."""
+    """All facts of one drawn image; objects are in reading order of their places."""
 
     background: str
     objects: tuple[Thing, ...]
@@ -47,5 +47,5 @@ class Scene:
 def sample_scene(rng: random.Random) -> Scene:
     """Draw a scene uniformly: the number of objects first (1 to 4), then places without repetition, then attributes."""
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_OBJECTS)))
-    objects = tuple(Thing(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[at]) for at in places)
+    objects = tuple(Thing(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[index]) for index in places)
     return Scene(rng.choice(BACKGROUNDS), objects)

@@ -1,4 +1,4 @@
-"""How much of what a model wrote about scenes is true: captions phrase by phrase, answers against the facts."""
+"""Score model outputs about scenes against the facts: captions phrase by phrase, and answers."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,17 +27,17 @@ class CaptionScore:
 
     @property
     def recall(self) -> float:
-        """Return the share of objects that were named rightly."""
+        """Return the share of objects that were named correctly."""
         return self.matched / max(1, self.there)
 
     def add(self, text: str, scene: Scene, style: str) -> None:
         """Count one caption; a brief one states no places."""
         with_place = style != "brief"
-        said = Counter((p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text))
-        there = Counter((t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects)
-        self.said += said.total()
-        self.there += there.total()
-        self.matched += (said & there).total()
+        named = Counter((p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text))
+        actual = Counter((t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects)
+        self.said += named.total()
+        self.there += actual.total()
+        self.matched += (named & actual).total()
         self.captions += 1
         self.backgrounds_right += background(text) == scene.background
 
@@ -120,7 +120,7 @@ def score_decks(annotations: Iterable[dict[str, Any]], page_facts: dict[str, Seq
 
 
 def scene_of(facts: dict[str, Any]) -> Scene:
-    """Read a scene from the `facts` column."""
+    """Return the scene of a value of the column `facts`."""
     return Scene(facts["background"], tuple(Thing(**thing) for thing in facts["objects"]))
 
 

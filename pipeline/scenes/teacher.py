@@ -1,8 +1,8 @@
 """The tiny teacher: a real Qwen2.5-VL of about 3 million parameters that knows drawn scenes and nothing else.
 
-Same classes, files, chat template and special tokens as Qwen2.5-VL-3B-Instruct, so that every code path which serves the
-large model serves this one. Sizes follow two limits: 28 px a merged token makes the nine image tokens of a scene its nine
-places, and vLLM's CPU attention takes a text head of 32 (and not of 16 or 40) features.
+Same classes, files, chat template and special tokens as Qwen2.5-VL-3B-Instruct, so that every code path for the
+large model also serves this one. Sizes follow two limits: with 28 px a merged token, the nine image tokens of a scene are its
+nine places; vLLM's CPU attention supports text heads of 32 features (and not of 16 or 40).
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# How Qwen2 cuts text before byte pairs are merged: words with the space before them, single digits, punctuation.
+# Qwen2's pre-tokenization: words with the space before them, single digits, punctuation.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE from `texts`; any other text can still be written, byte by byte."""
+    """Train a byte-level BPE on `texts`; any other text is encoded byte by byte."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -74,7 +74,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
-    """Return a processor that brings every image to about the area of a scene, which is all this model has seen."""
+    """Return a processor that resizes every image to about the area of a scene, as in training."""
     pixels = {"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels),

@@ -1,4 +1,4 @@
-"""Sources of images, by name; a source yields samples, or rows that it had to reject."""
+"""Sources of images, by name. A source yields samples and rejected rows."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ SOURCES: tuple[SourceSpec, ...] = (
 
 
 def find_source(name: str) -> SourceSpec:
-    """Return a source by its name, with or without what follows the colon. Raises ConfigError for an unknown one."""
+    """Return the source of a name, with or without an argument after the colon. Raise ConfigError for an unknown name."""
     for spec in SOURCES:
         if spec.kind == name.partition(":")[0]:
             return spec
@@ -31,14 +31,14 @@ def find_source(name: str) -> SourceSpec:
 
 
 def with_source_defaults(config: Config) -> Config:
-    """Return settings that ask what their source is usually asked, where they do not name tasks."""
+    """Return the config with the default tasks of its source, unless the user chose tasks."""
     if "tasks" in config.model_fields_set:
         return config
     return config.model_copy(update={"tasks": find_source(config.source).default_tasks(config)})
 
 
 def choose_image_kind(config: Config) -> ImageKind | None:
-    """Return how images are compared; None where they are known to be distinct, or are not to be compared."""
+    """Return the kind of images to compare; None if they are known to be distinct or comparison is off."""
     if config.dedupe.images == "none":
         return None
     if config.dedupe.images != "auto":
@@ -48,16 +48,16 @@ def choose_image_kind(config: Config) -> ImageKind | None:
 
 
 def is_divisible(config: Config) -> bool:
-    """Return whether several readers may each read a part: not where a limit counts rows, or rows belong together."""
+    """Return True if several readers may read slices; False if a limit counts rows, or several rows form a sample."""
     spec = find_source(config.source)
     return spec.is_divisible and (config.limit is None or not spec.counts_rows)
 
 
 def open_source(config: Config, part: SourceSlice = ALL) -> Source:
-    """Open the source that a config names, or a part of it, where it `is_divisible`.
+    """Open the source of a config, or one slice of it if it `is_divisible`.
 
     Raises:
-        ConfigError: the name is unknown, or an option or a task does not go with it.
+        ConfigError: the name is unknown, or the source does not support an option or a task.
         SourceError: the source cannot be read.
     """
     spec, (_, _, argument) = find_source(config.source), config.source.partition(":")
@@ -67,16 +67,16 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
     source = spec.open(config, argument, part)
     tasks = with_source_defaults(config).tasks
     if source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1):
-        wanted = "deck_qa" if source.decks else "caption,qa"
-        what = "decks of pages" if source.decks else "single images"
+        supported = "deck_qa" if source.decks else "caption,qa"
+        content = "decks of pages" if source.decks else "single images"
         raise ConfigError(
-            f"{config.source} holds {what}, and cannot be asked for {', '.join(tasks)}", hint=f"pass --tasks {wanted}"
+            f"{config.source} holds {content}, and cannot be asked for {', '.join(tasks)}", hint=f"pass --tasks {supported}"
         )
     return source
 
 
 def read_images(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    """Yield (sample id, images) of a whole source, to be joined with a version that has no pixels."""
+    """Yield (sample id, images) of a whole source, to restore the pixels of a version published without them."""
     for row in open_source(resolve(source=name)).rows:
         if isinstance(row, Sample):
             yield row.id, row.images

@@ -1,4 +1,4 @@
-"""What a source is: its name, what people should know of it, and how it is opened."""
+"""Specification of a source: its name, its description, and the function that opens it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pipeline.images.similarity import ImageKind
 from pipeline.types import Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
-# Options that some sources take, by their setting: what to say of a source that does not, and what to do.
+# Options that only some sources support, by their config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
     "columns": ("knows its columns, but --map was given", "leave --map out, or use hub:ORG/NAME"),
@@ -20,7 +20,7 @@ OPTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSpec:
-    """A source by name, such as `folder:PATH`; what follows the colon goes to `open`."""
+    """A source by name, such as `folder:PATH`; `open` receives the part after the colon."""
 
     name: str
     what: str
@@ -30,31 +30,31 @@ class SourceSpec:
     needs: str
     example: str
     open: Callable[[Config, str, SourceSlice], Source]
-    tasks: tuple[str, ...] = ("caption", "qa")  # what is asked unless told
-    options: frozenset[str] = frozenset()  # of OPTIONS, those that it takes
-    image_kind: ImageKind | None = "photos"  # how images are compared; None: they are known to be distinct
-    usual_split: str | None = None  # the split that others are scored on
-    is_drawn: bool = False  # the tiny teachers know it, and its facts are known
-    is_divisible: bool = True  # whether several readers may each read a part
-    counts_rows: bool = True  # whether a limit needs one reader, who counts
+    tasks: tuple[str, ...] = ("caption", "qa")  # default tasks
+    options: frozenset[str] = frozenset()  # the supported keys of OPTIONS
+    image_kind: ImageKind | None = "photos"  # for the search of near-duplicates; None: images are known to be distinct
+    usual_split: str | None = None  # the split that models are scored on
+    is_drawn: bool = False  # drawn scenes with known facts, which the tiny teachers know
+    is_divisible: bool = True  # several readers may read slices
+    counts_rows: bool = True  # a limit is reached by counting rows, which needs a single reader
 
     @property
     def kind(self) -> str:
-        """The name without what follows the colon."""
+        """The name without the part after the colon."""
         return self.name.partition(":")[0]
 
     def default_tasks(self, config: Config) -> tuple[str, ...]:
-        """Return what is asked unless told: questions about the deck, where pages are mapped."""
+        """Return the default tasks: questions about decks if a column is mapped to pages."""
         return DECK_TASKS if "pages" in config.columns else self.tasks
 
     def describe(self) -> dict[str, str]:
-        """Return what a person wants to know before using the source."""
+        """Return the description of the source, as `synth sources NAME` prints it."""
         tasks = ", ".join(self.tasks) + ("; deck_qa where pages are mapped" if "columns" in self.options else "")
         names = ("splits", "size", "license", "needs", "example")
         return {"name": self.name, "what": self.what, "tasks": tasks} | {name: str(getattr(self, name)) for name in names}
 
     def refuse_options(self, config: Config) -> None:
-        """Raise ConfigError where a setting is given that this source does not take."""
-        for name, (what, hint) in OPTIONS.items():
+        """Raise ConfigError for an option that this source does not support."""
+        for name, (message, hint) in OPTIONS.items():
             if (value := getattr(config, name)) and name not in self.options:
-                raise ConfigError(f"source {self.kind} {what.format(value=value)}", hint=hint)
+                raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)

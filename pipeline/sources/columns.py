@@ -1,6 +1,6 @@
-"""Sources: any table with images in it, on the Hub (`hub:ORG/NAME`) or on this disk (`parquet:PATH`).
+"""Sources: any table with images, on the Hub (`hub:ORG/NAME`) or on this disk (`parquet:PATH`).
 
-Which column is what is said by `--map`, or guessed where the columns make it plain.
+`--columns` maps columns to roles; the other roles are guessed from column names and types.
 """
 
 import re
@@ -23,14 +23,14 @@ from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 ROLES = ("image", "pages", "references", "split")
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
-_SAY = "say which with --map, such as --map image=COLUMN,references=COLUMN"
+_MAPPING_HINT = "say which with --map, such as --map image=COLUMN,references=COLUMN"
 
 
 def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str, *, allow_urls: bool = False) -> Source:
-    """Return a source of that name of the rows of some tables; a row without a usable image is rejected with a reason.
+    """Return the rows of tables as the source `name`; a row without a usable image is rejected with a reason.
 
     Raises:
-        SourceError: a column that is named is not there, or none can be guessed; or there is no such split.
+        SourceError: a mapped column or the split does not exist, or no image column can be guessed.
     """
     columns = read_mapping(tables.schema, mapping)
     if "split" not in columns:
@@ -53,30 +53,30 @@ def count_mapped(tables: Tables, columns: dict[str, list[str]], split: str | Non
 
 
 def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
-    """Return the tables of a Parquet file, or of all under a folder, or a part of them, which then have no revision.
+    """Return the tables of a Parquet file, or of all Parquet files under a folder. A slice of them has an empty revision.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is no Parquet file.
     """
-    paths = [path] if path.is_file() else sorted(each for each in path.rglob("*.parquet") if each.is_file())
+    paths = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not paths:
         raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
     root = path.parent if path.is_file() else path
     files: dict[str | None, list[str]] = {}
-    for each in paths:
-        files.setdefault(split_of_path(str(each.relative_to(root))), []).append(str(each.relative_to(root)))
-    revision = digest([[str(each.relative_to(root)), file_digest(each)] for each in paths]) if part == ALL else ""
+    for file in paths:
+        files.setdefault(split_of_path(str(file.relative_to(root))), []).append(str(file.relative_to(root)))
+    revision = digest([[str(file.relative_to(root)), file_digest(file)] for file in paths]) if part == ALL else ""
     return Tables(path.name, revision, "unknown", files, lambda name: (root / name).open("rb"), part=part)
 
 
 def check_split(tables: Tables, split: str | None) -> None:
-    """Raise SourceError where there is no such split."""
+    """Raise SourceError if the tables lack the split."""
     if split is not None and split not in tables.files:
         raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(str(name) for name in tables.files)}")
 
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[str]]:
-    """Return the columns of each role: as told, else as their names and types make plain."""
+    """Return the columns of each role: from `mapping`, else guessed from names and types."""
     columns = {role: _named(schema, role, name) for role, name in mapping.items()}
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
@@ -89,14 +89,14 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[s
 
 
 def _named(schema: pa.Schema, role: str, name: str) -> list[str]:
-    """Return the columns that a name of the mapping stands for; `page_*` is all of them, by their number."""
+    """Return the columns that a mapped name matches; `*` stands for a number, by which they are sorted: `page_*`."""
     if role not in ROLES:
         raise SourceError(f"--map knows no {role}", hint=f"it maps {', '.join(ROLES)}")
     pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
-    found = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
-    if not found:
+    numbered = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
+    if not numbered:
         raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
-    return [column for _, column in sorted(found)]
+    return [column for _, column in sorted(numbered)]
 
 
 def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
@@ -111,8 +111,8 @@ def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
         return {"pages": lists}
     if not images and plain:
         return {"image": plain[:1]}
-    several = f"several columns hold images: {', '.join([*images, *lists])}" if images or lists else "no column holds images"
-    raise SourceError(f"{several} (columns: {', '.join(schema.names)})", hint=_SAY)
+    message = f"several columns hold images: {', '.join([*images, *lists])}" if images or lists else "no column holds images"
+    raise SourceError(f"{message} (columns: {', '.join(schema.names)})", hint=_MAPPING_HINT)
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -135,45 +135,45 @@ def mapped_rows(
     *,
     allow_urls: bool = False,
 ) -> Iterator[Sample | Rejected]:
-    """Yield the rows of one split, or of all. `names` maps what a split column holds to train, validation or test."""
-    wanted = [column for found in columns.values() for column in found]
-    own = columns.get("split")
-    for name, filed, row in tables.rows(wanted, None if own else split):
-        stated = names.get(str(row[own[0]])) if own else filed
-        if stated is None and own:
+    """Yield the rows of one split, or of all. `names` maps the values of a split column to train, validation or test."""
+    wanted = [column for role_columns in columns.values() for column in role_columns]
+    split_columns = columns.get("split")
+    for name, file_split, row in tables.rows(wanted, None if split_columns else split):
+        row_split = names.get(str(row[split_columns[0]])) if split_columns else file_split
+        if row_split is None and split_columns:
             yield Rejected(source_row=name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
             continue
-        if split is not None and stated != split:
+        if split is not None and row_split != split:
             continue
         references = _texts(row[columns["references"][0]]) if columns.get("references") else ()
         images = [image for column in columns.get("pages", columns.get("image", [])) for image in _images(row[column])]
         if "pages" not in columns and len(images) > 1:
             yield Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
             continue
-        kept = kept_split(stated, split)
-        yield sample_of(name, images, tables.licence, kept, allow_urls=allow_urls, references=references)
+        stored_split = kept_split(row_split, split)
+        yield sample_of(name, images, tables.licence, stored_split, allow_urls=allow_urls, references=references)
 
 
 def first_of_each(
     tables: Tables, key: str, columns: Sequence[str], split: str | None
 ) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """Yield (name, split that it is filed under, values) of the first row of each value of `key`, in each split."""
-    done: set[tuple[str | None, Any]] = set()
-    for name, filed, row in tables.rows((key, *columns), split):
-        if (filed, row[key]) not in done:
-            done.add((filed, row[key]))
-            yield name, filed, row
+    """Yield (row name, split of its file, values) of the first row of each value of `key`, in each split."""
+    seen: set[tuple[str | None, Any]] = set()
+    for name, file_split, row in tables.rows((key, *columns), split):
+        if (file_split, row[key]) not in seen:
+            seen.add((file_split, row[key]))
+            yield name, file_split, row
 
 
-def kept_split(stated: str | None, asked: str | None) -> str | None:
-    """Return the split that a row stays in; none where training rows alone are asked for: some of them are to be held out."""
-    return None if asked == "train" else stated
+def kept_split(row_split: str | None, requested_split: str | None) -> str | None:
+    """Return the split to store; None if only training rows were requested, because some of them will be held out."""
+    return None if requested_split == "train" else row_split
 
 
 def sample_of(
     name: str, images: list[Any], licence: str, split: str | None, *, allow_urls: bool = False, **more: Any
 ) -> Sample | Rejected:
-    """Return a sample of what a row holds, or why it is none; empty pages at the end of a deck are no pages."""
+    """Return the sample of a row, or its rejection. Empty pages at the end of a deck are dropped."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
     if len(images) > MAX_PAGES:
@@ -205,7 +205,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    from pipeline.sources.remote import is_remote, open_remote  # fsspec waits until it is needed
+    from pipeline.sources.remote import is_remote, open_remote  # fsspec is imported only when needed
 
     tables = replace(open_remote(path), part=part) if is_remote(path) else open_parquet(Path(path).expanduser(), part)
     return open_mapped(tables, config.columns, config.source_split, "parquet", allow_urls=config.allow_urls)

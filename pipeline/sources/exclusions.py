@@ -1,7 +1,7 @@
-"""What must never be learned from: the images and texts of other data sets, such as the test set of a benchmark.
+"""Decontamination: find images and texts of other data sets, such as the test set of a benchmark.
 
-An image is known again by its bytes or by its look. A text that stands there about another image is no leak by itself, and is
-marked only: "A man rides a bike." is true of many.
+Images are matched by their bytes or by their PDQ hashes. An equal text about another image is not a leak by itself, and is only
+marked: "A man rides a bike." is true of many images.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Sample
 
 GRAM = 5  # words in a row
-MIN_WORDS = 8  # a shorter text is compared as a whole only
-MIN_SHARE = 0.7  # of a text's grams, to count as repeated
+MIN_WORDS = 8  # shorter texts are compared as a whole only
+MIN_SHARE = 0.7  # of a text's n-grams, to count as repeated
 
 
 def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image of a data set; a deck's texts stand with its first page."""
+    """Yield one row (tables.EXCLUSIONS) for each image of a data set; the row of a deck's first page holds its texts."""
     for sample in samples:
         texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
         for n, image in enumerate(sample.images):
@@ -34,7 +34,7 @@ def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, A
 
 @dataclass(slots=True)
 class ExclusionIndex:
-    """Images and texts that were read once (tables.EXCLUSIONS), ready to be looked up."""
+    """Images that must not be trained on (tables.EXCLUSIONS), by sha256 and by PDQ hash."""
 
     ids: dict[str, str] = field(default_factory=dict)  # sha256 of an image -> the data set that holds it
     hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
@@ -43,32 +43,32 @@ class ExclusionIndex:
 
     @classmethod
     def of(cls, table: pa.Table, kind: str | None) -> "ExclusionIndex":
-        """Index the images of a table; `kind` is what the images to be looked up are (likeness.Kind), None: by bytes only."""
+        """Index the images of a table. `kind` (similarity.ImageKind) is that of the images to look up; None: by bytes only."""
         rows = table.select(["name", "image_id", "pdq_hash"]).to_pylist()
-        with_look = [row for row in rows if row["pdq_hash"] and kind]
-        hashes = as_hashes([row["pdq_hash"] for row in with_look])
-        names = [row["name"] for row in with_look]
+        hashed_rows = [row for row in rows if row["pdq_hash"] and kind]
+        hashes = as_hashes([row["pdq_hash"] for row in hashed_rows])
+        names = [row["name"] for row in hashed_rows]
         return cls({row["image_id"]: row["name"] for row in rows}, hashes, names, NEAR_BITS.get(kind or "", 0))
 
     def find(self, sample: Sample) -> str | None:
-        """Return the data set that has an image of this sample, or one that looks like it; None where none has."""
+        """Return the data set that has an image of this sample or a near-duplicate of it; None if no data set has."""
         for image in sample.images if self.ids else ():
             if name := self.ids.get(_sha256(image)):
                 return name
-        looks = [look for look in sample.pdq_hashes if look]
-        if not looks or not len(self.hashes):
+        pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
+        if not pdq_hashes or not len(self.hashes):
             return None
-        near = np.argwhere(hamming_distances(as_hashes(looks), self.hashes) <= self.near_bits)
+        near = np.argwhere(hamming_distances(as_hashes(pdq_hashes), self.hashes) <= self.near_bits)
         return self.names[int(near[0][1])] if len(near) else None
 
 
 @dataclass(slots=True)
 class TextIndex:
-    """Texts that must not be learned from (tables.EXCLUSIONS), by their content words and by five words in a row."""
+    """Texts that must not be trained on (tables.EXCLUSIONS), by content words and by 5-grams of words."""
 
     names: list[str] = field(default_factory=list)  # the data set of each text
     whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> data set
-    grams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # -> positions of texts
+    grams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # 5-gram -> indices into `names`
 
     @classmethod
     def of(cls, table: pa.Table) -> "TextIndex":
@@ -83,7 +83,7 @@ class TextIndex:
         return index
 
     def find(self, text: str) -> str | None:
-        """Return the data set that has a text: the same content words, or most of its five words in a row."""
+        """Return the data set that has a text: equal content words, or at least MIN_SHARE of its 5-grams; else None."""
         if (words := content_words(text)) and words in self.whole:
             return self.whole[words]
         grams = _grams(text)
@@ -96,7 +96,7 @@ class TextIndex:
 
 def _grams(text: str) -> set[tuple[str, ...]]:
     words = words_of(strip_opening(text))
-    return {tuple(words[at : at + GRAM]) for at in range(len(words) - GRAM + 1)}
+    return {tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)}
 
 
 def _sha256(image: bytes) -> str:

@@ -1,7 +1,7 @@
 """Source: Flickr30k, 31,014 photos with five captions each, under the split of Karpathy and Fei-Fei (2015).
 
-Its first home on the Hub is a script with a conversion of one split `test`, in which the true split is a column. A copy
-that has lost that column cannot be trained on without a list: 1,000 of its images are what everybody tests on.
+The original Hub repository is a script. Its conversion files all rows under `test` and has the true split in a column. A copy
+without that column needs a split list: 1,000 of its images are the common test set.
 """
 
 import json
@@ -22,10 +22,10 @@ ALL = ("train", "validation", "test")
 
 
 def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
-    """Return photos with their captions, each in its true split.
+    """Return a source of photos with their captions and true splits.
 
     Raises:
-        SourceError: the layout has lost the split, and no list tells it.
+        SourceError: the tables lack the true split, and there is no split list.
     """
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
     if "split" not in columns and len(tables.files) < len(ALL) and (split != "test" or split not in tables.files):
@@ -55,7 +55,7 @@ def read_split_list(path: Path) -> dict[str, str]:
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
     tables = replace(open_hub(repo or REPO), part=part)
     source = open_flickr30k(tables, config.source_split, config.split_list)
-    return replace(source, name=config.source.partition("@")[0])  # another copy is named
+    return replace(source, name=config.source.partition("@")[0])  # the name of another copy is kept
 
 
 SPEC = SourceSpec(

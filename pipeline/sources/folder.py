@@ -1,7 +1,7 @@
 """Source: a local folder of images, read in an order that does not depend on the disk.
 
-Captions that lie beside the images become references: `picture.txt`, one a line, or `metadata.jsonl` or `metadata.csv` with a
-column `file_name`, as `datasets` has it for its imagefolder.
+Captions beside the images become references: `picture.txt` with one caption a line, or `metadata.jsonl` or `metadata.csv` with
+a column `file_name`, as in the imagefolder format of `datasets`.
 """
 
 import csv
@@ -23,9 +23,9 @@ REFERENCE_NAMES = ("text", "caption", "captions", "description")
 
 
 def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
-    """Return every image file under `root`, sorted by path, or a part of them. A broken image is a row with a reason.
+    """Return the image files under `root` as a source, sorted by path, or one slice of them. Broken images are rejected.
 
-    A part has no revision.
+    A slice has an empty revision.
 
     Raises:
         SourceError: `root` is not a folder, or holds no image file.
@@ -34,23 +34,23 @@ def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
     paths = sorted(_image_files(root), key=lambda path: _row_name(path, root))
     if not paths:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise SourceError(f"no image in {root}", hint=f"files that end in {known} are read, in subfolders too")
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise SourceError(f"no image in {root}", hint=f"files that end in {suffixes} are read, in subfolders too")
     paths = paths[part.number :: part.of]
     references = read_references(root, paths)
-    told = [[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths] if part == ALL else None
-    revision = "" if told is None else digest(told)
+    contents = [[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths] if part == ALL else None
+    revision = "" if contents is None else digest(contents)
     rows = (_read(path, root, references.get(path, ())) for path in paths)
     return Source(name="folder", revision=revision, rows=rows, count=lambda: len(paths))
 
 
 def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
-    """Return the captions that lie beside images, by image.
+    """Return the captions beside the images, by image path.
 
     Raises:
-        SourceError: a metadata file cannot be read, or has no column `file_name` or no text.
+        SourceError: a metadata file cannot be read, or has a row without `file_name`.
     """
-    found: dict[Path, list[str]] = {}
+    references: dict[Path, list[str]] = {}
     folders = sorted(
         {folder for path in paths for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)}
     )
@@ -59,14 +59,14 @@ def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]
             if (folder / name).is_file():
                 for row in _metadata(folder / name, read):
                     texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
-                    said = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
-                    found.setdefault(folder / str(row["file_name"]), []).extend(str(text) for text in said)
+                    captions = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
+                    references.setdefault(folder / str(row["file_name"]), []).extend(str(text) for text in captions)
     for path in paths:
-        beside = path.with_suffix(".txt")
-        if beside.is_file():
-            lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
-            found.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
-    return {path: tuple(texts) for path, texts in found.items()}
+        caption_file = path.with_suffix(".txt")
+        if caption_file.is_file():
+            lines = caption_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            references.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
+    return {path: tuple(texts) for path, texts in references.items()}
 
 
 def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -75,9 +75,9 @@ def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
-        what = "no column file_name" if isinstance(error, KeyError) else str(error)
+        problem = "no column file_name" if isinstance(error, KeyError) else str(error)
         raise SourceError(
-            f"cannot read {file}: {what}", hint=f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}"
+            f"cannot read {file}: {problem}", hint=f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}"
         ) from None
     return rows
 
@@ -100,7 +100,7 @@ def _image_files(root: Path) -> Iterator[Path]:
 
 
 def _row_name(path: Path, root: Path) -> str:
-    """Return the path below the root; bytes that are no UTF-8 are shown as escapes."""
+    """Return the path relative to the root; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 
 
@@ -112,19 +112,19 @@ def _digest(path: Path) -> str:
 
 
 def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejected:
-    row = _row_name(path, root)
+    name = _row_name(path, root)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ImageError("file_too_large", f"more than {MAX_FILE_BYTES:,} bytes")
         data = path.read_bytes()
         checked = check_image(data)
     except ImageError as error:
-        return Rejected(source_row=row, reason=error.reason, detail=str(error))
+        return Rejected(source_row=name, reason=error.reason, detail=str(error))
     except OSError as error:
-        return Rejected(source_row=row, reason="unreadable_file", detail=error.strerror or "unknown")
+        return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
     return Sample(
         id=checked.id,
-        source_row=row,
+        source_row=name,
         images=(data,),
         pdq_hashes=(checked.pdq_hash,),
         width_px=checked.width_px,

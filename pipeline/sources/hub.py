@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face Hub, at one commit: their Parquet files, or those of the Hub's own conversion.
+"""Source: data sets of the Hugging Face Hub, pinned to a commit: their Parquet files, or the Hub's conversion to Parquet.
 
-A repository whose files are made by a script has a conversion on a branch of its own. No script is ever run.
+The Hub converts script-based repositories on a separate branch. Scripts are never run.
 """
 
 from collections.abc import Iterator
@@ -21,20 +21,20 @@ from pipeline.sources.parquet import Tables, split_of_path
 from pipeline.types import Source, SourceSlice
 
 CONVERTED = "refs/convert/parquet"
-BLOCK_BYTES = 1 << 20  # is fetched at once; the default of 50 MB is more than some users want in all
+BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a small --limit needs in all
 
 
 def open_hub(name: str) -> Tables:
-    """Return the tables of `ORG/NAME` or `ORG/NAME@REVISION`; the commit is pinned, whatever the revision was.
+    """Return the tables of `ORG/NAME` or `ORG/NAME@REVISION`, pinned to a commit.
 
     Raises:
-        SourceError: there is no such data set, no access to it, no Parquet in it, or no Hub.
+        SourceError: the data set does not exist, is not accessible or has no Parquet files, or the Hub is unreachable.
     """
     repo, _, revision = name.partition("@")
     api = HfApi()
     with translate_errors(repo, api.endpoint):
-        about = api.dataset_info(repo, revision=revision or None)
-        commit, files = str(about.sha), _parquet(api, repo, str(about.sha))
+        info = api.dataset_info(repo, revision=revision or None)
+        commit, files = str(info.sha), _parquet(api, repo, str(info.sha))
         if not files and not revision:
             commit, files = _converted(api, repo)
     if not files:
@@ -43,22 +43,24 @@ def open_hub(name: str) -> Tables:
             hint="download it, and use --source folder:PATH or parquet:PATH",
         )
     files = _one_config(repo, files)
-    declared = about.card_data.get("license") if about.card_data else None
-    licence = ", ".join(declared) if isinstance(declared, list) else declared or UNDECLARED
-    opened = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
+    card_license = info.card_data.get("license") if info.card_data else None
+    licence = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
+    filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
     return Tables(
         name=repo,
         revision=commit,
-        licence=f"{GATED}, {licence}" if about.gated else licence,
+        licence=f"{GATED}, {licence}" if info.gated else licence,
         files=files,
-        open=lambda path: opened.open(f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead"),
+        open=lambda path: filesystem.open(
+            f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead"
+        ),
         translate_errors=partial(translate_errors, repo, api.endpoint),
     )
 
 
 @contextmanager
 def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line and a hint."""
+    """Turn errors of the Hub's client into SourceError, one line with a hint."""
     try:
         yield
     except GatedRepoError:
@@ -85,16 +87,16 @@ def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
 
 
 def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | None, list[str]]:
-    """Return the files of the default configuration, where a repository has several, each in a folder of its name."""
-    tops = {path.partition("/")[0] if path.count("/") > 1 else "" for paths in files.values() for path in paths}
-    if len(tops) == 1:
+    """Return all files of a repository with one configuration (a folder), else those of `default`, or raise SourceError."""
+    folders = {path.partition("/")[0] if path.count("/") > 1 else "" for paths in files.values() for path in paths}
+    if len(folders) == 1:
         return files
-    if "default" not in tops:
+    if "default" not in folders:
         raise SourceError(
-            f"{repo} holds several tables: {', '.join(sorted(tops))}", hint="download the one you want, and use parquet:PATH"
+            f"{repo} holds several tables: {', '.join(sorted(folders))}", hint="download the one you want, and use parquet:PATH"
         )
-    chosen = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
-    return {split: paths for split, paths in chosen.items() if paths}
+    default_files = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
+    return {split: paths for split, paths in default_files.items() if paths}
 
 
 def _parquet(api: HfApi, repo: str, commit: str) -> dict[str | None, list[str]]:

@@ -1,7 +1,7 @@
-"""Fetch an image that a row names by URL: only where the user allows it, and never from within this machine's own network.
+"""Fetch images that rows name by URL: only if the user allows it, and only from the public network.
 
-The address is looked up once, checked, and connected to as checked: a name that answers differently the second time gains
-nothing. Redirects are followed few times, each with the same checks.
+The host is resolved once, and the connection uses the checked address, which prevents DNS rebinding. At most MAX_REDIRECTS
+redirects are followed, each with the same checks.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address belongs to the public network: not to this machine, its neighbours or a cloud's own services."""
+    """Return True if an address is public: not of this machine, its local network, or a cloud's internal services."""
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_global and not address.is_multicast
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
-    """Return what lies at an http or https URL.
+    """Return the bytes at an http or https URL.
 
     Raises:
-        ImageError: the address is not public, or the answer is no success, too large, too slow, or redirected too often.
+        ImageError: the address is not public, or the response is an error, too large, too slow, or redirected too often.
     """
     deadline = time.monotonic() + MAX_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
@@ -43,26 +43,26 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ImageError("url_refused", "not an address of the web")
-            moved, data = _get(parts, allowed, deadline)
-            if moved is None:
+            location, data = _get(parts, allowed, deadline)
+            if location is None:
                 return data
-            url = urljoin(url, moved)
+            url = urljoin(url, location)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ImageError("url_unreachable", one_line(error, 100)) from None
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
 
 
 def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
-    """Return where an answer redirects to, or its bytes."""
+    """Return (redirect location or None, bytes of the response)."""
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not all(allowed(ipaddress.ip_address(address)) for address in found):
+    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not all(allowed(ipaddress.ip_address(address)) for address in addresses):
         raise ImageError("url_refused", f"{host} is not on the public network")
-    raw = socket.create_connection((str(found[0]), port), timeout=_left(deadline))
-    # Whatever the server does, and however slowly: at the deadline the connection is cut under it.
-    watch = threading.Timer(_left(deadline), _cut, (raw.dup(),))
-    watch.daemon = True
-    watch.start()
+    raw = socket.create_connection((str(addresses[0]), port), timeout=_left(deadline))
+    # A timer cuts the connection at the deadline: the socket's timeout starts again with every byte.
+    timer = threading.Timer(_left(deadline), _cut, (raw.dup(),))
+    timer.daemon = True
+    timer.start()
     connection = http.client.HTTPConnection(host, port)
     try:
         secure = parts.scheme == "https"
@@ -72,28 +72,28 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
         )
         return _read(connection.getresponse(), host, deadline)
     finally:
-        watch.cancel()
+        timer.cancel()
         connection.close()
         raw.close()
 
 
-def _read(answer: http.client.HTTPResponse, host: str, deadline: float) -> tuple[str | None, bytes]:
-    if answer.status in _REDIRECTS and answer.headers["Location"]:
-        return answer.headers["Location"], b""
-    if answer.status != 200:
-        raise ImageError("url_unreachable", f"{host} answers {answer.status}")
+def _read(response: http.client.HTTPResponse, host: str, deadline: float) -> tuple[str | None, bytes]:
+    if response.status in _REDIRECTS and response.headers["Location"]:
+        return response.headers["Location"], b""
+    if response.status != 200:
+        raise ImageError("url_unreachable", f"{host} answers {response.status}")
     data = bytearray()
-    while block := answer.read1(BLOCK_BYTES):
+    while block := response.read1(BLOCK_BYTES):
         data += block
         if len(data) > MAX_BYTES:
             raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
-    _left(deadline)  # an answer that was cut at the deadline looks as if it had ended
+    _left(deadline)  # a response cut at the deadline looks complete
     return None, bytes(data)
 
 
-def _cut(connected: socket.socket) -> None:
-    with contextlib.suppress(OSError), connected:
-        connected.shutdown(socket.SHUT_RDWR)
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError), connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

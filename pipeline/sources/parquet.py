@@ -1,6 +1,6 @@
-"""Rows of Parquet files, wherever they lie: streamed, a few at a time, and only the columns that are asked for.
+"""Rows of Parquet files on a disk, the Hub or an object store, streamed in small batches of the requested columns.
 
-A path that a row names is never opened, and a URL only where the user allows it (source/fetch.py).
+A path in a row is never opened; a URL is fetched only if the user allows it (sources/image_urls.py).
 """
 
 import re
@@ -17,11 +17,11 @@ from pipeline.sources.image_urls import fetch_image
 from pipeline.types import ALL, SourceSlice
 
 BATCH_ROWS = 16
-BUFFER_BYTES = 1 << 20  # of a column that is read as a stream: a row group of photos may be half a gigabyte
+BUFFER_BYTES = 1 << 20  # of each column stream: a row group of photos may be half a gigabyte
 SPLITS = {
     "train": "train",
     "training": "train",
-    "restval": "train",  # Karpathy's name for what is left of COCO's validation images, which everybody trains on
+    "restval": "train",  # Karpathy's name for the rest of COCO's validation images, commonly used for training
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
@@ -39,15 +39,15 @@ _VARIANT = re.compile(r"(train|val|dev|test)[a-z]?")  # testA and testB of RefCO
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Parquet files of one data set, by the split that they are filed under; `revision` names their exact content."""
+    """Parquet files of one data set, by split; `revision` identifies their exact content."""
 
     name: str
     revision: str
     licence: str
     files: dict[str | None, list[str]]  # None: the path names no split
     open: Callable[[str], BinaryIO]
-    translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the place into ours
-    part: SourceSlice = ALL  # which rows are read: whole files where there are enough of them, else row groups
+    translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the storage into SourceError
+    part: SourceSlice = ALL  # the rows to read: whole files if there are at least `part.of`, else row groups
 
     @property
     def schema(self) -> pa.Schema:
@@ -57,11 +57,13 @@ class Tables:
             return pq.read_schema(file)
 
     def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-        """Yield (name of the row, split that it is filed under, its values) of one split or of all, or of a part of them."""
-        files = [(filed, path) for filed, paths in self.files.items() if split in (None, filed) for path in paths]
+        """Yield (row name, split of its file, values) of one split or of all, within `part`."""
+        files = [
+            (file_split, path) for file_split, paths in self.files.items() if split in (None, file_split) for path in paths
+        ]
         by_file = len(files) >= self.part.of
-        for at, (filed, path) in enumerate(files):
-            if by_file and not self._is_ours(at):
+        for file_index, (file_split, path) in enumerate(files):
+            if by_file and not self._is_ours(file_index):
                 continue
             with self.translate_errors(), damaged(path), self.open(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
@@ -70,13 +72,13 @@ class Tables:
                     raise SourceError(
                         f"{path} of {self.name} lacks the column {min(missing)}", hint="do its files belong together?"
                     )
-                first = 0
+                first_row = 0
                 for group in range(parquet.num_row_groups):
-                    if by_file or self._is_ours(at + group):
+                    if by_file or self._is_ours(file_index + group):
                         rows = parquet.iter_batches(BATCH_ROWS, [group], list(columns), use_threads=False)
-                        for number, row in enumerate((row for batch in rows for row in batch.to_pylist()), start=first):
-                            yield f"{path}:{number}", filed, row
-                    first += parquet.metadata.row_group(group).num_rows
+                        for row_number, row in enumerate((row for batch in rows for row in batch.to_pylist()), start=first_row):
+                            yield f"{path}:{row_number}", file_split, row
+                    first_row += parquet.metadata.row_group(group).num_rows
 
     def _is_ours(self, number: int) -> bool:
         return number % self.part.of == self.part.number
@@ -84,7 +86,7 @@ class Tables:
     def count(self, split: str | None = None) -> int:
         """Return the number of rows of a split, or of all, from the footers of the files."""
         total = 0
-        for path in (path for filed, paths in self.files.items() if split in (None, filed) for path in paths):
+        for path in (path for file_split, paths in self.files.items() if split in (None, file_split) for path in paths):
             with self.translate_errors(), damaged(path), self.open(path) as file:
                 total += pq.read_metadata(file).num_rows
         return total
@@ -94,7 +96,7 @@ class Tables:
         return [row[column] for _, _, row in self.rows((column,), split)]
 
     def require(self, *columns: str) -> None:
-        """Raise SourceError where a column is missing."""
+        """Raise SourceError if a column is missing."""
         names = self.schema.names
         missing = [column for column in columns if column not in names]
         if missing:
@@ -106,18 +108,18 @@ class Tables:
 
 @contextmanager
 def damaged(path: str) -> Iterator[None]:
-    """Turn what pyarrow says about a file into one line."""
+    """Turn pyarrow's errors about a file into SourceError."""
     try:
         yield
     except (pa.ArrowException, EOFError) as error:
-        what = one_line(error)
+        message = one_line(error)
         raise SourceError(
-            f"cannot read {path}: {what}", hint="check that it is whole; then run the same command again"
+            f"cannot read {path}: {message}", hint="check that it is whole; then run the same command again"
         ) from None
 
 
 def split_of_path(path: str) -> str | None:
-    """Return the split that the words of a path name, the last ones first; None where it names none.
+    """Return the split that the last possible word of a path names; None if no word names one.
 
     `data/validation-00000-of-00002.parquet` and `default/val/0000.parquet` are both validation.
     """
@@ -129,22 +131,22 @@ def split_of_path(path: str) -> str | None:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, in any of the ways in which Arrow writes it."""
+    """Return True if a column holds text, in any of Arrow's string types."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column holds lists."""
+    """Return True if a column holds lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
-    """Return the bytes of an image that a row holds; what lies at its URL only where that is allowed.
+    """Return the bytes of an image in a row, or those at its URL if URLs are allowed.
 
     Raises:
-        ImageError: it holds none, but perhaps a path, which is never opened.
+        ImageError: the row holds no bytes (a path is never opened), or the URL cannot be fetched.
     """
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")

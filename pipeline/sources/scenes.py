@@ -18,21 +18,21 @@ LICENCE = "cc0-1.0"
 
 
 def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL) -> Source:
-    """Return `limit` scenes, or a part of them; the first n of a longer run are the n of a shorter one."""
+    """Return a source of `limit` scenes, or one slice of them. A longer run begins with the scenes of a shorter one."""
     total = limit or DEFAULT_LIMIT
     rows = (draw_sample(seed, index) for index in range(part.number, total, part.of))
     return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total)
 
 
 def open_decks(seed: int, limit: int | None, part: SourceSlice = ALL) -> Source:
-    """Return `limit` decks of drawn pages, or a part of them."""
+    """Return a source of `limit` decks of drawn pages, or one slice of them."""
     total = limit or DEFAULT_LIMIT
     rows = (draw_deck(seed, index) for index in range(part.number, total, part.of))
     return Source(name="scenes-deck", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=True)
 
 
 def draw_sample(seed: int, index: int) -> Sample:
-    """Draw one scene and say what is true of it: a reference caption, brief, and the facts."""
+    """Draw one scene, with its facts and a brief reference caption."""
     rng = random.Random(f"{seed}:{index}")
     scene = sample_scene(rng)
     image = _png(scene, rng)
@@ -49,7 +49,7 @@ def draw_sample(seed: int, index: int) -> Sample:
 
 
 def draw_deck(seed: int, index: int) -> Sample:
-    """Draw one deck and say what is true of its pages."""
+    """Draw one deck, with the facts of its pages."""
     rng = random.Random(f"deck:{seed}:{index}")
     deck = sample_deck(rng)
     pages = tuple(_png(scene, rng) for scene in deck)

@@ -1,8 +1,8 @@
 """Source: SlideVQA, decks of up to twenty slides with questions, evidence pages and arithmetic. One sample is one deck.
 
-It is gated, and its licence is for evaluation within one's own walls: `push` leaves its pixels out.
-The tables repeat the deck with every question. They are read twice: first the words of all rows, which are kept, then the
-decks, of which one of each is taken.
+It is gated, and its license permits internal evaluation only: `push` leaves its pixels out.
+The tables repeat the deck with every question, and are read twice: first the text columns of all rows, then the first row of
+each deck.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from pipeline.sources.parquet import Tables
 from pipeline.types import ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 REPO = "NTT-hil-insight/SlideVQA"
-_WORDS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
+_TEXT_COLUMNS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
 
 
 def open_slidevqa(tables: Tables, split: str | None) -> Source:
-    """Return decks with the questions of people.
+    """Return a source of decks with human-written questions.
 
     Raises:
         SourceError: a column is missing, or there is no such split.
     """
-    tables.require("page_1", *_WORDS)
+    tables.require("page_1", *_TEXT_COLUMNS)
     check_split(tables, split)
     return Source(
         name="slidevqa",
@@ -40,16 +40,18 @@ def open_slidevqa(tables: Tables, split: str | None) -> Source:
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
     pages = read_mapping(tables.schema, {"pages": "page_*"})["pages"]
-    asked = _questions(tables, split)
-    for name, filed, row in first_of_each(tables, "deck_name", pages, split):
-        of_deck = tuple(asked.get((filed, row["deck_name"]), ()))
-        yield sample_of(name, [row[page] for page in pages], NTT_EVALUATION, kept_split(filed, split), reference_qa=of_deck)
+    questions = _questions(tables, split)
+    for name, file_split, row in first_of_each(tables, "deck_name", pages, split):
+        deck_questions = tuple(questions.get((file_split, row["deck_name"]), ()))
+        yield sample_of(
+            name, [row[page] for page in pages], NTT_EVALUATION, kept_split(file_split, split), reference_qa=deck_questions
+        )
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str], list[ReferenceQA]]:
     """Return the questions of each deck, by split and name."""
-    asked: dict[tuple[str | None, str], list[ReferenceQA]] = {}
-    for _, filed, row in tables.rows(_WORDS, split):
+    questions: dict[tuple[str | None, str], list[ReferenceQA]] = {}
+    for _, file_split, row in tables.rows(_TEXT_COLUMNS, split):
         question = ReferenceQA(
             question=row["question"],
             answers=(str(row["answer"]),),
@@ -57,8 +59,8 @@ def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, str]
             evidence_pages=tuple(sorted({int(page) for page in row["evidence_pages"] or ()})),
             expression=_optional(row["arithmetic_expression"]),
         )
-        asked.setdefault((filed, row["deck_name"]), []).append(question)
-    return asked
+        questions.setdefault((file_split, row["deck_name"]), []).append(question)
+    return questions
 
 
 def _optional(value: Any) -> str | None:

@@ -1,7 +1,7 @@
 """Source: VQAv2, photos of COCO with questions and ten answers each. One sample is one photo with all of its questions.
 
 The questions and answers are CC-BY-4.0, the photos are under the terms of Flickr. The tables repeat the photo with every
-question. They are read twice: first the words of all rows, which are kept, then the photos, of which one of each is taken.
+question, and are read twice: first the text columns of all rows, then the first row of each photo.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 REPO = "lmms-lab/VQAv2"
-_WORDS = ("image_id", "question", "answers", "answer_type")
+_TEXT_COLUMNS = ("image_id", "question", "answers", "answer_type")
 
 
 def open_vqav2(tables: Tables, split: str | None) -> Source:
-    """Return photos with the questions and answers of people, the answers as the official evaluation compares them.
+    """Return a source of photos with human questions and answers, normalized as in the official evaluation.
 
     Raises:
         SourceError: a column is missing, or there is no such split.
     """
-    tables.require("image", *_WORDS)
+    tables.require("image", *_TEXT_COLUMNS)
     check_split(tables, split)
     return Source(
         name="vqav2",
@@ -38,20 +38,20 @@ def open_vqav2(tables: Tables, split: str | None) -> Source:
 
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
-    asked = _questions(tables, split)
-    for name, filed, row in first_of_each(tables, "image_id", ("image",), split):
-        of_photo = tuple(asked.get((filed, row["image_id"]), ()))
-        yield sample_of(name, [row["image"]], FLICKR_TERMS, kept_split(filed, split), reference_qa=of_photo)
+    questions = _questions(tables, split)
+    for name, file_split, row in first_of_each(tables, "image_id", ("image",), split):
+        photo_questions = tuple(questions.get((file_split, row["image_id"]), ()))
+        yield sample_of(name, [row["image"]], FLICKR_TERMS, kept_split(file_split, split), reference_qa=photo_questions)
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, Any], list[ReferenceQA]]:
     """Return the questions of each photo, by split and image id."""
-    asked: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
-    for _, filed, row in tables.rows(_WORDS, split):
+    questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
+    for _, file_split, row in tables.rows(_TEXT_COLUMNS, split):
         answers = tuple(normalize_answer(_text(answer)) for answer in row["answers"] or ())  # the test split has none
         question = ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
-        asked.setdefault((filed, row["image_id"]), []).append(question)
-    return asked
+        questions.setdefault((file_split, row["image_id"]), []).append(question)
+    return questions
 
 
 def _text(answer: Any) -> str:

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, on a disk or in an object store, and their errors in plain words.
+"""Atomic file writes, on a disk or in an object store, and disk errors as StoreError.
 
-A file is written under a temporary name, flushed and renamed. A file that would not change is left alone, so that a second
-run of the same command writes nothing.
+A file is written under a temporary name, flushed and renamed. A file whose content would not change is not replaced, so that a
+second run of the same command writes nothing.
 """
 
 import errno
@@ -36,10 +36,10 @@ _DISK_ERRORS = {
     errno.ENOTEMPTY: ("a folder is in the way that is no version", "move it away, then run the same command"),
     errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
 }
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # which no object store says
+_DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # that no object store raises
 _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_FULL: errno.ENOSPC,
-    sqlite3.SQLITE_IOERR: errno.ENOSPC,  # what a full disk looks like when the shared-memory file cannot grow
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,  # raised on a full disk if the shared-memory file cannot grow
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
@@ -50,7 +50,7 @@ BATCH_ROWS = 16_384  # read at once
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path on this machine to write to; it takes the place of `path` when all went well, and is removed when not."""
+    """Yield a temporary local path; it replaces `path` on success, and is removed on failure."""
     if is_remote(path):
         with TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
@@ -72,7 +72,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -84,39 +84,39 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that `write_json` wrote."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns; of an object, only the ranges where they lie."""
+    """Read a Parquet file, or some of its columns; of an object, only their byte ranges."""
     return pq.read_table(**arrow_location(path), columns=columns)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a Parquet file: its metadata is read, and nothing else."""
+    """Open a Parquet file; only its metadata is read."""
     return pq.ParquetFile(**arrow_location(path))
 
 
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write tables one after another to a Parquet file, whole or not at all; memory holds one of them."""
+    """Write tables one after another to a Parquet file, atomically; one table is in memory at a time."""
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table.select(schema.names).cast(schema))
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the rows of a file that a stage wrote, under today's names of columns; at least one table, be it empty."""
+    """Yield the rows of a stage's file in batches, under current column names; at least one table, which may be empty."""
     file = open_parquet(path)
-    there = file.schema_arrow.names
-    wanted = None if columns is None else [old_name(name, there) for name in columns]
-    missing = sorted(set(wanted or ()) - set(there))
+    stored = file.schema_arrow.names
+    stored_columns = None if columns is None else [old_name(name, stored) for name in columns]
+    missing = sorted(set(stored_columns or ()) - set(stored))
     if missing:
         raise TableError(f"{path} lacks {', '.join(missing)}", hint="run without --from-stage")
-    names = there if wanted is None else wanted
+    names = stored if stored_columns is None else stored_columns
     empty = file.schema_arrow.empty_table().select(names)
-    for n, batch in enumerate(file.iter_batches(BATCH_ROWS, columns=wanted)):
-        empty = None if n == 0 else empty
+    for batch_index, batch in enumerate(file.iter_batches(BATCH_ROWS, columns=stored_columns)):
+        empty = None if batch_index == 0 else empty
         table = pa.Table.from_batches([batch]).select(names)
         yield table.rename_columns(current_names(names))
     if empty is not None:
@@ -125,7 +125,7 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty folder beside the finished ones of `parent`; what was not published is removed."""
+    """Yield an empty temporary folder in `parent`; whatever is not moved out of it is removed."""
     temporary = parent / ".next"
     remove(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder with its content, if it exists."""
     if is_remote(folder):
         remove_folder(folder)
     else:
@@ -150,7 +150,7 @@ def remove(folder: Path) -> None:
 
 
 def move(files: list[tuple[Path, Path]]) -> None:
-    """Give files other names in their file system, or store."""
+    """Rename files within their file system or store."""
     if files and is_remote(files[0][0]):
         move_all(files)
         return
@@ -159,7 +159,7 @@ def move(files: list[tuple[Path, Path]]) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Make a rename last: the name is in the folder, not in the file."""
+    """Flush a folder to disk, so that a rename in it survives a crash."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -168,7 +168,7 @@ def flush_folder(path: Path) -> None:
 
 
 def open_table(path: Path, *columns: str) -> pq.ParquetFile:
-    """Open a Parquet file that a stage has left. Raises StoreError where it is damaged or lacks a column."""
+    """Open a Parquet file that a stage wrote. Raise StoreError if it is damaged or lacks a column."""
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
@@ -180,7 +180,7 @@ def open_table(path: Path, *columns: str) -> pq.ParquetFile:
 
 @contextmanager
 def translate_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk, or an object store, refuses into one StoreError that names the folder and a way out."""
+    """Turn errors of a disk or an object store into StoreError, with the folder and a hint."""
     with translate_store_errors(path) if is_remote(path) else nullcontext():
         try:
             yield
@@ -188,12 +188,12 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             raise
         except sqlite3.DatabaseError as error:
             damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
-            what, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
-            raise StoreError(f"{gettempdir() if is_remote(path) else path}: {what}", hint=hint) from None
+            problem, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
+            raise StoreError(f"{gettempdir() if is_remote(path) else path}: {problem}", hint=hint) from None
         except OSError as error:
-            of_disk = not is_remote(path) or error.errno in _OF_DISKS or Path(str(error.filename)).is_absolute()
-            if error.errno not in _DISK_ERRORS or not of_disk:
+            is_disk_error = not is_remote(path) or error.errno in _DISK_ONLY_ERRORS or Path(str(error.filename)).is_absolute()
+            if error.errno not in _DISK_ERRORS or not is_disk_error:
                 raise
-            what, hint = _DISK_ERRORS[error.errno]
-            disk = error.filename or (gettempdir() if is_remote(path) else path)
-            raise StoreError(f"{disk}: {what}", hint=hint) from None
+            problem, hint = _DISK_ERRORS[error.errno]
+            location = error.filename or (gettempdir() if is_remote(path) else path)
+            raise StoreError(f"{location}: {problem}", hint=hint) from None

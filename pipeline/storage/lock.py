@@ -14,39 +14,39 @@ from pipeline.errors import StoreError
 from pipeline.storage.object_store import _at, _fs, errors_of_stores
 
 log = logging.getLogger(__name__)
-LEASE_SECONDS = 30.0  # without a sign of life, after which whoever holds a folder is taken for dead
-BEATS = 4  # signs of life in that time
+LEASE_SECONDS = 30.0  # without a heartbeat, after which a holder is presumed dead
+BEATS = 4  # heartbeats in that time
 
 
 @contextmanager
 def lease(
     path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Callable[[], None]]:
-    """Be the only one who holds a name in an object store, by an object that is renewed as long as its holder lives.
+    """Hold a lease exclusively: an object in a store, which heartbeats renew as long as its holder lives.
 
-    Whoever is killed leaves the object behind. It is taken over when it has not changed for so many seconds, by our clock: no
-    two machines need to agree on the time. A store that does not know conditional writes (`If-None-Match`) keeps nobody out
-    who begins at the same moment.
+    A killed holder leaves the object behind. It is taken over if it has not changed for `seconds` of the local clock: machines
+    need not agree on the time. A store without conditional writes (`If-None-Match`) cannot keep out a second holder that
+    starts at the same moment.
 
     Args:
         path: of the object.
-        seconds: without a sign of life, after which a holder is dead.
-        say: told that one has to wait.
+        seconds: without a heartbeat, after which a holder is presumed dead.
+        say: receives a message if the lease has to be waited for.
 
     Yields:
-        What raises StoreError where we were taken for dead, and another one goes on.
+        A check that raises StoreError if another holder has taken over the lease.
 
     Raises:
-        StoreError: another one holds it, and lives.
+        StoreError: another live holder has the lease.
     """
-    me = uuid4().hex
-    _take(path, me, seconds, say)
+    holder_id = uuid4().hex
+    _take(path, holder_id, seconds, say)
     ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(path, me, seconds / BEATS, ended), daemon=True)
+    renewing = threading.Thread(target=_renew, args=(path, holder_id, seconds / BEATS, ended), daemon=True)
     renewing.start()
 
     def check() -> None:
-        if _holder(path)[:1] != [me]:
+        if _holder(path)[:1] != [holder_id]:
             raise StoreError(f"another command has taken over {path.parent}", hint="this one stood still; that one goes on")
 
     try:
@@ -55,53 +55,53 @@ def lease(
         ended.set()
         renewing.join()
         with suppress(OSError, *errors_of_stores()):
-            if _holder(path)[:1] == [me]:
+            if _holder(path)[:1] == [holder_id]:
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, me: str, seconds: float, say: Callable[[str], None]) -> None:
-    other = StoreError(f"another command is writing to {path.parent}", hint="wait for it, or choose another --out")
-    before, end = None, time.monotonic() + seconds
+def _take(path: Path, holder_id: str, seconds: float, say: Callable[[str], None]) -> None:
+    in_use = StoreError(f"another command is writing to {path.parent}", hint="wait for it, or choose another --out")
+    previous, end = None, time.monotonic() + seconds
     while True:
         with suppress(FileExistsError):
-            _fs(path).pipe_file(_at(path), _beat(me, 0), mode="create")
+            _fs(path).pipe_file(_at(path), _beat(holder_id, 0), mode="create")
             return
-        now = _holder(path)
-        if before is None:
-            before = now
+        current = _holder(path)
+        if previous is None:
+            previous = current
             say(f"{path.parent} is in use, or was a moment ago: waiting {seconds:.0f} s for a sign of life")
-        elif now not in ([], before):
-            raise other
+        elif current not in ([], previous):
+            raise in_use
         if time.monotonic() > end:
             break
         time.sleep(seconds / BEATS / 2)
-    path.write_bytes(_beat(me, 0))
-    time.sleep(seconds / BEATS)  # of several that have waited, the last one has it
-    if _holder(path)[:1] != [me]:
-        raise other
+    path.write_bytes(_beat(holder_id, 0))
+    time.sleep(seconds / BEATS)  # of several waiting commands, the last writer gets the lease
+    if _holder(path)[:1] != [holder_id]:
+        raise in_use
 
 
-def _renew(path: Path, me: str, every_seconds: float, ended: threading.Event) -> None:
+def _renew(path: Path, holder_id: str, every_seconds: float, ended: threading.Event) -> None:
     beats = 0
     while not ended.wait(every_seconds):
         beats += 1
         try:
-            if _holder(path)[:1] != [me]:
+            if _holder(path)[:1] != [holder_id]:
                 log.warning("the lease of %s was taken over: this process stood still for too long", path.parent)
                 return
-            path.write_bytes(_beat(me, beats))
+            path.write_bytes(_beat(holder_id, beats))
         except Exception as error:  # noqa: BLE001  # whatever a store raises, the next beat may succeed
             log.warning("the lease of %s was not renewed: %s", path.parent, error)
 
 
 def _holder(path: Path) -> list[Any]:
-    """Return who holds a lease, and its last sign of life; nothing where nobody does."""
+    """Return [holder id, number of its last heartbeat]; an empty list without a lease."""
     try:
-        found: list[Any] = json.loads(path.read_bytes())
+        holder: list[Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         return []
-    return found
+    return holder
 
 
-def _beat(me: str, beats: int) -> bytes:
-    return json.dumps([me, beats]).encode()
+def _beat(holder_id: str, beats: int) -> bytes:
+    return json.dumps([holder_id, beats]).encode()

@@ -1,7 +1,6 @@
-"""Dataset folders in an object store (`s3://`, `gs://`), by fsspec: what a path there can do, and what it cannot.
+"""Dataset folders in an object store (`s3://`, `gs://`), by fsspec.
 
-Objects appear whole or not at all, are never renamed, and have no locks. What a store needs (keys, endpoint) is taken from
-where its own library looks for it.
+Objects are written atomically, cannot be renamed, and have no locks. Each store's library finds its keys and endpoint.
 """
 
 import re
@@ -14,10 +13,10 @@ from typing import Any, cast
 
 from pipeline.errors import ConfigError, StoreError, one_line
 
-STORES = ("s3", "gs", "gcs", "memory")  # the last one for tests; on Azure a copy may be unfinished when the call returns
+STORES = ("s3", "gs", "gcs", "memory")  # memory is for tests; not Azure, where a copy may be unfinished when the call returns
 _STRANGE = re.compile(r"[*?\[\]#]")
 _URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
-STORE_ERRORS = (  # that are no OSError
+STORE_ERRORS = (  # that are not OSError
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("aiohttp", "ClientError"),
@@ -28,66 +27,66 @@ STORE_ERRORS = (  # that are no OSError
 
 
 def parse_dataset_path(name: str) -> Path:
-    """Return a path on this machine, or by its URL one in an object store: a UPath, which has what we use of a Path.
+    """Return a local path, or for a URL a UPath into an object store, which has the methods of Path that are used here.
 
     Raises:
-        ConfigError: nothing can be kept there, or the store's package is not installed.
+        ConfigError: the store or the name is not supported, or the store's package is not installed.
     """
-    scheme, found, key = name.partition("://")
-    if not found:
+    scheme, separator, key = name.partition("://")
+    if not separator:
         return parse_local_path(name)
     if scheme not in STORES:
         raise ConfigError(f"a dataset folder cannot lie at {name}", hint="use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME")
     parts = key.rstrip("/").split("/")
-    if not all(parts) or _STRANGE.search(key) or {".", ".."} & {*parts}:  # names that listings read as patterns, or lose
+    if not all(parts) or _STRANGE.search(key) or {".", ".."} & {*parts}:  # listings read such names as patterns, or lose them
         raise ConfigError(f"not a place in a store: {name}", hint=f"it looks like {scheme}://BUCKET/NAME, without any of *?[]#")
     from upath import UPath
 
     try:
-        path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)  # a listing that was kept may be an old one
-        path.fs  # noqa: B018  # imports what the store needs
+        path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)  # a cached listing may be stale
+        path.fs  # noqa: B018  # imports the store's package
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
     return cast(Path, path)
 
 
 def parse_local_path(name: str) -> Path:
-    """Return a path on this machine. Raises ConfigError for a URL, or for one that has lost a slash."""
+    """Return a local path. Raise ConfigError for a URL, or for a URL that has lost a slash."""
     if _URL.match(name):
         raise ConfigError(f"{name} is no path on this machine", hint="only dataset folders may be URLs, as s3://BUCKET/NAME")
     return Path(name)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path lies in an object store."""
+    """Return True if a path is in an object store."""
     return not isinstance(path, Path)
 
 
 def arrow_location(path: Path) -> dict[str, Any]:
-    """Return a path as pyarrow wants to be told of it."""
+    """Return the arguments with which pyarrow opens a path: `source`, and `filesystem` for an object."""
     return {"source": _at(path), "filesystem": _fs(path)} if is_remote(path) else {"source": path}
 
 
 def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
-    """Open an object to read ranges of it, each with so many bytes ahead."""
-    opened: AbstractContextManager[Any] = _fs(path).open(_at(path), "rb", block_size=ahead_bytes, cache_type="readahead")
-    return opened
+    """Open an object for reads of ranges, with `ahead_bytes` of read-ahead."""
+    file: AbstractContextManager[Any] = _fs(path).open(_at(path), "rb", block_size=ahead_bytes, cache_type="readahead")
+    return file
 
 
 def upload(file: Path, path: Path) -> None:
-    """Put a file of this machine into an object store."""
+    """Upload a local file to an object store."""
     _fs(path).put_file(str(file), _at(path))
 
 
 def download(path: Path, file: Path) -> None:
-    """Get an object into a file of this machine."""
+    """Download an object to a local file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _fs(path).get_file(_at(path), str(file))
 
 
 @contextmanager
 def copy_here(path: Path) -> Iterator[Path]:
-    """Yield a copy of an object on this machine for as long as it is read; a file of this machine as it is."""
+    """Yield a temporary local copy of an object; yield a local file itself."""
     if not is_remote(path):
         yield path
         return
@@ -97,13 +96,13 @@ def copy_here(path: Path) -> Iterator[Path]:
 
 
 def upload_folder(folder: Path, path: Path) -> None:
-    """Put all files of a folder of this machine into an object store, several at once."""
+    """Upload all files of a local folder to an object store, several at once."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     _fs(path).put([str(file) for file in files], [_at(path / file.relative_to(folder).as_posix()) for file in files])
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:
-    """Move objects within their store, several at once; nothing of them passes through this machine."""
+    """Move objects within their store, several at once, without downloading them."""
     fs = _fs(moves[0][0])
     fs.copy([_at(old) for old, _ in moves], [_at(new) for _, new in moves])
     fs.rm([_at(old) for old, _ in moves])
@@ -125,19 +124,19 @@ def _at(path: Path) -> str:
 
 @contextmanager
 def translate_store_errors(path: Path) -> Iterator[None]:
-    """Turn what a store raises into a StoreError. Errors of Python itself are ours, and stay what they are."""
+    """Turn errors of a store into StoreError. Other exceptions are our own bugs, and pass through."""
     scheme = str(path).partition("://")[0]
     try:
         yield
     except Exception as error:
         if not isinstance(error, (OSError, *errors_of_stores())):
             raise
-        what = one_line(error)
+        message = one_line(error)
         raise StoreError(
-            f"{path}: {what}", hint=f"check the address, the network and the keys of {scheme}; then run the same command"
+            f"{path}: {message}", hint=f"check the address, the network and the keys of {scheme}; then run the same command"
         ) from None
 
 
 def errors_of_stores() -> tuple[type[Exception], ...]:
-    """Return what the libraries of stores raise, of those that were imported."""
+    """Return the exception types of those store libraries that are imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)

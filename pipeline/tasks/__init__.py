@@ -1,4 +1,4 @@
-"""The tasks by name, and what the rest of the pipeline asks of them."""
+"""The tasks by name, with the validation and the JSON schema of their outputs."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -11,11 +11,11 @@ from pipeline.tasks import answer, caption, deck_qa, qa
 from pipeline.tasks.base import Task, strip_schema
 
 TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, answer.TASK)}
-ANSWER = answer.TASK.name  # what verify asks about annotations
+ANSWER = answer.TASK.name  # the task of the stage verify
 
 
 def find_task(name: str) -> Task:
-    """Return a task by its name. Raises ConfigError for an unknown one."""
+    """Return the task of a name. Raise ConfigError for an unknown name."""
     if name not in TASKS:
         known = ", ".join(task for task in TASKS if task != ANSWER)
         raise ConfigError(f"unknown task: {name}", hint=f"known tasks: {known}")
@@ -23,17 +23,17 @@ def find_task(name: str) -> Task:
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:
-    """Return whether any of these tasks asks about decks of pages."""
+    """Return True if any of these tasks asks about decks of pages."""
     return any(find_task(name).asks_about_decks for name in names)
 
 
 def broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
-    """Return the first rule that an annotation breaks, as a word for its rejected row; None where it is sound.
+    """Return the first rule that an annotation breaks, as its rejection reason; None if it is valid.
 
     Args:
         name: of the task.
-        row: the columns of the annotation, and others perhaps.
-        pages: how many pages the annotated document has.
+        row: the columns of the annotation; further columns are ignored.
+        pages: number of pages of the annotated document.
     """
     task = find_task(name)
     try:
@@ -46,6 +46,6 @@ def broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
 
 @cache
 def wire_schema(name: str) -> dict[str, Any]:
-    """Return the JSON schema that the decoder enforces for a task; not to be changed."""
+    """Return the JSON schema that the decoder enforces for a task. It is cached: do not change it."""
     schema: dict[str, Any] = strip_schema(find_task(name).output.model_json_schema())
     return schema

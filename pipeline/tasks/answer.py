@@ -1,10 +1,10 @@
-"""Task: answer. The answer to a given question; verify asks it about annotations."""
+"""Task: answer. The answer to a given question; the stage verify checks annotations with it."""
 
 from pipeline.tasks.base import Line, Output, Task
 
 
 class Answer(Output):
-    """Task `answer`: the answer to a question that somebody else asked."""
+    """Task `answer`: the answer to a given question."""
 
     answer: Line
 

@@ -1,4 +1,4 @@
-"""Arithmetic that a model wrote down, worked out without running any of it as code."""
+"""Evaluate arithmetic that a model wrote, without executing it as code."""
 
 import ast
 import operator
@@ -12,7 +12,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_SPACED = re.compile(r"(?<=\d),(?=\d{3}\b)")  # thousands
+_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")  # as in 1,000
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
@@ -21,20 +21,20 @@ def evaluate(expression: str) -> float | None:
     if len(expression) > MAX_CHARACTERS:
         return None
     try:
-        tree = ast.parse(_SPACED.sub("", expression).replace("%", "").replace("$", "").strip(), mode="eval")
+        tree = ast.parse(_THOUSANDS_COMMA.sub("", expression).replace("%", "").replace("$", "").strip(), mode="eval")
         return _value(tree.body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
 def agrees(expression: str, answer: str) -> bool:
-    """Whether an answer is the value of an expression, rounded to as many places as the answer has."""
-    value, plain = evaluate(expression), _SPACED.sub("", answer)
-    said = _NUMBER.search(plain)
-    if value is None or said is None:
+    """Return True if an answer is the value of an expression, rounded to the answer's decimal places."""
+    value, plain = evaluate(expression), _THOUSANDS_COMMA.sub("", answer)
+    number = _NUMBER.search(plain)
+    if value is None or number is None:
         return False
-    places = len(said[0].partition(".")[2])
-    return bool(abs(value - float(said[0])) <= 0.5 * 10**-places + 1e-9)
+    places = len(number[0].partition(".")[2])
+    return bool(abs(value - float(number[0])) <= 0.5 * 10**-places + 1e-9)
 
 
 def _value(node: ast.expr) -> float:

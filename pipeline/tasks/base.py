@@ -1,6 +1,6 @@
-"""What a task is, and what the output models of all tasks share.
+"""Definition of a task, and the base of all output models.
 
-A task has two models. The output is what a reply holds; its wire schema is what the constrained decoder enforces: types, order
+A task has two models. The output model describes a whole reply; the constrained decoder enforces its wire schema: types, order
 and enums, and only keywords that guidance really enforces. The row model is one annotation of a reply, with all other rules:
 lengths, a question that ends with "?", an answer that is not the question.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
 
-# Something to read on one line: no control characters, and not only spaces.
+# One line of text: no control characters, and not only spaces.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_LINE)]
 MAX_QA_PAIRS = 8
@@ -23,25 +23,25 @@ _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", 
 
 
 class Output(BaseModel):
-    """Base of all output models: unknown keys are refused, text is taken as written."""
+    """Base of all output models: unknown keys are refused, text is not changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a model is asked about a sample, and how its reply becomes rows."""
+    """A request to a model about a sample, and the conversion of its reply to rows."""
 
     name: str
     prompt: str  # the template, such as `caption/v1`
     output: type[Output]  # a whole reply
     row: type[Output]  # one annotation
-    rows_field: str | None = None  # the field of a reply that lists its rows; None: a reply is one row
-    text_field: str | None = None  # the field of a row that fills the column `text`, for rows that are captions
+    rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
+    text_field: str | None = None  # field of a row that fills the column `text`, for captions
     asks_about_decks: bool = False  # all pages of a deck go into one request
     has_styles: bool = False  # one request for each of `generate.caption_styles`
-    temperature_key: str = "qa_temperature"  # of the section `generate`
-    card_category: str | None = None  # of the Hub
+    temperature_key: str = "qa_temperature"  # in the config section `generate`
+    card_category: str | None = None  # task category on the Hub
 
     def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of the row model from the columns of an annotation."""
@@ -53,13 +53,13 @@ class Task:
         return fields if self.text_field is None else {**fields, "text": fields.get(self.text_field)}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply; None where it does not list any."""
+        """Return the rows of a parsed reply; None if it has no rows."""
         rows = reply.get(self.rows_field) if self.rows_field and isinstance(reply, dict) else [reply]
         return rows if isinstance(rows, list) and rows else None
 
 
 def check_question(question: str, answer: str) -> None:
-    """Raise PydanticCustomError where a question does not end with a question mark, or is its own answer."""
+    """Raise PydanticCustomError if a question does not end with a question mark, or equals its answer."""
     if not question.endswith("?"):
         raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
     if answer.casefold() == question.casefold():
@@ -67,12 +67,12 @@ def check_question(question: str, answer: str) -> None:
 
 
 def dump(output: Output) -> str:
-    """Return the one way an output is written: keys in schema order, no white space."""
+    """Return an output as canonical JSON: keys in schema order, no white space."""
     return json.dumps(output.model_dump(), ensure_ascii=False, separators=(",", ":"))
 
 
 def strip_schema(node: Any, *, is_properties: bool = False) -> Any:
-    """Return a JSON schema without the keywords that stay off the wire."""
+    """Return a JSON schema without the keywords that the decoder does not enforce."""
     if isinstance(node, dict):
         return {
             key: strip_schema(value, is_properties=key in ("properties", "$defs") and not is_properties)

@@ -12,7 +12,7 @@ DeckAnswerType = Literal["span", "number", "arithmetic"]
 
 
 class DeckQAPair(Output):
-    """One question about a deck. Its pages come before it: the model plans before it asks; the calculation before its answer.
+    """One question about a deck. Pages come before the question, and the calculation before the answer, to plan first.
 
     Validate with the context {"pages": number of pages}, so that evidence cannot lie outside of the deck.
     """

@@ -1,7 +1,7 @@
 """Prompts: templates in `prompts/<task>/vN.j2`, rendered to a system text and a task text.
 
-The system text is the same for all tasks, and the image stands between the two, so that a server can reuse what it
-computed for the system text with every image, and what it computed for an image with each of its tasks.
+The system text is the same for all tasks, and the image comes between the two, so that a server's prefix cache covers the
+system text for all images, and an image for all of its tasks.
 """
 
 import hashlib
@@ -18,27 +18,27 @@ from pipeline.errors import ConfigError
 from pipeline.tasks import find_task
 
 SYSTEM = "system/v1"
-STYLES = ("brief", "detailed", "plain", "alt")  # that caption/v1 knows
+STYLES = ("brief", "detailed", "plain", "alt")  # of caption/v1
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The words around one image. `id` names the templates and their content."""
+    """The texts around the images of a request. `id` is the template name with a digest of the content."""
 
     id: str
     system: str
     text: str
 
     def messages(self, images: int = 1, pages: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Return the chat in the form that a chat template of transformers takes, with a place for each image."""
+        """Return the chat in the form that a chat template of transformers takes, with a placeholder for each image."""
         user = {"role": "user", "content": user_content([{"type": "image"}] * images, self.text, pages)}
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
 def user_content(images: Sequence[Any], text: str, pages: Sequence[int] | None = None) -> list[Any]:
-    """Return the parts of the user's turn: the images, then the text; of several images each stands after its page number.
+    """Return the parts of the user's turn: the images, each of several after its page number, then the text.
 
-    `pages` are the numbers of images that are some pages of a document, be it one.
+    `pages` are the page numbers of images that are an excerpt of a document, even of a single page.
     """
     parts: list[Any] = []
     for number, image in zip(pages or range(1, len(images) + 1), images, strict=True):
@@ -47,17 +47,17 @@ def user_content(images: Sequence[Any], text: str, pages: Sequence[int] | None =
 
 
 def page_label(number: int) -> str:
-    """Return the words before a page of a deck."""
+    """Return the label before a page of a deck."""
     return f"Page {number}:"
 
 
 def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
-    """Render the prompt of a task; `values` are what its template names, such as `style`.
+    """Render the prompt of a task; `values` are the variables of its template, such as `style`.
 
-    `folder` holds templates of the user's own, under the same names; one that it does not hold is ours.
+    `folder` holds the user's templates, under the same names; the package has the missing ones.
 
     Raises:
-        ConfigError: the template is none, or does not know a value, such as a style.
+        ConfigError: the template is invalid, or does not support a value, such as a style.
     """
     name = find_task(task).prompt
     try:
@@ -80,13 +80,13 @@ def prompt_id(task: str, folder: Path | None = None) -> str:
 
 @cache
 def template(name: str, folder: Path | None = None) -> str:
-    """Return the source of a template, such as `caption/v1`: of the user's folder, or ours."""
-    own = folder / f"{name}.j2" if folder else None
+    """Return the source of a template, such as `caption/v1`, from the user's folder, else from the package."""
+    user_file = folder / f"{name}.j2" if folder else None
     try:
-        if own and own.exists():
-            return own.read_text(encoding="utf-8")
+        if user_file and user_file.exists():
+            return user_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompt {own}: {error}", hint="a prompt is a text file in UTF-8") from None
+        raise ConfigError(f"cannot read the prompt {user_file}: {error}", hint="a prompt is a text file in UTF-8") from None
     return (files("prompts") / f"{name}.j2").read_text(encoding="utf-8")
 
 
@@ -97,6 +97,6 @@ def _environment() -> Environment:
 
 
 def prompt_texts(tasks: Iterable[str], folder: Path | None) -> dict[str, str]:
-    """Return the templates of the tasks in full, by the ids that annotations name, after the system text."""
-    of_tasks = {prompt_id(task, folder): template(find_task(task).prompt, folder) for task in tasks}
-    return {SYSTEM: template(SYSTEM, folder), **of_tasks}
+    """Return the system template, and the templates of the tasks by prompt id, in full."""
+    templates = {prompt_id(task, folder): template(find_task(task).prompt, folder) for task in tasks}
+    return {SYSTEM: template(SYSTEM, folder), **templates}

@@ -11,7 +11,7 @@ AnswerType = Literal["yes/no", "number", "other"]
 
 
 class QAPair(Output):
-    """One question about the image with its answer. The type comes first: the model plans before it asks."""
+    """One question about the image with its answer. The type comes first, so that the model plans before it asks."""
 
     answer_type: AnswerType
     question: Line

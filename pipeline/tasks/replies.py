@@ -1,5 +1,5 @@
-"""A raw reply to annotations: one row for a caption, one for each question. A reply that cannot be read is a row as well,
-with the reason in `reply_error`, so that nothing vanishes between the journal and the tables."""
+"""Parse a raw reply to annotations: one row for a caption, one for each question. An unreadable reply becomes a row as well,
+with the reason in `reply_error`, so that no reply is lost between the journal and the tables."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "evidence_pages": values.get("evidence_pages"),
             "expression": values.get("expression"),
             "reply_error": error,
-            # What cannot be read is kept as it came, so that a person can see why.
+            # An unreadable reply is kept for inspection.
             "reply_text": reply.text if error else None,
         }
         for position, (values, error) in enumerate(_fields(request.task, reply))
@@ -39,14 +39,14 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
 
 
 def find_flaw(request: Request, reply: Reply) -> str | None:
-    """Return why nothing in this reply can be used; None where one annotation or more is sound."""
+    """Return the first flaw of a reply without any valid annotation; None if at least one is valid."""
     pages = max(1, len(request.images))
     flaws = [error or broken_rule(request.task, values, pages) for values, error in _fields(request.task, reply)]
     return None if None in flaws else flaws[0]
 
 
 def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
-    """Return (fields, error) for each annotation; one that is off the schema does not cost its siblings."""
+    """Return (fields, error) for each annotation; one that is off the schema does not reject the others."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
     try:
@@ -67,7 +67,7 @@ def _unusable(item: dict[str, Any]) -> str | None:
 
 
 def _repeats(words: list[str]) -> bool:
-    """Whether the last words, one to eight of them, stand there MAX_REPEATS times in a row: a model that cannot stop."""
+    """Return True if the last one to eight words repeat MAX_REPEATS times in a row: the model is in a loop."""
     for size in range(1, 9):
         tail = words[-size:]
         if len(words) >= size * MAX_REPEATS and words[-size * MAX_REPEATS :] == tail * MAX_REPEATS:
@@ -76,7 +76,7 @@ def _repeats(words: list[str]) -> bool:
 
 
 def _is_readable(item: Any) -> bool:
-    """Whether a table can hold it: texts, and a list of small numbers under the one name that has it."""
+    """Return True if a table can hold an item: texts, and small positive integers in `evidence_pages`."""
     return isinstance(item, dict) and all(
         _is_pages(value) if name == "evidence_pages" else isinstance(value, str) and _is_unicode(value)
         for name, value in item.items()
@@ -88,5 +88,5 @@ def _is_pages(value: Any) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can escape half of a surrogate pair, which no table can hold."""
+    """Return True if a text has no lone surrogates: JSON can escape them, but tables cannot hold them."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -1,9 +1,9 @@
-"""What a caption claims, as questions that can be put to whoever sees the image, each with the answer that it implies.
+"""Claims of a caption, as questions about the image, each with the answer that the caption implies.
 
 "Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large red ball, and that
-the background is gray. A drawn shape is asked for by what it is like, one word at a time, the others (or its place) telling
-which one is meant: the tiny teacher answers that better than whether such a thing is there (docs/experiments/curation.md). What
-no rule can take apart is asked as a whole: "Is it true that ...?"
+the background is gray. A question about a drawn shape asks for one attribute, and identifies the shape by the others or by its
+place: the tiny teacher answers that better than whether such a shape exists (docs/experiments/curation.md). A part that no rule
+matches is asked as a whole: "Is it true that ...?"
 """
 
 import re
@@ -41,29 +41,29 @@ class Claim:
 
 
 def claims_of(caption: str) -> list[Claim]:
-    """Return what a caption claims, in its order, each once."""
-    found: list[Claim] = []
+    """Return at most MAX_CLAIMS distinct claims of a caption, in its order."""
+    claims: list[Claim] = []
     for sentence in _SENTENCE.split(caption.strip()):
         rest = sentence.rstrip(" .!;")
         grounds = _GROUND.findall(rest)
         for part in _NEXT.split(_GROUND.sub("", rest)):
-            found += _claims(part.strip(" ,"))
-        found += [Claim("What color is the background?", ground.lower()) for ground in grounds]
+            claims += _claims(part.strip(" ,"))
+        claims += [Claim("What color is the background?", ground.lower()) for ground in grounds]
     answers: dict[str, set[str]] = {}
-    for claim in found:
+    for claim in claims:
         answers.setdefault(claim.question, set()).add(claim.expected)
-    # A question to which the caption itself has two answers picks out no single thing.
-    return [claim for claim in dict.fromkeys(found) if len(answers[claim.question]) == 1][:MAX_CLAIMS]
+    # A question with two different answers in the caption does not identify a single thing.
+    return [claim for claim in dict.fromkeys(claims) if len(answers[claim.question]) == 1][:MAX_CLAIMS]
 
 
 def _claims(part: str) -> Iterator[Claim]:
-    part = part[found.end() :] if (found := _THERE.match(part)) else part
+    part = part[match.end() :] if (match := _THERE.match(part)) else part
     if counted := _COUNTED.fullmatch(part):
         number, things = counted[1].lower(), counted[2]
-        several = things if number not in ("one", "1") else plural(things)
-        yield Claim(f"How many {several} are there?", "0" if number == "no" else normalize_answer(number))
-    elif drawn := _DRAWN.fullmatch(part):
-        yield from _like(**{name: (value or "").lower() for name, value in drawn.groupdict().items()})
+        counted_things = things if number not in ("one", "1") else plural(things)
+        yield Claim(f"How many {counted_things} are there?", "0" if number == "no" else normalize_answer(number))
+    elif shape_match := _DRAWN.fullmatch(part):
+        yield from _like(**{name: (value or "").lower() for name, value in shape_match.groupdict().items()})
     elif (thing := _THING.fullmatch(part)) and (_IS.search(part) or not _OTHER_VERB.search(part)):
         yield Claim(f"Is there {thing[1].lower()} {_IS.sub(' ', thing[2], count=1)}?", "yes")
     elif part:
@@ -71,7 +71,7 @@ def _claims(part: str) -> Iterator[Claim]:
 
 
 def _like(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
-    """Yield what a drawn shape is said to be like."""
+    """Yield the claims about the attributes of a drawn shape."""
     if where:
         for attribute, value in (("color", color), ("shape", shape), ("size", size)):
             yield Claim(f"What {attribute} is the object {where}?", value)
@@ -81,11 +81,11 @@ def _like(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
 
 
 def plural(thing: str) -> str:
-    """Return a thing as several of it."""
+    """Return the plural of a thing."""
     if thing.endswith("y") and thing[-2:-1] not in "aeiou":
         return f"{thing[:-1]}ies"
     irregular = {"man": "men", "woman": "women", "child": "children", "person": "people"}
-    before, space, noun = thing.rpartition(" ")
+    adjectives, space, noun = thing.rpartition(" ")
     if noun in irregular:
-        return f"{before}{space}{irregular[noun]}"
+        return f"{adjectives}{space}{irregular[noun]}"
     return f"{thing}es" if thing.endswith(("s", "x", "z", "ch", "sh")) else f"{thing}s"

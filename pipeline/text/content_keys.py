@@ -16,7 +16,7 @@ _POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here"
 _EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS, "there's"))
 _IS = ("is", "are", "was", "were")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_NOTHING, _THERE, _BE = 1, 2, 3  # what content_keys does with a word
+_NOTHING, _THERE, _BE = 1, 2, 3  # how `_content_words` treats a word
 _KINDS = {"": _NOTHING} | dict.fromkeys(_EMPTY, _NOTHING) | dict.fromkeys(_IS, _BE) | {"there": _THERE}
 _LETTERS = np.array([bool(re.match(r"\w", chr(code))) for code in range(128)])
 _OPENS = f"^(?:{_OPENINGS.pattern})"
@@ -27,33 +27,32 @@ def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
     words = words_of(strip_opening(text))
     if "there" in words:
-        words = [word for before, word in zip(("", *words), words, strict=False) if before != "there" or word not in _IS]
+        words = [word for previous, word in zip(("", *words), words, strict=False) if previous != "there" or word not in _IS]
     words = [word for word in words if word not in _EMPTY]
     return tuple(words) if _AS_DIGITS.keys().isdisjoint(words) else tuple(_AS_DIGITS.get(word, word) for word in words)
 
 
 def content_key(text: str) -> str:
-    """Return the content words from the one starting point that comes first by the alphabet.
+    """Return the content words, rotated to the start that comes first in alphabetical order.
 
-    Clauses that changed places ("On a table, a cat sleeps", "A cat sleeps on a table") have one key; words that did ("a large
-    red circle and a small blue square", "a small red circle and a large blue square") have two. A text without any content
-    word is its own key.
+    Swapped clauses ("On a table, a cat sleeps", "A cat sleeps on a table") have one key; swapped words ("a large red circle and
+    a small blue square", "a small red circle and a large blue square") have two. A text without content words is its own key.
     """
     words = content_words(text)
     if not words:
         return text_key(text) or text
     first = min(words)
     if words.count(first) == 1:
-        at = words.index(first)
-        return " ".join(words[at:] + words[:at])
-    return min(" ".join(words[at:] + words[:at]) for at, word in enumerate(words) if word == first)
+        start = words.index(first)
+        return " ".join(words[start:] + words[:start])
+    return min(" ".join(words[start:] + words[:start]) for start, word in enumerate(words) if word == first)
 
 
 def content_keys(texts: pa.Array) -> pa.Array:
     """Return `content_key` of each text, several times as fast as one text at a time.
 
-    Three steps, on words that are numbers in the order of the alphabet: tokenize, drop function words, rotate each text to its
-    smallest word. "The cat sleeps on a table" -> [cat, sleeps, on, table] -> "cat sleeps on table", and so does "On a table, a
+    Three steps, on words numbered in alphabetical order: tokenize, drop function words, rotate each text to its smallest
+    word. "The cat sleeps on a table" -> [cat, sleeps, on, table] -> "cat sleeps on table", and so does "On a table, a
     cat sleeps" -> [on, table, cat, sleeps].
     """
     words = _content_words(texts)
@@ -69,9 +68,11 @@ def content_keys(texts: pa.Array) -> pa.Array:
     position = np.arange(len(words.numbers)) - start[words.text]
     rotated = start[words.text] + (position + shift[words.text]) % size[words.text]
     keys = pc.binary_join(_as_lists(words.vocabulary, words.numbers[rotated], words.offsets), " ")
-    # A text with several smallest words, or with no content word at all, is left to the function for one text.
-    odd = pa.array(~words.is_plain | (times_smallest != 1))
-    return pc.replace_with_mask(keys, odd, pa.array(map(content_key, texts.filter(odd).to_pylist()), pa.string()))
+    # Texts that are not ASCII, have several smallest words or no content word are left to `content_key`.
+    is_irregular = pa.array(~words.is_plain | (times_smallest != 1))
+    return pc.replace_with_mask(
+        keys, is_irregular, pa.array(map(content_key, texts.filter(is_irregular).to_pylist()), pa.string())
+    )
 
 
 def content_word_lists(texts: pa.Array) -> pa.ListArray:
@@ -80,21 +81,21 @@ def content_word_lists(texts: pa.Array) -> pa.ListArray:
     lists = _as_lists(words.vocabulary, words.numbers, words.offsets)
     if words.is_plain.all():
         return lists
-    odd = pa.array(~words.is_plain)
-    others = pa.array([list(content_words(text)) for text in texts.filter(odd).to_pylist()], lists.type)
-    at = np.where(words.is_plain, np.arange(len(texts)), len(texts) + np.cumsum(~words.is_plain) - 1)
-    return pa.concat_arrays([lists, others]).take(pa.array(at))
+    is_irregular = pa.array(~words.is_plain)
+    irregular_lists = pa.array([list(content_words(text)) for text in texts.filter(is_irregular).to_pylist()], lists.type)
+    order = np.where(words.is_plain, np.arange(len(texts)), len(texts) + np.cumsum(~words.is_plain) - 1)
+    return pa.concat_arrays([lists, irregular_lists]).take(pa.array(order))
 
 
 @dataclass(frozen=True, slots=True)
 class _WordArrays:
     """The content words of N texts, W in all, as arrays."""
 
-    vocabulary: list[str]  # in the order of the alphabet
+    vocabulary: list[str]  # in alphabetical order
     numbers: Indices  # [W] position in the vocabulary
-    text: Indices  # [W] which text each word is of
+    text: Indices  # [W] index of the text of each word
     offsets: Indices  # [N + 1] where the words of each text begin
-    is_plain: npt.NDArray[np.bool_]  # [N] printable ASCII; words of other texts are not here
+    is_plain: npt.NDArray[np.bool_]  # [N] printable ASCII; the words of other texts are left out
 
 
 def _content_words(texts: pa.Array) -> _WordArrays:
@@ -107,10 +108,10 @@ def _content_words(texts: pa.Array) -> _WordArrays:
     token = encoded.indices.to_numpy()
     kind = np.array([_KINDS.get(word, 0) for word in distinct], np.int8)[token]
     after_there = np.r_[False, (kind[:-1] == _THERE) & (text[1:] == text[:-1])][: len(token)]
-    kept = (kind == 0) | ((kind == _BE) & ~after_there)
-    text = text[kept]
+    is_kept = (kind == 0) | ((kind == _BE) & ~after_there)
+    text = text[is_kept]
     offsets = np.r_[0, np.cumsum(np.bincount(text, minlength=len(texts)))]
-    return _WordArrays(vocabulary.tolist(), number_of[token[kept]], text, offsets, plain.to_numpy(zero_copy_only=False))
+    return _WordArrays(vocabulary.tolist(), number_of[token[is_kept]], text, offsets, plain.to_numpy(zero_copy_only=False))
 
 
 def _as_lists(vocabulary: list[str], numbers: Indices, offsets: Indices) -> pa.ListArray:
@@ -127,14 +128,14 @@ def _without_openings(texts: pa.Array) -> pa.Array:
 
 
 def _tokenize(texts: pa.Array) -> tuple[pa.Array, Indices]:
-    """Return all words of ASCII texts one after another, and of each the position of its text; see `words_of`."""
+    """Return all words of ASCII texts in order, and the index of the text of each word; see `words_of`."""
     _, offset_buffer, data_buffer = texts.buffers()
     offsets = np.frombuffer(offset_buffer, np.int32)[texts.offset : texts.offset + len(texts) + 1]
     data = np.frombuffer(data_buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
     offsets = offsets - offsets[0]
     edge = np.zeros(len(data) + 1, bool)
-    edge[offsets] = True  # before this letter begins a text
-    letter = np.zeros(len(data) + 2, bool)  # with nothing before the first and after the last
+    edge[offsets] = True  # True where a text begins
+    letter = np.zeros(len(data) + 2, bool)  # padded with False at both ends
     letter[1:-1] = _LETTERS[data]
     marks = np.flatnonzero(data == ord("'"))
     letter[1 + marks[letter[marks] & letter[marks + 2] & ~edge[marks] & ~edge[marks + 1]]] = True  # an apostrophe within a word

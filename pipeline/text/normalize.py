@@ -1,7 +1,7 @@
-"""What a text is made of: its words, its openings of no content, and keys under which texts say the same.
+"""Normalize texts: their words, openings without content, and a key that ignores case, punctuation and spacing.
 
-Nothing here is a similarity. Two captions that differ in one decisive word (red, two, left) are nearly the same string and say
-different things; so a text is brought down to its content words in their order, and only those are compared.
+Texts are never compared by similarity: two captions that differ in one decisive word (red, two, left) are nearly the same
+string and say different things. Only their content words in order are compared (content_keys.py).
 """
 
 import re
@@ -16,7 +16,7 @@ _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _NOISE = re.compile(r"[\W_]+")
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
-# Openings that tell of the picture as a picture: "The image shows", "In this photo, we can see", "This is a picture of".
+# Openings about the image itself: "The image shows", "In this photo, we can see", "This is a picture of".
 _OPENINGS = re.compile(
     rf"\s*(?:(?:the|this) {_VIEW}(?: clearly)? (?:shows|depicts|features|displays|captures|contains|is of)\s+"
     rf"|(?:here|in) (?:this|the) {_VIEW}(?:,\s+(?:{_SEEN})?|\s+{_SEEN})"
@@ -32,15 +32,15 @@ def words_of(text: str) -> list[str]:
 
 
 def text_key(text: str) -> str:
-    """Return what is left of a text when case, punctuation and spacing are taken as equal."""
+    """Return a text in lower case, with a space for each run of punctuation and spacing."""
     return _NOISE.sub(" ", text.casefold()).strip()
 
 
 def strip_opening(text: str) -> str:
-    """Return a text without an opening such as "The image shows"; a text that is nothing else stays as it is."""
-    found = _OPENINGS.match(text)
-    rest = text[found.end() :] if found else text
-    return rest[0].upper() + rest[1:] if found and words_of(rest) else text
+    """Return a text without an opening such as "The image shows"; a text that is only an opening is unchanged."""
+    match = _OPENINGS.match(text)
+    rest = text[match.end() :] if match else text
+    return rest[0].upper() + rest[1:] if match and words_of(rest) else text
 
 
 def map_distinct(texts: pa.ChunkedArray, function: Callable[[str], str]) -> pa.Array:

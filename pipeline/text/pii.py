@@ -1,18 +1,18 @@
-"""Personal data in texts: found by what it looks like, and replaced by the name of what it was."""
+"""Redact personal data in texts: replace each pattern match by the name of its kind."""
 
 import re
 from collections.abc import Callable
 
 
 def _luhn(number: str) -> bool:
-    """Whether the last digit checks the others (H. P. Luhn, 1960)."""
+    """Return True if the last digit is the right check digit of a card number (H. P. Luhn, 1960)."""
     digits = [int(letter) for letter in reversed(number) if letter.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
     return 13 <= len(digits) <= 19 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def _iban(text: str) -> bool:
-    """Whether the two check digits are right (ISO 13616)."""
+    """Return True if the two check digits are right (ISO 13616)."""
     letters = text.replace(" ", "").upper()
     moved = letters[4:] + letters[:4]
     return 15 <= len(letters) <= 34 and int("".join(str(int(letter, 36)) for letter in moved)) % 97 == 1
@@ -26,12 +26,12 @@ def _phone(text: str) -> bool:
     return 9 <= sum(letter.isdigit() for letter in text) <= 15
 
 
-# In this order.
+# Kinds are redacted in this order.
 _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), _always),
     "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+[^\s<>\"'.,;:!?)]", re.IGNORECASE), _always),
     "iban": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
-    # A country code, an area code in brackets, a leading zero, or groups of 3, 3 and 4: other numbers are numbers.
+    # A country code, an area code in brackets, a leading zero, or groups of 3, 3 and 4: other numbers are not phone numbers.
     "phone": (
         re.compile(
             r"(?<![\w.,])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?)?(?:[ .-]?\d{2,10}){1,5}"
@@ -53,12 +53,12 @@ def redact(text: str) -> tuple[str, int]:
     if not _MAY_HOLD.search(text):
         return text, 0
     count = 0
-    for name, (pattern, is_one) in _KINDS.items():
+    for name, (pattern, is_valid) in _KINDS.items():
 
-        def hide(found: re.Match[str], name: str = name, is_one: Callable[[str], bool] = is_one) -> str:
+        def hide(match: re.Match[str], name: str = name, is_valid: Callable[[str], bool] = is_valid) -> str:
             nonlocal count
-            if not is_one(found[0]):
-                return found[0]
+            if not is_valid(match[0]):
+                return match[0]
             count += 1
             return f"[{name}]"
 

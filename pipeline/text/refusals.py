@@ -1,4 +1,4 @@
-"""Refusals: what a model says instead of an answer."""
+"""Detect refusals: replies in which a model declines to answer."""
 
 import re
 

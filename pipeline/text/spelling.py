@@ -1,4 +1,4 @@
-"""Misspelled words: which content keys are equal but for one misspelled word."""
+"""Find content keys that differ by one misspelled word only."""
 
 import hashlib
 from collections import defaultdict
@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from pipeline.text.wordnet import dictionary_words
 
 Indices = npt.NDArray[np.int64]
-BATCH = 10_000  # rows whose texts are Python objects at once
+BATCH = 10_000  # keys processed at once, to bound memory
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 MIN_MISSPELLED_LETTERS = 4
-# WordNet has nouns, verbs, adjectives and adverbs; these are known as well.
+# WordNet has nouns, verbs, adjectives and adverbs; these words are known as well.
 _FUNCTION_WORDS = """
 about above across after against along alongside although among amongst around because before behind below beneath beside
 besides between beyond both could during each either every except from hers herself himself into itself like might mine must
@@ -29,125 +29,125 @@ _KNOWN_BESIDES = frozenset(_FUNCTION_WORDS.split())
 
 
 def merge_misspelled(keys: pa.Array) -> dict[str, str]:
-    """Return, for each content key with a misspelled word, the key that it is a misspelling of.
+    """Return, for each content key with a misspelled word, the key with the correct word.
 
-    Each pair of keys that differ in one word would be found by comparing all with all. Here each is looked up under what is
-    left of it without the word: a table of those with an unknown word, then those of which as much is left, by a sum of numbers
-    that stand for words. What could be two things is left alone.
+    To avoid comparing all pairs, keys with an unknown word are indexed by their remainder, which is the key without that word;
+    keys with an equal remainder are then looked up in the index. Remainders are first compared as sums of the words' hashes. A
+    key with two possible corrections is left alone.
     """
     ordered = keys.take(pc.sort_indices(keys))
     numbers = _Numbers()
-    left_out: dict[tuple[str, str], set[str]] = defaultdict(set)
+    wrong_keys: dict[tuple[str, str], set[str]] = defaultdict(set)
     remainders: list[npt.NDArray[np.uint64]] = []
-    for part in _slices(ordered):
-        key_of, place, unknown, left = numbers.words_of(part)
-        remainders.append(left[unknown])
+    for batch in _slices(ordered):
+        key_of, position, unknown, remainder = numbers.words_of(batch)
+        remainders.append(remainder[unknown])
         for n in np.flatnonzero(unknown).tolist():
-            key = part[key_of[n]].as_py()
-            wrong, rest = _apart(key, place[n])
+            key = batch[key_of[n]].as_py()
+            wrong, rest = _apart(key, position[n])
             for variant in _variants(wrong):
-                left_out[rest, variant].add(key)
-    looked_for = np.unique(np.concatenate(remainders)) if remainders else np.zeros(0, np.uint64)
-    meant: dict[str, set[str]] = defaultdict(set)
-    for part in _slices(ordered):
-        key_of, place, unknown, left = numbers.words_of(part)
-        for n in np.flatnonzero(~unknown & np.isin(left, looked_for)).tolist():
-            key = part[key_of[n]].as_py()
-            right, rest = _apart(key, place[n])
-            for wrong in {wrong for variant in _variants(right) for wrong in left_out.get((rest, variant), ())}:
+                wrong_keys[rest, variant].add(key)
+    wrong_remainders = np.unique(np.concatenate(remainders)) if remainders else np.zeros(0, np.uint64)
+    corrections: dict[str, set[str]] = defaultdict(set)
+    for batch in _slices(ordered):
+        key_of, position, unknown, remainder = numbers.words_of(batch)
+        for n in np.flatnonzero(~unknown & np.isin(remainder, wrong_remainders)).tolist():
+            key = batch[key_of[n]].as_py()
+            right, rest = _apart(key, position[n])
+            for wrong in {wrong for variant in _variants(right) for wrong in wrong_keys.get((rest, variant), ())}:
                 if says_the_same(wrong, key):
-                    meant[wrong].add(key)
-    return _follow({wrong: right.pop() for wrong, right in meant.items() if len(right) == 1})
+                    corrections[wrong].add(key)
+    return _follow({wrong: right.pop() for wrong, right in corrections.items() if len(right) == 1})
 
 
 def remainders_of(keys: pa.Array) -> npt.NDArray[np.uint64]:
-    """Return what is left of keys without a word that no dictionary has: another key may be the same with the right one."""
-    numbers, found = _Numbers(), [np.zeros(0, np.uint64)]
-    for part in _slices(keys):
-        _, _, unknown, left = numbers.words_of(part)
-        found.append(np.unique(left[unknown]))
-    return np.unique(np.concatenate(found))
+    """Return the remainders of keys with an unknown word, sorted; the key with the correct word has the same remainder."""
+    numbers, batches = _Numbers(), [np.zeros(0, np.uint64)]
+    for batch in _slices(keys):
+        _, _, unknown, remainder = numbers.words_of(batch)
+        batches.append(np.unique(remainder[unknown]))
+    return np.unique(np.concatenate(batches))
 
 
 def comparable_keys(keys: pa.Array, remainders: npt.NDArray[np.uint64]) -> pa.Array:
-    """Return the keys that `merge_misspelled` has to see, if these are the remainders of all: for the rest it does nothing."""
-    numbers, found = _Numbers(), [np.zeros(0, np.int64)]
-    for first, part in enumerate(_slices(keys)):
-        key_of, _, unknown, left = numbers.words_of(part)
-        found.append(first * BATCH + np.unique(key_of[unknown | np.isin(left, remainders)]))
-    return keys.take(pa.array(np.concatenate(found)))
+    """Return the keys that `merge_misspelled` needs, given the remainders of all keys; it would ignore the others."""
+    numbers, rows = _Numbers(), [np.zeros(0, np.int64)]
+    for batch_index, batch in enumerate(_slices(keys)):
+        key_of, _, unknown, remainder = numbers.words_of(batch)
+        rows.append(batch_index * BATCH + np.unique(key_of[unknown | np.isin(remainder, remainders)]))
+    return keys.take(pa.array(np.concatenate(rows)))
 
 
 def _slices(keys: pa.Array) -> list[pa.Array]:
-    return [keys.slice(at, BATCH) for at in range(0, len(keys), BATCH)]
+    return [keys.slice(start, BATCH) for start in range(0, len(keys), BATCH)]
 
 
 class _Numbers:
-    """Numbers that stand for words, the same everywhere: what is left of a key without a word is a sum without a number."""
+    """Hashes of words, equal in every process; the remainder of a key is the sum of its hashes without that of one word."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, bool]] = {}
 
     def words_of(self, keys: pa.Array) -> tuple[Indices, Indices, npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """Return, for all words of some keys: which key, the place in it, whether no dictionary has it, and what is left."""
+        """Return, for each word of the keys: the key's index, the position in it, whether it is unknown, and the remainder."""
         words = pc.split_pattern(keys, " ")
         encoded = words.flatten().dictionary_encode()
         for word in encoded.dictionary.to_pylist():
             if word not in self._known:
-                drawn = hashlib.blake2b(word.encode(), digest_size=8).digest()
-                self._known[word] = int.from_bytes(drawn) >> 1, is_unknown(word)
-        known = [self._known[word] for word in encoded.dictionary.to_pylist()]
-        at, starts = encoded.indices.to_numpy(), words.offsets.to_numpy() - words.offsets[0].as_py()
+                word_hash = hashlib.blake2b(word.encode(), digest_size=8).digest()
+                self._known[word] = int.from_bytes(word_hash) >> 1, is_unknown(word)
+        entries = [self._known[word] for word in encoded.dictionary.to_pylist()]
+        indices, starts = encoded.indices.to_numpy(), words.offsets.to_numpy() - words.offsets[0].as_py()
         key = np.repeat(np.arange(len(keys)), np.diff(starts))
-        number = np.array([number for number, _ in known], np.uint64)[at]
-        left = (np.add.reduceat(number, starts[:-1]) if len(number) else number)[key] - number
-        return key, np.arange(len(key)) - starts[key], np.array([unknown for _, unknown in known], bool)[at], left
+        number = np.array([number for number, _ in entries], np.uint64)[indices]
+        remainder = (np.add.reduceat(number, starts[:-1]) if len(number) else number)[key] - number
+        return key, np.arange(len(key)) - starts[key], np.array([unknown for _, unknown in entries], bool)[indices], remainder
 
 
-def _apart(key: str, at: int) -> tuple[str, str]:
-    """Return a word of a key, and all others from the one behind it: the same wherever the key starts."""
+def _apart(key: str, position: int) -> tuple[str, str]:
+    """Return the word at a position, and the words after and before it: the same for every rotation of the key."""
     words = key.split(" ")
-    return words[at], " ".join(words[at + 1 :] + words[:at])
+    return words[position], " ".join(words[position + 1 :] + words[:position])
 
 
-def _follow(step: dict[str, str]) -> dict[str, str]:
-    """Return where each chain of steps ends; every step has one misspelled word less, so all of them end."""
+def _follow(corrections: dict[str, str]) -> dict[str, str]:
+    """Return the end of each chain of corrections; each removes one misspelled word, so every chain ends."""
     ends: dict[str, str] = {}
-    for key in step:
+    for key in corrections:
         end = key
-        while end in step:
-            end = step[end]
+        while end in corrections:
+            end = corrections[end]
         ends[key] = end
     return ends
 
 
 def _variants(word: str) -> Sequence[str]:
-    """Return the word and all it leaves with one letter out: two words that are one edit apart share one of these."""
-    return [word, *{word[:at] + word[at + 1 :] for at in range(len(word))}]
+    """Return the word and its forms with one letter removed; two words that are one edit apart share a form."""
+    return [word, *{word[:index] + word[index + 1 :] for index in range(len(word))}]
 
 
 def is_unknown(word: str) -> bool:
-    """Whether no dictionary has a word that is long enough to be another one, misspelled."""
+    """Return True if a word is not in the dictionary and long enough to be a misspelling."""
     return _may_be_misspelled(word) and not _is_known(word)
 
 
 def says_the_same(key: str, other: str) -> bool:
-    """Whether two content keys are equal but for one misspelled word.
+    """Return True if two content keys are equal, or differ by one misspelled word only.
 
-    A word is misspelled where it stands in no dictionary, one edit away from a word that does. Where both words are known,
-    or none, or one is a form of the other, they are different words: red and rod, cat and cats.
+    A word is misspelled if it is not in the dictionary and one edit away from a word that is. Two known words, two unknown
+    words, and two forms of a word are different words: red and rod, cat and cats.
     """
     if key == other:
         return True
-    mine, theirs = key.split(), other.split()
-    if len(mine) != len(theirs):
+    words, other_words = key.split(), other.split()
+    if len(words) != len(other_words):
         return False
-    # A misspelled first word may have moved the starting point.
-    return any(_differs_by_spelling(mine, theirs[at:] + theirs[:at]) for at in range(len(theirs)))
+    # A misspelled first word may have changed the rotation.
+    return any(_differs_by_spelling(words, other_words[start:] + other_words[:start]) for start in range(len(other_words)))
 
 
-def _differs_by_spelling(mine: list[str], theirs: list[str]) -> bool:
-    differing = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
+def _differs_by_spelling(words: list[str], other_words: list[str]) -> bool:
+    differing = [(a, b) for a, b in zip(words, other_words, strict=True) if a != b]
     return len(differing) == 1 and _is_misspelling(*differing[0])
 
 
@@ -161,12 +161,12 @@ def _may_be_misspelled(word: str) -> bool:
 
 @lru_cache(maxsize=1 << 17)
 def _is_known(word: str) -> bool:
-    """Whether WordNet has the word, or one that it is a form of."""
-    known = dictionary_words()
-    if word in known or word in _KNOWN_BESIDES:
+    """Return True if WordNet has the word, or the word that it is a form of."""
+    dictionary = dictionary_words()
+    if word in dictionary or word in _KNOWN_BESIDES:
         return True
     stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
-    return any(not known.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)
+    return any(not dictionary.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)
 
 
 def _before_ending(stem: str, ending: str) -> set[str]:
@@ -180,10 +180,10 @@ def _before_ending(stem: str, ending: str) -> set[str]:
 
 
 def one_edit_apart(a: str, b: str) -> bool:
-    """Whether one letter added, left out, changed or swapped with its neighbour makes one word of the other."""
+    """Return True if adding, removing or changing a letter, or swapping two neighbours, turns one word into the other."""
     if a == b or abs(len(a) - len(b)) > 1:
         return False
-    at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    rest, other = a[at:], b[at:]
-    swapped = rest[:2] == other[1::-1] and len(other) > 1 and rest[2:] == other[2:]
-    return swapped or rest[1:] == other[1:] or rest[1:] == other or rest == other[1:]
+    start = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[start:], b[start:]
+    swapped = rest_a[:2] == rest_b[1::-1] and len(rest_b) > 1 and rest_a[2:] == rest_b[2:]
+    return swapped or rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:]

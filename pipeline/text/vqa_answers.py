@@ -1,4 +1,4 @@
-"""VQA answers made comparable, by the rules of the official VQA evaluation (Antol et al., 2015), its quirks included.
+"""Normalize VQA answers by the rules of the official evaluation (Antol et al., 2015), including its quirks.
 
 Lower case, number words as digits, no articles, contractions with their apostrophe, no punctuation but that within numbers.
 """
@@ -11,9 +11,9 @@ _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_TAKEN = 32  # the official code hands a flag to the place of the count
+_PERIODS_TAKEN = 32  # the official code passes the flag re.UNICODE as the count
 
-# Of every contraction that the official table knows, the right spelling. It is found when one apostrophe is missing.
+# The correct spelling of each contraction in the official table; spellings without one apostrophe are mapped to it.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
 how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
@@ -25,8 +25,8 @@ who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all
 
 
 def _misspelled(right: str) -> list[str]:
-    apostrophes = [at for at, letter in enumerate(right) if letter == "'"]
-    return [right[:at] + right[at + 1 :] for at in apostrophes]
+    apostrophes = [index for index, letter in enumerate(right) if letter == "'"]
+    return [right[:index] + right[index + 1 :] for index in apostrophes]
 
 
 _RIGHT = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelled(right)} | {

@@ -1,4 +1,4 @@
-"""A chat server on loopback that answers as a script says. It notes every request, so that a test can count them."""
+"""A chat server on loopback that follows a script. It records every request, so that tests can count them."""
 
 import asyncio
 import json
@@ -22,19 +22,19 @@ REPLIES = {
 
 @dataclass(frozen=True)
 class Act:
-    """What the server does with one request: answer with a text, or fail in one of the ways that servers fail."""
+    """The server's response to one request: a text, or one of the failures of real servers."""
 
     text: str | None = None
     finish_reason: str = "stop"
     status: int = 200
     seconds: float = 0.0
-    raw: bytes | None = None  # the whole body, as it is
+    raw: bytes | None = None  # the whole body, unchanged
     cut: bool = False  # close the connection in the middle of the body
-    close: bool = False  # close the connection after the body without saying so
+    close: bool = False  # close the connection after the body without announcing it
     headers: dict[str, str] = field(default_factory=dict)
 
 
-Script = Callable[[int, dict[str, Any]], Act | None]  # (how often this very request came before, its body); None: be good
+Script = Callable[[int, dict[str, Any]], Act | None]  # (how often this request came before, its body); None: a valid reply
 
 
 class ChatServer:
@@ -50,13 +50,13 @@ class ChatServer:
         self.times: Counter[str] = Counter()
         self.flying = self.most_flying = 0
         self.metrics = ""
-        self.dead = False  # refuses all, as a server whose engine has died
+        self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
-        self.flights: list[int] = []  # how many were under way as each came
+        self.flights: list[int] = []  # requests in flight at the arrival of each
 
     def most_flying_since(self, request: int) -> int:
-        """How many were under way at once, after so many had come."""
+        """Return the largest number of requests in flight, from request `request` on."""
         return max(self.flights[request:])
 
     def app(self) -> web.Application:
@@ -100,10 +100,10 @@ class ChatServer:
         finally:
             self.flying -= 1
 
-    async def _act(self, request: web.Request, act: Act, good: str) -> web.StreamResponse:
+    async def _act(self, request: web.Request, act: Act, valid_text: str) -> web.StreamResponse:
         await asyncio.sleep(act.seconds)
         transport = request.transport
-        body = json.dumps(answer(good if act.text is None else act.text, act.finish_reason)).encode()
+        body = json.dumps(answer(valid_text if act.text is None else act.text, act.finish_reason)).encode()
         if act.status != 200:
             body = json.dumps({"error": {"message": f"scripted {act.status}"}}).encode()
         body = body if act.raw is None else act.raw
@@ -124,7 +124,7 @@ def answer(text: str, finish_reason: str = "stop") -> dict[str, Any]:
 
 
 def task_of(body: dict[str, Any]) -> str:
-    """The last line of the first user message."""
+    """Return the last line of the first user message."""
     first = next(message for message in body["messages"] if message["role"] == "user")
     return str(first["content"][-1]["text"].splitlines()[-1])
 
@@ -135,13 +135,13 @@ def uuid_of(body: dict[str, Any]) -> str:
 
 
 def _name(body: dict[str, Any]) -> str:
-    """One image and task, however often and in whatever way it is asked."""
+    """Identify a request by image and task, so that its retries count as the same request."""
     return f"{uuid_of(body)} {task_of(body)}"
 
 
 @contextmanager
 def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
-    """Serve in a thread; `url` ends in /v1. All that hangs is cut off in the end."""
+    """Serve in a thread; `url` ends in /v1. Requests that still hang at the end are cut off."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     runner = web.AppRunner(chat.app(), shutdown_timeout=0.1)

@@ -1,7 +1,7 @@
-"""The Hub's protocol over tests.hub.storage: as much of it as huggingface_hub, hf_xet and datasets use.
+"""The part of the Hub's protocol that huggingface_hub, hf_xet and datasets use, over tests.hub.storage.
 
-This file is access, faults and reading; `write.py` and `xet.py` are the rest. Paths are matched on the raw URL, since clients
-send `refs%2Fconvert%2Fparquet` as one segment.
+This file holds access, faults and reading; `write.py` and `xet.py` hold the rest. Paths are matched on the raw URL,
+because clients send `refs%2Fconvert%2Fparquet` as one segment.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ KINDS = {"datasets": "dataset", "models": "model"}
 
 @dataclass
 class Fault:
-    """What happens once to a request whose method and path match, after `skip` such requests went through.
+    """A fault for one request whose method and path match, after `skip` such requests have passed.
 
-    A status is answered instead of doing what was asked. Without one, the connection is dropped: before anything is done,
-    or, with `after`, when all is done and only the answer is missing. `call` runs at that moment. With `before`, the
-    request only waits until that has run.
+    With `status`, the server answers this status and does nothing else. Without, it drops the connection: before handling
+    the request or, with `after`, after handling it. `call` runs when the connection is dropped. With `before`, the request
+    succeeds, but only after `before` has run.
     """
 
     method: str
@@ -46,14 +46,14 @@ class Fault:
 
 
 class HubError(Exception):
-    """An answer other than success."""
+    """An error response."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
 
     def answer(self) -> Response:
-        """Return it as the clients read it."""
+        """Return the response as the clients expect it."""
         headers = {"X-Error-Code": self.code, "X-Error-Message": self.message}
         return JSONResponse({"error": self.message}, self.status, headers)
 
@@ -76,13 +76,13 @@ class Hub:
         self.granted: set[str] = set()  # gated repositories whose terms the user has accepted
         self.sent_bytes = 0
         self.received_bytes = 0
-        self.page_entries = 1000  # of one answer that lists things
+        self.page_entries = 1000  # in one page of a list
         self.xet = xet.Store(storage)
         routes = [*READING, *write.ROUTES, *xet.ROUTES]
         self.routes: list[tuple[str, re.Pattern[str], Handler]] = [(m, re.compile(p), handler) for m, p, handler in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or do to it what a fault says."""
+        """Answer one request, or apply the first fault that matches it."""
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
@@ -118,32 +118,32 @@ class Hub:
 
     async def _route(self, request: Request, path: str) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
-        for wanted, pattern, handler in self.routes:
-            found = pattern.fullmatch(path)
-            if found and wanted == method:
-                values = {k: unquote(v) for k, v in found.groupdict().items() if v is not None}
+        for route_method, pattern, handler in self.routes:
+            match = pattern.fullmatch(path)
+            if match and route_method == method:
+                values = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
                 return await handler(self, request, **values)
         raise HubError(404, "NotFound", f"no such route: {request.method} {path}")
 
     # --- access ---
 
     def who(self, request: Request) -> tuple[str | None, str]:
-        """Return the user of the token that was sent, and what it may do."""
-        sent = request.headers.get("authorization")
-        if sent is None:
+        """Return the user and the role of the token that was sent. Raises HubError for an unknown token."""
+        authorization = request.headers.get("authorization")
+        if authorization is None:
             return None, "none"
-        known = TOKENS.get(sent.removeprefix("Bearer "))
-        if known is None:
+        account = TOKENS.get(authorization.removeprefix("Bearer "))
+        if account is None:
             raise HubError(401, "Unauthorized", "Invalid user token.")
-        return known
+        return account
 
     def repo(self, request: Request, kind: str, repo: str) -> Repo:
-        """Return a repository that the user may see."""
-        found = self.storage.repos.get((KINDS[kind], repo))
+        """Return a repository. Raises HubError if it does not exist or the user may not see it."""
+        repository = self.storage.repos.get((KINDS[kind], repo))
         user, _ = self.who(request)
-        if found is None or (found.private and repo.split("/")[0] not in NAMESPACES.get(user or "", ())):
+        if repository is None or (repository.private and repo.split("/")[0] not in NAMESPACES.get(user or "", ())):
             raise HubError(404 if user else 401, "RepoNotFound", "Repository not found")
-        return found
+        return repository
 
     def writable(self, request: Request, kind: str, repo: str) -> Repo:
         """Return a repository that the token may write to."""
@@ -151,7 +151,7 @@ class Hub:
         return self.repo(request, kind, repo)
 
     def require_writer(self, request: Request, namespace: str) -> None:
-        """Refuse whoever may not write there."""
+        """Raise HubError if the token may not write to a namespace."""
         user, role = self.who(request)
         if user is None:
             raise HubError(401, "Unauthorized", "a token is needed to write")
@@ -159,28 +159,28 @@ class Hub:
             raise HubError(403, "Forbidden", "You don't have the rights to do this with this token")
 
     def commit_at(self, repo: Repo, revision: str) -> Commit:
-        """Return the commit that a revision names."""
-        found = repo.resolve(revision)
-        if found is None:
+        """Return the commit of a revision. Raises HubError if there is none."""
+        commit = repo.resolve(revision)
+        if commit is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return found
+        return commit
 
     def page(self, request: Request, entries: list[dict[str, object]]) -> Response:
-        """Answer with one page of a list, and say where the next one is."""
+        """Return one page of a list, with a link to the next page."""
         first = int(request.query_params.get("cursor", 0))
-        after = first + self.page_entries
-        headers = {"Link": f'<{request.url.include_query_params(cursor=after)}>; rel="next"'} if after < len(entries) else {}
-        return JSONResponse(entries[first:after], headers=headers)
+        end = first + self.page_entries
+        headers = {"Link": f'<{request.url.include_query_params(cursor=end)}>; rel="next"'} if end < len(entries) else {}
+        return JSONResponse(entries[first:end], headers=headers)
 
 
 def _drop(send: Send, fault: Fault) -> None:
     if fault.call:
         fault.call()
-    send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's connection: no answer at all
+    send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's connection: the client gets no answer
 
 
 async def whoami(hub: Hub, request: Request) -> Response:
-    """Who the token belongs to."""
+    """Return the user, the organizations and the role of the token."""
     user, role = hub.who(request)
     if user is None:
         raise HubError(401, "Unauthorized", "Invalid username or password.")
@@ -189,20 +189,20 @@ async def whoami(hub: Hub, request: Request) -> Response:
 
 
 async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str = "main") -> Response:
-    """A repository at a revision."""
-    found = hub.repo(request, kind, repo)
-    commit = hub.commit_at(found, revision)
-    about = {
+    """Describe a repository at a revision."""
+    repository = hub.repo(request, kind, repo)
+    commit = hub.commit_at(repository, revision)
+    fields = {
         "id": repo,
         "sha": commit.oid,
-        "private": found.private,
-        "gated": "auto" if found.gated else False,
+        "private": repository.private,
+        "gated": "auto" if repository.gated else False,
         "tags": [],
         "downloads": 0,
         "cardData": _card(hub, commit),
     }
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
-    return JSONResponse(about | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
+    return JSONResponse(fields | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
 
 
 def _card(hub: Hub, commit: Commit) -> dict[str, object]:
@@ -214,33 +214,35 @@ def _card(hub: Hub, commit: Commit) -> dict[str, object]:
 
 
 async def refs(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Branches and tags; a branch of a conversion is listed apart."""
-    found = hub.repo(request, kind, repo)
-    converts = {name: oid for name, oid in found.branches.items() if name.startswith("refs/convert/")}
-    branches = {name: oid for name, oid in found.branches.items() if name not in converts}
+    """List branches and tags; conversion branches are listed separately."""
+    repository = hub.repo(request, kind, repo)
+    converts = {name: oid for name, oid in repository.branches.items() if name.startswith("refs/convert/")}
+    branches = {name: oid for name, oid in repository.branches.items() if name not in converts}
     return JSONResponse(
         {
             "branches": [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches.items()],
             "converts": [{"name": n.rpartition("/")[2], "ref": n, "targetCommit": oid} for n, oid in converts.items()],
-            "tags": [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in found.tags.items()],
+            "tags": [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()],
         }
     )
 
 
 async def commits(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """History, newest first."""
-    found = hub.repo(request, kind, repo)
-    listed: list[dict[str, object]] = []
-    at: Commit | None = hub.commit_at(found, revision)
-    while at is not None:
-        when = "2026-01-01T00:00:00.000Z"
-        listed.append({"id": at.oid, "title": at.title, "message": at.message, "date": when, "authors": [{"user": USER}]})
-        at = found.commits[at.parent] if at.parent else None
-    return hub.page(request, listed)
+    """List the history, newest commit first."""
+    repository = hub.repo(request, kind, repo)
+    entries: list[dict[str, object]] = []
+    commit: Commit | None = hub.commit_at(repository, revision)
+    while commit is not None:
+        date = "2026-01-01T00:00:00.000Z"
+        entries.append(
+            {"id": commit.oid, "title": commit.title, "message": commit.message, "date": date, "authors": [{"user": USER}]}
+        )
+        commit = repository.commits[commit.parent] if commit.parent else None
+    return hub.page(request, entries)
 
 
 async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, path: str = "") -> Response:
-    """Files and folders, below a folder or all of them."""
+    """List files and folders, of the whole repository or below one folder."""
     files = hub.commit_at(hub.repo(request, kind, repo), revision).files
     under = f"{path}/" if path else ""
     inside = {name: file for name, file in files.items() if name.startswith(under)}
@@ -254,35 +256,35 @@ async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, 
 
 
 async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """The named files; those that do not exist are left out."""
+    """Describe the named files; missing files are left out."""
     files = hub.commit_at(hub.repo(request, kind, repo), revision).files
-    asked = parse_qs((await request.body()).decode())["paths"]
-    return JSONResponse([files[path].entry(path) for path in asked if path in files])
+    paths = parse_qs((await request.body()).decode())["paths"]
+    return JSONResponse([files[path].entry(path) for path in paths if path in files])
 
 
 async def file(hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
-    """The bytes of a file, or of a part of it."""
-    found = hub.repo(request, kind, repo)
-    if found.gated and hub.who(request)[0] is None:
+    """Return the bytes of a file, or of the requested range."""
+    repository = hub.repo(request, kind, repo)
+    if repository.gated and hub.who(request)[0] is None:
         raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
-    if found.gated and repo not in hub.granted:
+    if repository.gated and repo not in hub.granted:
         raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
-    commit = hub.commit_at(found, revision)
+    commit = hub.commit_at(repository, revision)
     if path not in commit.files:
         missing = HubError(404, "EntryNotFound", f"{path} not found").answer()
         missing.headers["X-Repo-Commit"] = commit.oid
         return missing
-    wanted = commit.files[path]
-    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{wanted.sha256 if wanted.lfs else wanted.git_oid}"'}
-    if wanted.lfs:
-        headers |= {"X-Linked-Etag": f'"{wanted.sha256}"', "X-Linked-Size": str(wanted.size)}
+    stored = commit.files[path]
+    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{stored.sha256 if stored.lfs else stored.git_oid}"'}
+    if stored.lfs:
+        headers |= {"X-Linked-Etag": f'"{stored.sha256}"', "X-Linked-Size": str(stored.size)}
     if request.method == "GET":
-        hub.sent_bytes += _range_bytes(request.headers.get("range"), wanted.size)
-    return FileResponse(hub.storage.path(wanted.sha256), headers=headers)
+        hub.sent_bytes += _range_bytes(request.headers.get("range"), stored.size)
+    return FileResponse(hub.storage.path(stored.sha256), headers=headers)
 
 
 def _range_bytes(header: str | None, size: int) -> int:
-    """How many bytes a request for `bytes=first-last` gets."""
+    """Return how many bytes a request for `bytes=first-last` gets."""
     if header is None:
         return size
     first, last = header.removeprefix("bytes=").split("-")
@@ -290,7 +292,7 @@ def _range_bytes(header: str | None, size: int) -> int:
 
 
 async def read_json_lines(request: Request) -> list[dict[str, object]]:
-    """Return the objects of a body that has one on each line."""
+    """Return the JSON objects of a body, one from each line."""
     return [json.loads(line) for line in (await request.body()).decode().splitlines()]
 
 

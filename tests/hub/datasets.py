@@ -1,4 +1,4 @@
-"""Tiny repositories with the true layouts of the data sets that we name: columns, types, file names, branches."""
+"""Tiny repositories with the real layouts of the named datasets: columns, types, file names, branches."""
 
 import io
 import json
@@ -17,7 +17,7 @@ KARPATHY = ("train", "train", "train", "val", "test")
 
 
 def photo(number: int, size: tuple[int, int] = (60, 45)) -> bytes:
-    """A JPEG that no other number has."""
+    """Return a JPEG that is unique to this number."""
     rng, out = random.Random(number), io.BytesIO()
     small = Image.frombytes("RGB", (6, 5), rng.randbytes(90))
     small.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG")
@@ -61,7 +61,7 @@ def flickr_rows(count: int) -> list[dict[str, Any]]:
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
-    """A script on main; its conversion on a branch, all of it under `test`, the true split in a column."""
+    """Seed a script on main, and its conversion on a branch: all rows under `test`, the true split in a column."""
     storage.seed("dataset", repo, {"flickr30k.py": SCRIPT, "README.md": b"---\nlanguage: en\n---\n"})
     half = count // 2
     rows = flickr_rows(count)
@@ -70,7 +70,7 @@ def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flick
 
 
 def seed_flickr30k_without_split(storage: Storage, count: int = 10, repo: str = "lmms-lab/flickr30k") -> None:
-    """A copy that files everything under `test` and has no split column."""
+    """Seed a copy with all rows under `test` and no split column."""
     schema = FLICKR.remove(FLICKR.get_field_index("split"))
     rows = [{k: v for k, v in row.items() if k != "split"} for row in flickr_rows(count)]
     storage.seed("dataset", repo, {"data/test-00000-of-00001.parquet": parquet(rows, schema)})
@@ -114,12 +114,12 @@ def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict
         for question in range(questions)
         for image in range(images)
     ]
-    random.Random(0).shuffle(rows)  # nobody promises that the questions of a photo stand together
+    random.Random(0).shuffle(rows)  # the questions of a photo need not be adjacent
     return rows
 
 
 def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str = "lmms-lab/VQAv2") -> None:
-    """Validation and test; no train. The test split has no answers."""
+    """Seed validation and test, but no train split. The test split has no answers."""
     files = {
         "data/validation-00000-of-00001.parquet": parquet(vqa_rows(images, questions), VQA),
         "data/test-00000-of-00001.parquet": parquet(vqa_rows(2, questions, answered=False), VQA),
@@ -163,7 +163,7 @@ def slide_rows(decks: int, pages: int = 20) -> list[dict[str, Any]]:
 
 
 def seed_slidevqa(storage: Storage, decks: int = 2, repo: str = "NTT-hil-insight/SlideVQA") -> None:
-    """Gated, decks of twenty pages; one deck of seven, whose other pages are null. The split is called `val`."""
+    """Seed a gated repository: decks of twenty pages and, in `val`, one deck of seven whose other pages are null."""
     files = {
         "data/train-00000-of-00001.parquet": parquet(slide_rows(decks), SLIDES),
         "data/val-00000-of-00001.parquet": parquet(slide_rows(1, pages=7), SLIDES),

@@ -1,6 +1,6 @@
-"""Pushes with the real client, each in a process of its own that can be killed, without paying for its imports each time.
+"""Push with the real client, each time in a process that can be killed, with one import of the client.
 
-The client reads where the Hub is when it is imported: so one process imports it, and forks for each push.
+The client reads the address of the Hub at import: so one process imports it, and forks for each push.
 """
 
 import json
@@ -52,14 +52,14 @@ for line in sys.stdin:
 
 @dataclass
 class Pusher:
-    """A client of one Hub. `pid` is that of the push that runs."""
+    """A client of one Hub. `pid` is the process id of the running push."""
 
     hub: RunningHub
     home: Path
     xet: bool = False
     token: str = TOKEN
     debug: bool = False
-    hasty: bool = False  # do not wait long before trying again
+    hasty: bool = False  # shorten the waits between retries
     pid: int = 0
 
     def __enter__(self) -> "Pusher":
@@ -78,12 +78,12 @@ class Pusher:
         self.log.close()
 
     def push(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> dict[str, Any]:
-        """Push and return what came of it: where it is, an error with its hint, or {} where the process was killed."""
+        """Push and return the result: commit and tag, an error with its hint, or {} if the process was killed."""
         self.start(version, repo, **options)
         return self.finish()
 
     def start(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> None:
-        """Begin a push."""
+        """Start a push; `finish` returns its result."""
         assert self.process.stdin
         assert self.process.stdout
         path = version.path if isinstance(version, Version) else version
@@ -95,7 +95,7 @@ class Pusher:
         self.pid = self.answers.pop("pid")
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the push that was begun."""
+        """Wait for the started push and return its result."""
         assert self.process.stdout
         while "status" not in self.answers:
             self.answers |= json.loads(self.process.stdout.readline())
@@ -104,5 +104,5 @@ class Pusher:
         return self.answers
 
     def kill(self) -> None:
-        """End the push that runs, at once."""
+        """Kill the running push."""
         os.kill(self.pid, 9)

@@ -1,4 +1,4 @@
-"""Run the Hub in a thread of this process, or in front: `python -m tests.hub.server --port 8000`."""
+"""Run the Hub in a thread of this process, or in the foreground: `python -m tests.hub.server --port 8000`."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ class RunningHub:
     def env(self, home: Path, *, xet: bool = False) -> dict[str, str]:
         """Return an environment in which the client libraries talk to this server, with caches under `home`.
 
-        They read it when they are imported, so it is for another process.
+        They read it at import, so it takes effect only in a new process.
         """
         return {
             **os.environ,
@@ -43,7 +43,7 @@ class RunningHub:
 
 @contextmanager
 def running_hub(root: Path) -> Iterator[RunningHub]:
-    """Serve on a free port of loopback while the block runs."""
+    """Serve on a free loopback port while the block runs."""
     hub = Hub(Storage(root))
     server = uvicorn.Server(uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -59,7 +59,7 @@ def running_hub(root: Path) -> Iterator[RunningHub]:
 
 
 def main() -> None:
-    """Serve in front until stopped."""
+    """Serve in the foreground until stopped."""
     parser = argparse.ArgumentParser(description="A Hub-protocol server on loopback.")
     parser.add_argument("--port", type=int, default=8000)
     with tempfile.TemporaryDirectory() as root:

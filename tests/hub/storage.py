@@ -1,4 +1,4 @@
-"""What the Hub keeps: repositories as chains of commits over content-addressed files. State lives in memory, bytes on disk."""
+"""The Hub's storage: repositories as chains of commits over content-addressed files. State is in memory, bytes are on disk."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class File:
-    """One file of a commit. A large file is known by its sha256, a small one by its git blob id."""
+    """One file of a commit. A large file is identified by its sha256, a small one by its git blob id."""
 
     sha256: str
     git_oid: str
@@ -15,11 +15,11 @@ class File:
     lfs: bool
 
     def entry(self, path: str) -> dict[str, object]:
-        """Describe the file as the tree and paths-info answers do."""
-        found: dict[str, object] = {"type": "file", "path": path, "oid": self.git_oid, "size": self.size}
+        """Return the entry of the file in tree and paths-info responses."""
+        fields: dict[str, object] = {"type": "file", "path": path, "oid": self.git_oid, "size": self.size}
         if self.lfs:
-            found["lfs"] = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": 130}
-        return found
+            fields["lfs"] = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": 130}
+        return fields
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Repo:
         """Add a commit on a branch."""
         parent = self.branches.get(branch)
         content = repr((self.kind, self.id, parent, title, len(self.commits), sorted(files.items())))
-        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files, message)  # as git does
-        self.commits[made.oid] = made
-        self.branches[branch] = made.oid
-        return made
+        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files, message)  # as git does
+        self.commits[commit.oid] = commit
+        self.branches[branch] = commit.oid
+        return commit
 
     def resolve(self, revision: str) -> Commit | None:
         """Return the commit that a branch, a tag or a full commit id names."""
@@ -69,26 +69,26 @@ class Storage:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Return where the bytes with this digest lie, or would."""
+        """Return the path for the bytes with this digest."""
         return self.root / sha256
 
     def put(self, data: bytes) -> File:
-        """Keep a small file."""
+        """Store a small file."""
         sha256 = hashlib.sha256(data).hexdigest()
         self.path(sha256).write_bytes(data)
         git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git does
         return File(sha256, git_oid, len(data), lfs=False)
 
     def seed(self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main", *, gated: bool = False) -> Repo:
-        """Put files on a branch of a repository, as somebody had pushed them; Parquet goes through LFS as on the Hub."""
-        found = self.repos.setdefault((kind, repo), Repo(kind, repo, private=False))
-        found.gated = found.gated or gated
+        """Commit files on a branch, as a push would; Parquet and safetensors go through LFS, as on the Hub."""
+        repository = self.repos.setdefault((kind, repo), Repo(kind, repo, private=False))
+        repository.gated = repository.gated or gated
         kept = {path: replace(self.put(data), lfs=path.endswith((".parquet", ".safetensors"))) for path, data in files.items()}
-        found.commit(branch, "seed", kept)
-        return found
+        repository.commit(branch, "seed", kept)
+        return repository
 
     def large(self, sha256: str) -> File | None:
-        """Return a large file that was uploaded before."""
+        """Return a large file, or None if it was not uploaded."""
         if not self.path(sha256).exists():
             return None
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {self.path(sha256).stat().st_size}\n"

@@ -1,4 +1,4 @@
-"""The Hub of the tests refuses what the Hub refuses: spoken to in plain HTTP, as no client of ours would."""
+"""The test Hub refuses the same requests as the real Hub; the tests use plain HTTP."""
 
 import base64
 import hashlib
@@ -17,18 +17,18 @@ REPO = "/api/datasets/me/x"
 
 
 class Client:
-    """Plain requests under one token."""
+    """Plain HTTP requests with a token."""
 
     def __init__(self, hub: RunningHub) -> None:
         self.hub = hub.hub
         self.http = httpx2.Client(base_url=hub.endpoint, trust_env=False)
 
-    def ask(self, method: str, path: str, token: str | None = TOKEN, **more: Any) -> httpx2.Response:
+    def ask(self, method: str, path: str, token: str | None = TOKEN, **options: Any) -> httpx2.Response:
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        return self.http.request(method, path, headers=headers | more.pop("headers", {}), **more)
+        return self.http.request(method, path, headers=headers | options.pop("headers", {}), **options)
 
-    def create(self, **more: Any) -> httpx2.Response:
-        return self.ask("POST", "/api/repos/create", json={"name": "x", "organization": "me", "type": "dataset", **more})
+    def create(self, **fields: Any) -> httpx2.Response:
+        return self.ask("POST", "/api/repos/create", json={"name": "x", "organization": "me", "type": "dataset", **fields})
 
     def commit(self, *operations: tuple[str, dict[str, Any]], parent: str | None = None, token: str = TOKEN) -> httpx2.Response:
         header = ("header", {"summary": "s", **({"parentCommit": parent} if parent else {})})
@@ -57,9 +57,9 @@ def test_a_read_token_and_a_strangers_token_cannot_write(client: Client) -> None
 
 def test_a_private_repository_is_not_there_for_others(client: Client) -> None:
     client.ask("PUT", f"{REPO}/settings", json={"visibility": "private"})
-    seen = {token: client.ask("GET", REPO, token) for token in (TOKEN, READ_TOKEN, OTHER_TOKEN, None)}
-    assert [answer.status_code for answer in seen.values()] == [200, 200, 404, 401]
-    assert {answer.headers["X-Error-Code"] for answer in list(seen.values())[2:]} == {"RepoNotFound"}
+    answers = {token: client.ask("GET", REPO, token) for token in (TOKEN, READ_TOKEN, OTHER_TOKEN, None)}
+    assert [answer.status_code for answer in answers.values()] == [200, 200, 404, 401]
+    assert {answer.headers["X-Error-Code"] for answer in list(answers.values())[2:]} == {"RepoNotFound"}
 
 
 @pytest.mark.parametrize("path", ["../a", "a/../b", "/a", "a//b", "a\\b", ".git/config", "a\0b", ""])
@@ -70,9 +70,9 @@ def test_a_path_that_leaves_the_repository_is_refused(client: Client, path: str)
 
 def test_a_commit_on_an_older_head_is_refused_and_changes_nothing(client: Client) -> None:
     head = client.ask("GET", REPO).json()["sha"]
-    made = client.commit(small("a"), parent=head).json()["commitOid"]
+    commit_oid = client.commit(small("a"), parent=head).json()["commitOid"]
     assert client.commit(small("b"), parent=head).status_code == 412
-    assert client.ask("GET", REPO).json()["sha"] == made
+    assert client.ask("GET", REPO).json()["sha"] == commit_oid
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ def test_other_bytes_than_announced_are_refused(client: Client) -> None:
 def test_large_files_come_in_parts(client: Client) -> None:
     data = bytes(range(256)) * 100_000
     sha256 = hashlib.sha256(data).hexdigest()
-    asked = {"operation": "upload", "objects": [{"oid": sha256, "size": len(data)}]}
+    batch = {"operation": "upload", "objects": [{"oid": sha256, "size": len(data)}]}
     url = "/datasets/me/x.git/info/lfs/objects/batch"
-    header = client.ask("POST", url, json=asked).json()["objects"][0]["actions"]["upload"]["header"]
+    header = client.ask("POST", url, json=batch).json()["objects"][0]["actions"]["upload"]["header"]
     size = int(header.pop("chunk_size"))
     for number, href in header.items():
         assert client.ask("PUT", href, None, content=data[(int(number) - 1) * size : int(number) * size]).headers["ETag"]
     parts = [{"partNumber": int(number), "etag": "e"} for number in header]
     assert client.ask("POST", f"/lfs/{sha256}", None, json={"oid": sha256, "parts": parts}).status_code == 200
-    assert "actions" not in client.ask("POST", url, json=asked).json()["objects"][0]  # it is there already
+    assert "actions" not in client.ask("POST", url, json=batch).json()["objects"][0]  # the file is already uploaded
     assert client.commit(("lfsFile", {"path": "a.bin", "algo": "sha256", "oid": sha256})).status_code == 200
     part = client.ask("GET", "/datasets/me/x/resolve/main/a.bin", headers={"Range": "bytes=255-257"})
     assert (part.status_code, part.content) == (206, b"\xff\x00\x01")
@@ -146,9 +146,9 @@ def test_a_branch_a_conversion_and_the_end_of_a_repository(client: Client) -> No
     assert [ref["name"] for ref in refs["branches"]] == ["main", "try"]
     assert [ref["ref"] for ref in refs["converts"]] == ["refs/convert/parquet"]
     assert client.ask("DELETE", f"{REPO}/branch/try").status_code == 200
-    gone = {"name": "x", "organization": "me", "type": "dataset"}
-    assert client.ask("DELETE", "/api/repos/delete", OTHER_TOKEN, json=gone).status_code == 403
-    assert client.ask("DELETE", "/api/repos/delete", json=gone).status_code == 200
+    repository = {"name": "x", "organization": "me", "type": "dataset"}
+    assert client.ask("DELETE", "/api/repos/delete", OTHER_TOKEN, json=repository).status_code == 403
+    assert client.ask("DELETE", "/api/repos/delete", json=repository).status_code == 200
     assert client.ask("GET", REPO).status_code == 404
 
 

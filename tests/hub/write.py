@@ -1,4 +1,4 @@
-"""The Hub's protocol, writing: repositories, commits, tags, branches, and large files by LFS."""
+"""The writing part of the Hub's protocol: repositories, commits, tags, branches, and large files by LFS."""
 
 import base64
 import binascii
@@ -12,14 +12,14 @@ from starlette.responses import JSONResponse, Response
 from tests.hub.app import API, FILES, Handler, Hub, HubError, read_json_lines
 from tests.hub.storage import File, Repo
 
-LFS_BYTES = 1_000_000  # files from this size on, and Parquet and weights always, are large
+LFS_BYTES = 1_000_000  # files of at least this size, and all Parquet files and weights, are large
 LARGE_ENDINGS = (".parquet", ".safetensors", ".bin", ".zip")
 PART_BYTES = 20_000_000  # a larger file is uploaded in parts of this size
-COMMIT_FILES = 25_000  # of one commit; the Hub's documentation asks for far fewer
+COMMIT_FILES = 25_000  # limit of one commit; the Hub's documentation asks for far fewer
 
 
 async def create(hub: Hub, request: Request) -> Response:
-    """A new, empty repository."""
+    """Create a repository that holds only `.gitattributes`."""
     body = await request.json()
     user, _ = hub.who(request)
     owner = body.get("organization") or user or ""
@@ -28,16 +28,16 @@ async def create(hub: Hub, request: Request) -> Response:
     url = {"url": f"{request.base_url}{'datasets/' if kind == 'dataset' else ''}{repo}", "name": repo, "id": repo}
     if (kind, repo) in hub.storage.repos:
         return JSONResponse({"error": "You already created this repo", **url}, 409)
-    made = Repo(kind, repo, private=body.get("visibility") == "private")
-    made.commit(
+    repository = Repo(kind, repo, private=body.get("visibility") == "private")
+    repository.commit(
         "main", "initial commit", {".gitattributes": hub.storage.put(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")}
     )
-    hub.storage.repos[kind, repo] = made
+    hub.storage.repos[kind, repo] = repository
     return JSONResponse(url)
 
 
 async def delete(hub: Hub, request: Request) -> Response:
-    """The end of a repository."""
+    """Delete a repository."""
     body = await request.json()
     owner = body.get("organization") or hub.who(request)[0] or ""
     hub.require_writer(request, owner)
@@ -47,15 +47,15 @@ async def delete(hub: Hub, request: Request) -> Response:
 
 
 async def settings(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Who may see and load a repository."""
-    found, body = hub.writable(request, kind, repo), await request.json()
-    found.gated = bool(body.get("gated", found.gated))
-    found.private = body.get("visibility", "private" if found.private else "public") == "private"
+    """Set whether a repository is gated or private."""
+    repository, body = hub.writable(request, kind, repo), await request.json()
+    repository.gated = bool(body.get("gated", repository.gated))
+    repository.private = body.get("visibility", "private" if repository.private else "public") == "private"
     return JSONResponse({})
 
 
 async def validate_yaml(hub: Hub, request: Request) -> Response:
-    """Say what is wrong with the header of a card."""
+    """Return the errors in the YAML header of a card."""
     content = (await request.json())["content"]
     try:
         header = yaml.safe_load(content.split("---")[1]) if content.startswith("---") else {}
@@ -66,37 +66,37 @@ async def validate_yaml(hub: Hub, request: Request) -> Response:
 
 
 async def preupload(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Tell, for each file, whether it is large, and what is there already."""
+    """Return the upload mode of each file, and its current id if it exists."""
     files = hub.commit_at(hub.writable(request, kind, repo), revision).files
     answers = []
     for file in (await request.json())["files"]:
         large = file["size"] >= LFS_BYTES or file["path"].endswith(LARGE_ENDINGS)
-        here = files.get(file["path"])
-        oid = {} if here is None else {"oid": here.sha256 if here.lfs else here.git_oid}
+        stored = files.get(file["path"])
+        oid = {} if stored is None else {"oid": stored.sha256 if stored.lfs else stored.git_oid}
         mode = "lfs" if large else "regular"
         answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
     return JSONResponse({"files": answers})
 
 
 async def lfs_batch(hub: Hub, request: Request, repo: str, kind: str = "models") -> Response:
-    """Where to upload each large file that is not there yet: at once, or in parts."""
+    """Return the upload URL of each missing large file, or the URLs of its parts."""
     hub.writable(request, kind, repo)
     answers = []
-    for wanted in (await request.json())["objects"]:
-        href = f"{request.base_url}lfs/{wanted['oid']}"
+    for pointer in (await request.json())["objects"]:
+        href = f"{request.base_url}lfs/{pointer['oid']}"
         upload: dict[str, object] = {}
-        if not hub.storage.path(wanted["oid"]).exists():
+        if not hub.storage.path(pointer["oid"]).exists():
             upload = {"upload": {"href": href}}
-            if wanted["size"] > PART_BYTES:
-                parts = range(1, -(-wanted["size"] // PART_BYTES) + 1)
+            if pointer["size"] > PART_BYTES:
+                parts = range(1, -(-pointer["size"] // PART_BYTES) + 1)
                 header = {"chunk_size": str(PART_BYTES)} | {f"{n:05d}": f"{href}/part/{n}" for n in parts}
                 upload = {"upload": {"href": href, "header": header}}
-        answers.append(wanted | ({"actions": upload} if upload else {}))
+        answers.append(pointer | ({"actions": upload} if upload else {}))
     return JSONResponse({"transfer": "basic", "objects": answers})
 
 
 async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
-    """Receive a large file, and refuse other bytes than were announced."""
+    """Receive a large file. Raises HubError if its bytes do not match the sha256."""
     draft, digest = hub.storage.path(f".{sha256}.tmp"), hashlib.sha256()
     with draft.open("wb") as file:
         async for part in request.stream():
@@ -119,7 +119,7 @@ async def lfs_part(hub: Hub, request: Request, sha256: str, number: str) -> Resp
 
 
 async def lfs_complete(hub: Hub, request: Request, sha256: str) -> Response:
-    """Put the parts of a large file together."""
+    """Join the parts of a large file. Raises HubError if the bytes do not match the sha256."""
     digest, draft = hashlib.sha256(), hub.storage.path(f".{sha256}.tmp")
     parts = [hub.storage.path(f".{sha256}.{part['partNumber']}") for part in (await request.json())["parts"]]
     with draft.open("wb") as file:
@@ -136,12 +136,12 @@ async def lfs_complete(hub: Hub, request: Request, sha256: str) -> Response:
 
 
 async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Apply all operations at once, on top of the parent that the client saw."""
-    found = hub.writable(request, kind, repo)
+    """Apply all operations as one commit. Raises HubError if the parent is stale or an operation is invalid."""
+    repository = hub.writable(request, kind, repo)
     operations = await read_json_lines(request)
-    if revision not in found.branches:
+    if revision not in repository.branches:
         raise HubError(404, "RevisionNotFound", f"no branch {revision}: a tag or a commit cannot be written to")
-    head = hub.commit_at(found, revision)
+    head = hub.commit_at(repository, revision)
     files: dict[str, File] = dict(head.files)
     title, message = "commit", ""
     if len(operations) > COMMIT_FILES:
@@ -164,15 +164,15 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
             if files.pop(value["path"], None) is None:
                 raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {value['path']}")
         elif key == "deletedFolder":
-            gone = [path for path in files if path.startswith(value["path"].rstrip("/") + "/")]
-            if not gone:
+            deleted = [path for path in files if path.startswith(value["path"].rstrip("/") + "/")]
+            if not deleted:
                 raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {value['path']}")
-            for path in gone:
+            for path in deleted:
                 del files[path]
         else:
             raise HubError(400, "BadOperation", f"unknown operation: {key}")
-    made = found.commit(revision, title, files, message)
-    return JSONResponse({"commitOid": made.oid, "commitUrl": f"{request.base_url}{kind}/{repo}/commit/{made.oid}"})
+    new_commit = repository.commit(revision, title, files, message)
+    return JSONResponse({"commitOid": new_commit.oid, "commitUrl": f"{request.base_url}{kind}/{repo}/commit/{new_commit.oid}"})
 
 
 def _small(hub: Hub, value: dict[str, str]) -> File:
@@ -186,43 +186,43 @@ def _small(hub: Hub, value: dict[str, str]) -> File:
 
 
 async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Name a commit; a name that is taken stays where it is."""
-    found = hub.writable(request, kind, repo)
+    """Tag a commit. Raises HubError if the tag exists."""
+    repository = hub.writable(request, kind, repo)
     name = (await request.json())["tag"]
-    oid = hub.commit_at(found, revision).oid
-    if name in found.tags:
+    oid = hub.commit_at(repository, revision).oid
+    if name in repository.tags:
         raise HubError(409, "TagExists", f"Tag {name} already exists")
-    found.tags[name] = oid
+    repository.tags[name] = oid
     return JSONResponse({})
 
 
 async def untag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Take a name away."""
+    """Delete a tag."""
     if hub.writable(request, kind, repo).tags.pop(revision, None) is None:
         raise HubError(404, "RevisionNotFound", f"no tag {revision}")
     return JSONResponse({})
 
 
 async def branch(hub: Hub, request: Request, kind: str, repo: str, name: str) -> Response:
-    """Start a branch."""
-    found = hub.writable(request, kind, repo)
+    """Create a branch. Raises HubError if it exists."""
+    repository = hub.writable(request, kind, repo)
     body = await request.body()
     start = (json.loads(body) if body else {}).get("startingPoint", "main")
-    if name in found.branches:
+    if name in repository.branches:
         raise HubError(409, "BranchExists", f"Reference {name} already exists")
-    found.branches[name] = hub.commit_at(found, start).oid
+    repository.branches[name] = hub.commit_at(repository, start).oid
     return JSONResponse({})
 
 
 async def unbranch(hub: Hub, request: Request, kind: str, repo: str, name: str) -> Response:
-    """End a branch."""
+    """Delete a branch other than main."""
     if name == "main" or hub.writable(request, kind, repo).branches.pop(name, None) is None:
         raise HubError(404, "RevisionNotFound", f"no branch {name} that could be deleted")
     return JSONResponse({})
 
 
 async def auth_check(hub: Hub, request: Request, kind: str, repo: str, write: str = "") -> Response:
-    """Say whether the token may read, or write."""
+    """Check that the token may read, or write."""
     hub.writable(request, kind, repo) if write else hub.repo(request, kind, repo)
     return JSONResponse({})
 

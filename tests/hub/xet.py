@@ -1,7 +1,7 @@
-"""The Hub's protocol, Xet: files arrive as chunks in blocks, and as recipes of which chunks make which file.
+"""The Xet part of the Hub's protocol: chunks arrive in blocks, and recipes list the chunks of each file.
 
 Sources: the records of `hf_xet` (crate `mdb_shard` for recipes, `cas_object` for blocks). A hash is written as four 64-bit
-numbers, so that its hexadecimal form has each eight bytes in reverse.
+little-endian numbers, so its hexadecimal form reverses each eight bytes.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ STORED, LZ4, GROUPED_LZ4 = 0, 1, 2  # how a chunk is compressed
 
 
 class Segment(NamedTuple):
-    """Some chunks of one block, one after another."""
+    """The consecutive chunks `first` to `after` - 1 of one block."""
 
     block: str
     first: int
@@ -31,13 +31,13 @@ class Segment(NamedTuple):
 
 
 class Store:
-    """Blocks by their hash. A file that is whole lies in the storage, by its sha256, as if LFS had brought it."""
+    """Blocks by their hash. A complete file is stored by its sha256, like a file from LFS."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
     def keep(self, block: str, data: bytes) -> None:
-        """Keep a block as it came."""
+        """Store a block unchanged."""
         self.storage.path(f"xet-{block}").write_bytes(data)
 
     def chunks(self, segment: Segment) -> Iterator[bytes]:
@@ -53,31 +53,31 @@ class Store:
                 yield chunk()
 
     def assemble(self, sha256: str, segments: list[Segment]) -> None:
-        """Write a file from its chunks, and refuse other bytes than were announced."""
-        atomic_write, digest = self.storage.path(f".{sha256}.tmp"), hashlib.sha256()
-        with atomic_write.open("wb") as file:
+        """Write a file from its chunks. Raises HubError if its bytes do not match the sha256."""
+        draft, digest = self.storage.path(f".{sha256}.tmp"), hashlib.sha256()
+        with draft.open("wb") as file:
             for segment in segments:
                 for chunk in self.chunks(segment):
                     digest.update(chunk)
                     file.write(chunk)
         if digest.hexdigest() != sha256:
-            atomic_write.unlink()
+            draft.unlink()
             raise HubError(400, "BadChecksum", "the chunks do not make the file that was announced")
-        atomic_write.replace(self.storage.path(sha256))
+        draft.replace(self.storage.path(sha256))
 
 
 def _chunks(block: bytes) -> Iterator["SampleBatch"]:
-    """Yield the chunks of a block, each to be unpacked when called."""
-    at = 0
-    while at + 8 <= len(block) and block[at] == 0:  # the version of a chunk's header; a footer begins otherwise
-        packed = int.from_bytes(block[at + 1 : at + 4], "little")
-        scheme, size = block[at + 4], int.from_bytes(block[at + 5 : at + 8], "little")
-        yield SampleBatch(block[at + 8 : at + 8 + packed], scheme, size)
-        at += 8 + packed
+    """Yield the chunks of a block; calling a chunk unpacks it."""
+    start = 0
+    while start + 8 <= len(block) and block[start] == 0:  # version 0 begins a chunk header, not a footer
+        packed_size = int.from_bytes(block[start + 1 : start + 4], "little")
+        scheme, size = block[start + 4], int.from_bytes(block[start + 5 : start + 8], "little")
+        yield SampleBatch(block[start + 8 : start + 8 + packed_size], scheme, size)
+        start += 8 + packed_size
 
 
 class SampleBatch(NamedTuple):
-    """A chunk as it lies in a block."""
+    """A packed chunk of a block; `size` is its unpacked size in bytes."""
 
     data: bytes
     scheme: int
@@ -92,28 +92,28 @@ class SampleBatch(NamedTuple):
             return plain
         if self.scheme != GROUPED_LZ4:
             raise HubError(400, "BadChunk", f"unknown compression {self.scheme}")
-        whole, at = bytearray(self.size), 0  # every fourth byte together: the four groups one after another
+        whole, offset = bytearray(self.size), 0  # grouped: bytes 0, 4, 8, ... come first, then 1, 5, 9, ...
         for group in range(4):
             count = (self.size - group + 3) // 4
-            whole[group::4] = plain[at : at + count]
-            at += count
+            whole[group::4] = plain[offset : offset + count]
+            offset += count
         return bytes(whole)
 
 
 def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
     """Yield (sha256, segments) of each file that a recipe describes."""
-    at = RECORD  # the header of the shard
-    while shard[at : at + 32] != b"\xff" * 32:  # a mark after the last file
-        flags, count = struct.unpack_from("<II", shard, at + 32)
-        entries = [shard[at + RECORD * (n + 1) : at + RECORD * (n + 2)] for n in range(count)]
-        at += RECORD * (count + 1)
+    position = RECORD  # the header of the shard
+    while shard[position : position + 32] != b"\xff" * 32:  # the end marker after the last file
+        flags, count = struct.unpack_from("<II", shard, position + 32)
+        entries = [shard[position + RECORD * (index + 1) : position + RECORD * (index + 2)] for index in range(count)]
+        position += RECORD * (count + 1)
         if flags & HAS_VERIFICATION:
-            at += RECORD * count
+            position += RECORD * count
         if not flags & HAS_SHA256:
             raise HubError(400, "NoChecksum", "a file came without its sha256")
-        sha256 = _hexadecimal(shard[at : at + 32])
-        at += RECORD
-        yield sha256, [Segment(_hexadecimal(e[:32]), *struct.unpack_from("<II", e, 40)) for e in entries]
+        sha256 = _hexadecimal(shard[position : position + 32])
+        position += RECORD
+        yield sha256, [Segment(_hexadecimal(entry[:32]), *struct.unpack_from("<II", entry, 40)) for entry in entries]
 
 
 def _hexadecimal(raw: bytes) -> str:
@@ -121,7 +121,7 @@ def _hexadecimal(raw: bytes) -> str:
 
 
 async def token(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Where to send blocks to, and with which token."""
+    """Return the URL and the token for uploading blocks."""
     hub.writable(request, kind, repo)
     until = int(time.time()) + 3600
     url = str(request.base_url).rstrip("/")
@@ -138,7 +138,7 @@ async def block(hub: Hub, request: Request, hash_: str) -> Response:
 
 
 async def shard(hub: Hub, request: Request) -> Response:
-    """Receive recipes; every file that they describe is there afterwards."""
+    """Receive recipes, and assemble every file that they describe."""
     data = await request.body()
     hub.received_bytes += len(data)
     for sha256, segments in recipes(data):

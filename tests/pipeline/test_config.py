@@ -1,4 +1,4 @@
-"""Config: defaults under the file under the flags, and nothing unknown gets through."""
+"""Config: flags override the file, the file overrides defaults, and unknown keys are errors."""
 
 from pathlib import Path
 

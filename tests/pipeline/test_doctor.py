@@ -1,4 +1,4 @@
-"""Doctor: what is read off a machine, on machines that are not this one."""
+"""Doctor: findings about the machine, tested on the output of other machines."""
 
 from pathlib import Path
 

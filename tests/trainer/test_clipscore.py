@@ -1,4 +1,4 @@
-"""CLIPScore: that of the formula, by a CLIP that is not the captioner's own."""
+"""CLIPScore: scores follow the formula, and the captioner's own CLIP is recognized."""
 
 import random
 from pathlib import Path
@@ -37,9 +37,11 @@ def test_a_score_is_two_and_a_half_times_the_cosine_and_never_negative(clip: str
     inputs = CLIPProcessor.from_pretrained(clip)(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():
         out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
-    wanted, others = (2.5 * (out.image_embeds * texts).sum(-1) for texts in (out.text_embeds, out.text_embeds[backwards]))
-    assert scores == pytest.approx(wanted.clamp(min=0).tolist(), abs=1e-5)
-    assert shuffled == pytest.approx(others.clamp(min=0).tolist(), abs=1e-5) and shuffled != scores
+    expected, expected_shuffled = (
+        2.5 * (out.image_embeds * texts).sum(-1) for texts in (out.text_embeds, out.text_embeds[backwards])
+    )
+    assert scores == pytest.approx(expected.clamp(min=0).tolist(), abs=1e-5)
+    assert shuffled == pytest.approx(expected_shuffled.clamp(min=0).tolist(), abs=1e-5) and shuffled != scores
     assert min(scores) >= 0
 
 

@@ -1,4 +1,4 @@
-"""Settings of a training: defaults, a file, flags, and whether a folder holds a run of others."""
+"""Training settings: defaults, a file, flags, and whether a folder holds a run with other settings."""
 
 from pathlib import Path
 
@@ -36,10 +36,10 @@ def test_a_finished_run_of_other_settings_is_told_from_the_same(tmp_path: Path) 
     config = TrainConfig(encoder="clip", steps=50)
     assert not is_of_other_settings(tmp_path, config)
     (tmp_path / "train.json").write_text(config.with_defaults(100).model_dump_json())
-    assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # it was never finished
+    assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # the run is not finished
     (tmp_path / "metrics.json").write_text("{}")
     assert not is_of_other_settings(tmp_path, config)
-    for other in ({"text_source": "mixed"}, {"seed": 1}, {"encoder_layer": -2}, {"steps": 60}, {"decoder_lr": 0.5}):
-        assert is_of_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | other)))
+    for changes in ({"text_source": "mixed"}, {"seed": 1}, {"encoder_layer": -2}, {"steps": 60}, {"decoder_lr": 0.5}):
+        assert is_of_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
     (tmp_path / "train.json").write_text("?")
     assert is_of_other_settings(tmp_path, config)

@@ -1,4 +1,4 @@
-"""Data: whose texts are learned is a choice, and the order of training is a pure function."""
+"""Data: the source of texts is a choice, and the order of training is a pure function of seed and step."""
 
 from dataclasses import replace
 from itertools import islice
@@ -28,15 +28,15 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 
 def test_the_texts_of_the_model_those_of_people_or_both() -> None:
-    ours = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
-    theirs = {
+    synthetic = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
+    human = {
         TargetText("human", "One ring.", style="brief"),
         TargetText("human", "A circle.", style="brief"),
         TargetText("human", "ring", question="What?"),
     }
-    for mixture, wanted in (("synthetic", ours), ("human", theirs), ("mixed", ours | theirs)):
+    for mixture, expected in (("synthetic", synthetic), ("human", human), ("mixed", synthetic | human)):
         (example,) = read_examples(table({}), IMAGES, mixture)  # type: ignore[arg-type]
-        assert set(example.texts) == wanted
+        assert set(example.texts) == expected
 
 
 def test_questions_can_be_left_out_of_learning_and_are_still_there_to_score() -> None:
@@ -72,8 +72,8 @@ def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
     captions = [{"text": f"A ring of {'very ' * n}gold.", "style": "brief", "prompt_id": "p"} for n in range(4)]
     examples = read_examples(table(*({"sample_id": str(n), "captions": captions} for n in range(30))), IMAGES)
 
-    def words(found: list[Any]) -> int:
-        return sum(count_words(text) for example in found for text in example.texts if text.style)
+    def words(chosen: list[Any]) -> int:
+        return sum(count_words(text) for example in chosen for text in example.texts if text.style)
 
     assert words(examples) == 30 * (4 + 5 + 6 + 7)
     limited = limit_captions(examples, 400)
@@ -82,10 +82,10 @@ def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
     assert [e.sample_id for e in limit_captions(examples, 1)] == [e.sample_id for e in examples]
     assert all(sum(bool(text.style) for text in example.texts) == 1 for example in limit_captions(examples, 1))
     assert limit_captions(examples, 0) == examples
-    shortest = limit_captions(examples, 121)  # first captions by chance would be longer
+    shortest = limit_captions(examples, 121)  # captions chosen at random would be longer
     assert words(shortest) == 30 * 4
-    twice = replace(examples[0], texts=(examples[0].texts[0],) * 2)
-    assert len(limit_captions([twice], 4)[0].texts) == 1
+    repeated = replace(examples[0], texts=(examples[0].texts[0],) * 2)
+    assert len(limit_captions([repeated], 4)[0].texts) == 1
 
 
 def test_nothing_of_that_kind_to_learn_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Evaluate: references of the source come first, and shuffled images lay a blind captioner bare."""
+"""Evaluation: references of the source take precedence, and shuffled images expose a blind captioner."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from trainer.vqa import vqa_accuracy
 def test_shuffling_leaves_no_image_at_its_place(count: int) -> None:
     order = derangement(count)
     assert sorted(order) == list(range(count))
-    assert all(there != here for here, there in enumerate(order))
+    assert all(image != index for index, image in enumerate(order))
 
 
 def example(references: tuple[str, ...], style: str = "brief") -> Example:
@@ -45,7 +45,7 @@ def test_images_with_nothing_to_score_against_are_an_error() -> None:
 def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
     both = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed")]
     assert scored_prompt(both) == ("human", "brief")
-    assert scored_prompt(both, "detailed") == ("synthetic", "detailed")  # people have written none
+    assert scored_prompt(both, "detailed") == ("synthetic", "detailed")  # no human caption has this style
     assert scored_prompt([("synthetic", "detailed")]) == ("synthetic", "detailed")
     with pytest.raises(TrainError, match="knows no style poem"):
         scored_prompt(both, "poem")
@@ -59,7 +59,7 @@ def test_only_who_has_learned_answers_is_asked() -> None:
 
 @pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_is_that_of_the_official_rule(agree: int, score: float) -> None:
-    """Of ten people each is left out in turn: 3 who agree give (7 x 1 + 3 x 2/3) / 10."""
+    """Each of ten people is left out in turn: 3 who agree give (7 x 1 + 3 x 2/3) / 10."""
     truth = Question("?", ("a red cat",) * agree + ("dog",) * (10 - agree), "other")
     assert vqa_accuracy("Red cat.", truth) == pytest.approx(score)
 

@@ -1,4 +1,4 @@
-"""Features: what is cached is what would be computed, to the bit, and a build that was cut off goes on."""
+"""Features: cached states equal computed states to the bit, and an interrupted build resumes."""
 
 import itertools
 import subprocess
@@ -35,25 +35,25 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 def test_cached_states_are_those_that_would_be_computed(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
     cached = cache_features(encoder, examples, tmp_path, CPU, quiet)
-    some = [examples[3], examples[0], examples[3]]
-    assert torch.equal(cached(some), OnlineFeatures(encoder, CPU)(some))
+    chosen = [examples[3], examples[0], examples[3]]
+    assert torch.equal(cached(chosen), OnlineFeatures(encoder, CPU)(chosen))
 
 
 def test_the_second_time_only_one_image_is_looked_at(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = cache_features(encoder, examples, tmp_path, CPU, quiet)
-    looked: list[int] = []
-    look = encoder.pixels
+    batch_sizes: list[int] = []
+    encode = encoder.pixels
 
     def count(images: list[Image]) -> torch.Tensor:
-        looked.append(len(images))
-        return look(images)
+        batch_sizes.append(len(images))
+        return encode(images)
 
     monkeypatch.setattr(encoder, "pixels", count)
-    again = cache_features(encoder, examples, tmp_path, CPU, quiet)
-    assert looked == [1]  # to know the shape
-    assert torch.equal(again(examples), first(examples))
+    second = cache_features(encoder, examples, tmp_path, CPU, quiet)
+    assert batch_sizes == [1]  # for the shape
+    assert torch.equal(second(examples), first(examples))
 
 
 def test_a_build_that_was_cut_off_goes_on(
@@ -69,7 +69,7 @@ def test_a_build_that_was_cut_off_goes_on(
     with pytest.raises(KeyboardInterrupt):
         cache_features(encoder, examples, tmp_path, CPU, die)
     done: list[int] = []
-    cached = cache_features(encoder, examples, tmp_path, CPU, lambda stage, at, total: done.append(at))
+    cached = cache_features(encoder, examples, tmp_path, CPU, lambda stage, images, total: done.append(images))
     assert done[0] == 24  # 16 were on the disk
     assert torch.equal(cached(examples), OnlineFeatures(encoder, CPU)(examples))
 

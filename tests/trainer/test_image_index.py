@@ -1,4 +1,4 @@
-"""Images as slices of the files of a version."""
+"""The image index: images as slices of the mapped files of a version."""
 
 from pathlib import Path
 
@@ -31,16 +31,16 @@ def test_every_image_is_found_where_it_stands(version: Version) -> None:
     assert len(version.shards("train")) > 3
     assert sum(pq.read_metadata(shard).num_row_groups for shard in version.shards("train")) > 20
     for split in ("train", "validation", "test"):
-        found = map_images(version, split)
-        assert found == images(version, split)
-        assert all(image.obj is not None and not isinstance(image.obj, bytes) for image in found.values())  # of a mapped file
+        mapped = map_images(version, split)
+        assert mapped == images(version, split)
+        assert all(image.obj is not None and not isinstance(image.obj, bytes) for image in mapped.values())  # of a mapped file
 
 
 def test_an_image_that_is_not_there_as_it_is_is_held(version: Version) -> None:
     for shard in version.shards("test"):
         pq.write_table(pq.read_table(shard), shard, compression="zstd")
-    found = map_images(version, "test")
-    assert found == images(version, "test")
+    mapped = map_images(version, "test")
+    assert mapped == images(version, "test")
 
 
 def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:

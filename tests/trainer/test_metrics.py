@@ -14,14 +14,14 @@ Corpus = tuple[list[list[str]], list[list[list[str]]]]
 
 
 def random_corpus(seed: int, images: int = 60) -> Corpus:
-    """Hypotheses that share words, and sometimes everything, with one to five references; one is empty."""
+    """Return hypotheses that share some or all words with their one to five references; one is empty."""
     rng = random.Random(seed)
 
     def text() -> list[str]:
         return rng.choices(["a", "red", "blue", "circle", "square", "on", "the", "left", "of", "and"], k=rng.randint(1, 14))
 
     references = [[text() for _ in range(rng.randint(1, 5))] for _ in range(images)]
-    hypotheses = [list(mine[0]) if rng.random() < 0.3 else text() for mine in references]
+    hypotheses = [list(image_references[0]) if rng.random() < 0.3 else text() for image_references in references]
     hypotheses[seed % images] = []
     return hypotheses, references
 
@@ -29,15 +29,15 @@ def random_corpus(seed: int, images: int = 60) -> Corpus:
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
     hypotheses, references = random_corpus(seed)
-    truth = {n: [" ".join(r) for r in mine] for n, mine in enumerate(references)}
-    given = {n: [" ".join(h)] for n, h in enumerate(hypotheses)}
+    references_by_image = {n: [" ".join(r) for r in image_references] for n, image_references in enumerate(references)}
+    hypotheses_by_image = {n: [" ".join(h)] for n, h in enumerate(hypotheses)}
     scores = score(hypotheses, references)
-    bleus, _ = Bleu(4).compute_score(truth, given, verbose=0)
+    bleus, _ = Bleu(4).compute_score(references_by_image, hypotheses_by_image, verbose=0)
     assert [scores[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(bleus, abs=1e-12)
-    assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(truth, given)[0], abs=1e-12)
-    cider, each = Cider().compute_score(truth, given)
+    assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(references_by_image, hypotheses_by_image)[0], abs=1e-12)
+    cider, cider_by_image = Cider().compute_score(references_by_image, hypotheses_by_image)
     assert scores["cider_d"] == pytest.approx(cider, abs=1e-12)
-    assert cider_d(hypotheses, references) == pytest.approx(list(each), abs=1e-12)
+    assert cider_d(hypotheses, references) == pytest.approx(list(cider_by_image), abs=1e-12)
 
 
 def test_a_perfect_caption_scores_ten_and_a_foreign_one_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Texts: a prompt says what is wanted, a target ends with EOS, and only targets are learned."""
+"""Tokenizer: a prompt names source and style, a target ends with EOS, and only targets are learned."""
 
 import pytest
 import torch
@@ -21,9 +21,9 @@ def test_a_prompt_names_whose_words_are_wanted_and_what_for(words: CaptionTokeni
     token = words.tokenizer.token_to_id
     assert words.prompt(TEXTS[0]) == [token("<synthetic>"), token("<brief>")]
     assert words.prompt(TEXTS[1]) == [token("<human>"), token("<brief>")]
-    asked = words.prompt(TEXTS[2])
-    assert (asked[0], asked[-1]) == (token("<synthetic>"), token("<answer>"))
-    assert words.decode(asked[1:-1]) == "Is there a red circle?"
+    prompt = words.prompt(TEXTS[2])
+    assert (prompt[0], prompt[-1]) == (token("<synthetic>"), token("<answer>"))
+    assert words.decode(prompt[1:-1]) == "Is there a red circle?"
 
 
 def test_a_target_survives_its_tokens_and_ends_with_eos(words: CaptionTokenizer) -> None:
@@ -58,8 +58,8 @@ def test_a_batch_moves_as_a_whole(words: CaptionTokenizer) -> None:
 def test_answers_are_no_captions_and_some_can_be_taken(words: CaptionTokenizer) -> None:
     batch = words.collate([TEXTS], max_tokens=64)
     assert batch.caption_C.tolist() == [True, True, False]
-    some = batch.only(batch.caption_C)
-    assert some.length_C.tolist() == batch.length_C.tolist()[:2]
+    captions = batch.only(batch.caption_C)
+    assert captions.length_C.tolist() == batch.length_C.tolist()[:2]
 
 
 def test_texts_of_one_length_go_together_with_little_padding(words: CaptionTokenizer) -> None:
@@ -68,5 +68,5 @@ def test_texts_of_one_length_go_together_with_little_padding(words: CaptionToken
     groups = batch.by_length(2)
     assert sum(len(group.length_C) for group in groups) == 4
     assert groups[0].ids_CT.shape[1] == groups[0].length_C.max() < groups[1].ids_CT.shape[1]
-    told = sorted(group.ids_CT[c, : group.length_C[c]].tolist() for group in groups for c in range(len(group.length_C)))
-    assert told == sorted(batch.ids_CT[c, : batch.length_C[c]].tolist() for c in range(4))
+    sequences = sorted(group.ids_CT[c, : group.length_C[c]].tolist() for group in groups for c in range(len(group.length_C)))
+    assert sequences == sorted(batch.ids_CT[c, : batch.length_C[c]].tolist() for c in range(4))

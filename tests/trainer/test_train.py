@@ -1,4 +1,4 @@
-"""The loop: it learns what it is shown, resumes to the very bit, and its checkpoint says what it was trained on."""
+"""The training loop: it overfits four images, resumes to the bit, and records its data in the checkpoint."""
 
 import json
 import math
@@ -63,17 +63,17 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes some seconds: nothing short of it shows that images, text and gradients are wired together."""
+    """Takes some seconds: only overfitting shows that images, texts and gradients are connected."""
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.train, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
     metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
-    again = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
-    wanted = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
-    assert {shown["sample_id"]: shown["caption"] for shown in again["shown"]} == wanted
+    evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
+    expected = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
+    assert {entry["sample_id"]: entry["caption"] for entry in evaluation["shown"]} == expected
     assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
-    assert again["scores"] == metrics["scores"]
+    assert evaluation["scores"] == metrics["scores"]
 
 
 @pytest.mark.parametrize("align_steps", [0, 3])
@@ -86,7 +86,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         train(version, config, tmp_path / "cut")
     monkeypatch.undo()
-    torch.manual_seed(99)  # whatever state another process is in
+    torch.manual_seed(99)  # a new process has another random state
     assert train(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -102,12 +102,12 @@ def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
     monkeypatch.undo()
     train(version, config, out, tensorboard=True, resume=True)
     curves = EventAccumulator(str(out / "tensorboard")).Reload()
-    shown = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
-    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
-    assert [value for _, value in shown] == pytest.approx(losses(out))
-    checked = [line for line in read_log(out / "log.jsonl") if "validation_cider_d" in line]
-    found = curves.Scalars("validation/validation_cider_d")
-    assert [point.step for point in found] == [line["step"] for line in checked]
+    points = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
+    assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in points] == pytest.approx(losses(out))
+    evaluated = [line for line in read_log(out / "log.jsonl") if "validation_cider_d" in line]
+    recorded = curves.Scalars("validation/validation_cider_d")
+    assert [point.step for point in recorded] == [line["step"] for line in evaluated]
 
 
 def test_curves_for_tensorboard_without_it_are_one_error(
@@ -116,11 +116,11 @@ def test_curves_for_tensorboard_without_it_are_one_error(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrainError, match="TensorBoard is not installed"):
         train(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
-    assert not (tmp_path / "out").exists()  # nothing was begun, and nothing that was there is lost
+    assert not (tmp_path / "out").exists()  # nothing was written or removed
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
-    """Averaged over all tokens of the step: parts with more words weigh more."""
+    """The loss is averaged over all tokens of the step, so parts with more words weigh more."""
     for parts in (1, 3):
         train(version, replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts), tmp_path / str(parts))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
@@ -148,9 +148,9 @@ def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Ve
     optimizer = torch.optim.AdamW(parameter_groups(captioner, config))
     for step, stage, rates in ((0, "align", (0.0, 1.0, 0.0)), (5, "train", (0.0, 0.1, 0.01))):
         assert set_stage(optimizer, config, step) == stage
-        found = {group["part"]: group["lr"] for group in optimizer.param_groups}
-        assert tuple(found[part] for part in ("encoder", "connector", "decoder")) == pytest.approx(rates)
-        for part, rate in found.items():
+        rate_of_part = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        assert tuple(rate_of_part[part] for part in ("encoder", "connector", "decoder")) == pytest.approx(rates)
+        for part, rate in rate_of_part.items():
             assert all(p.requires_grad == (rate > 0) for p in getattr(captioner, part).parameters())
 
 
@@ -163,11 +163,11 @@ def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Versi
     ids = {split: version.read(split, ["sample_id"])["sample_id"].to_pylist() for split in ("train", "validation", "test")}
     only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
     metrics = train(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
-    told = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
-    assert [about["sample_id"] for about in told] == sorted(set(ids["test"]) & only)
-    assert metrics["images"] == len(told) and "each" not in metrics
-    assert sum(about["cider_d"] for about in told) / len(told) == pytest.approx(metrics["scores"]["cider_d"], abs=1e-3)
-    assert sum(about["rouge_l"] for about in told) / len(told) == pytest.approx(metrics["scores"]["rouge_l"], abs=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [row["sample_id"] for row in rows] == sorted(set(ids["test"]) & only)
+    assert metrics["images"] == len(rows) and "each" not in metrics
+    assert sum(row["cider_d"] for row in rows) / len(rows) == pytest.approx(metrics["scores"]["cider_d"], abs=1e-3)
+    assert sum(row["rouge_l"] for row in rows) / len(rows) == pytest.approx(metrics["scores"]["rouge_l"], abs=1e-3)
 
 
 def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
@@ -175,8 +175,8 @@ def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
 ) -> None:
     train(version, replace(encoder=clip, caption_word_budget=1), tmp_path / "out")
     assert load_checkpoint(tmp_path / "out").captioner.config.prompts == [("synthetic", "brief")]
-    (checked,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
-    assert math.isfinite(checked["validation_loss"]) and checked["validation_loss"] > 0
+    (evaluated,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
+    assert math.isfinite(evaluated["validation_loss"]) and evaluated["validation_loss"] > 0
 
 
 def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Pat
 def test_what_is_usual_begins_anew_with_the_second_stage(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    """Gradients of a whole language model are many times those of a connector, and no spike."""
+    """Gradients of a whole language model are many times those of a connector, which is not a spike."""
     judge, judged = trainer.train.Trainer.should_step, list[bool]()
 
     def judge_larger(self: Any, loss: float, norm: float) -> bool:
@@ -245,7 +245,7 @@ def test_with_a_contrast_images_and_captions_find_each_other_better(version: Ver
     states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
     with torch.inference_mode():
         learned = checkpoint.captioner.contrast_loss(states, texts).item()
-    assert learned < math.log(8) * 0.95  # what guessing costs
+    assert learned < math.log(8) * 0.95  # log 8 is the loss of guessing
 
 
 def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) -> None:

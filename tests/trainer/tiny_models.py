@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, small enough for a test, in the folders that `from_pretrained` reads."""
+"""Tiny transformers models with random weights, saved in folders that `from_pretrained` reads."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def save_clip(folder: Path) -> str:
 
 
 def save_language_model(folder: Path, kind: str) -> str:
-    """A causal language model over bytes, of the classes that Qwen3 and SmolLM2 have."""
+    """Save a causal language model over bytes, of the class of Qwen3 or of SmolLM2; return its folder."""
     torch.manual_seed(3)
     sizes: Any = {**TOWER, "vocab_size": 258, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
     ids: Any = {"bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256, "tie_word_embeddings": True}
@@ -49,10 +49,10 @@ def save_language_model(folder: Path, kind: str) -> str:
     else:
         LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    bytes_tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    bytes_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "<end>"})
     tokenizer.save_pretrained(folder)
     return str(folder)

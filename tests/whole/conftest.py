@@ -1,4 +1,4 @@
-"""How a user's command is run: as a process of its own, in an empty folder."""
+"""Run `synth` commands as a user does: each in a new process, in an empty folder."""
 
 import os
 import signal
@@ -26,12 +26,12 @@ def synth(tmp_path: Path) -> Run:
 
 
 def hears_ctrl_c() -> None:
-    """In a child: hear SIGINT, which a shell that runs the tests in the background has made all of them ignore."""
+    """Restore SIGINT in a child process: a shell that runs the tests in the background makes them ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
-    """Return the error and the hint of a command that failed as it should: exit 1, two lines, no traceback."""
+    """Return the error and the hint of a failed command; assert exit code 1 and no traceback."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     error, hint = done.stderr.strip().splitlines()[-2:]

@@ -1,4 +1,4 @@
-"""The pages in a real browser, opened from the disk: what a person sees, types, clicks and takes away."""
+"""The report in a real browser, opened from disk: what a user sees, types, clicks and exports."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    """A version, with the stages of a run in which two images looked alike and a text was said twice."""
+    """Return a version with the stage files of a run that rejected a near-duplicate image and a duplicate text."""
     folder = tmp_path_factory.mktemp("dataset")
     funnel = [
         {
@@ -47,10 +47,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     version, _ = make_version(folder, scene_samples(120), funnel=funnel)
     a, b = (sample.id for sample in scene_samples(2))
     kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
-    again = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
-    again += [caption(4, b, "A dot.", image_group=a, image_reason="near_duplicate_image", reason="near_duplicate_image")]
+    rejected = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
+    rejected += [caption(4, b, "A dot.", image_group=a, image_reason="near_duplicate_image", reason="near_duplicate_image")]
     write_stage(folder, "dedupe", "kept", kept, OF_DEDUPE)
-    write_stage(folder, "dedupe", "rejected", again, OF_DEDUPE)
+    write_stage(folder, "dedupe", "rejected", rejected, OF_DEDUPE)
     for which in ("kept", "rejected"):
         write_stage(folder, "balance", which, kept if which == "kept" else [], OF_DEDUPE | {"question_type": None})
     return version
@@ -77,10 +77,10 @@ def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> 
     assert f"of {tests} found" in found(page)
     page.get_by_label("Split").select_option("")
     page.get_by_label("Search texts").fill("PURPLE RING")
-    shown = page.locator("#images article")
-    rings = [row for split in SPLITS for row in dataset.read(split, ["captions"])["captions"].to_pylist()]
-    assert shown.count() == sum(any("purple ring" in caption["text"] for caption in row) for row in rings)
-    assert all("purple ring" in text.lower() for text in shown.all_inner_texts())
+    articles = page.locator("#images article")
+    captions = [row for split in SPLITS for row in dataset.read(split, ["captions"])["captions"].to_pylist()]
+    assert articles.count() == sum(any("purple ring" in caption["text"] for caption in row) for row in captions)
+    assert all("purple ring" in text.lower() for text in articles.all_inner_texts())
     page.get_by_label("Search texts").fill('no such "text" \\')
     assert found(page) == "0 found, 120 in this report"
 
@@ -114,7 +114,7 @@ def test_texts_are_marked_with_keys_alone_and_marks_outlive_the_page(page: Page)
     assert page.get_by_label("Why it is bad").input_value() == "unclear"
     page.get_by_label("Mark").select_option("bad")
     assert found(page).startswith("1 to 1 of 1 found")
-    text_of(page, 1).get_by_role("button", name="Bad").click()  # once more takes it back
+    text_of(page, 1).get_by_role("button", name="Bad").click()  # a second click removes the review
     expect(page.locator("#marked")).to_have_text("1 good, 0 bad, 0 edited")
 
 
@@ -152,8 +152,8 @@ def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: P
     with page.expect_download() as download:
         page.get_by_role("button", name="Export marks").click()
     download.value.save_as(tmp_path / "marks.jsonl")
-    (mark,) = read_reviews(tmp_path / "marks.jsonl")
-    assert mark.text == "A \u202ereal\u202c dot."
+    (review,) = read_reviews(tmp_path / "marks.jsonl")
+    assert review.text == "A \u202ereal\u202c dot."
 
 
 def test_words_that_somebody_gave_are_not_taken_back_without_asking(page: Page) -> None:
@@ -170,13 +170,13 @@ def test_words_that_somebody_gave_are_not_taken_back_without_asking(page: Page) 
 
 
 def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
-    other = page.context.new_page()
-    other.goto(page.url)
+    second_tab = page.context.new_page()
+    second_tab.goto(page.url)
     text_of(page, 0).get_by_role("button", name="Bad").click()
-    expect(other.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
-    expect(text_of(other, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
-    text_of(other, 1).get_by_role("button", name="Good").click()
-    other.get_by_label("Note").fill("no ring")
+    expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+    expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
+    text_of(second_tab, 1).get_by_role("button", name="Good").click()
+    second_tab.get_by_label("Note").fill("no ring")
     text_of(page, 2).get_by_role("button", name="Good").click()
     page.reload()
     expect(page.locator("#marked")).to_have_text("2 good, 1 bad, 0 edited")
@@ -242,18 +242,18 @@ def test_hostile_texts_are_texts(opened: Open, tmp_path: Path) -> None:
     table = table.set_column(table.column_names.index("style"), "style", pa.array(['"><b>'] * table.num_rows))
     version, _ = make_version(tmp_path, samples, table)
     page = opened(write_report(version, tmp_path))
-    shown = page.locator("#images .texts p").all_inner_texts()
-    assert len(shown) == 2 * len(HOSTILE)
+    displayed = page.locator("#images .texts p").all_inner_texts()
+    assert len(displayed) == 2 * len(HOSTILE)
     assert page.title() == "scenes v1.0.0"
     assert page.locator("#images .texts script, #images .texts img, #images .texts b, h1").count() == 1  # the title
     for text in HOSTILE[:3] + HOSTILE[5:6]:
-        assert text in shown
-    assert "[U+001B][31mred[U+001B][0m" in shown
-    assert "left [U+202E]right[U+202C]" in shown
-    (long,) = {text for text in shown if "characters)" in text}
+        assert text in displayed
+    assert "[U+001B][31mred[U+001B][0m" in displayed
+    assert "left [U+202E]right[U+202C]" in displayed
+    (long,) = {text for text in displayed if "characters)" in text}
     assert len(long) < 2100
     last = page.locator("#images .texts > li").filter(has_text="characters)").first
-    expect(last.get_by_role("button", name="Edit")).to_be_disabled()  # what is not all there is not edited
+    expect(last.get_by_role("button", name="Edit")).to_be_disabled()  # a shortened text cannot be edited
     assert violations(page) == []
 
 
@@ -263,7 +263,7 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     page = opened(tmp_path / "data" / "scenes" / "report.html", accept_downloads=True)
     texts = page.locator("#images .texts > li")
     bad, pair = texts.nth(0), texts.filter(has_text="How many").first
-    gone = bad.locator("p").inner_text()
+    removed = bad.locator("p").inner_text()
     bad.get_by_role("button", name="Bad").click()
     page.get_by_label("Note").fill("the ring is not there")
     pair.get_by_role("button", name="Edit").click()
@@ -281,7 +281,7 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     old, new = (open_dataset(tmp_path / "data" / "scenes", name) for name in ("v1.0.0", "v1.0.1"))
     before, after = (said(version) for version in (old, new))
     assert new.manifest["review"] == {"good": 1, "bad": 1, "edited": 1}
-    assert [text for text in before if text not in after and text.startswith("A")] == [gone]
+    assert [text for text in before if text not in after and text.startswith("A")] == [removed]
     assert len(before) - len(after) == 1
     edited = [text for text in after if text not in before]
     assert len(edited) == 1 and edited[0].endswith("9 review")
@@ -290,16 +290,16 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     assert "ring is not there" not in "".join(path.read_text(errors="replace") for path in new.path.iterdir())
     why = synth("diff", "v1.0.0", "v1.0.1").stdout
     assert "review: marked_not_true" in why and "edited in review" in why
-    again = synth("generate", "--source", "scenes", "--limit", "24")  # a later run keeps what people said
-    assert "nothing new: v1.0.1" in again.stderr, again.stderr
+    rerun = synth("generate", "--source", "scenes", "--limit", "24")  # a later run keeps the reviews
+    assert "nothing new: v1.0.1" in rerun.stderr, rerun.stderr
 
 
 def said(version: Version) -> list[str]:
-    """All texts of a version; what a person wrote ends with the name of its prompt."""
-    found = []
+    """Return all texts of a version; a question that was edited in review ends with ` review`."""
+    texts = []
     for split in SPLITS:
         for row in version.read(split, ["captions", "qa"]).to_pylist() if version.shards(split) else []:
-            found += [caption["text"] for caption in row["captions"]]
+            texts += [caption["text"] for caption in row["captions"]]
             pairs = [f"{row['captions'][-1]['text'][:20]} {pair['question']} {pair['answer']}" for pair in row["qa"]]
-            found += [text + " review" * (pair["prompt_id"] == "review") for text, pair in zip(pairs, row["qa"], strict=True)]
-    return found
+            texts += [text + " review" * (pair["prompt_id"] == "review") for text, pair in zip(pairs, row["qa"], strict=True)]
+    return texts

@@ -1,4 +1,4 @@
-"""The command: help that reads, stdout that a program can read, and a start that is not slow."""
+"""The command line: help texts, machine-readable stdout, and a fast start."""
 
 import json
 import os
@@ -15,8 +15,8 @@ COMMANDS = ("generate", "serve", "doctor", "sources", "versions", "push", "train
 
 
 def test_help_lists_every_command(synth: Run) -> None:
-    shown = synth("--help").stdout
-    assert all(command in shown for command in COMMANDS)
+    help_text = synth("--help").stdout
+    assert all(command in help_text for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -27,33 +27,33 @@ def test_every_command_has_help(synth: Run, command: str) -> None:
 
 
 def test_sources_are_data_on_stdout(synth: Run) -> None:
-    assert "scenes" in [about["name"] for about in json.loads(synth("sources", "--json").stdout)]
+    assert "scenes" in [source["name"] for source in json.loads(synth("sources", "--json").stdout)]
 
 
 def test_doctor_says_what_is_here_and_what_would_be_used(synth: Run) -> None:
     env = {name: value for name, value in os.environ.items() if name != "SYNTH_VLLM_PYTHON"}
-    found = {(f["what"], f["ok"]): f["found"] for f in json.loads(synth("doctor", "--json", env=env).stdout)}
-    assert "transformers" in found["embedded", True]
-    assert found["vllm", False] == "not installed"
-    assert found["auto", True].startswith("scenes: embedded with tiny")
-    shown = synth("doctor", env=env).stdout
-    assert "ok   embedded" in shown
-    assert "SYNTH_VLLM_PYTHON" in shown
+    findings = {(f["what"], f["ok"]): f["found"] for f in json.loads(synth("doctor", "--json", env=env).stdout)}
+    assert "transformers" in findings["embedded", True]
+    assert findings["vllm", False] == "not installed"
+    assert findings["auto", True].startswith("scenes: embedded with tiny")
+    output = synth("doctor", env=env).stdout
+    assert "ok   embedded" in output
+    assert "SYNTH_VLLM_PYTHON" in output
 
 
 def test_a_dry_run_predicts_and_keeps_what_it_paid_for(synth: Run, tmp_path: Path) -> None:
-    wanted = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
-    done = synth(*wanted, "--dry-run", "--json")
+    command = ("generate", "--source", "scenes", "--limit", "40", "--tasks", "caption", "--out", "d")
+    done = synth(*command, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     estimate = json.loads(done.stdout)
     assert (estimate["sampled_images"], estimate["asked"], estimate["requests"]) == (32, 64, 80)
     assert 0 < estimate["hours"] < 1
     assert estimate["reply_tokens"] > 40 * 2 * 10
     assert not list(tmp_path.rglob("v1*"))
-    done = synth(*wanted)
+    done = synth(*command)
     assert "asked the model 16 times for 80 replies" in done.stderr
-    made = sum(path.stat().st_size for path in (tmp_path / done.stdout.strip()).glob("*.parquet"))
-    assert 0.3 < estimate["bytes"] / made < 3
+    written_bytes = sum(path.stat().st_size for path in (tmp_path / done.stdout.strip()).glob("*.parquet"))
+    assert 0.3 < estimate["bytes"] / written_bytes < 3
 
 
 def test_a_dry_run_takes_two_copies_of_an_image_for_one(synth: Run, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`synth generate --executor ray` on a real Ray cluster of this machine, whose workers, servers and driver are killed."""
+"""`synth generate --executor ray` on a real Ray cluster on this machine, with workers and drivers that are killed."""
 
 import hashlib
 import json
@@ -35,21 +35,21 @@ THINGS = ("ring", "star", "cross", "disk", "arrow")
 
 
 def world(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
-    """A server that says of each image what its name says, so that many are alike in words; some replies are of no use."""
+    """Return a script that derives each reply from the image's uuid: many texts repeat, and some replies are not valid JSON."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
-        drawn = hashlib.sha256(uuid_of(body).encode()).digest()
-        thing, color = THINGS[drawn[0] % 5], ("red", "blue")[drawn[1] % 2]
+        draws = hashlib.sha256(uuid_of(body).encode()).digest()
+        thing, color = THINGS[draws[0] % 5], ("red", "blue")[draws[1] % 2]
         task = body["response_format"]["json_schema"]["name"]
         if task == "answer":
-            text = json.dumps({"answer": "yes" if "Is there" in json.dumps(body["messages"]) else str(drawn[4] % 3)})
+            text = json.dumps({"answer": "yes" if "Is there" in json.dumps(body["messages"]) else str(draws[4] % 3)})
         elif task == "caption":
             text = json.dumps({"caption": f"A small {color} {thing} lies in the middle of a white sheet."})
         else:
-            pairs = [("yes/no", f"Is there a {thing} here?", "yes"), ("number", "How many things are seen?", str(drawn[2] % 3))]
+            pairs = [("yes/no", f"Is there a {thing} here?", "yes"), ("number", "How many things are seen?", str(draws[2] % 3))]
             keys = ("answer_type", "question", "answer")
             text = json.dumps({"qa": [dict(zip(keys, pair, strict=True)) for pair in pairs]})
-        return Act(text="no JSON" if drawn[3] < 16 else text, seconds=seconds)
+        return Act(text="no JSON" if draws[3] < 16 else text, seconds=seconds)
 
     return script
 
@@ -62,11 +62,11 @@ def chat() -> Iterator[ChatServer]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> str:
-    """Three files of photos, some of them copies, some of them no images."""
+    """Write three files of photos, with copies and broken images among them; return the source."""
     (tmp_path / "photos").mkdir()
     for first, split in ((0, "train"), (20, "test"), (40, "validation")):
         rows = []
-        for n in range(first, first + 24):  # some are in the next file, too
+        for n in range(first, first + 24):  # the last four are also in the next file
             image = {"bytes": b"broken", "path": None} if n % 11 == 10 else datasets.cell(n)
             rows.append({"photo": image, "caption": f"Thing {n} of {split}."})
         (tmp_path / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
@@ -82,36 +82,36 @@ def rows_of(version: Version) -> dict[str, Any]:
 
 
 def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: str, chat: ChatServer, tmp_path: Path) -> None:
-    asked = ("generate", "--source", photos, "--map", "image=photo", "--base-url", chat.url, "--verify", "round_trip,blind")
-    never = ("--never", "parquet:photos#validation")
-    assert synth(*asked, *never, "--out", "one").returncode == 0
-    done = synth(*asked, *never, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
+    flags = ("generate", "--source", photos, "--map", "image=photo", "--base-url", chat.url, "--verify", "round_trip,blind")
+    exclude = ("--never", "parquet:photos#validation")
+    assert synth(*flags, *exclude, "--out", "one").returncode == 0
+    done = synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
-    one, many = made(tmp_path / "one"), made(tmp_path / "many")
-    assert many.manifest["digest"] == one.manifest["digest"] == json.loads(done.stdout)["digest"]
-    assert rows_of(many) == rows_of(one)
-    same = one.manifest.keys() - {"files", "ledger"}
-    assert {name: many.manifest[name] for name in same} == {name: one.manifest[name] for name in same}
-    ledgers = [pq.read_table(version.path / "ledger.parquet").to_pylist() for version in (one, many)]
+    local, distributed = made(tmp_path / "one"), made(tmp_path / "many")
+    assert distributed.manifest["digest"] == local.manifest["digest"] == json.loads(done.stdout)["digest"]
+    assert rows_of(distributed) == rows_of(local)
+    shared = local.manifest.keys() - {"files", "ledger"}
+    assert {name: distributed.manifest[name] for name in shared} == {name: local.manifest[name] for name in shared}
+    ledgers = [pq.read_table(version.path / "ledger.parquet").to_pylist() for version in (local, distributed)]
     assert sorted(map(str, ledgers[0])) == sorted(map(str, ledgers[1]))
-    lost = {reason for step in many.manifest["funnel"] for reason in step["rejected"]}
-    assert {"banned_image", "duplicate_image", "unreadable_image"} <= lost, lost
-    for step in many.manifest["funnel"]:
+    reasons = {reason for step in distributed.manifest["funnel"] for reason in step["rejected"]}
+    assert {"banned_image", "duplicate_image", "unreadable_image"} <= reasons, reasons
+    for step in distributed.manifest["funnel"]:
         assert step["input"] == step["kept"] + sum(step["rejected"].values())
-    # The replies of one executor serve the other.
+    # Each executor uses the replies that the other has journaled.
     before = len(chat.bodies)
-    again = synth(*asked, *never, "--out", "one", "--executor", "ray", "--shards", "2")
-    assert "nothing new: v1.0.0" in again.stderr, again.stderr
+    rerun = synth(*flags, *exclude, "--out", "one", "--executor", "ray", "--shards", "2")
+    assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
-    again = synth(*asked, *never, "--out", "many")
-    assert "nothing new: v1.0.0" in again.stderr, again.stderr
+    rerun = synth(*flags, *exclude, "--out", "many")
+    assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
     assert not (tmp_path / "many" / "exchange").exists()
-    assert "has 5 shards, not 3" in said(synth(*asked, *never, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
+    assert "has 5 shards, not 3" in said(synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
 
 
-def ray_run(tmp_path: Path, *more: str, out: str = "many", limit: int = 240, shards: int = 6) -> "subprocess.Popen[bytes]":
-    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", f"{limit}", "--out", out, *more]
+def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 240, shards: int = 6) -> "subprocess.Popen[bytes]":
+    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", f"{limit}", "--out", out, *options]
     command += ["--executor", "ray", "--shards", f"{shards}", "--workers", "2"]
     with (tmp_path / "many.log").open("ab") as log:
         return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
@@ -124,31 +124,31 @@ def wait_for(is_true: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def below(process: int, named: str) -> list[int]:
-    """The processes that a process has started, and those that they have, of which the command holds a word."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    parents = {int(pid): (int(parent), command) for pid, parent, command in (line.split(None, 2) for line in listed)}
+def below(process: int, word: str) -> list[int]:
+    """Return the ids of a process and its descendants, if their command contains `word`."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    parents = {int(pid): (int(parent), command) for pid, parent, command in (line.split(None, 2) for line in lines)}
 
     def is_below(pid: int) -> bool:
         return pid == process or (pid in parents and is_below(parents[pid][0]))
 
-    return [pid for pid, (parent, command) in parents.items() if named in command and is_below(parent)]
+    return [pid for pid, (parent, command) in parents.items() if word in command and is_below(parent)]
 
 
 def journals(home: Path) -> tuple[int, int]:
-    """How many requests were sent, and how many replies were kept, over all shards."""
-    asked = replies = 0
+    """Return the numbers of requests sent and of replies stored, over all shards."""
+    sent = replies = 0
     for path in home.glob("shards/*/journal/local.sqlite"):
         with sqlite3.connect(path) as db:
-            asked += db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()[0]
+            sent += db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()[0]
             replies += db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
-    return asked, replies
+    return sent, replies
 
 
 def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
-    asked = ("generate", "--source", "scenes", "--limit", "240", "--base-url", chat.url)
-    assert synth(*asked, "--out", "one").returncode == 0
-    peace = Counter(chat.times)
+    flags = ("generate", "--source", "scenes", "--limit", "240", "--base-url", chat.url)
+    assert synth(*flags, "--out", "one").returncode == 0
+    undisturbed = Counter(chat.times)
     chat.times.clear()
     chat.script = world(1.0)
     driver = ray_run(tmp_path, "--base-url", chat.url)
@@ -163,35 +163,35 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     chat.script = world()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # they end with the driver
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # workers end with the driver
     (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
     assert "many has no finished run to review" in said(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
-    done = synth(*asked, "--out", "many", "--executor", "ray")
+    done = synth(*flags, "--out", "many", "--executor", "ray")
     assert done.returncode == 0, done.stderr
     assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]
-    assert chat.times.keys() == peace.keys()  # nothing is lost
-    again = sum((chat.times - peace).values())
-    assert 0 < again <= 3 * 64  # what was in flight: of one worker, then of two
+    assert chat.times.keys() == undisturbed.keys()  # nothing is lost
+    repeated = sum((chat.times - undisturbed).values())
+    assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
     sent, replies = journals(tmp_path / "many")
-    assert replies == sum(peace.values())
-    assert again <= sent - replies <= 3 * 64  # some that are noted never left
+    assert replies == sum(undisturbed.values())
+    assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 
 
 def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
-    asked = ("generate", "--source", "scenes", "--limit", "60", "--base-url", chat.url)
-    assert synth(*asked, "--out", "one").returncode == 0
-    assert synth(*asked, "--out", "many", "--executor", "ray", "--shards", "3").returncode == 0
-    shown = []
+    flags = ("generate", "--source", "scenes", "--limit", "60", "--base-url", chat.url)
+    assert synth(*flags, "--out", "one").returncode == 0
+    assert synth(*flags, "--out", "many", "--executor", "ray", "--shards", "3").returncode == 0
+    parts = []
     for out in ("one", "many"):
         assert synth("report", out).returncode == 0
         page = (tmp_path / out / "report.html").read_text()
-        shown.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"stage":"\w+"', page)))
+        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"stage":"\w+"', page)))
         assert "lies in no folder here" not in page
-    assert shown[0] == shown[1]
+    assert parts[0] == parts[1]
     rows = pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()
     sample_id, content = text_name(rows[0])
-    marks = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
-    (tmp_path / "marks.jsonl").write_text(marks)
+    reviews = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
+    (tmp_path / "marks.jsonl").write_text(reviews)
     before = len(chat.bodies)
     for out in ("one", "many"):
         done = synth("review", "apply", "marks.jsonl", "--data", out)
@@ -204,13 +204,13 @@ def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServ
 def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     synth: Run, chat: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shard_of(key: str) -> int:  # it begins with the id of an image
+    def shard_of(key: str) -> int:  # a key begins with the sample id
         return int(key[:8], 16) * 3 >> 32
 
     home = f"s3://sets/{uuid4().hex}"
-    asked = ("generate", "--source", "scenes", "--limit", "90", "--base-url", chat.url)
-    assert synth(*asked, "--out", "one").returncode == 0
-    peace = Counter(chat.times)
+    flags = ("generate", "--source", "scenes", "--limit", "90", "--base-url", chat.url)
+    assert synth(*flags, "--out", "one").returncode == 0
+    undisturbed = Counter(chat.times)
     chat.times.clear()
     chat.script = lambda times, body: world(20.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
     with running_s3("sets") as keys:
@@ -225,51 +225,51 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
         chat.script = world()
         filled = {int(path.parent.name) for path in shards.glob("*/filled.json")}
-        shutil.rmtree(scratch_root(parse_dataset_path(home)))  # the node is lost
-        moved = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
-        moved.write_bytes(b"by a command that was killed before there was a manifest")
-        done = synth(*asked, "--out", home, "--executor", "ray")
+        shutil.rmtree(scratch_root(parse_dataset_path(home)))  # as if the node were lost
+        stray = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
+        stray.write_bytes(b"by a command that was killed before there was a manifest")
+        done = synth(*flags, "--out", home, "--executor", "ray")
         assert done.returncode == 0, done.stderr
         assert f"{home} is in use, or was a moment ago" in done.stderr
-        assert not moved.exists()
+        assert not stray.exists()
         assert filled == {0, 1}
         assert "2 of 3 shards were filled before" in done.stderr
         assert done.stdout.strip() == f"{home}/versions/v1.0.0"
-        assert chat.times.keys() == peace.keys()
-        twice = (chat.times - peace).keys()
-        assert not set(map(shard_of, twice)) & filled
-        left = {path.name for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()}
-        assert left == {".lock"}  # on the node
-        assert "nothing new: v1.0.0" in synth(*asked, "--out", home, "--executor", "ray").stderr
+        assert chat.times.keys() == undisturbed.keys()
+        repeated = (chat.times - undisturbed).keys()
+        assert not set(map(shard_of, repeated)) & filled
+        remaining = {path.name for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()}
+        assert remaining == {".lock"}  # on the node
+        assert "nothing new: v1.0.0" in synth(*flags, "--out", home, "--executor", "ray").stderr
         assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
         assert not (parse_dataset_path(home) / "exchange").exists()
 
-        # From there it is a dataset like any other.
+        # Commands read it from there like any other dataset.
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
-        fetched, one = made(tmp_path / dataset_folder(home)), made(tmp_path / "one")
-        assert fetched.manifest["digest"] == one.manifest["digest"]
-        assert rows_of(fetched) == rows_of(one)
-        assert rows_of(one).keys() <= {key.split()[0] for key in peace}
+        fetched, local = made(tmp_path / dataset_folder(home)), made(tmp_path / "one")
+        assert fetched.manifest["digest"] == local.manifest["digest"]
+        assert rows_of(fetched) == rows_of(local)
+        assert rows_of(local).keys() <= {key.split()[0] for key in undisturbed}
         assert "v1.0.0" in synth("versions", home).stdout
         sample_id, content = text_name(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
-        marks = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
-        (tmp_path / "marks.jsonl").write_text(marks)
+        reviews = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
+        (tmp_path / "marks.jsonl").write_text(reviews)
         for out in ("one", home):
             done = synth("review", "apply", "marks.jsonl", "--data", out, "--json")
             assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["digest"] == made(tmp_path / "one").manifest["digest"]
         assert json.loads(done.stdout)["version"] == "v1.0.1"
-        error, _ = said(synth(*asked, "--out", "s3://none/mine", "--executor", "ray"))
+        error, _ = said(synth(*flags, "--out", "s3://none/mine", "--executor", "ray"))
         assert "s3://none/mine: The specified bucket does not exist" in error
-    assert synth(*asked, "--out", home).returncode == 2  # one machine keeps it on a disk
+    assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
 def test_a_plan_that_would_wait_for_ever_is_an_error_before_it_starts(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
-    asked = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
-    error, hint = said(synth(*asked, "--out", "d", "--workers", "500"))
+    command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
+    error, hint = said(synth(*command, "--out", "d", "--workers", "500"))
     assert "500 workers do not fit on" in error and "--workers" in hint
-    error, hint = said(synth(*asked, "--out", "d", "--ray-address", "127.0.0.1:9"))
+    error, hint = said(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
     for flags in (("--executor", "local", "--shards", "3"), ("--from-stage", "dedupe"), ("--dry-run",)):
-        assert synth(*asked, *flags).returncode == 2
+        assert synth(*command, *flags).returncode == 2

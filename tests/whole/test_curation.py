@@ -1,4 +1,4 @@
-"""Curation from end to end: what is asked again, what is left out, and a run from the middle that asks nothing."""
+"""Curation from end to end: verification, exclusions, and runs from the middle without new requests."""
 
 import json
 import subprocess
@@ -50,10 +50,10 @@ def test_every_annotation_was_asked_about_again(verified: Path) -> None:
 def test_other_thresholds_are_applied_from_the_middle_without_a_question(verified: Path) -> None:
     config = verified.parent / "loose.yaml"
     config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
-    again = ("--from-stage", "filter", "--config", str(config))
+    from_filter = ("--from-stage", "filter", "--config", str(config))
     common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
     before = len(kept(verified, "verify"))
-    done = run(*common, *again, cwd=verified.parent)
+    done = run(*common, *from_filter, cwd=verified.parent)
     assert "asked the model 0 times" in done.stderr
     assert "too_long" in done.stderr
     assert len(kept(verified, "verify")) < before  # long captions are gone
@@ -77,20 +77,20 @@ def test_copies_are_one_image_crops_share_a_split_and_banned_images_stay_out(tmp
     (tmp_path / "photos").mkdir()
     (tmp_path / "test").mkdir()
     images = [photo(seed) for seed in range(8)]
-    for n, image in enumerate(images):
-        image.save(tmp_path / "photos" / f"{n}.png")
-        (tmp_path / "photos" / f"{n}.txt").write_text("A drawing.")
+    for number, image in enumerate(images):
+        image.save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text("A drawing.")
     stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
     cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
     stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
     tiny = ("--engine", "embedded", "--model", "tiny")
     done = run("generate", "--source", "folder:photos", "--never", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    source = pq.read_table(tmp_path / "d" / "stages" / "source" / "rejected.parquet").to_pylist()
-    assert [(row["source_row"], row["reason"], row["detail"]) for row in source] == [("7.png", "banned_image", "folder")]
+    excluded = pq.read_table(tmp_path / "d" / "stages" / "source" / "rejected.parquet").to_pylist()
+    assert [(row["source_row"], row["reason"], row["detail"]) for row in excluded] == [("7.png", "banned_image", "folder")]
     samples = {row["source_row"]: row["sample_id"] for row in kept(tmp_path / "d", "source")}
-    gone = pq.read_table(tmp_path / "d" / "stages" / "dedupe" / "rejected.parquet").to_pylist()
-    copies = {row["sample_id"]: row["near_duplicate_of"] for row in gone if row["reason"] == "near_duplicate_image"}
+    rejected = pq.read_table(tmp_path / "d" / "stages" / "dedupe" / "rejected.parquet").to_pylist()
+    copies = {row["sample_id"]: row["near_duplicate_of"] for row in rejected if row["reason"] == "near_duplicate_image"}
     assert copies == {samples["0-copy.jpg"]: samples["0.png"]}
     groups: dict[str, set[str]] = {}
     for row in kept(tmp_path / "d", "dedupe"):

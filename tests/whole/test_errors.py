@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong is one line that says what, and one that says what to do; and nothing is half-written."""
+"""A user's mistake gives one line with the problem and one with a hint, and leaves nothing half-written."""
 
 import subprocess
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_another_source_in_the_same_folder_is_refused(synth: Run, tmp_path: Path
 
 
 def mounted(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run synth in a mount namespace of its own, with a small file system on `disk`."""
+    """Run synth in a new mount namespace, with a small file system on `disk`."""
     (tmp_path / "disk").mkdir()
     script = f"mount -t tmpfs -o {options} tmpfs disk && {prepare} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]

@@ -1,4 +1,4 @@
-"""An experiment as a command: killed in the middle, it ends with the same table; what cannot be is one error."""
+"""`synth experiment`: a killed run resumes to the same table, and an invalid file is one error."""
 
 import json
 import os
@@ -21,8 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     make_version(folder / "scenes", scene_samples(60))
     data = {"facts": {"data": "scenes", "text_source": "human"}, "model": {"data": "scenes"}}
-    asked = {"data": data, "encoder": ["tiny-clip"], "seeds": [0], "settings": SETTINGS}
-    (folder / "which.yaml").write_text(yaml.safe_dump(asked))
+    spec = {"data": data, "encoder": ["tiny-clip"], "seeds": [0], "settings": SETTINGS}
+    (folder / "which.yaml").write_text(yaml.safe_dump(spec))
     return folder
 
 
@@ -31,38 +31,38 @@ def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
-    """Some twenty seconds: two cells are trained twice, in processes of their own."""
+    """Takes about twenty seconds: two cells are trained twice, each in a new process."""
     whole = experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     command = [str(SYNTH), "experiment", "which.yaml", "--jobs", "1", "--out", "cut"]
     running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not list(folder.glob("cut/cells/model*/resume.pt")):  # the second cell has kept something: this is the middle
+    while not list(folder.glob("cut/cells/model*/resume.pt")):  # the second cell has saved a state: half of the grid is done
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not (folder / "cut" / "experiment.json").exists()
-    again = experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut")
-    assert again.returncode == 0, again.stderr
-    assert "2 cells, of which 1 are done" in again.stderr
+    resumed = experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "2 cells, of which 1 are done" in resumed.stderr
     for name in ("experiment.json", "experiment.md", "experiment.html"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    assert again.stdout.strip() == "cut/experiment.html"
+    assert resumed.stdout.strip() == "cut/experiment.html"
 
 
 def test_a_program_gets_the_result_as_json(folder: Path) -> None:
     done = experiment(folder, "which.yaml", "--jobs", "2", "--out", "whole", "--json")
-    found = json.loads(done.stdout)
-    assert [arm["data"] for arm in found["arms"]] == ["facts", "model"]
-    assert found["path"] == "whole/experiment.html"
-    assert found["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
+    result = json.loads(done.stdout)
+    assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
+    assert result["path"] == "whole/experiment.html"
+    assert result["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
 
 
 def test_a_cell_that_fails_is_said_and_the_others_are_in_the_result(folder: Path) -> None:
-    asked = yaml.safe_load((folder / "which.yaml").read_text())
-    asked["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
-    (folder / "more.yaml").write_text(yaml.safe_dump(asked))
+    spec = yaml.safe_load((folder / "which.yaml").read_text())
+    spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
+    (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     done = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
     assert done.returncode == 1 and "failed: facts-nowhere-" in done.stderr and "1 of 3 cells failed" in done.stderr
     assert done.stdout.strip() == "whole/experiment.html"

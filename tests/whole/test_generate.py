@@ -1,4 +1,4 @@
-"""`synth generate` on real parts: the tiny teacher, a real journal, and `kill -9`."""
+"""`synth generate` with real parts: the tiny teacher, a real journal, and `kill -9`."""
 
 import json
 import os
@@ -23,14 +23,14 @@ KILLS = 10
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
-    """When each file was changed last, and its size."""
+    """Return the modification time in ns and the size in bytes of each file."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A run that nobody disturbed: its folder and what it printed."""
+    """Return the folder and the printed result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     done = subprocess.run([SYNTH, *GENERATE, "--out", "d"], cwd=folder, capture_output=True, text=True, check=True)
     return folder / "d", json.loads(done.stdout)
@@ -81,7 +81,7 @@ def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Pa
 
 
 def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """Takes a minute or two: every life loads the model anew."""
+    """Takes a minute or two: every start loads the model again."""
     rng = random.Random(0)
     command = [str(SYNTH), *GENERATE, "--out", str(tmp_path / "d")]
     killed = 0
@@ -93,13 +93,13 @@ def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[P
             killed += 1
         process.wait()
         if process.returncode == 0:
-            break  # it was faster than its murderers: what is left to show is shown below
+            break  # it finished before the next kill; the checks below still apply
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["digest"] == whole[1]["digest"]
     with Journal(DatasetDir(tmp_path / "d").journal) as journal:
         totals = journal.totals()
     assert totals["replies"] == SCENES * 3
-    assert totals["asked"] - totals["replies"] <= killed * 64  # one group of requests was in flight at each death
+    assert totals["asked"] - totals["replies"] <= killed * 64  # at most one group of requests was in flight at each kill
     assert not list((tmp_path / "d").rglob("*.tmp"))
 
 
@@ -125,10 +125,10 @@ def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path
     assert done.returncode == 0, done.stderr
     assert "1 unreadable_image" in done.stderr
     assert "1 duplicate_image" in done.stderr
-    made = json.loads(done.stdout)
-    manifest = json.loads((tmp_path / made["path"] / "manifest.json").read_text())
+    result = json.loads(done.stdout)
+    manifest = json.loads((tmp_path / result["path"] / "manifest.json").read_text())
     assert manifest["source"]["name"] == "folder"
     assert sum(manifest["rows"].values()) == 3
-    everything = "".join(path.read_text(errors="replace") for path in (tmp_path / made["path"]).iterdir())
+    everything = "".join(path.read_text(errors="replace") for path in (tmp_path / result["path"]).iterdir())
     assert str(tmp_path) not in everything
     assert "pictures/" not in everything

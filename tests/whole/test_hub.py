@@ -1,4 +1,4 @@
-"""A dataset on its way to the Hub and back, by commands: generate, push, versions, diff, train, evaluate."""
+"""A dataset to the Hub and back, by commands: generate, push, versions, diff, train, evaluate."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ SCENES = 80
 
 
 class User:
-    """Somebody at a terminal, in a folder, with a Hub."""
+    """Runs commands in one folder against one Hub."""
 
     def __init__(self, hub: RunningHub, folder: Path) -> None:
         self.hub, self.folder = hub, folder
@@ -45,7 +45,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 @pytest.fixture(scope="module")
 def maker(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> User:
-    """Who made two versions and pushed both."""
+    """Return a user who has generated and pushed two versions."""
     user = User(hub, tmp_path_factory.mktemp("maker"))
     for scenes in (SCENES - 10, SCENES):
         user.synth("generate", "--source", "scenes", "--limit", str(scenes))
@@ -65,21 +65,21 @@ def test_versions_say_what_there_is_and_where_it_was_pushed(maker: User, hub: Ru
     assert second["bytes"] > 0
     tags = hub.hub.storage.repos["dataset", "me/scenes"].tags
     assert second["pushed"] == [f"me/scenes@{tags['v1.1.0']}"]
-    shown = maker.synth("versions").stdout
-    assert f"pushed to me/scenes@{tags['v1.0.0']}" in shown
-    assert "(from v1.0.0)" in shown
+    output = maker.synth("versions").stdout
+    assert f"pushed to me/scenes@{tags['v1.0.0']}" in output
+    assert "(from v1.0.0)" in output
 
 
 def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
-    same = maker.json("diff", "v1.1.0", "me/scenes@v1.1.0")
-    assert same["counts"] == {"same": SCENES, "added": 0, "removed": 0, "changed": 0}
+    unchanged = maker.json("diff", "v1.1.0", "me/scenes@v1.1.0")
+    assert unchanged["counts"] == {"same": SCENES, "added": 0, "removed": 0, "changed": 0}
     grown = maker.json("diff", "me/scenes@v1.0.0", "v1.1.0")
     assert (grown["counts"]["added"], grown["counts"]["removed"]) == (10, 0)
-    # Balance looks at all rows: among more images an answer may be too common, and a question find another partner.
+    # Balance compares all rows: with more images an answer may become too common, and a question get another pair.
     assert set(grown["reasons"]) <= {"another pair", "balance: answer_too_common", "was rejected: balance: answer_too_common"}
-    shown = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
-    assert shown[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in shown[0]
-    assert "  config.limit: 70 -> 80" in shown
+    output = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
+    assert output[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in output[0]
+    assert "  config.limit: 70 -> 80" in output
 
 
 def test_one_version_is_nothing_to_compare(maker: User) -> None:
@@ -89,11 +89,11 @@ def test_one_version_is_nothing_to_compare(maker: User) -> None:
 
 
 def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, hub: RunningHub, maker: User) -> None:
-    made = reader.json("train", "--data", "me/scenes@v1.0.0", "--steps", "2")
-    assert made["path"].startswith("data/me-scenes/checkpoints/v1.0.0")
-    asked = hub.hub.sent_bytes
+    trained = reader.json("train", "--data", "me/scenes@v1.0.0", "--steps", "2")
+    assert trained["path"].startswith("data/me-scenes/checkpoints/v1.0.0")
+    sent_bytes = hub.hub.sent_bytes
     reader.synth("train", "--data", "me/scenes@v1.0.0", "--steps", "2", "--seed", "1", "--out", "again")
-    assert hub.hub.sent_bytes == asked  # all of it was in the cache
+    assert hub.hub.sent_bytes == sent_bytes  # all of it was in the cache
     scores = reader.json("evaluate", "again", "--data", "me/scenes@v1.0.0")
     assert scores["images"] > 0
 
@@ -105,7 +105,7 @@ def test_pixels_that_stayed_at_home_are_joined_again(reader: User, maker: User) 
     assert "--images" in refused
     of_dataset = ("--images", str(maker.folder / "data" / "scenes"))
     reader.synth("train", "--data", "me/texts", *of_dataset, "--steps", "2")
-    # The second time it lies here already.
+    # The second time the dataset is already here.
     scores = reader.json(
         "evaluate", str(next(reader.folder.glob("data/me-texts/checkpoints/*"))), "--data", "me/texts", *of_dataset
     )
@@ -114,8 +114,8 @@ def test_pixels_that_stayed_at_home_are_joined_again(reader: User, maker: User) 
 
 def test_a_source_gives_the_pixels_too(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
-    few = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True)
-    assert "nowhere" in few.stderr
+    refused = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True)
+    assert "nowhere" in refused.stderr
     reader.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
 
 
@@ -129,13 +129,13 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     card = hub.hub.storage.path(files["README.md"].sha256).read_text()
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["me/scenes"]
     assert DatasetDir(maker.folder / "data" / "scenes").version().manifest["digest"] in card
-    shown = card.split("```python")[1].split("```")[0]
-    code = shown.replace("load_checkpoint(folder)", f"load_checkpoint({checkpoint!r})").replace("photo.jpg", "scene.png")
+    snippet = card.split("```python")[1].split("```")[0]
+    code = snippet.replace("load_checkpoint(folder)", f"load_checkpoint({checkpoint!r})").replace("photo.jpg", "scene.png")
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
     done = subprocess.run([sys.executable, "-c", code], cwd=maker.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    again = maker.synth("push", checkpoint, "--repo", "me/captioner")
-    assert "nothing to do" in again.stderr
+    repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
+    assert "nothing to do" in repeated.stderr
     assert len(repo.commits) == 2
 
 
@@ -153,10 +153,10 @@ def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(maker: User, hub: RunningHub) -> None:
-    asked = len(hub.hub.log)
-    told = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
-    assert set(told["files"]) == {p.name for p in DatasetDir(maker.folder / "data" / "scenes").version().path.iterdir()}
-    assert len(hub.hub.log) == asked
+    request_count = len(hub.hub.log)
+    plan = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
+    assert set(plan["files"]) == {path.name for path in DatasetDir(maker.folder / "data" / "scenes").version().path.iterdir()}
+    assert len(hub.hub.log) == request_count
 
 
 def test_a_manifest_and_the_journal_are_enough_to_make_a_version_again(maker: User, tmp_path: Path) -> None:

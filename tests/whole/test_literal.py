@@ -1,4 +1,4 @@
-"""The three commands of the README, with no other flag: the Hub serves tiny models and data under their real names."""
+"""The three commands of the README without other flags; the Hub serves tiny models and data under the real names."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def hub(tmp_path: Path) -> Iterator[RunningHub]:
 
 
 def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_path: Path) -> None:
-    """One test: each command takes what the one before it made."""
+    """One test, because each command uses the output of the one before."""
     (tmp_path / "user").mkdir()
     env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
 

@@ -1,4 +1,4 @@
-"""`synth review apply`, as commands: what is wrong with marks is said before anything is written."""
+"""`synth review apply`: invalid reviews are reported before anything is written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +14,18 @@ from tests.whole.conftest import Run, said
 
 @pytest.fixture
 def marked(synth: Run, tmp_path: Path) -> Callable[..., Path]:
-    """Make a dataset of a few scenes, and write marks of its texts: (kind of text, mark, more)."""
+    """Generate a dataset of six scenes; return a function that writes reviews from (kind of text, mark, fields)."""
     done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert done.returncode == 0, done.stderr
     rows = pq.read_table(DatasetDir(tmp_path / "d").stage("split")).to_pylist()
 
-    def write(*wanted: tuple[str, str, dict[str, Any]]) -> Path:
-        marks = []
-        for kind, mark, more in wanted:
+    def write(*specs: tuple[str, str, dict[str, Any]]) -> Path:
+        reviews = []
+        for kind, mark, fields in specs:
             sample_id, content = text_name(next(row for row in rows if kind in (row["style"], row["answer_type"])))
-            marks.append(Review.model_validate({"sample_id": sample_id, "content": content, "mark": mark} | more))
+            reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, "mark": mark} | fields))
         path = tmp_path / "marks.jsonl"
-        path.write_text(format_reviews(marks))
+        path.write_text(format_reviews(reviews))
         return path
 
     return write
@@ -51,9 +51,9 @@ def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path
     folder = DatasetDir(tmp_path / "d")
     names = [text_name(row) for row in pq.read_table(folder.stage("split")).to_pylist()]
 
-    def bad(some: list[tuple[str, str]]) -> str:
-        marks = [Review(sample_id=sample_id, content=content, mark="bad", reason="other") for sample_id, content in some]
-        (tmp_path / "m.jsonl").write_text(format_reviews(marks))
+    def bad(texts: list[tuple[str, str]]) -> str:
+        reviews = [Review(sample_id=sample_id, content=content, mark="bad", reason="other") for sample_id, content in texts]
+        (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 
     assert "review: 1 marks apply" in bad(names[:1])
@@ -64,31 +64,31 @@ def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path
 
 
 def test_an_edit_that_later_stages_have_overtaken_waits(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
-    """Somebody may write by hand, or another version of the prompts may say, what a person has made of another text."""
+    """An edit stays pending while another text of the image has the same words, by hand or from other prompts."""
     edit = marked(("brief", "edited", {"text": "What a person says."}))
     assert "review: 1 marks apply" in synth("review", "apply", str(edit), "--data", "d").stderr
     folder = DatasetDir(tmp_path / "d")
-    (mark,) = read_reviews(folder.reviews)
-    row = next(row for row in pq.read_table(folder.stage("split")).to_pylist() if text_name(row) == mark.name)
-    other = next(
-        each
-        for each in pq.read_table(folder.stage("split")).to_pylist()
-        if each["sample_id"] == row["sample_id"] and each["task"] == "caption" and text_name(each) != mark.name
+    (review,) = read_reviews(folder.reviews)
+    row = next(row for row in pq.read_table(folder.stage("split")).to_pylist() if text_name(row) == review.name)
+    other_caption = next(
+        candidate
+        for candidate in pq.read_table(folder.stage("split")).to_pylist()
+        if candidate["sample_id"] == row["sample_id"] and candidate["task"] == "caption" and text_name(candidate) != review.name
     )
-    folder.reviews.write_text(format_reviews([mark.model_copy(update={"text": other["clean_text"]})]))
-    again = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert again.returncode == 0
-    assert "review: 0 marks apply; 1 fit no text that is there now" in again.stderr
+    folder.reviews.write_text(format_reviews([review.model_copy(update={"text": other_caption["clean_text"]})]))
+    rerun = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
+    assert rerun.returncode == 0
+    assert "review: 0 marks apply; 1 fit no text that is there now" in rerun.stderr
 
 
 def test_a_mark_waits_while_its_text_is_not_there(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
-    marks = marked(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))
-    first = synth("review", "apply", str(marks), "--data", "d")
+    path = marked(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))
+    first = synth("review", "apply", str(path), "--data", "d")
     assert (
         "rejected: 1 marked_unclear, 1 marked_trivial" in first.stderr or "1 marked_trivial, 1 marked_unclear" in first.stderr
     )
     fewer = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d", "--tasks", "caption")
     assert "review: 1 marks apply; 1 fit no text that is there now" in fewer.stderr
-    again = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert "review: 2 marks apply\n" in again.stderr
+    complete = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
+    assert "review: 2 marks apply\n" in complete.stderr
     assert "too easy" in DatasetDir(tmp_path / "d").reviews.read_text()

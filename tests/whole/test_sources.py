@@ -1,4 +1,4 @@
-"""The named sources from the Hub to a version and back, as a user types it; the tiny teacher says what it says of photos."""
+"""The named sources, from the Hub to a version and back, by commands; captions of photos are those of the tiny teacher."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def rows(version: Version) -> list[dict[str, Any]]:
 
 
 def adds_up(version: Version, upstream: int) -> None:
-    """Every row upstream is a sample, or was rejected with a reason."""
+    """Assert that every upstream row is a sample or was rejected with a reason."""
     source = version.manifest["funnel"][0]
     assert source["kept"] + sum(source["rejected"].values()) == source["input"] == upstream
     for step in version.manifest["funnel"]:
@@ -68,22 +68,22 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
     by_split = {
         split: version.read(split)["source_row"].to_pylist() for split in version.manifest["rows"] if version.shards(split)
     }
-    assert {split: len(found) for split, found in by_split.items()} == {"train": 12, "validation": 4, "test": 4}
+    assert {split: len(source_rows) for split, source_rows in by_split.items()} == {"train": 12, "validation": 4, "test": 4}
     assert all(len(row["references"]) == 5 for row in rows(version))
     pushed = synth(hub, tmp_path, "push", "--repo", "me/flickr", "--json")
     assert pushed.returncode == 0, pushed.stderr
     assert "may not be passed on" in pushed.stderr
-    files = hub.hub.storage.repos["dataset", "me/flickr"].resolve("main")
-    assert files is not None
-    for name, file in files.files.items():
+    commit = hub.hub.storage.repos["dataset", "me/flickr"].resolve("main")
+    assert commit is not None
+    for name, file in commit.files.items():
         data = hub.hub.storage.path(file.sha256).read_bytes()
         assert datasets.photo(0)[20:200] not in data, name
         if name.endswith(".parquet"):
             table = pq.read_table(hub.hub.storage.path(file.sha256))
             assert "image" not in table.column_names
             assert {"sample_id", "stage" if name == LEDGER_FILE else "captions"} <= set(table.column_names)
-    again = synth(hub, tmp_path, "push", "--repo", "me/flickr")
-    assert "nothing to do" in again.stderr
+    repeated = synth(hub, tmp_path, "push", "--repo", "me/flickr")
+    assert "nothing to do" in repeated.stderr
 
 
 def test_vqav2_keeps_the_questions_of_people_beside_those_of_the_model(hub: RunningHub, tmp_path: Path) -> None:
@@ -115,35 +115,35 @@ def test_any_data_set_streams_and_its_licence_travels(hub: RunningHub, tmp_path:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
     version = made(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
     assert sum(version.manifest["rows"].values()) == 4
-    assert version.manifest["licences"] == ["undeclared"]  # and so its pixels stay here
+    assert version.manifest["licences"] == ["undeclared"]  # so its pixels are not pushed
     assert version.manifest["source"]["name"] == "hub:me/photos"
-    assert version.manifest["rows"]["test"] == 4  # as upstream files them
+    assert version.manifest["rows"]["test"] == 4  # the split of the upstream files
 
 
 def test_an_image_that_stands_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
     rows_ = datasets.flickr_rows(4)
-    rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}  # the first, under `train`, once more
+    rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}  # a copy of the first image, which is in `train`
     (tmp_path / "rows.parquet").write_bytes(datasets.parquet(rows_, datasets.FLICKR))
     version = made(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
     adds_up(version, 4)
-    (held,) = version.read("test").to_pylist()
-    assert held["image"]["bytes"] == datasets.photo(0)
+    (row,) = version.read("test").to_pylist()
+    assert row["image"]["bytes"] == datasets.photo(0)
 
 
 def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/copy")
     (tmp_path / "secret-list.json").write_text(datasets.karpathy_list(6))
-    listed = ("--source", "flickr30k:me/copy", "--split-list", str(tmp_path / "secret-list.json"), "--out", "d", "--json")
+    arguments = ("--source", "flickr30k:me/copy", "--split-list", str(tmp_path / "secret-list.json"), "--out", "d", "--json")
     with running_chat(ChatServer(model="/srv/alice/qwen")) as chat:
-        version = made(hub, tmp_path, *listed, "--base-url", chat.url)
+        version = made(hub, tmp_path, *arguments, "--base-url", chat.url)
     text = "".join((version.path / name).read_text() for name in ("manifest.json", "README.md"))
     assert not any(word in text for word in ("alice", "/srv", "secret-list", str(tmp_path), chat.url))
     assert version.manifest["source"]["name"] == "flickr30k:me/copy"
     assert version.manifest["model"]["name"] == "qwen"
-    # A later stage runs without the server, the Hub or another name in their place.
-    again = made(hub, tmp_path, *listed, "--from-stage", "split")
-    assert again.manifest["model"] == version.manifest["model"]
-    assert again.manifest["digest"] == version.manifest["digest"]
+    # A later stage runs without the server and the Hub, and needs no other name for them.
+    resplit = made(hub, tmp_path, *arguments, "--from-stage", "split")
+    assert resplit.manifest["model"] == version.manifest["model"]
+    assert resplit.manifest["digest"] == version.manifest["digest"]
 
 
 def test_parquet_of_ones_own(hub: RunningHub, tmp_path: Path) -> None:
@@ -166,16 +166,16 @@ def test_decks_of_drawn_pages_are_asked_about_and_known_to_be_true_without_any_s
     version = made(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
     adds_up(version, 12)
     assert version.manifest["model"]["name"] == "tiny"
-    asked = [pair for row in rows(version) for pair in row["qa"]]
-    assert {pair["answer_type"] for pair in asked} == {"span", "number", "arithmetic"}
-    assert all(len(pair["evidence_pages"]) == 2 and pair["expression"] for pair in asked if pair["answer_type"] == "arithmetic")
+    pairs = [pair for row in rows(version) for pair in row["qa"]]
+    assert {pair["answer_type"] for pair in pairs} == {"span", "number", "arithmetic"}
+    assert all(len(pair["evidence_pages"]) == 2 and pair["expression"] for pair in pairs if pair["answer_type"] == "arithmetic")
     assert version.manifest["measured"]["true_answers"]["number"]["accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("name", ["scenes", "flickr30k", "hub:ORG/NAME", "slidevqa"])
 def test_sources_says_all_about_one(hub: RunningHub, tmp_path: Path, name: str) -> None:
-    about = json.loads(synth(hub, tmp_path, "sources", name, "--json").stdout)
-    assert about["example"].startswith("synth generate --source")
-    assert all(about[field] for field in ("what", "tasks", "splits", "size", "licence", "needs"))
-    shown = synth(hub, tmp_path, "sources", name).stdout
-    assert about["licence"] in shown
+    description = json.loads(synth(hub, tmp_path, "sources", name, "--json").stdout)
+    assert description["example"].startswith("synth generate --source")
+    assert all(description[field] for field in ("what", "tasks", "splits", "size", "licence", "needs"))
+    output = synth(hub, tmp_path, "sources", name).stdout
+    assert description["licence"] in output

@@ -30,7 +30,7 @@ START_SECONDS = 300
 
 
 def why_not() -> str | None:
-    """The reason why there is no vLLM here, from what its installation printed."""
+    """Return why vLLM is not installed, from the log of its installation, or None if it is."""
     if PYTHON.exists():
         return None
     log = ROOT / ".stamps" / "vllm.log"
@@ -51,8 +51,8 @@ def environment() -> dict[str, str]:
 
 
 def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
-    wanted = ["--source", "scenes", "--seed", str(SEED), "--limit", str(scenes), "--json", "--out", str(folder)]
-    return [str(SYNTH), "generate", *wanted, *arguments]
+    options = ["--source", "scenes", "--seed", str(SEED), "--limit", str(scenes), "--json", "--out", str(folder)]
+    return [str(SYNTH), "generate", *options, *arguments]
 
 
 def annotations(folder: Path) -> list[dict[str, Any]]:
@@ -72,18 +72,18 @@ def is_alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in listing.stdout.split()]
 
 
 def descendants(pid: int) -> list[int]:
-    return [each for child in children(pid) for each in (child, *descendants(child))]
+    return [descendant for child in children(pid) for descendant in (child, *descendants(child))]
 
 
-def wait_until(true: Any, what: str, seconds: float = START_SECONDS) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
+def wait_until(condition: Any, what: str, seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.1)
 
 
@@ -100,7 +100,7 @@ def replies(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`synth serve`, as it runs in a second terminal; a start takes half a minute, which no smaller test can stand in for."""
+    """Run `synth serve` as in a second terminal. A start takes half a minute; no cheaper test replaces it."""
     folder = tmp_path_factory.mktemp("serve")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as progress:
@@ -118,7 +118,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(60)
     assert process.returncode == 130
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C", 20)
-    assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag went through
+    assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag was passed on
     assert not list(Path("/dev/shm").glob(f"synth-{process.pid}-*"))
 
 
@@ -139,18 +139,18 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
-    ours, theirs = accuracy(embedded), accuracy(folder)
-    assert all(theirs[name] > ours[name] - 0.1 for name in ours), (ours, theirs)
-    own = {(row["sample_id"], row["style"]): row["text"] for row in annotations(embedded) if row["task"] == "caption"}
-    same = [own[row["sample_id"], row["style"]] == row["text"] for row in annotations(folder) if row["task"] == "caption"]
-    # vLLM computes in bfloat16: a near tie may fall the other way, but not often.
-    assert sum(same) >= 0.85 * len(same)
+    local, remote = accuracy(embedded), accuracy(folder)
+    assert all(remote[name] > local[name] - 0.1 for name in local), (local, remote)
+    texts = {(row["sample_id"], row["style"]): row["text"] for row in annotations(embedded) if row["task"] == "caption"}
+    equal = [texts[row["sample_id"], row["style"]] == row["text"] for row in annotations(folder) if row["task"] == "caption"]
+    # vLLM computes in bfloat16: a near tie may resolve differently, but not often.
+    assert sum(equal) >= 0.85 * len(equal)
 
 
 def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
     key = {"Authorization": f"Bearer {KEY}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=60) as listed:
-        (model,) = json.load(listed)["data"]
+    with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=60) as response:
+        (model,) = json.load(response)["data"]
     assert model["id"] == f"teacher@{weights_revision(TINY_WEIGHTS)}"
 
     def ask(url: str, headers: dict[str, str]) -> int:
@@ -180,10 +180,10 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
         family = descendants(process.pid)
         os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=START_SECONDS)
-    said = (tmp_path / "talk").read_text()
-    assert process.returncode == 0, said
-    assert "vLLM died" in said
-    assert KEY not in said + stdout + (folder / "vllm.log").read_text()
+    log = (tmp_path / "talk").read_text()
+    assert process.returncode == 0, log
+    assert "vLLM died" in log
+    assert KEY not in log + stdout + (folder / "vllm.log").read_text()
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3
     assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
@@ -212,13 +212,13 @@ def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -
 
 
 def named(pids: list[int], *words: str) -> list[int]:
-    """Those processes whose command holds one of some words."""
+    """Return the running processes whose command contains one of the words."""
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids if is_alive(pid)}
     return [pid for pid, command in commands.items() if any(word in command for word in words)]
 
 
 def servers(process: "subprocess.Popen[bytes]") -> list[int]:
-    """The vLLM servers that a command has started, and that run."""
+    """Return the running vLLM servers that a command has started."""
     return named(descendants(process.pid), "vllm.entrypoints")
 
 
@@ -227,7 +227,7 @@ def shard_replies(folder: Path) -> int:
 
 
 def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goes_on(served: str, tmp_path: Path) -> None:
-    """Takes two starts of vLLM; the last part is asked of a server that runs."""
+    """Takes two starts of vLLM; the last part uses a server that is already running."""
     folder, scenes = tmp_path / "d", 256
     cluster = ("--executor", "ray", "--shards", "4", "--workers", "1")
     with (tmp_path / "talk").open("w") as progress:
@@ -238,7 +238,7 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
         (server,) = servers(process)
         os.kill(server, signal.SIGKILL)
         wait_until(lambda: servers(process) not in ([], [server]) or process.poll() is not None, "another server")
-        before = shard_replies(folder)  # with those that were on their way
+        before = shard_replies(folder)  # includes replies to requests that were in flight
         wait_until(lambda: shard_replies(folder) > before + 60 or process.poll() is not None, "sixty replies of another server")
         assert process.poll() is None, (tmp_path / "talk").read_text()
         family = named(descendants(process.pid), "ray::MapWorker", "vllm", "VLLM")
@@ -253,4 +253,4 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
     assert done.returncode == 0, done.stderr
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
-    assert f"asked the model {scenes * 3 - before} times" in done.stderr  # nothing that had its reply is asked again
+    assert f"asked the model {scenes * 3 - before} times" in done.stderr  # answered requests are not sent again

@@ -1,4 +1,4 @@
-"""A wheel holds all that the command needs: it runs from another folder, away from the source tree."""
+"""A wheel contains all that the command needs: it runs from a folder outside the source tree."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_wheel_generates_from_another_folder(tmp_path: Path) -> None:
-    """Some seconds: a build, and a model to load."""
+    """Takes some seconds, for a build and a model to load."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    source = tmp_path / "source"  # a copy of what is committed or would be: building leaves traces
-    listed = subprocess.run(
+    source = tmp_path / "source"  # a copy of the tracked and new files, because a build leaves files behind
+    listing = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for name in listed.stdout.splitlines():
+    for name in listing.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())

@@ -1,1 +1,1 @@
-"""Experiments: the same captioner trained on different data, or differently, and whether that makes a difference."""
+"""Experiments: train one captioner on different data or with different settings, and compare the results."""

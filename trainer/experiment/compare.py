@@ -1,4 +1,4 @@
-"""What the cells of an experiment say together: means, intervals, and whether two arms differ.
+"""Compare the arms of an experiment: means, intervals, and whether two arms differ.
 
 Shapes: S seeds, I test images, R draws of the bootstrap.
 """
@@ -27,9 +27,9 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """All seeds of one place in the grid; images are in the order of their ids."""
+    """All seeds of one grid point; images are sorted by id."""
 
-    key: tuple[str, ...]  # the values of FACTORS, and settings that are not those of the first grid
+    key: tuple[str, ...]  # the values of FACTORS, and settings that differ from the first grid
     seeds: tuple[int, ...]
     sample_ids: tuple[str, ...]
     references: tuple[tuple[str, ...], ...]
@@ -42,40 +42,40 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Return its key in words, without what is as usual."""
-        data, encoder, decoder, alignment, images, otherwise = self.key
-        encoder, decoder = Path(encoder).name, Path(decoder).name  # of a folder its last part
+        """Return the key in words, without default values."""
+        data, encoder, decoder, alignment, images, overrides = self.key
+        encoder, decoder = Path(encoder).name, Path(decoder).name  # the last part of a folder
         aligned = {"none": "", "connector": ", connector first", "contrast": ", connector first, contrast"}[alignment]
-        more = (f"{images} images" if images != "0" else "", otherwise)
-        return f"{data}, {encoder}, {decoder}{aligned}" + "".join(f", {words}" for words in more if words)
+        extras = (f"{images} images" if images != "0" else "", overrides)
+        return f"{data}, {encoder}, {decoder}{aligned}" + "".join(f", {extra}" for extra in extras if extra)
 
 
 def read_arms(runs: list[Run]) -> list[Arm]:
     """Return the arms of finished runs, in the order of the grid."""
-    of_arm: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    runs_by_arm: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        of_arm[run.cell.arm].append(run)
-    arms = [_read_arm(key, mine) for key, mine in of_arm.items()]
+        runs_by_arm[run.cell.arm].append(run)
+    arms = [_read_arm(key, arm_runs) for key, arm_runs in runs_by_arm.items()]
     assert all(arm.sample_ids == arms[0].sample_ids for arm in arms), "arms were not scored on the same images"
     return arms
 
 
 def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
     lines = [(run.folder / "captions.jsonl").read_text(encoding="utf-8").split("\n") for run in runs]
-    told = [sorted((json.loads(line) for line in mine if line), key=lambda about: about["sample_id"]) for mine in lines]
-    references = tuple(tuple(about["references"]) for about in told[0])
-    tokens = [[reference.split(" ") for reference in mine] for mine in references]
-    lengths = [round(float(np.mean([len(reference) for reference in mine]))) for mine in tokens]
+    rows = [sorted((json.loads(line) for line in group if line), key=lambda row: row["sample_id"]) for group in lines]
+    references = tuple(tuple(row["references"]) for row in rows[0])
+    tokens = [[reference.split(" ") for reference in group] for group in references]
+    lengths = [round(float(np.mean([len(reference) for reference in group]))) for group in tokens]
     return Arm(
         key=key,
         seeds=tuple(run.cell.seed for run in runs),
-        sample_ids=tuple(about["sample_id"] for about in told[0]),
+        sample_ids=tuple(row["sample_id"] for row in rows[0]),
         references=references,
-        captions=tuple(tuple(about["caption"] for about in mine) for mine in told),
-        cider_d_SI=np.array([[about["cider_d"] for about in mine] for mine in told]),
-        shuffled_SI=np.array([[about["shuffled_cider_d"] for about in mine] for mine in told]),
+        captions=tuple(tuple(row["caption"] for row in group) for group in rows),
+        cider_d_SI=np.array([[row["cider_d"] for row in group] for group in rows]),
+        shuffled_SI=np.array([[row["shuffled_cider_d"] for row in group] for group in rows]),
         matched_SI=np.array(
-            [cider_d([tokenize(a["caption"])[:n] for a, n in zip(mine, lengths, strict=True)], tokens) for mine in told]
+            [cider_d([tokenize(a["caption"])[:n] for a, n in zip(group, lengths, strict=True)], tokens) for group in rows]
         ),
         metrics=tuple(read_json(run.folder / "metrics.json") for run in runs),
         curves=tuple(read_log(run.folder / "log.jsonl") for run in runs),
@@ -83,11 +83,11 @@ def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
 
 
 def interval(scores_SI: Scores, other_SI: Scores | None = None) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over seeds and images, or of how far it lies above another one.
+    """Return the 95 % interval of a mean over seeds and images, or of its difference from another mean.
 
-    By a bootstrap of two levels: images are drawn with replacement, for both alike since they were scored on the same ones, and
-    seeds for each of the two. Means of S drawn seeds have (S - 1) / S of the variance that they should, so they are spread.
-    With one seed, nothing is known of how much another would change.
+    Two-level bootstrap: images are drawn with replacement, the same for both arms, which were scored on the same images; seeds
+    are drawn for each arm. Means of S drawn seeds have (S - 1) / S of the true variance, so they are rescaled. With one seed,
+    the variance between seeds is unknown and not included.
     """
     rng = np.random.default_rng(0)
     images_RI = rng.integers(scores_SI.shape[1], size=(DRAWS, scores_SI.shape[1]))
@@ -105,26 +105,26 @@ def interval(scores_SI: Scores, other_SI: Scores | None = None) -> tuple[float, 
 
 
 def verdict(low: float, high: float, seeds: int = 2) -> str:
-    """Return what the interval of a difference allows to say, of arms that have so many seeds at least."""
-    found = "better" if low > 0 else "worse" if high < 0 else "cannot tell at this size"
-    return f"{found} with this seed" if seeds == 1 and found in ("better", "worse") else found
+    """Return the verdict that the interval of a difference supports; `seeds` is the smaller seed count of the two arms."""
+    text = "better" if low > 0 else "worse" if high < 0 else "cannot tell at this size"
+    return f"{text} with this seed" if seeds == 1 and text in ("better", "worse") else text
 
 
 def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Return how every two arms differ that are alike in all but one factor; the later one of the grid beside the earlier."""
-    found = []
-    for at, factor in enumerate(FACTORS):
+    """Return the difference of every two arms that differ in exactly one factor: later minus earlier in the grid."""
+    differences = []
+    for n, factor in enumerate(FACTORS):
         for base, arm in itertools.combinations(arms, 2):
-            if base.key[at] == arm.key[at] or base.key[:at] + base.key[at + 1 :] != arm.key[:at] + arm.key[at + 1 :]:
+            if base.key[n] == arm.key[n] or base.key[:n] + base.key[n + 1 :] != arm.key[:n] + arm.key[n + 1 :]:
                 continue
-            mine, theirs, seeds = arm.cider_d_SI, base.cider_d_SI, min(len(arm.seeds), len(base.seeds))
-            low, high = interval(mine, theirs)
-            found.append(
+            scores, base_scores, seeds = arm.cider_d_SI, base.cider_d_SI, min(len(arm.seeds), len(base.seeds))
+            low, high = interval(scores, base_scores)
+            differences.append(
                 {
                     "factor": factor,
                     "arm": arm.name,
                     "than": base.name,
-                    "difference": float(mine.mean() - theirs.mean()),
+                    "difference": float(scores.mean() - base_scores.mean()),
                     "interval": [low, high],
                     "verdict": verdict(low, high, seeds),
                     "length_matched_difference": float(arm.matched_SI.mean() - base.matched_SI.mean()),
@@ -132,17 +132,17 @@ def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     "seeds": [len(arm.seeds), len(base.seeds)],
                 }
             )
-    return found
+    return differences
 
 
 def summarise(arm: Arm, images: int, words: int) -> dict[str, Any]:
-    """Return the row of an arm, which learned from so many images and words of captions."""
+    """Return the result row of an arm that learned from this number of images and caption words."""
     questions = {
         kind: {name: float(np.mean([m["questions"][kind][name] for m in arm.metrics])) for name in ("accuracy", "majority")}
         for kind in arm.metrics[0].get("questions", {})
     }
-    references = [[reference.split(" ") for reference in mine] for mine in arm.references]
-    sliced = [slice_scores([tokenize(text) for text in mine], references) for mine in arm.captions]
+    references = [[reference.split(" ") for reference in texts] for texts in arm.references]
+    sliced = [slice_scores([tokenize(text) for text in texts], references) for texts in arm.captions]
     return {
         "name": arm.name,
         **dict(zip((*FACTORS, "otherwise"), arm.key, strict=True)),
@@ -159,26 +159,26 @@ def summarise(arm: Arm, images: int, words: int) -> dict[str, Any]:
         "rouge_l": float(np.mean([m["scores"]["rouge_l"] for m in arm.metrics])),
         "mean_words": float(np.mean([m["words"]["mean"] for m in arm.metrics])),
         "words_of_references": float(np.mean([m["words"]["of_references"] for m in arm.metrics])),
-        "slices": {name: _mean([each[name] for each in sliced]) for name in SLICES},
+        "slices": {name: _mean([scores[name] for scores in sliced]) for name in SLICES},
         "questions": questions,
     }
 
 
 def examples(arms: Sequence[Arm], count: int) -> list[dict[str, Any]]:
-    """Return the images that the arms caption most differently, half of them, and then others, with what each arm says."""
+    """Return `count` images with the captions of each arm: half where the scores differ most, the rest spread evenly."""
     scores_AI = np.stack([arm.cider_d_SI[0] for arm in arms])
     order = np.argsort(-(scores_AI.max(0) - scores_AI.min(0)), kind="stable")
     rest = np.setdiff1d(np.arange(scores_AI.shape[1]), order[: count // 2])
     chosen = [*order[: count // 2].tolist(), *rest[:: max(1, len(rest) // max(1, count - count // 2))].tolist()][:count]
     return [
         {
-            "sample_id": arms[0].sample_ids[at],
-            "references": list(arms[0].references[at]),
+            "sample_id": arms[0].sample_ids[index],
+            "references": list(arms[0].references[index]),
             "said": [
-                {"arm": arm.name, "caption": arm.captions[0][at], "cider_d": float(arm.cider_d_SI[0, at])} for arm in arms
+                {"arm": arm.name, "caption": arm.captions[0][index], "cider_d": float(arm.cider_d_SI[0, index])} for arm in arms
             ],
         }
-        for at in chosen
+        for index in chosen
     ]
 
 

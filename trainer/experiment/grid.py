@@ -1,7 +1,7 @@
-"""What an experiment file says, and the cells that follow from it: one training run each.
+"""Read an experiment file and expand its grid into cells, one training run each.
 
-The file is a grid: every kind of data with every encoder, decoder, alignment, number of images and seed. `also` adds smaller
-grids, in which some of these lists are replaced.
+The grid combines every kind of data with every encoder, decoder, alignment, number of images and seed. `also` adds smaller
+grids that replace some of these lists.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from trainer.config import TrainConfig, resolve
 from trainer.data import Mixture
 
 Alignment = Literal["none", "connector", "contrast"]
-ALIGN_SHARE = 0.25  # of all steps, where the connector is aligned first
+ALIGN_SHARE = 0.25  # fraction of all steps that align the connector first
 CONTRAST = 0.1
-MIN_STEPS = 4  # so that a quarter of them is one
+MIN_STEPS = 4  # so that ALIGN_SHARE of them is at least one
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")  # by which arms differ
-ONE_FOR_ALL = ("styles", "questions")  # what is seen of a version: a smaller grid cannot have others
+ONE_FOR_ALL = ("styles", "questions")  # they select the examples of a version: grids of `also` cannot change them
 DECIDED = (
     "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget", "align_steps",
     "contrastive_weight", "seed",
@@ -30,18 +30,18 @@ DECIDED = (
 
 
 class Data(Section):
-    """A version with the choice of its texts that is learned from."""
+    """A version and the choice of its texts to learn from."""
 
     OLD_KEYS: ClassVar = {"texts": "text_source", "name_source": "source_in_prompt"}
 
-    data: str | None = None  # as of `synth train --data`; None: what was made last
+    data: str | None = None  # as in `synth train --data`; None: the latest dataset
     images: str | None = None
     text_source: Mixture = "synthetic"
     source_in_prompt: bool = True
 
 
 class Grid(Section):
-    """The lists whose product is the cells."""
+    """Lists whose product gives the cells."""
 
     encoder: Annotated[tuple[str, ...], Field(min_length=1)] = ("clip",)
     decoder: Annotated[tuple[str, ...], Field(min_length=1)] = ("scratch",)
@@ -52,9 +52,9 @@ class Grid(Section):
 
 
 class More(Section):
-    """A smaller grid beside the first: what is given replaces the list of that name; settings are merged.
+    """An additional grid: a given list replaces that of the first grid; settings are merged.
 
-    Its arms are compared with one another, and with those of the first grid only where the settings are the same.
+    Its arms are compared with each other, and with those of the first grid only if the settings are equal.
     """
 
     data: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # names
@@ -70,7 +70,7 @@ class Experiment(Grid):
     """An experiment file."""
 
     data: Annotated[dict[str, Data], Field(min_length=1)]
-    match_words: bool = True  # whether all kinds of data are cut to the captions of the smallest
+    match_words: bool = True  # whether captions are cut to the word count of the smallest data
     also: tuple[More, ...] = ()
 
     @model_validator(mode="after")
@@ -85,12 +85,12 @@ class Experiment(Grid):
             raise ValueError(
                 f"settings.{clash[0]} of `also` must be that of the first grid, which has the same images and words"
             )
-        models = [set(self.encoder).union(*(m.encoder or () for m in self.also))]
-        models.append(set(self.decoder).union(*(m.decoder or () for m in self.also)))
-        for known in models:
-            if "auto" in known:
+        choices = [set(self.encoder).union(*(m.encoder or () for m in self.also))]
+        choices.append(set(self.decoder).union(*(m.decoder or () for m in self.also)))
+        for names in choices:
+            if "auto" in names:
                 raise ValueError("an experiment names its encoders and decoders: auto is none")
-            if len({Path(name).name for name in known}) < len(known):
+            if len({Path(name).name for name in names}) < len(names):
                 raise ValueError("two encoders or decoders have the same last part of their name: rename a folder")
         unknown = sorted({name for more in self.also for name in more.data or ()} - set(self.data))
         if unknown:
@@ -100,9 +100,9 @@ class Experiment(Grid):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training run: its place in the grid, and its settings but for the budget of words.
+    """One training run: its grid point, and its settings without the word budget.
 
-    `otherwise` says which settings are not those of the first grid.
+    `otherwise` names the settings that differ from the first grid.
     """
 
     data: str
@@ -116,46 +116,46 @@ class Cell:
 
     @property
     def arm(self) -> tuple[str, ...]:
-        """Return what it shares with the cells that differ in the seed alone: the values of FACTORS, and other settings."""
+        """Return the key shared by cells that differ only in the seed: the values of FACTORS, and `otherwise`."""
         return (*(str(getattr(self, name)) for name in FACTORS), self.otherwise)
 
-    def folder(self, *known: Any) -> str:
-        """Return a readable name that no cell of other settings, on other data (`known`), has."""
+    def folder(self, *identity: Any) -> str:
+        """Return a readable folder name, unique for the settings and for the data (`identity`)."""
         images = str(self.train_images or "all")
-        said = slugify(
+        name_part = slugify(
             f"{self.data}-{Path(self.encoder).name}-{Path(self.decoder).name}-{self.alignment}-{images}-s{self.seed}"
         )
-        return f"{said}-{digest([self.config.digest_values(), *known])[:8]}"
+        return f"{name_part}-{digest([self.config.digest_values(), *identity])[:8]}"
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Return what a YAML file says.
+    """Return the experiment of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, or says something that we do not know.
+        ConfigError: the file cannot be read, a key is unknown, or a value is invalid.
     """
     values = read_yaml(path, "docs/experiment.yaml")
     experiment = validate(Experiment, values, where=f"{path}: ")
-    cells_of(experiment)  # settings that a cell cannot have are found before anything runs
+    cells_of(experiment)  # invalid settings of a cell fail here, before anything runs
     return experiment
 
 
 def cells_of(experiment: Experiment) -> list[Cell]:
-    """Return all cells in the order of the file, each once. Raises ConfigError where one has settings that cannot be."""
+    """Return all distinct cells in the order of the file. Raises ConfigError if the settings of a cell are invalid."""
     first = experiment.model_dump(include=set(Grid.model_fields))
     grids = [(tuple(experiment.data), first, "")]
     for more in experiment.also:
-        given = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
+        replaced = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
         changed = {name: value for name, value in more.settings.items() if experiment.settings.get(name) != value}
-        otherwise = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))
+        overrides = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))
         settings = {**experiment.settings, **changed}
-        grids.append((more.data or tuple(experiment.data), {**first, **given, "settings": settings}, otherwise))
+        grids.append((more.data or tuple(experiment.data), {**first, **replaced, "settings": settings}, overrides))
     cells: dict[tuple[Any, ...], Cell] = {}
-    for names, grid, otherwise in grids:
+    for names, grid, overrides in grids:
         lists = (names, *(grid[name] for name in FACTORS[1:]), grid["seeds"])
         for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
             config = _config(experiment.data[data], encoder, decoder, alignment, images, seed, grid["settings"])
-            cell = Cell(data, encoder, decoder, alignment, images, seed, config, otherwise)
+            cell = Cell(data, encoder, decoder, alignment, images, seed, config, overrides)
             cells.setdefault((*cell.arm, seed), cell)
     return list(cells.values())
 
@@ -163,7 +163,7 @@ def cells_of(experiment: Experiment) -> list[Cell]:
 def _config(
     data: Data, encoder: str, decoder: str, alignment: Alignment, images: int, seed: int, settings: dict[str, Any]
 ) -> TrainConfig:
-    """Return the settings of a cell: all cells of one grid train for the same number of steps, those of aligning included."""
+    """Return the settings of a cell: all cells of one grid train for the same number of steps, including alignment."""
     align = round(ALIGN_SHARE * settings["steps"]) if alignment != "none" else 0
     chosen = {
         "encoder": encoder,

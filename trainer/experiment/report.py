@@ -1,4 +1,4 @@
-"""The result of an experiment as JSON for programs, Markdown for a README, and one HTML file to look at."""
+"""Write the result of an experiment as JSON, Markdown, and one HTML file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ from trainer.experiment.runs import Run
 from trainer.experiment.slices import SLICES
 
 SHOWN_EXAMPLES = 12
-MAX_CURVES = 6  # in one chart: more cannot be told apart
+MAX_CURVES = 6  # in one chart: more cannot be distinguished
 THUMBNAIL_BYTES = 16_384
-UNMATCHED = 0.05  # by which share words may differ between kinds of data before it is said
+UNMATCHED = 0.05  # fraction by which word counts may differ between kinds of data before a note says so
 
 
 def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
-    """Write experiment.json, experiment.md and experiment.html of finished runs, and return what the first holds."""
+    """Write experiment.json, experiment.md and experiment.html of finished runs; return the content of experiment.json."""
     arms = read_arms(runs)
     sizes = {run.cell.arm: (run.train_images, run.train_words) for run in runs}
     result: dict[str, Any] = {
@@ -65,11 +65,11 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", "The kinds of data have different numbers of words, see above: none of their captions could be left out."]
     if result["differences"]:
         lines += ["", "| arm | than | difference [95 %] | verdict | length-matched |", "|---|---|---|---|---|"]
-    for found in result["differences"]:
-        low, high = found["interval"]
+    for row in result["differences"]:
+        low, high = row["interval"]
         lines.append(
-            f"| {_cell(found['arm'])} | {_cell(found['than'])} | {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
-            f"| {found['verdict']} | {found['length_matched_difference']:+.3f}, {found['length_matched_verdict']} |"
+            f"| {_cell(row['arm'])} | {_cell(row['than'])} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"| {row['verdict']} | {row['length_matched_difference']:+.3f}, {row['length_matched_verdict']} |"
         )
     lines += ["", f"| arm | {' | '.join(SLICES)} |", "|---|" + "---|" * len(SLICES)]
     for arm in result["arms"]:
@@ -79,7 +79,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _words_differ(runs: Sequence[Run]) -> bool:
-    """Whether arms that learn from as many images learn from clearly more words of captions."""
+    """Whether runs with the same number of images differ clearly in caption words."""
     of_size: dict[int, list[int]] = {}
     for run in runs:
         of_size.setdefault(run.train_images, []).append(run.train_words)
@@ -93,10 +93,10 @@ def _cell(text: str) -> str:
 def _learning_curves(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
     """Yield a chart for each setting, with a curve for each kind of data: the mean of all seeds on the validation split."""
     for setting in dict.fromkeys(arm.key[1:] for arm in arms):
-        mine = [arm for arm in arms if arm.key[1:] == setting]
-        title = f"CIDEr-D on the validation split: {mine[0].name.partition(', ')[2]}"
-        for at in range(0, len(mine), MAX_CURVES):
-            yield chart(title, {arm.key[0]: _mean_curve(arm) for arm in mine[at : at + MAX_CURVES]})
+        setting_arms = [arm for arm in arms if arm.key[1:] == setting]
+        title = f"CIDEr-D on the validation split: {setting_arms[0].name.partition(', ')[2]}"
+        for start in range(0, len(setting_arms), MAX_CURVES):
+            yield chart(title, {arm.key[0]: _mean_curve(arm) for arm in setting_arms[start : start + MAX_CURVES]})
 
 
 def _mean_curve(arm: Arm) -> Points:
@@ -114,14 +114,14 @@ def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if tuple(arm[name] for name in same) == setting:
                 curves.setdefault(arm["data"], []).append((arm["train_images_learned"], arm["cider_d"]))
         longer = [(name, curve) for name, curve in curves.items() if len(curve) > 1]
-        about = ", ".join(Path(part).name for part in setting if part not in ("", "none"))
-        for at in range(0, len(longer), MAX_CURVES):
-            title = f"CIDEr-D of the test split by images learned from: {about}"
-            yield chart(title, dict(longer[at : at + MAX_CURVES]), along="images")
+        setting_name = ", ".join(Path(part).name for part in setting if part not in ("", "none"))
+        for start in range(0, len(longer), MAX_CURVES):
+            title = f"CIDEr-D of the test split by images learned from: {setting_name}"
+            yield chart(title, dict(longer[start : start + MAX_CURVES]), along="images")
 
 
-def _thumbnails(version: Version, wanted: Sequence[str]) -> dict[str, str]:
+def _thumbnails(version: Version, sample_ids: Sequence[str]) -> dict[str, str]:
     """Return thumbnails of test images by sample id."""
     rows = version.read("test", ["sample_id", "image"])
-    chosen = rows.filter(pc.is_in(rows["sample_id"], pa.array(wanted, pa.string())))
+    chosen = rows.filter(pc.is_in(rows["sample_id"], pa.array(sample_ids, pa.string())))
     return {row["sample_id"]: data_uri(thumbnail(row["image"]["bytes"], THUMBNAIL_BYTES)) for row in chosen.to_pylist()}

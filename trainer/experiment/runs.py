@@ -1,4 +1,4 @@
-"""Run the cells of an experiment, several at a time, so that any interruption costs a few steps of those that were running."""
+"""Run the cells of an experiment, several at a time; an interruption loses only a few steps of the running cells."""
 
 import multiprocessing.connection
 import os
@@ -31,50 +31,50 @@ CONTEXT = get_context("spawn")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A cell with where it runs, and on what."""
+    """A cell with its data, final settings and folder."""
 
     cell: Cell
     version: Version
     config: TrainConfig
     folder: Path
-    only: frozenset[str]  # images of all splits
-    train_images: int  # that it learns from
-    train_words: int  # of captions
+    only: frozenset[str]  # sample ids of all splits
+    train_images: int  # number of images to learn from
+    train_words: int  # number of caption words to learn from
 
     @property
     def is_done(self) -> bool:
-        """Whether it has been trained and scored."""
+        """Whether the cell has been trained and scored."""
         return (self.folder / "metrics.json").exists() and (self.folder / "captions.jsonl").exists()
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A process that trains a cell, in one of the places for so many at once."""
+    """A process that trains a cell in one of the parallel slots."""
 
     process: SpawnProcess
     run: Run
     place: int
-    heard: Connection  # what it says before it fails
+    heard: Connection  # receives its error message
 
 
 def plan(
     experiment: Experiment, cells: list[Cell], open_data: Callable[[str | None, str | None], Version], out: Path
 ) -> list[Run]:
-    """Return the runs of all cells, with the same images and, if asked for, about as many words of captions for all data.
+    """Return the runs of all cells, with the same images and, with `match_words`, about as many caption words for all data.
 
     Raises:
-        TrainError: the data have no images in common, or nobody has said what is true of them.
+        TrainError: the data have no images in common, or no common references.
     """
-    used = {cell.data: cell.config for cell in cells}  # what is seen of a version depends on the kind of data alone
+    used = {cell.data: cell.config for cell in cells}  # the examples of a version depend only on its kind of data
     versions = {name: open_data(data.data, data.images) for name, data in experiment.data.items() if name in used}
     only: set[str] = set()
     learned: dict[str, list[Example]] = {}
     for split in ("train", "validation", "test"):
-        seen = {name: _texts(name, version, split, used[name]) for name, version in versions.items()}
-        common = set.intersection(*({example.sample_id for example in mine} for mine in seen.values()))
-        if split == "test":  # all arms are scored against the same words
-            told = [{(e.sample_id, e.references) for e in mine if e.references} for mine in seen.values()]
-            common = {sample_id for sample_id, _ in set.intersection(*told)}
+        by_data = {name: _texts(name, version, split, used[name]) for name, version in versions.items()}
+        common = set.intersection(*({example.sample_id for example in examples} for examples in by_data.values()))
+        if split == "test":  # all arms are scored against the same references
+            with_references = [{(e.sample_id, e.references) for e in examples if e.references} for examples in by_data.values()]
+            common = {sample_id for sample_id, _ in set.intersection(*with_references)}
         needed = MIN_TEST_IMAGES if split == "test" else 1
         if len(common) < needed:
             which = "that have the same references" if split == "test" else "with something to learn"
@@ -82,21 +82,21 @@ def plan(
             raise TrainError(f"the data have {len(common)} {split} images in common {which}, of {needed} at least", hint=hint)
         only |= common
         if split == "train":
-            learned = {name: [e for e in mine if e.sample_id in common] for name, mine in seen.items()}
+            learned = {name: [e for e in examples if e.sample_id in common] for name, examples in by_data.items()}
     budgets: dict[int, int] = {}  # by number of images
-    sizes: dict[tuple[str, int], tuple[int, int]] = {}  # images and words that are learned, by data and number of images
+    sizes: dict[tuple[str, int], tuple[int, int]] = {}  # images and words to learn from, by data and number of images
     for size in {cell.train_images for cell in cells}:
-        limited = {name: limit_images(mine, size) for name, mine in learned.items()}
+        limited = {name: limit_images(examples, size) for name, examples in learned.items()}
         budgets[size] = min(map(_words, limited.values())) if experiment.match_words else 0
-        fitting = {name: limit_captions(mine, budgets[size]) for name, mine in limited.items()}
-        sizes |= {(name, size): (len(mine), _words(mine)) for name, mine in fitting.items()}
+        fitting = {name: limit_captions(examples, budgets[size]) for name, examples in limited.items()}
+        sizes |= {(name, size): (len(examples), _words(examples)) for name, examples in fitting.items()}
     runs, images = [], digest(sorted(only))
     for cell in cells:
         version, budget = versions[cell.data], budgets[cell.train_images]
-        known = (budget, version.manifest["digest"], images, _files(cell.encoder), _files(cell.decoder))
+        identity = (budget, version.manifest["digest"], images, _files(cell.encoder), _files(cell.decoder))
         config = cell.config.model_copy(update={"caption_word_budget": budget})
         learns_from = sizes[cell.data, cell.train_images]
-        runs.append(Run(cell, version, config, out / "cells" / cell.folder(*known), frozenset(only), *learns_from))
+        runs.append(Run(cell, version, config, out / "cells" / cell.folder(*identity), frozenset(only), *learns_from))
     return runs
 
 
@@ -109,7 +109,7 @@ def _texts(name: str, version: Version, split: str, config: TrainConfig) -> list
 
 
 def _files(model: str) -> list[tuple[str, int, int]]:
-    """Return what tells one state of a model's folder from another; nothing for one that has a name."""
+    """Return name, size and mtime of each file of a model folder; an empty list for a model name."""
     files = sorted(path for path in Path(model).glob("*") if path.is_file()) if Path(model).is_dir() else []
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
@@ -129,71 +129,71 @@ def cores() -> int:
 
 
 def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
-    """Train all that are not done yet, so many at a time; each goes on where it stopped.
+    """Train all unfinished cells, `jobs` at a time; each resumes from its last checkpoint.
 
-    Each is a process of its own, as a single `synth train` would be: one that fails, or is killed for its memory, takes no
-    other along. Returns what was said of those.
+    Each cell is a process of its own, like a single `synth train`, so a failure or an out-of-memory kill affects no other cell.
+    Returns the error messages of failed cells.
     """
     waiting = [run for run in runs if not run.is_done]
     done = len(runs) - len(waiting)
     progress("cells", done, len(runs))
     jobs = max(1, min(jobs, len(waiting)))
-    places, running, failed = list(range(jobs)), list[Running](), list[str]()
+    slots, running, failed = list(range(jobs)), list[Running](), list[str]()
     try:
         while waiting or running:
-            while waiting and places:
-                run, place = waiting.pop(0), places.pop(0)
-                heard, told = CONTEXT.Pipe(duplex=False)
-                process = CONTEXT.Process(target=_train, args=(run, max(1, cores() // jobs), _gpu(place), os.getpid(), told))
+            while waiting and slots:
+                run, slot = waiting.pop(0), slots.pop(0)
+                receiver, sender = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(target=_train, args=(run, max(1, cores() // jobs), _gpu(slot), os.getpid(), sender))
                 process.start()
-                told.close()
-                running.append(Running(process, run, place, heard))
-            multiprocessing.connection.wait([each.process.sentinel for each in running])
-            for each in [each for each in running if not each.process.is_alive()]:
-                running.remove(each)
-                if code := each.process.exitcode:
-                    said = each.heard.recv() if each.heard.poll() else f"its process ended with exit code {code}"
-                    failed.append(f"{each.run.folder.name}: {said}")
-                places.append(each.place)
+                sender.close()
+                running.append(Running(process, run, slot, receiver))
+            multiprocessing.connection.wait([worker.process.sentinel for worker in running])
+            for worker in [worker for worker in running if not worker.process.is_alive()]:
+                running.remove(worker)
+                if code := worker.process.exitcode:
+                    reason = worker.heard.recv() if worker.heard.poll() else f"its process ended with exit code {code}"
+                    failed.append(f"{worker.run.folder.name}: {reason}")
+                slots.append(worker.place)
                 done += 1
                 progress("cells", done, len(runs))
     finally:
-        for each in running:
-            each.process.terminate()
-            each.process.join()
+        for worker in running:
+            worker.process.terminate()
+            worker.process.join()
     return failed
 
 
-def _gpu(place: int) -> str | None:
-    """Return the GPU of a place, as CUDA_VISIBLE_DEVICES names it; None where there is none."""
+def _gpu(slot: int) -> str | None:
+    """Return the GPU of a slot, as CUDA_VISIBLE_DEVICES names it; None without a GPU."""
     count = torch.cuda.device_count()
     if not count:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (visible.split(",") if visible else [str(n) for n in range(count)])[place % count]
+    return (visible.split(",") if visible else [str(n) for n in range(count)])[slot % count]
 
 
-def _train(run: Run, threads: int, gpu: str | None, parent: int, told: Any) -> None:
-    """Train one cell in its own process; what goes wrong is told to the parent, and ends the process with 1."""
+def _train(run: Run, threads: int, gpu: str | None, parent: int, sender: Any) -> None:
+    """Train one cell in its own process; on an error, send its message to the parent and exit with 1."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     cell = run.cell
-    about = {name: getattr(cell, name) for name in (*FACTORS, "otherwise", "seed")}
+    values = {name: getattr(cell, name) for name in (*FACTORS, "otherwise", "seed")}
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_json(run.folder / "cell.json", about | {"version": run.version.name, "digest": run.version.manifest["digest"]})
+        write_json(run.folder / "cell.json", values | {"version": run.version.name, "digest": run.version.manifest["digest"]})
         train(run.version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only)
     except KeyboardInterrupt:
-        sys.exit(130)  # the parent was interrupted as well, and says so
+        sys.exit(130)  # the parent was interrupted as well, and reports it
     except Exception as error:  # noqa: BLE001
-        told.send(str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}")
+        sender.send(str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: what it would write is written by the next command."""
+    """End this process when its parent is gone; the next command resumes the cell."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

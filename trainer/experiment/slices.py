@@ -1,7 +1,7 @@
-"""Scores by what is spoken of: do captions name the same objects, attributes, numbers and places as their references?
+"""Scores by topic: do captions name the same objects, attributes, numbers and positions as their references?
 
-Words are told apart by closed lists of English words, and objects by WordNet; a word that is on no list counts nowhere. So this
-sees words and not what they belong to: "a red ring and a blue star" has the attributes of "a blue ring and a red star".
+Words are classified by closed lists of English words, and objects by WordNet; other words are ignored. The scores do not see
+what a word belongs to: "a red ring and a blue star" has the attributes of "a blue ring and a red star".
 
 A corpus is a list of images, each with one hypothesis and some references, all of them lists of tokens.
 """
@@ -33,43 +33,43 @@ SLICES = ("objects", "attributes", "counting", "position")
 
 
 def slice_of(word: str) -> str | None:
-    """Return the slice that a word counts in."""
+    """Return the slice that a word counts in, or None."""
     if word in COUNTING or word.isdigit():
         return "counting"
     if word in POSITION:
         return "position"
     if word in ATTRIBUTES:
         return "attributes"
-    is_remote = word not in NO_OBJECTS and (word in _names() or word.removesuffix("s") in _names())
-    return "objects" if is_remote else None
+    is_object = word not in NO_OBJECTS and (word in _names() or word.removesuffix("s") in _names())
+    return "objects" if is_object else None
 
 
 def slice_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float | None]:
-    """Return F1 of the different words of each slice, over all images; None where nobody has any.
+    """Return F1 of the distinct words of each slice, over all images; None if captions and references have none.
 
-    Of several references of an image the one is taken that is nearest by F1, for each slice.
+    For each image and slice, the reference with the highest F1 counts.
     """
-    counts = {name: [0, 0, 0] for name in SLICES}  # right, said, wanted
-    for hypothesis, mine in zip(hypotheses, references, strict=True):
-        said = _by_slice(hypothesis)
-        known = [_by_slice(reference) for reference in mine]
+    counts = {name: [0, 0, 0] for name in SLICES}  # matching, in captions, in references
+    for hypothesis, refs in zip(hypotheses, references, strict=True):
+        caption = _by_slice(hypothesis)
+        sliced_refs = [_by_slice(reference) for reference in refs]
         for name in SLICES:
-            told = [(len(said[name] & each[name]), len(said[name]), len(each[name])) for each in known]
-            nearest = max(told, key=lambda three: (_f1(*three), three[2]))  # saying nothing is right where no reference says it
+            candidates = [(len(caption[name] & ref[name]), len(caption[name]), len(ref[name])) for ref in sliced_refs]
+            nearest = max(candidates, key=lambda triple: (_f1(*triple), triple[2]))  # on a tie, the one with most words
             counts[name] = [total + more for total, more in zip(counts[name], nearest, strict=True)]
-    return {name: _f1(*found) if any(found[1:]) else None for name, found in counts.items()}
+    return {name: _f1(*totals) if any(totals[1:]) else None for name, totals in counts.items()}
 
 
-def _f1(right: int, said: int, wanted: int) -> float:
-    return 2 * right / (said + wanted) if said + wanted else 0.0
+def _f1(matching: int, in_caption: int, in_reference: int) -> float:
+    return 2 * matching / (in_caption + in_reference) if in_caption + in_reference else 0.0
 
 
 def _by_slice(tokens: Tokens) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {name: set() for name in SLICES}
+    words_by_slice: dict[str, set[str]] = {name: set() for name in SLICES}
     for word in tokens:
         if name := slice_of(word):
-            found[name].add(word)
-    return found
+            words_by_slice[name].add(word)
+    return words_by_slice
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Captioner: an encoder looks, a connector fits its states to the decoder's width, a decoder writes.
+"""Captioner: an image encoder, a connector that projects its states to the decoder's width, and a text decoder.
 
 Shapes: B images, C texts (several may share an image), T tokens, N image states, V encoder width, D decoder width.
 """
@@ -20,11 +20,11 @@ from trainer.tokenizer import TextBatch
 
 @dataclass(frozen=True, slots=True)
 class CaptionerConfig:
-    """All that is needed to build the model again; `data` says what it was trained on.
+    """Everything needed to rebuild the model; `data` records the training data.
 
-    `prompts` are the pairs of source and style that it learned; the style of an answer to a question is empty.
+    `prompts` are the learned pairs of source and style; the style of an answer is empty.
 
-    `decoder` holds the fields of DecoderConfig for one from scratch, or `{"language_model": {...}}` for a pretrained one.
+    `decoder` holds the fields of DecoderConfig for a decoder from scratch, or `{"language_model": {...}}` for a pretrained one.
     """
 
     encoder: dict[str, Any]
@@ -32,19 +32,19 @@ class CaptionerConfig:
     prompts: list[tuple[str, str]]
     eos_id: int
     max_caption_tokens: int
-    contrast_width: int = 0  # of the space in which images and texts are compared; 0: they are not
+    contrast_width: int = 0  # of the contrastive space of images and texts; 0: no contrastive head
     data: dict[str, Any] = field(default_factory=dict)
 
 
 class Captioner(nn.Module, PyTorchModelHubMixin):
     """Saved and loaded with `save_pretrained` and `from_pretrained`: config.json and model.safetensors.
 
-    `loss` and `generate` take hidden states, so that a frozen encoder need look at an image once only.
+    `loss` and `generate` take hidden states, so that those of a frozen encoder can be cached.
     """
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
-        config = replace(config, prompts=[(source, style) for source, style in config.prompts])  # JSON knows lists only
+        config = replace(config, prompts=[(source, style) for source, style in config.prompts])  # JSON has no tuples
         self.config = config
         self.encoder = Encoder(EncoderConfig(**config.encoder))
         V = self.encoder.width
@@ -60,19 +60,19 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
             self.contrast = Contrast(self.decoder.width, config.contrast_width)
 
     def loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods over all tokens that are to be learned.
+        """Return the sum of negative log-likelihoods of all target tokens.
 
         Args:
-            states_BNV: hidden states of each image, once.
-            texts: all texts about them; no text sees another.
+            states_BNV: hidden states of each image.
+            texts: all texts about the images; no text attends to another.
         """
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts)
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return how badly images and captions find each other; 0 where there is nothing to tell apart.
+        """Return the contrastive loss of pooled images and captions; 0 with fewer than two of either.
 
-        Pooled states of both are compared in a space of their own. The text is read without the image.
+        The captions are encoded without the image.
         """
         image_of_K, captions = texts.image_of_C[texts.caption_C], texts.only(texts.caption_C)
         if len(image_of_K) < 2 or len(states_BNV) < 2:
@@ -83,11 +83,11 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, search: DecodingConfig) -> list[list[int]]:
-        """Write one text an image after a prompt of its own (all of one length), until EOS or the longest text.
+        """Generate one text per image after its prompt (all of one length), until EOS or `max_caption_tokens`.
 
         Returns token ids without the prompt and without EOS. Stops as soon as every text has ended.
         """
-        device = next(self.connector.parameters()).device  # a feature cache gives states on the CPU
+        device = next(self.connector.parameters()).device  # cached features are on the CPU
         states_BNV, prompt_BT = states_BNV.to(device), prompt_BT.to(device)
         return self.decoder.generate(
             self.connector(states_BNV), prompt_BT, search, self.config.max_caption_tokens, self.config.eos_id
@@ -95,7 +95,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
 
 
 class Contrast(nn.Module):
-    """CLIP's loss (Radford et al., 2021) where an image may have several texts: each of them is right."""
+    """CLIP's contrastive loss (Radford et al., 2021) for images with several matching texts."""
 
     def __init__(self, width: int, shared: int) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class Contrast(nn.Module):
         return (to_images + to_texts[own_KB.any(0)].mean()) / 2
 
 
-def build_captioner(encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **about: Any) -> Captioner:
-    """Return a captioner with an encoder that is loaded, and a new decoder or a pretrained one; `about` is of its config."""
+def build_captioner(encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any) -> Captioner:
+    """Return a captioner with a loaded encoder, and a new or pretrained decoder; `fields` are those of CaptionerConfig."""
     settings = asdict(decoder) if isinstance(decoder, DecoderConfig) else {"language_model": decoder.settings}
-    captioner = Captioner(CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **about))
+    captioner = Captioner(CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **fields))
     captioner.encoder.load_state_dict(encoder.state_dict())
     if isinstance(decoder, PretrainedDecoder):
         captioner.decoder.load_state_dict(decoder.state_dict())

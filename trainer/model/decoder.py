@@ -1,10 +1,10 @@
-"""Decoder, from scratch: a pre-norm transformer that writes text while it looks at the hidden states of an image.
+"""Decoder from scratch: a pre-norm transformer with cross-attention to the hidden states of an image.
 
-Each block attends to the words so far (rotary positions), then to the image, then thinks. What does not change while a
-caption is written is computed once: keys and values of the image per block, keys and values of the words in a cache.
+Each block has self-attention (rotary positions), cross-attention to the image, and an MLP. During generation, keys and values
+of the image are computed once per block, and those of the tokens are cached.
 
-Shapes: B images, C texts (one an image where nothing else is said), T new tokens, S tokens so far, N hidden states of an
-image, D width, H heads, K = D / H, V words.
+Shapes: B images, C texts (one per image unless noted), T new tokens, S tokens so far, N hidden states of an image, D width,
+H heads, K = D / H, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from torch.nn import functional
 from trainer.model.decoding import DecodingConfig, beam_search, write
 from trainer.tokenizer import TextBatch
 
-LENGTH_GROUPS = 3  # of the texts of a batch, by their length
+LENGTH_GROUPS = 3  # groups of similar length in a batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class DecoderConfig:
 
 @dataclass(slots=True)
 class BlockCache:
-    """What one block keeps: the image's keys and values, fixed, and those of the words, growing (each B, H, *, K)."""
+    """Keys and values of one block: fixed for the image, growing for the tokens (each B, H, *, K)."""
 
     image: tuple[Tensor, Tensor] | None = None
     words: tuple[Tensor, Tensor] | None = None
@@ -44,20 +44,20 @@ class BlockCache:
 
 @dataclass(slots=True)
 class Cache:
-    """The state of captions that are being written. Give a fresh one to the first call, then the same one again."""
+    """Key-value cache of a generation. Pass an empty cache to the first call, then the same cache again."""
 
     blocks: list[BlockCache] = field(default_factory=list)
     length: int = 0
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Let each text go on from the words of another one; all of a group look at the same image."""
+        """Continue row i from the tokens of row rows_B[i], which must be about the same image."""
         for block in self.blocks:
             assert block.words is not None
             block.words = block.words[0][rows_B], block.words[1][rows_B]
 
 
 class ScratchDecoder(nn.Module):
-    """Token ids and image states in; next-token states out. `head` turns states into scores, with the embedding's weights."""
+    """Maps token ids and image states to next-token states; `head` maps states to logits, with the embedding's weights."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -68,23 +68,23 @@ class ScratchDecoder(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(_initialise)
-        # Two residual branches grow the stream in each block, a third does in its middle: start them small (GPT-2).
+        # Each block adds three branches to the residual stream: initialise them small, as GPT-2 does.
         for block in blocks:
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
     def loss(self, memory_BND: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods over the tokens of `texts` that are to be learned."""
+        """Return the sum of negative log-likelihoods of the target tokens of `texts`."""
         total = memory_BND.new_zeros(())
         for group in texts.by_length(LENGTH_GROUPS):  # an answer is not padded to the length of a description
             states_CTD = self(group.ids_CT[:, :-1], memory_BND, group.image_of_C)
-            learned_CT = group.learned_CT  # other places are never scored
+            learned_CT = group.learned_CT  # no logits for other positions
             scores_KV = self.head(states_CTD[learned_CT])
             total = total + functional.cross_entropy(scores_KV.float(), group.ids_CT[:, 1:][learned_CT], reduction="sum")
         return total
 
     def read(self, texts: TextBatch) -> Tensor:
-        """Return one state a text, that of its last token, without any image: (C, D)."""
+        """Return the state of the last token of each text, without any image: (C, D)."""
         states_CTD = self(texts.ids_CT, None, texts.image_of_C)
         last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
         return last
@@ -92,7 +92,7 @@ class ScratchDecoder(nn.Module):
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
-        """Write one text an image; see Captioner.generate."""
+        """Generate one text per image; see Captioner.generate."""
         cache = Cache()
         image_of_R = torch.arange(len(memory_BND), device=memory_BND.device).repeat_interleave(search.beams)
 
@@ -104,10 +104,10 @@ class ScratchDecoder(nn.Module):
         return write(step, prompt_BT, search, max_tokens, eos_id)
 
     def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, image_of_C: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return states (C, T, D) from which the token after each of `ids_CT` is told.
+        """Return states (C, T, D) that predict the token after each of `ids_CT`.
 
         Args:
-            ids_CT: tokens; with a cache, only those that it has not seen.
+            ids_CT: tokens; with a cache, only the new ones.
             memory_BND: states of the images; not read again once the cache holds their keys and values. None: no image.
             image_of_C: which image each text is about.
             cache: kept between calls while generating; None while training.
@@ -123,12 +123,12 @@ class ScratchDecoder(nn.Module):
         return normed_CTD
 
     def head(self, states_ND: Tensor) -> Tensor:
-        """Score every word: (N, D) -> (N, V)."""
+        """Return the logits of the vocabulary: (N, D) -> (N, V)."""
         return functional.linear(states_ND, self.embedding.weight)
 
 
 class Block(nn.Module):
-    """Look at the words, look at the image, think; each on a normalised copy of the stream, added back to it."""
+    """Self-attention, cross-attention, MLP; pre-norm, residual."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, start: int, cache: BlockCache | None) -> Tensor:
-        """Advance the stream; `start` is the position of the first of the T tokens."""
+        """Return the updated stream (C, T, D); `start` is the position of the first of the T tokens."""
         x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), start, cache))
         if memory_BND is not None:
             x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, image_of_C, cache))
@@ -159,7 +159,7 @@ class Block(nn.Module):
                 v_CHSK = torch.cat([cache.words[1], v_CHSK], 2)
             cache.words = k_CHSK, v_CHSK
         T, S = q_CHTK.shape[2], k_CHSK.shape[2]
-        # Token t of the new ones stands at S - T + t, and sees itself and all before it.
+        # New token t has position S - T + t, and attends to itself and all tokens before it.
         seen_TS = torch.ones(T, S, dtype=torch.bool, device=x_CTD.device).tril(S - T)
         return attend.mix(q_CHTK, k_CHSK, v_CHSK, seen_TS)
 
@@ -167,7 +167,7 @@ class Block(nn.Module):
         attend = self.attend_image
         if cache is not None and cache.image is not None:
             k_CHNK, v_CHNK = cache.image
-        else:  # computed once an image, however many texts there are about it
+        else:  # computed once per image, not per text
             k_CHNK, v_CHNK = (projected_BHNK[image_of_C] for projected_BHNK in attend.keys_values(memory_BND))
         if cache is not None:
             cache.image = k_CHNK, v_CHNK
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def heads(self, x_CTD: Tensor) -> Tensor:
-        """Cut features into heads: (C, T, D) -> (C, H, T, K)."""
+        """Split features into heads: (C, T, D) -> (C, H, T, K)."""
         C, T, D = x_CTD.shape
         return x_CTD.view(C, T, self.head_count, D // self.head_count).transpose(1, 2)
 
@@ -195,16 +195,16 @@ class Attention(nn.Module):
         return self.heads(k_BND), self.heads(v_BND)
 
     def mix(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen_TS: Tensor | None) -> Tensor:
-        """Attend and put the heads together again: -> (C, T, D)."""
+        """Attend and merge the heads: -> (C, T, D)."""
         mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen_TS)
         out_CTD: Tensor = self.out(mixed_CHTK.transpose(1, 2).flatten(2))
         return out_CTD
 
 
 def rotate(x_CHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
-    """Turn pairs of features by angles that grow with the position (RoPE, Su et al., 2021); position `start` comes first.
+    """Apply rotary position embeddings (RoPE, Su et al., 2021) for positions from `start` on.
 
-    The angle of pair i at position p is p * base^(-2i / K); only differences of positions reach the scores.
+    Pair i at position p is rotated by p * base^(-2i / K); attention scores depend only on differences of positions.
     """
     T, K = x_CHTK.shape[-2:]
     positions_T = torch.arange(start, start + T, device=x_CHTK.device, dtype=torch.float32)

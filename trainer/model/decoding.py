@@ -1,4 +1,4 @@
-"""How a text is written token by token: greedily, by sampling, or with several candidates at once (beam search)."""
+"""Decode texts token by token: greedy, sampling, or beam search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DecodingConfig:
-    """One beam at temperature 0 is greedy. `top_p` keeps the likeliest words that hold so much of the probability."""
+    """One beam at temperature 0 is greedy. `top_p` limits sampling to the likeliest tokens with this total probability."""
 
     beams: int = 1
     temperature: float = 0.0
@@ -21,12 +21,12 @@ class DecodingConfig:
 
 
 GREEDY = DecodingConfig()
-Step = Callable[[Tensor], Tensor]  # tokens (R, T) that are new -> scores of the next one (R, vocabulary)
-Reorder = Callable[[Tensor], None]  # which of the rows so far each row goes on from
+Step = Callable[[Tensor], Tensor]  # new tokens (R, T) -> logits of the next token (R, V)
+Reorder = Callable[[Tensor], None]  # for each row, the index of the row that it continues: (R,)
 
 
 def write(step: Step, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int) -> list[list[int]]:
-    """Write greedily or by sampling; return ids without EOS. Stops as soon as every row has ended."""
+    """Decode greedily or by sampling; return ids without EOS. Stops as soon as every row has ended."""
     new_BT = prompt_BT
     written_TB: list[Tensor] = []
     ended_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
@@ -39,11 +39,11 @@ def write(step: Step, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int
 
 
 def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:
-    """Return one token a row: the likeliest, or one drawn from the likeliest (Holtzman et al., 2020)."""
+    """Return one token per row: the likeliest, or a top-p sample (Holtzman et al., 2020)."""
     if search.temperature == 0:
         return scores_BV.argmax(-1)
     sorted_BV, order_BV = (scores_BV.float() / search.temperature).softmax(-1).sort(descending=True)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV  # how much the likelier ones hold
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of all likelier tokens
     drawn_B1 = sorted_BV.masked_fill(before_BV >= search.top_p, 0.0).multinomial(1)
     return order_BV.gather(1, drawn_B1)[:, 0]
 
@@ -51,9 +51,9 @@ def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:
 def beam_search(
     step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
-    """Keep the `beams` likeliest beginnings of each row; return the whole text with the best mean log-probability.
+    """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability.
 
-    `step` is called with rows in groups of `beams`; `reorder` says where they come from before each call but the first.
+    `step` gets rows in groups of `beams`; `reorder` is called with their origins before each step but the first.
     """
     B, K = len(prompt_BT), search.beams
     device = prompt_BT.device
@@ -66,15 +66,15 @@ def beam_search(
         scores_RV = step(new_RT).float().log_softmax(-1)
         V = scores_RV.shape[-1]
         grown_BE = (total_BK[:, :, None] + scores_RV.view(B, K, V)).flatten(1)
-        # Twice as many as are kept: each beam has one EOS at most.
-        found_BE, at_BE = grown_BE.topk(2 * K)
+        # Twice the number of beams: each beam has at most one EOS.
+        value_BE, index_BE = grown_BE.topk(2 * K)
         total_BK = torch.full((B, K), -torch.inf, device=device)
         origin_BK = torch.zeros(B, K, dtype=torch.long, device=device)
         token_BK = torch.full((B, K), eos_id, device=device)
         for b in range(B):
             kept, texts = 0, []
-            for value, at in zip(found_BE[b].tolist(), at_BE[b].tolist(), strict=True):
-                beam, token = divmod(at, V)
+            for value, index in zip(value_BE[b].tolist(), index_BE[b].tolist(), strict=True):
+                beam, token = divmod(index, V)
                 if token == eos_id or length == max_tokens:
                     text = written[b][beam] + ([] if token == eos_id else [token])
                     best[b] = max(best[b], (value / length, text), key=lambda scored: scored[0])
@@ -83,9 +83,9 @@ def beam_search(
                     texts.append([*written[b][beam], token])
                     kept += 1
             written[b] = texts + [[]] * (K - kept)
-        # A text that goes on has a mean no better than its sum so far by the longest length.
-        hope_B = total_BK.max(1).values / max_tokens
-        if all(hope <= score for hope, (score, _) in zip(hope_B.tolist(), best, strict=True)):
+        # The final mean of an unfinished text is at most its sum so far divided by the maximum length.
+        bound_B = total_BK.max(1).values / max_tokens
+        if all(bound <= score for bound, (score, _) in zip(bound_B.tolist(), best, strict=True)):
             break
         reorder((origin_BK + torch.arange(B, device=device)[:, None] * K).flatten())
         new_RT = token_BK.flatten()[:, None]

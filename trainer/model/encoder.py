@@ -1,4 +1,4 @@
-"""Encoder: images to hidden states, one vector a patch (and one for the whole), never a pooled one.
+"""Encoder: images to hidden states, one vector per patch (and the class token), not pooled.
 
 Shapes: B images, N hidden states, V encoder width. ViT-B/16 at 224 px: N = 197; CLIP ViT-B/32: N = 50; V = 768 both.
 """
@@ -26,7 +26,7 @@ HUB = {
 }
 TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
 TINY_VIT = "tiny-vit"  # from scratch, trained along with the decoder
-# Patches of 14 px, as in the larger CLIP and DINO towers, in pictures of 84 px: 36 of them.
+# Patches of 14 px, as in the larger CLIP and DINO towers, in images of 84 px: 36 of them.
 TINY_VIT_CONFIG: dict[str, Any] = {
     "model_type": "vit",
     "image_size": 84,
@@ -42,10 +42,10 @@ TINY_VIT_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """All that is needed to build an encoder again.
+    """Everything needed to rebuild an encoder.
 
-    `layer` counts hidden states as transformers does: -1 is what the last layer gives, -2 what the one before it gives.
-    States of a `frozen` encoder are rounded to bfloat16, which is how a feature cache keeps them.
+    `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before.
+    States of a `frozen` encoder are rounded to bfloat16, as in a feature cache.
     """
 
     model: dict[str, Any]
@@ -61,9 +61,9 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        about = AutoConfig.for_model(**config.model)
-        self.tower = _build(about)
-        self.width: int = about.hidden_size
+        model_config = AutoConfig.for_model(**config.model)
+        self.tower = _build(model_config)
+        self.width: int = model_config.hidden_size
         kind = getattr(transformers, config.processor["image_processor_type"])
         self._processor = kind(**{name: value for name, value in config.processor.items() if not name.endswith("_type")})
         if config.frozen:
@@ -78,49 +78,49 @@ class Encoder(nn.Module):
         return states_BNV.bfloat16().float() if self.config.frozen else states_BNV
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Prepare RGB images as the encoder was trained on them: -> (B, 3, H, W)."""
+        """Preprocess RGB images as in the encoder's training: -> (B, 3, H, W)."""
         prepared: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
         return prepared
 
     def key(self) -> str:
-        """Return a name for what this encoder computes: its settings and every weight."""
-        found = hashlib.sha256(canonical([self.config.model, self.config.processor, self.config.layer]))
+        """Return a digest of the encoder's settings and of every weight."""
+        sha256 = hashlib.sha256(canonical([self.config.model, self.config.processor, self.config.layer]))
         for name, tensor in sorted(self.tower.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+            sha256.update(name.encode())
+            sha256.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return sha256.hexdigest()
 
 
 def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> Encoder:
     """Load an encoder by name: vit, clip, metaclip, tiny-clip, tiny-vit (untrained), a folder, or an id of the Hub.
 
-    All are frozen unless told, but for the one that is untrained.
+    Every encoder but tiny-vit is frozen by default.
 
     Raises:
-        TrainError: there is no such model, it is no vision model, or it has no such layer.
+        TrainError: the model does not exist, is not a vision model, or lacks the layer.
     """
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
         return Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), {"name": TINY_VIT}))
-    place = place_of(name)
+    model_id = place_of(name)
     try:
-        about = AutoConfig.from_pretrained(place)
-        revision = getattr(about, "_commit_hash", None)
-        about = getattr(about, "vision_config", about)
-        processor = AutoImageProcessor.from_pretrained(place).to_dict()
-        options: dict[str, Any] = {"add_pooling_layer": False} if about.model_type == "vit" else {}
+        model_config = AutoConfig.from_pretrained(model_id)
+        revision = getattr(model_config, "_commit_hash", None)
+        model_config = getattr(model_config, "vision_config", model_config)
+        processor = AutoImageProcessor.from_pretrained(model_id).to_dict()
+        options: dict[str, Any] = {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
         with quietly():
-            tower = _class_of(about).from_pretrained(place, dtype=torch.float32, **options)
-        shown = name if name in (TINY_CLIP, *HUB) else Path(place).name if Path(place).exists() else place
+            tower = _class_of(model_config).from_pretrained(model_id, dtype=torch.float32, **options)
+        shown = name if name in (TINY_CLIP, *HUB) else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
-        encoder = Encoder(EncoderConfig(settings_of(about), _plain(processor), layer, frozen is not False, made_from))
+        encoder = Encoder(EncoderConfig(settings_of(model_config), _plain(processor), layer, frozen is not False, made_from))
         encoder.tower.load_state_dict(tower.state_dict())
-        layers = about.num_hidden_layers
+        layers = model_config.num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        said = str(error).strip().partition("\n")[0][:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         raise TrainError(
-            f"no encoder {name}: {said}", hint="pass vit, clip, metaclip, tiny-clip, tiny-vit, or a folder"
+            f"no encoder {name}: {reason}", hint="pass vit, clip, metaclip, tiny-clip, tiny-vit, or a folder"
         ) from None
     if not -layers - 1 <= layer <= layers:
         raise TrainError(f"{name} has no layer {layer}", hint=f"layers are 0 (the embeddings) to {layers}, or -1 for the last")
@@ -128,22 +128,22 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
 
 
 def place_of(name: str) -> str:
-    """Return the folder, or the id on the Hub, that a name stands for."""
+    """Return the folder or the Hub id of a model name."""
     return str(files("pipeline.scenes") / "weights" / "clip") if name == TINY_CLIP else HUB.get(name, name)
 
 
-def _build(about: Any) -> nn.Module:
-    kind = _class_of(about)
+def _build(model_config: Any) -> nn.Module:
+    model_class = _class_of(model_config)
     built: nn.Module
-    if kind is ViTModel:
-        built = ViTModel(about, add_pooling_layer=False)
+    if model_class is ViTModel:
+        built = ViTModel(model_config, add_pooling_layer=False)
     else:
-        built = kind(about) if kind is CLIPVisionModel else AutoModel.from_config(about)
+        built = model_class(model_config) if model_class is CLIPVisionModel else AutoModel.from_config(model_config)
     return built
 
 
-def _class_of(about: Any) -> Any:
-    return {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(about.model_type, AutoModel)
+def _class_of(model_config: Any) -> Any:
+    return {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(model_config.model_type, AutoModel)
 
 
 def _plain(processor: dict[str, Any]) -> dict[str, Any]:

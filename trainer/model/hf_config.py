@@ -1,4 +1,4 @@
-"""Models of transformers as a checkpoint names them: settings in plain JSON, and nothing of this machine."""
+"""Configs of transformers models as a checkpoint stores them: plain JSON without local paths."""
 
 import json
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ NOT_OF_THE_MODEL = ("architectures", "dtype", "id2label", "label2id", "transform
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return all that `AutoConfig.for_model` needs to make the same config again; no path and no label of a classifier."""
+    """Return the settings that `AutoConfig.for_model` needs to rebuild a config, without paths and classifier labels."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {name: value for name, value in values.items() if not name.startswith("_") and name not in NOT_OF_THE_MODEL}
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Load without bars and reports: that a pooling layer is not used is not news."""
+    """Silence progress bars and reports while loading, such as those about an unused pooling layer."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

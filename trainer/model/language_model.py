@@ -1,8 +1,8 @@
-"""Decoder, pretrained: any causal language model of transformers, which reads an image as a prefix of its text.
+"""Pretrained decoder: any causal language model of transformers, with the image as a prefix of the text.
 
-All texts about an image are one sequence behind one shared prefix, and none sees another: position ids start again after the
-prefix, and the mask lets a token see the prefix and its own text. The scores of words are computed where there is something
-to learn, and in pieces, since a vocabulary may have 150,000 of them.
+All texts about an image are packed into one sequence behind a shared prefix: position ids of each text continue from the
+prefix, and the mask lets a token attend to the prefix and its own text only. Logits are computed for target tokens only, and
+in chunks, since a vocabulary may have 150,000 tokens.
 
 Shapes: B images, P prefix states, S tokens of all texts of an image, L = P + S, D width.
 """
@@ -22,7 +22,7 @@ from trainer.model.hf_config import quietly, settings_of
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 HUB = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
-HEAD_TOKENS = 1024  # whose scores are in memory at once
+HEAD_TOKENS = 1024  # whose logits are in memory at once
 
 
 class PretrainedDecoder(nn.Module):
@@ -35,7 +35,7 @@ class PretrainedDecoder(nn.Module):
         self.width: int = self.model.config.hidden_size
 
     def loss(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods over the tokens of `texts` that are to be learned."""
+        """Return the sum of negative log-likelihoods of the target tokens of `texts`."""
         ids_BS, positions_BS, segments_BS, labels_BS = pack(texts, len(prefix_BPD))
         P = prefix_BPD.shape[1]
         words_BSD = self.model.get_input_embeddings()(ids_BS)
@@ -49,25 +49,23 @@ class PretrainedDecoder(nn.Module):
         learned_BS = labels_BS >= 0
         states_KD, labels_K = hidden_BLD[:, P:][learned_BS], labels_BS[learned_BS]
         total: Tensor = hidden_BLD.new_zeros((), dtype=torch.float32)
-        for at in range(0, len(labels_K), HEAD_TOKENS):
-            part = slice(at, at + HEAD_TOKENS)
+        for start in range(0, len(labels_K), HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
             total = total + checkpoint(self._nll, states_KD[part], labels_K[part], use_reentrant=False)
         return total
 
     def read(self, texts: TextBatch) -> Tensor:
-        """Return one state a text, that of its last token, without any image: (C, D)."""
+        """Return the state of the last token of each text, without any image: (C, D)."""
         tokens_T = torch.arange(texts.ids_CT.shape[1], device=texts.ids_CT.device)
-        there_CT = (tokens_T < texts.length_C[:, None]).long()
-        states_CTD = self.model.get_decoder()(
-            input_ids=texts.ids_CT, attention_mask=there_CT, use_cache=False
-        ).last_hidden_state
+        mask_CT = (tokens_T < texts.length_C[:, None]).long()
+        states_CTD = self.model.get_decoder()(input_ids=texts.ids_CT, attention_mask=mask_CT, use_cache=False).last_hidden_state
         last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
         return last
 
     def generate(
         self, prefix_BPD: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
-        """Write one text an image; see Captioner.generate."""
+        """Generate one text per image; see Captioner.generate."""
         words_BTD = self.model.get_input_embeddings()(prompt_BT)
         embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
         written_BT = self.model.generate(
@@ -87,32 +85,32 @@ class PretrainedDecoder(nn.Module):
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
-    """Load a language model by name (qwen3, smollm2), folder or id of the Hub, with the words that it knows.
+    """Load a language model by name (qwen3, smollm2), folder or Hub id, with its tokenizer.
 
     Raises:
-        TrainError: there is no such model, or it has no tokenizer with an end of text.
+        TrainError: the model does not exist, or its tokenizer has no end-of-text token.
     """
-    place = HUB.get(name, name)
+    model_id = HUB.get(name, name)
     try:
         with quietly():
-            loaded = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            words = CaptionTokenizer(
+            loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(model_id)
+            caption_tokenizer = CaptionTokenizer(
                 Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), "pretrained", int(tokenizer.eos_token_id)
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error).strip().partition("\n")[0][:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
-        raise TrainError(f"no decoder {name}: {said}", hint=hint) from None
+        raise TrainError(f"no decoder {name}: {reason}", hint=hint) from None
     decoder = PretrainedDecoder(settings_of(loaded.config))
     decoder.model.load_state_dict(loaded.state_dict())
-    return decoder, words
+    return decoder, caption_tokenizer
 
 
 def pack(texts: TextBatch, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Put the texts of each image one after another: ids, positions within a text, number of the text, labels, all (B, S).
+    """Concatenate the texts of each image: ids, positions within a text, segment numbers, and labels, all (B, S).
 
-    The number is -1, and the label too, where a row is padded; the label is -1 where nothing is to be learned.
+    Segment number and label are -1 for padding; the label is also -1 where the next token is not a target.
     """
     learned_CT = texts.learned_CT.cpu()
     rows: list[list[tuple[int, int, int, int]]] = [[] for _ in range(images)]
@@ -130,9 +128,9 @@ def pack(texts: TextBatch, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def seen(prefix: int, segments_BS: Tensor) -> Tensor:
-    """Return what each place may look at: (B, L, L), True where it may. The prefix sees what of it came before."""
+    """Return the attention mask: (B, L, L), True where attention is allowed. The prefix itself is causal."""
     S = segments_BS.shape[1]
-    order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which all see
+    order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, visible to all texts
     same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
     visible_BLL = same_BLL | (order_BL == -2)[:, None, :]
     return visible_BLL & torch.ones(prefix + S, prefix + S, dtype=torch.bool, device=segments_BS.device).tril()

@@ -1,6 +1,6 @@
-"""All tasks about an image as one sequence: they share the system text and the image, and no task sees another.
+"""Pack all tasks about an image into one sequence: they share the system text and the image, and do not attend to each other.
 
-The tokens are exactly those that the chat template would write for each task alone, and so are their positions.
+Tokens and positions are exactly those of the chat template for each task alone.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from pipeline.scenes.training.wording import vary
 from pipeline.tasks.prompts import page_label
 
 VISION_TOKENS = len(PLACES)
-SELDOM = 0.3  # how often a task that is `seldom_worded` has words before its line
-# What the facts decide within a reply; the rest is a choice of the writer.
+SELDOM = 0.3  # probability of words before the line of a `seldom_worded` task
+# The part of a reply that the facts decide; the rest is free choice.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-Look = tuple[int, int, tuple[Spot, ...]]  # from and to which letter of a reply, and the spots that decide what is there
+Look = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters of a reply)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +33,20 @@ class Task:
     line: str
     reply: str
     seldom_worded: bool = False
-    words: str | None = None  # that stand before its line; None: any
-    looks: tuple[Look, ...] = ()  # of a deck: where in the reply which spots must be looked at
+    words: str | None = None  # before its line; None: random ones
+    looks: tuple[Look, ...] = ()  # of a deck: which spots decide which characters of the reply
 
 
 @dataclass(slots=True)
 class Packed:
-    """One document's tokens: a shared prefix (segment 0) and a segment for each task, whose positions restart after it."""
+    """One document's tokens: a shared prefix (segment 0) and one segment a task, with positions restarting after it."""
 
     ids: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
-    labels: list[int] = field(default_factory=list)  # what the next token is; -100 where it is not to be learned
+    labels: list[int] = field(default_factory=list)  # id of the next token; -100 where it is not learned
     weights: list[float] = field(default_factory=list)  # of the next token in the loss
-    looks: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; none where none do
+    looks: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; may be empty
 
 
 class Packer:
@@ -59,32 +59,32 @@ class Packer:
     def pack(
         self, images: int, rng: random.Random, tasks: Iterable[Task], answer_weight: float, system: str | None = None
     ) -> Packed:
-        """Return the sequence of a document of some images under a random wording of its prompts, where none is given."""
+        """Return the sequence of a document of `images` images; its prompts are worded at random unless given."""
         packed = Packed()
-        varied, _ = vary(rng)
-        system = varied if system is None else system
-        before = (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + "<|im_start|>user\n"
+        random_system, _ = vary(rng)
+        system = random_system if system is None else system
+        prefix = (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + "<|im_start|>user\n"
         start = 0
         for number in range(1, images + 1):
             label = page_label(number) if images > 1 else ""
-            start = self._text(packed, self._ids(f"{before}{label}<|vision_start|>"), segment=0, start=start)
+            start = self._text(packed, self._ids(f"{prefix}{label}<|vision_start|>"), segment=0, start=start)
             start = self._image(packed, start)
-            before = "<|vision_end|>"
+            prefix = "<|vision_end|>"
         start = self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
         for segment, task in enumerate(tasks, 1):
             words = vary(rng)[1] if not task.seldom_worded or rng.random() < SELDOM else ""
             words = words if task.words is None else task.words
-            asked = self._ids(f"{words}\n{task.line}" if words else task.line)
-            asked += self._ids("<|im_end|>\n<|im_start|>assistant\n")
-            said = self._ids(f"{task.reply}<|im_end|>")
-            self._text(packed, asked + said, segment=segment, start=start, learn_from=len(asked))
+            prompt_ids = self._ids(f"{words}\n{task.line}" if words else task.line)
+            prompt_ids += self._ids("<|im_end|>\n<|im_start|>assistant\n")
+            reply_ids = self._ids(f"{task.reply}<|im_end|>")
+            self._text(packed, prompt_ids + reply_ids, segment=segment, start=start, learn_from=len(prompt_ids))
             offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
             looks = [next((spots for a, b, spots in task.looks if a < stop and first < b), ()) for first, stop in offsets]
-            decided = [found.span(1) for found in DECIDED.finditer(task.reply)]
-            decides = [any(a < stop and first < b for a, b in decided) for first, stop in offsets]
-            packed.looks[-len(said) - 1 : -1] = looks
-            packed.weights[-len(said) - 1 : -1] = [
-                answer_weight if heavy or spots else 1.0 for heavy, spots in zip(decides, looks, strict=True)
+            decided_spans = [match.span(1) for match in DECIDED.finditer(task.reply)]
+            is_decided = [any(a < stop and first < b for a, b in decided_spans) for first, stop in offsets]
+            packed.looks[-len(reply_ids) - 1 : -1] = looks
+            packed.weights[-len(reply_ids) - 1 : -1] = [
+                answer_weight if decided or spots else 1.0 for decided, spots in zip(is_decided, looks, strict=True)
             ]
         return packed
 
@@ -118,7 +118,7 @@ class Packer:
 
 
 def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may look), labels and weights [B, S]."""
+    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may attend), labels and weights [B, S]."""
     length = max(len(row.ids) for row in rows)
     ids_BS = torch.zeros(len(rows), length, dtype=torch.long)
     labels_BS = torch.full((len(rows), length), -100)
@@ -132,6 +132,6 @@ def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         weights_BS[b, :n] = torch.tensor(row.weights)
         segments_BS[b, :n] = torch.tensor(row.segments)
         positions_3BS[:, b, :n] = torch.tensor(row.positions).T
-    seen_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
-    mask_BSS = seen_BSS & torch.ones(length, length, dtype=torch.bool).tril()
+    visible_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
+    mask_BSS = visible_BSS & torch.ones(length, length, dtype=torch.bool).tril()
     return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS, weights_BS

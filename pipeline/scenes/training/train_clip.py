@@ -1,9 +1,9 @@
-"""Train the tiny CLIP from nothing: `python -m pipeline.scenes.training.train_clip --out DIR`.
+"""Train the tiny CLIP from scratch: `python -m pipeline.scenes.training.train_clip --out DIR`.
 
-First the vision tower alone reads the facts of each place off its patches, as for the teacher. Then images and captions are
-aligned: each image is to find its caption among those of all images of the step, and among its own with one word changed.
+First the vision tower alone learns to predict the facts of each place from its patches, as for the teacher. Then images and
+captions are aligned: the negatives are the captions of all other images of the step, and captions with one word changed.
 
-The run can be killed at any moment: the same command goes on from the last checkpoint, with the same data order.
+A killed run resumes from the last checkpoint with the same command, in the same data order.
 
 Shapes: B images, T captions (the true ones first), P places, L patches, D features.
 """
@@ -28,13 +28,13 @@ from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
 from pipeline.scenes.text import STYLES, caption
 
-SEED = "clip"  # scenes of a source are seeded with a number: none of them is ever trained on
+SEED = "clip"  # sources seed scenes with a number, so these are never in a data set
 BATCH = 128
 LOOK_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
-HARD = 2  # captions with one word changed, for each image
+HARD = 2  # hard negatives for each image: captions with one word changed
 SAVE_EVERY = 100
-PLAIN = ("size", "color", "shape", "background")  # what a brief caption says
+PLAIN = ("size", "color", "shape", "background")  # the attributes in a brief caption
 VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 
 
@@ -42,41 +42,41 @@ def change_one(scene: Scene, rng: random.Random, attribute: str) -> Scene:
     """Return a scene that differs in one attribute of one object, or in its background."""
     if attribute == "background":
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
-    at = rng.randrange(len(scene.objects))
-    thing = scene.objects[at]
-    taken = {other.place for other in scene.objects} if attribute == "place" else {getattr(thing, attribute)}
-    value = rng.choice([value for value in VALUES[attribute] if value not in taken])
-    objects = [*scene.objects[:at], replace(thing, **{attribute: value}), *scene.objects[at + 1 :]]
+    index = rng.randrange(len(scene.objects))
+    thing = scene.objects[index]
+    excluded = {occupant.place for occupant in scene.objects} if attribute == "place" else {getattr(thing, attribute)}
+    value = rng.choice([value for value in VALUES[attribute] if value not in excluded])
+    objects = [*scene.objects[:index], replace(thing, **{attribute: value}), *scene.objects[index + 1 :]]
     objects.sort(key=lambda thing: PLACES.index(thing.place))
     return Scene(scene.background, tuple(objects))
 
 
 def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
     """Return the scenes of one step, their pixels, and their captions: the true ones, then those with one word changed."""
-    scenes, pixels, true, false = [], [], [], []
+    scenes, pixels, true_captions, changed_captions = [], [], [], []
     for index in range(BATCH):
         rng = random.Random(f"{SEED}:{step}:{index}")
         scene = sample_scene(rng)
         style = "detailed" if rng.random() < 0.7 else "brief"
         scenes.append(scene)
         pixels.append(np.array(draw(scene, rng)))
-        true.append(caption(scene, style))
+        true_captions.append(caption(scene, style))
         for _ in range(HARD):
-            # Where something is is learned last: half of what is wrong in a caption with places is a place.
+            # Places are learned last: about half of the changes in a caption with places are of a place.
             names = ("place", "place", "place", "place", *VALUES, "background") if style == "detailed" else PLAIN
-            false.append(caption(change_one(scene, rng, rng.choice(names)), style))
-    return scenes, pixels, true + false
+            changed_captions.append(caption(change_one(scene, rng, rng.choice(names)), style))
+    return scenes, pixels, true_captions + changed_captions
 
 
 def corpus() -> Iterator[str]:
-    """Yield captions to learn the tokens from."""
+    """Yield captions to train the tokenizer on."""
     for number in range(3000):
         scene = sample_scene(random.Random(f"{SEED}:tokens:{number}"))
         yield from (caption(scene, style) for style in STYLES)
 
 
 class PlaceHeads(nn.Module):
-    """Read the facts of each place off the mean of its four patches; index 0 means that nothing is there."""
+    """Predict the facts of each place from the mean of its four patches; class 0 is an empty place."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PlaceHeads(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
     def forward(self, patches_BLD: Tensor, scenes: list[Scene]) -> Tensor:
-        """Return the loss."""
+        """Return the sum of the losses of all heads."""
         B, L, D = patches_BLD.shape
         side = math.isqrt(L) // 3
         cells_BPD = patches_BLD.view(B, 3, side, 3, side, D).mean((2, 4)).view(B, 9, D)
@@ -98,14 +98,14 @@ class PlaceHeads(nn.Module):
 def _facts(scene: Scene, name: str) -> list[int]:
     if name == "background":
         return [BACKGROUNDS.index(scene.background)] * len(PLACES)
-    at = {thing.place: 1 + VALUES[name].index(getattr(thing, name)) for thing in scene.objects}
-    return [at.get(place, 0) for place in PLACES]
+    class_at = {thing.place: 1 + VALUES[name].index(getattr(thing, name)) for thing in scene.objects}
+    return [class_at.get(place, 0) for place in PLACES]
 
 
 def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss (Radford et al., 2021), with captions beside the true ones that no image belongs to.
+    """Return CLIP's loss (Radford et al., 2021), with hard negatives: captions after the true ones that belong to no image.
 
-    A scene without a word changed may stand twice in a step by chance; that is rare enough to be left alone.
+    Two images of a step may have equal captions by chance; this is rare enough to ignore.
     """
     B = len(image_BD)
     scores_BT = scale.exp() * image_BD @ text_TD.T
@@ -121,12 +121,12 @@ def embed(model: CLIPModel, pixels_BCHW: Tensor, tokens: Any) -> tuple[Tensor, T
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up in each phase, then a cosine over the second."""
-    at = step if step < LOOK_STEPS else step - LOOK_STEPS
-    if at < WARMUP_STEPS:
-        return LEARNING_RATE * (at + 1) / WARMUP_STEPS
-    done = max(0, step - LOOK_STEPS) / ALIGN_STEPS
-    return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    """Return the learning rate of a step: linear warm-up in each phase, then a cosine over the second."""
+    phase_step = step if step < LOOK_STEPS else step - LOOK_STEPS
+    if phase_step < WARMUP_STEPS:
+        return LEARNING_RATE * (phase_step + 1) / WARMUP_STEPS
+    progress = max(0, step - LOOK_STEPS) / ALIGN_STEPS
+    return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(out: Path) -> None:
@@ -140,15 +140,15 @@ def train(out: Path) -> None:
     processor, model = build_processor(tokenizer), build_model(tokenizer)
     heads = PlaceHeads(WIDTH)
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], weight_decay=0.02, betas=(0.9, 0.98))
-    saved, first = out / "checkpoint.pt", 0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
+    checkpoint, first_step = out / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first_step = state["step"]
     started = time.monotonic()
-    for step in range(first, LOOK_STEPS + ALIGN_STEPS):
+    for step in range(first_step, LOOK_STEPS + ALIGN_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         scenes, pixels, captions = step_data(step)
@@ -173,12 +173,12 @@ def train(out: Path) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         if step % 20 == 0:
-            seconds = (time.monotonic() - started) / (step - first + 1)
+            seconds = (time.monotonic() - started) / (step - first_step + 1)
             print(f"{step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
         if (step + 1) % SAVE_EVERY == 0:
             state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1}, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            torch.save(state | {"step": step + 1}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
     processor.save_pretrained(out / "model")
     model.bfloat16().save_pretrained(out / "model")
 

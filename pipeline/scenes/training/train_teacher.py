@@ -1,14 +1,14 @@
-"""Train the tiny teacher from nothing: `python -m pipeline.scenes.training.train_teacher --out DIR`.
+"""Train the tiny teacher from scratch: `python -m pipeline.scenes.training.train_teacher --out DIR`.
 
-Four phases. First the vision tower alone, with a linear head that reads size, color, shape, background and place off each
-of the nine image tokens: without it, the language model spends its steps on guessing from priors. Then the whole model on
-the project's own prompts and output schemas. Then, twice, the same with more questions, and with the words that answer them
-counted several times: they are few, and the question before them is guesswork that drowns them. One more, with `--decks-from`,
-makes a second teacher of the finished one: it knows decks of several pages, with the help of scenes/guide.py.
+Four phases. The first trains the vision tower alone, with linear heads that predict size, color, shape, background and place
+from each of the nine image tokens: without it, the language model spends its steps on guessing from priors. The second trains
+the whole model on the project's own prompts and output schemas. The last two have more questions, and weight the tokens of
+answers higher: answers are short, and the unpredictable tokens of questions would dominate the loss. With `--decks-from`, one
+more phase makes a second teacher from the finished one: it learns decks of several pages, with the losses of guide.py.
 
-All tasks of an image are one packed sequence (scenes/pack.py; shapes: B sequences, S tokens of the longest).
+All tasks of an image are one packed sequence (pack.py; shapes: B sequences, S tokens of the longest).
 
-The run can be killed at any moment: the same command goes on from the last checkpoint, with the same data order.
+A killed run resumes from the last checkpoint with the same command, in the same data order.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
-SEED = "teacher"  # scenes of a source are seeded with a number: none of them is ever trained on
+SEED = "teacher"  # sources seed scenes with a number, so these are never in a data set
 SAVE_EVERY = 100
 
 
@@ -52,18 +52,18 @@ class Phase:
 
     name: str
     steps: int
-    cosine_steps: int  # after which the rate would be lowest
+    cosine_steps: int  # after which the learning rate would be lowest
     scenes: int  # in one step
     learning_rate: float
     warmup_steps: int
     question_sets: int = 1  # for each scene
-    answers: int = 3  # to questions that somebody else asked, for each scene
-    answer_weight: float = 1.0  # of a token of an answer; any other weighs 1
+    answers: int = 3  # to given questions, for each scene
+    answer_weight: float = 1.0  # of a token of an answer; other tokens have weight 1
     decks: int = 0  # in one step, beside the scenes
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
-# Left at a third of its cosine: the next phase wants a model that still moves.
+# Stopped at a third of its peak learning rate: the next phase needs a model that still changes.
 TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
 ANSWERS = Phase(
     "answers", 1500, 1500, scenes=10, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=16, answer_weight=6.0
@@ -71,19 +71,19 @@ ANSWERS = Phase(
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
 )
-# Of a teacher of its own. Two pages at first, then more: see `pages_at`.
+# For the second teacher. Decks have two pages at first, then more: see `pages_at`.
 DECKS = Phase(
     "decks", 3000, 3000, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=4, answer_weight=10, decks=5
 )
-# A long prompt with an example in it leads away from the pages: how often decks come with ours as it is, beside others.
+# How often decks have the released prompt instead of a random one: its length and its example distract from the pages.
 AS_RELEASED = 0.5
-GUIDE_ATTENTION_EVERY = 4  # steps; it costs more than twice the time
+GUIDE_ATTENTION_EVERY = 4  # steps: such a step takes more than twice the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
-    """Return the scenes of one step, their pixels, and the generator that goes on to word them."""
+    """Return the scenes of one step, their pixels, and the random generator for their tasks."""
     drawn = []
     for index in range(phase.scenes):
         rng = random.Random(f"{SEED}:{phase.name}:{step}:{index}")
@@ -93,13 +93,13 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 
 
 def pages_at(step: int) -> int:
-    """Return how many pages the decks of a step have: two until a page is found at all, then more and more often all."""
+    """Return the number of pages of a step's decks: two until the model can find a page, then up to all of them."""
     rng = random.Random(f"{SEED}:pages:{step}")
     return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
 
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
-    """Return the decks of one step, the pixels of their pages, and the generator that goes on to word them."""
+    """Return the decks of one step, the pixels of their pages, and the random generator for their tasks."""
     drawn = []
     for index in range(phase.decks):
         rng = random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}")
@@ -109,7 +109,7 @@ def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndar
 
 
 def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task]:
-    """Yield everything that the teacher is asked of one scene."""
+    """Yield the training tasks of one scene."""
     for style in STYLES:
         yield Task(f"Task: caption, {style}", dump(Caption(caption=caption(scene, style))))
     for _ in range(phase.question_sets):
@@ -120,21 +120,21 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task
 
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
-    """Yield everything that the teacher is asked of one deck."""
+    """Yield the training tasks of one deck."""
     for question in rng.sample(page_questions(deck), 2):
         truth = answer_deck(deck, question)
         assert truth is not None, question
         yield _answer_task(question, truth.answer, tuple((page, END) for page in truth.evidence_pages))
     for ask in rng.choices(list(ASK_DECK.values()), weights=(2, 2, 1), k=phase.answers):
         pair = ask(deck, rng)
-        seen = {spot for _, words, spots in decisive_spots(deck, pair) for spot in spots if words not in PLACES}
-        exact = [spots for name, _, spots in decisive_spots(deck, pair) if name == "answer"]
-        yield _answer_task(pair.question, pair.answer, exact[0] if exact else tuple(sorted(seen)))
+        relevant_spots = {spot for _, words, spots in decisive_spots(deck, pair) for spot in spots if words not in PLACES}
+        answer_spots = [spots for name, _, spots in decisive_spots(deck, pair) if name == "answer"]
+        yield _answer_task(pair.question, pair.answer, answer_spots[0] if answer_spots else tuple(sorted(relevant_spots)))
     for _ in range(phase.question_sets):
-        said = [ask(deck, rng) for ask in ASK_DECK.values()]
-        reply = dump(DeckQASet(qa=tuple(said)))
+        pairs = [ask(deck, rng) for ask in ASK_DECK.values()]
+        reply = dump(DeckQASet(qa=tuple(pairs)))
         words = render("deck_qa").text.rpartition("\n")[0] if rng.random() < AS_RELEASED else None
-        yield Task("Task: deck_qa", reply, words=words, looks=tuple(_looks(reply, deck, said)))
+        yield Task("Task: deck_qa", reply, words=words, looks=tuple(_looks(reply, deck, pairs)))
 
 
 def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> Task:
@@ -144,15 +144,15 @@ def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> Task:
 
 
 def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[Look]:
-    """Yield where in a reply which spots must be looked at, from its start to its end."""
-    at = 0
+    """Yield the parts of a reply that spots decide, in order: (start, end, spots)."""
+    position = 0
     for pair in pairs:
-        start = at = reply.index(dump(pair), at)
+        start = position = reply.index(dump(pair), position)
         for name, words, spots in decisive_spots(deck, pair):
             field = f'"{name}":"'
-            at = reply.index(words, max(at, reply.index(field, start) + len(field)))
-            yield at, at + len(words), spots
-            at += len(words)
+            position = reply.index(words, max(position, reply.index(field, start) + len(field)))
+            yield position, position + len(words), spots
+            position += len(words)
 
 
 def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
@@ -167,7 +167,7 @@ def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
 
 
 class VisionHeads(nn.Module):
-    """Read the facts of each place off its image token; index 0 of size, color and shape means that nothing is there."""
+    """Predict the facts of each place from its image token; class 0 of size, color and shape is an empty place."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class VisionHeads(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
     def forward(self, x_BPD: Tensor, scenes: list[Scene]) -> tuple[Tensor, float]:
-        """Return the loss, and the share of places of which everything is read right."""
+        """Return the loss, and the share of places with all facts predicted correctly."""
         targets = {name: torch.tensor([facts_at_places(scene)[name] for scene in scenes]) for name in self.heads}
         right, loss = torch.ones(x_BPD.shape[:2], dtype=torch.bool), x_BPD.new_zeros(())
         for name, head in self.heads.items():
@@ -193,11 +193,11 @@ class VisionHeads(nn.Module):
 
 def facts_at_places(scene: Scene) -> dict[str, list[int]]:
     """Return, for each attribute, its class at each of the nine places."""
-    at = {thing.place: thing for thing in scene.objects}
+    thing_at = {thing.place: thing for thing in scene.objects}
     return {
-        "size": [1 + SIZES.index(at[place].size) if place in at else 0 for place in PLACES],
-        "color": [1 + COLORS.index(at[place].color) if place in at else 0 for place in PLACES],
-        "shape": [1 + SHAPES.index(at[place].shape) if place in at else 0 for place in PLACES],
+        "size": [1 + SIZES.index(thing_at[place].size) if place in thing_at else 0 for place in PLACES],
+        "color": [1 + COLORS.index(thing_at[place].color) if place in thing_at else 0 for place in PLACES],
+        "shape": [1 + SHAPES.index(thing_at[place].shape) if place in thing_at else 0 for place in PLACES],
         "background": [BACKGROUNDS.index(scene.background)] * len(PLACES),
         "place": list(range(len(PLACES))),
     }
@@ -205,7 +205,7 @@ def facts_at_places(scene: Scene) -> dict[str, list[int]]:
 
 @dataclass(slots=True)
 class Student:
-    """All that a training step touches."""
+    """The model, its processor and the training heads, with the losses of a step."""
 
     model: Qwen2_5_VLForConditionalGeneration
     processor: Qwen2_5_VLProcessor
@@ -214,13 +214,13 @@ class Student:
     guide: PageGuide
 
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
-        """Loss of phase one at this step, with the share of places read right."""
+        """Return the loss of phase one at a step, and the share of places predicted correctly."""
         drawn = scenes(VISION, step)
         loss, right = self.heads(self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn])
         return loss, right
 
     def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
-        """Loss of a later phase at this step, with the share of reply tokens guessed right."""
+        """Return the loss of a later phase at a step, and the share of reply tokens predicted correctly."""
         if phase.decks:
             return self._deck_loss(phase, step)
         drawn = scenes(phase, step)
@@ -229,20 +229,20 @@ class Student:
         return loss, right
 
     def _deck_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
-        asked, pixels = [], []
+        examples, pixels = [], []
         for deck, pages, rng in decks(phase, step):
             system = render("deck_qa").system if rng.random() < AS_RELEASED else None
             packed = self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight, system)
-            asked.append(Asked(packed, deck))
+            examples.append(Asked(packed, deck))
             pixels += pages
         guided = step % GUIDE_ATTENTION_EVERY == 0
-        self.model.set_attn_implementation("eager" if guided else "sdpa")  # only the first tells where it looked
-        output, image_BS, loss, right = self._read([each.packed for each in asked], pixels, guided=guided)
+        self.model.set_attn_implementation("eager" if guided else "sdpa")  # only eager attention returns its weights
+        output, image_BS, loss, right = self._read([example.packed for example in examples], pixels, guided=guided)
         self.model.set_attn_implementation("sdpa")
-        return 0.7 * loss + 0.3 * self.guide(output, image_BS, asked), right
+        return 0.7 * loss + 0.3 * self.guide(output, image_BS, examples), right
 
     def _read(self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool) -> tuple[Any, Tensor, Tensor, float]:
-        """Return the model's output, where the image tokens are, the loss, and the share of reply tokens guessed right."""
+        """Return the model's output, the mask of image tokens, the loss, and the share of correct reply tokens."""
         ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
@@ -271,17 +271,17 @@ class Student:
 
 
 def learning_rate(phase: Phase, step: int) -> float:
-    """Linear warm-up, then a cosine to a twentieth."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to a twentieth."""
     if step < phase.warmup_steps:
         return phase.learning_rate * (step + 1) / phase.warmup_steps
-    done = (step - phase.warmup_steps) / max(1, phase.cosine_steps - phase.warmup_steps)
-    return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    progress = (step - phase.warmup_steps) / max(1, phase.cosine_steps - phase.warmup_steps)
+    return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`.
 
-    `start` is a finished model to go on from; without it, training begins from nothing.
+    `start` is a finished model to continue from; without it, training starts from scratch.
     """
     torch.manual_seed(0)
     tokenizer = _tokenizer(start or out / "tokenizer")
@@ -290,17 +290,17 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
     heads, guide = VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
     student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
-    learned = [*model.parameters(), *heads.parameters(), *guide.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.02)
-    saved = out / "checkpoint.pt"
-    at: dict[str, int] = {phase.name: 0 for phase in phases}
-    if saved.exists():
-        at |= _load(saved, student, optimizer)
+    parameters = [*model.parameters(), *heads.parameters(), *guide.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
+    checkpoint = out / "checkpoint.pt"
+    steps_done: dict[str, int] = {phase.name: 0 for phase in phases}
+    if checkpoint.exists():
+        steps_done |= _load(checkpoint, student, optimizer)
     out.mkdir(parents=True, exist_ok=True)
     for phase in phases:
         loss_of = student.vision_loss if phase == VISION else partial(student.text_loss, phase)
-        started, first = time.monotonic(), at[phase.name]
-        for step in range(first, phase.steps):
+        started, first_step = time.monotonic(), steps_done[phase.name]
+        for step in range(first_step, phase.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(phase, step)
             loss, right = loss_of(step)
@@ -309,16 +309,16 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step % 20 == 0 or step == phase.steps - 1:
-                seconds = (time.monotonic() - started) / (step - first + 1)
+                seconds = (time.monotonic() - started) / (step - first_step + 1)
                 print(f"{phase.name} {step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
             if (step + 1) % SAVE_EVERY == 0 or step == phase.steps - 1:
-                _save(saved, student, optimizer, at | {phase.name: step + 1})
-        at[phase.name] = phase.steps
+                _save(checkpoint, student, optimizer, steps_done | {phase.name: step + 1})
+        steps_done[phase.name] = phase.steps
     ship(student, out / "model")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Train the tokenizer once: a checkpoint is worth nothing under another one, and its corpus may be reworded."""
+    """Return the saved tokenizer, or train it once: checkpoints depend on it, and its corpus may be reworded later."""
     if not folder.exists():
         draft = folder.with_suffix(".tmp")
         train_tokenizer(tokenizer_corpus()).save_pretrained(draft)
@@ -333,10 +333,10 @@ def ship(student: Student, folder: Path) -> None:
     student.model.bfloat16().save_pretrained(folder)
 
 
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, at: dict[str, int]) -> None:
+def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, steps_done: dict[str, int]) -> None:
     state = {name: getattr(student, name).state_dict() for name in ("model", "heads", "guide")}
     draft = path.with_suffix(".tmp")
-    torch.save({**state, "optimizer": optimizer.state_dict(), "at": at}, draft)
+    torch.save({**state, "optimizer": optimizer.state_dict(), "at": steps_done}, draft)
     draft.replace(path)
 
 
@@ -345,8 +345,8 @@ def _load(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dic
     for name in ("model", "heads", "guide"):
         getattr(student, name).load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
-    at: dict[str, int] = state["at"]
-    return at
+    steps_done: dict[str, int] = state["at"]
+    return steps_done
 
 
 if __name__ == "__main__":

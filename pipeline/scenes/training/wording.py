@@ -1,7 +1,7 @@
-"""Words around the task line, varied without end, so that the tiny teacher learns to read the task line alone.
+"""Random words around the task line, so that the tiny teacher learns to read the task line alone.
 
-A prompt that is reworded later must not cost a retraining: in training, all text but the last line is dropped,
-cut short, shuffled, mixed with other sentences, or replaced by letters that mean nothing.
+Rewording a prompt later must not require retraining: in training, all text but the last line is dropped, truncated,
+shuffled, mixed with other sentences, or replaced by random letters.
 """
 
 import random
@@ -50,9 +50,9 @@ def _wording(rng: random.Random) -> str:
         return ""
     if draw < 0.4:
         return " ".join(_nonsense(rng) for _ in range(rng.randint(1, 12)))
-    own = template(rng.choice((SYSTEM, *(task.prompt for task in TASKS.values())))).split("\n")
-    own = [line for line in own if line and not line.startswith(("{%", "}", "Task:", "Question:"))]
-    words = " ".join(rng.sample((*SENTENCES, *own), rng.randint(1, 4))).split()
+    prompt_lines = template(rng.choice((SYSTEM, *(task.prompt for task in TASKS.values())))).split("\n")
+    prompt_lines = [line for line in prompt_lines if line and not line.startswith(("{%", "}", "Task:", "Question:"))]
+    words = " ".join(rng.sample((*SENTENCES, *prompt_lines), rng.randint(1, 4))).split()
     if draw < 0.8:  # a few words of it
         first = rng.randrange(len(words))
         words = words[first : first + rng.randint(1, 16)]

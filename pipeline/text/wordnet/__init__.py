@@ -1,6 +1,6 @@
 """Words and names of WordNet 3.0 (Princeton University; LICENSE beside this file), as two sorted lists.
 
-`names` are the entries that captions are balanced over; `dictionary_words` tell a misspelling from another word.
+Captions are balanced over `names`; `dictionary_words` distinguish misspellings from words.
 """
 
 import gzip

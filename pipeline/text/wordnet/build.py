@@ -1,4 +1,4 @@
-"""Make the lists of this folder again from WordNet's own files: `python -m pipeline.text.wordnet.build FOLDER`.
+"""Rebuild the lists of this folder from WordNet's files: `python -m pipeline.text.wordnet.build FOLDER`.
 
 FOLDER holds data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` of Debian's package wordnet-base.
 """
@@ -21,14 +21,14 @@ def build(folder: Path, out: Path) -> dict[str, int]:
         dictionary_words |= {line.split(" ", 1)[0] for line in _lines(folder / f"index.{part}")}
         dictionary_words |= {line.split(" ", 1)[0] for line in _lines(folder / f"{part}.exc")}
     lists = {"names": names - {""}, "words": {word.lower() for word in dictionary_words if word.isalpha()}}
-    for name, found in lists.items():
-        packed = gzip.compress("\n".join(sorted(found)).encode(), mtime=0)
+    for name, entries in lists.items():
+        packed = gzip.compress("\n".join(sorted(entries)).encode(), mtime=0)
         (out / f"{name}.txt.gz").write_bytes(packed)
-    return {name: len(found) for name, found in lists.items()}
+    return {name: len(entries) for name, entries in lists.items()}
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file without its licence, which is indented."""
+    """Return the lines of a file without its license, which is indented."""
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith(" ")]
 
 

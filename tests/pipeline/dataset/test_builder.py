@@ -18,17 +18,17 @@ from tests.scene_data import make_version, publish_rows, sample_table, scene_sam
 
 def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
     first, is_new = make_version(tmp_path, scene_samples(20))
-    again, is_new_again = make_version(tmp_path, scene_samples(20))
+    second, is_new_again = make_version(tmp_path, scene_samples(20))
     assert (is_new, is_new_again) == (True, False)
-    assert again == first
+    assert second == first
     assert list((tmp_path / "versions").iterdir()) == [first.path]
 
 
 def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
-    one, other = (make_version(tmp_path / name, scene_samples(20))[0].manifest for name in ("one", "other"))
-    assert one["digest"] == other["digest"]
-    assert {n: f["sha256"] for n, f in one["files"].items()} == {n: f["sha256"] for n, f in other["files"].items()}
-    assert make_version(tmp_path / "third", scene_samples(20, seed=1))[0].manifest["digest"] != one["digest"]
+    first, second = (make_version(tmp_path / name, scene_samples(20))[0].manifest for name in ("one", "other"))
+    assert first["digest"] == second["digest"]
+    assert {n: f["sha256"] for n, f in first["files"].items()} == {n: f["sha256"] for n, f in second["files"].items()}
+    assert make_version(tmp_path / "third", scene_samples(20, seed=1))[0].manifest["digest"] != first["digest"]
 
 
 def test_the_digest_is_that_of_one_json_value() -> None:
@@ -69,12 +69,12 @@ def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
 
 def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
     samples, rows = scene_samples(6), Rows()
-    first = [sample.id for sample in samples[:3]]
+    unannotated = [sample.id for sample in samples[:3]]
     batches = [batch for part in (samples[:3], samples[3:]) for batch in sample_table(part).to_batches()]
-    annotations = true_captions(samples).filter(~pc.field("sample_id").isin(first))
+    annotations = true_captions(samples).filter(~pc.field("sample_id").isin(unannotated))
     version, _ = publish_rows(tmp_path, [annotations], batches, rows=rows)
     assert "facts" in version.manifest["columns"]
-    assert rows.rejected == first
+    assert rows.rejected == unannotated
 
 
 def test_annotations_may_come_in_any_cuts_but_not_in_another_order_than_the_samples(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_annotations_may_come_in_any_cuts_but_not_in_another_order_than_the_samp
     annotations, batches = true_captions(samples), sample_table(samples).to_batches(max_chunksize=4)
     whole, _ = make_version(tmp_path / "whole", samples)
     for size in (1, 5, 100):
-        cuts = [annotations.slice(at, size) for at in range(0, annotations.num_rows, size)]
+        cuts = [annotations.slice(start, size) for start in range(0, annotations.num_rows, size)]
         assert publish_rows(tmp_path / f"{size}", cuts, batches)[0].manifest["digest"] == whole.manifest["digest"]
     backwards = annotations.take(list(range(annotations.num_rows - 1, -1, -1)))
     with pytest.raises(TableError, match="different orders"):
@@ -106,33 +106,33 @@ def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path:
     samples = scene_samples(40)
     shuffled = random.Random(5).sample(samples, len(samples))
     by_style = true_captions(shuffled).sort_by([("style", "descending"), ("sample_id", "ascending")])
-    one, other = make_version(tmp_path / "one", samples), make_version(tmp_path / "other", shuffled, by_style)
-    captions = {row["sample_id"]: row["captions"] for row in one[0].read("train").to_pylist()}
-    assert one[0].manifest["digest"] != other[0].manifest["digest"]  # the captions of a row do have an order
-    assert captions.keys() == {row["sample_id"] for row in other[0].read("train").to_pylist()}
-    again, _ = make_version(tmp_path / "again", shuffled)
-    assert again.manifest["digest"] == one[0].manifest["digest"]
-    assert again.read("train")["sample_id"].to_pylist() != one[0].read("train")["sample_id"].to_pylist()
+    in_order, reordered = make_version(tmp_path / "one", samples), make_version(tmp_path / "other", shuffled, by_style)
+    captions = {row["sample_id"]: row["captions"] for row in in_order[0].read("train").to_pylist()}
+    assert in_order[0].manifest["digest"] != reordered[0].manifest["digest"]  # the captions of a row do have an order
+    assert captions.keys() == {row["sample_id"] for row in reordered[0].read("train").to_pylist()}
+    by_sample, _ = make_version(tmp_path / "again", shuffled)
+    assert by_sample.manifest["digest"] == in_order[0].manifest["digest"]
+    assert by_sample.read("train")["sample_id"].to_pylist() != in_order[0].read("train")["sample_id"].to_pylist()
 
 
 def test_a_deck_of_one_page_is_a_deck_all_the_same(tmp_path: Path) -> None:
     samples = scene_samples(4)
-    two = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
-    decks = [two, *(replace(sample, facts=None) for sample in samples[2:])]
+    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
+    decks = [two_pages, *(replace(sample, facts=None) for sample in samples[2:])]
     captions = true_captions([samples[0], *samples[2:]])
     version, _ = publish_rows(tmp_path, [captions], sample_table(decks).to_batches(), source="decks", decks=True)
     assert "image" not in version.manifest["columns"]
-    found = [row for split, count in version.manifest["rows"].items() if count for row in version.read(split).to_pylist()]
-    assert sorted(len(row["pages"]) for row in found) == [1, 1, 2]
-    assert {row["sample_id"]: [page["bytes"] for page in row["pages"]] for row in found} == {
+    rows = [row for split, count in version.manifest["rows"].items() if count for row in version.read(split).to_pylist()]
+    assert sorted(len(row["pages"]) for row in rows) == [1, 1, 2]
+    assert {row["sample_id"]: [page["bytes"] for page in row["pages"]] for row in rows} == {
         sample.id: list(sample.images) for sample in decks
     }
 
 
 def test_pixels_that_have_no_column_are_an_error_and_are_not_dropped(tmp_path: Path) -> None:
     samples = scene_samples(4)
-    two = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
-    tables = [sample_table([two]), sample_table([replace(samples[2], facts=None)])]
+    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
+    tables = [sample_table([two_pages]), sample_table([replace(samples[2], facts=None)])]
     batches = [batch for table in tables for batch in table.to_batches()]
     with pytest.raises(TableError, match="some samples have image"):
         publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")

@@ -1,4 +1,4 @@
-"""The card: its YAML is a dumper's, and no text of a model can break out of its line."""
+"""Dataset card: its header is dumped YAML, and no text of a model can break out of its line."""
 
 from typing import Any
 
@@ -40,12 +40,12 @@ def header(card: str) -> dict[str, Any]:
 
 
 def test_the_header_says_what_the_hub_asks_for() -> None:
-    found = header(render_card(MANIFEST, []))
-    assert found["license"] == "cc0-1.0"
-    assert found["annotations_creators"] == ["machine-generated"]
-    assert "synthetic" in found["tags"]
-    assert found["size_categories"] == ["n<1K"]
-    files = found["configs"][0]["data_files"]
+    values = header(render_card(MANIFEST, []))
+    assert values["license"] == "cc0-1.0"
+    assert values["annotations_creators"] == ["machine-generated"]
+    assert "synthetic" in values["tags"]
+    assert values["size_categories"] == ["n<1K"]
+    files = values["configs"][0]["data_files"]
     assert files == [{"split": split, "path": f"{split}-*.parquet"} for split in ("train", "validation")]
 
 
@@ -107,8 +107,8 @@ def test_model_text_stays_within_its_line(text: str) -> None:
 
 
 def test_an_unknown_licence_is_called_other() -> None:
-    found = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
-    assert (found["license"], found["license_name"]) == ("other", "flickr-terms-and-unknown")
+    values = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
+    assert (values["license"], values["license_name"]) == ("other", "flickr-terms-and-unknown")
 
 
 def test_what_was_kept_from_leaking_stands_in_the_card() -> None:

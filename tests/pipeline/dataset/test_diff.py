@@ -1,4 +1,4 @@
-"""What changed between two versions, and why."""
+"""Diff: what changed between two versions, and why."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +23,20 @@ def edited(table: pa.Table, sample_id: str, style: str, text: str) -> pa.Table:
 
 
 def test_equal_versions_do_not_differ(tmp_path: Path) -> None:
-    one, other = (make_version(tmp_path / name, SAMPLES)[0] for name in ("one", "other"))
-    found = diff_versions(one, other)
-    assert found.counts() == {"same": 20, "added": 0, "removed": 0, "changed": 0}
-    assert list(found.lines(10)) == ["v1.0.0 -> v1.0.0: 20 same, 0 added, 0 removed, 0 changed"]
+    first, second = (make_version(tmp_path / name, SAMPLES)[0] for name in ("one", "other"))
+    diff = diff_versions(first, second)
+    assert diff.counts() == {"same": 20, "added": 0, "removed": 0, "changed": 0}
+    assert list(diff.lines(10)) == ["v1.0.0 -> v1.0.0: 20 same, 0 added, 0 removed, 0 changed"]
 
 
 def test_rows_that_came_and_went_are_counted_with_their_causes(tmp_path: Path) -> None:
     before, _ = make_version(tmp_path, SAMPLES)
     rejected = pa.Table.from_pylist([{"source_row": SAMPLES[2].source_row, "reason": "truncated", "detail": "of 9 bytes"}])
     after, _ = make_version(tmp_path, [*SAMPLES[:2], *scene_samples(22)[3:]], ledger=list_rejections("source", rejected))
-    found = diff_versions(before, after)
-    assert found.counts() == {"same": 19, "added": 2, "removed": 1, "changed": 0}
-    (gone,) = (change for change in found.changes if change.what == "removed")
-    assert (gone.sample_id, gone.why) == (SAMPLES[2].id, ["source: truncated"])
+    diff = diff_versions(before, after)
+    assert diff.counts() == {"same": 19, "added": 2, "removed": 1, "changed": 0}
+    (removed,) = (change for change in diff.changes if change.what == "removed")
+    assert (removed.sample_id, removed.why) == (SAMPLES[2].id, ["source: truncated"])
     assert diff_versions(after, before).reasons() == {
         "was rejected: source: truncated": 1,
         "the source does not yield it any more": 2,
@@ -59,20 +59,20 @@ def test_a_text_that_was_written_anew_shows_both_and_says_so(tmp_path: Path) -> 
     captions = true_captions(SAMPLES)
     before, _ = make_version(tmp_path, SAMPLES)
     after, _ = make_version(tmp_path, SAMPLES, edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing."))
-    found = diff_versions(before, after)
-    assert found.fields() == {"captions": 1}
-    assert found.reasons() == {"another reply": 1}
-    lines = list(found.lines(10))
+    diff = diff_versions(before, after)
+    assert diff.fields() == {"captions": 1}
+    assert diff.reasons() == {"another reply": 1}
+    lines = list(diff.lines(10))
     assert any("+ captions: text A  [31mred thing., style brief" in line for line in lines)
     assert not any("\x1b" in line for line in lines)
 
 
 def test_a_question_that_found_another_partner_was_not_written_anew(tmp_path: Path) -> None:
     def asked(pair: str | None, answer: str = "2") -> pa.Table:
-        about = {"task": "qa", "answer_type": "number", "prompt_id": "qa/v1@test", "split": "train"}
+        fields = {"task": "qa", "answer_type": "number", "prompt_id": "qa/v1@test", "split": "train"}
         rows = [
-            {"sample_id": SAMPLES[0].id, "question": "How many?", "answer": "3", "pair_id": pair, **about},
-            {"sample_id": SAMPLES[0].id, "question": "How many rings?", "answer": answer, "pair_id": None, **about},
+            {"sample_id": SAMPLES[0].id, "question": "How many?", "answer": "3", "pair_id": pair, **fields},
+            {"sample_id": SAMPLES[0].id, "question": "How many rings?", "answer": answer, "pair_id": None, **fields},
         ]
         return pa.concat_tables([true_captions(SAMPLES), pa.Table.from_pylist(rows)], promote_options="default")
 

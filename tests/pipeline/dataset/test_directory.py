@@ -1,4 +1,4 @@
-"""The dataset folder: files appear whole or not at all, and unchanged ones are not touched."""
+"""Dataset folder: files are written whole or not at all, and unchanged files are not touched."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts without pixels meet their pixels again, by sample_id."""
+"""Pixels: a version without images is joined with them by sample_id."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,11 @@ SAMPLES = scene_samples(30)
 
 
 def texts_of(version: Version, folder: Path) -> Version:
-    """The version as somebody else gets it who may not have its pixels."""
+    """Return the version as it is published without its pixels."""
     folder.mkdir()
     with build_package(version, "me/x", images=False) as package:
-        for name, what in package.files.items():
-            (folder / name).write_bytes(what if isinstance(what, bytes) else what.read_bytes())
+        for name, content in package.files.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         return Version(folder, package.manifest, "me/x")
 
 
@@ -69,9 +69,9 @@ def test_the_second_time_reads_no_image(texts: Version, tmp_path: Path) -> None:
 
 
 def test_missing_images_are_counted_and_nothing_is_left(texts: Version, tmp_path: Path) -> None:
-    some = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
+    images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
     with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are not there") as refused:
-        join_pixels(texts, some, tmp_path / "joined")
+        join_pixels(texts, images, tmp_path / "joined")
     assert "the very files" in refused.value.hint
     assert list((tmp_path / "joined").iterdir()) == []
 

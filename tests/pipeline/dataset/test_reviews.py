@@ -1,4 +1,4 @@
-"""Marks: what people say of texts, kept under what the texts say."""
+"""Reviews: what people say of texts, stored under the digest of the text."""
 
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,24 @@ def caption(text: str) -> dict[str, Any]:
     return {"sample_id": SAMPLE, "task": "caption", "text": text, "question": None, "answer": None, "pages": 1}
 
 
-def mark(about: str, kind: str, **more: Any) -> Review:
-    _, content = text_name(caption(about))
+def mark(original: str, kind: str, **more: Any) -> Review:
+    _, content = text_name(caption(original))
     return Review.model_validate({"sample_id": SAMPLE, "content": content, "mark": kind, **more})
 
 
 def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
-    """The annotations of an image, by name."""
+    """Return the annotations of an image by text name."""
     return {text_name(caption(text)): caption(text) for text in texts}
 
 
 def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
-    marks = [
+    reviews = [
         mark("A cat.", "good"),
         mark("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
         mark("A.", "edited", text="B.\u2029C\u0085"),
     ]
-    (tmp_path / "m.jsonl").write_text(format_reviews(marks))
-    assert sorted(read_reviews(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(marks, key=lambda m: m.name)
+    (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
+    assert sorted(read_reviews(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(reviews, key=lambda m: m.name)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_the_last_word_on_a_text_counts() -> None:
 def test_a_mark_of_an_edited_text_goes_back_to_what_was_edited() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
-    again = merge_reviews(first.values(), [mark("A dog.", "edited", text="A fox.")], rows)
-    assert {name: m.text for name, m in again.items()} == {mark("A cat.", "good").name: "A fox."}
-    gone = merge_reviews(again.values(), [mark("A fox.", "bad", reason="not_true")], rows)
-    assert {name: m.reason for name, m in gone.items()} == {mark("A cat.", "good").name: "not_true"}
+    second = merge_reviews(first.values(), [mark("A dog.", "edited", text="A fox.")], rows)
+    assert {name: m.text for name, m in second.items()} == {mark("A cat.", "good").name: "A fox."}
+    third = merge_reviews(second.values(), [mark("A fox.", "bad", reason="not_true")], rows)
+    assert {name: m.reason for name, m in third.items()} == {mark("A cat.", "good").name: "not_true"}
 
 
 def test_an_edit_that_was_found_good_stays() -> None:
@@ -151,14 +151,14 @@ def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
     ],
 )
 def test_an_edit_must_keep_the_rules_of_its_task(words: dict[str, str], wrong: str | None) -> None:
-    found = check_edit(mark("A cat.", "edited", **words), caption("A cat."))
-    assert found is None if wrong is None else wrong in (found or "")
+    problem = check_edit(mark("A cat.", "edited", **words), caption("A cat."))
+    assert problem is None if wrong is None else wrong in (problem or "")
 
 
 def test_an_edited_calculation_must_still_be_right() -> None:
     pair = {"question": "How many in all?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
     row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
-    about = {"sample_id": SAMPLE, "content": text_name(row)[1], "mark": "edited", "question": "How many in all?"}
-    assert check_edit(Review.model_validate({**about, "answer": "6"}), row) == "expression_disagrees"
-    assert check_edit(Review.model_validate({**about, "answer": "6", "expression": "2 + 4"}), row) is None
-    assert check_edit(Review.model_validate({**about, "answer": "5", "evidence_pages": [5]}), row) == "evidence_outside_deck"
+    fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "mark": "edited", "question": "How many in all?"}
+    assert check_edit(Review.model_validate({**fields, "answer": "6"}), row) == "expression_disagrees"
+    assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
+    assert check_edit(Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]}), row) == "evidence_outside_deck"

@@ -1,4 +1,4 @@
-"""Shards are cut by the rows themselves: a row more or less moves no other cut."""
+"""Shards: cuts depend on the rows themselves, so that one changed row leaves most shards as they are."""
 
 import hashlib
 import random
@@ -33,11 +33,11 @@ def row(number: int, text: str = "a caption") -> dict[str, Any]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]], chunk: int = 64) -> dict[str, str]:
-    """Write rows, and return the digest of each shard."""
+    """Write rows, and return the name of each shard by its digest."""
     folder.mkdir()
     writer = SplitWriter(folder, "train", ROW)
-    for first in range(0, len(rows), chunk):
-        writer.add(pa.Table.from_pylist(rows[first : first + chunk], schema=ROW))
+    for start in range(0, len(rows), chunk):
+        writer.add(pa.Table.from_pylist(rows[start : start + chunk], schema=ROW))
     writer.close()
     assert writer.rows == len(rows)
     return {file_digest(path): path.name for path in sorted(folder.iterdir())}
@@ -70,9 +70,9 @@ def test_a_change_of_one_row_leaves_most_shards_as_they_are(tmp_path: Path, chan
 
 
 def test_pixels_lie_in_a_shard_as_they_are(tmp_path: Path) -> None:
-    one = row(1) | {"image": {"bytes": b"all of it the same " * 100, "path": None}}  # which zstd would make small
-    write(tmp_path / "a", [one])
-    assert one["image"]["bytes"] in (tmp_path / "a" / "train-00000.parquet").read_bytes()
+    record = row(1) | {"image": {"bytes": b"all of it the same " * 100, "path": None}}  # zstd would shrink these bytes
+    write(tmp_path / "a", [record])
+    assert record["image"]["bytes"] in (tmp_path / "a" / "train-00000.parquet").read_bytes()
 
 
 def test_a_group_of_large_images_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

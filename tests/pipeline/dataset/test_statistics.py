@@ -1,4 +1,4 @@
-"""What is measured of rows, in one pass or in parts."""
+"""Dataset statistics: measured in one pass, or in parts that are merged."""
 
 import pytest
 

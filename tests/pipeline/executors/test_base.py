@@ -1,4 +1,4 @@
-"""Stages over shards: the same rows go and stay for the same reasons, however the rows are cut."""
+"""Stages over shards: rows are kept or rejected for the same reasons, however they are sharded."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ OF_KEPT = (
     "cluster", "image_group", "question_type", "final_pair_id", "keep_probability", "entries", "split", "final_text",
     "final_question", "agreement", "answered_blind",
 )  # fmt: skip
-# Of the algorithms for one process that the queries replaced, on the same rows, by the seed.
+# Digests by seed, from the single-process algorithms that the queries replaced, on the same rows.
 OUTCOMES = {1: "4a88ccf1b22a990b", 3: "4dbbb30b977c50d9", 8: "7d16af2584271fcf"}
 
 
@@ -51,27 +51,29 @@ def settings() -> Config:
 
 
 def samples(count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Samples of which some look like another one, in splits that some of them have."""
+    """Return samples: some are near-duplicates of the one before, and some have a split."""
     rows: list[dict[str, Any]] = []
     for n in range(count):
         pdq_hash = rng.randbytes(32)
-        if n % 4 == 1:  # the same, nearly the same, or near
-            apart = rng.choice((0, 1, 5))
-            pdq_hash = bytes(b ^ 255 for b in rows[-1]["pdq_hashes"][0][:apart]) + rows[-1]["pdq_hashes"][0][apart:]
-        about = {"split": rng.choice((None, None, "train", "test")), "width_px": rng.randint(50, 60), "height_px": 50}
-        rows.append({"sample_id": digest([n]), "pdq_hashes": [pdq_hash], **about})
+        if n % 4 == 1:  # equal, a near-duplicate, or near
+            inverted = rng.choice((0, 1, 5))
+            pdq_hash = bytes(b ^ 255 for b in rows[-1]["pdq_hashes"][0][:inverted]) + rows[-1]["pdq_hashes"][0][inverted:]
+        fields = {"split": rng.choice((None, None, "train", "test")), "width_px": rng.randint(50, 60), "height_px": 50}
+        rows.append({"sample_id": digest([n]), "pdq_hashes": [pdq_hash], **fields})
     return rows
 
 
 def annotations(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
-    """Captions and questions of a small world, so that many of them meet."""
-    found = []
+    """Return captions and questions over few words, so that many of them are equal."""
+    records = []
     for row in rows:
-        said = [f"A {rng.choice(COLORS)} {rng.choice(THINGS)} stands on a white table." for _ in range(3)]
-        said.append(
-            rng.choice((said[0].lower(), f"The image shows {said[1][0].lower()}{said[1][1:]}", "A wide and empty street."))
+        captions = [f"A {rng.choice(COLORS)} {rng.choice(THINGS)} stands on a white table." for _ in range(3)]
+        captions.append(
+            rng.choice(
+                (captions[0].lower(), f"The image shows {captions[1][0].lower()}{captions[1][1:]}", "A wide and empty street.")
+            )
         )
-        texts: list[dict[str, Any]] = [{"task": "caption", "style": f"s{n}", "text": text} for n, text in enumerate(said)]
+        texts: list[dict[str, Any]] = [{"task": "caption", "style": f"s{n}", "text": text} for n, text in enumerate(captions)]
         for _ in range(3):
             thing = rng.choice(THINGS)
             yes_no = {
@@ -86,14 +88,14 @@ def annotations(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
         for position, text in enumerate(texts):
             ids = {"sample_id": row["sample_id"], "request_id": digest([row["sample_id"], text["task"]]), "position": position}
             ids |= {"annotation_id": digest([row["sample_id"], position]), "prompt_id": "p", "pages": 1}
-            found.append({**ids, "evidence_pages": [], "expression": "", "source_split": row["split"], **text})
-    return pa.Table.from_pylist(found, schema=ANNOTATION)
+            records.append({**ids, "evidence_pages": [], "expression": "", "source_split": row["split"], **text})
+    return pa.Table.from_pylist(records, schema=ANNOTATION)
 
 
 def checked(table: pa.Table, plan: RunPlan) -> pa.Table:
-    """What filter leaves of annotations, asked again: some can be guessed; how well captions fit is drawn by lot."""
-    for marked in (validate_annotations, lambda rows: judge_texts(rows, plan)):
-        table = marked(table)
+    """Return the annotations that pass filter, with checks: some are answerable blind, and alignments are random."""
+    for judge in (validate_annotations, lambda rows: judge_texts(rows, plan)):
+        table = judge(table)
         table = table.filter(pc.is_null(table["reason"])).drop_columns(["reason"])
     rows = table.to_pylist()
     blind = {"kind": "blind", "question": "?"}
@@ -106,7 +108,7 @@ def checked(table: pa.Table, plan: RunPlan) -> pa.Table:
 
 
 class World:
-    """Rows over some shards, cut by ids, with the stages that compare rows still to be run."""
+    """Rows sharded by sample id, before the stages that compare rows."""
 
     def __init__(self, home: Path, seed: int, shards: int, count: int = 120) -> None:
         rng = random.Random(seed)
@@ -118,9 +120,9 @@ class World:
         table = checked(annotations(rows, rng), self.plan)
         for n, shard in enumerate(self.shards):
             of_shard = {row["sample_id"] for row in rows if int(row["sample_id"][:8], 16) * shards >> 32 == n}
-            known = pa.Table.from_pylist([row for row in rows if row["sample_id"] in of_shard], schema=COMPARED_SCHEMA)
+            sample_table = pa.Table.from_pylist([row for row in rows if row["sample_id"] in of_shard], schema=COMPARED_SCHEMA)
             texts = table.filter(pc.is_in(table["sample_id"], pa.array(sorted(of_shard), pa.string())))
-            write_table(shard.stage("source"), [known], known.schema)
+            write_table(shard.stage("source"), [sample_table], sample_table.schema)
             write_table(shard.stage("verify", "prepared"), [texts], texts.schema)
 
     def compare(self) -> None:
@@ -131,14 +133,14 @@ class World:
         return sorted(rows, key=lambda row: str(row["annotation_id"]))
 
     def outcome(self) -> dict[str, list[Any]]:
-        """What became of each annotation."""
-        found: dict[str, list[Any]] = {}
+        """Return the outcome by annotation id: its stage, and the columns that explain it."""
+        outcomes: dict[str, list[Any]] = {}
         for stage in STAGES[COMPARING:]:
             for row in self.rows(stage.name, "rejected"):
-                found[row["annotation_id"]] = [stage.name, *(row.get(name) for name in OF_REJECTED)]
+                outcomes[row["annotation_id"]] = [stage.name, *(row.get(name) for name in OF_REJECTED)]
         for row in self.rows("review", "kept"):
-            found[row["annotation_id"]] = ["kept", *(row[name] for name in OF_KEPT)]
-        return found
+            outcomes[row["annotation_id"]] = ["kept", *(row[name] for name in OF_KEPT)]
+        return outcomes
 
 
 @pytest.fixture(params=["folder", "object store"])
@@ -155,12 +157,12 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 def test_the_same_rows_go_for_the_same_reasons_over_any_shards(home: Path, seed: int, shards: int) -> None:
     world = World(home, seed, shards)
     world.compare()
-    # People have their say: of texts that stay, one is bad, and a question of a pair is asked in other words.
+    # Two kept texts are reviewed: one is marked bad, and a question of a pair is reworded.
     kept = world.rows("split", "kept")
     paired = next(row for row in kept if row["pair_id"])
-    other = next(row for row in kept if not row["pair_id"])
-    words = {"mark": "edited", "question": "Which one is it?", "answer": paired["clean_answer"]}
-    reviews = [reviewed(other, mark="bad", reason="unclear"), reviewed(paired, **words)]
+    unpaired = next(row for row in kept if not row["pair_id"])
+    edit = {"mark": "edited", "question": "Which one is it?", "answer": paired["clean_answer"]}
+    reviews = [reviewed(unpaired, mark="bad", reason="unclear"), reviewed(paired, **edit)]
     write_text(world.dataset.reviews, format_reviews(reviews))
     world.compare()
     outcome = world.outcome()

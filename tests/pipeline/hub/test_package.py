@@ -1,4 +1,4 @@
-"""What leaves this machine: pixels only where they may, and a card and a manifest that say so."""
+"""Package: pixels are published only where their license allows it, and card and manifest record it."""
 
 import json
 from dataclasses import replace
@@ -39,10 +39,10 @@ def test_pixels_that_may_not_be_passed_on_are_left_out(held: Version, images: An
     with build_package(held, REPO, images=images) as package:
         path = package.files["train-00000.parquet"]
         assert isinstance(path, Path)
-        there = pq.read_table(path)
-        assert there.column_names == package.manifest["columns"]
-        here = held.read("train").drop_columns(["image"])
-        assert there.to_pylist() == here.to_pylist()
+        packaged = pq.read_table(path)
+        assert packaged.column_names == package.manifest["columns"]
+        original = held.read("train").drop_columns(["image"])
+        assert packaged.to_pylist() == original.to_pylist()
         assert "The pixels are not here" in str(package.files["README.md"])
         assert json.loads(package.files["manifest.json"])["pixels"] == "left out"  # type: ignore[arg-type]
         assert package.manifest["digest"] == held.manifest["digest"]

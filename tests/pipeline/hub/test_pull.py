@@ -1,4 +1,4 @@
-"""A version on the Hub opens like one of this machine: by tag, checked, from the cache the second time."""
+"""Pull: a version on the Hub is opened by tag, checked against its manifest, and cached."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ for name in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    """A Hub with two versions of a dataset, and one without pixels."""
+    """Yield a Hub with two versions of a dataset, and a dataset without pixels."""
     root = tmp_path_factory.mktemp("hub")
     with running_hub(root / "hub") as running, Pusher(running, root / "pusher") as client:
         for count in (20, 24):
@@ -46,50 +46,50 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 def pull(hub: RunningHub, home: Path, *names: str, **env: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-c", PULL, *names]
-    done = subprocess.run(command, env=hub.env(home) | env, capture_output=True, text=True, timeout=120, cwd=home.parent)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    process = subprocess.run(command, env=hub.env(home) | env, capture_output=True, text=True, timeout=120, cwd=home.parent)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
 def test_a_tag_names_a_version_and_no_tag_the_newest(hub: RunningHub, tmp_path: Path) -> None:
     old, new = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes")
     assert (old["name"], old["rows"]) == ("v1.0.0", 20)
     assert (new["name"], new["rows"]) == ("v1.1.0", 24)
-    assert new["dataset"] == "data/me-scenes"  # what is trained on it lies there, and not in the cache
+    assert new["dataset"] == "data/me-scenes"  # checkpoints go there, not into the cache
 
 
 def test_a_commit_names_a_version_too(hub: RunningHub, tmp_path: Path) -> None:
     commit = hub.hub.storage.repos["dataset", "me/scenes"].tags["v1.0.0"]
-    (found,) = pull(hub, tmp_path / "home", f"me/scenes@{commit}")
-    assert found["name"] == "v1.0.0"
+    (pulled,) = pull(hub, tmp_path / "home", f"me/scenes@{commit}")
+    assert pulled["name"] == "v1.0.0"
 
 
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: dict[str, str]) -> None:
     pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes@v1.1.0")
-    asked = len(hub.hub.log)
-    named, newest, other = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
+    num_requests = len(hub.hub.log)
+    named, newest, uncached = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
     assert (named["rows"], newest["name"]) == (20, "v1.1.0")
-    assert "is no folder here and not in the cache, and the Hub does not answer" in other["error"]
-    assert len(hub.hub.log) == asked
+    assert "is no folder here and not in the cache, and the Hub does not answer" in uncached["error"]
+    assert len(hub.hub.log) == num_requests
 
 
 def test_a_damaged_file_is_found(hub: RunningHub, tmp_path: Path) -> None:
-    (found,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    shard = next(Path(found["path"]).glob("train-*.parquet")).resolve()
+    (pulled,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
+    shard = next(Path(pulled["path"]).glob("train-*.parquet")).resolve()
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     (refused,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
     assert "train-00000.parquet of me/scenes@v1.0.0 is not what its manifest says" in refused["error"]
-    assert str(Path(found["path"])) in refused["hint"]
+    assert str(Path(pulled["path"])) in refused["hint"]
 
 
 def test_what_is_not_there_is_said(hub: RunningHub, tmp_path: Path) -> None:
     hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
-    tag, repo, theirs = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
+    tag, repo, foreign = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
     assert (tag["error"], tag["hint"]) == ("me/scenes has no version v9.9.9", "versions there: v1.0.0, v1.1.0")
     assert "no folder and no dataset of the Hub: me/nothing@v1.0.0" in repo["error"]
-    assert "not a version" in theirs["error"]
+    assert "not a version" in foreign["error"]
 
 
 def test_a_gated_dataset_says_how_to_get_in(hub: RunningHub, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_version_of_the_hub_keeps_its_pushes_apart(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An object store with two versions of a dataset."""
+    """Yield the path of a dataset with two versions in an object store."""
     monkeypatch.chdir(tmp_path)
     path = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
     for count in (20, 24):
@@ -157,11 +157,11 @@ def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
 
 def test_versions_of_two_places_are_never_mixed(bucket: Path, tmp_path: Path) -> None:
     open_or_download(bucket, "v1.0.0")
-    other = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
-    upload_folder(tmp_path / "made" / "versions", other / "versions")
+    other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
+    upload_folder(tmp_path / "made" / "versions", other_path / "versions")
     with pytest.raises(StoreError, match=r"holds versions from memory://sets-.*, not from memory://sets/"):
-        open_or_download(other)
-    remove(other)
+        open_or_download(other_path)
+    remove(other_path)
 
 
 def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:

@@ -1,4 +1,4 @@
-"""Push, through the real clients over HTTP: one commit, one tag, all or nothing, and twice is once."""
+"""Push, through the real clients over HTTP: one commit and one tag, atomic and idempotent."""
 
 import hashlib
 import random
@@ -58,21 +58,21 @@ def repo_of(client: Pusher, name: str = "me/scenes") -> Repo:
 def load(client: Pusher, code: str) -> str:
     code = f"from datasets import load_dataset\nfrom huggingface_hub import snapshot_download\n{code}"
     env = client.hub.env(client.home, xet=client.xet)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    process = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
 
 
 def test_a_version_is_one_commit_with_a_tag_and_loads_back_at_it(client: Pusher, version: Version) -> None:
-    made = client.push(version)
+    pushed = client.push(version)
     repo = repo_of(client)
-    assert (made["tag"], made["is_new"]) == ("v1.0.0", True)
-    assert repo.tags == {"v1.0.0": made["commit"]}
-    assert len(repo.commits) == 2  # the empty first one, and ours
-    assert set(repo.commits[made["commit"]].files) == {*version.manifest["files"], *EXTRA}
+    assert (pushed["tag"], pushed["is_new"]) == ("v1.0.0", True)
+    assert repo.tags == {"v1.0.0": pushed["commit"]}
+    assert len(repo.commits) == 2  # the empty first commit, and the push
+    assert set(repo.commits[pushed["commit"]].files) == {*version.manifest["files"], *EXTRA}
     shown = load(
         client,
-        f"tag, commit = 'v1.0.0', {made['commit']!r}\n"
+        f"tag, commit = 'v1.0.0', {pushed['commit']!r}\n"
         "for at in (tag, commit):\n"
         "    d = load_dataset('me/scenes', revision=at)\n"
         "    print({s: len(d[s]) for s in d}, d['train'][0]['image'].size, d['train'][0]['captions'][0]['style'])\n"
@@ -92,18 +92,18 @@ def test_the_same_version_again_is_no_commit(client: Pusher, version: Version) -
 
 def test_a_tag_never_moves(client: Pusher, version: Version, tmp_path: Path) -> None:
     client.push(version)
-    other, _ = make_version(tmp_path / "other", scene_samples(20, seed=5))
-    refused = client.push(other)
+    other_version, _ = make_version(tmp_path / "other", scene_samples(20, seed=5))
+    refused = client.push(other_version)
     assert "already has another v1.0.0" in refused["error"]
     assert "never moves" in refused["hint"]
 
 
 def test_a_later_version_replaces_the_files_and_keeps_the_old_tag(client: Pusher, version: Version, later: Version) -> None:
     client.push(version)
-    made = client.push(later)
+    pushed = client.push(later)
     repo = repo_of(client)
-    assert (made["tag"], set(repo.tags)) == ("v1.1.0", {"v1.0.0", "v1.1.0"})
-    assert set(repo.commits[made["commit"]].files) == {*later.manifest["files"], *EXTRA}
+    assert (pushed["tag"], set(repo.tags)) == ("v1.1.0", {"v1.0.0", "v1.1.0"})
+    assert set(repo.commits[pushed["commit"]].files) == {*later.manifest["files"], *EXTRA}
     assert load(client, "print(sum(len(d) for d in load_dataset('me/scenes', revision='v1.0.0').values()))") == "20"
 
 
@@ -114,14 +114,14 @@ def test_an_older_version_does_not_take_the_place_of_a_newer_one(client: Pusher,
 
 
 def test_a_shard_that_a_later_version_lacks_is_gone_from_main(client: Pusher, version: Version, tmp_path: Path) -> None:
-    few = make_version(tmp_path / "few", scene_samples(20))[0]
-    client.push(few)
+    larger = make_version(tmp_path / "few", scene_samples(20))[0]
+    client.push(larger)
     one_split = [sample for sample in scene_samples(60) if sample.id]
     smaller = make_version(tmp_path / "few", one_split[:1])[0]
-    made = client.push(smaller)
-    kept = set(repo_of(client).commits[made["commit"]].files)
-    assert kept == {*smaller.manifest["files"], *EXTRA}
-    assert kept < {*few.manifest["files"], *EXTRA}
+    pushed = client.push(smaller)
+    published = set(repo_of(client).commits[pushed["commit"]].files)
+    assert published == {*smaller.manifest["files"], *EXTRA}
+    assert published < {*larger.manifest["files"], *EXTRA}
 
 
 @pytest.mark.parametrize("status", [409, 412, 429, 503])
@@ -136,8 +136,8 @@ def test_a_push_that_died_before_its_tag_only_adds_the_tag(client: Pusher, versi
     assert "the Hub refused (400)" in client.push(version)["error"]
     repo = repo_of(client)
     assert repo.tags == {}
-    made = client.push(version)
-    assert repo.tags == {"v1.0.0": made["commit"]}
+    pushed = client.push(version)
+    assert repo.tags == {"v1.0.0": pushed["commit"]}
     assert len(repo.commits) == 2
 
 
@@ -182,8 +182,8 @@ def test_private_is_private(client: Pusher, version: Version) -> None:
 
 
 def test_the_card_on_the_hub_names_its_repository(client: Pusher, version: Version) -> None:
-    made = client.push(version, "me/named")
-    file = repo_of(client, "me/named").commits[made["commit"]].files["README.md"]
+    pushed = client.push(version, "me/named")
+    file = repo_of(client, "me/named").commits[pushed["commit"]].files["README.md"]
     assert 'load_dataset("me/named", revision="v1.0.0")' in client.hub.hub.storage.path(file.sha256).read_text()
 
 
@@ -201,8 +201,8 @@ def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: V
     repo, storage = repo_of(client), client.hub.hub.storage
     head = repo.commits[repo.branches["main"]].files
     repo.commit("main", "notes", head | {"notes.md": storage.put(b"mine"), "extra/train-00000.parquet": storage.put(b"mine")})
-    made = client.push(later)
-    assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[made["commit"]].files)
+    pushed = client.push(later)
+    assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
 
 
 def test_with_and_without_images_are_not_mixed_up(client: Pusher, version: Version) -> None:
@@ -225,13 +225,13 @@ def test_a_child_version_sends_by_xet_only_what_changed(hub: RunningHub, tmp_pat
         client.push(parent)
         sent = hub.hub.received_bytes
         assert client.push(child)["is_new"]
-    size = sum(about["bytes"] for about in child.manifest["files"].values())
+    size = sum(entry["bytes"] for entry in child.manifest["files"].values())
     assert sent > size * 0.95
     assert hub.hub.received_bytes - sent < size * 0.05
 
 
 def photo_like(rng: random.Random, number: int) -> Sample:
-    """A sample whose bytes compress as little as those of a photo."""
+    """Return a sample whose bytes compress as little as those of a photo."""
     data = rng.randbytes(30_000)
     sample_id = hashlib.sha256(data).hexdigest()
     return Sample(id=sample_id, source_row=str(number), images=(data,), width_px=9, height_px=9, licence="cc0-1.0", facts=EMPTY)
@@ -242,15 +242,15 @@ def test_no_token_reaches_a_log_even_when_debugging(hub: RunningHub, version: Ve
         hub.hub.faults.append(Fault("POST", "/commit/main", 400))
         answers: list[dict[str, Any]] = [client.push(version), client.push(version)]
     log = (tmp_path / "home.stderr").read_text()
-    assert "/commit/main" in log  # it did debug
+    assert "/commit/main" in log  # debug logging was on
     assert "hf_loopback" not in log + str(answers)
     assert answers[1]["is_new"]
 
 
 def test_no_path_and_no_token_is_published(client: Pusher, version: Version) -> None:
-    made = client.push(version)
+    pushed = client.push(version)
     storage = client.hub.hub.storage
-    commit = repo_of(client).commits[made["commit"]]
+    commit = repo_of(client).commits[pushed["commit"]]
     for file in commit.files.values():
         data = storage.path(file.sha256).read_bytes()
         for secret in (str(version.path), str(client.home), str(Path.home()) + "/", "hf_loopback"):

@@ -1,4 +1,4 @@
-"""A push that meets a fault at any of its requests: readers see a whole version, and the same command completes."""
+"""Push with a fault at each of its requests: readers see whole versions, and the same command completes the push."""
 
 import copy
 import shutil
@@ -16,7 +16,7 @@ from tests.scene_data import make_version, scene_samples
 
 
 class World:
-    """A Hub that holds the old version, and a client that has never met the new one; `reset` goes back to this."""
+    """A Hub with the old version and a client that has not pushed the new one; `reset` restores this state."""
 
     def __init__(self, hub: RunningHub, client: Pusher, old: Version, new: Version) -> None:
         self.hub, self.client, self.old, self.new = hub.hub, client, old, new
@@ -30,7 +30,7 @@ class World:
         for path in self.hub.storage.root.iterdir():
             if path.name not in self.kept:
                 path.unlink()
-        for client in (self.client, *others):  # they remember what they have sent
+        for client in (self.client, *others):  # clients remember what they have sent
             shutil.rmtree(client.home, ignore_errors=True)
         self.hub.log.clear()
         self.hub.faults.clear()
@@ -40,16 +40,16 @@ class World:
         return self.hub.storage.repos["dataset", "me/scenes"]
 
     def check_whole(self) -> None:
-        """Every state that `main` has ever had, and every tag, is one version as a whole."""
+        """Assert that every commit of `main`, and every tag, is one whole version."""
         whole = {"empty": {".gitattributes"}}
         for version in (self.old, self.new):
             whole[version.name] = {*version.manifest["files"], "README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
         named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}
         for name, commit in (named | self.repo.commits).items():
-            found = next((v for v in (self.old, self.new) if commit.title.startswith(v.name)), None)
-            assert set(commit.files) == whole[found.name if found else "empty"], name
-            for file, about in found.manifest["files"].items() if found else ():
-                assert commit.files[file].sha256 == about["sha256"]
+            published = next((v for v in (self.old, self.new) if commit.title.startswith(v.name)), None)
+            assert set(commit.files) == whole[published.name if published else "empty"], name
+            for file, entry in published.manifest["files"].items() if published else ():
+                assert commit.files[file].sha256 == entry["sha256"]
         assert self.repo.tags["v1.0.0"] == self.before
         assert all(commit.title.startswith(name) for name, commit in named.items())
 
@@ -88,25 +88,25 @@ FAULTS = {
 def test_a_fault_at_any_request_is_survived_or_said(world: World, fault: str) -> None:
     requests = requests_of_a_push(world)
     assert len(requests) > 12
-    for at, (method, path) in enumerate(requests):
+    for index, (method, path) in enumerate(requests):
         world.reset()
-        world.hub.faults.append(Fault(".*", ".*", skip=at, **FAULTS[fault]))  # type: ignore[arg-type]
+        world.hub.faults.append(Fault(".*", ".*", skip=index, **FAULTS[fault]))  # type: ignore[arg-type]
         first = world.client.push(world.new)
-        where = f"{fault} at {method} {path}: {first}"
-        assert world.hub.faults == [], where
+        context = f"{fault} at {method} {path}: {first}"
+        assert world.hub.faults == [], context
         world.check_whole()
-        assert "error" not in first or first["hint"], where
+        assert "error" not in first or first["hint"], context
         second = world.client.push(world.new)
         world.check_whole()
-        assert second.get("tag") == "v1.1.0", (where, second)
-        assert len(world.repo.commits) == 3, where  # empty, old, new: never twice
+        assert second.get("tag") == "v1.1.0", (context, second)
+        assert len(world.repo.commits) == 3, context  # empty, old, new: never twice
 
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_push_that_is_killed_at_any_request_is_completed_by_the_next(world: World, *, after: bool) -> None:
-    for at, (method, path) in enumerate(requests_of_a_push(world)):
+    for index, (method, path) in enumerate(requests_of_a_push(world)):
         world.reset()
-        world.hub.faults.append(Fault(".*", ".*", skip=at, after=after, call=world.client.kill))
+        world.hub.faults.append(Fault(".*", ".*", skip=index, after=after, call=world.client.kill))
         assert world.client.push(world.new) == {}, (method, path)
         world.check_whole()
         assert world.client.push(world.new)["tag"] == "v1.1.0"
@@ -119,22 +119,22 @@ def test_of_two_pushes_that_race_one_wins_and_the_other_says_so(world: World, tm
     rival, _ = make_version(tmp_path / "rival", scene_samples(20) + scene_samples(4, seed=3))
     assert rival.name == world.new.name
     requests = requests_of_a_push(world)
-    with Pusher(world.client.hub, tmp_path / "home", xet=world.client.xet, hasty=True) as other:
-        for at, (method, path) in enumerate(requests):
-            world.reset(other)
+    with Pusher(world.client.hub, tmp_path / "home", xet=world.client.xet, hasty=True) as rival_client:
+        for index, (method, path) in enumerate(requests):
+            world.reset(rival_client)
             answers: list[dict[str, object]] = []
 
             def rival_pushes(answers: list[dict[str, object]] = answers) -> None:
-                answers.append(other.push(rival))
+                answers.append(rival_client.push(rival))
 
-            # The rival's whole push happens while ours waits for the answer to one of its requests.
-            world.hub.faults.append(Fault(".*", ".*", skip=at, before=rival_pushes))
+            # The rival's whole push happens while the first push waits for the response to one request.
+            world.hub.faults.append(Fault(".*", ".*", skip=index, before=rival_pushes))
             answers.append(world.client.push(world.new))
             winner = rival if "error" not in answers[0] else world.new
             loser = answers[1] if winner is rival else answers[0]
             assert "already has another v1.1.0" in str(loser.get("error")), (method, path, answers)
             head = world.repo.commits[world.repo.branches["main"]]
             assert world.repo.tags["v1.1.0"] == head.oid
-            wanted = {name: about["sha256"] for name, about in winner.manifest["files"].items()}
-            assert {name: file.sha256 for name, file in head.files.items() if name in wanted} == wanted
+            expected = {name: entry["sha256"] for name, entry in winner.manifest["files"].items()}
+            assert {name: file.sha256 for name, file in head.files.items() if name in expected} == expected
             assert len(world.repo.commits) == 3

@@ -1,4 +1,4 @@
-"""Images: what can be decoded becomes upright RGB; what cannot, or should not, is refused with a word."""
+"""Image decoding: valid images become upright RGB; unreadable or oversized ones are refused with a reason."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
 
 
 def bomb(width_px: int, height_px: int) -> bytes:
-    """A PNG of a few bytes whose header claims any size."""
+    """Return a PNG of a few bytes whose header claims the given size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")

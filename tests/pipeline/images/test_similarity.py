@@ -1,4 +1,4 @@
-"""Images that look the same: what goes, what is grouped, and what a hash alone must never decide."""
+"""Image similarity: near-duplicates are rejected or grouped, and slides are not rejected by their hash alone."""
 
 import io
 import random
@@ -24,7 +24,7 @@ COUNT = 60
 
 
 def photo(seed: int) -> Image.Image:
-    """A picture with the spectrum of photos (1 / f) and a few things in it."""
+    """Return a picture with the spectrum of photos (1 / f) and a few ellipses."""
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     rows, columns = np.fft.fftfreq(240)[:, None], np.fft.rfftfreq(320)[None]
     amplitude = 1 / np.maximum(1 / 240, np.hypot(rows, columns)) ** 1.2
@@ -65,7 +65,7 @@ def photos() -> list[Image.Image]:
 
 
 def distances(images: list[Image.Image], others: list[Image.Image]) -> np.ndarray[Any, Any]:
-    return hamming_distances(as_hashes([pdq_hash(each) for each in images]), as_hashes([pdq_hash(each) for each in others]))
+    return hamming_distances(as_hashes([pdq_hash(image) for image in images]), as_hashes([pdq_hash(image) for image in others]))
 
 
 @pytest.mark.parametrize(
@@ -79,26 +79,26 @@ def distances(images: list[Image.Image], others: list[Image.Image]) -> np.ndarra
     ids=["q30", "half", "bright", "gray"],
 )
 def test_a_photo_that_was_stored_again_is_the_same_photo(photos: list[Image.Image], change: Any, least: float) -> None:
-    apart = distances(photos, [change(image) for image in photos]).diagonal()
-    assert (apart <= SAME_BITS).mean() >= least
+    bits = distances(photos, [change(image) for image in photos]).diagonal()
+    assert (bits <= SAME_BITS).mean() >= least
 
 
 def test_other_photos_are_not_near(photos: list[Image.Image]) -> None:
-    apart = distances(photos, photos)
-    assert apart[~np.eye(COUNT, dtype=bool)].min() > NEAR_BITS["photos"]
+    bits = distances(photos, photos)
+    assert bits[~np.eye(COUNT, dtype=bool)].min() > NEAR_BITS["photos"]
 
 
 def test_a_crop_is_grouped_and_stays(photos: list[Image.Image]) -> None:
-    apart = distances(photos, [cropped(image) for image in photos]).diagonal()
-    assert (apart <= NEAR_BITS["photos"]).mean() >= 0.95
-    assert (apart <= SAME_BITS).mean() <= 0.1
+    bits = distances(photos, [cropped(image) for image in photos]).diagonal()
+    assert (bits <= NEAR_BITS["photos"]).mean() >= 0.95
+    assert (bits <= SAME_BITS).mean() <= 0.1
 
 
 def samples(*rows: dict[str, Any]) -> pa.Table:
-    fixed = [{"sample_id": f"s{n}", "split": None, "width_px": 320, "height_px": 240} for n in range(len(rows))]
+    defaults = [{"sample_id": f"s{n}", "split": None, "width_px": 320, "height_px": 240} for n in range(len(rows))]
     kinds = [("sample_id", pa.string()), ("split", pa.string()), ("pdq_hashes", pa.list_(pa.binary()))]
     schema = pa.schema([*kinds, ("width_px", pa.int32()), ("height_px", pa.int32())])
-    return pa.Table.from_pylist([known | row for known, row in zip(fixed, rows, strict=True)], schema=schema)
+    return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=schema)
 
 
 def hashes_of(*images: Image.Image) -> list[bytes]:
@@ -114,10 +114,10 @@ def test_the_largest_of_copies_stays_and_all_are_one_group(photos: list[Image.Im
         {"pdq_hashes": hashes_of(photos[1])},
     ]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
-        known = compare_samples(samples(*rows).take(order), "photos").sort_by("sample_id").to_pydict()
-        assert known["image_reason"] == ["near_duplicate_image", None, None, None]
-        assert known["near_duplicate_of"] == ["s1", None, None, None]
-        assert known["image_group"] == ["s0", "s0", "s0", "s3"]
+        groups = compare_samples(samples(*rows).take(order), "photos").sort_by("sample_id").to_pydict()
+        assert groups["image_reason"] == ["near_duplicate_image", None, None, None]
+        assert groups["near_duplicate_of"] == ["s1", None, None, None]
+        assert groups["image_group"] == ["s0", "s0", "s0", "s3"]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_slides_of_one_template_never_go_and_never_meet() -> None:
     texts = ("Revenue grew by 12 %", "Costs fell in all regions", "New plants in three cities", "Staff: 1,240 people")
     pages = [slide([*random.Random(seed).sample(texts, 4), f"Chart {seed}: {seed * 37} units"]) for seed in range(12)]
     changed = [slide(["Revenue grew by 12 %", "Total: 118"]), slide(["Revenue grew by 12 %", "Total: 113"])]
-    known = compare_samples(samples(*({"pdq_hashes": hashes_of(page)} for page in pages + changed)), "graphics")
-    assert set(known["image_reason"].to_pylist()) == {None}
+    groups = compare_samples(samples(*({"pdq_hashes": hashes_of(page)} for page in pages + changed)), "graphics")
+    assert set(groups["image_reason"].to_pylist()) == {None}
 
 
 def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image]) -> None:
@@ -151,8 +151,8 @@ def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image])
 
 
 def test_decks_are_near_whichever_comes_first(photos: list[Image.Image]) -> None:
-    one, other = {"pdq_hashes": hashes_of(*photos[:1] * 4)}, {"pdq_hashes": hashes_of(*photos[:4])}
-    for rows in ((one, other), (other, one)):
+    same_pages, different_pages = {"pdq_hashes": hashes_of(*photos[:1] * 4)}, {"pdq_hashes": hashes_of(*photos[:4])}
+    for rows in ((same_pages, different_pages), (different_pages, same_pages)):
         assert len(set(compare_samples(samples(*rows), "graphics")["image_group"].to_pylist())) == 2
 
 
@@ -176,8 +176,8 @@ def test_what_has_gone_keeps_nothing_else_from_staying() -> None:
     def one_hash(bits: int) -> bytes:
         return np.packbits([n < bits for n in range(256)]).tobytes()
 
-    # The second is near the first and goes; the third is near the second only.
+    # The second image is near the first and is rejected; the third is near the second only.
     rows = [{"pdq_hashes": [one_hash(0)]}, {"pdq_hashes": [one_hash(15)]}, {"pdq_hashes": [one_hash(30)]}]
-    known = compare_samples(samples(*rows), "photos")
-    assert known["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
-    assert set(known["image_group"].to_pylist()) == {"s0"}
+    groups = compare_samples(samples(*rows), "photos")
+    assert groups["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
+    assert set(groups["image_group"].to_pylist()) == {"s0"}

@@ -1,4 +1,4 @@
-"""The client against a scripted server over real sockets: whatever a server does, each request ends in one kept reply."""
+"""Client against a scripted server over real sockets: whatever the server does, each request ends in one stored reply."""
 
 import json
 import threading
@@ -38,11 +38,11 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any) -> tuple[RequestStats, Counter[str | None]]:
-    """Ask about the samples; return what was counted, and how many annotations have which error."""
+    """Send requests for the samples; return their statistics, and the number of annotations by error."""
     config = resolve(source="scenes", base_url=list(urls), model="model", **settings)
     counts = RequestStats()
     with Journal(path) as journal, ExitStack() as stack:
-        chunks = iter([[(sample.id, sample.images) for sample in samples[at : at + 4]] for at in range(0, len(samples), 4)])
+        chunks = iter([[(sample.id, sample.images) for sample in samples[n : n + 4]] for n in range(0, len(samples), 4)])
         for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(Client("model", "r", config)), journal, counts):
             pass
         (table,) = read_annotations([[(sample.id, 1, None) for sample in samples]], config, "r", journal)
@@ -54,7 +54,7 @@ def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any
 
 
 def once(act: Act, task: str = "Task: qa") -> Script:
-    """Do this at the first request of every image for a task."""
+    """Return a script that acts at the first request of every image for a task."""
     return lambda times, body: act if times == 0 and task_of(body) == task else None
 
 
@@ -102,7 +102,7 @@ def test_a_server_that_fails_once_is_asked_again(tmp_path: Path, act: Act) -> No
     with running_chat(ChatServer(once(act))) as chat:
         counts, errors = run(tmp_path / "j", chat.url)
     assert errors == {None: ASKED}
-    assert counts.attempts == {1: ASKED}  # a server's fault is no attempt of the model's
+    assert counts.attempts == {1: ASKED}  # a server error does not count as an attempt
     assert len(chat.bodies) == ASKED + (0 if act.seconds else len(SAMPLES))
 
 
@@ -118,9 +118,9 @@ def test_a_server_that_always_fails_at_a_request_costs_that_request_alone(tmp_pa
         _, errors = run(tmp_path / "j", chat.url)
         assert errors == {None: ASKED - len(SAMPLES), "server_error": len(SAMPLES)}
         chat.script = lambda times, body: None
-        again, errors = run(tmp_path / "j", chat.url)
+        rerun, errors = run(tmp_path / "j", chat.url)
     assert errors == {None: ASKED}
-    assert again.asked == len(SAMPLES)  # what no model has answered is asked by the next run
+    assert rerun.asked == len(SAMPLES)  # the next run sends the requests that no model has answered
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -156,8 +156,8 @@ def test_a_reply_of_no_use_is_asked_for_again_and_given_up_with_its_text(tmp_pat
         assert counts.attempts == {1: ASKED - len(SAMPLES), 3: len(SAMPLES)}
         sent = len(chat.bodies)
         run(tmp_path / "given-up", chat.url)
-    assert len(chat.bodies) == sent  # a reply is never paid for twice, good or bad
-    if flaw != "answer_not_yes_or_no":  # which validate finds
+    assert len(chat.bodies) == sent  # no reply is paid for twice, usable or not
+    if flaw != "answer_not_yes_or_no":  # the stage validate finds this flaw
         assert errors[flaw] == len(SAMPLES)
 
 
@@ -207,9 +207,9 @@ def test_the_revision_of_a_server_is_in_its_name_or_in_what_it_says_it_serves() 
 
     assert revision(ChatServer(model="tiny@c0ffee")) == "c0ffee"
     assert revision(ChatServer(model="tiny@c0ffee"), model="tiny") == "c0ffee"
-    one, other = ChatServer(model="m"), ChatServer(model="m")
-    one.model_root, other.model_root = "/models/a", "/models/b"
-    assert revision(one) != revision(other)
+    first, second = ChatServer(model="m"), ChatServer(model="m")
+    first.model_root, second.model_root = "/models/a", "/models/b"
+    assert revision(first) != revision(second)
 
 
 def test_what_was_refused_before_does_not_stop_a_later_run(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_what_was_refused_before_does_not_stop_a_later_run(tmp_path: Path) -> No
     with running_chat(ChatServer(always(Act(status=400)))) as chat:
         _, errors = run(tmp_path / "j", chat.url, samples=samples)
         assert errors["refused_by_server"] == 24
-        _, errors = run(tmp_path / "j", chat.url, samples=samples)  # asks for the refused ones alone
+        _, errors = run(tmp_path / "j", chat.url, samples=samples)  # sends the refused requests only
     assert errors["refused_by_server"] == 24
 
 
@@ -320,7 +320,7 @@ def test_one_of_two_servers_may_die(tmp_path: Path) -> None:
         _, errors = run(tmp_path / "j", stays.url, dies.url, samples=scene_samples(60), server={"concurrency": 8})
     assert errors == {None: 180}
     assert dies.bodies
-    assert len(stays.bodies) < 180  # the other one did its share while it lived
+    assert len(stays.bodies) < 180  # the other server answered some requests before it died
 
 
 def test_a_server_that_comes_back_is_waited_for(tmp_path: Path) -> None:
@@ -328,18 +328,18 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(running_chat(first))
         port = int(first.url.split(":")[2].split("/")[0])
-        again = ChatServer()
+        restarted = ChatServer()
 
         def die_and_come_back() -> None:
             closing = stack.pop_all()
             closing.close()
             time.sleep(0.5)
-            stack.enter_context(running_chat(again, port))
+            stack.enter_context(running_chat(restarted, port))
 
         later(0.3, die_and_come_back)
         _, errors = run(tmp_path / "j", first.url, samples=scene_samples(40), server={"concurrency": 4})
     assert errors == {None: 120}
-    assert again.bodies
+    assert restarted.bodies
 
 
 def test_a_server_whose_engine_has_died_is_not_blamed_on_the_request(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_a_server_whose_engine_has_died_is_not_blamed_on_the_request(tmp_path: P
         later(1.0, lambda: setattr(chat, "dead", False))
         _, errors = run(tmp_path / "j", chat.url)
     assert errors == {None: ASKED}
-    assert len(chat.bodies) < 3 * ASKED  # it was left alone while it was ill
+    assert len(chat.bodies) < 3 * ASKED  # few requests were sent while it was down
 
 
 def test_when_no_server_comes_back_what_is_done_is_kept(tmp_path: Path) -> None:
@@ -365,8 +365,8 @@ def test_when_no_server_comes_back_what_is_done_is_kept(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="no server answers"):
             run(tmp_path / "j", chat.url, samples=samples, server={"concurrency": 4, "start_seconds": 0.5})
     with Journal(tmp_path / "j") as journal:
-        kept = journal.totals()["replies"]
-    assert len(chat.bodies) - 2 * 4 <= kept < 180
+        stored = journal.totals()["replies"]
+    assert len(chat.bodies) - 2 * 4 <= stored < 180
 
 
 def test_the_window_is_never_passed(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_what_a_crash_would_ask_again_is_never_more_than_the_window(tmp_path: Pa
 
     class Watched(Journal):
         def keep(self, answered: Any) -> None:
-            lost.append(len(chat.bodies) - self.totals()["replies"])  # by a crash just before this
+            lost.append(len(chat.bodies) - self.totals()["replies"])  # requests that a crash at this point would lose
             super().keep(answered)
 
     chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])

@@ -1,4 +1,4 @@
-"""Which engine answers: decided by what is named and what is here, with the reason."""
+"""Engine choice: decided by the settings and by what this machine has, with the reason."""
 
 import json
 from pathlib import Path

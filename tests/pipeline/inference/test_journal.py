@@ -1,4 +1,4 @@
-"""The journal: what is kept is there after a crash, and nothing is kept twice."""
+"""Journal: replies survive a crash, and none is stored twice."""
 
 import sqlite3
 from contextlib import closing
@@ -68,8 +68,8 @@ def test_keeping_is_all_or_nothing(tmp_path: Path) -> None:
 
 
 def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "j.sqlite")) as other:
-        other.execute("CREATE TABLE replies (request_id TEXT)")
+    with closing(sqlite3.connect(tmp_path / "j.sqlite")) as db:
+        db.execute("CREATE TABLE replies (request_id TEXT)")
     with pytest.raises(StoreError, match="another version of synth"):
         Journal(tmp_path / "j.sqlite")
 
@@ -91,19 +91,19 @@ def test_opening_without_writing_leaves_the_file_as_it_was(tmp_path: Path) -> No
 
 
 def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path) -> None:
-    ours, theirs = (replace(reply_to(0), text=text) for text in ("ours", "theirs"))
+    own_reply, other_reply = (replace(reply_to(0), text=text) for text in ("ours", "theirs"))
     with Journal(tmp_path / "theirs.sqlite") as journal:
         journal.record_sent(REQUESTS)
-        journal.keep([(REQUESTS[0], theirs, None), (REQUESTS[1], reply_to(1), "flaw")])
+        journal.keep([(REQUESTS[0], other_reply, None), (REQUESTS[1], reply_to(1), "flaw")])
     with Journal(tmp_path / "ours.sqlite") as journal:
-        journal.keep([(REQUESTS[0], ours, None)])
+        journal.keep([(REQUESTS[0], own_reply, None)])
         journal.import_replies(tmp_path / "theirs.sqlite", "b", "c")  # about other samples
         assert journal.last(REQUESTS[1].id) is None
         for _ in range(2):
             journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
-        assert journal.last(REQUESTS[0].id) == (ours, None)
+        assert journal.last(REQUESTS[0].id) == (own_reply, None)
         assert journal.last(REQUESTS[1].id) == (reply_to(1), "flaw")
-        assert journal.totals()["asked"] == 0  # what was asked there was not asked here
+        assert journal.totals()["asked"] == 0  # requests sent from the other journal do not count
 
 
 def test_a_reply_of_a_model_is_taken_over_where_ours_is_that_no_server_answered(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pass: it asks what is missing, in the same company every time, and keeps each reply before it goes on."""
+"""Request queue: missing requests are sent in the same batches every time, and replies are stored as they come."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ REPLIES = {
 
 
 class Scripted:
-    """An engine that answers in groups of three, notes its company, fails at some, and can die after some groups."""
+    """An engine that answers in groups of three, records them, fails on `bad` samples, and can die after some groups."""
 
     model, revision = "scripted", "1"
 
@@ -59,7 +59,7 @@ class Scripted:
 
 
 def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[RequestStats, list[str]]:
-    """Ask about two chunks of three images."""
+    """Run the queue over two chunks of three images; return its statistics and the ids of all annotations."""
     counts, settings = RequestStats(), config or resolve(source="scenes")
     with Journal(path) as journal:
         for _ in ask_about(iter([IMAGES[:3], IMAGES[3:]]), settings, "1", lambda: engine, journal, counts):
@@ -72,8 +72,8 @@ def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) ->
     counts, rows = run(tmp_path / "j", Scripted())
     assert (counts.total, counts.asked, counts.done, len(rows)) == (18, 18, 18, 18)
     engine = Scripted()
-    again, same_rows = run(tmp_path / "j", engine)
-    assert (again.total, again.asked, again.done, same_rows) == (18, 0, 18, rows)
+    rerun, same_rows = run(tmp_path / "j", engine)
+    assert (rerun.total, rerun.asked, rerun.done, same_rows) == (18, 0, 18, rows)
     assert engine.company == []
 
 
@@ -121,7 +121,7 @@ def test_another_prompt_or_task_is_asked_and_the_rest_is_not(tmp_path: Path) -> 
 def test_a_group_holds_one_prompt_and_no_more_than_asked() -> None:
     config = resolve(source="scenes")
     requests = [r for sample_id, image in IMAGES for r in build_requests(sample_id, image, config, "r")]
-    made = list(groups(requests, 4))
-    assert [len(group) for group in made] == [4, 2] * 3
-    assert all(len({request.text for request in group}) == 1 for group in made)
-    assert sorted(r.id for group in made for r in group) == sorted(r.id for r in requests)
+    batches = list(groups(requests, 4))
+    assert [len(group) for group in batches] == [4, 2] * 3
+    assert all(len({request.text for request in group}) == 1 for group in batches)
+    assert sorted(r.id for group in batches for r in group) == sorted(r.id for r in requests)

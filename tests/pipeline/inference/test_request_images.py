@@ -1,4 +1,4 @@
-"""An image for a server: its own bytes where they will do, and else upright, RGB, within bounds."""
+"""Request images: sent as they are where a server can use them, and otherwise upright, RGB, within the pixel limit."""
 
 import asyncio
 import base64
@@ -39,27 +39,27 @@ def test_a_plain_image_is_sent_as_it_is(kind: str, mode: str) -> None:
 )
 def test_any_other_is_made_anew(image: bytes) -> None:
     assert fits(image, None) is None
-    with Image.open(io.BytesIO(reencode(image, None))) as made:
-        assert (made.format, made.mode) == ("JPEG", "RGB")
+    with Image.open(io.BytesIO(reencode(image, None))) as decoded:
+        assert (decoded.format, decoded.mode) == ("JPEG", "RGB")
 
 
 def test_a_turned_image_arrives_upright() -> None:
-    with Image.open(io.BytesIO(reencode(turned(), None))) as made:
-        assert made.size == (40, 60)
+    with Image.open(io.BytesIO(reencode(turned(), None))) as decoded:
+        assert decoded.size == (40, 60)
 
 
 def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
     image = encoded(size=(600, 400))
     assert fits(image, 60_000) is None
     assert fits(image, 240_000) == "jpeg"
-    with Image.open(io.BytesIO(reencode(image, 60_000))) as made:
-        assert made.width * made.height <= 60_000
-        assert made.width / made.height == pytest.approx(1.5, abs=0.02)
+    with Image.open(io.BytesIO(reencode(image, 60_000))) as decoded:
+        assert decoded.width * decoded.height <= 60_000
+        assert decoded.width / decoded.height == pytest.approx(1.5, abs=0.02)
 
 
-def part(pictures: RequestImages, image: bytes) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(asyncio.run(pictures.parts(hashlib.sha256(image).hexdigest(), (image,))))
-    return made
+def part(request_images: RequestImages, image: bytes) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(asyncio.run(request_images.parts(hashlib.sha256(image).hexdigest(), (image,))))
+    return content
 
 
 @pytest.mark.parametrize("image", [encoded(), turned()], ids=["as it is", "made anew"])
@@ -80,12 +80,12 @@ def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_pat
 
     async def all_parts() -> None:
         with ThreadPoolExecutor(1) as pool:
-            pictures = RequestImages(tmp_path, None, None, pool)
-            pictures.keep = 3
+            request_images = RequestImages(tmp_path, None, None, pool)
+            request_images.keep = 3
             for image in images:
                 name = hashlib.sha256(image).hexdigest()
-                one, other = await asyncio.gather(pictures.parts(name, (image,)), pictures.parts(name, (image,)))
-                assert one is other
+                first, second = await asyncio.gather(request_images.parts(name, (image,)), request_images.parts(name, (image,)))
+                assert first is second
 
     asyncio.run(all_parts())
     assert {path.name for path in tmp_path.iterdir()} == {f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]}

@@ -1,4 +1,4 @@
-"""Requests: their id is all that the reply depends on, and nothing else."""
+"""Requests: an id covers everything that the reply depends on, and nothing else."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The embedded engine with the real tiny teacher: schema, truth, and independence of company."""
+"""Transformers engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
 from tests.scene_data import scene_samples
 
-SEED = 8001  # no training has seen these scenes
+SEED = 8001  # no training set holds these scenes
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def requests(count: int, seed: int = SEED) -> list[Request]:
 
 
 class Once:
-    """Work that is taken once; a reply leads to nothing more."""
+    """A types.RequestSource whose requests are taken once; no reply leads to a retry."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self.left = list(requests)
@@ -50,13 +50,13 @@ class Once:
         return False
 
 
-def replies(engine: Engine, asked: Iterable[Request]) -> dict[str, Reply]:
-    return {reply.request_id: reply for answered in engine.ask(Once(asked)) for reply in answered}
+def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
+    return {reply.request_id: reply for group in engine.ask(Once(batch)) for reply in group}
 
 
-def scores(engine: Engine, asked: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
-    given = replies(engine, asked)
-    rows = [row for request in asked for row in parse_reply(request, given[request.id])]
+def scores(engine: Engine, batch: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+    reply_of = replies(engine, batch)
+    rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
     return score_annotations(rows, {s.id: s.facts or {} for s in scene_samples(count, SEED)})
 
 
@@ -73,23 +73,23 @@ def test_the_weights_are_small_enough_to_ship(weights: Path) -> None:
 
 @pytest.mark.parametrize("wording", ["as released", "reworded"])
 def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine, wording: str) -> None:
-    """The full figures come from benchmarks/teacher.py; this catches a teacher, or a path to it, that is broken."""
-    asked = requests(100)
-    captions, answers = scores(engine, [reword(r) for r in asked] if wording == "reworded" else asked, 100)
+    """Catch a broken teacher, or a broken path to it; benchmarks/teacher.py measures the full figures."""
+    batch = requests(100)
+    captions, answers = scores(engine, [reword(r) for r in batch] if wording == "reworded" else batch, 100)
     assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {"brief": True, "detailed": True}
     assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {"yes/no": True, "number": True, "other": True}
     assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
 
 
 def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -> None:
-    """Some ten seconds: 40 decks of four pages. The figures on 500 come from benchmarks/teacher.py."""
+    """Takes about ten seconds for 40 decks of four pages; benchmarks/teacher.py measures 500."""
     config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded")
     choice = choose_engine(config)
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
     decks = [draw_deck(SEED, index) for index in range(40)]
-    asked = [r for deck in decks for r in build_requests(deck.id, deck.images, config, choice.revision)]
-    given = replies(choice.make(), asked)
-    rows = [row for request in asked for row in parse_reply(request, given[request.id])]
+    batch = [r for deck in decks for r in build_requests(deck.id, deck.images, config, choice.revision)]
+    reply_of = replies(choice.make(), batch)
+    rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
     scores = score_decks(rows, {deck.id: deck.page_facts or () for deck in decks})
     assert set(scores) == {"span", "number", "arithmetic"}
     assert sum(s.answers_right for s in scores.values()) > 0.8 * len(rows)
@@ -98,21 +98,21 @@ def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -
 
 def test_every_reply_fits_the_schema_even_when_the_model_is_confused(engine: Engine) -> None:
     hot = [replace(r, sampling=Sampling(temperature=2.0, max_tokens=400)) for r in requests(8)]
-    given = replies(engine, hot)
+    reply_of = replies(engine, hot)
     for request in hot:
-        reply = given[request.id]
+        reply = reply_of[request.id]
         if reply.finish_reason == "stop":
             names = TASKS[request.task].output.model_fields
             assert reply.text.startswith(f'{{"{next(iter(names))}":')
             assert parse_reply(request, reply)[0]["reply_error"] is None
-    assert any(reply.finish_reason == "stop" for reply in given.values())
+    assert any(reply.finish_reason == "stop" for reply in reply_of.values())
 
 
 def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
-    asked = requests(6)
-    together = replies(engine, asked)
+    batch = requests(6)
+    together = replies(engine, batch)
     alone: dict[str, Reply] = {}
-    for request in asked:
+    for request in batch:
         alone |= replies(engine, [request])
     assert alone == together
 
@@ -120,16 +120,16 @@ def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
 def test_the_same_request_has_the_same_reply_and_another_id_samples_anew(engine: Engine) -> None:
     qa = [r for r in requests(12) if r.task == "qa"]
     assert replies(engine, qa) == replies(engine, qa)
-    other = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
-    texts = [reply.text for reply in replies(engine, other).values()]
+    renamed = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
+    texts = [reply.text for reply in replies(engine, renamed).values()]
     assert texts != [reply.text for reply in replies(engine, qa).values()]
 
 
 def test_a_reply_that_runs_out_of_tokens_says_so(engine: Engine) -> None:
     short = [replace(r, sampling=Sampling(temperature=0, max_tokens=5)) for r in requests(1)]
-    given = replies(engine, short)
-    assert {reply.finish_reason for reply in given.values()} == {"length"}
-    assert {row["reply_error"] for r in short for row in parse_reply(r, given[r.id])} == {"cut_short"}
+    reply_of = replies(engine, short)
+    assert {reply.finish_reason for reply in reply_of.values()} == {"length"}
+    assert {row["reply_error"] for r in short for row in parse_reply(r, reply_of[r.id])} == {"cut_short"}
 
 
 def test_a_style_that_the_teacher_does_not_know_is_refused_before_anything_is_asked() -> None:
@@ -139,8 +139,8 @@ def test_a_style_that_the_teacher_does_not_know_is_refused_before_anything_is_as
 
 def test_another_attempt_at_the_same_request_draws_other_numbers(engine: Engine) -> None:
     qa = [replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(4) if r.task == "qa"]
-    again = [replace(r, attempt=1) for r in qa]
-    assert [r.text for r in replies(engine, qa).values()] != [r.text for r in replies(engine, again).values()]
+    retries = [replace(r, attempt=1) for r in qa]
+    assert [r.text for r in replies(engine, qa).values()] != [r.text for r in replies(engine, retries).values()]
 
 
 def test_a_failed_reply_can_be_shown_to_the_model(engine: Engine) -> None:

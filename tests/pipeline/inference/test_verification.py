@@ -1,4 +1,4 @@
-"""Checks: what is asked again, with which pages in view, and under which name."""
+"""Verification requests: the question, the pages shown, and the request id of each check."""
 
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ def test_each_check_shows_what_it_is_about() -> None:
 
 
 def test_a_caption_is_asked_for_its_claims() -> None:
-    asked = [(check.question, check.expected) for check in checks_of(CAPTION, config("claims").verify)]
-    assert asked == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
+    claims = [(check.question, check.expected) for check in checks_of(CAPTION, config("claims").verify)]
+    assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
 
 
 def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:
@@ -56,17 +56,17 @@ def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:
 def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:
     settings = config("round_trip")
     check = Check("round_trip", "How many?", "2")
-    named = build_check(check, "s", (), settings, "r").id
-    assert named == build_check(check, "s", PAGES, settings, "r").id
-    assert named == build_check(Check("claims", "How many?", "3"), "s", PAGES, settings, "r").id  # the same question
-    others = [
+    request_id = build_check(check, "s", (), settings, "r").id
+    assert request_id == build_check(check, "s", PAGES, settings, "r").id
+    assert request_id == build_check(Check("claims", "How many?", "3"), "s", PAGES, settings, "r").id  # the same question
+    changed = [
         build_check(Check("round_trip", "How much?", "2"), "s", (), settings, "r"),
         build_check(check, "t", (), settings, "r"),
         build_check(check, "s", (), settings, "other"),
         build_check(Check("sufficient", "How many?", "2", (1,)), "s", (), settings, "r"),
         build_check(check, "s", (), config("round_trip", generate={"max_tokens": 9}), "r"),
     ]
-    assert named not in {other.id for other in others}
+    assert request_id not in {request.id for request in changed}
 
 
 def test_a_blind_question_is_asked_once_for_all_images() -> None:
@@ -85,8 +85,8 @@ def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp
             request = build_check(check, "s", PAGES, settings, "r")
             reply = Reply(request_id=request.id, attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
             journal.keep([(request, reply, None)])
-        found = read_checks("s", checks, settings, "r", journal)
-    assert [(each["kind"], each["expected"], each["answer"]) for each in found] == [
+        results = read_checks("s", checks, settings, "r", journal)
+    assert [(result["kind"], result["expected"], result["answer"]) for result in results] == [
         ("round_trip", "2", "2"),
         ("blind", "2", None),
     ]

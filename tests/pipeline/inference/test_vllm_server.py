@@ -1,4 +1,4 @@
-"""How vLLM is started on machines that are not this one, and what is said when it is not to be had."""
+"""vLLM server: its command line on other machines, its restarts, and the errors when it cannot run."""
 
 import asyncio
 import json
@@ -27,9 +27,9 @@ def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_W
     return plan_vllm_command("python", model, "c0ffee", config, tmp_path / "log", gpu=gpu, cores=16, memory_gib=64)
 
 
-def value_of(launch: VllmCommand, flag: str) -> str:
-    at = launch.arguments.index(flag)
-    return launch.arguments[at + 1]
+def value_of(command: VllmCommand, flag: str) -> str:
+    index = command.arguments.index(flag)
+    return command.arguments[index + 1]
 
 
 def test_the_backend_is_guidance_and_json_is_compact_everywhere(tmp_path: Path) -> None:
@@ -62,34 +62,34 @@ def test_the_context_is_the_models_own_up_to_what_an_image_needs(tmp_path: Path)
 
 @pytest.mark.parametrize("flags", [("--max-num-seqs", "7"), ("--max-num-seqs=7",)])
 def test_a_users_flags_come_last_and_count(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    launch = plan(tmp_path, *flags)
-    assert launch.max_num_seqs == 7
-    assert launch.arguments[-len(flags) :] == flags
+    command = plan(tmp_path, *flags)
+    assert command.max_num_seqs == 7
+    assert command.arguments[-len(flags) :] == flags
 
 
 def test_the_key_is_random_and_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
-    one, other = plan(tmp_path), plan(tmp_path)
-    assert one.api_key != other.api_key
-    assert one.api_key not in " ".join(one.command(1, tmp_path)) + repr(one)
-    assert "127.0.0.1" in one.command(1, tmp_path)
+    first, second = plan(tmp_path), plan(tmp_path)
+    assert first.api_key != second.api_key
+    assert first.api_key not in " ".join(first.command(1, tmp_path)) + repr(first)
+    assert "127.0.0.1" in first.command(1, tmp_path)
 
 
 def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
-    """A launch of another program in vLLM's place: what is tested is how it is watched."""
+    """Return a command that runs `code` in place of vLLM, to test how a server is supervised."""
     script = tmp_path / "stub.py"
     script.write_text(code)
-    launch = plan(tmp_path, **settings)
+    command = plan(tmp_path, **settings)
     return VllmCommand(
         python=sys.executable,
-        name=launch.name,
+        name=command.name,
         arguments=(str(script),),
         environment={},
         log=tmp_path / "log",
         max_num_seqs=1,
         max_model_len=1,
-        max_restarts=launch.max_restarts,
-        startup_timeout_s=launch.startup_timeout_s,
+        max_restarts=command.max_restarts,
+        startup_timeout_s=command.startup_timeout_s,
     )
 
 
@@ -126,28 +126,28 @@ def test_a_server_that_ends_at_once_is_said_with_its_last_error(tmp_path: Path, 
 
 
 def test_a_server_that_never_answers_is_stopped(tmp_path: Path) -> None:
-    made: list[Server] = []
+    servers: list[Server] = []
 
     async def start() -> None:
-        made.append(Server(stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1), NullProgress()))
-        async with made[0]:
+        servers.append(Server(stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1), NullProgress()))
+        async with servers[0]:
             pass
 
     with pytest.raises(EngineError, match="did not start within 1 s"):
         asyncio.run(start())
-    pid = made[0].pid
+    pid = servers[0].pid
     assert pid and not Path(f"/proc/{pid}").exists()
-    assert not made[0].media.exists()
+    assert not servers[0].media.exists()
 
 
 def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path: Path) -> None:
     async def die_often() -> tuple[int, str]:
         async with Server(stub(tmp_path, SERVES, max_restarts=2), NullProgress()) as running:
-            first = running.root
+            address = running.root
             while not running.gave_up.is_set():
                 await vllm_server.answers(f"{running.root}/die")
                 await asyncio.sleep(0.05)
-            assert running.root == first  # those who know its address find it again
+            assert running.root == address  # the address stays the same after a restart
             return running.restarted, str(running.failure)
 
     restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
@@ -189,9 +189,9 @@ def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) 
 
 def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
     config = resolve(source="scenes-deck", tasks=["deck_qa"])
-    launch = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpu=False, cores=2, memory_gib=8)
-    assert json.loads(value_of(launch, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
-    assert launch.max_model_len == 16_384
+    command = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpu=False, cores=2, memory_gib=8)
+    assert json.loads(value_of(command, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
+    assert command.max_model_len == 16_384
 
 
 def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: py
 
 
 def test_a_server_and_its_engine_end_with_us_however_we_end() -> None:
-    """Its engine is a child of the server, which is killed first: as Ray does to children of a worker."""
+    """Kill the server before the engine, which is its child, as Ray does to the children of a worker."""
     code = (
         "import os, subprocess, sys; from pipeline.inference.vllm_server import _end_with_us;"
         "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"
@@ -218,8 +218,8 @@ def test_a_server_and_its_engine_end_with_us_however_we_end() -> None:
         "os.kill(os.getpid(), 9)"
     )
     for how, lives in (("killed", False), ("called off", True)):
-        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
-        engine = int(done.stdout)
+        process = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
+        engine = int(process.stdout)
         end = time.monotonic() + 5
         while is_running(engine) != lives and time.monotonic() < end:
             time.sleep(0.05)

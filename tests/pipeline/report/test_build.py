@@ -1,4 +1,4 @@
-"""The report as files: one for a small version, a folder for a large one; text of a model is only text in both."""
+"""Report files: one file for a small version, a folder for a large one; model text is never markup in either."""
 
 import html
 import json
@@ -29,7 +29,7 @@ def test_text_of_a_model_never_becomes_markup(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(12), hostile_captions(12))
     page = write_report(version, tmp_path).read_text()
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
-    assert len(scripts) == page.count("<script") == page.count("</script") == 3  # ours, and two of data
+    assert len(scripts) == page.count("<script") == page.count("</script") == 3  # the script of the page, and two with data
     assert "<img src=x" not in page
     assert json.dumps(HOSTILE[:40]).replace("<", "\\u003c")[:-1] in scripts[1]
 
@@ -39,8 +39,8 @@ def test_only_the_scripts_of_the_page_may_run(tmp_path: Path) -> None:
     page = write_report(version, tmp_path).read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
-    wanted = " ".join(html.escape(script_hash(script), quote=True) for script in scripts)
-    assert html.unescape(policy).endswith(f"script-src {html.unescape(wanted)}")
+    hashes = " ".join(html.escape(script_hash(script), quote=True) for script in scripts)
+    assert html.unescape(policy).endswith(f"script-src {html.unescape(hashes)}")
 
 
 def test_the_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ def test_a_later_report_leaves_nothing_of_an_earlier_one(tmp_path: Path, monkeyp
 
 def test_what_others_have_put_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    mine = tmp_path / "report" / "notes.js"
-    mine.parent.mkdir()
-    mine.write_text("let mine;")
+    notes = tmp_path / "report" / "notes.js"
+    notes.parent.mkdir()
+    notes.write_text("let mine;")
     version, _ = make_version(tmp_path, scene_samples(20))
     write_report(version, tmp_path)
     write_report(version, tmp_path, max_rows=5)
-    assert mine.read_text() == "let mine;"
+    assert notes.read_text() == "let mine;"
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["notes.js"]  # the larger report is gone
     (tmp_path / "report.html").write_text("<h1>my report</h1>")
     with pytest.raises(ConfigError, match=r"report\.html is no report of synth"):
@@ -101,8 +101,8 @@ def test_there_is_one_report_of_a_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
     version, _ = make_version(tmp_path, scene_samples(20))
     write_report(version, tmp_path, max_rows=25 - most)
-    made = write_report(version, tmp_path, max_rows=most)
-    assert [path.name for path in tmp_path.glob("report*")] == [made.relative_to(tmp_path).parts[0]]
+    report = write_report(version, tmp_path, max_rows=most)
+    assert [path.name for path in tmp_path.glob("report*")] == [report.relative_to(tmp_path).parts[0]]
 
 
 def test_a_sample_that_is_called_like_a_path_leaves_the_folder_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_of_too_many_images_some_are_drawn_the_same_ones_each_time(tmp_path: Pat
 
 def test_an_image_that_cannot_be_read_is_no_end_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version, _ = make_version(tmp_path, scene_samples(12))
-    monkeypatch.setattr(build, "thumbnail", lambda data, most: prepare_image(b"no image"))
+    monkeypatch.setattr(build, "thumbnail", lambda data, max_bytes: prepare_image(b"no image"))
     page = write_report(version, tmp_path).read_text()
     assert page.count('"images":[""]') == 12
 

@@ -1,4 +1,4 @@
-"""Figures of a report: sums, texts before and after balancing, clusters."""
+"""Report figures: funnel sums, distributions before and after balance, duplicate clusters."""
 
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ def test_a_funnel_that_loses_something_does_not_add_up() -> None:
     lost_within = [step(input=9, kept=7, rejected={"a": 1})]
     lost_between = [step(input=9, kept=9), step(input=8, kept=8)]
     other_units = [step(input=9, kept=9, unit="images"), step(input=30, kept=30)]
-    added = [
-        [each["adds_up"] for each in funnel_of({"funnel": steps})] for steps in (good, lost_within, lost_between, other_units)
+    sums = [
+        [row["adds_up"] for row in funnel_of({"funnel": steps})] for steps in (good, lost_within, lost_between, other_units)
     ]
-    assert added == [[True, True], [False], [True, False], [True, True]]
+    assert sums == [[True, True], [False], [True, False], [True, True]]
 
 
 def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None
     lengths, answers, words = distributions_of(tmp_path)
     assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
     assert (answers["title"], answers["rows"], answers["top"]) == ("Answers to is it …", [("yes", 2, 1), ("no", 1, 1)], 2)
-    assert words["rows"][0] == ("red", 2, 1)  # once a caption
+    assert words["rows"][0] == ("red", 2, 1)  # a word counts once per caption
 
 
 def test_a_version_without_stages_has_no_such_figures(tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ OF_DEDUPE |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster"
 
 
 def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any) -> dict[str, Any]:
-    about = {"sample_id": sample, "image_group": sample, "clean_text": text, "cluster": cluster or text}
-    return {"annotation_id": str(number), **about} | more
+    fields = {"sample_id": sample, "image_group": sample, "clean_text": text, "cluster": cluster or text}
+    return {"annotation_id": str(number), **fields} | more
 
 
 def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: Path) -> None:
@@ -71,11 +71,11 @@ def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: 
     ]
     write_stage(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
     write_stage(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
-    found = {
-        title: [[(m["id"], m["kept"]) for m in each["members"]] for each in of["shown"]]
-        for title, of in clusters_of(tmp_path).items()
+    members = {
+        title: [[(m["id"], m["kept"]) for m in cluster["members"]] for cluster in clusters["shown"]]
+        for title, clusters in clusters_of(tmp_path).items()
     }
-    assert found == {
+    assert members == {
         "Images that look alike": [[("b", True), ("b2", False)]],
         "Texts that say the same": [[("a", True), ("a", False)]],
         "Captions of too many images": [[("c", True), ("d", False)]],
@@ -116,12 +116,12 @@ def test_a_stage_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path)
 
 def test_of_many_clusters_the_largest_are_shown_and_all_are_counted(tmp_path: Path) -> None:
     kept = [caption(n, f"s{n}", f"text {n}") for n in range(MAX_CLUSTERS + 5)]
-    again = [
+    duplicates = [
         caption(1000 + n, f"s{n}", f"Text {n}.", f"text {n}", duplicate_of=str(n), reason="duplicate") for n in range(len(kept))
     ]
-    again += [caption(2000 + n, "s3", "text 3", duplicate_of="3", reason="duplicate") for n in range(20)]
+    duplicates += [caption(2000 + n, "s3", "text 3", duplicate_of="3", reason="duplicate") for n in range(20)]
     write_stage(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
-    write_stage(tmp_path, "dedupe", "rejected", again, OF_DEDUPE)
+    write_stage(tmp_path, "dedupe", "rejected", duplicates, OF_DEDUPE)
     texts = clusters_of(tmp_path)["Texts that say the same"]
     assert (texts["found"], len(texts["shown"])) == (MAX_CLUSTERS + 5, MAX_CLUSTERS)
     assert (texts["shown"][0]["size"], len(texts["shown"][0]["members"])) == (22, MAX_MEMBERS)

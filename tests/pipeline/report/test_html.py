@@ -1,4 +1,4 @@
-"""What pages are made of: thumbnails within bounds, and curves within their box."""
+"""Parts of report pages: thumbnails within their byte limit, and curves within their box."""
 
 import io
 
@@ -46,9 +46,9 @@ def test_a_thumbnail_within_a_page_is_a_webp() -> None:
 
 def test_of_a_long_log_a_curve_shows_some_points_and_the_last() -> None:
     lines = [{"step": step, "loss": 1.0} for step in range(10_000)] + [{"step": 10_000, "other": 2.0}]
-    found = points(lines, "loss")
-    assert len(found) <= CURVE_POINTS + 60
-    assert found[-1] == (9999, 1.0)
+    curve = points(lines, "loss")
+    assert len(curve) <= CURVE_POINTS + 60
+    assert curve[-1] == (9999, 1.0)
 
 
 def test_a_chart_without_points_has_empty_lines() -> None:

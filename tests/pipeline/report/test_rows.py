@@ -1,4 +1,4 @@
-"""Rows of a page: whatever a dataset holds, it can be shown."""
+"""Report rows: any content of a dataset can be shown."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_bytes_that_are_no_text_are_shown_as_such() -> None:
 
 def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(12))
-    rows = [row for some in read_rows(version, SPLITS, None, 4) for row in some]
+    rows = [row for chunk in read_rows(version, SPLITS, None, 4) for row in chunk]
     assert len(rows) == 12
     for row in rows:
         for text in row["texts"]:
@@ -53,10 +53,10 @@ def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
 
 def test_rows_can_be_chosen_and_come_by_split(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(40))
-    every = [row for some in read_rows(version, SPLITS[::-1], None, 7) for row in some]
-    assert [row["split"] for row in every] == sorted((row["split"] for row in every), key=SPLITS[::-1].index)
-    chosen = {row["id"] for row in every[::3]}
-    assert {row["id"] for some in read_rows(version, SPLITS, chosen, 7) for row in some} == chosen
+    all_rows = [row for chunk in read_rows(version, SPLITS[::-1], None, 7) for row in chunk]
+    assert [row["split"] for row in all_rows] == sorted((row["split"] for row in all_rows), key=SPLITS[::-1].index)
+    chosen = {row["id"] for row in all_rows[::3]}
+    assert {row["id"] for chunk in read_rows(version, SPLITS, chosen, 7) for row in chunk} == chosen
 
 
 def test_of_each_reason_the_first_are_shown(tmp_path: Path) -> None:
@@ -66,6 +66,6 @@ def test_of_each_reason_the_first_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "stages" / "filter" / "rejected.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
-    found = list(read_rejected(tmp_path))
-    assert len(found) == MAX_REJECTED + 1
-    assert found[0] == {"stage": "filter", "reason": "too_short", "where": "s", "what": "text 0"}
+    rejected = list(read_rejected(tmp_path))
+    assert len(rejected) == MAX_REJECTED + 1
+    assert rejected[0] == {"stage": "filter", "reason": "too_short", "where": "s", "what": "text 0"}

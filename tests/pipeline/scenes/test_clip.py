@@ -1,4 +1,4 @@
-"""The tiny CLIP: it tells a true caption from one in which a single word is wrong, on scenes that it has never seen."""
+"""Tiny CLIP: a true caption scores higher than one with a single wrong word, on scenes outside the training data."""
 
 import random
 
@@ -45,7 +45,7 @@ def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[C
     scores_B2 = torch.einsum("bd,btd->bt", image_BD, text_TD.view(len(images), 2, -1))
     for name, better in zip(names, (scores_B2[:, 0] > scores_B2[:, 1]).tolist(), strict=True):
         right[name].append(better)
-    shares = {name: sum(found) / len(found) for name, found in right.items()}
+    shares = {name: sum(hits) / len(hits) for name, hits in right.items()}
     assert sum(shares.values()) / len(shares) >= 0.95, shares
 
 
@@ -67,10 +67,10 @@ def test_a_changed_scene_differs_in_that_attribute_alone(attribute: str) -> None
 def test_the_loss_is_low_where_each_image_is_nearest_to_its_own_caption() -> None:
     vectors = torch.eye(4)
     scale = torch.tensor(3.0)
-    own, others = align_loss(vectors, vectors, scale), align_loss(vectors, vectors.roll(1, 0), scale)
-    assert own < 0.1 < others
+    matched, mismatched = align_loss(vectors, vectors, scale), align_loss(vectors, vectors.roll(1, 0), scale)
+    assert matched < 0.1 < mismatched
     hard = torch.cat([vectors, vectors])  # a false caption as near as the true one
-    assert align_loss(vectors, hard, scale) > own
+    assert align_loss(vectors, hard, scale) > matched
 
 
 def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:

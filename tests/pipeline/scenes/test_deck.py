@@ -1,4 +1,4 @@
-"""Decks: every question that is asked has the answer, the pages and the calculation that the facts say."""
+"""Decks: each generated question has the answer, evidence pages and expression that the facts give."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Drawing: the same seed gives the same picture, and every fact is there to be seen."""
+"""Drawing: the same seed gives the same picture, and every fact is visible."""
 
 import random
 from itertools import product
@@ -15,10 +15,10 @@ def pixels(scene: Scene, seed: int = 0) -> np.ndarray:
 
 
 def test_a_seed_is_a_picture() -> None:
-    one, other = (sample_scene(random.Random(5)) for _ in range(2))
-    assert one == other
-    assert (pixels(one) == pixels(other)).all()
-    assert not (pixels(one, seed=1) == pixels(one, seed=2)).all()
+    scene, same_scene = (sample_scene(random.Random(5)) for _ in range(2))
+    assert scene == same_scene
+    assert (pixels(scene) == pixels(same_scene)).all()
+    assert not (pixels(scene, seed=1) == pixels(scene, seed=2)).all()
 
 
 @pytest.mark.parametrize("place", PLACES)

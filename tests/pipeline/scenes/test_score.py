@@ -1,4 +1,4 @@
-"""Scores against facts: one to one, so that neither repetition nor silence pays."""
+"""Scores against facts: phrases are matched one to one, so that repetition and omission both lower a score."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Scene texts: what is written can be read back, and a question has the answer that the facts give."""
+"""Scene texts: captions can be parsed back into facts, and each question has the answer that the facts give."""
 
 import random
 

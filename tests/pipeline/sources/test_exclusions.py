@@ -1,4 +1,4 @@
-"""Leakage: images of other data sets are known again, texts are marked, and clean ones pass."""
+"""Decontamination: images of excluded data sets are recognized, their texts are marked, and clean texts pass."""
 
 import io
 import itertools
@@ -25,9 +25,9 @@ def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
         image.save(buffer, kind)
         encoded.append(buffer.getvalue())
     checked = [check_image(data) for data in encoded]
-    fixed: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "licence": "unknown"}
+    defaults: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "licence": "unknown"}
     return Sample(
-        id=checked[0].id, images=tuple(encoded), pdq_hashes=tuple(each.pdq_hash for each in checked), **(fixed | more)
+        id=checked[0].id, images=tuple(encoded), pdq_hashes=tuple(page.pdq_hash for page in checked), **(defaults | more)
     )
 
 
@@ -41,23 +41,23 @@ def banned(*samples: Sample) -> pa.Table:
 
 
 def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
-    known = ExclusionIndex.of(banned(sample(photo(1)), sample(photo(2))), "photos")
-    assert known.find(sample(photo(1))) == "x#test"
-    assert known.find(sample(stored_again(photo(2)))) == "x#test"
-    assert known.find(sample(cropped(photo(2)))) == "x#test"
-    assert known.find(sample(photo(3))) is None
+    index = ExclusionIndex.of(banned(sample(photo(1)), sample(photo(2))), "photos")
+    assert index.find(sample(photo(1))) == "x#test"
+    assert index.find(sample(stored_again(photo(2)))) == "x#test"
+    assert index.find(sample(cropped(photo(2)))) == "x#test"
+    assert index.find(sample(photo(3))) is None
 
 
 def test_by_bytes_alone_another_file_is_another_image() -> None:
-    known = ExclusionIndex.of(banned(sample(photo(1))), None)
-    assert known.find(sample(photo(1))) == "x#test"
-    assert known.find(sample(stored_again(photo(1)))) is None
+    index = ExclusionIndex.of(banned(sample(photo(1))), None)
+    assert index.find(sample(photo(1))) == "x#test"
+    assert index.find(sample(stored_again(photo(1)))) is None
 
 
 def test_one_page_of_a_banned_deck_bans_a_deck() -> None:
-    known = ExclusionIndex.of(banned(sample(photo(1), photo(2))), "graphics")
-    assert known.find(sample(photo(5), photo(2))) == "x#test"
-    assert known.find(sample(photo(5), photo(6))) is None
+    index = ExclusionIndex.of(banned(sample(photo(1), photo(2))), "graphics")
+    assert index.find(sample(photo(5), photo(2))) == "x#test"
+    assert index.find(sample(photo(5), photo(6))) is None
 
 
 def test_nothing_is_banned_by_an_empty_list_or_an_empty_picture() -> None:
@@ -67,8 +67,8 @@ def test_nothing_is_banned_by_an_empty_list_or_an_empty_picture() -> None:
 
 
 def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
-    asked = (ReferenceQA(question="How many?", answers=("2",)),)
-    rows = list(exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=asked)]))
+    questions = (ReferenceQA(question="How many?", answers=("2",)),)
+    rows = list(exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=questions)]))
     assert [row["texts"] for row in rows] == [["A dog.", "How many?"], []]
 
 
@@ -95,11 +95,11 @@ WHEN = ["at dawn near the harbor", "under heavy gray clouds", "during a crowded 
 
 def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
     rng = random.Random("leaks")
-    endings = [" ".join(each) for each in itertools.product(DOES, WHAT, WHEN)]
+    endings = [" ".join(parts) for parts in itertools.product(DOES, WHAT, WHEN)]
     rng.shuffle(endings)
     test = rng.sample([f"A {who} {ending}." for who, ending in itertools.product(WHO, endings[:72])], 500)
-    clean = [f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[72:])]  # the same people, other deeds
-    known = pa.Table.from_pylist([{"name": "x#test", "image_id": "i", "look": b"", "texts": test}], schema=EXCLUSIONS)
+    clean = [f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[72:])]  # the same subjects, other actions
+    table = pa.Table.from_pylist([{"name": "x#test", "image_id": "i", "look": b"", "texts": test}], schema=EXCLUSIONS)
     planted = {
         "verbatim": test,
         "case": [text.upper() for text in test],
@@ -107,9 +107,9 @@ def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
         "suffix": [f"{text[:-1]} in this view." for text in test],
     }
     for kind, changed in planted.items():
-        found = contaminated(changed, known)
-        assert sum(name == "x#test" for name in found) >= 0.99 * len(changed), kind
-    assert sum(name is not None for name in contaminated(clean, known)) <= 0.002 * len(clean)
+        names = contaminated(changed, table)
+        assert sum(name == "x#test" for name in names) >= 0.99 * len(changed), kind
+    assert sum(name is not None for name in contaminated(clean, table)) <= 0.002 * len(clean)
 
 
 def test_without_anything_banned_nothing_is_marked() -> None:
@@ -117,7 +117,7 @@ def test_without_anything_banned_nothing_is_marked() -> None:
 
 
 def test_a_short_text_is_compared_as_a_whole_only() -> None:
-    known = pa.Table.from_pylist(
+    table = pa.Table.from_pylist(
         [{"name": "x", "image_id": "i", "look": b"", "texts": ["A dog runs on the beach at noon."]}], schema=EXCLUSIONS
     )
-    assert contaminated(["Dog runs on the beach!", "The dog runs on a beach at noon"], known) == [None, "x"]
+    assert contaminated(["Dog runs on the beach!", "The dog runs on a beach at noon"], table) == [None, "x"]

@@ -1,4 +1,4 @@
-"""Folder: sorted, recursive, and a broken file is a row with a reason."""
+"""Folder: files are read recursively in sorted order, and a broken file is rejected with a reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sources of the Hub, through the real client over HTTP: every row upstream is a sample or has a reason, in its true split."""
+"""Hub sources, through the real client over HTTP: every upstream row is a sample or has a reason, in its true split."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ from tests.hub.server import RunningHub, running_hub
 
 
 def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do what HF_ENDPOINT does to the client when it is imported."""
+    """Point the client at an endpoint, as HF_ENDPOINT does at import."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -71,7 +71,7 @@ def test_one_split_of_flickr30k_may_be_asked_for(hub: RunningHub) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 20)
     assert {sample.split for sample in read("flickr30k", source_split="test")[0]} == {"test"}
     train, _ = read("flickr30k", source_split="train")
-    assert (len(train), {sample.split for sample in train}) == (12, {None})  # free to be held out
+    assert (len(train), {sample.split for sample in train}) == (12, {None})  # may still be held out
 
 
 def test_a_copy_that_has_lost_the_split_calls_no_row_train_without_a_list(hub: RunningHub, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_numbered_pages_are_decks(hub: RunningHub) -> None:
         opened("hub:me/slides")
     assert "--tasks deck_qa" in caught.value.hint
     samples, _ = read("hub:me/slides", columns={"pages": "page_*"}, source_split="validation")
-    # Without their names the same deck comes twice, once with each question.
+    # Without a deck name, the same deck comes twice, once with each question.
     assert [len(sample.images) for sample in samples] == [7, 7]
 
 
@@ -256,8 +256,8 @@ def test_a_split_is_read_off_a_path_or_left_open(hub: RunningHub, path: str, spl
 
 
 def test_several_tables_in_one_repository_are_not_mixed(hub: RunningHub) -> None:
-    one = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
-    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": one, "fr/train/0.parquet": one})
+    table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
+    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": table, "fr/train/0.parquet": table})
     with pytest.raises(SourceError, match="holds several tables: en, fr"):
         opened("hub:me/mixed")
 
@@ -339,34 +339,34 @@ def test_options_that_do_not_go_with_a_source_are_refused() -> None:
             open_source(resolve(**settings))
 
 
-# --- attacks: a row can name a file of ours, or an address
+# --- attacks: rows that name a local file or a URL
 
 
 def test_no_row_makes_us_open_a_file_or_an_address(hub: RunningHub, tmp_path: Path) -> None:
     canary = tmp_path / "canary.png"
     canary.write_bytes(datasets.photo(7))
-    knocks: list[object] = []
+    connections: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as trap:
         address = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        watcher = threading.Thread(target=lambda: knocks.append(trap.accept()), daemon=True)
+        watcher = threading.Thread(target=lambda: connections.append(trap.accept()), daemon=True)
         watcher.start()
-        named = [str(canary), f"file://{canary}", "../../canary.png", "/etc/passwd", address, "hf://datasets/me/other/x.png"]
-        rows = [{"photo": {"bytes": None, "path": path}, "alt_text": "x", "other": None} for path in named]
+        paths = [str(canary), f"file://{canary}", "../../canary.png", "/etc/passwd", address, "hf://datasets/me/other/x.png"]
+        rows = [{"photo": {"bytes": None, "path": path}, "alt_text": "x", "other": None} for path in paths]
         bomb = datasets.cell(1, bytes=_bomb())
         seed_plain(
             hub, [*rows, {"photo": bomb}, {"photo": {"bytes": b"", "path": None}}, {"photo": None}, {"photo": datasets.cell(3)}]
         )
         accessed = canary.stat().st_atime_ns
         samples, rejected = read("hub:me/plain", columns={"image": "photo"})
-        assert not knocks
+        assert not connections
     assert canary.stat().st_atime_ns == accessed
     assert [sample.images for sample in samples] == [(datasets.photo(3),)]
-    assert reasons(rejected) == {"image_not_embedded": len(named), "too_many_pixels": 1, "image_missing": 2}
+    assert reasons(rejected) == {"image_not_embedded": len(paths), "too_many_pixels": 1, "image_missing": 2}
     assert str(canary) not in json.dumps([row.detail for row in rejected])
 
 
 def _bomb() -> bytes:
-    """A PNG of a few kilobytes whose header claims ten thousand pixels a side."""
+    """Return a PNG of a few kilobytes whose header claims 10,000 pixels a side."""
     import io
     import struct
     import zlib

@@ -1,4 +1,4 @@
-"""Fetching by URL: only what the user allows, only from the public network, never without a bound."""
+"""Fetching images by URL: only where the user allows it, only from the public network, always within limits."""
 
 import contextlib
 import http.server
@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for _ in range(40 if kind == "large" else 1):
                 self.wfile.write(photo(1) if kind != "large" else bytes(10_000))
         except OSError:
-            pass  # the client had enough
+            pass  # the client closed the connection
 
     def log_message(self, *args: object) -> None:
         pass

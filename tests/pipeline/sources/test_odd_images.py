@@ -1,4 +1,4 @@
-"""Two hundred odd images, formats by modes by damage: each is a sample or has a reason, without a crash or a warning."""
+"""Over 200 odd images (formats x modes x damage): each is a sample or has a reason, without a crash or a warning."""
 
 import io
 import itertools
@@ -48,8 +48,8 @@ def odd(kind: str, mode: str, damage: str, rng: random.Random) -> bytes:
     base = Image.effect_noise((64, 48), 60)
     image = base.convert("I;16") if mode == "I;16" else base.convert(mode)
     options = {"progressive": True} if kind == "JPEG" and rng.random() < 0.5 else {}
-    more = [image.rotate(90), image] if kind in ("GIF", "WEBP") and rng.random() < 0.5 else []
-    image.save(out, kind, **options, **({"save_all": True, "append_images": more} if more else {}))
+    frames = [image.rotate(90), image] if kind in ("GIF", "WEBP") and rng.random() < 0.5 else []
+    image.save(out, kind, **options, **({"save_all": True, "append_images": frames} if frames else {}))
     data = bytearray(out.getvalue())
     if damage == "empty":
         return b""
@@ -67,18 +67,18 @@ def odd(kind: str, mode: str, damage: str, rng: random.Random) -> bytes:
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str | None], str, int]:
-    """What became of each file, what was printed, and by how many kB memory grew."""
+    """Return the reason of each file (None: a sample), what was printed, and by how many kB memory grew."""
     folder = tmp_path_factory.mktemp("odd")
     rng = random.Random(0)
     for kind, (suffix, modes) in FORMATS.items():
         for mode, damage in itertools.product(modes, DAMAGE):
             name = f"{kind}-{mode.replace(';', '')}-{damage.replace(' ', '_')}"
             (folder / f"{name}{'.png' if damage == 'mislabelled' else suffix}").write_bytes(odd(kind, mode, damage, rng))
-    done = subprocess.run([sys.executable, "-W", "default", "-c", READ, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *rows, (_, grown) = json.loads(done.stdout)
+    process = subprocess.run([sys.executable, "-W", "default", "-c", READ, str(folder)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    *rows, (_, grown) = json.loads(process.stdout)
     assert len(rows) == sum(len(modes) for _, modes in FORMATS.values()) * len(DAMAGE) > 200
-    return dict(rows), done.stderr, grown
+    return dict(rows), process.stderr, grown
 
 
 def test_each_is_a_sample_or_has_a_reason(read: tuple[dict[str, str | None], str, int]) -> None:

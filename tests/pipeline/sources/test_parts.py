@@ -1,4 +1,4 @@
-"""Sources in parts: together they are the whole, and no row is in two."""
+"""Source slices: together they are the whole source, and no row is in two."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,8 +24,8 @@ def photos(folder: Path, files: int, rows: int) -> None:
     folder.mkdir()
     for file in range(files):
         cells = [datasets.cell(file * rows + n) if n % 5 else {"bytes": b"", "path": None} for n in range(rows)]
-        said = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
-        (folder / f"{file}.parquet").write_bytes(datasets.parquet(said, PHOTOS, rows_a_group=3))
+        records = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
+        (folder / f"{file}.parquet").write_bytes(datasets.parquet(records, PHOTOS, rows_a_group=3))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 40])
@@ -33,9 +33,9 @@ def photos(folder: Path, files: int, rows: int) -> None:
 def test_parts_of_tables_are_files_or_row_groups(tmp_path: Path, files: int, rows: int, parts: int) -> None:
     photos(tmp_path / "p", files, rows)
     settings: dict[str, Any] = {"source": f"parquet:{tmp_path / 'p'}"}
-    found = [names(SourceSlice(number, parts), **settings) for number in range(parts)]
-    assert sum(found, Counter()) == names(ALL, **settings)
-    assert sum(found, Counter()).total() == files * rows
+    slices = [names(SourceSlice(number, parts), **settings) for number in range(parts)]
+    assert sum(slices, Counter()) == names(ALL, **settings)
+    assert sum(slices, Counter()).total() == files * rows
 
 
 def test_parts_of_scenes_and_folders(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_can_be_read_in_any_order_is_divided(settings: dict[str, Any]) -> N
     "settings",
     [
         {"source": "folder:x", "limit": 10},  # the first ten that are different
-        {"source": "vqav2"},  # rows of one photo stand anywhere
+        {"source": "vqav2"},  # rows of one photo are scattered
         {"source": "slidevqa"},
     ],
 )

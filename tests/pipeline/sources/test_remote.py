@@ -29,12 +29,12 @@ def s3() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A bucket with two files of three photos each, and one that is no Parquet; the client finds it by its own settings."""
+    """Fill a bucket with two files of three photos each and one that is not Parquet; the environment names the server."""
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
-    for split, first in (("train", 0), ("test", 3)):
-        rows = [{"photo": datasets.cell(number)} for number in range(first, first + 3)]
+    for split, start in (("train", 0), ("test", 3)):
+        rows = [{"photo": datasets.cell(number)} for number in range(start, start + 3)]
         client.put_object(Bucket="photos", Key=f"mine/{split}/0.parquet", Body=datasets.parquet(rows, PLAIN))
     client.put_object(Bucket="photos", Key="mine/README.md", Body=b"hello")
     yield
@@ -52,7 +52,7 @@ def splits(source: Source) -> list[str | None]:
 def test_all_files_of_a_folder_are_read_in_place_with_their_splits() -> None:
     source = opened("s3://photos/mine")
     assert splits(source) == ["test"] * 3 + ["train"] * 3
-    assert source.name == "parquet"  # nothing of the place is told
+    assert source.name == "parquet"  # the path is not published
     assert len(splits(opened("s3://photos/mine/", source_split="train"))) == 3
 
 
@@ -68,8 +68,8 @@ def test_one_file_can_be_named_in_a_store_or_on_a_web_server(tmp_path: Path) -> 
 def test_the_revision_is_of_the_contents() -> None:
     before = opened("s3://photos/mine").revision
     assert opened("s3://photos/mine").revision == before
-    other = datasets.parquet([{"photo": datasets.cell(9)}], PLAIN)
-    boto3.client("s3").put_object(Bucket="photos", Key="mine/test/0.parquet", Body=other)
+    replacement = datasets.parquet([{"photo": datasets.cell(9)}], PLAIN)
+    boto3.client("s3").put_object(Bucket="photos", Key="mine/test/0.parquet", Body=replacement)
     assert opened("s3://photos/mine").revision != before
 
 

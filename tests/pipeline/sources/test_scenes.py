@@ -1,4 +1,4 @@
-"""Scenes: the first n of many are the n of few, and each holds what is true of it."""
+"""Scenes: a larger limit begins with the same scenes, and each reference states the facts of its scene."""
 
 from pipeline.scenes.score import scene_of
 from pipeline.scenes.text import caption

@@ -1,4 +1,4 @@
-"""Balance: less of what there is too much of, all of what is rare, and the same rows whatever their order."""
+"""Balance: frequent answers and captions are down-sampled, rare ones stay, and row order does not matter."""
 
 import random
 from collections import Counter
@@ -42,10 +42,10 @@ SCHEMA = pa.schema(
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    fixed = [
+    defaults = [
         {"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "image_group": f"s{n}", "task": "qa"} for n in range(len(rows))
     ]
-    return pa.Table.from_pylist([known | row for known, row in zip(fixed, rows, strict=True)], schema=SCHEMA)
+    return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=SCHEMA)
 
 
 def asked(question: str, *answers: str) -> list[dict[str, Any]]:
@@ -58,8 +58,8 @@ def captions(*texts: str) -> pa.Table:
 
 def kept(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any) -> list[dict[str, Any]]:
     marked = run_stage(STAGE, rows, shards=shards, seed=seed, balance=settings)
-    found: list[dict[str, Any]] = [row for row in marked.to_pylist() if row["reason"] is None]
-    return found
+    kept_rows: list[dict[str, Any]] = [row for row in marked.to_pylist() if row["reason"] is None]
+    return kept_rows
 
 
 def largest(counts: list[int], share: float) -> int:
@@ -107,10 +107,15 @@ def test_the_largest_count_is_the_last_that_keeps_the_share(counts: list[int], s
 
 
 def test_a_pair_asks_the_same_of_two_similar_images_and_gets_two_answers() -> None:
-    told = [("A red bus and a tree.", "2"), ("A red bus and a bush.", "3"), ("A cat on a bed.", "2"), ("A cat on a sofa.", "2")]
+    descriptions = [
+        ("A red bus and a tree.", "2"),
+        ("A red bus and a bush.", "3"),
+        ("A cat on a bed.", "2"),
+        ("A cat on a sofa.", "2"),
+    ]
     rows = [
         {"sample_id": f"s{n}", "image_group": f"s{n}", "task": "caption", "clean_text": text}
-        for n, (text, _) in enumerate(told)
+        for n, (text, _) in enumerate(descriptions)
     ] + [
         {
             "sample_id": f"s{n}",
@@ -119,7 +124,7 @@ def test_a_pair_asks_the_same_of_two_similar_images_and_gets_two_answers() -> No
             "clean_answer": answer,
             "answer_type": "number",
         }
-        for n, (_, answer) in enumerate(told)
+        for n, (_, answer) in enumerate(descriptions)
     ]
     pairs = [row for row in kept(table(*rows)) if row["pair_id"]]
     assert {row["sample_id"] for row in pairs} == {"s0", "s1"}
@@ -131,23 +136,23 @@ def test_in_a_world_of_scenes_every_pair_is_one() -> None:
     for n in range(1500):
         rng = random.Random(f"pairs:{n}")
         scene = sample_scene(rng)
-        place = {"sample_id": f"s{n}", "image_group": f"g{n // 2}"}
-        rows.append(place | {"task": "caption", "clean_text": caption(scene, "brief")})
+        ids = {"sample_id": f"s{n}", "image_group": f"g{n // 2}"}
+        rows.append(ids | {"task": "caption", "clean_text": caption(scene, "brief")})
         pair = ask_yes_no(scene, rng)
-        if pair.answer == "yes" or rng.random() < 0.4:  # a teacher that likes to say yes
-            rows.append(place | {"clean_question": pair.question, "clean_answer": pair.answer, "answer_type": "yes/no"})
-    found = kept(table(*rows))
-    questions = [row for row in found if row["clean_question"]]
+        if pair.answer == "yes" or rng.random() < 0.4:  # a teacher biased towards yes
+            rows.append(ids | {"clean_question": pair.question, "clean_answer": pair.answer, "answer_type": "yes/no"})
+    kept_rows = kept(table(*rows))
+    questions = [row for row in kept_rows if row["clean_question"]]
     assert 0.45 <= sum(row["clean_answer"] == "yes" for row in questions) / len(questions) <= 0.55
     pairs: dict[str, list[dict[str, Any]]] = {}
     for row in questions:
         if row["pair_id"]:
             pairs.setdefault(row["pair_id"], []).append(row)
     assert len(pairs) >= 20
-    for one, other in pairs.values():
-        assert one["clean_question"].lower() == other["clean_question"].lower()
-        assert one["clean_answer"] != other["clean_answer"]
-        assert one["image_group"] != other["image_group"]
+    for first, second in pairs.values():
+        assert first["clean_question"].lower() == second["clean_question"].lower()
+        assert first["clean_answer"] != second["clean_answer"]
+        assert first["image_group"] != second["image_group"]
 
 
 def test_images_that_look_the_same_are_no_pair() -> None:
@@ -162,8 +167,8 @@ def test_wordnet_and_numbers_are_the_share_of_them_in_metaclips_metadata() -> No
 
 def test_entries_are_found_as_whole_words_nested_ones_too() -> None:
     entries = ("panda", "red panda", "red", "and", "t-shirt", "5")
-    found = match_entries(["A Red  panda, and\n5 T-shirts; a t-shirt.", "pandas", "Red"], entries)
-    assert [[entries[n] for n in each] for each in found] == [["panda", "red panda", "red", "and", "t-shirt", "5"], [], ["red"]]
+    matches = match_entries(["A Red  panda, and\n5 T-shirts; a t-shirt.", "pandas", "Red"], entries)
+    assert [[entries[n] for n in row] for row in matches] == [["panda", "red panda", "red", "and", "t-shirt", "5"], [], ["red"]]
 
 
 def test_matching_equals_the_naive_search() -> None:
@@ -184,7 +189,7 @@ def test_matching_equals_the_naive_search() -> None:
 
 @pytest.fixture(scope="module")
 def zipf() -> pa.Table:
-    """Four thousand captions over a hundred words, the n-th of them n times rarer than the first."""
+    """Return 4,000 captions over 100 words, the n-th of them n times rarer than the first."""
     rng = random.Random("zipf")
     words = [f"w{n}" for n in range(100)]
     return captions(*(" ".join(rng.choices(words, [1 / (n + 1) for n in range(100)], k=1)) for _ in range(4000)))
@@ -249,17 +254,17 @@ def test_a_list_that_cannot_be_used_is_one_error(tmp_path: Path, content: bytes 
 
 
 def test_questions_of_a_pair_stay_rather_than_others_and_a_broken_pair_is_none() -> None:
-    asked_of: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     for n in range(400):
         answer = "yes" if n < 300 else "no"
-        # Twenty of those answered by yes are asked in the same words as some of those answered by no.
+        # Twenty questions answered yes have the wording of a question answered no.
         question = f"Is there a thing {n % 300}?" if n < 20 or n >= 300 else f"Is there a thing {n + 1000}?"
-        asked_of.append({"clean_question": question, "clean_answer": answer, "answer_type": "yes/no"})
-    found = kept(table(*asked_of))
-    pairs = Counter(row["pair_id"] for row in found if row["pair_id"])
+        questions.append({"clean_question": question, "clean_answer": answer, "answer_type": "yes/no"})
+    kept_rows = kept(table(*questions))
+    pairs = Counter(row["pair_id"] for row in kept_rows if row["pair_id"])
     assert set(pairs.values()) == {2} and len(pairs) == 20
-    # Of one side more are paired than may stay: what has lost its partner is in no pair.
+    # More questions of one side are paired than may stay: a question that lost its partner is in no pair.
     rows = [{"clean_question": f"Is it {n // 2}?", "clean_answer": ("no", "yes")[n % 2]} for n in range(100)]
     rows += [{"clean_question": f"Is it {n}?", "clean_answer": "maybe"} for n in range(50)]
-    left = kept(table(*rows), max_yes_no_frac=0.5, min_questions_per_type=1)
-    assert all(count == 2 for count in Counter(row["pair_id"] for row in left if row["pair_id"]).values())
+    remaining = kept(table(*rows), max_yes_no_frac=0.5, min_questions_per_type=1)
+    assert all(count == 2 for count in Counter(row["pair_id"] for row in remaining if row["pair_id"]).values())

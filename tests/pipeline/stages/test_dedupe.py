@@ -1,4 +1,4 @@
-"""Dedupe: repetition about one image goes; the same words about another image stay, and words that decide are never merged."""
+"""Dedupe: repeated texts of one image are rejected, equal texts of other images stay, and decisive words keep texts apart."""
 
 import itertools
 import random
@@ -22,9 +22,9 @@ SCHEMA = pa.schema(
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    """Rows named by their position, each of its own sample unless told."""
-    fixed = [{"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "task": "caption"} for n in range(len(rows))]
-    return pa.Table.from_pylist([known | row for known, row in zip(fixed, rows, strict=True)], schema=SCHEMA)
+    """Return rows named by their position, each of its own sample unless the row gives one."""
+    defaults = [{"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "task": "caption"} for n in range(len(rows))]
+    return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=SCHEMA)
 
 
 def captions(*texts: str, **more: Any) -> pa.Table:
@@ -49,14 +49,14 @@ def test_of_captions_of_one_image_that_say_the_same_one_is_kept_and_named() -> N
 
 
 def grouped(rows: pa.Table, monkeypatch: pytest.MonkeyPatch, *reasons: str | None) -> list[str | None]:
-    """The reasons of rows whose images are all of one group, and have these reasons themselves."""
+    """Return the reasons of rows whose images form one group and have the given reasons."""
     ids = rows["sample_id"].to_pylist()
     groups = pa.table([ids, ["g"] * len(ids), list(reasons), [None] * len(ids)], schema=IMAGE_GROUPS)
     monkeypatch.setattr("pipeline.stages.dedupe.group_images", lambda shards, kind: groups)
     marked = deduped(rows)
     assert marked["image_group"].to_pylist() == ["g"] * len(ids)
-    found: list[str | None] = marked["reason"].to_pylist()
-    return found
+    row_reasons: list[str | None] = marked["reason"].to_pylist()
+    return row_reasons
 
 
 def test_images_that_look_the_same_count_as_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,13 +65,13 @@ def test_images_that_look_the_same_count_as_one_image(monkeypatch: pytest.Monkey
 
 def test_a_rejected_image_takes_its_annotations_along_and_keeps_no_other_from_staying(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = captions("A red ring.", "A red ring.", "A blue ring.")
-    gone = "near_duplicate_image"
-    assert grouped(rows, monkeypatch, gone, None, gone) == [gone, None, gone]
+    reason = "near_duplicate_image"
+    assert grouped(rows, monkeypatch, reason, None, reason) == [reason, None, reason]
 
 
 def test_the_same_question_about_another_image_is_no_duplicate() -> None:
-    asked = {"task": "qa", "clean_question": "What is the man doing?"}
-    assert set(reasons(table(*[asked] * 50)).values()) == {None}
+    question = {"task": "qa", "clean_question": "What is the man doing?"}
+    assert set(reasons(table(*[question] * 50)).values()) == {None}
 
 
 def test_a_caption_and_a_question_never_meet() -> None:
@@ -80,8 +80,8 @@ def test_a_caption_and_a_question_never_meet() -> None:
 
 
 def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
-    found = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
-    assert list(found.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
+    reason_of = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
+    assert list(reason_of.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
     ],
 )
 def test_the_best_of_a_cluster_is_kept_whichever_comes_first(better: dict[str, Any], worse: dict[str, Any]) -> None:
-    same = {"sample_id": "s", "clean_text": "A red ring."}
-    assert list(reasons(table(same | worse, same | better)).values()) == ["duplicate", None]
-    assert list(reasons(table(same | better, same | worse)).values()) == [None, "duplicate"]
+    row = {"sample_id": "s", "clean_text": "A red ring."}
+    assert list(reasons(table(row | worse, row | better)).values()) == ["duplicate", None]
+    assert list(reasons(table(row | better, row | worse)).values()) == [None, "duplicate"]
 
 
-# Words of this test alone: nothing here is shared with the code.
+# Words of this test only; none of them is shared with the code.
 ANIMALS = ["otter", "walrus", "pelican", "badger", "lizard", "heron", "donkey", "ferret", "magpie", "hamster"]
 COATS = ["crimson", "turquoise", "spotted", "ginger", "silver"]
 DEEDS = ["naps beside", "leaps over", "peers at", "hides behind"]
@@ -107,34 +107,34 @@ THINGS = ["the anvil", "a wicker basket", "the mossy boulder", "a broken ladder"
 
 
 def planted(count: int) -> tuple[list[str], list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return captions, (kind, same in other words) of each in turn, and (kind, the same but for what matters)."""
+    """Return captions, each reworded, and each altered in meaning; the last two as (kind of change, text)."""
     rng = random.Random("planted")
     bases = [f"A {c} {a} {d} {t}." for c, a, d, t in itertools.product(COATS, ANIMALS, DEEDS, THINGS)]
     rng.shuffle(bases)
     bases = bases[:count]
-    same = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(SAME.items()), strict=False)]
-    other = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(OTHER.items()), strict=False)]
-    return bases, same, other
+    reworded = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(REWORDED.items()), strict=False)]
+    altered = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(ALTERED.items()), strict=False)]
+    return bases, reworded, altered
 
 
 def _moved(base: str, rng: random.Random) -> str:
-    deed = next(each for each in DEEDS if each in base)
+    deed = next(phrase for phrase in DEEDS if phrase in base)
     front, back = base.rstrip(".").split(f" {deed} ")
     return f"{deed.capitalize()} {back}, {front[0].lower()}{front[1:]}."
 
 
 def _misspelled(base: str, rng: random.Random) -> str:
     word = next(word for word in base.split() if word in ANIMALS)
-    at = rng.randrange(1, len(word) - 1)
-    return base.replace(word, word[:at] + word[at + 1] + word[at] + word[at + 2 :] if word[at] != word[at + 1] else word + "q")
+    n = rng.randrange(1, len(word) - 1)
+    return base.replace(word, word[:n] + word[n + 1] + word[n] + word[n + 2 :] if word[n] != word[n + 1] else word + "q")
 
 
 def _swapped(base: str, values: list[str], rng: random.Random) -> str:
-    found = next(value for value in values if value in base)
-    return base.replace(found, rng.choice([value for value in values if value != found]))
+    old = next(value for value in values if value in base)
+    return base.replace(old, rng.choice([value for value in values if value != old]))
 
 
-SAME: dict[str, Callable[[str, random.Random], str]] = {
+REWORDED: dict[str, Callable[[str, random.Random], str]] = {
     "case and marks": lambda base, rng: base.upper().replace(".", " !"),
     "opening": lambda base, rng: (
         rng.choice(("This photo shows ", "In the image, there is ", "We can see ")) + base[0].lower() + base[1:]
@@ -144,7 +144,7 @@ SAME: dict[str, Callable[[str, random.Random], str]] = {
     "order of clauses": _moved,
     "misspelled": _misspelled,
 }
-OTHER: dict[str, Callable[[str, random.Random], str]] = {
+ALTERED: dict[str, Callable[[str, random.Random], str]] = {
     "color": lambda base, rng: _swapped(base, COATS, rng),
     "subject": lambda base, rng: _swapped(base, ANIMALS, rng),
     "deed": lambda base, rng: _swapped(base, DEEDS, rng),
@@ -159,16 +159,16 @@ OTHER: dict[str, Callable[[str, random.Random], str]] = {
 
 
 def test_planted_duplicates_are_found_and_decisive_words_keep_texts_apart() -> None:
-    bases, same, other = planted(1200)
-    texts = [*bases, *(text for _, text in same), *(text for _, text in other)]
+    bases, reworded, altered = planted(1200)
+    texts = [*bases, *(text for _, text in reworded), *(text for _, text in altered)]
     marked = deduped(captions(*texts))
     cluster = marked["cluster"].to_pylist()
     n = len(bases)
-    right = sum(cluster[at] == cluster[n + at] for at in range(n))
-    wrong = sum(cluster[at] == cluster[2 * n + at] for at in range(n))
+    right = sum(cluster[index] == cluster[n + index] for index in range(n))
+    wrong = sum(cluster[index] == cluster[2 * n + index] for index in range(n))
     clusters: dict[str, set[str]] = {}
-    for at, name in enumerate(cluster[: 2 * n]):
-        clusters.setdefault(name, set()).add(bases[at % n])
+    for index, name in enumerate(cluster[: 2 * n]):
+        clusters.setdefault(name, set()).add(bases[index % n])
     assert right >= 0.80 * n, f"recall {right / n:.3f}"
     assert wrong == 0
     assert right / (right + sum(len(different) > 1 for different in clusters.values())) >= 0.995
@@ -199,15 +199,15 @@ def test_what_is_merged_is_what_comparing_all_with_all_would_merge() -> None:
         "rod",
     ]
     keys = sorted({content_key(" ".join(rng.choices(words, k=rng.randint(1, 5)))) for _ in range(1500)})
-    found = merged(*keys)
-    same = {key: {other for other in keys if other != key and says_the_same(key, other)} for key in keys}
-    for wrong, right in found.items():
-        assert same[wrong]  # nothing is merged that says nothing like it
-        assert right not in found
-    for key, (other, *rivals) in ((key, sorted(others)) for key, others in same.items() if others):
-        if not rivals and same[other] == {key}:  # every pair without a rival is merged
-            assert found.get(key) == other or found.get(other) == key
-    assert len(found) > 50
+    corrections = merged(*keys)
+    variants_of = {key: {variant for variant in keys if variant != key and says_the_same(key, variant)} for key in keys}
+    for wrong, right in corrections.items():
+        assert variants_of[wrong]  # only equivalent keys are merged
+        assert right not in corrections
+    for key, (variant, *rivals) in ((key, sorted(variants)) for key, variants in variants_of.items() if variants):
+        if not rivals and variants_of[variant] == {key}:  # every pair without a rival is merged
+            assert corrections.get(key) == variant or corrections.get(variant) == key
+    assert len(corrections) > 50
 
 
 def test_what_could_be_two_things_is_left_alone() -> None:
@@ -218,14 +218,14 @@ def test_what_could_be_two_things_is_left_alone() -> None:
 
 
 def test_order_and_shards_do_not_matter() -> None:
-    bases, same, _ = planted(300)
-    rows = captions(*bases, *(text for _, text in same), *bases)
+    bases, reworded, _ = planted(300)
+    rows = captions(*bases, *(text for _, text in reworded), *bases)
     shuffled = rows.take(random.Random(1).sample(range(rows.num_rows), rows.num_rows))
     assert reasons(rows) == reasons(shuffled) == reasons(rows, shards=7)
 
 
 def test_a_bucket_of_one_template_costs_no_more_than_other_rows() -> None:
-    # Twenty thousand captions that differ in one word, all of them unknown to the dictionary but a few.
+    # 20,000 captions that differ in one word, which the dictionary knows for a few of them only.
     texts = [f"q{n:x}zgh".translate(str.maketrans("0123456789", "ghijklmnop")) + " stands on beach" for n in range(20_000)]
     tracemalloc.start()
     merged(*texts, "horse stands on beach", "hores stands on beach")

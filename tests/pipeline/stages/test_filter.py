@@ -1,4 +1,4 @@
-"""Filter: each fault has its reason, what can be mended is mended beside the original, and clean rows pass."""
+"""Filter: each fault has its reason, corrected texts go into columns of their own, and clean rows pass."""
 
 import itertools
 import random
@@ -17,9 +17,9 @@ GOOD = "A red kite over a grey harbour."
 
 
 def table(*rows: str | tuple[str, str]) -> pa.Table:
-    """Captions, and questions with their answers."""
-    told = [{"text": row} if isinstance(row, str) else dict(zip(("question", "answer"), row, strict=True)) for row in rows]
-    return pa.Table.from_pylist([{"annotation_id": str(n), **row} for n, row in enumerate(told)], schema=SCHEMA)
+    """Return a table of captions (str) and of questions with their answers (tuple)."""
+    fields = [{"text": row} if isinstance(row, str) else dict(zip(("question", "answer"), row, strict=True)) for row in rows]
+    return pa.Table.from_pylist([{"annotation_id": str(n), **row} for n, row in enumerate(fields)], schema=SCHEMA)
 
 
 def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
@@ -136,8 +136,8 @@ def test_planted_refusals_and_loops_are_found_and_hardly_any_clean_text_is() -> 
         f"A {a} {b} {c} {d}."
         for a, b, c, d in itertools.product(things, doing, places, ("at noon", "in the rain", "today", "alone"))
     ]
-    found = reasons(*planted)
-    assert len(clean) == 1000 and sum(reason is not None for reason in found) >= 0.98 * len(planted)
+    planted_reasons = reasons(*planted)
+    assert len(clean) == 1000 and sum(reason is not None for reason in planted_reasons) >= 0.98 * len(planted)
     assert sum(reason is not None for reason in reasons(*clean)) <= 0.005 * len(clean)
 
 

@@ -1,4 +1,4 @@
-"""The stage review: what people said of texts is done to these texts, and to nothing else."""
+"""Stage review: each review is applied to the text that it names, and to no other."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def question(text: str, answer: str, pair_id: str | None = None, sample: int = 0
 
 
 class Reviewed:
-    """A dataset folder of one or two shards with rows of its own."""
+    """A dataset folder of one or more shards with the given rows."""
 
     def __init__(self, path: Path, *rows: dict[str, Any], shards: int = 1) -> None:
         blank = {"sample_id": IDS[0], "prompt_id": "p", "pages": 1, "expression": ""}
@@ -42,12 +42,12 @@ class Reviewed:
             write_table(shard.stage(BEFORE), [table], SCHEMA)
 
     def apply(self, *reviews: tuple[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Review rows by their position, and return all rows in order."""
-        made = []
+        """Apply reviews, given with the position of their row, and return all rows in order."""
+        all_reviews = []
         for n, review in reviews:
             sample_id, content = text_name(self.rows[n])
-            made.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
-        write_text(self.dataset.reviews, format_reviews(made))
+            all_reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
+        write_text(self.dataset.reviews, format_reviews(all_reviews))
         plan = RunPlan(self.dataset, resolve(source="scenes"), "r", None, ())
         compare_stage(STAGE, self.shards, self.dataset, BEFORE, plan, NullProgress())
         for shard in self.shards:

@@ -1,4 +1,4 @@
-"""Split: by image, in the shares asked for, and for ever."""
+"""Split: assigned by image, in the configured shares, and stable when other images are added."""
 
 from collections import Counter
 
@@ -22,8 +22,8 @@ def table(ids: list[str], source_split: str | None = None) -> pa.Table:
 def splits(rows: pa.Table, shards: int = 1) -> list[str]:
     marked = run_stage(STAGE, rows, shards=shards)
     assert marked["reason"].null_count == rows.num_rows
-    found: list[str] = marked["split"].to_pylist()
-    return found
+    assigned: list[str] = marked["split"].to_pylist()
+    return assigned
 
 
 def test_all_annotations_of_an_image_are_in_one_split() -> None:
@@ -56,8 +56,8 @@ def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
 
 def test_images_that_look_alike_are_in_one_split() -> None:
     groups = [IDS[n // 4] for n in range(400)]
-    found = splits(table(IDS[:400]).set_column(2, "image_group", pa.array(groups)))
-    assert len(set(zip(groups, found, strict=True))) == 100 and len(set(found)) == 3
+    assigned = splits(table(IDS[:400]).set_column(2, "image_group", pa.array(groups)))
+    assert len(set(zip(groups, assigned, strict=True))) == 100 and len(set(assigned)) == 3
 
 
 def test_where_the_source_says_a_split_of_some_the_others_of_a_group_go_along() -> None:

@@ -14,8 +14,8 @@ PAIR = {"task": "qa", "style": "", "question": "How many?", "answer": "2", "answ
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    fixed = {"annotation_id": "a", "sample_id": "s", "request_id": "r", "position": 0, "prompt_id": "p"}
-    return pa.Table.from_pylist([fixed | row for row in rows], schema=ANNOTATION)
+    defaults = {"annotation_id": "a", "sample_id": "s", "request_id": "r", "position": 0, "prompt_id": "p"}
+    return pa.Table.from_pylist([defaults | row for row in rows], schema=ANNOTATION)
 
 
 @pytest.mark.parametrize(

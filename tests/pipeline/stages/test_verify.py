@@ -1,4 +1,4 @@
-"""Verify: each check rejects with its own reason, and what was not asked or not answered rejects nothing."""
+"""Verify: each check rejects with its own reason, and checks without an answer reject nothing."""
 
 from typing import Any
 
@@ -20,13 +20,13 @@ def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, str
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    fixed = [{"annotation_id": str(n), "checks": [], **row} for n, row in enumerate(rows)]
-    return pa.Table.from_pylist(fixed, schema=SCHEMA)
+    complete = [{"annotation_id": str(n), "checks": [], **row} for n, row in enumerate(rows)]
+    return pa.Table.from_pylist(complete, schema=SCHEMA)
 
 
 def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str | None]:
-    found: list[str | None] = verify_rows(table(*rows), shards, **settings)["reason"].to_pylist()
-    return found
+    row_reasons: list[str | None] = verify_rows(table(*rows), shards, **settings)["reason"].to_pylist()
+    return row_reasons
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_one_of_yes_and_no_is_guessed_by_luck() -> None:
 
 def test_the_captions_that_fit_worst_go_by_style() -> None:
     rows = [CAPTION | {"alignment": n / 100} for n in range(100)] + [CAPTION | {"style": "detailed", "alignment": 0.9}] * 3
-    found = reasons(*rows, lowest_alignment_frac=0.05)
-    assert found == ["low_alignment"] * 5 + [None] * 98
+    row_reasons = reasons(*rows, lowest_alignment_frac=0.05)
+    assert row_reasons == ["low_alignment"] * 5 + [None] * 98
     assert reasons(*rows, lowest_alignment_frac=0.0, min_alignment=0.5).count("low_alignment") == 50
     assert set(reasons(CAPTION, CAPTION)) == {None}
 
@@ -86,5 +86,5 @@ def test_a_frequent_answer_may_be_right_by_luck_without_its_pages() -> None:
     assert reasons(*rows) == [None] * 20 + ["evidence_not_necessary"] * 20
     assert reasons(*rows, shards=3) == reasons(*rows)
     assert reasons(*rows, max_answer_frequency=0.5) == ["evidence_not_necessary"] * 40
-    # One of a kind is frequent nowhere, however few there are.
+    # An answer that occurs once is not frequent, however few rows there are.
     assert reasons(row("3", "number")) == ["evidence_not_necessary"]

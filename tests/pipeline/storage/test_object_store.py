@@ -1,4 +1,4 @@
-"""Dataset folders in an object store: what a file system gives for free is made here, over the store of fsspec in memory."""
+"""Dataset folders in an object store: atomic writes, publishing and leases, over the in-memory store of fsspec."""
 
 import json
 import threading
@@ -103,17 +103,17 @@ def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest
 
 
 def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     with lease(home / ".lock", 1.0):
-        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0, said.append):
+        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0, messages.append):
             pass
-        time.sleep(1.5)  # longer than a dead one is waited for
+        time.sleep(1.5)  # longer than the wait for a dead holder
         with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0):
             pass
-    assert "waiting 1 s for a sign of life" in said[0]
+    assert "waiting 1 s for a sign of life" in messages[0]
     start = time.monotonic()
     with DatasetDir(home).lock():
-        assert time.monotonic() - start < 1  # it was given back
+        assert time.monotonic() - start < 1  # the lease was released
 
 
 def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
@@ -179,14 +179,14 @@ def test_what_another_client_has_put_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
-        mine = parse_dataset_path("s3://sets/mine")
-        (mine / "a").write_text("a")
-        assert [path.name for path in mine.iterdir()] == ["a"]
+        dataset = parse_dataset_path("s3://sets/mine")
+        (dataset / "a").write_text("a")
+        assert [path.name for path in dataset.iterdir()] == ["a"]
         boto3.client("s3").put_object(Bucket="sets", Key="mine/b", Body=b"b")
-        assert sorted(path.name for path in mine.iterdir()) == ["a", "b"]
-        with lease(mine / ".lock", 0.8), pytest.raises(StoreError), lease(mine / ".lock", 0.8):
+        assert sorted(path.name for path in dataset.iterdir()) == ["a", "b"]
+        with lease(dataset / ".lock", 0.8), pytest.raises(StoreError), lease(dataset / ".lock", 0.8):
             pass
-        assert not (mine / ".lock").exists()
+        assert not (dataset / ".lock").exists()
 
 
 def test_what_a_store_refuses_is_one_line_and_what_is_our_own_mistake_is_not_hidden(home: Path) -> None:

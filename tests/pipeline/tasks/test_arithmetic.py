@@ -1,4 +1,4 @@
-"""Arithmetic: what a calculation comes to, and nothing that is not one."""
+"""Arithmetic: calculations are evaluated, and anything else has no value."""
 
 import pytest
 

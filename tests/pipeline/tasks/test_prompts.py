@@ -1,4 +1,4 @@
-"""Prompts: one shared system text, one task line at the end, and a name that changes with the words."""
+"""Prompts: one shared system text, one task line at the end, and an id that changes with the wording."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_style_is_told_in_words_of_its_own(style: str) -> None:
-    assert len({render("caption", style=other).text.splitlines()[0] for other in STYLES}) == len(STYLES)
+    assert len({render("caption", style=name).text.splitlines()[0] for name in STYLES}) == len(STYLES)
     assert render("caption", style=style).text.splitlines()[-1] == f"Task: caption, {style}"
 
 

@@ -1,4 +1,4 @@
-"""Parse: a reply becomes its annotations, and one that cannot be read becomes a row that says so."""
+"""Parsing: a reply becomes annotation rows, and an unreadable reply becomes one row with its error."""
 
 from dataclasses import replace
 

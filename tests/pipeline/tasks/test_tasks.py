@@ -1,4 +1,4 @@
-"""Schema: the wire view holds only what a decoder enforces; the full model says the rest, with a word for each fault."""
+"""Schemas: the wire schema holds only what a decoder enforces; the full model checks the rest, with a code per error."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
 from pipeline.tasks.qa import QAPair, QASet
 
-# What guidance enforces (vLLM 0.32 with llguidance 1.7); it refuses or, elsewhere, ignores other keywords.
+# The keywords that guidance enforces (vLLM 0.32 with llguidance 1.7); it refuses or ignores others.
 ENFORCED = {
     "$defs", "$ref", "additionalProperties", "anyOf", "const", "enum", "items", "maxItems", "maximum", "minItems", "minimum",
     "properties", "required", "type",
@@ -20,7 +20,7 @@ ENFORCED = {
 
 
 def keywords(node: Any) -> set[str]:
-    """The keywords of a schema; the names of properties and definitions are none."""
+    """Return the keywords of a schema, without the names of properties and definitions."""
     if isinstance(node, list):
         return {key for item in node for key in keywords(item)}
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""What a caption claims, and what it does not."""
+"""Claims of a caption: the questions that they become, and the expected answers."""
 
 import random
 

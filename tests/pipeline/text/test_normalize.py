@@ -1,4 +1,4 @@
-"""Texts brought down to what they say: what is equal under a key, and what never is."""
+"""Text normalization: which texts share a content key, and which must not."""
 
 import random
 
@@ -119,7 +119,7 @@ def test_keys_of_many_texts_are_the_keys_of_each() -> None:
 
 def test_keys_of_a_slice_and_of_nothing() -> None:
     texts = pa.array(["A red ring.", "a blue ring", "It's a dog's ring", "the", ""])
-    for first, count in ((1, 3), (2, 1), (4, 1), (0, 0), (5, 0)):
-        part = texts.slice(first, count)
+    for start, count in ((1, 3), (2, 1), (4, 1), (0, 0), (5, 0)):
+        part = texts.slice(start, count)
         assert content_keys(part).to_pylist() == list(map(content_key, part.to_pylist()))
     assert content_keys(pa.array([], pa.string())).to_pylist() == []

@@ -1,4 +1,4 @@
-"""Personal data is replaced, and what only looks like it stays."""
+"""PII: personal data is replaced by its kind, and numbers that only look like it stay."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Answers as the official VQA evaluation compares them: its rules, and its quirks."""
+"""VQA answers: normalized by the rules of the official evaluation, quirks included."""
 
 import pytest
 

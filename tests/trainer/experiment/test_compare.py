@@ -1,4 +1,4 @@
-"""Comparison: intervals that hold what is true, verdicts that are careful, and pairs that differ in one thing."""
+"""Comparison: intervals contain the true value, verdicts are careful, and compared arms differ in one factor."""
 
 import numpy as np
 import pytest
@@ -42,9 +42,9 @@ def test_the_interval_of_a_mean_is_that_of_the_textbook_where_seeds_agree() -> N
 
 def test_a_difference_on_the_same_images_is_seen_where_two_means_would_hide_it() -> None:
     hard_I = RNG.normal(3.0, 2.0, 100)  # images differ far more than arms
-    one, other = np.stack([hard_I + 0.2] * 3), np.stack([hard_I] * 3)
-    assert interval(one)[0] < interval(other)[1]
-    assert verdict(*interval(one, other)) == "better" and verdict(*interval(other, one)) == "worse"
+    higher, lower = np.stack([hard_I + 0.2] * 3), np.stack([hard_I] * 3)
+    assert interval(higher)[0] < interval(lower)[1]
+    assert verdict(*interval(higher, lower)) == "better" and verdict(*interval(lower, higher)) == "worse"
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
@@ -65,11 +65,11 @@ def test_a_true_difference_of_nothing_is_called_one_in_some_five_of_a_hundred_ca
 
 def test_arms_are_compared_where_they_are_alike_in_all_but_one_factor() -> None:
     flat = np.ones((2, 10))
-    arms = [arm(d, flat + n, e) for n, d in enumerate(("facts", "model")) for e in ("clip", "vit")]
+    arms = [arm(data, flat + offset, encoder) for offset, data in enumerate(("facts", "model")) for encoder in ("clip", "vit")]
     arms += [arm("facts", flat, "clip", "connector"), arm("model", flat, "clip", otherwise="steps 7")]
     arms.append(arm("both", flat + 3, "clip"))
-    found = {(c["factor"], c["arm"], c["than"]): c["difference"] for c in compare(arms)}
-    assert found == {
+    differences = {(c["factor"], c["arm"], c["than"]): c["difference"] for c in compare(arms)}
+    assert differences == {
         ("data", "model, clip, scratch", "facts, clip, scratch"): 1.0,
         ("data", "model, vit, scratch", "facts, vit, scratch"): 1.0,
         ("data", "both, clip, scratch", "facts, clip, scratch"): 3.0,
@@ -81,17 +81,17 @@ def test_arms_are_compared_where_they_are_alike_in_all_but_one_factor() -> None:
 
 
 def test_one_seed_speaks_for_itself_alone() -> None:
-    (found,) = compare([arm("facts", np.ones((1, 10))), arm("model", np.ones((3, 10)) * 2)])
-    assert (found["verdict"], found["seeds"]) == ("better with this seed", [3, 1])
+    (comparison,) = compare([arm("facts", np.ones((1, 10))), arm("model", np.ones((3, 10)) * 2)])
+    assert (comparison["verdict"], comparison["seeds"]) == ("better with this seed", [3, 1])
     assert verdict(-1.0, 1.0, seeds=1) == "cannot tell at this size"
 
 
 def test_three_seeds_that_differ_by_chance_seldom_give_a_verdict() -> None:
-    """A normal interval over three seeds is too narrow; without being spread it would call about one pair in five."""
+    """A normal interval over three seeds is too narrow: unless widened, it would call about one pair in five."""
     rng = np.random.default_rng(3)
     flat = np.zeros(200)
     pairs = [[np.stack([flat + rng.normal(0, 1.0) for _ in range(3)]) for _ in range(2)] for _ in range(60)]
-    called = sum(verdict(*interval(one, other)) != "cannot tell at this size" for one, other in pairs)
+    called = sum(verdict(*interval(first, second)) != "cannot tell at this size" for first, second in pairs)
     assert called <= 9
 
 
@@ -107,7 +107,7 @@ def test_examples_begin_with_what_differs_most() -> None:
     scores = np.ones((1, 20))
     apart = scores.copy()
     apart[0, 13] = 9.0
-    shown = examples([arm("facts", scores), arm("model", apart, caption="a blue ring")], 6)
-    assert shown[0]["sample_id"] == "i13" and len(shown) == 6 == len({example["sample_id"] for example in shown})
-    assert [said["caption"] for said in shown[0]["said"]] == ["a red ring", "a blue ring"]
+    chosen = examples([arm("facts", scores), arm("model", apart, caption="a blue ring")], 6)
+    assert chosen[0]["sample_id"] == "i13" and len(chosen) == 6 == len({example["sample_id"] for example in chosen})
+    assert [entry["caption"] for entry in chosen[0]["said"]] == ["a red ring", "a blue ring"]
     assert len(examples([arm("facts", np.ones((1, 3)))], 6)) == 3

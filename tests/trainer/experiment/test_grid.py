@@ -1,4 +1,4 @@
-"""An experiment file: a grid of cells on one budget, and one clear error where it cannot be."""
+"""Experiment files: a grid of cells on one budget, and one clear error for an invalid file."""
 
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ def test_every_kind_of_data_meets_every_encoder_and_seed() -> None:
 def test_all_cells_train_for_the_same_number_of_steps() -> None:
     cells = cells_of(experiment(alignment=["none", "connector", "contrast"]))
     assert {cell.config.align_steps + cell.config.steps for cell in cells} == {100}
-    found = {cell.alignment: (cell.config.align_steps > 0, cell.config.contrastive_weight > 0) for cell in cells}
-    assert found == {"none": (False, False), "connector": (True, False), "contrast": (True, True)}
+    stages = {cell.alignment: (cell.config.align_steps > 0, cell.config.contrastive_weight > 0) for cell in cells}
+    assert stages == {"none": (False, False), "connector": (True, False), "contrast": (True, True)}
 
 
 def test_a_smaller_grid_beside_the_first_replaces_lists_and_adds_settings() -> None:
-    more = {"data": ["model"], "decoder": ["smollm2"], "seeds": [0], "settings": {"steps": 7}}
-    cells = cells_of(experiment(also=[more]))
+    second_grid = {"data": ["model"], "decoder": ["smollm2"], "seeds": [0], "settings": {"steps": 7}}
+    cells = cells_of(experiment(also=[second_grid]))
     assert len(cells) == 5
     last = cells[-1]
     assert (last.data, last.encoder, last.decoder, last.seed, last.config.steps) == ("model", "tiny-clip", "smollm2", 0, 7)
@@ -56,10 +56,10 @@ def test_a_cell_that_is_named_twice_is_run_once() -> None:
 
 
 def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
-    one, other = cells_of(experiment())[0], cells_of(experiment(settings={"steps": 100, "dropout": 0.2}))[0]
-    names = {one.folder("a"), one.folder("b"), other.folder("a"), *(cell.folder("a") for cell in cells_of(experiment())[1:])}
+    base, varied = cells_of(experiment())[0], cells_of(experiment(settings={"steps": 100, "dropout": 0.2}))[0]
+    names = {base.folder("a"), base.folder("b"), varied.folder("a"), *(cell.folder("a") for cell in cells_of(experiment())[1:])}
     assert len(names) == 6
-    assert one.folder("a").startswith("facts-tiny-clip-scratch-none-all-s0-")
+    assert base.folder("a").startswith("facts-tiny-clip-scratch-none-all-s0-")
 
 
 @pytest.mark.parametrize(

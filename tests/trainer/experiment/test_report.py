@@ -1,4 +1,4 @@
-"""The result: tables for people and programs, and a page in which text of a model is only text."""
+"""The result: tables for people and programs, and a page that escapes the text of models."""
 
 import html
 import json
@@ -21,40 +21,40 @@ QUESTIONS = {"number": {"count": 3, "accuracy": 0.75, "shuffled": 0.2, "majority
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Run]:
-    """Two arms of two seeds, as the trainer leaves them."""
+    """Return finished runs of two arms with two seeds each."""
     version, _ = make_version(tmp_path / "d", scene_samples(40))
     ids = version.read("test", ["sample_id"])["sample_id"].to_pylist()
-    made = []
+    finished = []
     for data, base in (("facts", 4.0), (HOSTILE, 2.0)):
         for seed in (0, 1):
             folder = tmp_path / "cells" / f"{base}-{seed}"
             folder.mkdir(parents=True)
-            told = [
+            rows = [
                 {
                     "sample_id": sample_id,
                     "caption": HOSTILE if data == HOSTILE else "a red ring",
                     "references": ["a red ring", HOSTILE.lower()],
-                    "cider_d": base + at / 10 + seed / 100,
+                    "cider_d": base + index / 10 + seed / 100,
                     "shuffled_cider_d": 0.5,
                     "rouge_l": 0.5,
                 }
-                for at, sample_id in enumerate(ids)
+                for index, sample_id in enumerate(ids)
             ]
             lines = [{"step": step, "validation_cider_d": base * step / 10} for step in (5, 10)]
             metrics = {"scores": {"bleu_4": 0.1, "rouge_l": 0.5}, "words": {"mean": 3.0, "of_references": 3.0}}
-            (folder / "captions.jsonl").write_text("".join(json.dumps(about) + "\n" for about in told))
+            (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "metrics.json").write_text(json.dumps(metrics | ({"questions": QUESTIONS} if data == "facts" else {})))
             cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(text_source="human"))
-            made.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, 300 if data == "facts" else 400))
-    return made
+            finished.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, 300 if data == "facts" else 400))
+    return finished
 
 
 def test_the_tables_say_what_was_measured(runs: list[Run], tmp_path: Path) -> None:
     result = write_result(runs, tmp_path)
     assert json.loads((tmp_path / "experiment.json").read_text()) == json.loads(json.dumps(result))
-    facts, other = result["arms"]
-    assert facts["cider_d"] - other["cider_d"] == pytest.approx(2.0)
+    facts, hostile = result["arms"]
+    assert facts["cider_d"] - hostile["cider_d"] == pytest.approx(2.0)
     assert result["words_differ"] and "different numbers of words" in (tmp_path / "experiment.md").read_text()
     (difference,) = result["differences"]
     assert difference["verdict"] == "worse" and difference["difference"] == pytest.approx(-2.0)

@@ -1,4 +1,4 @@
-"""Cells: one budget for all kinds of data, and a run that goes on where it was interrupted."""
+"""Cells: one budget for all kinds of data, and a rerun that skips finished cells."""
 
 import json
 import os
@@ -26,11 +26,11 @@ SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
-    """The same images; of the second, some have lost their captions."""
-    some = true_captions(SAMPLES)
-    few = some.filter(pa.array([row["sample_id"] not in {s.id for s in SAMPLES[:9]} for row in some.to_pylist()]))
+    """Return two versions of the same samples; in the second, nine have no captions."""
+    captions = true_captions(SAMPLES)
+    remaining = captions.filter(pa.array([row["sample_id"] not in {s.id for s in SAMPLES[:9]} for row in captions.to_pylist()]))
     folder = tmp_path_factory.mktemp("data")
-    return {"all": make_version(folder / "all", SAMPLES)[0], "few": make_version(folder / "few", SAMPLES, few)[0]}
+    return {"all": make_version(folder / "all", SAMPLES)[0], "few": make_version(folder / "few", SAMPLES, remaining)[0]}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) 
         "model": {"data": "few"},
         "both": {"data": "all", "text_source": "mixed"},
     }
-    asked = Experiment.model_validate({"data": data, "encoder": [clip], "seeds": [0], "settings": SMALL} | changes)
-    return plan(asked, cells_of(asked), lambda name, images: versions[name or ""], out)
+    experiment = Experiment.model_validate({"data": data, "encoder": [clip], "seeds": [0], "settings": SMALL} | changes)
+    return plan(experiment, cells_of(experiment), lambda name, images: versions[name or ""], out)
 
 
 def images_of(run: Run, split: str) -> list[str]:
@@ -55,8 +55,8 @@ def images_of(run: Run, split: str) -> list[str]:
 def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     runs = planned(versions, clip, tmp_path)
     for split in ("train", "validation", "test"):
-        first, *others = (images_of(run, split) for run in runs)
-        assert first and all(other == first for other in others)
+        first, *rest = (images_of(run, split) for run in runs)
+        assert first and all(ids == first for ids in rest)
     assert not {sample.id for sample in SAMPLES[:9]} & set(images_of(runs[0], "train"))
 
 
@@ -64,25 +64,25 @@ def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version]
     runs = planned(versions, clip, tmp_path)
     assert len({run.train_images for run in runs}) == 1
     words = [run.train_words for run in runs]
-    assert max(words) - min(words) < 30  # less than two captions: of long and short ones the short ones are taken
+    assert max(words) - min(words) < 30  # less than two captions: short captions are preferred
     unmatched = {run.cell.data: run.train_words for run in planned(versions, clip, tmp_path, match_words=False)}
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
 def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
-        seen = limit_images(examples_of(run.version, "train", run.config, run.only), run.config.train_images)
-        learned = limit_captions(seen, run.config.caption_word_budget)
+        examples = limit_images(examples_of(run.version, "train", run.config, run.only), run.config.train_images)
+        learned = limit_captions(examples, run.config.caption_word_budget)
         assert len(learned) == run.train_images
-        assert sum(count_words(text) for e in learned for text in e.texts if text.style) == run.train_words
+        assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_words
         assert run.train_images == 10 or run.cell.train_images == 0
 
 
 def test_a_model_folder_that_changed_is_another_cell(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     before = planned(versions, clip, tmp_path)[0].folder
     weights = next(Path(clip).glob("*.safetensors"))
-    kept = weights.stat()
-    os.utime(weights, ns=(kept.st_atime_ns, kept.st_mtime_ns + 1))
+    stat = weights.stat()
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert planned(versions, clip, tmp_path)[0].folder != before
 
 
@@ -90,9 +90,9 @@ def test_without_references_nothing_can_be_compared(versions: dict[str, Version]
     bare, _ = make_version(tmp_path / "bare", [replace(sample, references=()) for sample in SAMPLES])
     with pytest.raises(TrainError, match="0 test images in common that have the same references"):
         planned({"all": versions["all"], "few": bare}, clip, tmp_path)
-    other, _ = make_version(tmp_path / "other", [replace(sample, references=("Something else.",)) for sample in SAMPLES])
+    changed, _ = make_version(tmp_path / "other", [replace(sample, references=("Something else.",)) for sample in SAMPLES])
     with pytest.raises(TrainError, match="0 test images in common that have the same references"):
-        planned({"all": versions["all"], "few": other}, clip, tmp_path)
+        planned({"all": versions["all"], "few": changed}, clip, tmp_path)
 
 
 def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_from_running(
@@ -101,17 +101,17 @@ def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_fro
     runs = planned(versions, clip, tmp_path)[:2]
     config = TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1)
     bad = replace(runs[0], config=config, folder=tmp_path / "bad")
-    told: list[tuple[int, int | None]] = []
-    failed = run_cells([bad, *runs], 1, lambda stage, done, total: told.append((done, total)))
+    updates: list[tuple[int, int | None]] = []
+    failed = run_cells([bad, *runs], 1, lambda stage, done, total: updates.append((done, total)))
     assert len(failed) == 1 and failed[0].startswith("bad: ") and "nowhere" in failed[0], failed
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and all(run.is_done for run in runs)
-    about = json.loads((runs[1].folder / "cell.json").read_text())
-    assert (about["data"], about["seed"], about["digest"]) == ("model", 0, runs[1].version.manifest["digest"])
+    assert updates == [(0, 3), (1, 3), (2, 3), (3, 3)] and all(run.is_done for run in runs)
+    cell = json.loads((runs[1].folder / "cell.json").read_text())
+    assert (cell["data"], cell["seed"], cell["digest"]) == ("model", 0, runs[1].version.manifest["digest"])
     before = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
     assert run_cells(runs, 1, lambda stage, done, total: None) == []
     assert before == {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
     result = write_result(runs, tmp_path)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
-    assert {found["than"].split(",")[0] for found in result["differences"]} == {"facts"}
+    assert {difference["than"].split(",")[0] for difference in result["differences"]} == {"facts"}
     assert (tmp_path / "experiment.html").read_text().count("data:image/webp;base64,") == len(result["examples"])
     assert "| facts, " in (tmp_path / "experiment.md").read_text()

@@ -1,4 +1,4 @@
-"""Slices: the words of a kind that caption and reference share."""
+"""Slices: scores of one kind of words that caption and reference share."""
 
 import pytest
 
@@ -24,13 +24,13 @@ def test_each_word_counts_in_one_slice_or_none(word: str, slice_: str | None) ->
     assert slice_of(word) == slice_
 
 
-def scores(said: str, *references: str) -> dict[str, float | None]:
-    return slice_scores([tokenize(said)], [[tokenize(reference) for reference in references]])
+def scores(caption: str, *references: str) -> dict[str, float | None]:
+    return slice_scores([tokenize(caption)], [[tokenize(reference) for reference in references]])
 
 
 def test_what_is_named_alike_is_one_and_what_is_not_is_nothing() -> None:
-    found = scores("Two red dogs on the left", "Two blue dogs on the right")
-    assert found == {"objects": 1.0, "attributes": 0.0, "counting": 1.0, "position": pytest.approx(0.5)}
+    result = scores("Two red dogs on the left", "Two blue dogs on the right")
+    assert result == {"objects": 1.0, "attributes": 0.0, "counting": 1.0, "position": pytest.approx(0.5)}
 
 
 def test_a_slice_that_nobody_speaks_of_has_no_score() -> None:
@@ -47,6 +47,6 @@ def test_saying_nothing_of_a_kind_is_not_free_where_some_reference_speaks_of_it(
 
 
 def test_images_count_by_their_words() -> None:
-    found = slice_scores([["dog"], ["cat"]], [[["dog", "ring", "star"]], [["tree"]]])
-    assert found["objects"] == pytest.approx(2 * 1 / (2 + 4))
-    assert list(found) == list(SLICES)
+    result = slice_scores([["dog"], ["cat"]], [[["dog", "ring", "star"]], [["tree"]]])
+    assert result["objects"] == pytest.approx(2 * 1 / (2 + 4))
+    assert list(result) == list(SLICES)

@@ -1,4 +1,4 @@
-"""Captioner: both decoders learn real tokens only, texts share an image without mixing, and writing stops at EOS."""
+"""Captioner: both decoders learn real tokens only, texts share an image without mixing, and decoding stops at EOS."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,13 +36,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
                 save_language_model(root / kind, kind)
             decoder, words = load_decoder(str(root / kind))
             eos = words.eos_id
-        about: dict[str, Any] = {
+        options: dict[str, Any] = {
             "contrast_width": 8,
             "prompts": [("synthetic", "brief")],
             "eos_id": eos,
             "max_caption_tokens": 8,
         }
-        return build_captioner(load_encoder(encoders[kind]), decoder, **about).eval()
+        return build_captioner(load_encoder(encoders[kind]), decoder, **options).eval()
 
     return built
 
@@ -81,14 +81,14 @@ def test_texts_that_share_an_image_cost_what_they_cost_apart_and_teach_the_same(
 def test_a_text_does_not_see_the_others_of_its_image(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(1, N, V)
     both = captioner.loss(states, texts(ROWS[:2], PROMPTS[:2], [0, 0])) - captioner.loss(states, texts(ROWS[:1], [2], [0]))
-    other = [[2, 3, 20, 21, 22, EOS]]
-    changed = captioner.loss(states, texts([*other, ROWS[1]], [2, 2], [0, 0])) - captioner.loss(states, texts(other, [2], [0]))
+    first = [[2, 3, 20, 21, 22, EOS]]
+    changed = captioner.loss(states, texts([*first, ROWS[1]], [2, 2], [0, 0])) - captioner.loss(states, texts(first, [2], [0]))
     torch.testing.assert_close(both, changed, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_is_learned_from_those_before_it_and_not_from_itself(build: Build, kind: str) -> None:
-    """Catches a label that is shifted twice or not at all: token t may change what is learned from t on, and must."""
+    """Catches labels that are shifted twice or not at all: token t must change the loss from t on, and only there."""
     captioner, states = build(kind), torch.randn(1, N, V)
 
     def loss_of(row: list[int], length: int) -> float:
@@ -103,19 +103,19 @@ def test_a_token_is_learned_from_those_before_it_and_not_from_itself(build: Buil
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_what_the_next_token_is_told_with(build: Build, kind: str) -> None:
-    """Catches a label that is shifted twice: each token is told from the tokens before it, one after another."""
+    """Catches labels that are shifted twice: scores each token from the tokens before it, one after another."""
     captioner, states, row = build(kind), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
     memory = captioner.connector(states)
-    wanted = torch.zeros(())
-    for at in range(2, len(row)):
-        before = torch.tensor([row[:at]])
+    expected = torch.zeros(())
+    for position in range(2, len(row)):
+        before = torch.tensor([row[:position]])
         if isinstance(captioner.decoder, ScratchDecoder):
             scores = captioner.decoder.head(captioner.decoder(before, memory, torch.tensor([0]))[:, -1])
         else:
             words = captioner.decoder.model.get_input_embeddings()(before)
             scores = captioner.decoder.model(inputs_embeds=torch.cat([memory, words], 1)).logits[:, -1]
-        wanted = wanted - scores.log_softmax(-1)[0, row[at]]
-    torch.testing.assert_close(captioner.loss(states, texts([row], [2], [0])), wanted)
+        expected = expected - scores.log_softmax(-1)[0, row[position]]
+    torch.testing.assert_close(captioner.loss(states, texts([row], [2], [0])), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +125,7 @@ def test_padding_and_prompts_cost_nothing(build: Build, kind: str) -> None:
     padded = texts([ROWS[0] + [0, 0, 0]], [2], [0])
     padded = replace(padded, length_C=torch.tensor([5]))
     torch.testing.assert_close(captioner.loss(states, padded), plain)
-    assert captioner.loss(states, texts([ROWS[0]], [5], [0])).item() == 0.0  # all of it is prompt
+    assert captioner.loss(states, texts([ROWS[0]], [5], [0])).item() == 0.0  # every token belongs to the prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,8 +212,8 @@ def test_the_contrast_reaches_connector_and_decoder_and_looks_at_captions_only(b
     loss.backward()
     for part in (captioner.connector, captioner.decoder, captioner.contrast):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-    one = texts(ROWS[:1], [2], [0])
-    assert captioner.contrast_loss(states[:1], one).item() == 0.0  # nothing to tell apart
+    single = texts(ROWS[:1], [2], [0])
+    assert captioner.contrast_loss(states[:1], single).item() == 0.0  # one pair has no negatives
 
 
 def test_the_contrast_is_low_where_texts_lie_at_their_images() -> None:
@@ -221,6 +221,6 @@ def test_the_contrast_is_low_where_texts_lie_at_their_images() -> None:
     with torch.no_grad():
         for layer in (contrast.image, contrast.text):
             layer.weight.copy_(torch.eye(8))
-    images, of = torch.eye(8)[:3], torch.tensor([0, 0, 1, 2])
-    own, others = contrast(images, images[of], of), contrast(images, images[of.flip(0)], of)
-    assert own < 0.5 < others
+    images, owners = torch.eye(8)[:3], torch.tensor([0, 0, 1, 2])
+    matched, mismatched = contrast(images, images[owners], owners), contrast(images, images[owners.flip(0)], owners)
+    assert matched < 0.5 < mismatched

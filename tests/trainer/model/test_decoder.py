@@ -1,4 +1,4 @@
-"""Decoder: it looks at the past and at the image, never ahead; a cache changes the speed and nothing else."""
+"""Decoder: tokens attend to earlier tokens and to the image, not to later tokens; a cache changes only the speed."""
 
 import pytest
 import torch
@@ -28,17 +28,17 @@ def test_a_token_does_not_see_what_comes_after_it(decoder: ScratchDecoder) -> No
 
 def test_the_image_reaches_every_token(decoder: ScratchDecoder) -> None:
     ids = torch.randint(WORDS, (1, 4))
-    one, other = decoder(ids, torch.randn(1, 5, WIDTH), ONE), decoder(ids, torch.randn(1, 5, WIDTH), ONE)
-    assert ((one - other).abs().amax(-1) > 1e-4).all()
+    first, second = decoder(ids, torch.randn(1, 5, WIDTH), ONE), decoder(ids, torch.randn(1, 5, WIDTH), ONE)
+    assert ((first - second).abs().amax(-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 4], [9]])
 def test_with_a_cache_the_states_are_the_same(decoder: ScratchDecoder, pieces: list[int]) -> None:
     ids, memory, images = torch.randint(WORDS, (3, 9)), torch.randn(2, 5, WIDTH), torch.tensor([0, 1, 1])
-    cache, at, states = Cache(), 0, []
+    cache, start, states = Cache(), 0, []
     for length in pieces:
-        states.append(decoder(ids[:, at : at + length], memory, images, cache))
-        at += length
+        states.append(decoder(ids[:, start : start + length], memory, images, cache))
+        start += length
     torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory, images), rtol=1e-5, atol=1e-5)
 
 
@@ -55,8 +55,8 @@ def test_the_keys_of_the_image_are_computed_once(decoder: ScratchDecoder) -> Non
 def test_scores_of_rotated_vectors_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
-    def product(at_q: int, at_k: int) -> float:
-        return float((rotate(q, at_q) * rotate(k, at_k)).sum())
+    def product(position_q: int, position_k: int) -> float:
+        return float((rotate(q, position_q) * rotate(k, position_k)).sum())
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Search: greedy takes the likeliest word, beams find the likeliest text, sampling keeps to the likely words."""
+"""Decoding: greedy takes the likeliest word, beam search finds the likeliest text, sampling keeps to the likely words."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ PROMPT = torch.zeros(1, 1, dtype=torch.long)
 
 
 class Chain:
-    """A language model whose next word depends on the last one; it counts how often it is asked."""
+    """A language model whose next word depends on the last one; it counts its calls."""
 
     def __init__(self, scores: list[list[float]]) -> None:
         self.logs = torch.tensor(scores).log()
@@ -49,27 +49,27 @@ def test_a_text_without_end_is_cut_at_the_longest() -> None:
 def test_beams_find_the_likeliest_text_where_greedy_walks_into_a_trap(beams: int) -> None:
     chain = Chain(TRAP)
     (greedy,) = write(chain.step, PROMPT, DecodingConfig(), 4, EOS)
-    (found,) = beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=beams), 4, EOS)
-    every = [list(text) for n in range(1, 4) for text in itertools.product(range(1, WORDS), repeat=n)]
-    assert found == [2] == max(every, key=chain.mean_log)
+    (best,) = beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=beams), 4, EOS)
+    candidates = [list(text) for n in range(1, 4) for text in itertools.product(range(1, WORDS), repeat=n)]
+    assert best == [2] == max(candidates, key=chain.mean_log)
     assert greedy[0] == 1
 
 
 def test_beams_go_on_from_where_they_came() -> None:
-    """The order that `reorder` is told must be the one in which the rows of the next step stand."""
-    seen: list[list[list[int]]] = [[[0], [0]]]
+    """The order that `reorder` receives must be the order of the rows in the next step."""
+    history: list[list[list[int]]] = [[[0], [0]]]
 
     def step(new_RT: Tensor) -> Tensor:
-        for row, token in zip(seen[-1], new_RT[:, -1].tolist(), strict=True):
+        for row, token in zip(history[-1], new_RT[:, -1].tolist(), strict=True):
             row.append(token)
         return Chain(TRAP).logs[new_RT[:, -1]]
 
     def reorder(rows: Tensor) -> None:
-        seen.append([list(seen[-1][row]) for row in rows.tolist()])
+        history.append([list(history[-1][row]) for row in rows.tolist()])
 
     beam_search(step, reorder, PROMPT, DecodingConfig(beams=2), 3, EOS)
-    assert all(len(row) == len(seen[-1][0]) for row in seen[-1])
-    assert len({tuple(row) for row in seen[-1]}) == 2
+    assert all(len(row) == len(history[-1][0]) for row in history[-1])
+    assert len({tuple(row) for row in history[-1]}) == 2
 
 
 def test_sampling_keeps_to_the_words_that_hold_the_probability() -> None:

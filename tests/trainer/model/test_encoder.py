@@ -1,4 +1,4 @@
-"""Encoders: hidden states of the layer that was asked for, as the checkpoint itself prepares images."""
+"""Encoders: hidden states of the requested layer, with the image preprocessing of the checkpoint."""
 
 import random
 from dataclasses import asdict
@@ -29,7 +29,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_models_of_the_mission_have_the_sizes_of_the_mission() -> None:
-    """Random weights suffice; the meta device holds none."""
+    """The meta device gives the sizes without any weights."""
     with torch.device("meta"):
         vit, clip = ViTModel(ViTConfig()), CLIPModel(CLIPConfig())
     assert sum(p.numel() for p in vit.parameters()) == 86_389_248
@@ -41,20 +41,20 @@ def test_hidden_states_of_a_full_sized_encoder_are_one_a_patch_and_one_for_all(m
     processor = CLIPImageProcessor().to_dict()
     encoder = Encoder(EncoderConfig({"model_type": model, "num_hidden_layers": 1}, processor))
     with torch.inference_mode():
-        found = encoder(encoder.pixels([picture(size=(500, 375))]))
-    assert found.shape == (1, states, 768)
+        hidden = encoder(encoder.pixels([picture(size=(500, 375))]))
+    assert hidden.shape == (1, states, 768)
 
 
 def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
-    for folder, theirs in ((clip, CLIPVisionModel.from_pretrained(clip)), (vit, ViTModel.from_pretrained(vit))):
+    for folder, reference in ((clip, CLIPVisionModel.from_pretrained(clip)), (vit, ViTModel.from_pretrained(vit))):
         encoder = load_encoder(folder, frozen=False)
         pixels = encoder.pixels([picture(1), picture(2)])
         assert pixels.shape == (2, 3, SIDE_PX, SIDE_PX)
-        theirs.train(mode=False)
-        wanted = theirs(pixels, output_hidden_states=True)
-        torch.testing.assert_close(encoder.eval()(pixels), wanted.last_hidden_state)
+        reference.train(mode=False)
+        expected = reference(pixels, output_hidden_states=True)
+        torch.testing.assert_close(encoder.eval()(pixels), expected.last_hidden_state)
         below = load_encoder(folder, layer=-2, frozen=False).eval()(pixels)
-        torch.testing.assert_close(below, wanted.hidden_states[-2])
+        torch.testing.assert_close(below, expected.hidden_states[-2])
 
 
 def test_a_frozen_encoder_does_not_learn_and_rounds_as_a_cache_does(clip: str) -> None:
@@ -66,20 +66,20 @@ def test_a_frozen_encoder_does_not_learn_and_rounds_as_a_cache_does(clip: str) -
 
 def test_an_encoder_is_built_again_from_what_is_saved_of_it(clip: str) -> None:
     encoder = load_encoder(clip)
-    again = Encoder(EncoderConfig(**asdict(encoder.config)))
-    again.load_state_dict(encoder.state_dict())
+    rebuilt = Encoder(EncoderConfig(**asdict(encoder.config)))
+    rebuilt.load_state_dict(encoder.state_dict())
     pixels = encoder.pixels([picture()])
-    assert torch.equal(again.pixels([picture()]), pixels)
-    assert torch.equal(again(pixels), encoder(pixels))
+    assert torch.equal(rebuilt.pixels([picture()]), pixels)
+    assert torch.equal(rebuilt(pixels), encoder(pixels))
 
 
 def test_a_key_names_weights_and_layer(clip: str) -> None:
-    one, other = load_encoder(clip), load_encoder(clip)
-    assert one.key() == other.key()
-    assert load_encoder(clip, layer=-2).key() != one.key()
+    first, second = load_encoder(clip), load_encoder(clip)
+    assert first.key() == second.key()
+    assert load_encoder(clip, layer=-2).key() != first.key()
     with torch.no_grad():
-        next(other.tower.parameters()).flatten()[0] += 1e-3
-    assert other.key() != one.key()
+        next(second.tower.parameters()).flatten()[0] += 1e-3
+    assert second.key() != first.key()
 
 
 def test_no_path_of_this_machine_is_kept(clip: str) -> None:

@@ -1,4 +1,4 @@
-"""How many workers ask at once: never so many that nothing is left to read for them."""
+"""Ray cluster: how many workers run, with one CPU left for reading the source."""
 
 import pytest
 import ray
@@ -32,10 +32,10 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3 + [{"Alive": False}])
-    found = plan_workers(wanted, loads_model=own_server, own_server=own_server)
-    assert found == plan
-    assert found.workers * found.cpus <= cpus - 1
-    assert found.cpus >= MIN_CPUS
+    planned = plan_workers(wanted, loads_model=own_server, own_server=own_server)
+    assert planned == plan
+    assert planned.workers * planned.cpus <= cpus - 1
+    assert planned.cpus >= MIN_CPUS
 
 
 @pytest.mark.parametrize(

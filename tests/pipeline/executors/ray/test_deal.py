@@ -1,4 +1,4 @@
-"""Rows of a source are dealt out to shards: every row arrives, at the one shard that its key says."""
+"""Shuffle of source rows to shards: every row arrives once, at the shard of its key."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +29,13 @@ def test_each_row_arrives_once_and_equal_keys_at_one_shard(tmp_path: Path) -> No
     for reader in range(3):
         tables = [rows(*range(100 * reader, 100 * reader + 50)), rows(), rows(*range(100 * reader + 50, 100 * reader + 60))]
         deal.write(reader, tables, by_key(deal))
-    found = [dealt(deal, shard, 3) for shard in range(4)]
-    assert sorted(n for table in found for n in table["value"].to_pylist()) == [s + n for s in (0, 100, 200) for n in range(60)]
-    keys = [set(table["key"].to_pylist()) for table in found]
+    shard_tables = [dealt(deal, shard, 3) for shard in range(4)]
+    assert sorted(n for table in shard_tables for n in table["value"].to_pylist()) == [
+        s + n for s in (0, 100, 200) for n in range(60)
+    ]
+    keys = [set(table["key"].to_pylist()) for table in shard_tables]
     assert sum(map(len, keys)) == len(set.union(*keys)) == 7
-    for table in found:
+    for table in shard_tables:
         assert table["value"].to_pylist() == sorted(table["value"].to_pylist())  # in the order in which they were written
 
 

@@ -1,4 +1,4 @@
-"""A shard of an object store is filled on a disk of the node; nothing that was answered is lost with the node."""
+"""Scratch shards: a shard of an object store is filled on a disk of the node, and no reply is lost with the node."""
 
 import errno
 import shutil
@@ -52,12 +52,12 @@ def replies(path: Path) -> int:
 
 
 def stored(run: ShardedRun) -> int:
-    """How many replies the store knows of shard 2, in the journal that knows most."""
-    found = [0]
+    """Return how many replies the largest journal of shard 2 in the store holds."""
+    counts = [0]
     for path in run.shard(2).journal.parent.glob("*.sqlite"):
         with copy_here(path) as copy:
-            found.append(replies(copy))
-    return max(found)
+            counts.append(replies(copy))
+    return max(counts)
 
 
 def wait_for(is_true: Callable[[], bool]) -> None:
@@ -88,8 +88,8 @@ def test_what_one_node_has_asked_another_one_knows(run: ShardedRun, tmp_path: Pa
 
 
 def test_what_a_killed_worker_has_left_on_the_node_is_used_too(run: ShardedRun, tmp_path: Path) -> None:
-    mine = DatasetDir(run.scratch / "shards" / "00002")
-    keep(mine, 0)  # and was killed before it reached the store
+    leftover = DatasetDir(run.scratch / "shards" / "00002")
+    keep(leftover, 0)  # its worker was killed before the upload
     keep(DatasetDir(tmp_path / "far"), 1)
     save_journal(DatasetDir(tmp_path / "far"), run.shard(2).journal.with_name("far.sqlite"))
     with scratch_shard(run, 2) as folder:
@@ -100,24 +100,24 @@ def test_what_a_killed_worker_has_left_on_the_node_is_used_too(run: ShardedRun, 
 def test_a_store_that_is_away_for_a_moment_loses_nothing(
     run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[int] = []
+    attempts: list[int] = []
     upload = object_store.upload
 
     def refuses(file: Path, path: Path) -> None:
-        tried.append(1)
-        if len(tried) < 3:
+        attempts.append(1)
+        if len(attempts) < 3:
             raise OSError("away")
         upload(file, path)
 
     monkeypatch.setattr(scratch, "upload", refuses)
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
-        wait_for(lambda: len(tried) >= 3)
+        wait_for(lambda: len(attempts) >= 3)
     assert stored(run) == 1
-    tried.clear()
+    attempts.clear()
     with pytest.raises(OSError, match="away"), scratch_shard(run, 2) as folder:
         monkeypatch.setattr(scratch, "SAVE_SECONDS", 100.0)
-        keep(folder, 1)  # and in the end it is away: said, and kept here
+        keep(folder, 1)  # the last upload fails: an error, and the reply stays here
     assert replies(folder.journal) == 2
 
 
@@ -131,11 +131,11 @@ def test_a_worker_that_was_given_up_takes_nothing_away(
         with scratch_shard(run, 2) as folder:
             keep(folder, 1, 2)
         assert stored(run) == 2
-    assert stored(run) == 2  # and its own one beside it
+    assert stored(run) == 2  # with its own journal beside the other
     with scratch_shard(run, 2) as folder:
         assert replies(folder.journal) == 3
     assert stored(run) == 3
-    assert len(list(run.shard(2).journal.parent.glob("*"))) == 1  # those that are in it are gone
+    assert len(list(run.shard(2).journal.parent.glob("*"))) == 1  # journals that were merged into it are removed
 
 
 def test_a_journal_that_has_not_grown_is_not_copied_again(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,16 +148,16 @@ def test_a_journal_that_has_not_grown_is_not_copied_again(run: ShardedRun, monke
 
 
 def test_whatever_goes_wrong_with_a_copy_the_next_one_is_tried(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[int] = []
+    attempts: list[int] = []
 
     def breaks(file: Path, path: Path) -> None:
-        tried.append(1)
+        attempts.append(1)
         raise RuntimeError("of a library of its own kind")
 
     monkeypatch.setattr(scratch, "upload", breaks)
-    with pytest.raises(EngineError, match="the server is gone"), scratch_shard(run, 2) as folder:  # said, and not the other one
+    with pytest.raises(EngineError, match="the server is gone"), scratch_shard(run, 2) as folder:  # not the error of the upload
         keep(folder, 0)
-        wait_for(lambda: len(tried) >= 3)
+        wait_for(lambda: len(attempts) >= 3)
         raise EngineError("the server is gone")
 
 
@@ -179,9 +179,9 @@ def test_what_asking_has_cost_is_added_up_over_nodes(run: ShardedRun) -> None:
 
 
 def test_each_filling_leaves_a_folder_of_its_own(run: ShardedRun, tmp_path: Path) -> None:
-    made = DatasetDir(tmp_path / "made")
-    write_json(made.provenance("source"), {"a": 1})
-    names = [upload_stages(run, 2, made) for _ in range(2)]
+    shard = DatasetDir(tmp_path / "made")
+    write_json(shard.provenance("source"), {"a": 1})
+    names = [upload_stages(run, 2, shard) for _ in range(2)]
     assert len(set(names)) == 2
     for name in names:
         assert DatasetDir(run.root / "shards" / name).provenance("source").exists()

@@ -1,4 +1,4 @@
-"""A run over shards: ids decide the shard, workers see what the command saw, and work that kills workers is given up."""
+"""Sharded run: ids decide the shard, workers need the command's files, and tasks that kill workers are given up."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,19 +27,19 @@ def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, sh
     ids = sorted(digest([n]) for n in range(5000))
     ids = ["0" * 64, *ids, "f" * 64]
     run = run_in(tmp_path, shards)
-    numbers = run.shard_of(ids)
-    assert (np.diff(numbers) >= 0).all()
-    assert numbers[0] == 0 and numbers[-1] == shards - 1
-    assert np.bincount(numbers, minlength=shards).max() < 3 * max(5, 5000 / shards)
-    for sample_id, number in zip(ids[::50], numbers[::50].tolist(), strict=True):
-        first, behind = run.id_range(number)
-        assert first <= sample_id < behind
+    indices = run.shard_of(ids)
+    assert (np.diff(indices) >= 0).all()
+    assert indices[0] == 0 and indices[-1] == shards - 1
+    assert np.bincount(indices, minlength=shards).max() < 3 * max(5, 5000 / shards)
+    for sample_id, index in zip(ids[::50], indices[::50].tolist(), strict=True):
+        start, stop = run.id_range(index)
+        assert start <= sample_id < stop
 
 
 def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Path) -> None:
-    lost = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, 1, "embedded", "s", "files", "inputs")
+    run = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, 1, "embedded", "s", "files", "inputs")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
-        lost.enter()
+        run.enter()
 
 
 def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_path: Path) -> None:
@@ -49,23 +49,23 @@ def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_p
     )
     (tmp_path / "entries.txt").write_text("dog\n")
     home = parse_dataset_path("memory://b")
-    seen = ShardedRun(plan_of(home, config), away, 1, 1, "embedded", "s", digest(named_files(config)), "inputs")
-    seen.enter()
-    seen.enter()
+    run = ShardedRun(plan_of(home, config), away, 1, 1, "embedded", "s", digest(named_files(config)), "inputs")
+    run.enter()
+    run.enter()
     (tmp_path / "entries.txt").write_text("dog\ncat\n")  # as another node has it
-    other = digest(named_files(config))
-    assert other != seen.files
+    other_digest = digest(named_files(config))
+    assert other_digest != run.files
     (tmp_path / "entries.txt").write_text("dog\n")
     with pytest.raises(ClusterError, match="a worker sees other files than the command: prompts"):
-        replace(seen, files=other).enter()
+        replace(run, files=other_digest).enter()
 
 
 def test_prompts_of_ones_own_are_among_the_files_that_settings_name(tmp_path: Path) -> None:
-    mine = tmp_path / "prompts" / "caption" / "v1.j2"
-    mine.parent.mkdir(parents=True)
+    template_file = tmp_path / "prompts" / "caption" / "v1.j2"
+    template_file.parent.mkdir(parents=True)
     config = resolve(source="scenes", generate={"prompt_dir": tmp_path / "prompts"})
     before = named_files(config)
-    mine.write_text((Path(prompts.__file__).parent / "caption" / "v1.j2").read_text() + " Mine.")
+    template_file.write_text((Path(prompts.__file__).parent / "caption" / "v1.j2").read_text() + " Mine.")
     template.cache_clear()  # another process
     assert named_files(config)["prompts"] != before["prompts"]
 
@@ -74,14 +74,14 @@ def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path)
     run = run_in(tmp_path, 4)
 
     def dies() -> None:
-        raise KeyboardInterrupt  # like kill -9, it is no error that a worker reports
+        raise KeyboardInterrupt  # like kill -9: the worker cannot report it
 
     for _ in range(MAX_DEATHS + 1):
         with pytest.raises(KeyboardInterrupt):
             run_exclusively(run, "dies", 2, dies)
     with pytest.raises(ClusterError, match="dies-2 has ended 4 workers"):
         run_exclusively(run, "dies", 2, dies)
-    assert run_exclusively(run, "lives", 2, lambda: 7) == 7  # other work is another matter
+    assert run_exclusively(run, "lives", 2, lambda: 7) == 7  # other tasks still run
     _begin(run)  # the same command, once more
     with pytest.raises(KeyboardInterrupt):
         run_exclusively(run, "dies", 2, dies)

@@ -1,4 +1,4 @@
-"""The source in parts, dealt out to shards: the same samples and rejections as when one process reads it."""
+"""Source slices, shuffled to shards: the same samples and rejections as when one process reads the source."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,28 +26,28 @@ from tests.stage_runs import plan_of
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Thirty files: copies, files that are no images, and photos that others hold as well."""
-    for folder, first in (("photos", 0), ("held-out", 8)):
+    """Return a folder of 30 files: copies, broken images, and photos that are also in the held-out folder."""
+    for folder, offset in (("photos", 0), ("held-out", 8)):
         (tmp_path / folder).mkdir()
         for n in range(30 if folder == "photos" else 4):
-            data = b"no image" if n % 7 == 6 else datasets.photo((first + n) % 20)
+            data = b"no image" if n % 7 == 6 else datasets.photo((offset + n) % 20)
             (tmp_path / folder / f"{n:02d}.jpg").write_bytes(data)
     return tmp_path / "photos"
 
 
 def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
-    found = [row for folder in folders for row in pq.read_table(folder.stage("source", which)).to_pylist()]
-    return sorted(found, key=str)
+    all_rows = [row for folder in folders for row in pq.read_table(folder.stage("source", which)).to_pylist()]
+    return sorted(all_rows, key=str)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 100])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, limit: int | None, shards: int) -> None:
     config = resolve(source=f"folder:{photos}", limit=limit, exclude=[f"folder:{photos.parent / 'held-out'}"])
-    one = DatasetDir(tmp_path / "one")
-    write_exclusions(one, config, NullProgress())
-    banned = ExclusionIndex.of(read_exclusions(one), choose_image_kind(config))
-    write_source(one, open_source(config).rows, banned, limit, NullProgress())
+    single = DatasetDir(tmp_path / "one")
+    write_exclusions(single, config, NullProgress())
+    exclusions = ExclusionIndex.of(read_exclusions(single), choose_image_kind(config))
+    write_source(single, open_source(config).rows, exclusions, limit, NullProgress())
     parts = shards if is_divisible(config) else 1
     plan = plan_of(tmp_path / "many", config, choose_image_kind(config))
     run = ShardedRun(plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs")
@@ -58,8 +58,8 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     for index, shard in enumerate(run.shards):
         write_source(shard, worker.rows_of(index), worker.excluded, None, NullProgress())
     for which in ("kept", "rejected"):
-        assert rows(run.shards, which) == rows([one], which)
-    assert len(rows([one], "kept")) == min(limit or 100, 15)
+        assert rows(run.shards, which) == rows([single], which)
+    assert len(rows([single], "kept")) == min(limit or 100, 15)
 
 
 def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_shard_whose_folder_is_gone_is_filled_again() -> None:
     run = ShardedRun(plan_of(home), Path.cwd(), 2, 1, "embedded", "s", "files", "inputs")
     result = FillResult("00001/here")
     write_json(run.shard(1).path / FILLED, {"inputs": "inputs", "result": asdict(result)})
-    assert not read_fill_result(run, 1, "filter")  # a worker that was given up wrote so, after its folder was removed
+    assert not read_fill_result(run, 1, "filter")  # written by a worker that was given up, after its folder was removed
     write_json(DatasetDir(home / "shards" / "00001" / "here").stage("filter"), {})
     assert read_fill_result(run, 1, "filter") == result
     assert not read_fill_result(replace(run, inputs="others"), 1, "filter")

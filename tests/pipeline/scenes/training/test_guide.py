@@ -1,4 +1,4 @@
-"""The guide: heads are told the truth about pages, and attention on other pages than the evidence costs."""
+"""Page guide: heads are trained on the true pages, and attention outside the evidence raises the loss."""
 
 import random
 from types import SimpleNamespace
@@ -32,23 +32,23 @@ def asked_of(packer: Packer, line: str, spots: tuple[Spot, ...]) -> Asked:
 def test_words_that_name_a_ground_or_a_page_are_to_be_looked_up(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
     ground = sample_deck(random.Random(4))[1].background
-    asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 3?", ((2, END),))
-    page_BS, ground_BS = heads._targets([asked], len(asked.packed.ids))
+    example = asked_of(packer, f"Question: Which page is {ground}? What color is page 3?", ((2, END),))
+    page_BS, ground_BS = heads._targets([example], len(example.packed.ids))
     assert page_BS[page_BS != NOTHING].tolist() == [1]
-    assert ground_BS[ground_BS != NOTHING].tolist() == [BACKGROUNDS.index(asked.deck[2].background)]
+    assert ground_BS[ground_BS != NOTHING].tolist() == [BACKGROUNDS.index(example.deck[2].background)]
 
 
 def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
-    asked = asked_of(packer, "Question: How many?", ((2, 4), (2, END)))
-    ids, *_ = collate([asked.packed])
-    visual_BS = (ids == packer.image_token_id) | heads._ends([asked], ids.shape[1])
+    example = asked_of(packer, "Question: How many?", ((2, 4), (2, END)))
+    ids, *_ = collate([example.packed])
+    visual_BS = (ids == packer.image_token_id) | heads._ends([example], ids.shape[1])
     spots = visual_BS[0].nonzero()[:, 0].view(PAGES, VISION_TOKENS + 1)
     losses = {}
     for page, spot in ((2, 4), (2, END), (2, 5), (1, 4), (3, END)):
-        attention = torch.zeros(1, 5, ids.shape[1], ids.shape[1])  # heads that are not guided may look anywhere
+        attention = torch.zeros(1, 5, ids.shape[1], ids.shape[1])  # unguided heads may attend anywhere
         attention[:, GUIDED_HEADS, :, spots[page - 1, spot]] = 1.0
-        losses[page, spot] = attention_loss([attention], visual_BS, [asked]).item()
+        losses[page, spot] = attention_loss([attention], visual_BS, [example]).item()
     assert losses[2, 4] == pytest.approx(0.0, abs=1e-3)
     assert losses[2, END] == pytest.approx(0.0, abs=1e-3)
     assert min(losses[2, 5], losses[1, 4], losses[3, END]) > 5
@@ -62,9 +62,9 @@ def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[P
         (((2, END), (3, END)), [], [END]),
         (((2, 4), (3, 5)), [], []),
     ):
-        asked = asked_of(packer, "Question: How many?", spots)
-        page_BS, ground_BS, spot_BS = _looks([asked], len(asked.packed.ids))
-        grounds = [BACKGROUNDS.index(asked.deck[at].background) for at in page]
+        example = asked_of(packer, "Question: How many?", spots)
+        page_BS, ground_BS, spot_BS = _looks([example], len(example.packed.ids))
+        grounds = [BACKGROUNDS.index(example.deck[index].background) for index in page]
         assert ground_BS[ground_BS != NOTHING].tolist() == grounds
         assert (page_BS[page_BS != NOTHING].tolist(), spot_BS[spot_BS != NOTHING].tolist()) == (page, spot)
 
@@ -72,9 +72,9 @@ def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[P
 def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
     ground = sample_deck(random.Random(4))[0].background
-    asked = asked_of(packer, f"Question: Which page is {ground}? What color is page 1?", ((1, END),))
-    ids, *_ = collate([asked.packed])
-    for _ in range(20):  # a page is known by its number or by its ground: now one of these heads learns, now the other
+    example = asked_of(packer, f"Question: Which page is {ground}? What color is page 1?", ((1, END),))
+    ids, *_ = collate([example.packed])
+    for _ in range(20):  # a page is known by its number or its ground: each step trains only one of the two heads
         output = SimpleNamespace(hidden_states=[torch.randn(1, ids.shape[1], TEXT_WIDTH) for _ in range(5)], attentions=None)
-        heads(output, ids == packer.image_token_id, [asked]).backward()
+        heads(output, ids == packer.image_token_id, [example]).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads.parameters())

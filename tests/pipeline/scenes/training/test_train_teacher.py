@@ -1,4 +1,4 @@
-"""The teacher's training: a packed sequence is worth its tasks apart, and a run that was cut goes on as it would have."""
+"""Teacher training: a packed sequence equals its tasks alone, and an interrupted run ends with the same weights."""
 
 import random
 from dataclasses import replace
@@ -41,7 +41,7 @@ def student() -> Student:
 
 
 def rebuilt(student: Student, packed: Packed, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids of a packed sequence, and what the model makes of them."""
+    """Return the ids [S] of a packed sequence and the last hidden states [S, D] of the model."""
     ids, positions, mask, _, _ = collate([packed])
     embeds = student.model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((ids == student.packer.image_token_id)[..., None], student._see(pixels))
@@ -62,12 +62,12 @@ def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Stude
     segments = torch.tensor(packed.segments)
     assert int(segments.max()) == len(tasks)
     for segment, task in enumerate(tasks, 1):
-        mine = (segments == 0) | (segments == segment)
-        text = str(student.packer.tokenizer.decode(ids[mine])).replace("<|image_pad|>" * 9, "<|image_pad|>")
+        mask = (segments == 0) | (segments == segment)
+        text = str(student.packer.tokenizer.decode(ids[mask])).replace("<|image_pad|>" * 9, "<|image_pad|>")
         assert text.endswith(f"{task.line}<|im_end|>\n<|im_start|>assistant\n{task.reply}<|im_end|>")
         alone = student.processor(text=[text], images=images, return_tensors="pt")
-        assert alone["input_ids"][0].tolist() == ids[mine].tolist()
-        torch.testing.assert_close(student.model.lm_head(hidden[mine]), student.model(**alone).logits[0], atol=1e-4, rtol=1e-3)
+        assert alone["input_ids"][0].tolist() == ids[mask].tolist()
+        torch.testing.assert_close(student.model.lm_head(hidden[mask]), student.model(**alone).logits[0], atol=1e-4, rtol=1e-3)
 
 
 def test_a_packed_deck_is_written_as_the_chat_template_writes_it(student: Student) -> None:
@@ -112,7 +112,7 @@ def test_every_phase_asks_for_every_task() -> None:
 
 
 def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some seconds: three real runs of the script, with two steps a phase."""
+    """Takes some seconds: three real training runs with two steps a phase."""
     vision = replace(VISION, steps=2, scenes=2)
     phases = (vision, replace(TEXT, steps=2, scenes=1), replace(DECKS, steps=2, scenes=1, decks=1))
     monkeypatch.setattr(train_teacher, "VISION", vision)
@@ -130,25 +130,25 @@ def test_each_word_that_is_seen_somewhere_says_where() -> None:
         deck = sample_deck(rng)
         for task in deck_tasks(deck, rng, DECKS):
             assert task.looks == tuple(sorted(task.looks))
-            for first, stop, spots in task.looks:
-                word, pages = task.reply[first:stop], {deck[page - 1] for page, _ in spots}
+            for start, stop, spots in task.looks:
+                word, pages = task.reply[start:stop], {deck[page - 1] for page, _ in spots}
                 if word in BACKGROUNDS:
                     grounds = {scene.background for scene in pages}
-                    compared = task.reply[:first].endswith(" more objects are there on the ")  # on which page are there more?
+                    compared = task.reply[:start].endswith(" more objects are there on the ")  # on which page are there more?
                     assert word in grounds and len(grounds) == (2 if compared else 1)
                 elif word.isdigit() and task.line == "Task: deck_qa":
                     assert [len(scene.objects) for scene in pages] == [int(word)]
                 elif word in PLACES:
                     assert {PLACES[spot] for _, spot in spots} == {thing.place for scene in pages for thing in scene.objects}
                 elif not word.isdigit():
-                    (thing,) = [each for scene in pages for each in scene.objects if each.place == PLACES[spots[0][1]]]
+                    (thing,) = [obj for scene in pages for obj in scene.objects if obj.place == PLACES[spots[0][1]]]
                     assert word in (thing.color, thing.shape, thing.size)
 
 
 def test_where_a_token_is_decided_is_noted_at_the_token_before_it(student: Student) -> None:
     task = Task("Question: Which page is it?", '{"answer":"3"}', seldom_worded=True, looks=((11, 12, ((3, 9),)),))
     packed = student.packer.pack(PAGES, random.Random(5), [task], 10.0)
-    (at,) = [n for n, spots in enumerate(packed.looks) if spots]
-    assert student.packer.tokenizer.decode([packed.labels[at]]) == "3"
-    assert packed.looks[at] == ((3, 9),) and packed.weights[at] == 10.0
+    (position,) = [n for n, spots in enumerate(packed.looks) if spots]
+    assert student.packer.tokenizer.decode([packed.labels[position]]) == "3"
+    assert packed.looks[position] == ((3, 9),) and packed.weights[position] == 10.0
     assert len(packed.looks) == len(packed.ids)
