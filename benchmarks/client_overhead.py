@@ -151,7 +151,7 @@ def measure(command: list[str], out: Path) -> Run:
     return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, used)
 
 
-def redone(command: list[str], out: Path, root: str, rows: int) -> str:
+def count_repeated_requests(command: list[str], out: Path, root: str, rows: int) -> str:
     """Kill a client half-way and run it again; return the number of repeated requests, or "hangs"."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -245,7 +245,9 @@ def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
         again = ""
         if name != "raw":
             out = scratch / name
-            again = redone([*command, "--rows", str(arguments.rows), "--out", str(out)], out, root, arguments.rows)
+            again = count_repeated_requests(
+                [*command, "--rows", str(arguments.rows), "--out", str(out)], out, root, arguments.rows
+            )
         run = runs[name]
         print(
             f"{name:<16} {middle[name]:>10.2f} {middle[name] / middle['raw']:>7.2f} {run.peak_mb:>8.0f} "

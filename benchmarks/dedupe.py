@@ -41,7 +41,7 @@ def base(rng: random.Random, nouns: list[str]) -> str:
     return rng.choice(TEMPLATES).format(color=rng.choice(COLORS), **words)
 
 
-def same(text: str, kind: str, rng: random.Random) -> str:
+def paraphrase(text: str, kind: str, rng: random.Random) -> str:
     """Return a paraphrase of the caption."""
     if kind == "case":
         return text.upper().rstrip(".")
@@ -52,7 +52,7 @@ def same(text: str, kind: str, rng: random.Random) -> str:
     return text.replace(" is ", " is clearly ").replace("A ", "There is a very ", 1)
 
 
-def other(text: str, kind: str, rng: random.Random) -> str:
+def change_decisive_word(text: str, kind: str, rng: random.Random) -> str:
     """Return the caption with one decisive word changed."""
     words = text.split(" ")
     color = next(n for n, word in enumerate(words) if word.strip(".,") in COLORS)
@@ -77,11 +77,11 @@ def plant(count: int, seed: int) -> tuple[list[str], list[int], list[str]]:
     originals = rng.sample(list(bases), count * 2 // 10)
     for text in originals:
         kind = rng.choice(("case", "opening", "articles", "adverbs"))
-        rows.append((same(text, kind, rng), bases[text], f"duplicate, {kind}"))
+        rows.append((paraphrase(text, kind, rng), bases[text], f"duplicate, {kind}"))
     negatives: dict[str, str] = {}
     while len(negatives) < count - len(rows):
         kind = rng.choice(("color", "number", "negation"))
-        text = other(rng.choice(originals), kind, rng)
+        text = change_decisive_word(rng.choice(originals), kind, rng)
         if text not in bases:
             negatives.setdefault(text, f"negative, {kind}")
     rows += [(text, len(bases) + n, kind) for n, (text, kind) in enumerate(negatives.items())]
@@ -102,7 +102,7 @@ def score(kept: list[bool], groups: list[int], kinds: list[str]) -> str:
     )
 
 
-def ours(source: Path, out: Path) -> None:
+def run_own_dedupe(source: Path, out: Path) -> None:
     """Read the texts, and write a keep flag for each, as the peers do."""
     from pipeline.stages.dedupe import STAGE
     from tests.stage_runs import run_stage
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--ours", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.ours:
-        ours(*arguments.ours)
+    if arguments.run_own_dedupe:
+        run_own_dedupe(*arguments.run_own_dedupe)
         return
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.captions:,} captions of seed {arguments.seed}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.inference.request_images import fits, reencode
+from pipeline.inference.request_images import reencode, sendable_format
 from pipeline.sources.folder import open_folder
 
 
@@ -44,7 +44,7 @@ def ours(folder: Path) -> None:
 def send(folder: Path) -> None:
     """Check from the header that the bytes can be sent unchanged."""
     for path in sorted(folder.iterdir()):
-        assert fits(path.read_bytes(), None)
+        assert sendable_format(path.read_bytes(), None)
 
 
 def shrink(folder: Path) -> None:

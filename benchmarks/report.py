@@ -75,7 +75,7 @@ def write_gallery(version: Version, path: Path) -> None:
     path.write_text(f"<!doctype html><meta charset=utf-8><style>{style}</style>{''.join(cards)}", encoding="utf-8")
 
 
-def look(browser: Browser, page_file: Path) -> dict[str, float]:
+def measure_page(browser: Browser, page_file: Path) -> dict[str, float]:
     """Open a page; return the time to its first image and to full load, and the memory of its process."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.add_init_script(
@@ -135,7 +135,7 @@ def main() -> None:
             for _ in range(args.rounds):  # a new browser each time: nothing is in a cache
                 for name, file in (("report", page), ("gallery", gallery)):
                     browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-                    rounds.append({"page": name, **look(browser, file)})
+                    rounds.append({"page": name, **measure_page(browser, file)})
                     browser.close()
         print(
             json.dumps(

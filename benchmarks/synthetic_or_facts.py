@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import ROW_WITH_SPLIT, Rows
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
-from pipeline.scenes.score import scene_of
+from pipeline.scenes.score import parse_scene
 from pipeline.scenes.text import caption
 from pipeline.tables import SPLITS
 from tests.scene_data import publish_tables
@@ -36,7 +36,7 @@ def with_facts(version: Version, folder: Path) -> Version:
         for split in SPLITS:
             batch: list[dict[str, Any]] = version.read(split).to_pylist()
             for row in batch:
-                scene = scene_of(row["facts"])
+                scene = parse_scene(row["facts"])
                 row["captions"] = [c | {"text": caption(scene, c["style"])} for c in row["captions"]]
                 row["split"] = split
             table = pa.Table.from_pylist(batch, schema=ROW_WITH_SPLIT)

@@ -31,7 +31,7 @@ from tests.scene_data import make_version, publish_rows, scene_samples, true_cap
 TRAIN = ("train", "--steps", "60", "--json")
 SYNTH = [sys.executable, "-m", "pipeline.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli"]
-HELD = """
+READ_ALL_SCRIPT = """
 import sys
 from pathlib import Path
 from pipeline.dataset.version import read_version
@@ -105,7 +105,7 @@ def memory(folder: Path, count: int, limit_mb: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     for name, command in (
         ("training", [*train, "--config", str(config)]),
-        ("all read", [sys.executable, "-c", HELD, str(version.path)]),
+        ("all read", [sys.executable, "-c", READ_ALL_SCRIPT, str(version.path)]),
     ):
         done = subprocess.run(command, preexec_fn=limited, env=environment, capture_output=True, text=True, check=False)
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""

@@ -47,7 +47,7 @@ def ip(arguments: str, *, check: bool = True) -> None:
 @contextmanager
 def network() -> Iterator[None]:
     """Connect nodes 2 and 3 by a bridge; this machine is 1."""
-    take_down()
+    remove_network()
     ip("link add synth-br type bridge")
     ip(f"addr add {NET}.1/24 dev synth-br")
     ip("link set synth-br up")
@@ -61,10 +61,10 @@ def network() -> Iterator[None]:
     try:
         yield
     finally:
-        take_down()
+        remove_network()
 
 
-def take_down() -> None:
+def remove_network() -> None:
     """Kill both nodes, and remove the network."""
     for number in (2, 3):
         kill(number)
@@ -96,9 +96,19 @@ def kill(number: int) -> None:
             continue
 
 
-def drive(head: int, out: str, options: argparse.Namespace, log: Path) -> "subprocess.Popen[str]":
+def start_command(head: int, out: str, options: argparse.Namespace, log: Path) -> "subprocess.Popen[str]":
     """Start the command on the head node."""
-    command = ["synth", "generate", *wanted(options), "--out", out, "--executor", "ray", "--shards", f"{options.shards}"]
+    command = [
+        "synth",
+        "generate",
+        *dataset_options(options),
+        "--out",
+        out,
+        "--executor",
+        "ray",
+        "--shards",
+        f"{options.shards}",
+    ]
     command += ["--ray-address", f"{NET}.2:{RAY}", "--workers", "2", "--json"]
     script = 'mkdir -p /tmp/given && cd /tmp/given && exec "$@"'  # a folder that the other node lacks
     with log.open("w") as file:
@@ -106,7 +116,7 @@ def drive(head: int, out: str, options: argparse.Namespace, log: Path) -> "subpr
         return subprocess.Popen([*enter, *command], env=ENV, stdout=subprocess.PIPE, stderr=file, text=True)
 
 
-def wanted(options: argparse.Namespace) -> list[str]:
+def dataset_options(options: argparse.Namespace) -> list[str]:
     """Return the options of the dataset and of the endpoint."""
     dataset = ["--source", "scenes", "--limit", f"{options.images}", "--tasks", "caption"]
     return [*dataset, "--base-url", f"http://{NET}.1:{CHAT}/v1"]
@@ -165,17 +175,17 @@ def main() -> None:
             make = "import boto3; boto3.client('s3').create_bucket(Bucket='sets')"
             subprocess.run([sys.executable, "-c", make], env=os.environ | ENV, check=True)
             start = time.monotonic()
-            alone = [f"{BIN}/synth", "generate", *wanted(options), "--out", f"{folder}/one", "--json"]
+            alone = [f"{BIN}/synth", "generate", *dataset_options(options), "--out", f"{folder}/one", "--json"]
             with log.open("w") as file:
                 note("one process", start, result(subprocess.Popen(alone, stdout=-1, stderr=file, text=True), log))
 
             head = start_node(2)
             start_node(3)
             start = time.monotonic()
-            note("two nodes", start, result(drive(head, "s3://sets/both", options, log), log))
+            note("two nodes", start, result(start_command(head, "s3://sets/both", options, log), log))
 
             start = time.monotonic()
-            command = drive(head, "s3://sets/cut", options, log)
+            command = start_command(head, "s3://sets/cut", options, log)
             wait_for(requests // 2, command, log)
             ip("link set synth-v3 down")
             time.sleep(60)
@@ -185,21 +195,21 @@ def main() -> None:
             kill(3)  # discard leftovers of the runs before
             start_node(3)
             start = time.monotonic()
-            command = drive(head, "s3://sets/lost", options, log)
+            command = start_command(head, "s3://sets/lost", options, log)
             wait_for(requests // 2, command, log)
             kill(3)
             note("one node killed", start, result(command, log))
 
             start_node(3)
             start = time.monotonic()
-            command = drive(head, "s3://sets/all", options, log)
+            command = start_command(head, "s3://sets/all", options, log)
             wait_for(requests // 2, command, log)
             kill(3)
             kill(2)
             command.wait()
             head = start_node(2)
             start_node(3)
-            note("all killed, begun again", start, result(drive(head, "s3://sets/all", options, log), log))
+            note("all killed, begun again", start, result(start_command(head, "s3://sets/all", options, log), log))
         finally:
             for server in servers:
                 server.kill()

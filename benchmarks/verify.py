@@ -28,11 +28,11 @@ from pipeline.inference.engines import choose_engine
 from pipeline.inference.verification import build_check, checks_of
 from pipeline.run import generate_dataset
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing
-from pipeline.scenes.score import scene_of, score_annotations
+from pipeline.scenes.score import parse_scene, score_annotations
 from pipeline.scenes.text import STYLES, answer, caption, phrases
 from pipeline.tables import CHECK
 from pipeline.tasks.replies import parse_reply
-from pipeline.text.claims import claims_of
+from pipeline.text.claims import extract_claims
 from pipeline.types import Request
 from tests.stage_runs import verify_rows
 
@@ -40,7 +40,7 @@ CHECKS = ("round_trip", "claims", "blind")
 AT_ONCE = 1024  # requests that are batched together
 
 
-def changed(scene: Scene, kind: str, rng: random.Random) -> Scene | None:
+def introduce_error(scene: Scene, kind: str, rng: random.Random) -> Scene | None:
     """Return the scene with one error of this kind, or None if the scene allows none."""
     things = list(scene.objects)
     index = rng.randrange(len(things))
@@ -76,7 +76,7 @@ def plant(written: list[dict[str, Any]], scenes: dict[str, Scene]) -> Iterator[d
         scene, other_scene = scenes[row["sample_id"]], scenes[rng.choice(ids)]
         if row["task"] == "caption":
             kind = (*KINDS, "swapped image")[n // 5 % (len(KINDS) + 1)]
-            wrong = other_scene if kind == "swapped image" else changed(scene, kind, rng)
+            wrong = other_scene if kind == "swapped image" else introduce_error(scene, kind, rng)
             if row["clean_text"] == caption(scene, row["style"]):
                 yield row | {"error": ""}
                 # A brief caption names no places and no number, so these errors leave it true.
@@ -147,9 +147,9 @@ def show(title: str, rows: list[tuple[dict[str, Any], bool]]) -> None:
     )
 
 
-def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[str, bytes], config: Config) -> None:
+def report_planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[str, bytes], config: Config) -> None:
     """Print the share of planted errors that is found, and of true rows that is lost."""
-    rows = list(plant(written, {sample_id: scene_of(scene_facts) for sample_id, scene_facts in facts.items()}))
+    rows = list(plant(written, {sample_id: parse_scene(scene_facts) for sample_id, scene_facts in facts.items()}))
     checks = ask_again(rows, {sample_id: (image,) for sample_id, image in images.items()}, config)
     judged = judge(rows, checks, config)
     questions = [(row, result["agreement"] < 1) for row, result in judged if row["task"] == "qa"]
@@ -169,7 +169,7 @@ def planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[s
     for style, count in ((style, count) for style in STYLES for count in range(1, MAX_OBJECTS + 1)):
         subset = [(r, s) for r, s in captions if r["style"] == style and len(phrases(r["clean_text"])) == count]
         for denied in range(3):
-            spared = [(row, share < 1 - denied / len(claims_of(row["clean_text"])) - 1e-9) for row, share in subset]
+            spared = [(row, share < 1 - denied / len(extract_claims(row["clean_text"])) - 1e-9) for row, share in subset]
             show(f"{style}, {count} objects, {denied} denied", spared)
     print("\nblind: rejected as answerable without the image, of true rows")
     show("questions", [(row, result["reason"] == "answerable_without_image") for row, result in judged if row["task"] == "qa"])
@@ -193,7 +193,7 @@ def align(rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
         print(f"  {style:<10} {error:<16} {sum(wins) / len(wins):.4f} of {len(wins)}")
 
 
-def own(before: list[dict[str, Any]], out: Path, facts: dict[str, Any]) -> None:
+def report_own(before: list[dict[str, Any]], out: Path, facts: dict[str, Any]) -> None:
     """Print the accuracy of the teacher's own annotations before and after verify."""
     after = pq.read_table(out / "stages" / "verify" / "kept.parquet").to_pylist()
     gone = pq.read_table(out / "stages" / "verify" / "rejected.parquet").to_pylist()
@@ -225,8 +225,8 @@ def main() -> None:
         source = pq.read_table(out / "stages" / "source" / "kept.parquet", columns=["sample_id", "facts", "images"]).to_pylist()
         facts = {row["sample_id"]: row["facts"] for row in source}
         written = pq.read_table(out / "stages" / "filter" / "kept.parquet").to_pylist()
-        own(written, out, facts)
-    planted(written, facts, {row["sample_id"]: row["images"][0] for row in source}, config)
+        report_own(written, out, facts)
+    report_planted(written, facts, {row["sample_id"]: row["images"][0] for row in source}, config)
 
 
 if __name__ == "__main__":

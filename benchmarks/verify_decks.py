@@ -17,7 +17,7 @@ from verify import ask_again, judge, show
 from pipeline.config import resolve
 from pipeline.scenes.deck import answer_deck
 from pipeline.scenes.facts import Scene
-from pipeline.scenes.score import scene_of
+from pipeline.scenes.score import parse_scene
 from pipeline.sources.scenes import draw_deck
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.decks} decks of seed {arguments.seed}")
     samples = [draw_deck(arguments.seed, index) for index in range(arguments.decks)]
-    decks = {sample.id: tuple(scene_of(page) for page in sample.page_facts or ()) for sample in samples}
+    decks = {sample.id: tuple(parse_scene(page) for page in sample.page_facts or ()) for sample in samples}
     config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded", verify={"checks": ("evidence",)})
     written, _ = annotate(samples, config, reworded=False)
     texts = [row | {"clean_question": row["question"], "clean_answer": row["answer"]} for row in written if row["question"]]

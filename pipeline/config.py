@@ -1,4 +1,4 @@
-"""What a run does: defaults, under a `--config` file, under flags. An unknown key is an error; the result is kept."""
+"""Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pipeline.errors import ConfigError, one_line
 
-Task = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # pipeline/tasks knows which there are
-Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt decides which it knows
+Task = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # defined in pipeline/tasks
+Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt template decides which exist
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -39,22 +39,22 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class GenerateConfig(Section):
-    """How the model is asked."""
+    """Prompts and sampling of the model."""
 
     OLD_KEYS: ClassVar = {"attempts": "max_attempts", "prompts": "prompt_dir"}
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
-    qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy would ask every image the same; more is less true
+    qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy asks the same about every image; higher is less true
     max_tokens: int = Field(default=256, ge=1)
-    max_attempts: int = Field(default=3, ge=1)  # at a reply that can be used
-    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger images are scaled down; None: as the model bounds them
-    prompt_dir: Path | None = None  # a folder of templates that win over ours, such as caption/v1.j2
-    batch_size: int = Field(default=64, ge=1)  # requests at once in this process; no part of a reply's identity
+    max_attempts: int = Field(default=3, ge=1)  # to get a usable reply
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger images are scaled down; None: the model's own limit
+    prompt_dir: Path | None = None  # a folder of templates that override the built-in ones, such as caption/v1.j2
+    batch_size: int = Field(default=64, ge=1)  # of the embedded engine; not part of the request id
 
 
 class ServerConfig(Section):
-    """How vLLM is started and used. Only flags that may change a reply are part of what a dataset holds."""
+    """How vLLM is started and used. Only flags that may change a reply are part of a dataset's identity."""
 
     OLD_KEYS: ClassVar = {
         "start_seconds": "startup_timeout_s",
@@ -62,15 +62,15 @@ class ServerConfig(Section):
         "reply_seconds": "request_timeout_s",
     }
 
-    flags: tuple[str, ...] = ()  # go to vLLM as they are, and win over ours
-    startup_timeout_s: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is away
+    flags: tuple[str, ...] = ()  # passed to vLLM unchanged; override the default flags
+    startup_timeout_s: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is down
     max_restarts: int = Field(default=3, ge=0)  # of a server that dies
     request_timeout_s: float = Field(default=600, gt=0)  # for one reply
-    concurrency: Annotated[int, Field(ge=1)] | None = None  # requests without a kept reply; None: follows the server
+    concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: adapts to the server
 
 
 class FilterConfig(Section):
-    """Bounds on a text that is worth keeping; words are counted after openings such as "The image shows" were taken off."""
+    """Bounds on the texts that are kept; words are counted after openings such as "The image shows" are removed."""
 
     OLD_KEYS: ClassVar = {
         "max_repeated_trigrams": "max_duplicate_trigram_frac",
@@ -86,36 +86,36 @@ class FilterConfig(Section):
     max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
     min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
     language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # ISO 639; None: any
-    min_language_score: float = Field(default=0.8, ge=0, le=1)  # how sure the detector must be of another language
-    max_non_latin_frac: float = Field(default=0.1, ge=0, le=1)  # share of letters that are not Latin, where the language is
+    min_language_score: float = Field(default=0.8, ge=0, le=1)  # confidence of the detector that rejects another language
+    max_non_latin_frac: float = Field(default=0.1, ge=0, le=1)  # share of non-Latin letters, if the language is Latin
 
 
 Check = Literal["round_trip", "claims", "blind", "evidence", "alignment"]
 
 
 class VerifyConfig(Section):
-    """What is asked again about annotations, and what an answer must be like. Nothing is asked unless a check is named."""
+    """Checks that ask the model about annotations again, with their thresholds. Only named checks are run."""
 
     OLD_KEYS: ClassVar = {"min_blind_share": "min_blind_frac", "max_luck": "max_answer_frequency", "clip": "clip_model"}
 
     checks: Distinct[Check] = ()
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
-    min_blind_frac: float = Field(default=0.8, gt=0, le=1)  # of the images asked the same, for an answer to need no image
-    max_answer_frequency: float = Field(default=0.1, ge=0, le=1)  # above it, an answer may be right by luck
+    min_blind_frac: float = Field(default=0.8, gt=0, le=1)  # of images with one question, for an answer to need no image
+    max_answer_frequency: float = Field(default=0.1, ge=0, le=1)  # above it, an answer may be right by chance
     clip_model: str = "auto"  # of `alignment`: auto, clip, metaclip, tiny-clip, a folder or a Hub id
-    min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest go
-    lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, these go
+    min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest are rejected
+    lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, rejected
 
 
 class DedupeConfig(Section):
-    """What counts as the same."""
+    """Which images and captions count as duplicates."""
 
     images: Literal["auto", "photos", "graphics", "none"] = "auto"  # auto: decks are graphics, drawn scenes none, others photos
     max_images_per_caption: int = Field(default=5, ge=1)  # of captions that say the same about different images
 
 
 class BalanceConfig(Section):
-    """How much of one kind is too much."""
+    """Limits on over-represented answers and captions."""
 
     OLD_KEYS: ClassVar = {
         "max_answer_share": "max_answer_frac",
@@ -124,10 +124,10 @@ class BalanceConfig(Section):
     }
 
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)  # of the questions of one type
-    max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also where there are two other answers
+    max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also of two other answers
     min_questions_per_type: int = Field(default=50, ge=1)  # rarer types are balanced together
     tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p for captions, such as 0.06; None: all are kept
-    entries: Path | None = None  # a list of one's own to balance captions over; None: WordNet's names
+    entries: Path | None = None  # a file of entries to balance captions over; None: WordNet's names
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""
@@ -135,7 +135,7 @@ class BalanceConfig(Section):
 
 
 class SplitConfig(Section):
-    """Which share of the images is held out. The rest is `train`."""
+    """The shares of images that are held out. The rest is `train`."""
 
     validation_frac: float = Field(default=0.1, ge=0, lt=1)
     test_frac: float = Field(default=0.1, ge=0, lt=1)
@@ -154,7 +154,7 @@ class Config(Section):
 
     source: str
     source_split: Literal["train", "validation", "test"] | None = None
-    columns: dict[str, str] = {}  # role -> column, for tables whose columns are not plain
+    columns: dict[str, str] = {}  # role -> column, for tables with other column names
     allow_urls: bool = False  # fetch images that rows name by URL
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -187,14 +187,14 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     """Merge defaults, the file and the flags that were given (not None), in this order.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or value is not one that we know.
+        ConfigError: the file cannot be read, or a key or value is invalid.
     """
     values = read_yaml(config_file, "a line such as `limit: 100`") if config_file else {}
     if "config" in values and "version" in values:  # the manifest of a version
         values = values["config"]
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
-            values[name] |= value  # a section: what it does not name stays as the file has it
+            values[name] |= value  # a section: keys that it does not name stay as in the file
         elif value is not None:
             values[name] = value
     if "source" not in values:
@@ -223,7 +223,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
     """Return settings from keys and values.
 
     Raises:
-        ConfigError: a key or a value is not one that we know; it names the first, after `where`.
+        ConfigError: a key or a value is invalid; the error names the first, after `where`.
     """
     try:
         return section.model_validate(values)

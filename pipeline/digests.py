@@ -1,4 +1,4 @@
-"""Digests: what makes two things the same. A digest here never depends on a clock, a host, or the order of a set."""
+"""Digests that identify content. A digest never depends on a clock, a host, or the order of a set."""
 
 import hashlib
 import json
@@ -9,17 +9,17 @@ from pipeline.tables import final_value
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of a JSON value, written in one way only: sorted keys, no white space."""
+    """Return the sha256 of a JSON value in its canonical encoding: sorted keys, no white space."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def canonical(value: Any) -> bytes:
-    """Return the one JSON encoding of a value that digests are made from."""
+    """Return the canonical JSON encoding of a value, from which digests are computed."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 def annotation_digest(annotation: dict[str, Any]) -> str:
-    """Return the name of what an annotation says in the end: a caption by its text, a pair by its question and answer."""
+    """Return the digest of an annotation's final text: that of a caption, or the question and answer of a pair."""
     return digest([final_value(annotation, name) for name in ("text", "question", "answer")])
 
 
@@ -35,12 +35,12 @@ def hash_to_unit(*parts: object) -> float:
 
 
 def weights_revision(folder: Path) -> str:
-    """Return a digest over all files of a model folder but its card."""
+    """Return a digest over all files of a model folder except its card."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("README"))
     return digest([[path.name, file_digest(path)] for path in files])[:16]
 
 
 def public_name(model: str) -> str:
-    """Return what may be told of a model: its name without a path, and without the revision that a server puts behind it."""
+    """Return the publishable name of a model: without a path, and without the revision that a server appends to it."""
     name = model.rpartition("@")[0] or model
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

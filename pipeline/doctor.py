@@ -1,4 +1,4 @@
-"""`synth doctor`: look at this machine, and say what it can do and what stands in the way. Nothing is changed."""
+"""`synth doctor`: check what this machine can run, and what is missing. Nothing is changed."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ _VLLM_SECONDS = 120  # importing it takes half of that on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     ok: bool
@@ -32,20 +32,20 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Return all findings, in the order in which a person would mend them."""
+    """Run all checks, and return the findings in the order in which to fix them."""
     return [*(_extra(name) for name in EXTRAS), _vllm(), _gpu(), _engine("scenes"), _engine("folder:PATH"), _hub(), _disk()]
 
 
 def _extra(name: str) -> Finding:
-    found, missing = [], []
+    installed, missing = [], []
     for package in EXTRAS[name]:
         try:
-            found.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
     hint = f"pip install 'synth[{name}]' from the folder of synth" if missing else ""
     lack = f"missing: {', '.join(missing)}; " if missing else ""
-    return Finding(name, not missing, lack + ", ".join(found), hint)
+    return Finding(name, not missing, lack + ", ".join(installed), hint)
 
 
 def _vllm() -> Finding:
@@ -56,16 +56,16 @@ def _vllm() -> Finding:
         done = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, timeout=_VLLM_SECONDS)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("vllm", False, f"{python} cannot be run: {error}", f"check {VLLM_PYTHON}")
-    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["nothing was said"]
-    return Finding("vllm", done.returncode == 0, said[-1], "" if done.returncode == 0 else f"{python} cannot import vLLM")
+    output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["nothing was said"]
+    return Finding("vllm", done.returncode == 0, output[-1], "" if done.returncode == 0 else f"{python} cannot import vLLM")
 
 
 def _gpu() -> Finding:
     if not has_gpu():
         return Finding("gpu", False, "none", "the 3B model needs one, or a server elsewhere: --base-url")
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("gpu", False, f"nvidia-smi does not answer: {error}", "check the driver")
     return judge_gpus(done.stdout)
@@ -78,13 +78,13 @@ def judge_gpus(listed: str) -> Finding:
     if not cards:
         return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
     name, total, free = max(cards, key=lambda card: int(card[2]))
-    found = f"{len(cards)} x {name}, {int(free) / 1024:.0f} of {int(total) / 1024:.0f} GiB free"
+    summary = f"{len(cards)} x {name}, {int(free) / 1024:.0f} of {int(total) / 1024:.0f} GiB free"
     enough = int(free) >= LARGE_GIB * 1024
-    return Finding("gpu", enough, found, "" if enough else f"{LARGE} needs {LARGE_GIB} GiB: end what else uses the GPU")
+    return Finding("gpu", enough, summary, "" if enough else f"{LARGE} needs {LARGE_GIB} GiB: end what else uses the GPU")
 
 
 def _engine(source: str) -> Finding:
-    """Say what `--engine auto` would do, without asking the Hub."""
+    """Return which engine `--engine auto` would use, without a request to the Hub."""
     config = Config(source=source)
     name, why = pick_engine(config)
     if find_source(source).is_drawn:
@@ -107,7 +107,7 @@ def _hub() -> Finding:
 def _disk() -> Finding:
     free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
     writable = os.access(Path.cwd(), os.W_OK)
-    found = f"{free_gib:.0f} GiB free here" + ("" if writable else ", but this folder cannot be written to")
+    space = f"{free_gib:.0f} GiB free here" + ("" if writable else ", but this folder cannot be written to")
     enough = free_gib >= DISK_GIB
     hint = "" if enough else f"the 3B model and a dataset of photos want {DISK_GIB} GiB"
-    return Finding("disk", enough and writable, found, hint or ("" if writable else "go to another folder, or pass --out DIR"))
+    return Finding("disk", enough and writable, space, hint or ("" if writable else "go to another folder, or pass --out DIR"))

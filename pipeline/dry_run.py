@@ -1,4 +1,4 @@
-"""`synth generate --dry-run`: ask about a few images, and say what all of them would take. The replies are kept."""
+"""`synth generate --dry-run`: annotate a few images, and predict the cost of all. The replies are kept."""
 
 import time
 from contextlib import ExitStack
@@ -26,10 +26,10 @@ SAMPLED_IMAGES = 32
 def predict_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Return hours, tokens, bytes and the share of invalid annotations that a run with this config is likely to have.
 
-    Images whose replies are in the journal already are passed over: only a request that is sent can be timed.
+    Images whose replies are in the journal are skipped: only a request that is sent can be timed.
 
     Raises:
-        SynthError: whatever `generate_dataset` would raise.
+        SynthError: as `generate_dataset`.
     """
     config = with_source_defaults(config)
     folder = DatasetDir(out or dataset_folder(config.source))
@@ -37,7 +37,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     check_prompts(config)
     source = open_source(config)
     choice = choose_engine(config, folder.server_log, progress)
-    counts = RequestStats()
+    stats = RequestStats()
     samples: list[Sample] = []
     with translate_disk_errors(folder.path), folder.lock(), Journal(folder.journal) as journal, ExitStack() as stack:
         seen: set[str] = set()
@@ -56,11 +56,11 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
             engine()
         started = time.monotonic()
         chunks = iter([[(sample.id, sample.images) for sample in samples]])
-        for ready in ask_about(chunks, config, choice.revision, engine, journal, counts):
-            progress("dry run", counts.done, len(samples) * len(requests_per_sample(config)), ready.metrics())
+        for ready in ask_about(chunks, config, choice.revision, engine, journal, stats):
+            progress("dry run", stats.done, len(samples) * len(requests_per_sample(config)), ready.metrics())
         seconds = time.monotonic() - started
-        known = [each for each in (source.count(), config.limit) if each is not None]
-        return _estimate(samples, min(known, default=None), seconds, config, choice.revision, journal, counts)
+        limits = [limit for limit in (source.count(), config.limit) if limit is not None]
+        return _estimate(samples, min(limits, default=None), seconds, config, choice.revision, journal, stats)
 
 
 def _is_new(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
@@ -74,7 +74,7 @@ def _estimate(
     config: Config,
     revision: str,
     journal: Journal,
-    counts: RequestStats,
+    stats: RequestStats,
 ) -> dict[str, Any]:
     prompt_tokens = reply_tokens = text_bytes = 0
     for sample in samples:
@@ -92,7 +92,7 @@ def _estimate(
     return {
         "sampled_images": len(samples),
         "sampled_seconds": round(seconds, 2),
-        "asked": counts.asked,
+        "asked": stats.asked,
         "images": images,
         "requests": images * len(requests_per_sample(config)),
         "hours": seconds * scale / 3600,
@@ -104,7 +104,7 @@ def _estimate(
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a share (E. B. Wilson, 1927); all of [0, 1] where nothing was tried."""
+    """Return the 95 % interval of a share (E. B. Wilson, 1927); [0, 1] if there are no trials."""
     if trials == 0:
         return 0.0, 1.0
     share = hits / trials

@@ -1,6 +1,6 @@
-"""The log: what happens in the background and stops nobody, with its reason, in a file of the dataset folder.
+"""The log: background events that do not stop a run, with their reasons, in a file of the dataset folder.
 
-Progress is for people who watch; the log is for those who look afterwards. `synth -v` shows it on the terminal, too.
+Progress is shown during a run; the log is read afterwards. `synth -v` shows it on the terminal, too.
 """
 
 import logging
@@ -15,13 +15,13 @@ _FORMAT = logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(m
 
 
 def show_log() -> None:
-    """Write log records to standard error from now on, those about details included."""
+    """Write log records to standard error from now on, at level DEBUG."""
     _add(logging.StreamHandler(sys.stderr), logging.DEBUG)
 
 
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Append log records to a file in a folder of this machine meanwhile; the file is made with the first of them."""
+    """Append log records to a file in a local folder within the context; the first record creates the file."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / FILE, encoding="utf-8", delay=True)
     _add(handler, logging.INFO)
@@ -34,11 +34,11 @@ def log_to(folder: Path) -> Iterator[None]:
 
 
 def keep_log_in(folder: Path) -> None:
-    """Append log records to a file in a folder for the rest of this process; the same folder twice is one."""
+    """Append log records to a file in a folder for the rest of this process; a folder is added only once."""
     folder.mkdir(parents=True, exist_ok=True)
     path = str((folder / FILE).absolute())
-    known = logging.getLogger(_ROOTS[0]).handlers
-    if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in known):
+    handlers = logging.getLogger(_ROOTS[0]).handlers
+    if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in handlers):
         _add(logging.FileHandler(path, encoding="utf-8", delay=True), logging.INFO)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: a panel that moves on a terminal, a plain line now and then anywhere else."""
+"""Show the progress of a command: a live panel on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -10,21 +10,21 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-EVERY_SECONDS = 10.0
+LINE_SECONDS = 10.0
 
 
 @contextmanager
 def show_progress() -> Iterator["LineProgress"]:
-    """Yield what to call as work goes on."""
-    shown = LiveProgress() if sys.stderr.isatty() else LineProgress()
+    """Yield a progress display on stderr, and end it afterwards."""
+    display = LiveProgress() if sys.stderr.isatty() else LineProgress()
     try:
-        yield shown
+        yield display
     finally:
-        shown.end()
+        display.end()
 
 
 class LineProgress:
-    """Plain lines on stderr; types.Talk."""
+    """Prints plain lines to stderr; implements Progress."""
 
     def __init__(self) -> None:
         self.stage = ""
@@ -32,22 +32,22 @@ class LineProgress:
         self.first = 0
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """Tell how far a stage is, with figures by name; most calls show nothing."""
+        """Print how far a stage is, with metrics by name, at most once in EVERY_SECONDS."""
         now = time.monotonic()
         if stage != self.stage:
             self.end()
             self.stage, self.started, self.first = stage, now, done
-        elif (now - self.last < EVERY_SECONDS and done != total) or done == self.first:
+        elif (now - self.last < LINE_SECONDS and done != total) or done == self.first:
             return
         self.last = now
         rate, left = self.speed(done, total)
-        told = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (metrics or {}).items())]
-        about = ", ".join(part for part in told if part)
-        self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({about})' if about else ''}")
+        parts = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (metrics or {}).items())]
+        details = ", ".join(part for part in parts if part)
+        self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """Tell that something happened; what is `transient` will be told again soon."""
-        if transient and time.monotonic() - self.last < EVERY_SECONDS:
+        if transient and time.monotonic() - self.last < LINE_SECONDS:
             return
         self.last = time.monotonic()
         self.line(text)
@@ -57,18 +57,18 @@ class LineProgress:
         print(text, file=sys.stderr, flush=True)
 
     def speed(self, done: int, total: int | None) -> tuple[float, str]:
-        """Return how many a second since the stage began, and the time left in words."""
+        """Return the rate a second since the stage began, and the time left in words."""
         rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         left = (total - done) / rate if total and rate > 0 and done < total else 0
         return rate, f"{duration(left)} left" if left else ""
 
     def end(self) -> None:
-        """Leave the screen as the next command wants it."""
+        """Finish the display."""
         self.stage = ""
 
 
 class LiveProgress(LineProgress):
-    """A panel on a terminal that is drawn anew a few times a second."""
+    """Draws a panel on a terminal, four times a second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class LiveProgress(LineProgress):
         self.live.start()
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """See Shown; here every call is shown."""
+        """See LineProgress; here every call is shown."""
         if stage != self.stage:
             self.close_stage()
             self.stage, self.started, self.first = stage, time.monotonic(), done
         self.now, self.transient = (done, total, metrics or {}), ""
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """See Shown; what is passing stands in the panel until something else does."""
+        """See LineProgress; a transient message stays in the panel until the next update."""
         if transient:
             self.transient = text
         else:
@@ -100,7 +100,7 @@ class LiveProgress(LineProgress):
         self.console.print(text, markup=False)
 
     def panel(self) -> "RenderableType":
-        """Draw the stage with its bar, and its figures under it."""
+        """Draw the stage with its bar, and its metrics below."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -122,21 +122,21 @@ class LiveProgress(LineProgress):
         return Group(*rows)
 
     def close_stage(self) -> None:
-        """Leave one line of a stage that is over."""
+        """Print one line about a finished stage."""
         if self.stage:
             done, total, _ = self.now
             seconds = time.monotonic() - self.started
             self.line(f"{self.stage}: {done:,}{f' of {total:,}' if total else ''} in {duration(seconds)}")
 
     def end(self) -> None:
-        """See Shown."""
+        """See LineProgress."""
         self.close_stage()
         self.stage = self.transient = ""
         self.live.stop()
 
 
 def duration(seconds: float) -> str:
-    """Write a time as a person would."""
+    """Return a duration in words, such as `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -144,10 +144,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress(Protocol):
-    """Somebody who is told how the work goes on."""
+    """Receives progress updates."""
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """Tell how far a stage is, with figures by name."""
+        """Report how far a stage is, with metrics by name."""
         ...
 
     def message(self, text: str, *, transient: bool = False) -> None:
@@ -156,7 +156,7 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """A Talk that nobody hears."""
+    """A Progress that shows nothing."""
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
         """See Talk."""

@@ -84,7 +84,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
             samples = {review.sample_id for review in [*before, *(review for review, _ in new)]}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            known = {*rows, *(review.makes for review in before)}
+            known = {*rows, *(review.resulting_name for review in before)}
             if not any(review.name in known for review, _ in new):
                 raise ConfigError(
                     f"none of the {len(new)} marks is about a text of {dataset.path}",
@@ -92,9 +92,9 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 )
             merged = merge_reviews(before, [review for review, _ in new], rows)
             for name, flaw in check_edits(merged, rows).items():
-                review, from_file = merged[name], {review.makes: path for review, path in new}
+                review, from_file = merged[name], {review.resulting_name: path for review, path in new}
                 text = review.text or f"{review.question} {review.answer}"
-                path = from_file.get(review.makes, dataset.reviews)
+                path = from_file.get(review.resulting_name, dataset.reviews)
                 raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:

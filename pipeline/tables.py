@@ -1,4 +1,4 @@
-"""The Arrow tables that flow between stages. A stage reads what is there, adds columns and never reshapes.
+"""The Arrow tables that stages read and write. A stage adds columns, and never changes or removes one.
 
 Columns are grouped by the stage that fills them; a later stage writes a new column instead of editing an earlier one.
 """
@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.errors import TableError
 
 TABLE_VERSION = 2  # of the rows of a version, and part of its digest; raise on any change a reader would notice
-# Columns of stage files and of rejections.parquet that earlier releases wrote under other names; both are read.
+# Columns of stage files and of ledger.parquet that earlier releases wrote under other names; both are read.
 OLD_COLUMNS = {
     "pdq_hashes": "looks",
     "pdq_hash": "look",
@@ -51,14 +51,14 @@ REFERENCE_QA = pa.struct(
 
 SAMPLE = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes; of pages: of their hashes
+        pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes; of a deck: of its pages' hashes
         pa.field("source_row", pa.string(), nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),  # as the source encoded them; several are pages
-        pa.field("pdq_hashes", pa.list_(pa.binary()), nullable=False),  # of each image; empty where none are needed
+        pa.field("pdq_hashes", pa.list_(pa.binary()), nullable=False),  # of each image; empty if not needed
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
-        pa.field("split", pa.string()),  # where the source puts it; null where it does not say
+        pa.field("split", pa.string()),  # as given by the source, else null
         pa.field("references", pa.list_(pa.string()), nullable=False),
         pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("facts", FACTS),
@@ -85,13 +85,13 @@ ANNOTATION = pa.schema(
         pa.field("evidence_pages", pa.list_(pa.int32())),  # of deck_qa, counted from 1
         pa.field("expression", pa.string()),
         pa.field("pages", pa.int32(), nullable=False),  # how many the sample has
-        pa.field("source_split", pa.string()),  # of the sample; null where its source does not say
-        pa.field("reply_error", pa.string()),  # why the reply could not be read; null where it could
-        pa.field("reply_text", pa.string()),  # the reply itself where it could not be read
+        pa.field("source_split", pa.string()),  # of the sample, as given by the source, else null
+        pa.field("reply_error", pa.string()),  # why the reply could not be parsed; else null
+        pa.field("reply_text", pa.string()),  # the reply, if it could not be parsed; else null
     ]
 )
 
-# filter: the texts as they go on, and what was measured of them
+# filter: the cleaned texts, and their measures
 FILTERED = pa.schema(
     [
         pa.field("clean_text", pa.string()),
@@ -109,18 +109,18 @@ FILTERED = pa.schema(
     ]
 )
 
-# verify: what was asked again, by generate/checks.py and alignment.py, and what follows from it
+# verify: the results of the checks (inference/verification.py)
 CHECK = pa.struct([pa.field(name, pa.string()) for name in ("kind", "question", "expected", "answer")])
 VERIFIED = pa.schema(
     [
-        pa.field("agreement", pa.float64()),  # 1 where the model gave the answer again, else 0; of a caption: claims supported
+        pa.field("agreement", pa.float64()),  # 1 if the model repeated the answer, else 0; of a caption: claims supported
         pa.field("answered_blind", pa.bool_()),  # whether the answer was given without the image
         pa.field("sufficient", pa.bool_()),  # whether the evidence pages alone led to the answer
         pa.field("necessary", pa.bool_()),  # whether the other pages alone did not
     ]
 )
 
-# Images and texts that must not be learned from, read once (leakage.py)
+# Images and texts that must not be learned from, read once (sources/exclusions.py)
 EXCLUSIONS = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),  # SOURCE#SPLIT
@@ -130,17 +130,17 @@ EXCLUSIONS = pa.schema(
     ]
 )
 
-# What is known of a sample beside the others (likeness.py)
+# The near-duplicates of a sample (images/similarity.py)
 IMAGE_GROUPS = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("image_group", pa.string(), nullable=False),  # the first id of all samples that look like this one
-        pa.field("image_reason", pa.string()),  # why the sample is to go; null where it stays
+        pa.field("image_reason", pa.string()),  # why the sample is rejected; null if it is kept
         pa.field("near_duplicate_of", pa.string()),  # the sample that is kept instead
     ]
 )
 
-# dedupe: IMAGE_GROUPS without the id, and which texts say the same
+# dedupe: IMAGE_GROUPS without the id, and duplicate texts
 DEDUPED = pa.schema(
     [
         *(field.with_nullable(True) for field in list(IMAGE_GROUPS)[1:]),
@@ -153,14 +153,14 @@ DEDUPED = pa.schema(
 BALANCED = pa.schema(
     [
         pa.field("question_type", pa.string()),  # the first two words of a question
-        pa.field("pair_id", pa.string()),  # of two questions in the same words about two images, with two answers
-        pa.field("entries", pa.list_(pa.int32())),  # what a caption names, by position in the list that it was balanced over
+        pa.field("pair_id", pa.string()),  # of two equal questions about two images, with different answers
+        pa.field("entries", pa.list_(pa.int32())),  # named by a caption; positions in the list to balance over
         pa.field("keep_probability", pa.float64()),
     ]
 )
 
-# review: what a person said of an annotation (marks.py), and what it says in the end
-REVIEWED = "review"  # the prompt_id of words that a person wrote
+# review: a person's review of an annotation (dataset/reviews.py), and the final fields
+REVIEWED = "review"  # the prompt_id of text that a person wrote
 REVIEW = pa.struct(
     [
         *(pa.field(name, pa.string()) for name in ("mark", "reason", "text", "question", "answer")),
@@ -208,7 +208,7 @@ ROW = pa.schema(
         pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
-# What the stages rejected on the way to a version, so that a later version can say why a row is gone. No text of a model.
+# The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
 LEDGER = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "reason", "source_row", "sample_id", "task", "content_digest")]
 )
@@ -219,7 +219,7 @@ OPTIONAL = (*PIXELS, "reference_qa", "facts", "page_facts")
 
 
 def require_columns(table: pa.Table, *names: str) -> None:
-    """Fail early, naming every column that is missing."""
+    """Raise TableError, naming every column that is missing."""
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise TableError(
@@ -228,10 +228,10 @@ def require_columns(table: pa.Table, *names: str) -> None:
         )
 
 
-def old_name(name: str, there: Collection[str]) -> str:
-    """Return the name under which a column stands in a file: today's, or that of an earlier release."""
+def old_name(name: str, file_columns: Collection[str]) -> str:
+    """Return the name of a column in a file: today's, or that of an earlier release."""
     old = OLD_COLUMNS.get(name, name)
-    return old if old in there and name not in there else name
+    return old if old in file_columns and name not in file_columns else name
 
 
 def current_names(names: Iterable[str]) -> list[str]:
@@ -241,15 +241,15 @@ def current_names(names: Iterable[str]) -> list[str]:
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:
-    """Return a field of an annotation as the last stage has it that wrote it: review, filter, or generate."""
+    """Return the final value of a field of an annotation: that of review, else of filter, else of generate."""
     return row.get(f"final_{name}", row.get(f"clean_{name}", row.get(name)))
 
 
 def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """Return a field of annotations as the last stage has it that wrote it; null where none did."""
-    for known in (f"final_{name}", f"clean_{name}", name):
-        if known in table.column_names:
-            return table[known].cast(kind)
+    """Return the final values of a field of annotations; null if no stage wrote the field."""
+    for column in (f"final_{name}", f"clean_{name}", name):
+        if column in table.column_names:
+            return table[column].cast(kind)
     return pa.chunked_array([pa.nulls(table.num_rows, kind)])
 
 

@@ -1,4 +1,4 @@
-"""The few shapes that sources, engines and the run hand to each other."""
+"""The types that sources, engines and executors exchange."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ class ReferenceQA:
 class Sample:
     """One image to annotate, or the pages of one deck, as the source encodes them.
 
-    `id` is the sha256 of the image; of a deck, of its pages' hashes (image.deck_id). Sizes are those of the first page.
+    `id` is the sha256 of the image; of a deck, of its pages' hashes (images.decode.deck_id). Sizes are those of the first page.
     """
 
     id: str
     source_row: str
     images: tuple[bytes, ...]
-    pdq_hashes: tuple[bytes, ...] = ()  # of each image; none where all images are known to be distinct
+    pdq_hashes: tuple[bytes, ...] = ()  # of each image; none if all images are known to be distinct
     width_px: int
     height_px: int
     licence: str
-    split: str | None = None  # the one that the source puts it into: train, validation or test
+    split: str | None = None  # as given by the source: train, validation or test
     references: tuple[str, ...] = ()  # captions that the source holds to be true
     reference_qa: tuple[ReferenceQA, ...] | None = None  # None: the source has no questions at all
-    facts: dict[str, Any] | None = None  # what is known of a drawn scene; no model sees it
+    facts: dict[str, Any] | None = None  # the facts of a drawn scene; no model sees them
     page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck
 
 
 SampleBatch = Sequence[tuple[str, tuple[bytes, ...]]]  # (sample_id, images) of some samples
-SampleInfo = Sequence[tuple[str, int, str | None]]  # (sample_id, number of pages, the split that its source says)
+SampleInfo = Sequence[tuple[str, int, str | None]]  # (sample_id, number of pages, split given by the source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +52,18 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A set of images by name. `revision` changes when what it yields changes."""
+    """A named set of images. `revision` changes when its rows change."""
 
     name: str
     revision: str
     rows: Iterator[Sample | Rejected]
-    count: Callable[[], int | None] = lambda: None  # how many rows there are, where that can be told without reading all
+    count: Callable[[], int | None] = lambda: None  # number of rows, if it is known without reading all
     decks: bool = False  # whether its samples are documents of several pages
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSlice:
-    """One of several parts of a source, counted from 0: together they are all of it, and no row is in two."""
+    """Part `number`, counted from 0, of the `of` disjoint parts that make up a source."""
 
     number: int
     of: int
@@ -84,7 +84,7 @@ class Sampling:
 class Request:
     """One question to a model about one sample. `id` is the digest of all that the first reply depends on.
 
-    A reply that is not usable is asked for again, in another way, under the same id: `attempt` counts from 0.
+    An unusable reply is retried with other sampling under the same id: `attempt` counts from 0.
     """
 
     id: str
@@ -98,17 +98,17 @@ class Request:
     sampling: Sampling
     pages: tuple[int, ...] | None = None  # which of the sample's images these are, counted from 1; None: all of them
     attempt: int = 0
-    failed: tuple[str, str] | None = None  # an earlier reply and what to say about it, shown to the model
+    failed: tuple[str, str] | None = None  # an earlier reply and feedback on it, shown to the model
 
     @property
     def shown(self) -> str:
-        """The name of what the model sees beside the text: the sample, or some of its pages, or none."""
+        """The key of the images that the model sees: the sample, or some of its pages, or none."""
         return self.sample_id if self.pages is None else f"{self.sample_id}.{'-'.join(map(str, self.pages))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a model answered. Any `finish_reason` but "stop" means that the text is not whole."""
+    """The reply of a model. Any `finish_reason` but "stop" means that the text is incomplete."""
 
     request_id: str
     attempt: int
@@ -118,30 +118,30 @@ class Reply:
     reply_tokens: int
 
 
-# Finish reasons of our own, where no model answered; `text` is what the server said. A later run asks again.
+# synth's own finish reasons, if no model answered; `text` is the server's message. A later run retries.
 REFUSED_BY_SERVER = "refused_by_server"
 SERVER_ERROR = "server_error"
 UNANSWERED = (REFUSED_BY_SERVER, SERVER_ERROR)
 
 
 class RequestSource(Protocol):
-    """What is to be asked, as an engine sees it."""
+    """The requests to answer, as an engine sees them."""
 
     def take(self) -> list[Request]:
-        """Return the next requests; none where there are none for now. Replies may lead to more."""
+        """Return the next requests; an empty list if there are none now. Replies may lead to more."""
         ...
 
     def sending(self, requests: Sequence[Request]) -> None:
-        """Note that these are about to be sent."""
+        """Record that these requests are about to be sent."""
         ...
 
     def answered(self) -> bool:
-        """Whether any request has its reply already, from this run or an earlier one."""
+        """Return whether any request has a reply already, from this run or an earlier one."""
         ...
 
 
 class Engine(Protocol):
-    """Something that answers requests: a model in this process, or servers. A context manager; ready when entered."""
+    """Answers requests by a model in this process, or by servers. A context manager; ready when entered."""
 
     model: str
     revision: str
@@ -155,5 +155,5 @@ class Engine(Protocol):
         ...
 
     def metrics(self) -> dict[str, str]:
-        """Return what a person who watches would like to know, by name."""
+        """Return metrics for the progress display, by name."""
         ...

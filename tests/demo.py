@@ -48,7 +48,7 @@ class Demo:
         self.steps.append((name, time.monotonic() - started, ""))
         return lines[-1] if lines else ""
 
-    def lies_at(self, location: str) -> None:
+    def record_location(self, location: str) -> None:
         """Record where the last step wrote its result."""
         name, seconds, _ = self.steps[-1]
         self.steps[-1] = (name, seconds, location)
@@ -61,18 +61,18 @@ def main() -> None:
     with running_hub(HERE / "hub") as hub:
         demo = Demo(hub.env((HERE / "cache").absolute()) | {"HF_HUB_OFFLINE": "0"})
         generated = json.loads(demo.step("generate", synth, "generate", "--source", "scenes", "--limit", str(SCENES), "--json"))
-        demo.lies_at(str(HERE / generated["path"]))
+        demo.record_location(str(HERE / generated["path"]))
         url = demo.step("push", synth, "push", "--repo", REPO)
-        demo.lies_at(f"{url} (gone when the demo ends)")
+        demo.record_location(f"{url} (gone when the demo ends)")
         demo.step("load back", sys.executable, "-c", LOAD.replace("TAG", generated["version"]))
-        demo.lies_at(f"the tag {generated['version']} of {REPO}")
+        demo.record_location(f"the tag {generated['version']} of {REPO}")
         checkpoint = demo.step("train and score", synth, "train", "--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
-        demo.lies_at(str(HERE / checkpoint))
+        demo.record_location(str(HERE / checkpoint))
         image = "example.png"
         (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])  # a scene of another seed is in no split
         demo.step("caption it", synth, "caption", checkpoint, image)
         report = demo.step("report", synth, "report")
-        demo.lies_at(str(HERE / report))
+        demo.record_location(str(HERE / report))
     metrics = json.loads((HERE / checkpoint / "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{'step':<16} {'seconds':>8}   where")
     for name, seconds, location in demo.steps:

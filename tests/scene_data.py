@@ -12,7 +12,7 @@ from pipeline.config import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from pipeline.scenes.score import scene_of
+from pipeline.scenes.score import parse_scene
 from pipeline.scenes.text import STYLES, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
@@ -20,7 +20,7 @@ from pipeline.storage.files import scratch_folder
 from pipeline.tables import LEDGER, SAMPLE
 from pipeline.types import Sample
 
-MADE_BY: dict[str, Any] = {
+PROVENANCE: dict[str, Any] = {
     "source": {"name": "scenes", "revision": "test"},
     "model": {"name": "facts", "revision": "test"},
     "prompts": {"caption/v1@test": "Task: caption"},
@@ -48,7 +48,7 @@ def true_captions(samples: list[Sample]) -> pa.Table:
                 "sample_id": sample.id,
                 "task": "caption",
                 "style": style,
-                "text": caption(scene_of(sample.facts or {}), style),
+                "text": caption(parse_scene(sample.facts or {}), style),
                 "prompt_id": "caption/v1@test",
                 "split": split_of(sample.id, SplitConfig(), 0),
             }
@@ -65,7 +65,7 @@ def make_version(
     ledger: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
-    provenance: dict[str, Any] = MADE_BY,
+    provenance: dict[str, Any] = PROVENANCE,
     *,
     decks: bool = False,
 ) -> tuple[Version, bool]:
@@ -86,7 +86,7 @@ def publish_rows(
     ledger: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
-    provenance: dict[str, Any] = MADE_BY,
+    provenance: dict[str, Any] = PROVENANCE,
     *,
     decks: bool = False,
     rows: Rows | None = None,
@@ -103,7 +103,7 @@ def publish_tables(
     rows: Rows,
     ledger: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
-    provenance: dict[str, Any] = MADE_BY,
+    provenance: dict[str, Any] = PROVENANCE,
 ) -> tuple[Version, bool]:
     """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:

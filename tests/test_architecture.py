@@ -15,7 +15,7 @@ FILES = {
     "pipeline/dataset": """__init__ builder card diff directory licenses manifest paths pixels rejections reviews shards
         statistics version""",
     "pipeline/executors": "__init__ base local",
-    "pipeline/executors/ray": "__init__ cluster deal executor scratch shards workers",
+    "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": "__init__ clip decode similarity",
     "pipeline/inference": """__init__ chat_api client concurrency endpoints engines journal queue request_images requests
@@ -52,7 +52,7 @@ LAYERS = (
     ("pipeline.text", "pipeline.types", "pipeline.progress", "pipeline.logs"),
     ("pipeline.errors",),
 )
-TRAINER_MAY = (
+TRAINER_IMPORTS = (
     "dataset",
     "digests",
     "errors",
@@ -99,7 +99,7 @@ def layer_of(module: str) -> tuple[int, str]:
     return next((n, part) for n, layer in enumerate(LAYERS) for part in layer if is_within(module, part))
 
 
-def wrong_arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
+def forbidden_imports(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
     """Yield imports that run upwards, or between two parts of the same layer."""
     for module, targets in graph.items():
         for target in sorted(targets - {module, "pipeline", "trainer"}):
@@ -108,7 +108,7 @@ def wrong_arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
                 yield module, target
 
 
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+def import_cycles(graph: dict[str, set[str]]) -> list[set[str]]:
     """Return sets of modules that import each other, directly or indirectly."""
     reached: dict[str, set[str]] = {}
     for module in graph:
@@ -130,11 +130,11 @@ def test_every_file_is_listed_under_its_folder() -> None:
 
 def test_imports_run_from_top_to_bottom() -> None:
     parts = {module: targets for module, targets in GRAPH.items() if module not in ("pipeline", "trainer")}
-    assert list(wrong_arrows(parts)) == []
+    assert list(forbidden_imports(parts)) == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert circles(GRAPH) == []
+    assert import_cycles(GRAPH) == []
 
 
 def test_no_stage_imports_another_stage() -> None:
@@ -145,7 +145,7 @@ def test_no_stage_imports_another_stage() -> None:
 
 
 def test_the_trainer_imports_only_what_data_is_read_with() -> None:
-    allowed = [f"pipeline.{name}" for name in TRAINER_MAY]
+    allowed = [f"pipeline.{name}" for name in TRAINER_IMPORTS]
     for module, targets in GRAPH.items():
         if is_within(module, "trainer"):
             foreign = [t for t in targets if is_within(t, "pipeline") and not any(is_within(t, part) for part in allowed)]
@@ -161,8 +161,8 @@ def test_only_training_commands_import_the_trainer() -> None:
 
 def test_an_upward_import_and_a_circle_are_found() -> None:
     graph = {"pipeline.stages.filter": {"pipeline.run"}, "pipeline.run": {"pipeline.stages.filter"}}
-    assert list(wrong_arrows(graph)) == [("pipeline.stages.filter", "pipeline.run")]
-    assert circles(graph) == [{"pipeline.stages.filter", "pipeline.run"}]
+    assert list(forbidden_imports(graph)) == [("pipeline.stages.filter", "pipeline.run")]
+    assert import_cycles(graph) == [{"pipeline.stages.filter", "pipeline.run"}]
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.run", "pipeline.hub.push", "pipeline.report.build"])

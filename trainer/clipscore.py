@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from pipeline.images.clip import ClipScorer
-from trainer.model.encoder import place_of
+from trainer.model.encoder import resolve_model_name
 
 WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
@@ -25,4 +25,7 @@ def clip_scores(name: str, images: Iterable[Image], captions: Sequence[str], *or
 
 def is_same(name: str, made_from: dict[str, str]) -> bool:
     """Whether a CLIP is the captioner's own encoder, whose score would be biased."""
-    return place_of(made_from.get("name", "")) in (place_of(name), Path(name).name if Path(name).is_dir() else place_of(name))
+    return resolve_model_name(made_from.get("name", "")) in (
+        resolve_model_name(name),
+        Path(name).name if Path(name).is_dir() else resolve_model_name(name),
+    )

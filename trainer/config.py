@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pipeline.config import Section, read_yaml, validate
 
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
-SETTLED = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
+DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
 
 
 class TrainConfig(Section):
@@ -110,7 +110,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     return validate(TrainConfig, {name: value for name, value in values.items() if value != "auto"})
 
 
-def is_of_other_settings(folder: Path, config: TrainConfig) -> bool:
+def has_other_settings(folder: Path, config: TrainConfig) -> bool:
     """Whether a checkpoint folder holds a finished captioner that was trained with other settings."""
     if not (folder / "metrics.json").exists():
         return False
@@ -121,5 +121,7 @@ def is_of_other_settings(folder: Path, config: TrainConfig) -> bool:
     given = config.model_dump(exclude_unset=True)
     defaults = TrainConfig().model_dump()
     return any(
-        getattr(trained, name) != given.get(name, defaults[name]) for name in defaults if name in given or name not in SETTLED
+        getattr(trained, name) != given.get(name, defaults[name])
+        for name in defaults
+        if name in given or name not in DERIVED_KEYS
     )

@@ -18,7 +18,7 @@ from trainer.image_index import map_images
 from trainer.tokenizer import TargetText
 
 HUMAN_STYLE = "brief"  # the style of human captions
-UNNAMED = "any"  # source in prompts that do not name one
+ANY_SOURCE = "any"  # source in prompts that do not name one
 Mixture = Literal["synthetic", "human", "mixed"]
 
 
@@ -88,7 +88,7 @@ def read_examples(
     if styles:
         examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
     if not source_in_prompt:
-        examples = [replace(e, texts=tuple(replace(t, source=UNNAMED) for t in e.texts)) for e in examples]
+        examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     if not any(text.style for example in examples for text in example.texts):
         raise TrainError(f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or take other --texts")
     return [example for example in examples if example.texts]

@@ -7,7 +7,7 @@ import torch.distributed
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
-def _all_reduce_gradients(gradients: list[torch.Tensor]) -> None:
+def all_reduce_sum(gradients: list[torch.Tensor]) -> None:
     """Replace each tensor by its sum over all processes."""
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
     torch.distributed.all_reduce(flat)

@@ -35,7 +35,7 @@ class EvalOptions:
 
 
 def evaluate(
-    checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, states_of: FeatureSource, clip: str | None = None
+    checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, features: FeatureSource, clip: str | None = None
 ) -> dict[str, Any]:
     """Return scores against the references of the source or, if there are none, against the teacher's captions.
 
@@ -45,7 +45,7 @@ def evaluate(
     source, style = options.prompt
     against, examples, references = _references(examples, style)
     with torch.inference_mode():
-        states = [states_of(examples[index : index + BATCH_IMAGES]) for index in range(0, len(examples), BATCH_IMAGES)]
+        states = [features(examples[index : index + BATCH_IMAGES]) for index in range(0, len(examples), BATCH_IMAGES)]
     hypotheses = write_captions(checkpoint, states, TargetText(source, "", style=style), options.search)
     tokens = [tokenize(text) for text in hypotheses]
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
@@ -89,7 +89,7 @@ def evaluate(
         images, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
         for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, images, hypotheses, *orders), strict=True):
             result[name]["clip_score"] = statistics.fmean(values)
-    if options.questions and (answered := evaluate_questions(checkpoint, examples, states_of)):
+    if options.questions and (answered := evaluate_questions(checkpoint, examples, features)):
         result["questions"], of_images = answered
         for row, items in zip(per_image, of_images, strict=True):
             row["questions"] = items

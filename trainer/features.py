@@ -91,7 +91,7 @@ def cache_features(
     )
 
 
-def _states(
+def open_feature_source(
     captioner: Captioner, version: Version, examples: list[Example], device: torch.device, progress: Progress
 ) -> FeatureSource:
     """Return a feature cache for a frozen encoder, else hidden states that are computed online."""

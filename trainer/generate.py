@@ -32,7 +32,7 @@ def write_captions(
 
 def answer_questions(
     checkpoint: Checkpoint,
-    states_of: FeatureSource,
+    features: FeatureSource,
     pairs: Sequence[tuple[Example, str]],
     source: str,
     search: DecodingConfig = GREEDY,
@@ -46,7 +46,7 @@ def answer_questions(
         for start in range(0, len(indices), BATCH_IMAGES):
             batch = indices[start : start + BATCH_IMAGES]
             with torch.inference_mode():
-                states_BNV = states_of([pairs[index][0] for index in batch])
+                states_BNV = features([pairs[index][0] for index in batch])
             prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
             for index, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, search), strict=True):
                 answers[index] = tokenizer.decode(ids)

@@ -28,7 +28,7 @@ def map_images(version: Version, split: str) -> dict[str, memoryview]:
     try:
         return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(shard)}
     except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise version.damaged(error) from None
+        raise version.damage_error(error) from None
 
 
 def _images_of(shard: Path) -> Iterator[tuple[str, memoryview]]:

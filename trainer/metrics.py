@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 Tokens = Sequence[str]
-RequestStats = Counter[tuple[str, ...]]
+NgramCounts = Counter[tuple[str, ...]]
 MAX_N = 4
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['\u2019-][^\W_]+)*")
 
@@ -43,7 +43,7 @@ def score(
     return scores | {name: sum(values) / len(values) for name, values in per_image.items()}
 
 
-def ngrams(tokens: Tokens, n: int) -> RequestStats:
+def ngrams(tokens: Tokens, n: int) -> NgramCounts:
     """Count the n-grams of a text."""
     return Counter(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
 
@@ -57,7 +57,7 @@ def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
         length += len(hypothesis)
         reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in refs)[1]
         for n in range(1, MAX_N + 1):
-            best: RequestStats = Counter()
+            best: NgramCounts = Counter()
             for reference in refs:
                 best |= ngrams(reference, n)
             matched[n - 1] += (ngrams(hypothesis, n) & best).total()
@@ -97,7 +97,7 @@ def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
     The weight of an n-gram falls with the number of images whose references contain it, so scores on different test sets
     are not comparable. Repetition is clipped; a difference in length is penalized by a Gaussian of width `sigma`.
     """
-    documents: RequestStats = Counter()
+    documents: NgramCounts = Counter()
     for refs in references:
         documents.update({gram for reference in refs for n in range(1, MAX_N + 1) for gram in ngrams(reference, n)})
     log_images = math.log(len(references))

@@ -105,7 +105,7 @@ class CaptionTokenizer:
         return int(token_id)
 
 
-def train_words(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
+def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
     """Train a byte-level BPE on the texts of the training split only."""
     texts = list(texts)
     names = [*sorted({text.source for text in texts}), *sorted({text.style for text in texts if text.style})]

@@ -36,9 +36,9 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, examples_in, limit_captions, limit_images
-from trainer.distributed import MESSAGE_VALUES, _all_reduce_gradients, join_processes
+from trainer.distributed import MESSAGE_VALUES, all_reduce_sum, join_processes
 from trainer.evaluate import EvalOptions, evaluate
-from trainer.features import FeatureSource, OnlineFeatures, Progress, _states
+from trainer.features import FeatureSource, OnlineFeatures, Progress, open_feature_source
 from trainer.generate import scored_prompt
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
@@ -46,7 +46,7 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import HUB, TINY_CLIP, load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.optimizer import parameter_groups, set_stage
-from trainer.tokenizer import train_words
+from trainer.tokenizer import train_tokenizer
 
 CLIP = HUB["clip"]
 SPIKE = 10.0  # times the median gradient norm: such a step is skipped
@@ -62,7 +62,7 @@ class Trainer:
     config: TrainConfig
     train: list[Example]
     validation: list[Example]
-    states_of: FeatureSource
+    features: FeatureSource
     device: torch.device
     rank: int = 0
     processes: int = 1
@@ -70,7 +70,7 @@ class Trainer:
     skipped_steps: int = 0  # steps in a row
 
     @property
-    def asked(self) -> EvalOptions:
+    def eval_options(self) -> EvalOptions:
         """Return the options of an evaluation on held-out images."""
         return EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
 
@@ -98,13 +98,13 @@ class Trainer:
                 continue
             batch = text_batch.to(self.device)
             with self._autocast():
-                states_BNV = self.states_of(part).to(self.device)
+                states_BNV = self.features(part).to(self.device)
                 loss = captioner.loss(states_BNV, batch) / tokens
                 total += loss.item()
                 if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
                     loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, batch) / count
             loss.backward()
-        return self._summed(total), tokens
+        return self._all_reduce(total), tokens
 
     def _parts(self) -> range:
         first = self.rank * self.config.gradient_accumulation_steps
@@ -113,7 +113,7 @@ class Trainer:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
-    def _summed(self, loss: float) -> float:
+    def _all_reduce(self, loss: float) -> float:
         """Sum gradients and loss over all processes; small gradients share a message, since each message has a latency."""
         if self.processes == 1:
             return loss
@@ -124,11 +124,11 @@ class Trainer:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 if pending + parameter.numel() > MESSAGE_VALUES:
-                    _all_reduce_gradients(gradients)
+                    all_reduce_sum(gradients)
                     gradients, pending = [], 0
                 gradients.append(parameter.grad)
                 pending += parameter.numel()
-        _all_reduce_gradients(gradients)
+        all_reduce_sum(gradients)
         return loss_tensor.item()
 
     def should_step(self, loss: float, norm: float) -> bool:
@@ -170,7 +170,7 @@ def train(
     rank, processes = join_processes()
     device = best_device(rank)
     torch.manual_seed(config.seed)
-    sets = {split: examples_of(version, split, config, only) for split in ("train", "validation", "test")}
+    sets = {split: read_examples(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
     test = sets["test"]
     validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
@@ -180,8 +180,8 @@ def train(
     checkpoint = _build(version, config, train_set)
     captioner = checkpoint.captioner.to(device)
     out.mkdir(parents=True, exist_ok=True)
-    states_of = _states(captioner, version, [*train_set, *sets["validation"], *test], device, report)
-    trainer = Trainer(checkpoint, config, train_set, validation, states_of, device, rank, processes)
+    features = open_feature_source(captioner, version, [*train_set, *sets["validation"], *test], device, report)
+    trainer = Trainer(checkpoint, config, train_set, validation, features, device, rank, processes)
     settings = config.model_dump(mode="json")
     run = digest([config.digest_values(), version.manifest["digest"], processes, [example.sample_id for example in train_set]])
     state = load_resume(out, run) if resume else None
@@ -194,9 +194,9 @@ def train(
     metrics: dict[str, Any] = {}
     if rank == 0:
         chosen = load_checkpoint(out, device)
-        options = EvalOptions(trainer.asked.prompt, DecodingConfig(beams=config.num_beams), questions=True)
+        options = EvalOptions(trainer.eval_options.prompt, DecodingConfig(beams=config.num_beams), questions=True)
         chosen_states = (
-            states_of if not isinstance(states_of, OnlineFeatures) else OnlineFeatures(chosen.captioner.encoder, device)
+            features if not isinstance(features, OnlineFeatures) else OnlineFeatures(chosen.captioner.encoder, device)
         )
         metrics = {
             "data": captioner.config.data,
@@ -214,7 +214,7 @@ def train(
     return metrics
 
 
-def examples_of(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
+def read_examples(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
     """Return the examples of a split under these settings, before budgets, sorted by id since a version has no order."""
     options = {"questions": config.questions, "styles": config.styles, "source_in_prompt": config.source_in_prompt}
     examples = examples_in(version, split, config.text_source, **options)
@@ -242,7 +242,7 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
     encoder = load_encoder(config.encoder, layer=config.encoder_layer, frozen=config.encoder_lr == 0)
     texts = [text for example in train_set for text in example.texts]
     if config.is_scratch:
-        tokenizer = train_words(texts, config.vocab_size)
+        tokenizer = train_tokenizer(texts, config.vocab_size)
         decoder: Any = DecoderConfig(
             vocab_size=tokenizer.tokenizer.get_vocab_size(),
             width=config.decoder_width,
@@ -326,7 +326,7 @@ def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float)
     """Score the validation split, save the captioner if it is the best so far, and return the best score."""
     if log is None:
         return best
-    scored = evaluate(trainer.checkpoint, trainer.validation, trainer.asked, trainer.states_of)
+    scored = evaluate(trainer.checkpoint, trainer.validation, trainer.eval_options, trainer.features)
     cider_d = scored["scores"]["cider_d"]
     loss = validation_loss(trainer)
     log.write(
@@ -350,7 +350,7 @@ def validation_loss(trainer: Trainer) -> float:
     for start in range(0, len(examples), trainer.config.batch_size):
         part = examples[start : start + trainer.config.batch_size]
         texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
-        total += captioner.loss(trainer.states_of(part).to(trainer.device), texts.to(trainer.device)).item()
+        total += captioner.loss(trainer.features(part).to(trainer.device), texts.to(trainer.device)).item()
         tokens += int(texts.learned_CT.sum())
     return total / max(1, tokens)
 

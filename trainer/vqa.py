@@ -13,7 +13,7 @@ from trainer.metrics import derangement
 
 
 def evaluate_questions(
-    checkpoint: Checkpoint, examples: list[Example], states_of: FeatureSource
+    checkpoint: Checkpoint, examples: list[Example], features: FeatureSource
 ) -> tuple[dict[str, dict[str, float]], list[list[dict[str, Any]]]] | None:
     """Return VQA accuracy by answer type, and the answers for each image; None if the captioner learned no answers.
 
@@ -24,9 +24,9 @@ def evaluate_questions(
     source, _ = answering_prompt(checkpoint.captioner.config.prompts)
     pairs = [(example, question) for example in examples for question in example.questions]
     partner = {example.sample_id: examples[i] for example, i in zip(examples, derangement(len(examples)), strict=True)}
-    answers = answer_questions(checkpoint, states_of, [(example, q.question) for example, q in pairs], source)
+    answers = answer_questions(checkpoint, features, [(example, q.question) for example, q in pairs], source)
     shuffled_answers = answer_questions(
-        checkpoint, states_of, [(partner[example.sample_id], q.question) for example, q in pairs], source
+        checkpoint, features, [(partner[example.sample_id], q.question) for example, q in pairs], source
     )
     accuracies = [vqa_accuracy(answer, question) for answer, (_, question) in zip(answers, pairs, strict=True)]
     scores = {}

@@ -1,7 +1,7 @@
-"""The `synth` command: the application, its commands in the order of `synth --help`, and what errors look like.
+"""The `synth` command: the application, its commands in the order of `synth --help`, and how errors are printed.
 
-Commands parse their options, call one function and print its result; decisions live elsewhere. Heavy imports wait until a
-command needs them: `synth --help` must not load torch, transformers or datasets.
+Commands parse their options, call one function and print its result; decisions live elsewhere. Heavy imports are made within
+commands: `synth --help` must not load torch, transformers or datasets.
 """
 
 from typing import Annotated

@@ -24,8 +24,8 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
 
     folder = DatasetDir(data or last_made())
     with translate_disk_errors(folder.path):
-        found = folder.versions() or [folder.version()]  # which says what is wrong
-        rows, pushed = [version.summary() for version in found], folder.pushed()
+        listed = folder.versions() or [folder.version()]  # raises the error that says what is missing
+        rows, pushed = [version.summary() for version in listed], folder.pushed()
     for row in rows:
         row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
     if as_json:
@@ -46,24 +46,24 @@ def diff(
     """Say what changed from one version to another, field by field, and why."""
     from pipeline.dataset.diff import diff_versions
     from pipeline.dataset.directory import last_made
-    from pipeline.hub.pull import names_hub, open_or_download, pull_version
+    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 
     folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
     if len(names) != 2:
         raise typer.BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
 
     def opened(name: str) -> "Version":
-        if names_hub(name):
+        if is_hub_name(name):
             return pull_version(name)
         if is_remote(parse_dataset_path(name)) or Path(name).is_dir():
             return open_or_download(parse_dataset_path(name))
         return open_or_download(folder or last_made(), name)
 
-    found = diff_versions(*map(opened, names))
+    difference = diff_versions(*map(opened, names))
     if as_json:
-        typer.echo(json.dumps(asdict(found) | {"counts": found.counts(), "reasons": found.reasons()}))
+        typer.echo(json.dumps(asdict(difference) | {"counts": difference.counts(), "reasons": difference.reasons()}))
     else:
-        for line in found.lines(rows):
+        for line in difference.lines(rows):
             typer.echo(line)
 
 
@@ -102,19 +102,19 @@ def push(
     if data and not is_remote(data) and (data / "train.json").exists():
         send(build_checkpoint_package(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
         return
-    chosen = open_or_download(data, version)
-    held = non_redistributable(chosen.manifest["licences"])
-    with build_package(chosen, repo, images=images, acknowledged=acknowledge or ()) as package:
-        say(f"licence of the images: {', '.join(chosen.manifest['licences'])}")
+    chosen_version = open_or_download(data, version)
+    restricted = non_redistributable(chosen_version.manifest["licences"])
+    with build_package(chosen_version, repo, images=images, acknowledged=acknowledge or ()) as package:
+        say(f"licence of the images: {', '.join(chosen_version.manifest['licences'])}")
         if package.manifest.get("acknowledged"):
-            say(f"note: pixels under {', '.join(held)} are pushed, and the card says that you acknowledged their terms")
-        elif held and images is None:
-            say(f"note: pixels under {', '.join(held)} may not be passed on; ids and texts are pushed without them")
+            say(f"note: pixels under {', '.join(restricted)} are pushed, and the card says that you acknowledged their terms")
+        elif restricted and images is None:
+            say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
         pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if pushed:
-        noted_in = data if data and is_remote(data) and data.parent.name != "versions" else chosen.dataset_dir
-        with translate_disk_errors(noted_in):
-            DatasetDir(noted_in).record_push(chosen.name, pushed.repo, pushed.commit)
+        record_dir = data if data and is_remote(data) and data.parent.name != "versions" else chosen_version.dataset_dir
+        with translate_disk_errors(record_dir):
+            DatasetDir(record_dir).record_push(chosen_version.name, pushed.repo, pushed.commit)
         say("load it with:\n  from datasets import load_dataset")
         say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 

@@ -123,9 +123,9 @@ def generate(
         raise typer.BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
     if dry_run:
         with show_progress() as progress:
-            estimate = predict_run(resolved, out, progress)
-        print_prediction(estimate)
-        show(estimate, as_json, "hours")
+            prediction = predict_run(resolved, out, progress)
+        print_prediction(prediction)
+        show(prediction, as_json, "hours")
         return
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
@@ -173,11 +173,11 @@ def sources(
     from pipeline.sources import SOURCES, find_source
 
     if as_json:
-        found = [spec.describe() for spec in ([find_source(name)] if name else SOURCES)]
-        typer.echo(json.dumps(found[0] if name else found))
+        descriptions = [spec.describe() for spec in ([find_source(name)] if name else SOURCES)]
+        typer.echo(json.dumps(descriptions[0] if name else descriptions))
     elif name:
         for field, value in find_source(name).describe().items():
             typer.echo(f"{field:<8} {value}")
     else:
-        for about in SOURCES:
-            typer.echo(f"{about.name:<14} {about.what}")
+        for source in SOURCES:
+            typer.echo(f"{source.name:<14} {source.what}")

@@ -18,7 +18,7 @@ DataDir = Annotated[
     ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(parser=parse_local_path, metavar="PATH", help="Checkpoint folder.")]
-VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # what stands after --
+VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
 DataName = Annotated[
     str | None, typer.Option(help="Dataset folder, version, or ORG/NAME@VERSION on the Hub.", show_default="the last one made")
 ]
@@ -30,7 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 
 def vllm_flags(context: typer.Context) -> dict[str, Any] | None:
-    """Return what stands after `--` as settings; anything else that is left over is a mistake."""
+    """Return the arguments after `--` as settings. Raises BadParameter for any other argument that is left over."""
     if not context.args:
         return None
     if "--" not in sys.argv:
@@ -39,7 +39,7 @@ def vllm_flags(context: typer.Context) -> dict[str, Any] | None:
 
 
 def read_pairs(text: str, option: str) -> dict[str, str]:
-    """Read NAME=VALUE,NAME=VALUE."""
+    """Parse NAME=VALUE,NAME=VALUE into a dictionary. Raises BadParameter."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(name and equals and value for name, equals, value in pairs):
         raise typer.BadParameter(f"{text} does not look like NAME=VALUE,NAME=VALUE", param_hint=option)

@@ -1,4 +1,4 @@
-"""What commands print: data to stdout, messages to stderr."""
+"""Print the output of commands: data to stdout, messages to stderr."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_request_stats(counts: "RequestStats") -> None:
-    """Talk about requests: how many were sent, how many attempts they took, and what was wrong with replies."""
+    """Print how many requests were sent, how many attempts they took, and the flaws of replies."""
     say(f"asked the model {counts.asked} times for {counts.total} replies; the rest was in the journal")
     if set(counts.attempts) - {1}:
         say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
@@ -21,7 +21,7 @@ def print_request_stats(counts: "RequestStats") -> None:
 
 
 def print_prediction(estimate: dict[str, Any]) -> None:
-    """Talk about what a whole run would take."""
+    """Print the predicted cost of a whole run."""
     from pipeline.progress import duration
 
     low, high = estimate["invalid_share"]
@@ -33,26 +33,26 @@ def print_prediction(estimate: dict[str, Any]) -> None:
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
-    """Talk about scores: own images beside shuffled ones."""
+    """Print scores on own images beside those on shuffled images."""
     say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""
         say(f"  {name:<8} {value:6.3f}   with shuffled images {metrics['shuffled_scores'][name]:6.3f}{interval}")
-    for kind, found in metrics.get("questions", {}).items():
+    for kind, scores in metrics.get("questions", {}).items():
         say(
-            f"  {kind:<8} {found['accuracy']:6.3f}   with shuffled images {found['shuffled']:6.3f}"
-            f"   most frequent answer {found['majority']:6.3f}   ({found['count']} questions)"
+            f"  {kind:<8} {scores['accuracy']:6.3f}   with shuffled images {scores['shuffled']:6.3f}"
+            f"   most frequent answer {scores['majority']:6.3f}   ({scores['count']} questions)"
         )
 
 
 def say(text: str) -> None:
-    """Talk to the person: stderr."""
+    """Print a message to stderr."""
     print(text, file=sys.stderr)
 
 
 def print_run_result(result: "RunResult", *, as_json: bool) -> None:
-    """Say what each stage did, and print the version that came out."""
+    """Print what each stage did to stderr, and the resulting version to stdout."""
     for step in result.funnel:
         lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
         say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")

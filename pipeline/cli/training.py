@@ -60,7 +60,7 @@ def train(
     from pipeline.dataset.paths import slugify
     from pipeline.progress import show_progress
     from pipeline.storage.files import translate_disk_errors
-    from trainer.config import is_of_other_settings, resolve
+    from trainer.config import has_other_settings, resolve
     from trainer.train import choose_encoder
     from trainer.train import train as train_captioner
 
@@ -78,11 +78,11 @@ def train(
     say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
     name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
     folder = out or version.dataset_dir / "checkpoints" / name
-    if not resume and is_of_other_settings(folder, settings):
+    if not resume and has_other_settings(folder, settings):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     with show_progress() as progress, translate_disk_errors(folder):
         metrics = train_captioner(version, settings, folder, resume=resume, tensorboard=tensorboard, progress=progress)
-    if metrics:  # of several processes one speaks
+    if metrics:  # only the first of several processes has them
         print_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")
 
@@ -114,9 +114,9 @@ def evaluate(
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
     metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score)
-    each = metrics.pop("each")
+    image_results = metrics.pop("each")
     if captions:
-        write_captions(captions, each)
+        write_captions(captions, image_results)
     print_scores(metrics)
     show(metrics, as_json, "scores")
 
@@ -135,9 +135,9 @@ def caption(
     from trainer.model.decoding import DecodingConfig
 
     written = describe_files(load_checkpoint(checkpoint), images, style, question, DecodingConfig(beams=num_beams))
-    what = "answer" if question else "caption"
+    key = "answer" if question else "caption"
     for path, text in zip(images, written, strict=True):
-        typer.echo(json.dumps({"image": str(path), what: text}) if as_json else f"{path}: {text}")
+        typer.echo(json.dumps({"image": str(path), key: text}) if as_json else f"{path}: {text}")
 
 
 def experiment(
@@ -163,10 +163,10 @@ def experiment(
     from trainer.experiment.report import markdown, write_result
     from trainer.experiment.runs import default_jobs, plan, run_cells
 
-    asked = read_experiment(file)
+    spec = read_experiment(file)
     folder = out or Path("experiments") / file.stem
     with translate_disk_errors(folder), DatasetDir(folder).lock():
-        runs = plan(asked, cells_of(asked), open_data, folder)
+        runs = plan(spec, cells_of(spec), open_data, folder)
         say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
         with show_progress() as progress:
             failed = run_cells(runs, jobs or default_jobs(), progress)
@@ -176,26 +176,26 @@ def experiment(
         say(markdown(result))
         show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
     if failed:
-        for each in failed:
-            say(f"failed: {each}")
+        for failure in failed:
+            say(f"failed: {failure}")
         hint = "the others are in the result; mend it, and the same command trains what is missing"
         raise TrainError(f"{len(failed)} of {len(runs)} cells failed", hint=hint)
 
 
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open what `--data` names, with pixels: from this machine or the Hub, joined from `--images` where it has none."""
+    """Open the version that `--data` names, local or on the Hub; if it has no pixels, join them from `--images`."""
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.dataset.pixels import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
-    from pipeline.hub.pull import names_hub, open_or_download, pull_version
+    from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_pixels, lacks_pixels
+    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.storage.files import translate_disk_errors
 
-    version = pull_version(name) if name and names_hub(name) else open_or_download(parse_dataset_path(name) if name else None)
+    version = pull_version(name) if name and is_hub_name(name) else open_or_download(parse_dataset_path(name) if name else None)
     if not lacks_pixels(version):
         return version
     home = DatasetDir(version.dataset_dir / "joined")
-    with translate_disk_errors(home.path), home.lock(wait=True):  # of several processes one joins
-        if found := joined_before(version, home.path):
-            return found
+    with translate_disk_errors(home.path), home.lock(wait=True):  # one of several processes joins, the others wait
+        if joined := find_joined(version, home.path):
+            return joined
         if images is None:
             raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the images are: --images FOLDER")
         folder = Path(images)

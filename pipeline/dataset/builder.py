@@ -1,6 +1,6 @@
-"""The rows of a version, and the version itself: annotations grouped by sample, Parquet files, a digest, a name.
+"""Build the rows of a version and publish it: annotations grouped by sample, Parquet files, a digest, a name.
 
-The digest of a version is that of its rows as a set: rows that come in another order make the same version.
+The digest of a version does not depend on the order of its rows.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ DIGESTS = pa.schema([pa.field("sample_id", pa.string()), pa.field("digest", pa.s
 
 @dataclass(slots=True)
 class Rows:
-    """What a pass over the rows of a version learns: a digest for each sample, samples left out, statistics."""
+    """The results of a pass over the rows of a version: a digest for each sample, samples left out, statistics."""
 
     digests: list[pa.Table] = field(default_factory=list)  # of schema DIGESTS
     rejected: list[str] = field(default_factory=list)  # ids of samples that have no annotation left
@@ -40,7 +40,7 @@ class Rows:
     examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows without their pixels, for the card
 
     def add(self, rows: pa.Table) -> None:
-        """Learn from rows (ROW_WITH_SPLIT)."""
+        """Add rows (ROW_WITH_SPLIT) to the results."""
         texts = rows.drop_columns(list(PIXELS)).to_pylist()
         digests = [row_digest(row) for row in texts]
         self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
@@ -58,13 +58,13 @@ def build_rows(
         annotations: of all samples, in the order of the samples.
         samples: the samples, in batches.
         source: the name of the source.
-        rows: what is learned of the rows.
+        rows: receives the digests and statistics of the rows.
         decks: whether a sample is a document, though it may have one page only.
 
     Raises:
-        TableError: annotations are of no sample, or not in the order of the samples.
+        TableError: annotations belong to no sample, or are not in the order of the samples.
     """
-    reader = _BySample(iter(annotations))
+    reader = _AnnotationReader(iter(annotations))
     for batch in samples:
         of_batch = reader.take(batch["sample_id"])
         table = _join(pa.Table.from_batches([batch]), of_batch, source, decks=decks)
@@ -77,7 +77,7 @@ def build_rows(
         raise TableError("annotations and samples are in different orders", hint="run without --from-stage")
 
 
-class _BySample:
+class _AnnotationReader:
     """Annotations in the order of their samples, taken a batch of samples at a time."""
 
     def __init__(self, tables: Iterator[pa.Table]) -> None:
@@ -86,15 +86,15 @@ class _BySample:
 
     def take(self, sample_ids: pa.Array) -> pa.Table:
         """Return all annotations of these samples."""
-        taken: list[pa.Table] = []
+        tables: list[pa.Table] = []
         while self.waiting is not None:
             is_other = pc.invert(pc.is_in(self.waiting["sample_id"], sample_ids))
             others = pc.index(is_other, True).as_py()
-            taken.append(self.waiting.slice(0, None if others < 0 else others))
+            tables.append(self.waiting.slice(0, None if others < 0 else others))
             self.waiting = self.waiting.slice(others) if others >= 0 else next(self._tables, None)
             if others >= 0:
                 break
-        return pa.concat_tables(taken) if taken else pa.table({"sample_id": pa.array([], pa.string())})
+        return pa.concat_tables(tables) if tables else pa.table({"sample_id": pa.array([], pa.string())})
 
 
 def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool) -> pa.Table:
@@ -106,31 +106,31 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool)
     pixels = images.flatten()
     stored = pa.StructArray.from_arrays([pixels, pa.nulls(len(pixels), pa.string())], ["bytes", "path"])
     is_deck = np.full(count, decks) | (np.diff(offsets) > 1)
-    first = stored.take(pa.array(offsets[:-1], mask=is_deck))
+    first_pages = stored.take(pa.array(offsets[:-1], mask=is_deck))
     pages = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
     is_caption = pc.is_valid(final_column(annotations, "text", pa.string())).to_numpy(zero_copy_only=False)
     splits = final_column(annotations, "split", pa.string()).combine_chunks()
     first_of_sample = np.full(count, -1)
     first_of_sample[owner[::-1]] = np.arange(len(owner))[::-1]
-    made = {
-        "image": first,
+    computed = {
+        "image": first_pages,
         "pages": pc.if_else(pa.array(is_deck), pages, None),
         "source": pa.array([source] * count, pa.string()),
-        "captions": _lists(annotations, owner, is_caption, count, CAPTION),
-        "qa": _lists(annotations, owner, ~is_caption, count, QA),
+        "captions": _group_annotations(annotations, owner, is_caption, count, CAPTION),
+        "qa": _group_annotations(annotations, owner, ~is_caption, count, QA),
         "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
     }
     columns = []
     for kind in ROW_WITH_SPLIT:
-        known = made[kind.name] if kind.name in made else final_column(samples, kind.name, kind.type)
-        columns.append(known.cast(kind.type))
+        column = computed[kind.name] if kind.name in computed else final_column(samples, kind.name, kind.type)
+        columns.append(column.cast(kind.type))
     return pa.table(columns, schema=ROW_WITH_SPLIT)
 
 
-def _lists(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.StructType) -> pa.ListArray:
-    """Return for each of `count` samples the list of its annotations that are wanted, each in its last words."""
-    chosen = annotations.filter(pa.array(wanted))
-    fields = [final_column(chosen, item.name, item.type).combine_chunks() for item in kind]
+def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.StructType) -> pa.ListArray:
+    """Return for each of `count` samples the list of its annotations in the mask `wanted`, with their final values."""
+    selected = annotations.filter(pa.array(wanted))
+    fields = [final_column(selected, item.name, item.type).combine_chunks() for item in kind]
     offsets = np.r_[0, np.cumsum(np.bincount(owner[wanted], minlength=count))]
     values = pa.StructArray.from_arrays(fields, fields=list(kind))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
@@ -160,8 +160,8 @@ def next_version(parent: Version | None, sample_ids: pa.ChunkedArray, columns: l
     major, minor, patch = parent.number
     if parent.manifest["columns"] != columns:
         return f"v{major + 1}.0.0"
-    known = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
-    if not pc.all(pc.is_in(sample_ids, known)).as_py():
+    ids = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
+    if not pc.all(pc.is_in(sample_ids, ids)).as_py():
         return f"v{major}.{minor + 1}.0"
     return f"v{major}.{minor}.{patch + 1}"
 
@@ -201,7 +201,7 @@ class RowWriter:
         return {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS}
 
     def close(self) -> dict[str, Any]:
-        """Finish all files, and return what a manifest says of each."""
+        """Finish all files, and return the manifest's entry of each, by name."""
         for writer in self._writers.values():
             writer.close()
         return {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
@@ -209,12 +209,12 @@ class RowWriter:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The rows of a version, which are written already."""
+    """The rows of a version, as written to files."""
 
     columns: list[str]
     digests: pa.Table  # DIGESTS, ordered by id
     rows: dict[str, int]  # by split
-    files: list[tuple[Path, str, dict[str, Any]]]  # where each Parquet file lies, its name, and what the manifest says of it
+    files: list[tuple[Path, str, dict[str, Any]]]  # path, name and manifest entry of each Parquet file
     licenses: list[str]
     examples: list[dict[str, Any]]
 
@@ -227,19 +227,19 @@ def publish_version(
     rejections: Iterable[pa.Table],
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Version, bool]:
-    """Give rows that are written the next name, or return the newest version (and False) if that holds the very same rows.
+    """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
 
     Args:
         dataset: the dataset folder.
         draft: the scratch folder beside its versions.
-        content: what was written.
-        provenance: what the manifest says of the run; name, counts and digest are added here.
-        rejections: what every stage rejected (tables.LEDGER).
-        check: raises where another command has taken over the folder.
+        content: the written rows.
+        provenance: the manifest's fields about the run; name, counts and digest are added here.
+        rejections: the rows that every stage rejected (tables.LEDGER).
+        check: raises if another command has taken over the folder.
 
     Raises:
         TableError: no row is left.
-        StoreError: there is a version of that name by now.
+        StoreError: a version of that name exists by now.
     """
     if not content.digests.num_rows:
         hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
@@ -274,8 +274,8 @@ def publish_version(
 
 def newest(dataset: DatasetDir) -> Version | None:
     """Return the newest version of a dataset folder, if there is one."""
-    known = dataset.versions()
-    return known[-1] if known else None
+    versions = dataset.versions()
+    return versions[-1] if versions else None
 
 
 def row_schema(columns: list[str]) -> pa.Schema:
@@ -284,5 +284,5 @@ def row_schema(columns: list[str]) -> pa.Schema:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return what a manifest says of a Parquet file."""
+    """Return the manifest's entry of a Parquet file: sha256, bytes, rows."""
     return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": open_parquet(path).metadata.num_rows}

@@ -1,4 +1,4 @@
-"""Cards of datasets and models: README.md with YAML that a dumper wrote and text in which model output can break nothing."""
+"""Render cards of datasets and models: README.md with a YAML header and escaped model text."""
 
 import html
 import json
@@ -29,7 +29,7 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> 
     Args:
         about: `config`, `train` and `metrics` as the checkpoint holds them, and the `digest` of its files.
         repo: where the model is pushed to.
-        dataset: the repository of the data, where it is known.
+        dataset: the repository of the data, if known.
     """
     values = about | {"title": repo, "data": about["config"]["data"], "dataset": dataset}
     body = environment().from_string(read_template("model.md.j2")).render(values)
@@ -51,7 +51,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     upstream = re.search(r"[^:/\s]+/[^:/\s]+$", manifest["source"]["name"])  # the source is a repository of the Hub
     return {
         "pretty_name": f"synth {manifest['source']['name']} {manifest['version']}",
-        **_licence(manifest["licences"]),
+        **_license_fields(manifest["licences"]),
         "language": ["en"],
         "task_categories": [category for task in manifest["config"]["tasks"] if (category := find_task(task).card_category)],
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
@@ -72,10 +72,10 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment() -> Environment:
-    """Return the environment of all card templates; text that is not ours goes through its filter `line`."""
-    made = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-    made.filters |= {"line": one_line, "as_json": lambda value: json.dumps(value, indent=1, ensure_ascii=False)}
-    return made
+    """Return the Jinja environment of card templates; they pass untrusted text through its filter `line`."""
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+    jinja.filters |= {"line": one_line, "as_json": lambda value: json.dumps(value, indent=1, ensure_ascii=False)}
+    return jinja
 
 
 def one_line(text: Any) -> str:
@@ -95,22 +95,22 @@ def read_template(name: str) -> str:
     return (files("data_cards") / name).read_text(encoding="utf-8")
 
 
-def _licence(licences: list[str]) -> dict[str, str]:
-    """Name the licence if there is one that the Hub may know; else spell out what there is."""
-    if len(licences) == 1 and re.fullmatch(r"[a-z0-9.-]+", licences[0]) and licences[0] in _KNOWN:
-        return {"license": licences[0]}
-    return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licences)}
+def _license_fields(licenses: list[str]) -> dict[str, str]:
+    """Return the license fields of a card: a single license that the Hub knows, else the names of all."""
+    if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in _KNOWN:
+        return {"license": licenses[0]}
+    return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licenses)}
 
 
 _KNOWN = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-2.0", "apache-2.0", "mit", "odc-by")
 
 
 def _sizes(manifest: dict[str, Any], split: str) -> int:
-    return sum(about["bytes"] for name, about in manifest["files"].items() if name.startswith(f"{split}-"))
+    return sum(entry["bytes"] for name, entry in manifest["files"].items() if name.startswith(f"{split}-"))
 
 
 def _feature(kind: Any) -> dict[str, Any]:
-    """Write one of tables.features the way that the YAML of a card does."""
+    """Convert an entry of tables.features to the form of a card's YAML."""
     if "_type" not in kind:  # a struct: its fields by name
         return {"struct": [{"name": name, **_feature(inner)} for name, inner in kind.items()]}
     if kind["_type"] == "List":

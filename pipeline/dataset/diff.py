@@ -1,4 +1,4 @@
-"""What changed between two versions: rows that came, went or differ, field by field, and why as far as it can be told."""
+"""Compare two versions: rows added, removed or changed, field by field, with the causes that are known."""
 
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ MAX_SHOWN = 160  # characters of a value
 
 @dataclass(slots=True)
 class Change:
-    """One row that differs. `fields` are the names of columns; `why` says, for each, what is known of the cause."""
+    """One row that differs. `fields` maps columns to their values before and after; `why` lists the known causes."""
 
     sample_id: str
     source_row: str
@@ -29,18 +29,18 @@ class Change:
 
 @dataclass(slots=True)
 class Diff:
-    """All that differs from `before` to `after`."""
+    """The differences from version `before` to version `after`."""
 
     before: str
     after: str
     same: int
     changes: list[Change]
-    settings: dict[str, tuple[Any, Any]]  # what made the versions, where it differs
+    settings: dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ
 
     def counts(self) -> dict[str, int]:
-        """Return the number of rows by what became of them."""
-        found = Counter(change.what for change in self.changes)
-        return {"same": self.same, **{what: found[what] for what in ("added", "removed", "changed")}}
+        """Return the numbers of rows that are the same, added, removed and changed."""
+        totals = Counter(change.what for change in self.changes)
+        return {"same": self.same, **{what: totals[what] for what in ("added", "removed", "changed")}}
 
     def fields(self) -> dict[str, int]:
         """Return in how many rows each field changed."""
@@ -69,7 +69,7 @@ class Diff:
 
 
 def _short(value: Any) -> str:
-    """Return a value within a line, without control characters: it may be a model's."""
+    """Return a value as a short line without control characters, since it may be model text."""
     if isinstance(value, dict):
         value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, "") and name != "prompt_id")
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(value))
@@ -89,21 +89,21 @@ def diff_versions(before: Version, after: Version) -> Diff:
     settings = _settings(before.manifest, after.manifest)
     changes = []
     for sample_id in sorted(differ):
-        then, now = old_rows.get(sample_id), new_rows.get(sample_id)
-        if then is None:
-            assert now is not None
-            why = [f"was rejected: {reason}" for reason in old_ledger.about_sample(sample_id, now["source_row"])]
-            changes.append(Change(sample_id, now["source_row"], "added", why=why))
-        elif now is None:
-            why = new_ledger.about_sample(sample_id, then["source_row"]) or ["the source does not yield it any more"]
-            changes.append(Change(sample_id, then["source_row"], "removed", why=why))
+        old_row, new_row = old_rows.get(sample_id), new_rows.get(sample_id)
+        if old_row is None:
+            assert new_row is not None
+            why = [f"was rejected: {reason}" for reason in old_ledger.about_sample(sample_id, new_row["source_row"])]
+            changes.append(Change(sample_id, new_row["source_row"], "added", why=why))
+        elif new_row is None:
+            why = new_ledger.about_sample(sample_id, old_row["source_row"]) or ["the source does not yield it any more"]
+            changes.append(Change(sample_id, old_row["source_row"], "removed", why=why))
         else:
-            changes.append(_changed(then, now, old_ledger, new_ledger, settings))
+            changes.append(_changed(old_row, new_row, old_ledger, new_ledger, settings))
     return Diff(before.name, after.name, len(old.keys() & new.keys() - differ), changes, settings)
 
 
 class _Ledger:
-    """What a version rejected on its way, by what it was about."""
+    """The rejections of a version, by sample, source row and content."""
 
     def __init__(self, version: Version) -> None:
         path = version.path / LEDGER_FILE
@@ -112,66 +112,66 @@ class _Ledger:
         self.by_source_row: dict[str, list[str]] = {}
         self.by_content: dict[tuple[str, str], str] = {}
         for row in rows:
-            said = f"{row['stage']}: {row['reason']}"
+            reason = f"{row['stage']}: {row['reason']}"
             if row["content_digest"]:
-                self.by_content[row["sample_id"], row["content_digest"]] = said
+                self.by_content[row["sample_id"], row["content_digest"]] = reason
             if row["sample_id"]:
-                self.by_sample.setdefault(row["sample_id"], []).append(said)
+                self.by_sample.setdefault(row["sample_id"], []).append(reason)
             elif row["source_row"]:
-                self.by_source_row.setdefault(row["source_row"], []).append(said)
+                self.by_source_row.setdefault(row["source_row"], []).append(reason)
 
     def about_sample(self, sample_id: str, source_row: str) -> list[str]:
         """Return why a sample has no row."""
         return sorted(set(self.by_sample.get(sample_id) or self.by_source_row.get(source_row) or []))
 
     def about(self, sample_id: str, annotation: dict[str, Any]) -> str | None:
-        """Return why an annotation is not there."""
+        """Return why an annotation was rejected, or None."""
         return self.by_content.get((sample_id, annotation_digest(annotation)))
 
 
 def _changed(
-    then: dict[str, Any], now: dict[str, Any], old: _Ledger, new: _Ledger, settings: dict[str, tuple[Any, Any]]
+    old_row: dict[str, Any], new_row: dict[str, Any], old: _Ledger, new: _Ledger, settings: dict[str, tuple[Any, Any]]
 ) -> Change:
-    change = Change(now["sample_id"], now["source_row"], "changed")
-    for name in then:
-        if then[name] == now[name]:
+    change = Change(new_row["sample_id"], new_row["source_row"], "changed")
+    for name in old_row:
+        if old_row[name] == new_row[name]:
             continue
         if name not in LISTS:
-            change.fields[name] = {"before": then[name], "after": now[name]}
+            change.fields[name] = {"before": old_row[name], "after": new_row[name]}
             continue
-        gone = [item for item in then[name] or [] if item not in (now[name] or [])]
-        come = [item for item in now[name] or [] if item not in (then[name] or [])]
-        change.fields[name] = {"removed": gone, "added": come}
-        paired = [item for item in map(_unpaired, gone) if item in map(_unpaired, come)]
+        removed = [item for item in old_row[name] or [] if item not in (new_row[name] or [])]
+        added = [item for item in new_row[name] or [] if item not in (old_row[name] or [])]
+        change.fields[name] = {"removed": removed, "added": added}
+        paired = [item for item in map(_unpaired, removed) if item in map(_unpaired, added)]
         if paired:
-            change.why.append("another pair")  # the same question has found another partner: nobody wrote it anew
-        gone, come = ([item for item in items if _unpaired(item) not in paired] for items in (gone, come))
-        change.why += _why(change.sample_id, gone, come, old, new, settings)
+            change.why.append("another pair")  # the same question is paired with another one; its text is unchanged
+        removed, added = ([item for item in items if _unpaired(item) not in paired] for items in (removed, added))
+        change.why += _why(change.sample_id, removed, added, old, new, settings)
     change.why = list(dict.fromkeys(change.why))
     return change
 
 
 def _why(
     sample_id: str,
-    gone: list[dict[str, Any]],
-    come: list[dict[str, Any]],
+    removed: list[dict[str, Any]],
+    added: list[dict[str, Any]],
     old: _Ledger,
     new: _Ledger,
     settings: dict[str, tuple[Any, Any]],
 ) -> list[str]:
-    """Say why texts went and came: a stage rejected them, or another prompt or model wrote others."""
-    said = [new.about(sample_id, item) for item in gone]
-    said += [f"was rejected: {reason}" for item in come if (reason := old.about(sample_id, item))]
-    prompts = {item["prompt_id"] for item in gone} ^ {item["prompt_id"] for item in come} if gone and come else set()
-    if any(item["prompt_id"] == REVIEWED for item in come):
-        said.append("edited in review")
+    """Return why texts were removed and added: a stage rejected them, or another prompt, model or person wrote others."""
+    reasons = [new.about(sample_id, item) for item in removed]
+    reasons += [f"was rejected: {reason}" for item in added if (reason := old.about(sample_id, item))]
+    prompts = {item["prompt_id"] for item in removed} ^ {item["prompt_id"] for item in added} if removed and added else set()
+    if any(item["prompt_id"] == REVIEWED for item in added):
+        reasons.append("edited in review")
     elif prompts:
-        said.append("another prompt")
-    elif "model" in settings and gone and come:
-        said.append("another model")
-    elif gone and come and not any(said):
-        said.append("another reply")
-    return [reason for reason in said if reason]
+        reasons.append("another prompt")
+    elif "model" in settings and removed and added:
+        reasons.append("another model")
+    elif removed and added and not any(reasons):
+        reasons.append("another reply")
+    return [reason for reason in reasons if reason]
 
 
 def _unpaired(item: dict[str, Any]) -> dict[str, Any]:
@@ -183,32 +183,32 @@ def _digests(version: Version, columns: list[str]) -> dict[str, str]:
     return {row["sample_id"]: digest([split, row]) for split, batch in version.batches(columns) for row in batch.to_pylist()}
 
 
-def _rows(version: Version, columns: list[str], wanted: set[str]) -> dict[str, dict[str, Any]]:
+def _rows(version: Version, columns: list[str], sample_ids: set[str]) -> dict[str, dict[str, Any]]:
     return {
         row["sample_id"]: row | {"split": split}
         for split, batch in version.batches(columns)
-        for row in (batch.to_pylist() if wanted else ())
-        if row["sample_id"] in wanted
+        for row in (batch.to_pylist() if sample_ids else ())
+        if row["sample_id"] in sample_ids
     }
 
 
 def _settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs of what made the versions: source, model, prompts and the settings by name."""
-    then, now = (
+    """Return the inputs of the versions that differ: source, model, prompts, columns, and settings by name."""
+    old, new = (
         {
-            "source": m["source"],
-            "model": m["model"],
-            "prompts": sorted(m["prompts"]),
-            "columns": m["columns"],
-            **_flat(current_settings(m["config"])),
+            "source": manifest["source"],
+            "model": manifest["model"],
+            "prompts": sorted(manifest["prompts"]),
+            "columns": manifest["columns"],
+            **_flat(current_settings(manifest["config"])),
         }
-        for m in (before, after)
+        for manifest in (before, after)
     )
-    return {name: (then.get(name), now.get(name)) for name in {**then, **now} if then.get(name) != now.get(name)}
+    return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
 
 
 def _flat(config: dict[str, Any], prefix: str = "config.") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat

@@ -1,8 +1,8 @@
-"""The dataset folder: where everything lies, how it is written, and how a version is read.
+"""The dataset folder: its paths, its lock, and how its versions and samples are read.
 
-Files appear whole or not at all: they are written aside, flushed to the disk and renamed. A file that would not change is
-left alone, so that a second run of the same command touches nothing. The folder of a run on a cluster may lie in an object
-store (objects.py): there, files are made on a disk, and put.
+Files appear whole or not at all: they are written to a temporary file, flushed to the disk and renamed. An unchanged file is
+not rewritten, so that a second run of the same command changes nothing. The folder of a run on a cluster may lie in an
+object store (storage/object_store.py): files are then written to a disk and uploaded.
 """
 
 import fcntl
@@ -37,17 +37,17 @@ class DatasetDir:
         return self.path / "run.json"
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run, under today's names. Raises ValueError where the file holds none."""
+        """Return the settings of the last run, under today's names. Raises ValueError if the file holds none."""
         return Config.model_validate(read_json(self.run_file)).model_dump(mode="json")
 
     @property
     def journal(self) -> Path:
-        """Raw replies of the one writer on this machine."""
+        """The journal of raw replies, with one writer on this machine."""
         return self.path / "journal" / "local.sqlite"
 
     @property
     def server_log(self) -> Path:
-        """What a vLLM server that we started has printed."""
+        """The output of a vLLM server that was started."""
         return self.path / "vllm.log"
 
     def stage(self, name: str, which: str = "kept") -> Path:
@@ -62,11 +62,11 @@ class DatasetDir:
 
     @property
     def finished(self) -> Path:
-        """What a run on a cluster leaves when all shards are done; without it they may be of several runs."""
+        """The file that a run on a cluster writes when all shards are done; without it, shards may be of several runs."""
         return self.path / "shards" / "finished.json"
 
     def provenance(self, stage: str) -> Path:
-        """The source or the model that a stage used: a run that starts after it must not name another one."""
+        """The source or model of a stage; a run that starts at a later stage must use the same one."""
         return self.path / "stages" / stage / "made_by.json"
 
     @property
@@ -76,12 +76,12 @@ class DatasetDir:
 
     @property
     def cost(self) -> Path:
-        """What asking has taken so far."""
+        """The cost of requests so far."""
         return self.path / "stages" / "generate" / "cost.json"
 
     @property
     def push_file(self) -> Path:
-        """Which version was pushed where."""
+        """The pushes of versions from here."""
         return self.path / "pushed.json"
 
     def pushed(self) -> list[dict[str, str]]:
@@ -89,9 +89,9 @@ class DatasetDir:
         return list(read_json(self.push_file)["pushed"]) if self.push_file.exists() else []
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
-        """Remember a push; the same one twice is noted once."""
+        """Record a push; the same push is recorded once."""
         push = {"version": version, "repo": repo, "commit": commit}
-        write_json(self.push_file, {"pushed": [*(known for known in self.pushed() if known != push), push]})
+        write_json(self.push_file, {"pushed": [*(earlier for earlier in self.pushed() if earlier != push), push]})
 
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first."""
@@ -99,21 +99,21 @@ class DatasetDir:
         return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
 
     def version(self, name: str | None = None) -> Version:
-        """Return the version of that name, or the newest. Raises StoreError where there is none."""
-        found = [version for version in self.versions() if name in (None, version.name)]
-        if not found:
-            known = ", ".join(version.name for version in self.versions()) or "none"
+        """Return the version of that name, or the newest. Raises StoreError if there is none."""
+        matches = [version for version in self.versions() if name in (None, version.name)]
+        if not matches:
+            names = ", ".join(version.name for version in self.versions()) or "none"
             raise StoreError(
-                f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {known}; `synth generate` makes one"
+                f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {names}; `synth generate` makes one"
             )
-        return found[-1]
+        return matches[-1]
 
     @contextmanager
     def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
-        """Be the only writer of this folder. Raises StoreError where another process is, unless told to wait for it.
+        """Hold the writer's lock of this folder. Raises StoreError if another process holds it, unless `wait` is set.
 
-        In an object store a killed one is waited for, and `say` told of it; what is yielded raises StoreError where we were
-        taken for dead ourselves.
+        In an object store, the lease of a killed process is waited for, with a message to `say`; the yielded function raises
+        StoreError if another process has taken over our lease.
         """
         if is_remote(self.path):
             with lease(self.path / ".lock", say=say) as check:
@@ -131,25 +131,25 @@ class DatasetDir:
 
 
 def open_dataset(path: Path | None, version: str | None = None) -> Version:
-    """Return a version by a dataset folder, a version folder, or the last one made under `data/`.
+    """Open a version: that of a dataset folder or a version folder, or the last one made under `data/`.
 
     Raises:
-        StoreError: there is no such dataset or version.
+        StoreError: the dataset or version does not exist.
     """
     if path is None:
         path = last_made()
     if (path / MANIFEST).exists():
-        found = read_version(path)
-        if version not in (None, found.name):
-            raise StoreError(f"{path} is {found.name}, not {version}", hint="name the dataset folder instead")
-        return found
+        opened = read_version(path)
+        if version not in (None, opened.name):
+            raise StoreError(f"{path} is {opened.name}, not {version}", hint="name the dataset folder instead")
+        return opened
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
     return DatasetDir(path).version(version)
 
 
 def last_made() -> Path:
-    """Return the dataset folder under `data/` whose newest version was written last."""
+    """Return the dataset folder under `data/` whose newest version was written last. Raises StoreError if there is none."""
     manifests = sorted(DATA.glob("*/versions/v*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
     if not manifests:
         raise StoreError(f"no dataset under {DATA}/", hint="make one: `synth generate --source scenes`, or name its folder")
@@ -166,10 +166,10 @@ def read_exclusions(dataset: DatasetDir) -> pa.Table:
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the samples (tables.SAMPLE) as they were written: one row group a batch."""
     file = open_parquet(shard.stage("source"))
-    there = file.schema_arrow.names
-    wanted = None if columns is None else [old_name(name, there) for name in columns]
+    file_columns = file.schema_arrow.names
+    selected = None if columns is None else [old_name(name, file_columns) for name in columns]
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=wanted)
+        table = file.read_row_group(group, columns=selected)
         yield from table.rename_columns(current_names(table.column_names)).combine_chunks().to_batches()
 
 
@@ -180,7 +180,7 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
 
 
 def require_file(path: Path) -> Path:
-    """Return a path that must be there. Raises ConfigError where it is not."""
+    """Return the path of an existing file. Raises ConfigError if it is missing."""
     if not path.exists():
         raise ConfigError(f"{path} is missing", hint="run once without --from-stage")
     return path

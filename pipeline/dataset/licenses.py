@@ -1,12 +1,12 @@
-"""What the licences of images allow. A version lists those of its images; `push` goes by this."""
+"""Licenses of images. A version lists those of its images; `push` redistributes pixels only if they allow it."""
 
 FLICKR_TERMS = "flickr-terms"  # photos of Flickr: research and education, no redistribution
-NTT_EVALUATION = "ntt-evaluation"  # SlideVQA: evaluation within one's own walls
-GATED = "gated"  # on the Hub, where its owner lets people in one by one
-UNDECLARED = "undeclared"  # on the Hub, without a word about it
-STAY_HOME = (FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED)
+NTT_EVALUATION = "ntt-evaluation"  # SlideVQA: internal evaluation only
+GATED = "gated"  # on the Hub, with access granted by the owner to each user
+UNDECLARED = "undeclared"  # on the Hub, without a declared license
+NON_REDISTRIBUTABLE = (FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED)
 
 
 def non_redistributable(licences: list[str]) -> list[str]:
-    """Return those licences under which pixels may not be passed on."""
-    return [name for name in licences if name.partition(",")[0] in STAY_HOME]
+    """Return the licenses under which pixels may not be redistributed."""
+    return [name for name in licences if name.partition(",")[0] in NON_REDISTRIBUTABLE]

@@ -1,4 +1,4 @@
-"""Manifest: what a version says of the run that made it."""
+"""Describe the run that made a version, for its manifest."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.tasks.prompts import prompt_texts
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """What one stage did to its rows; kept and rejected add up to the input."""
+    """The row counts of one stage; kept and rejected add up to the input."""
 
     stage: str
     unit: str
@@ -21,14 +21,14 @@ class StageSummary:
 
 
 def asked_tasks(config: Config) -> tuple[str, ...]:
-    """Return all that a model is asked in a run."""
+    """Return the tasks of a run, including `answer` if a check asks the model."""
     return (*config.tasks, *([ANSWER] if set(config.verify.checks) - {"alignment"} else []))
 
 
 def describe_run(
     config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what a manifest says of the run that made a version."""
+    """Return the fields of a manifest about the run that made the version."""
     tasks = asked_tasks(config)
     return {
         "source": {name: source[name] for name in ("name", "revision")},
@@ -41,14 +41,16 @@ def describe_run(
     }
 
 
-def describe_leakage(source: dict[str, Any], funnel: list[StageSummary], groups: int, contaminated: int) -> dict[str, Any]:
-    """Return what was done so that nothing held out is learned from, here or elsewhere.
+def describe_decontamination(
+    source: dict[str, Any], funnel: list[StageSummary], groups: int, contaminated: int
+) -> dict[str, Any]:
+    """Return the fields of a manifest about decontamination: near-duplicates of held-out images, and excluded data.
 
     Args:
-        source: what is known of the source.
-        funnel: what each stage did.
-        groups: how many groups of several images look alike.
-        contaminated: how many texts are also in a data set of --exclude.
+        source: the provenance of the source.
+        funnel: the summaries of all stages.
+        groups: the number of groups of near-duplicate images.
+        contaminated: the number of texts that are also in a dataset of --exclude.
     """
     rejected = {summary.stage: summary.rejected for summary in funnel}
     return {

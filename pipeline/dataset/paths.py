@@ -7,10 +7,10 @@ DATA = Path("data")
 
 
 def dataset_folder(source: str) -> Path:
-    """Return where the dataset of a source lies unless told: its name, as letters, digits, dots and dashes."""
+    """Return the default dataset folder of a source: its name in letters, digits, dots and dashes, under `data/`."""
     return DATA / (slugify(source) or "dataset")
 
 
 def slugify(text: str) -> str:
-    """Return a text as a name of a folder: letters, digits, dots and dashes."""
+    """Return a text as a folder name of letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")

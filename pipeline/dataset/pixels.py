@@ -1,4 +1,4 @@
-"""Pixels that did not travel with a version, joined again by `sample_id` from a copy that the reader has."""
+"""Join pixels to a version that was published without them, by `sample_id`, from a local copy of the images."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,12 +21,12 @@ Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
 
 
 def lacks_pixels(version: Version) -> bool:
-    """Whether a version holds ids and texts only."""
+    """Return whether a version holds ids and texts only."""
     return not set(PIXELS) & set(version.manifest["columns"])
 
 
-def joined_before(version: Version, home: Path) -> Version | None:
-    """Return the copy that `join_pixels` made under `home`, if it did."""
+def find_joined(version: Version, home: Path) -> Version | None:
+    """Return the copy that `join_pixels` made under `home`, if there is one."""
     final = _place(version, home)
     if not (final / MANIFEST).exists():
         return None
@@ -35,10 +35,10 @@ def joined_before(version: Version, home: Path) -> Version | None:
 
 
 def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Version:
-    """Return a copy of a version with its pixels, written under `home`; rows stand in the order of the images.
+    """Write a copy of a version with its pixels under `home`, and return it; rows are in the order of the images.
 
     Raises:
-        StoreError: images of some rows are not there.
+        StoreError: images of some rows are missing.
     """
     texts = version.batches(version.manifest["columns"])
     rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}
@@ -63,13 +63,13 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
 
 
 def images_of_files(folder: Path) -> Iterator[Images]:
-    """Yield every file of a folder under the sha256 of its bytes."""
+    """Yield every file of a folder, with the sha256 of its bytes as its id."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         yield file_digest(path), (path.read_bytes(),)
 
 
 def images_of_dataset(folder: Path) -> Iterator[Images]:
-    """Yield the images of a version of this machine."""
+    """Yield the images of a local version. Raises StoreError if it holds no pixels."""
     version = open_dataset(folder)
     if lacks_pixels(version):
         raise StoreError(f"{folder} holds no pixels either", hint="name the folder of the image files, or a source")
@@ -81,17 +81,17 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
 
 
 def _write(folder: Path, rows: dict[str, dict[str, Any]], images: Iterable[Images], schema: pa.Schema) -> None:
-    """Write each row as soon as its pixels come by, and take it out of `rows`."""
+    """Write each row when its pixels arrive, and remove it from `rows`."""
     writers: dict[str, SplitWriter] = {}
-    held: list[dict[str, Any]] = []
+    pending: list[dict[str, Any]] = []
 
     def flush() -> None:
         for split in SPLITS:
-            mine = [row for row in held if row["split"] == split]
-            if mine:
+            split_rows = [row for row in pending if row["split"] == split]
+            if split_rows:
                 writer = writers.setdefault(split, SplitWriter(folder, split, schema))
-                writer.add(pa.Table.from_pylist(mine, schema=schema))
-        held.clear()
+                writer.add(pa.Table.from_pylist(split_rows, schema=schema))
+        pending.clear()
 
     for sample_id, pages in images:
         row = rows.pop(sample_id, None)
@@ -99,8 +99,8 @@ def _write(folder: Path, rows: dict[str, dict[str, Any]], images: Iterable[Image
             continue
         pixels = [{"bytes": page, "path": None} for page in pages]
         row |= {"pages": pixels} if len(pages) > 1 else {"image": pixels[0]}
-        held.append(row)
-        if len(held) == BATCH_ROWS:
+        pending.append(row)
+        if len(pending) == BATCH_ROWS:
             flush()
     flush()
     for writer in writers.values():

@@ -1,4 +1,4 @@
-"""Rejections: one line for everything that a stage rejected, kept with the version that lacks it."""
+"""Rejections: one row for everything that a stage rejected, stored with the version."""
 
 from collections.abc import Iterable, Iterator
 
@@ -20,8 +20,8 @@ def read_rejections(shard: DatasetDir, stages: Iterable[str]) -> Iterator[pa.Tab
 def list_rejections(stage: str, table: pa.Table) -> pa.Table:
     """Return the rejections (tables.LEDGER) of the rows that a stage rejected.
 
-    A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of an annotation's words as a
-    version would have had them. The words themselves may be what the row was rejected for, and are left out.
+    A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final text.
+    The text itself may be the reason of the rejection, and is left out.
     """
     return pa.Table.from_pylist(
         [

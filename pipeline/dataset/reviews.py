@@ -1,6 +1,6 @@
-"""Marks: what a person said of texts in a report. Files of JSON lines, a mark a line, applied by the stage review.
+"""Reviews of texts, made in a report: files of JSON lines, one review a line, applied by the stage review.
 
-A mark names a text by what it says, not by where it lies: it fits the same words in every later run, and no others.
+A review names a text by a digest of its content: it applies to the same text in every later run, and to no other.
 """
 
 import json
@@ -14,17 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
 from pipeline.tables import final_value
-from pipeline.tasks import broken_rule
+from pipeline.tasks import find_broken_rule
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
 REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
 EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
-CONTENT_HEX = 16  # of the digest of a text: enough to tell apart what is said of one sample
-TextName = tuple[str, str]  # of a text: its sample, and the start of the digest of its words
+CONTENT_HEX = 16  # digits of the digest of a text: enough to tell the texts of one sample apart
+TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
 
 
 class Review(BaseModel):
-    """What one person said of one text, which is named as `text_name` does. An edit holds all that the text is to say."""
+    """One person's review of one text, which is named as by `text_name`. An edit holds the whole new text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +32,7 @@ class Review(BaseModel):
     content: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{CONTENT_HEX}}}$")]
     mark: Literal["good", "bad", "edited"]
     reason: Reason | None = None
-    note: Annotated[str, Field(max_length=1000)] = ""  # stays here: it is published nowhere
+    note: Annotated[str, Field(max_length=1000)] = ""  # never published
     text: str | None = None
     question: str | None = None
     answer: str | None = None
@@ -51,33 +51,33 @@ class Review(BaseModel):
 
     @property
     def name(self) -> TextName:
-        """The text that this is about."""
+        """The name of the reviewed text."""
         return self.sample_id, self.content
 
     @property
     def words(self) -> list[tuple[str, Any]]:
-        """The fields that an edit gives, with what they are to be."""
+        """The fields that an edit sets, with their new values."""
         given = ((name, getattr(self, name)) for name in EDITABLE)
         return [(name, list(value) if isinstance(value, tuple) else value) for name, value in given if value is not None]
 
     @property
-    def makes(self) -> TextName:
-        """The text that is there once this was applied."""
+    def resulting_name(self) -> TextName:
+        """The name of the text after the review is applied."""
         if self.mark != "edited":
             return self.name
         return text_name({"sample_id": self.sample_id, "text": self.text, "question": self.question, "answer": self.answer})
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Read a file of marks. Raises ConfigError, with the number of the line, where it is none."""
+    """Read a file of reviews. Raises ConfigError, with the line number, if a line is not a review."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # and at no other sign that may end a line: texts hold those
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): texts may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None
-    marks = []
+    reviews = []
     for number, line in enumerate(lines, start=1):
         try:
-            marks += [Review.model_validate_json(line)] if line.strip() else []
+            reviews += [Review.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -85,11 +85,11 @@ def read_reviews(path: Path) -> list[Review]:
                 f"{path}, line {number} is no mark: {f'{where}: ' if where else ''}{first['msg']}",
                 hint="each line is one mark as a report exports it",
             ) from None
-    return marks
+    return reviews
 
 
 def format_reviews(marks: Iterable[Review]) -> str:
-    """Return marks as a file holds them, in one order."""
+    """Return reviews as JSON lines, sorted by name."""
     ordered = sorted(marks, key=lambda mark: mark.name)
     return "".join(f"{json.dumps(mark.model_dump(exclude_defaults=True))}\n" for mark in ordered)
 
@@ -97,50 +97,54 @@ def format_reviews(marks: Iterable[Review]) -> str:
 def merge_reviews(
     before: Iterable[Review], new: Iterable[Review], rows: dict[TextName, dict[str, Any]]
 ) -> dict[TextName, Review]:
-    """Return all marks by the text that they are about; the last word on a text is the one that counts.
+    """Return all reviews by the name of their text; the last review of a text replaces earlier ones.
 
-    A mark of words that an edit of `before` has made is the last word on the text that was edited: it goes back to what the
-    model wrote, so that marks never have to be applied in a row. All of `new` are about what is there now.
+    A review of a text that an edit of `before` has written is stored under the name of the model's text, so that reviews
+    never have to be applied in sequence. All of `new` are about the texts as they are now.
 
     Args:
-        before: marks that are applied.
-        new: marks that people made since.
-        rows: the annotations before the review, by name.
+        before: reviews that are applied.
+        new: reviews made since.
+        rows: the annotations before the stage review, by name.
     """
-    known = {mark.name: mark for mark in before}
-    edited = {mark.makes: mark.name for mark in known.values() if mark.mark == "edited"}
+    merged = {review.name: review for review in before}
+    edited = {review.resulting_name: review.name for review in merged.values() if review.mark == "edited"}
     edited = {made: name for made, name in edited.items() if made == name or made not in rows}
-    for mark in new:
-        name = edited.get(mark.name, mark.name)
-        if mark.mark == "good" and mark.name in edited:
-            continue  # the edit is, and stays
-        again = mark.model_copy(update={"sample_id": name[0], "content": name[1]})
+    for review in new:
+        name = edited.get(review.name, review.name)
+        if review.mark == "good" and review.name in edited:
+            continue  # it approves the edit, which stays
+        renamed = review.model_copy(update={"sample_id": name[0], "content": name[1]})
         undone = (
-            name in rows and mark.mark == "edited" and all(value == final_value(rows[name], key) for key, value in again.words)
+            name in rows
+            and review.mark == "edited"
+            and all(value == final_value(rows[name], key) for key, value in renamed.words)
         )
-        known[name] = Review(sample_id=name[0], content=name[1], mark="good") if undone else again
-    return known
+        merged[name] = Review(sample_id=name[0], content=name[1], mark="good") if undone else renamed
+    return merged
 
 
 def check_edits(marks: dict[TextName, Review], rows: dict[TextName, dict[str, Any]]) -> dict[TextName, str]:
-    """Return what is wrong with edits of texts that are there: a rule of the task is broken, or another text says the same."""
-    edits = {name: mark for name, mark in marks.items() if mark.mark == "edited" and name in rows}
-    wrong = {name: why for name, mark in edits.items() if (why := check_edit(mark, rows[name]))}
-    said = Counter(
-        marks[name].makes if name in edits else name for name in rows if name not in marks or marks[name].mark != "bad"
+    """Return the flaws of edits of existing texts: a rule of the task is broken, or another text says the same."""
+    edits = {name: review for name, review in marks.items() if review.mark == "edited" and name in rows}
+    flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name]))}
+    counts = Counter(
+        marks[name].resulting_name if name in edits else name for name in rows if name not in marks or marks[name].mark != "bad"
     )
-    return wrong | {name: "another text of this image says the same" for name, mark in edits.items() if said[mark.makes] > 1}
+    return flaws | {
+        name: "another text of this image says the same" for name, review in edits.items() if counts[review.resulting_name] > 1
+    }
 
 
 def check_edit(mark: Review, row: dict[str, Any]) -> str | None:
-    """Return what is wrong with an annotation (tables.ANNOTATION) once an edit is applied; None if nothing is."""
+    """Return the flaw of an annotation (tables.ANNOTATION) after an edit, or None."""
     is_caption = final_value(row, "text") is not None
     if (mark.text is None) == is_caption:
         return f"it is about a {'caption' if is_caption else 'question'}, and its new words are of another kind"
-    words = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(mark.words)
-    return broken_rule(row["task"], words, row["pages"])
+    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(mark.words)
+    return find_broken_rule(row["task"], fields, row["pages"])
 
 
 def text_name(row: dict[str, Any]) -> TextName:
-    """Return what a mark calls an annotation, by what it says now."""
+    """Return the name of an annotation in reviews, by its final text."""
     return row["sample_id"], annotation_digest(row)[:CONTENT_HEX]

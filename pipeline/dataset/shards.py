@@ -1,10 +1,10 @@
-"""The Parquet files of a version, cut where the rows themselves say so.
+"""Write the Parquet files of a version, with boundaries that depend on the rows themselves.
 
-A row group, and a shard, ends before a row whose `sample_id` (a sha256, so as good as a draw of lots) is a multiple of a
-number. A row that is added or removed then moves no cut but the one next to it: every other shard of the next version has the
-same bytes, and is not uploaded again. (Where 64 images come to more than GROUP_BYTES, groups end at that size too, and shards
-of LFS do change; Xet still finds the images.) Pixels are stored as they are, since JPEG and PNG are compressed already: a
-content-defined chunk of Xet finds an image again wherever it lies.
+A row group, and a shard, ends before a row whose `sample_id` (a sha256, so evenly distributed) is a multiple of a number.
+A row that is added or removed then moves only the boundary next to it: every other shard of the next version has the same
+bytes, and is not uploaded again. (If 64 images exceed GROUP_BYTES, groups end at that size too, and shards of LFS do change;
+Xet still finds the images.) Pixels are stored uncompressed, since JPEG and PNG are compressed already: a content-defined
+chunk of Xet finds an image again wherever it lies.
 """
 
 from pathlib import Path
@@ -32,22 +32,22 @@ class SplitWriter:
         self._bytes = 0  # of the shard so far
 
     def add(self, table: pa.Table) -> None:
-        """Take rows; a group is written when the next row begins another one."""
+        """Add rows; a group is written when the next row begins another group."""
         table = table.select(self.schema.names).cast(self.schema)
         self.rows += table.num_rows
         if sum(part.nbytes for part in self._group) >= GROUP_BYTES:
             self._flush(may_end_shard=False)
-        first = 0
-        for at, sample_id in enumerate(table["sample_id"].to_pylist()):
+        start = 0
+        for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
             if draw % GROUP_ROWS == 0:
-                self._group.append(table.slice(first, at - first))
+                self._group.append(table.slice(start, index - start))
                 self._flush(may_end_shard=draw % (GROUP_ROWS * SHARD_GROUPS) == 0)
-                first = at
-        self._group.append(table.slice(first))
+                start = index
+        self._group.append(table.slice(start))
 
     def close(self) -> None:
-        """Write what is held, and finish the last shard."""
+        """Write the rows in memory, and finish the last shard."""
         self._flush(may_end_shard=False)
         if self._writer:
             self._writer.close()
@@ -59,7 +59,7 @@ class SplitWriter:
         if group is not None and group.num_rows:
             if self._writer is None:
                 path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
-                self._writer = pq.ParquetWriter(path, self.schema, **_how_to_write(self.schema))
+                self._writer = pq.ParquetWriter(path, self.schema, **_writer_options(self.schema))
                 self._shards, self._bytes = self._shards + 1, 0
             self._writer.write_table(group.combine_chunks())
             self._bytes += group.nbytes
@@ -69,8 +69,8 @@ class SplitWriter:
             self._writer = None
 
 
-def _how_to_write(schema: pa.Schema) -> dict[str, object]:
-    """Compress texts and not pixels; keep no dictionary and no statistics of pixels."""
+def _writer_options(schema: pa.Schema) -> dict[str, object]:
+    """Return the Parquet options of the columns: texts are compressed, and only they have dictionaries and statistics."""
     leaves = [path for field in schema for path in _leaves(field.name, field.type)]
     texts = [path for path in leaves if path.split(".")[0] not in PIXELS]
     return {

@@ -1,7 +1,7 @@
-"""What is measured of the rows of a version as they are written: it stands in the manifest and on the card.
+"""Measure the rows of a version as they are written, for the manifest and the card.
 
-Where the truth is known (drawn scenes), it is how much of the text is true. Where the source has captions, it is how
-many words of ours one of them has too, beside the same figure for one of them against the others.
+If the facts are known (drawn scenes): how much of the text is true. If the source has captions: the share of a caption's
+words that a reference has too, beside the same figure for one reference against the others.
 """
 
 import re
@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, scene_of
+from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
 
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(slots=True)
 class Mean:
-    """A mean that goes on."""
+    """Running mean."""
 
     count: int = 0
     total: float = 0
@@ -39,7 +39,7 @@ class DatasetStatistics:
 
     words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # of each caption, by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
-    # by style, or "references": one of them among the others
+    # by style; "references": one reference against the others
     shared: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
     true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
@@ -56,13 +56,13 @@ class DatasetStatistics:
             self._against_facts(row)
 
     def result(self) -> dict[str, Any]:
-        """Return all that was counted; a part of which nothing is known is left out."""
-        found: dict[str, Any] = {
+        """Return all statistics that have data, by name."""
+        parts: dict[str, Any] = {
             "captions": {style: {"count": n.count, "mean_words": n.value} for style, n in sorted(self.words.items())},
             "answers": {
-                kind: {"count": count.total(), "most_common": most, "share": round(times / count.total(), 4)}
+                kind: {"count": count.total(), "most_common": answer, "share": round(times / count.total(), 4)}
                 for kind, count in sorted(self.answers.items())
-                for most, times in [min(count.items(), key=lambda item: (-item[1], item[0]))]
+                for answer, times in [min(count.items(), key=lambda item: (-item[1], item[0]))]
             },
             "words_shared_with_references": {style: mean.value for style, mean in sorted(self.shared.items())},
             "true_captions": {
@@ -74,48 +74,48 @@ class DatasetStatistics:
                 for kind, score in self._answer_scores()
             },
         }
-        return {name: part for name, part in found.items() if part}
+        return {name: part for name, part in parts.items() if part}
 
     def _answer_scores(self) -> list[tuple[str, AnswerScore | DeckScore]]:
         return [*sorted(self.true_answers.items()), *sorted(self.decks.items())]
 
     def _against_references(self, row: dict[str, Any]) -> None:
-        references = [_bag(text) for text in row["references"]]
+        references = [_word_counts(text) for text in row["references"]]
         for caption in row["captions"] if references else []:
-            self.shared[caption["style"]].add(_shared(_bag(caption["text"]), references))
+            self.shared[caption["style"]].add(_shared(_word_counts(caption["text"]), references))
         if len(references) > 1:
             self.shared["references"].add(_shared(references[0], references[1:]))
 
     def _against_facts(self, row: dict[str, Any]) -> None:
         if row["facts"]:
-            scene = scene_of(row["facts"])
+            scene = parse_scene(row["facts"])
             for caption in row["captions"]:
                 self.captions[caption["style"]].add(caption["text"], scene, caption["style"])
             for pair in row["qa"]:
                 self.true_answers[pair["answer_type"] or "other"].add(pair["question"], pair["answer"], scene)
         if row["page_facts"]:
-            deck = tuple(scene_of(page) for page in row["page_facts"])
+            deck = tuple(parse_scene(page) for page in row["page_facts"])
             for pair in row["qa"]:
                 self.decks[pair["answer_type"] or "other"].add(pair, deck)
 
 
-def merge(one: Any, other: Any) -> Any:
-    """Return the sum of two measures, or of whatever they are made of."""
-    if is_dataclass(one):
-        kind: Any = type(one)
-        return kind(*(merge(getattr(one, each.name), getattr(other, each.name)) for each in fields(one)))
-    if isinstance(one, dict) and not isinstance(one, Counter):
-        return one | {name: merge(one[name], value) if name in one else value for name, value in other.items()}
-    return one + other
+def merge(left: Any, right: Any) -> Any:
+    """Return the sum of two statistics; dataclasses and dictionaries are summed field by field."""
+    if is_dataclass(left):
+        kind: Any = type(left)
+        return kind(*(merge(getattr(left, item.name), getattr(right, item.name)) for item in fields(left)))
+    if isinstance(left, dict) and not isinstance(left, Counter):
+        return left | {name: merge(left[name], value) if name in left else value for name, value in right.items()}
+    return left + right
 
 
-def _bag(text: str) -> Counter[str]:
+def _word_counts(text: str) -> Counter[str]:
     return Counter(_WORD.findall(text.lower()))
 
 
 def _shared(words: Counter[str], references: list[Counter[str]]) -> float:
     """Return the share of words that some reference has as often (the unigram precision of BLEU)."""
-    most: Counter[str] = Counter()
+    max_counts: Counter[str] = Counter()
     for reference in references:
-        most |= reference
-    return (words & most).total() / max(1, words.total())
+        max_counts |= reference
+    return (words & max_counts).total() / max(1, words.total())

@@ -32,7 +32,7 @@ class Version:
 
     path: Path
     manifest: dict[str, Any]
-    repo: str | None = None  # of the Hub that it came from; its files lie in a cache then
+    repo: str | None = None  # of the Hub that it came from; its files then lie in a cache
 
     @property
     def name(self) -> str:
@@ -46,23 +46,23 @@ class Version:
 
     @property
     def dataset_dir(self) -> Path:
-        """Return the folder for what is made of this version: the dataset folder that holds it, or its own parent."""
+        """Return the folder for outputs made from this version: the dataset folder that holds it, or its own parent."""
         if self.repo:
             return dataset_folder(self.repo)
-        home = home_of(self.path.resolve())
+        home = dataset_dir_of(self.path.resolve())
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 
     @property
     def num_rows(self) -> int:
-        """Return how many rows there are in all splits."""
+        """Return the number of rows in all splits."""
         return sum(self.manifest["rows"].values())
 
     def summary(self) -> dict[str, Any]:
-        """Return what a list of versions shows. The date is that of the manifest's file: rows and manifest hold no clock."""
+        """Return the fields for a list of versions. The date is that of the manifest's file: a manifest holds no time."""
         written = datetime.fromtimestamp((self.path / MANIFEST).stat().st_mtime, UTC)
-        kept = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
-        size = sum(about["bytes"] for about in self.manifest["files"].values())
-        return kept | {"bytes": size, "date": written.strftime("%Y-%m-%d %H:%M")}
+        fields = {name: self.manifest[name] for name in ("version", "parent", "digest", "rows")}
+        size = sum(entry["bytes"] for entry in self.manifest["files"].values())
+        return fields | {"bytes": size, "date": written.strftime("%Y-%m-%d %H:%M")}
 
     def __lt__(self, other: "Version") -> bool:
         return self.number < other.number
@@ -74,45 +74,45 @@ class Version:
     def batches(
         self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS
     ) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield all rows with the split that they are in, a batch at a time. Raises StoreError where a shard is damaged."""
+        """Yield all rows with the split that they are in, a batch at a time. Raises StoreError if a shard is damaged."""
         for split in splits:
             for shard in self.shards(split):
                 try:
                     for batch in open_parquet(shard).iter_batches(batch_size=rows, columns=columns):
                         yield split, batch
                 except (OSError, pa.ArrowInvalid) as error:
-                    raise self.damaged(error) from None
+                    raise self.damage_error(error) from None
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
-        """Read the rows of a split. Raises StoreError where the version has none."""
+        """Read the rows of a split. Raises StoreError if the split is empty."""
         shards = self.shards(split)
         if not shards:
             raise StoreError(f"{self.name} has no rows in its {split} split", hint="make more samples, or choose another split")
         try:
             return pa.concat_tables([read_table(shard, columns) for shard in shards])
         except (OSError, pa.ArrowInvalid) as error:
-            raise self.damaged(error) from None
+            raise self.damage_error(error) from None
 
-    def damaged(self, error: Exception) -> StoreError:
-        """Return the error to raise where a file of this version cannot be read."""
+    def damage_error(self, error: Exception) -> StoreError:
+        """Return the error to raise if a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
 
 
-def home_of(version: Path) -> Path:
-    """Return the dataset folder that holds a version's folder, or where there is none what the version lies in."""
+def dataset_dir_of(version: Path) -> Path:
+    """Return the dataset folder that holds a version's folder, or else the folder's parent."""
     return version.parent.parent if version.parent.name == "versions" else version.parent
 
 
 def parse_version(name: str) -> tuple[int, ...]:
-    """Return the numbers of a name such as v1.2.3. Raises ConfigError where it is none."""
-    found = _VERSION_NAME.fullmatch(name)
-    if not found:
+    """Return the numbers of a name such as v1.2.3. Raises ConfigError if it is not a version name."""
+    match = _VERSION_NAME.fullmatch(name)
+    if not match:
         raise ConfigError(f"not a version: {name}", hint="versions are named like v1.0.0; `synth versions` lists them")
-    return tuple(int(part) for part in found.groups())
+    return tuple(int(part) for part in match.groups())
 
 
 def read_version(folder: Path) -> Version:
-    """Open a version folder. Raises StoreError where it is none."""
+    """Open a version folder. Raises StoreError if it is not one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         parse_version(manifest["version"])
@@ -122,13 +122,13 @@ def read_version(folder: Path) -> Version:
         raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
     if newer:
         raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")
-    if strange:  # a manifest from elsewhere must not make us read, or publish, any other file
+    if strange:  # an untrusted manifest must not name any other file to read or publish
         raise StoreError(f"the manifest of {folder} names files that are no shards: {strange[0]!r}", hint="do not use it")
     return Version(folder, manifest)
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Give a draft its final name: readers see all of a version or nothing.
+    """Move a draft to its final name: readers see a whole version or none.
 
     On a disk, the Parquet files join the others in `draft`, all are flushed, and the folder is renamed. Objects are moved one
     by one, and the manifest last: a version is a folder that has a manifest.
@@ -144,7 +144,7 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
     if is_remote(final):
         if (final / MANIFEST).exists():
             raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
-        remove(final)  # files that a killed command has moved there
+        remove(final)  # files that a killed command moved there
         move([(path, final / name) for path, name in files])
         for names in ((LEDGER_FILE, CARD_FILE), (MANIFEST,)):
             move([(draft / name, final / name) for name in names])

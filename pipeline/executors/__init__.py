@@ -1,1 +1,1 @@
-"""Executors: where the stages of a run are carried out."""
+"""Executors: run the stages in one process or on a cluster."""

@@ -1,7 +1,7 @@
-"""What a run is, whichever executor carries it out: its settings, its shards, and what it returns.
+"""What all executors share: options, results, and how stages run over shards.
 
-An executor fills shards (it reads the source, asks the model, and judges rows one by one) and applies functions to them. What
-compares rows runs in the process of the command, over the shards' files.
+An executor fills shards (it reads the source, asks the model, and judges rows one by one) and applies functions to them.
+Stages that compare rows run in the process of the command, over the shards' files.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ UNITS = {"source": "images", "generate": "requests"}  # of all other stages: ann
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run made: the version, whether it is new, how many requests it took, and what each stage did."""
+    """The result of a run: the version, whether it is new, request counts, and a summary of each stage."""
 
     version: Version
     is_new: bool
@@ -48,7 +48,7 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """How a run is spread: over which cluster (None: one on this machine), how many shards, and how many workers that ask."""
+    """Options of a run on a cluster: its address (None: a cluster on this machine), and the numbers of shards and workers."""
 
     address: str | None = None
     shards: int | None = None
@@ -64,16 +64,16 @@ class Executor(Protocol):
         ...
 
     def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
-        """Apply a function to every shard, and return what it returns, in order."""
+        """Apply a function to every shard, and return the results in order."""
         ...
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
-        """Apply a function to every shard and an empty folder of its own, of which the files end up below `draft`."""
+        """Apply a function to every shard and a new empty folder, whose files end up below `draft`."""
         ...
 
 
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
-    """Run the stages of a shard up to the first that compares rows with those of other shards; of that, what it prepares."""
+    """Run the stages of a shard up to the first that compares rows of all shards; of that stage, only prepare."""
     for stage in stages:
         prepare_stage(stage, shard, before, plan, services)
         if stage.compare:
@@ -85,7 +85,7 @@ def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: Ru
 def compare_rows(
     executor: Executor, dataset: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, progress: Progress
 ) -> None:
-    """Run the stages from the first that compares rows: comparisons here, judging shard by shard."""
+    """Run the stages from the first that compares rows: compare in this process, judge shard by shard."""
     for done, stage in enumerate(stages, start=1):
         if stage.compare:
             compare_stage(stage, executor.shards, dataset, before, plan, progress)
@@ -97,7 +97,7 @@ def compare_rows(
 def publish(
     executor: Executor, dataset: DatasetDir, stages: Sequence[Stage], plan: RunPlan, check: Callable[[], None]
 ) -> tuple[Version, bool, list[StageSummary]]:
-    """Make the version that the shards hold by now; see `stages.version.publish_shards`."""
+    """Publish the rows that the shards hold as a version; see `stages.version.publish_shards`."""
     funnel = summarize_shards(executor, stages, plan)
     source = read_json(dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
@@ -110,11 +110,11 @@ def publish(
 
 
 def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan) -> list[StageSummary]:
-    """Return what each stage did to all shards.
+    """Return the summary of each stage, over all shards.
 
     Raises:
-        ConfigError: not every image was asked about.
-        TableError: a stage was not given what the stage before it kept.
+        ConfigError: not every image has its requests answered.
+        TableError: a stage did not read all rows that the stage before it kept.
     """
     names = ("source", "generate", *(stage.name for stage in stages))
     counts = executor.map(partial(_count_rows, names=names))
@@ -129,10 +129,10 @@ def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan)
         funnel.append(summarize_stage(name, UNITS.get(name, "annotations"), kept, most_first))
     if funnel[1].kept != funnel[0].kept * len(plan.requests):
         raise ConfigError("not every image has been asked about yet", hint="run once without --from-stage")
-    for before, summary in pairwise(funnel[2:]):
-        if summary.input != before.kept:
+    for previous, summary in pairwise(funnel[2:]):
+        if summary.input != previous.kept:
             raise TableError(
-                f"stage {summary.stage} was given {summary.input} rows, of {before.kept}", hint="run without --from-stage"
+                f"stage {summary.stage} was given {summary.input} rows, of {previous.kept}", hint="run without --from-stage"
             )
     return funnel
 
@@ -143,12 +143,12 @@ def _count_rows(shard: DatasetDir, names: Sequence[str]) -> dict[str, tuple[int,
 
 
 def count_requests(shard: DatasetDir) -> int:
-    """Return how many requests the annotations of a shard come from; those of one request stand together."""
-    count, last = 0, None
+    """Return the number of requests of a shard's annotations, where those of one request are adjacent."""
+    count, last_id = 0, None
     for table in read_batches(shard.stage("generate"), ["request_id"]):
         ids = table["request_id"].combine_chunks()
         if len(ids):
             changes = pc.sum(pc.not_equal(ids[1:], ids[:-1])).as_py() or 0
-            count += changes + (ids[0].as_py() != last)
-            last = ids[-1].as_py()
+            count += changes + (ids[0].as_py() != last_id)
+            last_id = ids[-1].as_py()
     return count

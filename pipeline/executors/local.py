@@ -52,15 +52,15 @@ def run_locally(
     """Run all stages from `start` on, and return the version that comes out.
 
     Args:
-        config: what to make.
+        config: the settings of the run.
         dataset: the dataset folder, whose lock the caller holds.
         stages: all stages between generate and version, in order.
-        start: the name of the first stage to run; what the stage before it left is on the disk.
-        source: the samples, where the source is to be read.
+        start: the name of the first stage to run; the files of the stage before it are on the disk.
+        source: the samples; None if the source was read by an earlier run.
         progress: receives updates.
 
     Raises:
-        SynthError: whatever a user can mend; finished work stays on the disk.
+        SynthError: an error that the user can fix; finished work stays on the disk.
     """
     order = ("source", "generate", *(stage.name for stage in stages), "version")
     position = order.index(start)
@@ -95,18 +95,18 @@ def run_locally(
 
 
 def import_shard_replies(dataset: DatasetDir) -> None:
-    """Take over the replies of runs on a cluster in the same folder."""
+    """Import the replies of runs on a cluster in the same folder."""
     journals = sorted(dataset.path.glob("shards/*/journal/local.sqlite"))
     if journals:
         with Journal(dataset.journal) as journal:
             for path in journals:
                 with Journal(path):
-                    pass  # brings in what a killed worker has left beside it
-                journal.import_replies(path, "", "g")  # behind every digest
+                    pass  # merges the write-ahead log of a killed worker
+                journal.import_replies(path, "", "g")  # above every digest
 
 
 def _forget_other_settings(dataset: DatasetDir, config: Config, stages: Sequence[str]) -> None:
-    """Remove stage files that other settings have made: a later run that starts in the middle must not take them for ours."""
+    """Remove stage files of other settings, so that a later run with --from-stage does not read them."""
     settings = config.model_dump(mode="json")
     if not dataset.run_file.exists() or dataset.settings() != settings:
         for name in stages:
@@ -129,7 +129,7 @@ def _compared_as(dataset: DatasetDir) -> str | None:
 
 
 def _require_model(choose: Callable[[], EngineChoice], revision: str) -> EngineChoice:
-    """Return the engine. Raises ConfigError where another model answers now than the one that wrote the annotations."""
+    """Return the engine. Raises ConfigError if its model is not the one that wrote the annotations."""
     if choose().revision != revision:
         raise ConfigError("another model answers now than the one that wrote", hint="run without --from-stage")
     return choose()

@@ -1,4 +1,4 @@
-"""What leaves this machine in a push: the files of a version or a model, with a manifest and a card that say what they hold."""
+"""Build the package that a push uploads: the files of a version or a model, with their manifest and card."""
 
 import hashlib
 import json
@@ -26,10 +26,10 @@ CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A version of a dataset, or a model, on its way.
+    """A version of a dataset, or a model, to upload.
 
-    `name` is its tag, `title` the message of its commit; `manifest` is as it will be read there, and says of `files` what
-    their bytes are; `files` holds the content of every file by its path there.
+    `name` is its tag, `title` the message of its commit; `manifest` is the uploaded manifest, with the digest and size of
+    each file; `files` maps each path in the repository to a local file or to its content.
     """
 
     kind: Literal["dataset", "model"]
@@ -40,57 +40,57 @@ class Package:
 
     def bytes(self) -> dict[str, int]:
         """Return the size of each file."""
-        return {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in self.files.items()}
+        return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()}
 
 
 @contextmanager
 def build_package(
     version: Version, repo: str, *, images: bool | None = None, acknowledged: Sequence[str] = ()
 ) -> Iterator[Package]:
-    """Yield what is pushed to `repo`; shards that must be rewritten lie in a folder that is removed afterwards.
+    """Yield the package to push to `repo`; rewritten shards lie in a temporary folder that is removed afterwards.
 
     Args:
-        version: what is to be pushed.
-        repo: where to; the card names it.
-        images: whether pixels go too; None leaves out what may not be passed on.
-        acknowledged: licences under which the caller may pass on pixels all the same; the card says so.
+        version: the version to push.
+        repo: the target repository, which the card names.
+        images: whether to include pixels; None leaves out those that may not be redistributed.
+        acknowledged: restrictive licenses under which the caller may redistribute pixels; the card says so.
 
     Raises:
-        PushError: files of the version are missing, or pixels are asked for that may not be passed on.
+        PushError: files of the version are missing, or `images` includes pixels that may not be redistributed.
     """
     missing = [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]
     if missing:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
-    held = non_redistributable(version.manifest["licences"])
-    unsaid = [licence for licence in held if licence not in acknowledged]
-    if images and unsaid:
+    restricted = non_redistributable(version.manifest["licences"])
+    refused = [license_name for license_name in restricted if license_name not in acknowledged]
+    if images and refused:
         raise PushError(
-            f"pixels under {', '.join(unsaid)} may not be passed on",
-            hint=f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(unsaid)}; the card will say it",
+            f"pixels under {', '.join(refused)} may not be passed on",
+            hint=f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it",
         )
     has_pixels = bool(set(PIXELS) & set(version.manifest["columns"]))
-    if has_pixels and (images is False or (images is None and held)):
+    if has_pixels and (images is False or (images is None and restricted)):
         with tempfile.TemporaryDirectory() as folder:
             yield _pack(version, repo, without_pixels(version, Path(folder)), Path(folder))
     else:
-        said = {"acknowledged": held} if has_pixels and held else {}
-        yield _pack(version, repo, version.manifest | said, version.path)
+        acknowledgement = {"acknowledged": restricted} if has_pixels and restricted else {}
+        yield _pack(version, repo, version.manifest | acknowledgement, version.path)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     """Write a copy of each shard without pixels; return the manifest that goes with them."""
     files = {}
-    kept = [column for column in version.manifest["columns"] if column not in PIXELS]
-    schema = with_features(pa.schema([ROW.field(column) for column in kept]))
-    for name, about in version.manifest["files"].items():
+    columns = [column for column in version.manifest["columns"] if column not in PIXELS]
+    schema = with_features(pa.schema([ROW.field(column) for column in columns]))
+    for name, entry in version.manifest["files"].items():
         source = pq.ParquetFile(version.path / name)
         with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
-            for group in range(source.num_row_groups):  # one at a time, so that they stay where they are
-                writer.write_table(source.read_row_group(group, columns=kept).select(kept).cast(schema))
+            for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
+                writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(schema))
         size = (folder / name).stat().st_size
-        files[name] = about | {"sha256": file_digest(folder / name), "bytes": size}
+        files[name] = entry | {"sha256": file_digest(folder / name), "bytes": size}
     left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
-    return version.manifest | {"columns": kept, "features": features(schema), "files": files} | left_out
+    return version.manifest | {"columns": columns, "features": features(schema), "files": files} | left_out
 
 
 def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:
@@ -109,7 +109,7 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
 
 
 def build_checkpoint_package(folder: Path, repo: str) -> Package:
-    """Return the package of a trained captioner; its tag names the version of the data and its own content.
+    """Return the package of a trained captioner; its tag is the version of the data and a digest of the files.
 
     Raises:
         PushError: the folder holds no finished training.
@@ -117,18 +117,18 @@ def build_checkpoint_package(folder: Path, repo: str) -> Package:
     missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
     if missing:
         raise PushError(f"{folder} is no finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
-    about = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
-    for part in ("encoder", "decoder"):  # a path of the user's is nobody's business
-        about["train"][part] = Path(about["train"][part]).name if Path(about["train"][part]).is_dir() else about["train"][part]
-    train = _json(about["train"])
+    saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
+    for part in ("encoder", "decoder"):  # local paths are removed before settings are published
+        saved["train"][part] = Path(saved["train"][part]).name if Path(saved["train"][part]).is_dir() else saved["train"][part]
+    train = _json(saved["train"])
     files = {name: {"sha256": file_digest(folder / name), "bytes": (folder / name).stat().st_size} for name in CHECKPOINT_FILES}
     files["train.json"] = {"sha256": hashlib.sha256(train).hexdigest(), "bytes": len(train)}
-    content = digest([files[name]["sha256"] for name in CHECKPOINT_FILES])
-    data = about["config"]["data"]
-    name = f"{data['version']}-{content[:8]}"
-    manifest = {"version": name, "digest": content, "data": data, "files": files}
+    content_digest = digest([files[name]["sha256"] for name in CHECKPOINT_FILES])
+    data = saved["config"]["data"]
+    name = f"{data['version']}-{content_digest[:8]}"
+    manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
     dataset = data.get("repo") or _pushed_as(folder, data)
-    card = render_model_card(about | {"digest": content}, repo, dataset)
+    card = render_model_card(saved | {"digest": content_digest}, repo, dataset)
     return Package(
         kind="model",
         name=name,
@@ -144,7 +144,7 @@ def build_checkpoint_package(folder: Path, repo: str) -> Package:
 
 
 def _pushed_as(folder: Path, data: dict[str, Any]) -> str | None:
-    """Return where the data of a checkpoint was pushed to, where it lies in the folder of that very dataset."""
+    """Return the repository that a checkpoint's data was pushed to, if the checkpoint lies in the dataset's folder."""
     home = DatasetDir(folder.resolve().parent.parent)
     version = next((v for v in home.versions() if v.manifest["digest"] == data["digest"]), None)
     return next((push["repo"] for push in home.pushed() if version and push["version"] == version.name), None)

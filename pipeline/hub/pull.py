@@ -1,4 +1,4 @@
-"""A version that lies on the Hub, or in an object store: fetched once, checked against its manifest, opened like any other."""
+"""Download a version from the Hub or an object store once, check it against its manifest, and open it."""
 
 import re
 from pathlib import Path
@@ -18,47 +18,56 @@ from huggingface_hub.errors import (
 
 from pipeline.dataset.directory import DatasetDir, open_dataset
 from pipeline.dataset.paths import dataset_folder
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, home_of, parse_version, publish, read_version
+from pipeline.dataset.version import (
+    CARD_FILE,
+    LEDGER_FILE,
+    MANIFEST,
+    Version,
+    dataset_dir_of,
+    parse_version,
+    publish,
+    read_version,
+)
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError, one_line
 from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-WANTED = [MANIFEST, CARD_FILE, LEDGER_FILE, "*.parquet"]
+DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, "*.parquet"]
 
 
-def names_hub(text: str) -> bool:
-    """Whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and no folder of this machine."""
+def is_hub_name(text: str) -> bool:
+    """Return whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and is no local path."""
     return bool(_NAME.fullmatch(text)) and not Path(text).exists()
 
 
 def pull_version(name: str) -> Version:
-    """Fetch a version from the Hub into the Hub's own cache, and check every file; the second time needs no network.
+    """Download a version from the Hub into the Hub's cache, and check every file; a cached version needs no network.
 
     Args:
         name: ORG/NAME@VERSION, where a version is a tag, a branch or a commit; without one, the newest tag.
 
     Raises:
-        StoreError: there is no such dataset or version, it is not ours, it is damaged, or it is not here and the Hub is far.
+        StoreError: the version does not exist, is damaged, was not made by synth, or is not cached and the Hub does not answer.
     """
-    found = _NAME.fullmatch(name)
-    if not found:
+    match = _NAME.fullmatch(name)
+    if not match:
         raise StoreError(f"not a dataset of the Hub: {name}", hint="it looks like ORG/NAME@v1.0.0")
-    repo, wanted = found[1], found[2]
+    repo, requested = match[1], match[2]
     try:
-        revision = wanted or _newest(_tags(repo))
+        revision = requested or _newest(_tags(repo))
         if revision is None:
             raise StoreError(
                 f"{repo} is no folder here, and no version of it is known",
                 hint="`synth push` makes versions; or name a commit: ORG/NAME@COMMIT",
             )
-        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=WANTED)
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
     except GatedRepoError:
         raise StoreError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
     except RevisionNotFoundError:
-        known = ", ".join(sorted(_tags(repo), key=parse_version)) or "none"
-        raise StoreError(f"{repo} has no version {wanted}", hint=f"versions there: {known}") from None
+        versions = ", ".join(sorted(_tags(repo), key=parse_version)) or "none"
+        raise StoreError(f"{repo} has no version {requested}", hint=f"versions there: {versions}") from None
     except RepositoryNotFoundError:
         raise StoreError(
             f"no folder and no dataset of the Hub: {name}", hint="check the name; a private one needs `hf auth login`"
@@ -76,36 +85,36 @@ def pull_version(name: str) -> Version:
 
 
 def open_or_download(path: Path | None, version: str | None = None) -> Version:
-    """Return a version by a folder, as `open_dataset` does, or by one in an object store: that is fetched, once, and checked.
+    """Open a version in a local folder, as `open_dataset` does, or in an object store: that is downloaded once and checked.
 
-    It is kept in `data/`, in a dataset folder that is named after where it comes from.
+    A download is kept in a dataset folder under `data/` that is named after its origin.
 
     Raises:
-        StoreError: there is no such dataset or version, it is damaged, or the store refuses.
+        StoreError: the dataset or version does not exist, it is damaged, or the store refuses.
     """
     if path is None or not is_remote(path):
         return open_dataset(path, version)
     with translate_store_errors(path):
-        there = open_dataset(path, version)
-        origin = str(home_of(there.path))
+        remote = open_dataset(path, version)
+        origin = str(dataset_dir_of(remote.path))
         home = DatasetDir(dataset_folder(origin))
-        final = home.path / "versions" / there.name
+        final = home.path / "versions" / remote.name
         with translate_disk_errors(home.path), home.lock(wait=True):
-            _only_from(origin, home)
+            _require_origin(origin, home)
             if not final.exists():
                 with scratch_folder(final.parent) as draft:
-                    for name in (*there.manifest["files"], LEDGER_FILE, CARD_FILE, MANIFEST):
-                        download(there.path / name, draft / name)
-                    _check(Version(draft, there.manifest), str(there.path), f"compare {there.path} with what was put there")
+                    for name in (*remote.manifest["files"], LEDGER_FILE, CARD_FILE, MANIFEST):
+                        download(remote.path / name, draft / name)
+                    _check(Version(draft, remote.manifest), str(remote.path), f"compare {remote.path} with what was put there")
                     publish(draft, final)
-        found = read_version(final)
-    if found.manifest != there.manifest:
-        raise StoreError(f"{final} is another {there.name} than the one in {path}", hint=f"move {home.path} away")
-    return found
+        local = read_version(final)
+    if local.manifest != remote.manifest:
+        raise StoreError(f"{final} is another {remote.name} than the one in {path}", hint=f"move {home.path} away")
+    return local
 
 
-def _only_from(origin: str, home: DatasetDir) -> None:
-    """Keep versions of different places apart, whose names are one when written as the name of a folder."""
+def _require_origin(origin: str, home: DatasetDir) -> None:
+    """Raise StoreError if a folder holds versions of another origin: two origins may have the same folder name."""
     file = home.path / "origin.json"
     known = read_json(file)["origin"] if file.exists() else None
     if known not in (None, origin) or (known is None and home.versions()):
@@ -115,14 +124,14 @@ def _only_from(origin: str, home: DatasetDir) -> None:
 
 
 def _tags(repo: str) -> list[str]:
-    """Return the versions of a dataset, by the Hub, or where it does not answer by what the cache holds."""
+    """Return the version tags of a dataset: those on the Hub, or if it does not answer those in the cache."""
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (OfflineModeIsEnabled, httpx2.TransportError):
         if not Path(HF_HUB_CACHE).is_dir():
             return []
-        cached = [found for found in scan_cache_dir().repos if found.repo_id == repo and found.repo_type == "dataset"]
-        names = [name for found in cached for name in found.refs]
+        cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo and entry.repo_type == "dataset"]
+        names = [name for entry in cached for name in entry.refs]
     return [name for name in names if _is_version(name)]
 
 
@@ -140,9 +149,9 @@ def _is_version(name: str) -> bool:
 
 def _check(version: Version, name: str, hint: str) -> None:
     files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
-    for file, about in files.items():
+    for file, entry in files.items():
         path = version.path / file
-        if not path.is_file() or file_digest(path) != about.get("sha256"):
+        if not path.is_file() or file_digest(path) != entry.get("sha256"):
             raise StoreError(
                 f"{file} of {name} is not what its manifest says", hint=f"{hint}; if that does not help, do not use the dataset"
             )

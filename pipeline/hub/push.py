@@ -1,7 +1,7 @@
-"""Stage: push. A version, or a model, goes to the Hugging Face Hub in one commit, then gets a tag that never moves.
+"""Push a version or a model to the Hugging Face Hub in one commit, with a tag that never moves.
 
-A reader of the Hub sees the old version or the new one, never a mixture. Every attempt begins by looking at what is there, so
-that whatever cut off the one before, the next goes on from it.
+A reader of the Hub sees the old version or the new one, never a mixture. Every attempt first reads the state of the
+repository, and continues from where an interrupted attempt stopped.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, PushError, one_line
 from pipeline.hub.package import Package
 from pipeline.progress import NullProgress, Progress
 
-# What decides how much memory an upload by Xet takes: of its blocks of 64 MB, one is on its way while the next is filled.
+# These settings bound the memory of a Xet upload: one block of 64 MB is uploaded while the next is filled.
 # 2 GB took 360 MB without these settings and 270 MB with them, in the same time (benchmarks/push.py on loopback).
 for _name, _value in (
     ("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1"),
@@ -32,19 +32,19 @@ for _name, _value in (
     ("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb"),
 ):
     os.environ.setdefault(_name, _value)
-# Where the C library is glibc: threads share one heap, and what is large is given back when it is freed.
+# With glibc: threads share one heap, and large allocations are returned to the system when freed.
 if _mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
     _mallopt(-8, 1)  # M_ARENA_MAX
     _mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
-TRIES = 6
+MAX_ATTEMPTS = 6
 RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
 NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """Where a package lies on the Hub. `is_new` is False where it was there before."""
+    """Where a package lies on the Hub. `is_new` is False if the tag existed before."""
 
     repo: str
     url: str
@@ -54,14 +54,14 @@ class PushResult:
 
 
 def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
-    """Push a package and tag the commit with its name; the same one twice is pushed once.
+    """Push a package and tag the commit with its name; a package that is there already is not pushed again.
 
     Raises:
-        PushError: no or a bad token, a name that is taken, a Hub that refuses or does not answer.
+        PushError: the token is missing or invalid, the name is taken, or the Hub refuses or does not answer.
     """
     api = HfApi()
     try:
-        return _persist(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
+        return _retry(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
     except LocalTokenNotFoundError:
         raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
     except HFValidationError as error:
@@ -80,26 +80,26 @@ def push_package(package: Package, repo: str, *, private: bool = False, progress
         raise PushError(f"cannot read or keep a file: {error}", hint="check the disk, then push again") from None
 
 
-def _persist(attempt: Callable[[], PushResult]) -> PushResult:
-    """Try again where the Hub is busy, somebody else was faster, or a connection broke."""
-    for tried in range(1, TRIES):
+def _retry(attempt: Callable[[], PushResult]) -> PushResult:
+    """Retry while the Hub is busy, another push came first, or a connection broke; TRIES attempts in all."""
+    for tried in range(1, MAX_ATTEMPTS):
         try:
             return attempt()
         except (HfHubHTTPError, OSError, RuntimeError, httpx2.TransportError) as error:
-            if not _may_pass(error):
+            if not _is_transient(error):
                 raise
             time.sleep(_pause_seconds(error, tried))
     return attempt()
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error may be gone the next time; an upload by LFS wraps what went wrong in a RuntimeError."""
+def _is_transient(error: BaseException) -> bool:
+    """Return whether an error is transient; an upload by LFS wraps the cause in a RuntimeError."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRIED
     if isinstance(error, RuntimeError):
-        return error.__cause__ is not None and _may_pass(error.__cause__)
+        return error.__cause__ is not None and _is_transient(error.__cause__)
     broken = isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError)
-    return broken and not isinstance(error, httpx2.ConnectError)  # which says that nobody listens there
+    return broken and not isinstance(error, httpx2.ConnectError)  # no server listens there
 
 
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
@@ -119,31 +119,31 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
 
 
 def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
-    """Upload what is large, then make the one commit on top of the head that was looked at; return its id."""
+    """Upload large files, then make one commit on top of the head that was read; return its id."""
     manifest, name = package.manifest, package.name
     head = str(api.repo_info(repo, repo_type=package.kind).sha)
-    there = _remote_manifest(api, package, repo, head)
+    remote = _remote_manifest(api, package, repo, head)
     files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
-    if there and there["version"] == name:
-        _require_same(package, there, repo)
+    if remote and remote["version"] == name:
+        _require_same(package, remote, repo)
         return head  # an earlier push was cut off between its commit and its tag
-    if there and package.kind == "dataset" and parse_version(there["version"]) > parse_version(name):
+    if remote and package.kind == "dataset" and parse_version(remote["version"]) > parse_version(name):
         raise PushError(
-            f"{repo} already holds {there['version']}, which is newer than {name}",
+            f"{repo} already holds {remote['version']}, which is newer than {name}",
             hint="push the newest version, or an older one to a repository of its own",
         )
-    if not there and files - {*NEW_REPO}:
+    if not remote and files - {*NEW_REPO}:
         raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
-    # Made anew in each attempt: an operation remembers what the branch held when it was uploaded, and would be left out of
-    # the commit as unchanged although somebody has changed that file since.
-    additions = [CommitOperationAdd(path, what) for path, what in package.files.items()]
+    # Created anew in each attempt: an operation remembers the branch's files at its upload, and would be dropped from the
+    # commit as unchanged even if the file has changed since.
+    additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
     large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
     for done, addition in enumerate(large):
         progress("push", done, len(large))
         api.preupload_lfs_files(repo, [addition], repo_type=package.kind, free_memory=False)
     progress("push", len(large), len(large))
-    stale = [path for path in there.get("files", ()) if path in files and path not in package.files]
-    made = api.create_commit(
+    stale = [path for path in remote.get("files", ()) if path in files and path not in package.files]
+    commit = api.create_commit(
         repo,
         [*additions, *map(CommitOperationDelete, stale)],
         repo_type=package.kind,
@@ -151,47 +151,47 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
         commit_description=f"digest {manifest['digest']}",
         parent_commit=head,
     )
-    return str(made.oid)
+    return str(commit.oid)
 
 
-def _require_same(package: Package, there: dict[str, Any], repo: str) -> None:
-    """Refuse to go on where the Hub has something else under the name of this version."""
+def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
+    """Raise PushError if the Hub has other content under the name of this version."""
     name = package.name
-    if there.get("digest") != package.manifest["digest"]:
+    if remote.get("digest") != package.manifest["digest"]:
         raise PushError(
             f"{repo} already has another {name}", hint="a tag never moves: make a new version, or push to another repository"
         )
-    if there.get("pixels") != package.manifest.get("pixels"):
-        which = "without its images" if there.get("pixels") else "with its images"
+    if remote.get("pixels") != package.manifest.get("pixels"):
+        which = "without its images" if remote.get("pixels") else "with its images"
         raise PushError(f"{repo} already has {name} {which}", hint="a tag never moves: push to another repository")
 
 
 def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> dict[str, Any]:
-    """Return the manifest at a revision; nothing where there is none of ours."""
+    """Return the manifest at a revision; empty if there is none, or another tool wrote it."""
     if not api.file_exists(repo, "manifest.json", repo_type=package.kind, revision=revision):
         return {}
     path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        ours = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict) and "version" in manifest
+        is_manifest = isinstance(manifest["digest"], str) and isinstance(manifest["files"], dict) and "version" in manifest
         if package.kind == "dataset":
             parse_version(manifest["version"])
     except (ValueError, KeyError, TypeError, ConfigError):
-        return {}  # somebody else's file of the same name
-    return manifest if ours else {}
+        return {}  # another tool's file of the same name
+    return manifest if is_manifest else {}
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
-    """Read back what lies on the Hub, and compare it with its own manifest by checksum."""
+    """Compare the checksums of the files on the Hub with their manifest. Raises PushError if they differ."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {})
-    wanted = {name: about["sha256"] for name, about in files.items()}
-    found: dict[str, str] = {}
-    for entry in api.get_paths_info(repo, list(wanted), repo_type=package.kind, revision=commit):
+    expected = {name: file["sha256"] for name, file in files.items()}
+    actual: dict[str, str] = {}
+    for entry in api.get_paths_info(repo, list(expected), repo_type=package.kind, revision=commit):
         if isinstance(entry, RepoFile):
-            found[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(package, repo, entry.path, commit)
-    wrong = sorted(name for name, sha256 in wanted.items() if found.get(name) != sha256)
+            actual[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(package, repo, entry.path, commit)
+    wrong = sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256)
     if wrong:
         raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
 
@@ -202,9 +202,9 @@ def _small_file_digest(package: Package, repo: str, path: str, commit: str) -> s
 
 
 def _pause_seconds(error: Exception, tried: int) -> float:
-    # 429 says in its ratelimit header how long the window lasts: "api";r=0;t=1
-    told = error.response.headers.get("ratelimit", "").rpartition("t=")[2] if isinstance(error, HfHubHTTPError) else ""
-    return float(told) + 1 if told.isdigit() else min(2.0 ** (tried - 2), 8.0)
+    # The ratelimit header of a 429 holds the seconds until the window ends, as t: "api";r=0;t=1
+    reset = error.response.headers.get("ratelimit", "").rpartition("t=")[2] if isinstance(error, HfHubHTTPError) else ""
+    return float(reset) + 1 if reset.isdigit() else min(2.0 ** (tried - 2), 8.0)
 
 
 def _unreachable(api: HfApi, error: BaseException) -> PushError:

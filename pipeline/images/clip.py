@@ -29,7 +29,7 @@ class ClipScorer:
             from transformers.utils.logging import disable_progress_bar
         except ModuleNotFoundError as error:
             raise EngineError(f"a CLIP needs the package {error.name}", hint="install synth with its extra `train`") from None
-        model_id = _place_of(name)
+        model_id = _resolve_model_id(name)
         disable_progress_bar()
         try:
             self._model: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32).eval()
@@ -77,7 +77,7 @@ class ClipScorer:
         return values
 
 
-def _place_of(name: str) -> str:
+def _resolve_model_id(name: str) -> str:
     if name == TINY_CLIP:
         return str(Path(__file__).parents[1] / "scenes" / "weights" / "clip")
     return HUB.get(name, name)

@@ -18,8 +18,8 @@ from pipeline.errors import ImageError, one_line
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
-LOOK_PX = 64
-MIN_LOOK_QUALITY = 50  # of 100, as PDQ's authors advise
+HASH_SIDE_PX = 64
+MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
@@ -29,7 +29,7 @@ def deck_id(page_ids: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class ImageInfo:
     """Facts of an image that decodes in full: its sha256, its upright size, and its PDQ hash (`pdq_hash`)."""
 
     id: str
@@ -38,14 +38,14 @@ class Checked:
     pdq_hash: bytes
 
 
-def check_image(data: bytes) -> Checked:
+def check_image(data: bytes) -> ImageInfo:
     """Decode an image in full, and return its id, size and PDQ hash.
 
     Raises:
         ImageError: the bytes are not an image of a known format, are truncated, or decode to too many pixels.
     """
     image = prepare_image(data)
-    return Checked(hashlib.sha256(data).hexdigest(), image.width, image.height, pdq_hash(image))
+    return ImageInfo(hashlib.sha256(data).hexdigest(), image.width, image.height, pdq_hash(image))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
@@ -54,9 +54,9 @@ def pdq_hash(image: Image.Image) -> bytes:
     The hash is empty if the image has too little detail. It is computed from 64 x 64 pixels, to which PDQ itself downsamples:
     four times as fast as from 256 x 256, and as stable (docs/experiments/curation.md).
     """
-    small = image.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX)
+    small = image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
     bits, quality = pdqhash.compute(np.asarray(small))
-    return np.packbits(bits).tobytes() if quality >= MIN_LOOK_QUALITY else b""
+    return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
 
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:

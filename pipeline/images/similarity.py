@@ -18,12 +18,12 @@ import pyarrow as pa
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]
-SAME_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/experiments/curation.md)
-NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides of one template are 42 apart or more
-COMPARED = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that are compared
+MAX_COPY_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/experiments/curation.md)
+MAX_NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides of one template are 42 apart or more
+COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that are compared
 BLOCK_HASHES = 256  # rows of one block of distances
 
-Near = tuple[int, int, int]  # indices of two pages among those with a hash, and their distance in bits
+NearPair = tuple[int, int, int]  # indices of two pages among those with a hash, and their distance in bits
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
 
 
@@ -34,10 +34,10 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     a sample of a more held-out split is rejected, whatever its kind. The first id of a group is its name.
 
     Args:
-        samples: with the columns `COMPARED`.
+        samples: with the columns `COMPARED_COLUMNS`.
         kind: photos or graphics; only photos can be rejected as copies.
     """
-    ids, splits, hashes, widths, heights = (samples[name].to_pylist() for name in COMPARED)
+    ids, splits, hashes, widths, heights = (samples[name].to_pylist() for name in COMPARED_COLUMNS)
     near: dict[int, dict[int, int]] = defaultdict(dict)
     for a, b, bits in near_samples(hashes, kind):
         near[a][b] = near[b][a] = bits
@@ -52,7 +52,7 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
             for neighbor in kept_neighbors
             if SPLIT_RANK[splits[neighbor]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
         ]
-        copies = [neighbor for neighbor in kept_neighbors if kind == "photos" and near[n][neighbor] <= SAME_BITS]
+        copies = [neighbor for neighbor in kept_neighbors if kind == "photos" and near[n][neighbor] <= MAX_COPY_BITS]
         if more_held_out or copies:
             reasons[n] = "near_held_out_image" if more_held_out else "near_duplicate_image"
             near_duplicate_of[n] = ids[(more_held_out or copies)[0]]
@@ -69,7 +69,7 @@ def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iter
     owners, hashes = flatten_hashes(pdq_hashes)
     pages = [len(of_sample) for of_sample in pdq_hashes]
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
-    for p, q, bits in near_hashes(hashes, NEAR_BITS[kind]):
+    for p, q, bits in near_hashes(hashes, MAX_NEAR_BITS[kind]):
         a, b = owners[p], owners[q]
         if a != b:
             for of_sample, page in zip(closest[a, b], (p, q), strict=True):
@@ -80,10 +80,10 @@ def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iter
             yield a, b, distances[len(distances) // 2]
 
 
-def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[Near]:
+def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[NearPair]:
     """Yield (row, later row, bits apart) of all hashes at most `most_bits` apart. All cores compare all pairs."""
 
-    def compare_block(start: int) -> list[Near]:
+    def compare_block(start: int) -> list[NearPair]:
         distances = hamming_distances(hashes[start : start + BLOCK_HASHES], hashes[start:])
         pairs = np.argwhere(distances <= most_bits).tolist()
         return [(start + i, start + j, int(distances[i, j])) for i, j in pairs if j > i]

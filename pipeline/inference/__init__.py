@@ -1,1 +1,1 @@
-"""Ask a model about each sample, and keep every reply."""
+"""Inference: send requests about each sample to a model, and journal every reply."""

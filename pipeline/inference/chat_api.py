@@ -1,7 +1,7 @@
-"""The OpenAI-style chat protocol: a request as bytes, and a reply from bytes.
+"""The OpenAI-style chat protocol: encode requests, decode replies.
 
-The body is joined from pieces, and the image's piece is made once: no JSON encoder ever runs over its base64.
-The order of the pieces is what a prefix cache wants: system text, image, then the words of the task.
+The body is joined from encoded parts, and the image part is encoded once: no JSON encoder runs over its base64.
+The order of the parts favors prefix caching: system text, image, then the text of the task.
 """
 
 import json
@@ -11,27 +11,27 @@ from typing import Any
 from pipeline.tasks import wire_schema
 from pipeline.types import Reply, Request
 
-# A server that knows it ends a reply which repeats these many tokens this often; others ignore it.
+# A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times; others ignore it.
 _REPETITION = json.dumps({"max_pattern_size": 32, "min_count": 6}).encode()
 _PROOF = "synth-7f3a"
 
 
 class BadAnswerError(Exception):
-    """A server answered 200, and not what the protocol promises."""
+    """Raised when the body of a 200 answer does not follow the protocol."""
 
 
 def body(request: Request, images: bytes, model: str) -> bytes:
-    """Return the body of a chat request; `images` is the JSON of its message parts (picture.Pictures.parts).
+    """Return the body of a chat request; `images` is the JSON of its image parts (request_images.RequestImages.parts).
 
-    No seed is sent: it kills vLLM's engine for CPUs.
+    No seed is sent, because a seed crashes vLLM's CPU engine.
     """
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
     text = b'{"type":"text","text":%s}' % _text(request.text)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
-        said, told = request.failed
-        turns.append(b'{"role":"assistant","content":%s}' % json.dumps(said).encode())
-        turns.append(b'{"role":"user","content":%s}' % json.dumps(told).encode())
+        reply_text, feedback = request.failed
+        turns.append(b'{"role":"assistant","content":%s}' % json.dumps(reply_text).encode())
+        turns.append(b'{"role":"user","content":%s}' % json.dumps(feedback).encode())
     return b'{"model":%s,"messages":[%s],"temperature":%s,"top_p":1,"max_tokens":%d,"repetition_detection":%s,%s}' % (
         _text(model),
         b",".join(turns),
@@ -43,10 +43,10 @@ def body(request: Request, images: bytes, model: str) -> bytes:
 
 
 def read_reply(request: Request, answer: bytes) -> Reply:
-    """Return the reply in the body of an answer.
+    """Parse the body of an answer.
 
     Raises:
-        BadAnswerError: it is cut, not JSON, or holds no choice.
+        BadAnswerError: the body is truncated, not JSON, or holds no choice.
     """
     try:
         value = json.loads(answer)
@@ -57,7 +57,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     return Reply(
         request_id=request.id,
         attempt=request.attempt,
-        # Half of a surrogate pair can be written in JSON, and in no file.
+        # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
         text=str(text).encode("utf-8", "replace").decode(),
         finish_reason=str(finish_reason),
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
@@ -66,7 +66,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
 
 
 def error_message(answer: bytes) -> str:
-    """Return what the body of an error says, on one line."""
+    """Return the message in the body of an error, on one line of at most 500 characters."""
     try:
         value = json.loads(answer)
         error = value.get("error", value)
@@ -77,7 +77,7 @@ def error_message(answer: bytes) -> str:
 
 
 def probe(model: str) -> dict[str, Any]:
-    """Return a chat that only a server which enforces schemas can answer as `proves_schemas` wants."""
+    """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives."""
     schema = {
         "type": "object",
         "properties": {"word": {"type": "string", "enum": [_PROOF]}},
@@ -94,7 +94,7 @@ def probe(model: str) -> dict[str, Any]:
 
 
 def proves_schemas(answer: bytes) -> bool:
-    """Whether the answer to `probe` is the one that its schema leaves possible."""
+    """Return whether the answer to `probe` is the only one that its schema allows."""
     try:
         return bool(json.loads(json.loads(answer)["choices"][0]["message"]["content"]) == {"word": _PROOF})
     except (ValueError, LookupError, TypeError):

@@ -1,7 +1,7 @@
-"""The client of vLLM servers: many requests at once, over an event loop that turns only while replies are awaited.
+"""The client of vLLM servers: sends many requests at once, on an event loop that runs only while replies are awaited.
 
-Two things can go wrong, and they are told apart. A *server* can fail (here): the request goes out again, later or elsewhere.
-A *reply* can be of no use (generate/ask.py): the model is asked again in another way.
+Two kinds of failure are handled separately. When a *server* fails, this module sends the request again, later or to another
+server. When a *reply* is unusable, inference/queue.py asks the model again with other sampling.
 """
 
 import asyncio
@@ -35,43 +35,43 @@ from pipeline.inference.endpoints import (
 )
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
-from pipeline.inference.vllm_server import Server, answers, status_of
+from pipeline.inference.vllm_server import Server, answers_200, status_of
 from pipeline.progress import NullProgress, Progress
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-GROUP_REPLIES = 64  # are handed over together, or a quarter of the limit, or what there is after GROUP_SECONDS
+GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
-NOTED_AHEAD = 32  # requests are noted as sent in groups as well, just before they are
-FAULTS = 5  # of a server that is well otherwise, at one request
+SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent
+MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
-LOUD_REFUSALS = 16  # before any reply: then it is not the images
-SUSPECT_DEATHS = 2
-FLIGHT_BYTES = 256_000_000  # of images in requests that are under way
-PROMPT_TOKENS = 512  # room for the words beside an image
+MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
+MAX_CRASHES = 2
+FLIGHT_BYTES = 256_000_000  # of images in requests in flight
+PROMPT_TOKENS = 512  # reserved for the text beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class InFlight:
-    """The state of one `ask`: what is queued, what is under way, what is done and not yet handed over."""
+    """The state of one `ask`: requests queued, requests in flight, replies not yet yielded."""
 
     work: RequestSource
     taken: deque[Request] = field(default_factory=deque)
-    noted: deque[Request] = field(default_factory=deque)
+    recorded: deque[Request] = field(default_factory=deque)
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
-    resting: int = 0  # of those that run, how many wait before they try again; they take no slot
+    resting: int = 0  # running tasks that wait before a retry; they take no slot
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: BaseException | None = None
 
 
 class Client:
-    """Answers requests through servers: those of `config.base_url`, or one that it starts from `launch`.
+    """Answers requests through the servers of `config.base_url`, or through one that it starts from `launch`.
 
     Raises:
-        EngineError: no server is to be had, it serves another model, or it does not enforce schemas.
+        EngineError: no server answers, or one serves another model or does not enforce schemas.
     """
 
     def __init__(
@@ -109,22 +109,22 @@ class Client:
         self._runner.close()
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """See types.Engine. Replies come in groups of up to GROUP_REPLIES, in no certain order."""
-        flow = InFlight(work)
+        """Yield replies in groups of up to GROUP_REPLIES, in any order; see types.Engine."""
+        in_flight = InFlight(work)
         try:
-            while replies := self._runner.run(self._next_group(flow)):
+            while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
         finally:
-            self._runner.run(cancel_tasks(flow.running))
+            self._runner.run(cancel_tasks(in_flight.running))
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
-        (first, before), (last, after) = self._tokens[0], self._tokens[-1]
-        looked_up, hits = (sum(endpoint.cache[part] for endpoint in self._endpoints) for part in (0, 1))
+        (start, start_tokens), (end, end_tokens) = self._tokens[0], self._tokens[-1]
+        queries, hits = (sum(endpoint.cache[part] for endpoint in self._endpoints) for part in (0, 1))
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
-            "tokens/s": f"{(after - before) / (last - first):,.0f}" if last > first else "-",
-            "prefix cache": f"{hits / looked_up:.0%}" if looked_up else "-",
+            "tokens/s": f"{(end_tokens - start_tokens) / (end - start):,.0f}" if end > start else "-",
+            "prefix cache": f"{hits / queries:.0%}" if queries else "-",
             "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
             **({"sent again": f"{self._retried:,}"} if self._retried else {}),
@@ -159,7 +159,7 @@ class Client:
         stack.push_async_callback(cancel_tasks, {poller})
 
     async def _check_servers(self) -> int | None:
-        """Leave out servers that do not answer while one does; return the shortest context that any of them has."""
+        """Leave out servers that do not answer, if another does; return the smallest context in tokens, or None if unknown."""
         lengths = []
         for endpoint in self._endpoints:
             try:
@@ -173,29 +173,29 @@ class Client:
                 )
             lengths.append(models[self._name].max_model_len)
             if await status_of(endpoint.health) == 404:
-                endpoint.health = f"{endpoint.url}/models"  # not a vLLM, perhaps
+                endpoint.health = f"{endpoint.url}/models"  # other servers than vLLM may have no /health
         if not lengths:
             raise no_server(self._endpoints)
         for endpoint in self._endpoints:
             if not endpoint.is_up.is_set():
                 self._progress.message(f"{endpoint.url} does not answer; going on without it")
-        known = [length for length in lengths if length]
-        return min(known) if known else None
+        known_lengths = [length for length in lengths if length]
+        return min(known_lengths) if known_lengths else None
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
-        """Return how many pixels the images of one request may have together: what the model's context holds."""
+        """Return the maximum pixels of all images of one request: as many as the model's context holds."""
         if not context_tokens:
             return None
         tokens = context_tokens - PROMPT_TOKENS - 2 * self._config.generate.max_tokens
         return max(tokens, context_tokens // 4) * PATCH_PX**2
 
     def _keep_images(self) -> None:
-        """Keep as many images ready as requests may be under way."""
+        """Set how many encoded images are cached: those of all requests that may be in flight."""
         self._images.keep = self._concurrency.limit + 64
 
     async def _require_schemas(self, endpoint: Endpoint) -> None:
-        """Ask for what only a server that enforces schemas can say; one that is busy is asked again."""
-        for attempt in range(1, FAULTS + 1):
+        """Send `chat_api.probe`, again while the server is busy. Raises EngineError if it does not enforce schemas."""
+        for attempt in range(1, MAX_FAULTS + 1):
             try:
                 async with self._session.post(
                     f"{endpoint.url}/chat/completions", json=chat_api.probe(self._name), headers=endpoint.headers
@@ -205,7 +205,7 @@ class Client:
                     if answer.status not in (429, 503):
                         break
             except CONNECTION_ERRORS as error:
-                if attempt == FAULTS:
+                if attempt == MAX_FAULTS:
                     raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
             await asyncio.sleep(FIRST_BACKOFF_SECONDS * 2**attempt)
         if answer.status != 200 or not chat_api.proves_schemas(text):
@@ -214,78 +214,78 @@ class Client:
                 hint='start vLLM with --structured-outputs-config \'{"backend":"guidance","disable_any_whitespace":true}\'',
             )
 
-    # --- the flow
+    # --- requests in flight
 
-    async def _next_group(self, flow: InFlight) -> list[Reply]:
-        """Keep requests under way until a group of replies is there; return an empty one when all is done."""
+    async def _next_group(self, in_flight: InFlight) -> list[Reply]:
+        """Keep requests in flight until a group of replies is complete; return it, or an empty list when all is done."""
         loop = asyncio.get_running_loop()
-        self._fill(flow)
-        while len(flow.replies) < self._group_size() and flow.running and not flow.error:
-            flow.wake.clear()
-            timer = loop.call_later(GROUP_SECONDS, flow.wake.set)
-            await flow.wake.wait()
+        self._fill(in_flight)
+        while len(in_flight.replies) < self._group_size() and in_flight.running and not in_flight.error:
+            in_flight.wake.clear()
+            timer = loop.call_later(GROUP_SECONDS, in_flight.wake.set)
+            await in_flight.wake.wait()
             timer.cancel()
-            if flow.replies:
+            if in_flight.replies:
                 break
-        if flow.error and not flow.replies:  # what came in before is handed over, and kept, first
-            raise flow.error
-        replies, flow.replies = flow.replies, []
+        if in_flight.error and not in_flight.replies:  # replies that came before the error are yielded, and journaled, first
+            raise in_flight.error
+        replies, in_flight.replies = in_flight.replies, []
         return replies
 
-    def _fill(self, flow: InFlight) -> None:
-        # A reply that is not handed over yet counts: after a crash it is asked for again, like one under way.
+    def _fill(self, in_flight: InFlight) -> None:
+        # Replies not yet yielded count too: after a crash they are requested again, like requests in flight.
         while (
-            len(flow.running) + len(flow.replies) - flow.resting < self._concurrency.limit
-            and len(flow.running) < 2 * self._concurrency.limit
-            and not flow.error
+            len(in_flight.running) + len(in_flight.replies) - in_flight.resting < self._concurrency.limit
+            and len(in_flight.running) < 2 * self._concurrency.limit
+            and not in_flight.error
         ):
-            request = self._next_request(flow)
+            request = self._next_request(in_flight)
             if request is None:
                 return
-            task = asyncio.create_task(self._answer(request, flow))
-            flow.running.add(task)
-            task.add_done_callback(lambda done: self._done(done, flow))
+            task = asyncio.create_task(self._answer(request, in_flight))
+            in_flight.running.add(task)
+            task.add_done_callback(lambda done: self._done(done, in_flight))
 
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
 
-    def _next_request(self, flow: InFlight) -> Request | None:
-        if not flow.noted:
-            if not flow.taken:
-                flow.taken.extend(flow.work.take())
-            ahead = [flow.taken.popleft() for _ in range(min(NOTED_AHEAD, len(flow.taken)))]
+    def _next_request(self, in_flight: InFlight) -> Request | None:
+        if not in_flight.recorded:
+            if not in_flight.taken:
+                in_flight.taken.extend(in_flight.work.take())
+            ahead = [in_flight.taken.popleft() for _ in range(min(SENT_BATCH, len(in_flight.taken)))]
             if ahead:
-                flow.work.sending(ahead)
-                flow.noted.extend(ahead)
-        return flow.noted.popleft() if flow.noted else None
+                in_flight.work.sending(ahead)
+                in_flight.recorded.extend(ahead)
+        return in_flight.recorded.popleft() if in_flight.recorded else None
 
-    def _done(self, task: "asyncio.Task[Reply]", flow: InFlight) -> None:
-        flow.running.discard(task)
+    def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
+        in_flight.running.discard(task)
         if task.cancelled():
             return
         try:
             if error := task.exception():
                 raise error
-            flow.replies.append(task.result())
-            self._fill(flow)
-        except Exception as error:  # noqa: BLE001  # raised where the flow is awaited
-            flow.error = flow.error or error
-        if len(flow.replies) >= self._group_size() or not flow.running or flow.error:
-            flow.wake.set()
+            in_flight.replies.append(task.result())
+            self._fill(in_flight)
+        except Exception as error:  # noqa: BLE001  # raised by _next_group
+            in_flight.error = in_flight.error or error
+        if len(in_flight.replies) >= self._group_size() or not in_flight.running or in_flight.error:
+            in_flight.wake.set()
 
     # --- one request
 
-    async def _answer(self, request: Request, flow: InFlight) -> Reply:
-        """Send a request until a server has answered it; where servers fail at it again and again, say so in a reply."""
+    async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
+        """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
         faults = busy = deaths = 0
         busy_until = time.monotonic() + self._config.server.request_timeout_s
         while True:
-            # What was under way at two deaths of a server may be their cause: it goes alone, and is given up at the third.
-            async with self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext():
+            # A request in flight during two server crashes is retried alone, and abandoned after a third.
+            async with self._suspects if deaths >= MAX_CRASHES else contextlib.nullcontext():
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
-                    return await self._post(endpoint, request, flow)
+                    return await self._post(endpoint, request, in_flight)
                 except ServerBusyError as complaint:
                     if time.monotonic() > busy_until:
                         return _unanswered(request, SERVER_ERROR, "the server is too busy")
@@ -294,25 +294,25 @@ class Client:
                     busy += 1
                     pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
-                    if not await self._is_well(endpoint):
-                        self._away(endpoint)
+                    if not await self._is_healthy(endpoint):
+                        self._mark_down(endpoint)
                         deaths += 1
-                        if deaths > SUSPECT_DEATHS:
+                        if deaths > MAX_CRASHES:
                             return _unanswered(request, SERVER_ERROR, f"the server died each time: {fault}")
                         continue
                     faults += 1
-                    if faults == FAULTS:
+                    if faults == MAX_FAULTS:
                         return _unanswered(request, SERVER_ERROR, str(fault))
                     log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
-                    # A connection that another request's error has closed costs nothing but a new one.
+                    # Another request's error may have closed the connection: retry at once on a new one.
                     pause = 0.0 if faults == 1 else FIRST_BACKOFF_SECONDS * 2 ** (faults - 2)
                 finally:
                     endpoint.outstanding -= 1
             self._retried += 1
             if pause:
-                await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), flow)
+                await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), in_flight)
 
-    async def _post(self, endpoint: Endpoint, request: Request, flow: InFlight) -> Reply:
+    async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         images = await self._images.parts(request.shown, request.images, request.pages)
         body = chat_api.body(request, images, self._name)
         try:
@@ -326,7 +326,7 @@ class Client:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
         raise_for_access(answer.status, endpoint, text)
         if answer.status >= 400:
-            return self._refuse(request, endpoint, text, flow)
+            return self._refuse(request, endpoint, text, in_flight)
         try:
             reply = chat_api.read_reply(request, text)
         except chat_api.BadAnswerError as bad:
@@ -335,20 +335,20 @@ class Client:
         self._count_tokens(reply.reply_tokens)
         return reply
 
-    def _refuse(self, request: Request, endpoint: Endpoint, answer: bytes, flow: InFlight) -> Reply:
+    def _refuse(self, request: Request, endpoint: Endpoint, answer: bytes, in_flight: InFlight) -> Reply:
         message = chat_api.error_message(answer)
         self._refused += 1
-        if self._refused >= LOUD_REFUSALS and not self._answered and not flow.work.answered():
+        if self._refused >= MAX_REFUSALS_BEFORE_REPLY and not self._answered and not in_flight.work.answered():
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")
         return _unanswered(request, REFUSED_BY_SERVER, message)
 
-    async def _rest(self, seconds: float, flow: InFlight) -> None:
-        flow.resting += 1
-        self._fill(flow)
+    async def _rest(self, seconds: float, in_flight: InFlight) -> None:
+        in_flight.resting += 1
+        self._fill(in_flight)
         try:
             await asyncio.sleep(seconds)
         finally:
-            flow.resting -= 1
+            in_flight.resting -= 1
 
     # --- the servers
 
@@ -358,17 +358,17 @@ class Client:
     def _outstanding(self) -> int:
         return sum(endpoint.outstanding for endpoint in self._endpoints)
 
-    async def _is_well(self, endpoint: Endpoint) -> bool:
-        """Whether the server itself is up; one of ours is asked, since its process may be gone already."""
-        return endpoint.is_up.is_set() and await answers(endpoint.health, headers=endpoint.headers)
+    async def _is_healthy(self, endpoint: Endpoint) -> bool:
+        """Return whether the server is marked as up and its health check succeeds."""
+        return endpoint.is_up.is_set() and await answers_200(endpoint.health, headers=endpoint.headers)
 
-    def _away(self, endpoint: Endpoint) -> None:
+    def _mark_down(self, endpoint: Endpoint) -> None:
         if self._endpoints.mark_down(endpoint):
             self._progress.message(f"{endpoint.url} does not answer; waiting for it")
             log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
 
     async def _poll(self) -> None:
-        """Read the servers' metrics every second, and let the number of requests under way follow them."""
+        """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             await self._endpoints.read_metrics(self._session)

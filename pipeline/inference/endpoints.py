@@ -1,4 +1,4 @@
-"""Servers of a model: what they serve, whether they answer, how much they have to do, and which one a request goes to."""
+"""Model servers: the models they serve, their health and load, and the choice of a server for each request."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from pipeline.digests import digest
 from pipeline.errors import EngineError
 from pipeline.inference import chat_api
 from pipeline.inference.concurrency import POLL_SECONDS
-from pipeline.inference.vllm_server import answers
+from pipeline.inference.vllm_server import answers_200
 
 KEY = "SYNTH_API_KEY"
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
@@ -28,25 +28,25 @@ log = logging.getLogger(__name__)
 
 
 class ServerFaultError(Exception):
-    """A server did not answer this request as it should."""
+    """Raised when a server fails at a request, which may be sent again."""
 
 
 class ServerBusyError(Exception):
-    """A server asks to wait; the argument is for how many seconds, where it says so."""
+    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
 
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """One server: where it is, how much it has to do, and what its metrics last said."""
+    """One server: its address, its requests in flight, and its last metrics."""
 
     url: str  # ends in /v1
     headers: dict[str, str]
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    health: str = ""  # the address that answers 200 while all is well
+    health: str = ""  # URL that answers 200 while the server is healthy
     outstanding: int = 0
     waiting: float = 0
     running: float = 0
-    cache: tuple[float, float] = (0, 0)  # prefix tokens looked up and hit, since it started
+    cache: tuple[float, float] = (0, 0)  # tokens queried in the prefix cache, and hits, since the server started
 
     def __post_init__(self) -> None:
         self.health = f"{self.root}/health"
@@ -62,8 +62,8 @@ class Endpoints(list[Endpoint]):
 
     Args:
         endpoints: the servers; they count as up.
-        startup_timeout_s: how long to wait where all are down.
-        failure: says why a server of ours can no longer be started, where that is so.
+        startup_timeout_s: how long to wait while all are down.
+        failure: returns the error of a server that we could not restart, or None.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Endpoints(list[Endpoint]):
         await cancel_tasks(self._waiters)
 
     async def pick(self, sample_id: str, remembered: int) -> Endpoint:
-        """Return the server that has this image already, else the one with the least to do; wait while all are down.
+        """Return the server that got this image before, else the least loaded one; wait while all are down.
 
         Args:
-            sample_id: whose image the request shows.
-            remembered: for how many samples their server is remembered.
+            sample_id: the sample whose image the request shows.
+            remembered: the number of samples whose server is remembered.
 
         Raises:
             EngineError: no server comes up.
@@ -95,13 +95,13 @@ class Endpoints(list[Endpoint]):
             await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set():
-            endpoint = self._of_sample[sample_id] = min(up, key=lambda other: other.outstanding)
+            endpoint = self._of_sample[sample_id] = min(up, key=lambda candidate: candidate.outstanding)
             if len(self._of_sample) > remembered:
                 del self._of_sample[next(iter(self._of_sample))]
         return endpoint
 
     def mark_down(self, endpoint: Endpoint) -> bool:
-        """Send a server no more requests until it answers again; return False where that was so already."""
+        """Mark a server as down until it answers again; return False if it was marked already."""
         if not endpoint.is_up.is_set():
             return False
         endpoint.is_up.clear()
@@ -109,13 +109,13 @@ class Endpoints(list[Endpoint]):
         return True
 
     def wait_for(self, endpoint: Endpoint) -> None:
-        """Mark a server as up as soon as it answers."""
+        """Start a task that marks a server as up as soon as it answers."""
         waiter = asyncio.create_task(self._revive(endpoint))
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
 
     async def read_metrics(self, session: aiohttp.ClientSession) -> None:
-        """Ask each server that is up for its metrics; one that does not answer keeps those it had."""
+        """Read the metrics of each server that is up; a server that does not answer keeps its last ones."""
         for endpoint in self:
             if endpoint.is_up.is_set():
                 try:
@@ -136,9 +136,9 @@ class Endpoints(list[Endpoint]):
             raise no_server(self)
 
     async def _revive(self, endpoint: Endpoint) -> None:
-        while not await answers(endpoint.health, headers=endpoint.headers):
+        while not await answers_200(endpoint.health, headers=endpoint.headers):
             if self._failure():
-                break  # whoever waits is woken, and raises the failure
+                break  # wakes the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)
         endpoint.cache = (0, 0)
         endpoint.is_up.set()
@@ -146,19 +146,19 @@ class Endpoints(list[Endpoint]):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a server says of a model: what it was made from, and its context in tokens, where it says so."""
+    """A model as listed by a server: its origin, and its context in tokens if given."""
 
     root: str
     max_model_len: int | None
 
 
 def find_model(config: Config) -> tuple[str, str]:
-    """Return the model that the servers of `config.base_url` are asked for, and its revision.
+    """Return the name and revision of the model to request from the servers of `config.base_url`.
 
-    `synth serve` puts the revision into the name, after an @; of another server it is a digest of what that says it serves.
+    `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
 
     Raises:
-        EngineError: no server answers, or it is not clear which model is meant.
+        EngineError: no server answers, or the model is ambiguous or not served.
     """
     endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in config.base_url]
     name, root = asyncio.run(_find_model(endpoints, config.model))
@@ -187,8 +187,8 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
     """Return the models of a server by name.
 
     Raises:
-        EngineError: the server wants another key, or has no such address.
-        ServerFaultError: it does not answer, or with something else.
+        EngineError: the server refuses the key, or has no such address.
+        ServerFaultError: the server does not answer, or not with a list of models.
     """
     try:
         async with session.get(f"{endpoint.url}/models", headers=endpoint.headers) as answer:
@@ -201,7 +201,7 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
 
 
 def raise_for_access(status: int, endpoint: Endpoint, answer: bytes) -> None:
-    """Raise EngineError for answers that no other request would change: another key is needed, or another address."""
+    """Raise EngineError for answers that every request would get: the key is refused, or the address does not exist."""
     if status in (401, 403):
         raise EngineError(f"{endpoint.url} wants another key", hint=f"put it into the environment: {KEY}=...")
     if status == 404:
@@ -209,13 +209,13 @@ def raise_for_access(status: int, endpoint: Endpoint, answer: bytes) -> None:
 
 
 def no_server(endpoints: list[Endpoint]) -> EngineError:
-    """Return the error for when none of the servers answers."""
-    where = ", ".join(endpoint.url for endpoint in endpoints)
-    return EngineError(f"no server answers at {where}", hint="start it (`synth serve`), then run the same command again")
+    """Return the error that no server answers."""
+    urls = ", ".join(endpoint.url for endpoint in endpoints)
+    return EngineError(f"no server answers at {urls}", hint="start it (`synth serve`), then run the same command again")
 
 
 def request_headers(key: str | None = None) -> dict[str, str]:
-    """Return the headers of a request, with the key that is given, else that of the environment."""
+    """Return the headers of a request, with the given key, else that of the environment."""
     key = key or os.environ.get(KEY)
     return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
@@ -228,7 +228,7 @@ async def cancel_tasks(tasks: "set[asyncio.Task[Any]]") -> None:
 
 
 def _take_metrics(endpoint: Endpoint, page: str) -> None:
-    """Take what is needed from vLLM's Prometheus page; engines of one server are added up."""
+    """Read load and cache metrics from vLLM's Prometheus page, summed over the engines of the server."""
     sums = dict.fromkeys(_METRICS, 0.0)
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]

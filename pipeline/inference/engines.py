@@ -1,4 +1,4 @@
-"""Which engine answers, decided before anything is loaded: the name and revision of a model are part of every request."""
+"""Choose the engine and its model before anything is loaded: the model's revision is part of every request id."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ HOW_TO_CHOOSE = (
     "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
-OUTPUT_NEUTRAL_FLAGS = frozenset(  # they change how fast a reply comes, and not what it says
+OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their content
     f"--{name}"
     for name in (
         "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
@@ -41,27 +41,27 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # they change how fast a reply comes, and not
         "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
-VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # names the interpreter of an environment of its own that has vLLM
+VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable with the path of an interpreter that has vLLM
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine that will answer. `why` is for people; `make` is called when something must be asked."""
+    """The chosen engine. `reason` explains the choice to the user; `make` is called when a request must be sent."""
 
     name: str
     model: str
     revision: str
-    why: str
+    reason: str
     make: Callable[[], Engine]
 
 
 def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None) -> EngineChoice:
-    """Decide who answers. `log` is where the output of a server that we start goes; `progress` hears of what servers do.
+    """Choose the engine. `log` receives the output of a server that is started; `progress` receives messages about servers.
 
     Raises:
-        EngineError: no model can answer for this source on this machine, or a server named by --base-url does not.
+        EngineError: no model can answer for this source on this machine, or the servers of --base-url do not.
     """
-    name, why = pick_engine(config)
+    name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
     if name == "vllm" and config.base_url:
@@ -69,35 +69,35 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
         from pipeline.inference.endpoints import find_model
 
         served, revision = find_model(config)
-        return EngineChoice(name, served, revision, why, lambda: Client(served, revision, config, progress=progress))
+        return EngineChoice(name, served, revision, reason, lambda: Client(served, revision, config, progress=progress))
     model = _model(config)
     path = str(tiny_weights(config)) if model == TINY else model
     revision = _revision(model, path)
     if name == "vllm":
         revision += _output_affecting_flags(config.server.flags)
-        return EngineChoice(name, model, revision, why, lambda: _managed(model, path, revision, config, log, progress))
-    return EngineChoice(name, model, revision, why, lambda: _embedded(model, path, revision, config))
+        return EngineChoice(name, model, revision, reason, lambda: _managed(model, path, revision, config, log, progress))
+    return EngineChoice(name, model, revision, reason, lambda: _embedded(model, path, revision, config))
 
 
 def tiny_weights(config: Config) -> Path:
-    """Return the weights of the tiny teacher for these tasks: one knows single scenes, the other decks of them."""
+    """Return the weights folder of the tiny teacher for these tasks: that of single scenes, or of decks of scenes."""
     return TINY_DECK_WEIGHTS if asks_about_decks(config.tasks) else TINY_WEIGHTS
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
-    """Return a mark for flags that may change what the model says, such as --quantization; nothing where none does."""
+    """Return a revision suffix for flags that may change replies, such as --quantization; empty if there are none."""
     words = " ".join(flags).replace("=", " ").split()
-    told = [
+    affecting = [
         word
-        for at, word in enumerate(words)
+        for index, word in enumerate(words)
         if (word.startswith("--") and word not in OUTPUT_NEUTRAL_FLAGS)
-        or (not word.startswith("--") and words[at - 1] not in OUTPUT_NEUTRAL_FLAGS)
+        or (not word.startswith("--") and words[index - 1] not in OUTPUT_NEUTRAL_FLAGS)
     ]
-    return f"+{digest(told)[:8]}" if told else ""
+    return f"+{digest(affecting)[:8]}" if affecting else ""
 
 
 def pick_engine(config: Config) -> tuple[str, str]:
-    """Return embedded or vllm, and why; what is left to `auto` goes to a server that is named, or to a GPU with vLLM."""
+    """Return `embedded` or `vllm`, and the reason; `auto` is vllm if a server is named, or a GPU and vLLM are present."""
     if config.engine == "embedded" and config.base_url:
         raise EngineError("--base-url names a server, and --engine embedded uses none", hint="leave one of them out")
     if config.engine != "auto":
@@ -110,28 +110,28 @@ def pick_engine(config: Config) -> tuple[str, str]:
 
 
 def vllm_python() -> str | None:
-    """Return the interpreter that can import vLLM: the one that SYNTH_VLLM_PYTHON names, or this one."""
+    """Return the interpreter that can import vLLM: that of SYNTH_VLLM_PYTHON, else this one, else None."""
     if named := os.environ.get(VLLM_PYTHON):
         return named
     return sys.executable if find_spec("vllm") else None
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU can be used; asks no library, since loading torch takes seconds."""
+    """Return whether an NVIDIA GPU is usable, without torch, whose import takes seconds."""
     cards = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]  # a container may have any one of them
     return bool(cards) and shutil.which("nvidia-smi") is not None
 
 
 def max_pixels(path: str, revision: str | None = None) -> int | None:
-    """Return how many pixels the processor of a model lets an image have, where it says so; of a Hub id, at a revision."""
+    """Return the maximum pixels of an image for a model's processor, if it has a limit; `revision` is that of a Hub id."""
     if not Path(path).is_dir():
         return _hub_max_pixels(path, revision)
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = Path(path) / name
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found = found.get("image_processor", found)
-            limit = found.get("max_pixels") or (found.get("size") or {}).get("longest_edge")
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = settings.get("image_processor", settings)
+            limit = settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge")
             return int(limit) if limit else None
     return None
 
@@ -139,8 +139,8 @@ def max_pixels(path: str, revision: str | None = None) -> int | None:
 def _hub_max_pixels(model: str, revision: str | None) -> int | None:
     from huggingface_hub import snapshot_download
 
-    wanted = ["preprocessor_config.json", "processor_config.json"]
-    return max_pixels(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    patterns = ["preprocessor_config.json", "processor_config.json"]
+    return max_pixels(snapshot_download(model, revision=revision, allow_patterns=patterns))
 
 
 def _model(config: Config) -> str:
@@ -197,22 +197,22 @@ def _managed(model: str, path: str, revision: str, config: Config, log: Path, pr
     from pipeline.inference.client import Client
 
     bound = max_pixels(path, revision.partition("+")[0])
-    return Client(model, revision, config, plan(path, revision, config, log), bound, progress)
+    return Client(model, revision, config, plan_server(path, revision, config, log), bound, progress)
 
 
 def serve_model(
     model: str, server: ServerConfig, port: int | None, log: Path, progress: Progress, ready: Callable[[dict[str, str]], None]
 ) -> None:
-    """Run a server until the process is interrupted; `ready` is told its address and key once it answers.
+    """Run a server until the process is interrupted; `ready` receives its address and key once it answers.
 
     Raises:
-        EngineError: vLLM is not here, cannot be started, or dies again and again.
+        EngineError: vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
     """
     from pipeline.inference.vllm_server import Server
 
     path = str(TINY_WEIGHTS) if model == TINY else model
     config = Config(source="none", tasks=tuple(TASKS), server=server)
-    launch = replace(plan(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log), port=port)
+    launch = replace(plan_server(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log), port=port)
 
     async def serve() -> None:
         async with Server(launch, progress) as running:
@@ -225,11 +225,11 @@ def serve_model(
     asyncio.run(serve())
 
 
-def plan(path: str, revision: str, config: Config, log: Path) -> "VllmCommand":
-    """Return how vLLM is to be started on this machine.
+def plan_server(path: str, revision: str, config: Config, log: Path) -> "VllmCommand":
+    """Return the command that starts vLLM on this machine.
 
     Raises:
-        EngineError: there is no vLLM here.
+        EngineError: vLLM is not installed.
     """
     from pipeline.inference.vllm_launch import plan_vllm_command
 
@@ -246,6 +246,6 @@ def plan(path: str, revision: str, config: Config, log: Path) -> "VllmCommand":
 
 @contextmanager
 def open_engine(choose: Callable[[], EngineChoice]) -> Iterator[Callable[[], Engine]]:
-    """Yield what returns an engine: made when it is first called, and closed in the end."""
+    """Yield a function that returns the engine: made at the first call, and closed at the end."""
     with ExitStack() as stack:
         yield cache(lambda: stack.enter_context(choose().make()))

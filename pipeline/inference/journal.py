@@ -1,7 +1,7 @@
-"""The journal: every raw reply, kept before anything else happens, under the digest of what was asked.
+"""The journal: every raw reply is stored under its request id before it is parsed.
 
-A reply that is in the journal is never asked for again; a request that was sent but has no reply is one that was in flight
-when the process died. One SQLite file has one writer: the process that holds the lock of its folder.
+An answered request is never sent again. A request that was sent but has no reply was in flight when the process died.
+Each SQLite file has one writer: the process that holds the lock of its folder.
 """
 
 import sqlite3
@@ -41,9 +41,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path)
-        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        (file_format,) = self._db.execute("PRAGMA user_version").fetchone()
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if tables and found != FORMAT:
+        if tables and file_format != FORMAT:
             self._db.close()
             raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
@@ -78,7 +78,7 @@ class Journal:
         return reply, flaw
 
     def record_sent(self, requests: Iterable[Request]) -> None:
-        """Note that these requests are about to be sent."""
+        """Record that these requests are about to be sent."""
         with self._db:
             self._db.executemany(
                 "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1",
@@ -86,9 +86,9 @@ class Journal:
             )
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
-        """Keep replies with their flaws; when this returns they are on the disk.
+        """Store replies with their flaws; they are on the disk when this returns.
 
-        A reply that is there already stays, unless no model gave it (types.UNANSWERED).
+        An existing reply is replaced only if no model gave it (types.UNANSWERED).
         """
         with self._db:
             self._db.executemany(
@@ -112,25 +112,25 @@ class Journal:
             )
 
     def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
-        """Take over the replies of another journal about samples from one id up to, and without, another; ours stay.
+        """Copy the replies of another journal about samples with first_id <= id < behind_id; existing replies stay.
 
-        Blind questions are about no sample: the answers to all of them are taken.
-        Nobody writes to the other one meanwhile, and it was closed: it is only read, from whichever node.
+        Replies to blind questions do not depend on a sample, so all of them are copied.
+        The other journal must be closed and have no writer: it is opened read-only, possibly from another node.
 
         Raises:
-            StoreError: it was written by another version of synth.
+            StoreError: the other journal was written by another version of synth.
         """
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as other:
-            if other.execute("PRAGMA user_version").fetchone() != (FORMAT,):
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
+            if source.execute("PRAGMA user_version").fetchone() != (FORMAT,):
                 raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
-            mine = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
-            rows = other.execute(f"SELECT * FROM replies WHERE {mine}", (first_id, behind_id))  # noqa: S608
+            condition = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
+            rows = source.execute(f"SELECT * FROM replies WHERE {condition}", (first_id, behind_id))  # noqa: S608
             with self._db:
                 self._db.executemany(_KEEP, rows)
 
     def totals(self) -> dict[str, int]:
-        """Return how many requests were sent in all (repeats count), how many replies are kept, and their tokens."""
-        (asked,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
+        """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""
+        (sent,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
         sums = "COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
         replies, prompt_tokens, reply_tokens = self._db.execute(f"SELECT {sums} FROM replies").fetchone()  # noqa: S608
-        return {"asked": asked, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}
+        return {"asked": sent, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}

@@ -1,4 +1,4 @@
-"""The pass over all samples: ask what the journal does not hold yet and keep each reply; then read all of them back."""
+"""Send the requests that the journal has no reply to, and journal each reply; then read all replies back."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,84 +16,84 @@ from pipeline.types import UNANSWERED, Engine, Reply, Request, SampleBatch, Samp
 
 @dataclass(slots=True)
 class RequestStats:
-    """What a pass did, in requests; `asked` were sent now (again counts again), the rest was in the journal."""
+    """Request counts of a pass; `asked` were sent now (retries included), the rest was in the journal."""
 
     total: int = 0
     done: int = 0
     asked: int = 0
-    attempts: Counter[int] = field(default_factory=Counter)  # how many requests were answered at which attempt, in this run
-    flaws: Counter[str] = field(default_factory=Counter)  # why replies of this run were asked for again, or given up
+    attempts: Counter[int] = field(default_factory=Counter)  # attempt -> requests answered at it, in this run
+    flaws: Counter[str] = field(default_factory=Counter)  # flaw -> unusable replies of this run
 
 
 class RequestQueue:
-    """The requests that still need a reply, chunk by chunk; types.RequestSource for an engine."""
+    """Requests that still need a reply, chunk by chunk; the types.RequestSource of an engine."""
 
     def __init__(self, chunks: Iterator[list[Request]], attempts: int, journal: Journal, counts: RequestStats) -> None:
         self._chunks = chunks
         self._attempts = attempts
         self._journal = journal
         self._counts = counts
-        self._first: list[Request] = []
-        self._again: list[Request] = []
-        self._open: dict[str, Request] = {}  # taken, and not answered for good
+        self._new: list[Request] = []
+        self._retries: list[Request] = []
+        self._open: dict[str, Request] = {}  # taken, without a final reply
         self._answered = False
 
     def has_work(self) -> bool:
-        """Whether anything must be asked now; looks only as far ahead as the next such chunk."""
-        while not self._first and not self._again and (chunk := next(self._chunks, None)) is not None:
+        """Return whether a request must be sent; reads no further than the next chunk that has one."""
+        while not self._new and not self._retries and (chunk := next(self._chunks, None)) is not None:
             for request in chunk:
                 assert request.id not in self._open, f"{request.sample_id} is there twice"
-                self._sort_in(request)
-        return bool(self._first or self._again)
+                self._enqueue(request)
+        return bool(self._new or self._retries)
 
     def take(self) -> list[Request]:
-        """Return the rest of a chunk; or what a chunk left to ask again, once nothing else of it is to be taken.
+        """Return the first attempts of a chunk, or once those are taken, its retries.
 
-        One attempt comes after the other: the company is the same whether or not the run was killed in between.
+        All requests have the same attempt number: batches are the same whether or not the run was interrupted.
         """
         if not self.has_work():
             return []
-        waiting = self._first or self._again
+        waiting = self._new or self._retries
         attempt = min(request.attempt for request in waiting)
-        taken = [request for request in waiting if request.attempt == attempt]
+        requests = [request for request in waiting if request.attempt == attempt]
         waiting[:] = [request for request in waiting if request.attempt > attempt]
-        self._open |= {request.id: request for request in taken}
-        return taken
+        self._open |= {request.id: request for request in requests}
+        return requests
 
     def sending(self, requests: Sequence[Request]) -> None:
-        """Note in the journal that these are about to be sent."""
+        """Record in the journal that these requests are about to be sent."""
         self._journal.record_sent(requests)
         self._counts.asked += len(requests)
 
     def answered(self) -> bool:
-        """See types.Work."""
+        """See types.RequestSource."""
         return self._answered
 
     def keep(self, replies: list[Reply]) -> None:
-        """Keep replies, and put those that are not usable back into the work, to be asked in another way."""
-        judged = [(self._open.pop(reply.request_id), reply) for reply in replies]
-        kept = [(request, reply, find_flaw(request, reply)) for request, reply in judged]
-        self._journal.keep(kept)
-        for request, reply, flaw in kept:
+        """Journal replies, and queue a retry for each that is unusable."""
+        pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
+        judged = [(request, reply, find_flaw(request, reply)) for request, reply in pairs]
+        self._journal.keep(judged)
+        for request, reply, flaw in judged:
             self._answered = self._answered or reply.finish_reason not in UNANSWERED
             if flaw:
                 self._counts.flaws[flaw] += 1
             if flaw and reply.finish_reason not in UNANSWERED and request.attempt + 1 < self._attempts:
-                self._again.append(build_retry(request, reply, flaw))
+                self._retries.append(build_retry(request, reply, flaw))
             else:
                 self._counts.done += 1
                 self._counts.attempts[request.attempt + 1] += 1
 
-    def _sort_in(self, request: Request) -> None:
+    def _enqueue(self, request: Request) -> None:
         self._counts.total += 1
         last = self._journal.last(request.id, answered=True)
         if last is None:
-            self._first.append(request)
+            self._new.append(request)
             return
         self._answered = True
         reply, flaw = last
         if flaw and reply.attempt + 1 < self._attempts:
-            self._again.append(build_retry(request, reply, flaw))
+            self._retries.append(build_retry(request, reply, flaw))
         else:
             self._counts.done += 1
 
@@ -106,9 +106,9 @@ def ask_about(
     journal: Journal,
     counts: RequestStats,
 ) -> Iterator[Engine]:
-    """Ask about every (sample_id, images) until the journal holds a reply to each request; yields after each group of replies.
+    """Send all requests about samples until the journal holds a reply to each; yield after each group of replies.
 
-    `revision` names the weights that `engine` will have; the engine is only made when something must be asked.
+    `revision` is that of the engine's weights; the engine is made only if a request must be sent.
     """
     requests = (
         [request for sample_id, images in chunk for request in build_requests(sample_id, images, config, revision)]
@@ -120,19 +120,19 @@ def ask_about(
 def ask_all(
     chunks: Iterator[list[Request]], attempts: int, engine: Callable[[], Engine], journal: Journal, counts: RequestStats
 ) -> Iterator[Engine]:
-    """Ask until the journal holds a reply to each request, or so many attempts were of no use; yields as `ask_about`."""
-    work = RequestQueue(chunks, attempts, journal, counts)
-    while work.has_work():
+    """Send requests until each has a usable reply in the journal or `attempts` unusable ones; yield as `ask_about` does."""
+    queue = RequestQueue(chunks, attempts, journal, counts)
+    while queue.has_work():
         ready = engine()
-        for replies in ready.ask(work):
-            work.keep(replies)
+        for replies in ready.ask(queue):
+            queue.keep(replies)
             yield ready
 
 
 def read_annotations(samples: Iterable[SampleInfo], config: Config, revision: str, journal: Journal) -> Iterator[pa.Table]:
     """Yield one table of annotations (tables.ANNOTATION) for each list of (sample_id, number of pages, split of the source).
 
-    Every request has its reply by now.
+    The journal must hold a reply to every request.
     """
     for chunk in samples:
         rows = []

@@ -1,4 +1,4 @@
-"""What is asked of one image, and the name of each request: a digest of everything that its reply depends on."""
+"""Build the requests about one image; the id of a request is a digest of everything that its reply depends on."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,18 +11,16 @@ from pipeline.tasks import ANSWER, find_task, wire_schema
 from pipeline.tasks.prompts import Prompt, render
 from pipeline.types import Reply, Request, Sampling
 
-RETRY_TEMPERATURE_STEP = (
-    0.5  # each further attempt adds this to the temperature, up to 1: equal words would lead to an equal reply
-)
+RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
 
 
 def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, revision: str) -> Iterator[Request]:
     """Yield the requests for one sample, in the order of the config's tasks and styles."""
     for task, style in requests_per_sample(config):
-        prompt, sampling, about = _asked(task, style, config.generate, config.seed, revision)
+        prompt, sampling, shared_digest = _asked(task, style, config.generate, config.seed, revision)
         yield Request(
-            id=digest({"image": sample_id, "about": about}),
+            id=digest({"image": sample_id, "about": shared_digest}),
             sample_id=sample_id,
             task=task,
             style=style,
@@ -35,10 +33,10 @@ def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, re
 
 
 def check_prompts(config: Config) -> None:
-    """Render every prompt once, so that one which cannot be is an error before anything is written.
+    """Render every prompt once, so that a broken template is an error before anything is written.
 
     Raises:
-        ConfigError: see prompt.render.
+        ConfigError: see tasks.prompts.render.
     """
     for task, style in requests_per_sample(config):
         render(task, config.generate.prompt_dir, style=style)
@@ -47,30 +45,30 @@ def check_prompts(config: Config) -> None:
 
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
-    """Return the (task, style) pairs that every sample is asked, in order; the style of most tasks is empty."""
+    """Return the (task, style) pairs of the requests about every sample, in order; most tasks have the style ""."""
     styles = {name: config.generate.caption_styles if find_task(name).has_styles else ("",) for name in config.tasks}
     return tuple((name, style) for name in config.tasks for style in styles[name])
 
 
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
-    """Return the next attempt after a reply that cannot be used: first warmer and with more room, then with its own
-    fault shown to the model as well (not the text of a reply that was cut short: it may be endless).
+    """Return the next attempt after an unusable reply: at a higher temperature, the first retry with twice the tokens,
+    later ones with the last reply and its flaw shown to the model, unless that reply was cut off (it may be endless).
     """
     attempt = reply.attempt + 1
-    steps = attempt - request.attempt  # more than one where a run goes on from the journal
+    steps = attempt - request.attempt  # more than one if the run resumes from the journal
     warmest = max(request.sampling.temperature, 1.0)
     sampling = Sampling(
         temperature=min(request.sampling.temperature + RETRY_TEMPERATURE_STEP * steps, warmest),
         max_tokens=request.sampling.max_tokens * (2 if request.attempt == 0 else 1),
     )
     show = attempt > 1 and reply.finish_reason == "stop"
-    said = FEEDBACK.format(flaw=flaw.replace("_", " "), task_line=request.text.splitlines()[-1])
-    return replace(request, attempt=attempt, sampling=sampling, failed=(reply.text, said) if show else None)
+    feedback = FEEDBACK.format(flaw=flaw.replace("_", " "), task_line=request.text.splitlines()[-1])
+    return replace(request, attempt=attempt, sampling=sampling, failed=(reply.text, feedback) if show else None)
 
 
 @cache
 def _asked(task: str, style: str, generate: GenerateConfig, seed: int, revision: str) -> tuple[Prompt, Sampling, str]:
-    """Return what is the same for every image: the words, how tokens are chosen, and a digest of all of it."""
+    """Return the parts of a request that all images share: prompt, sampling, and a digest of all that decides the reply."""
     prompt = render(task, generate.prompt_dir, style=style)
     temperature: float = getattr(generate, find_task(task).temperature_key)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
@@ -80,8 +78,8 @@ def _asked(task: str, style: str, generate: GenerateConfig, seed: int, revision:
 def digest_request(
     task: str, prompt: Prompt, sampling: Sampling, max_pixels: int | None, revision: str, seed: int | None = None
 ) -> str:
-    """Return a digest of all that a reply depends on but the images; its keys are never renamed, or replies are paid again."""
-    asked = {
+    """Return a digest of all that a reply depends on, except the images. Never rename its keys: replies would be paid again."""
+    identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": wire_schema(task),
         "model": revision,  # not its name: equal weights give equal replies
@@ -89,4 +87,4 @@ def digest_request(
         "max_pixels": max_pixels,
     }
     # A greedy reply does not depend on the seed: another seed must not pay for it again.
-    return digest(asked | ({"seed": seed} if sampling.temperature > 0 else {}))
+    return digest(identity | ({"seed": seed} if sampling.temperature > 0 else {}))

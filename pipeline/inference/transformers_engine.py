@@ -1,7 +1,7 @@
 """A Qwen2.5-VL model in this process: transformers, constrained decoding by llguidance, batches of requests.
 
-The grammar is the one that vLLM's guidance backend would use, to the byte. Each request draws its own random numbers,
-seeded by its id: a reply does not depend on what else is in its batch, beyond the rounding of sums in another order.
+The grammar is byte for byte that of vLLM's guidance backend. Each request has its own random numbers, seeded by its id:
+a reply does not depend on the rest of its batch, except for floating-point rounding.
 """
 
 import json
@@ -39,7 +39,7 @@ class EmbeddedEngine:
         self._batch_size = config.batch_size
         self._max_pixels = config.max_pixels
         self._tokens = 0
-        # Of a Hub model exactly the commit is loaded that the requests are named by; a folder has no other.
+        # A Hub model is loaded at exactly the commit that is part of the request ids; a folder has only one.
         self._commit = "main" if Path(path).is_dir() else revision
 
     def __enter__(self) -> "EmbeddedEngine":
@@ -49,12 +49,12 @@ class EmbeddedEngine:
         pass
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Answer what there is, one group after another; see types.Engine.
+        """Answer requests, one batch after another; see types.Engine.
 
-        Groups have a fixed make-up, so that a run that was killed asks in the same company as one that was not.
+        Batches depend on the requests alone, so an interrupted run has the same batches as an uninterrupted one.
         """
         while requests := work.take():
-            # A batch of decks has as many images at most as one of single images.
+            # A batch of decks has at most as many images as a batch of single images.
             size = self._batch_size // MAX_PAGES if any(len(request.images) > 1 for request in requests) else self._batch_size
             for group in groups(requests, max(1, size)):
                 work.sending(group)
@@ -90,28 +90,28 @@ class EmbeddedEngine:
             len(request.images), request.pages
         )
         if request.failed:
-            said, told = request.failed
-            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
+            reply_text, feedback = request.failed
+            messages += [{"role": "assistant", "content": reply_text}, {"role": "user", "content": feedback}]
         text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
         return text
 
     def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
         tokenizer = self._loaded[0].tokenizer
         finished = tokenizer.eos_token_id in ids
-        said = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
-        self._tokens += len(said)
+        reply_ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+        self._tokens += len(reply_ids)
         return Reply(
             request_id=request.id,
             attempt=request.attempt,
-            text=tokenizer.decode(said, skip_special_tokens=True),
+            text=tokenizer.decode(reply_ids, skip_special_tokens=True),
             finish_reason="stop" if finished else "length",
             prompt_tokens=prompt_tokens,
-            reply_tokens=len(said),
+            reply_tokens=len(reply_ids),
         )
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        disable_progress_bar()  # ours stands there already
+        disable_progress_bar()  # synth shows its own progress
         try:
             processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
             model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -131,18 +131,18 @@ class EmbeddedEngine:
 
 
 def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Cut requests of one kind into groups: prompts of about one length need little padding and end at about the same time."""
+    """Cut requests into batches of one task, style and attempt: prompts of similar length need little padding."""
 
     def words(request: Request) -> tuple[str, str, int]:
         return request.task, request.style, request.attempt
 
     for _, same in groupby(sorted(requests, key=words), key=words):  # a stable sort: samples stay in order
         group = list(same)
-        yield from (group[at : at + size] for at in range(0, len(group), size))
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 class Grammars:
-    """One matcher a request, from the wire schema of its task; compact JSON, as the models are taught."""
+    """Makes a matcher for each request from the wire schema of its task; JSON is compact, as in the models' training."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
@@ -159,10 +159,10 @@ class Grammars:
 
 
 class GrammarChooser(LogitsProcessor):
-    """Choose the next token of each row: the likeliest, or one drawn at its temperature, of those its grammar allows.
+    """Chooses the next token of each row, among those its grammar allows: the likeliest, or one sampled at its temperature.
 
-    The choice is returned as scores that leave one token possible, so that `generate` stays greedy and each row keeps
-    its own random numbers (shapes: B rows, V vocabulary).
+    The choice is returned as scores that allow one token, so that `generate` stays greedy and each row keeps its own
+    random numbers (shapes: B rows, V vocabulary).
     """
 
     def __init__(self, requests: list[Request], grammars: Grammars, vocab_size: int) -> None:
@@ -173,7 +173,7 @@ class GrammarChooser(LogitsProcessor):
         self._done = [False] * len(requests)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # the signature of transformers
-        """Take ids [B, T] and scores [B, V] of the next token; return scores in which one token is left."""
+        """Take ids [B, T] and scores [B, V] of the next token; return scores [B, V] that allow one token."""
         for row, matcher in enumerate(self._matchers):
             llguidance.torch.fill_next_token_bitmask(matcher, self._mask, row)
         allowed_BV = scores.float().cpu()
@@ -190,9 +190,9 @@ class GrammarChooser(LogitsProcessor):
         rows = (self._temperatures > 0).nonzero().flatten()
         if len(rows):
             # Inverse transform sampling: the first token at which the summed probability passes a uniform number.
-            share_RV = (allowed_BV[rows] / self._temperatures[rows, None]).double().softmax(-1).cumsum(-1)
+            cumulative_RV = (allowed_BV[rows] / self._temperatures[rows, None]).double().softmax(-1).cumsum(-1)
             uniform_R = torch.tensor([self._rngs[row].random() for row in rows.tolist()], dtype=torch.double)
-            passed_R = torch.searchsorted(share_RV, (uniform_R * share_RV[:, -1])[:, None], right=True).flatten()
+            passed_R = torch.searchsorted(cumulative_RV, (uniform_R * cumulative_RV[:, -1])[:, None], right=True).flatten()
             chosen_B[rows] = passed_R.clamp(max=allowed_BV.shape[1] - 1)
         return chosen_B
 

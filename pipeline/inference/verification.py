@@ -1,7 +1,7 @@
-"""What is asked about annotations, to see whether they are true: a second pass through the same journal.
+"""Build the requests that check whether annotations are true: a second pass through the same journal.
 
-Every check is a question of the task `answer`, put to the model that wrote the annotation, greedily. It sees the image again,
-and not what was answered; a blind one sees no image; an evidence check sees some pages of a deck only.
+Every check is a question of the task `answer` to the model that wrote the annotation, with greedy decoding. The model sees
+the image but not its earlier answer; a blind check shows no image; an evidence check shows only some pages of a deck.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from pipeline.inference.requests import digest_request
 from pipeline.tasks import ANSWER
 from pipeline.tasks.prompts import Prompt, render
 from pipeline.tasks.replies import parse_reply
-from pipeline.text.claims import claims_of
+from pipeline.text.claims import extract_claims
 from pipeline.types import Request, SampleBatch, Sampling
 
 
@@ -31,9 +31,9 @@ class Check:
 
 
 def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
-    """Return what is to be asked about an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order."""
+    """Return the checks of an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order."""
     if row["clean_text"] is not None:
-        claims = claims_of(row["clean_text"]) if "claims" in config.checks else []
+        claims = extract_claims(row["clean_text"]) if "claims" in config.checks else []
         return [Check("claims", claim.question, claim.expected) for claim in claims]
     question, answer = row["clean_question"], row["clean_answer"]
     checks = [Check("round_trip", question, answer)] if "round_trip" in config.checks else []
@@ -47,11 +47,11 @@ def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
 
 
 def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:
-    """Return the request of a check; `images` are those of the sample, or none where only its name is wanted."""
-    prompt, sampling, about = _asked(check.question, config.generate, revision)
+    """Return the request of a check; `images` are those of the sample, or empty if only the request id is needed."""
+    prompt, sampling, shared_digest = _asked(check.question, config.generate, revision)
     shown = images if check.pages is None else [images[page - 1] for page in check.pages if images]
     return Request(
-        id=digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": about}),
+        id=digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest}),
         sample_id=sample_id,
         task=ANSWER,
         style=check.kind,
@@ -67,7 +67,7 @@ def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: C
 def build_all(
     chunks: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], config: Config, revision: str
 ) -> Iterator[list[Request]]:
-    """Yield the requests of all checks of each chunk of samples; one that several annotations lead to is asked once."""
+    """Yield the requests of all checks of each chunk of samples; a request that several annotations share is yielded once."""
     built: set[str] = set()
     for chunk in chunks:
         new: dict[str, Request] = {}
@@ -83,16 +83,16 @@ def build_all(
 def read_checks(
     sample_id: str, checks: Iterable[Check], config: Config, revision: str, journal: Journal
 ) -> list[dict[str, str | None]]:
-    """Return checks of a sample with the answers that came (tables.CHECK); null where none could be read."""
-    found = []
+    """Return the checks of a sample with their answers (tables.CHECK); the answer is None if the reply is unreadable."""
+    rows = []
     for check in checks:
         request = build_check(check, sample_id, (), config, revision)
         last = journal.last(request.id)
         assert last is not None, f"no reply to {request.id}: the engine left a request out"
         read = parse_reply(request, last[0])[0]
         answer = None if read["reply_error"] else read["answer"]
-        found.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})
-    return found
+        rows.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})
+    return rows
 
 
 @cache

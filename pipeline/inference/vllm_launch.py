@@ -1,4 +1,4 @@
-"""How vLLM is started on this machine: its flags and its environment."""
+"""Build the command that starts vLLM on this machine: its flags and its environment."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from pipeline.config import Config
 from pipeline.tasks import asks_about_decks
 from pipeline.tasks.base import MAX_PAGES
 
-BACKEND = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
 MIN_TOKENS = 1024
 MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
-MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger ones are scaled down, all alike
+MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger pages are scaled down equally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmCommand:
-    """How a server is started; all that can be known before."""
+    """The command line, environment and limits of a server, known before it starts."""
 
     python: str
-    name: str  # what the server calls the model: its base name with its revision, and no path
+    name: str  # of the model at the server: base name and revision, without a path
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -34,27 +34,27 @@ class VllmCommand:
 
     def command(self, port: int, media: Path) -> list[str]:
         """Return the command line that serves on `port` and may read images under `media`."""
-        ours = ["--host", "127.0.0.1", "--port", str(port), "--allowed-local-media-path", str(media)]
-        return [self.python, *self.arguments, *ours]
+        server_flags = ["--host", "127.0.0.1", "--port", str(port), "--allowed-local-media-path", str(media)]
+        return [self.python, *self.arguments, *server_flags]
 
 
 def plan_vllm_command(
     python: str, model: str, revision: str, config: Config, log: Path, *, gpu: bool, cores: int, memory_gib: float
 ) -> VllmCommand:
-    """Choose flags for a model (a folder or a Hub id) on this machine; the user's own come last and win."""
+    """Choose flags for a model (a folder or a Hub id) on this machine; the user's flags come last and override these."""
     server = config.server
     decks = asks_about_decks(config.tasks)
     name = f"{Path(model).name}@{revision}"
-    length = min(_context(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
+    length = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
     seqs = 256 if gpu else 32
-    chosen: dict[str, str] = {
+    options: dict[str, str] = {
         "--served-model-name": name,
         "--dtype": "bfloat16",
         "--max-model-len": str(length),
         "--max-num-seqs": str(seqs),
         "--limit-mm-per-prompt": json.dumps({"image": MAX_PAGES if decks else 1, "video": 0}, separators=(",", ":")),
-        "--structured-outputs-config": json.dumps(BACKEND, separators=(",", ":")),
-        "--generation-config": "vllm",  # else the model's own file changes how tokens are chosen
+        "--structured-outputs-config": json.dumps(STRUCTURED_OUTPUTS, separators=(",", ":")),
+        "--generation-config": "vllm",  # else the model's generation_config.json changes the sampling
         "--uvicorn-log-level": "warning",
     }
     switches = ["--enable-prompt-tokens-details"]
@@ -63,58 +63,58 @@ def plan_vllm_command(
         environment["HF_HUB_OFFLINE"] = "1"
         model = str(Path(model).absolute())
     else:
-        chosen["--revision"] = revision.partition("+")[0]
+        options["--revision"] = revision.partition("+")[0]
     if gpu:
-        # Images are prepared on one thread of each API server: that thread, not the GPU, is what a small model waits for.
-        chosen |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
-        chosen["--api-server-count"] = str(max(1, min(4, cores // 4)))
+        # Each API server prepares images on one thread, which for a small model is the bottleneck, not the GPU.
+        options |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
+        options["--api-server-count"] = str(max(1, min(4, cores // 4)))
         entry = ["-m", "vllm.entrypoints.cli.main", "serve", model]
     else:
-        # Blocks of 32: the default of 128 tokens for CPUs would share hardly any prefix. Threads that spin cost 8 times.
-        chosen["--block-size"] = "32"
+        # Blocks of 32 tokens: the CPU default of 128 hardly shares any prefix. Spinning threads make it 8 times slower.
+        options["--block-size"] = "32"
         switches.append("--enforce-eager")
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, int(memory_gib // 8))),
             "OMP_NUM_THREADS": str(max(1, cores - 1)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
-        # The console script of vllm-cpu does not find its own version; the module does without.
+        # The console script of vllm-cpu fails to find its own version; the module does not need it.
         entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    flags = [part for pair in chosen.items() for part in pair]
+    flags = [part for pair in options.items() for part in pair]
     return VllmCommand(
         python=python,
         name=name,
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=_number(_given(server.flags, "--max-num-seqs"), seqs),
-        max_model_len=_number(_given(server.flags, "--max-model-len"), length),
+        max_num_seqs=_int_or(_flag_value(server.flags, "--max-num-seqs"), seqs),
+        max_model_len=_int_or(_flag_value(server.flags, "--max-model-len"), length),
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
 
 
-def _context(model: str) -> int:
-    """Return how many tokens a model folder holds; of a Hub id it is not known before it is there."""
+def _context_length(model: str) -> int:
+    """Return the context of a model folder in tokens; MAX_DECK_TOKENS for a Hub id, which is not downloaded yet."""
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS
-    found = json.loads(file.read_text(encoding="utf-8"))
-    found = found.get("text_config") or found
-    return int(found.get("max_position_embeddings") or MIN_TOKENS)
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = settings.get("text_config") or settings
+    return int(settings.get("max_position_embeddings") or MIN_TOKENS)
 
 
-def _given(flags: tuple[str, ...], name: str) -> str | None:
+def _flag_value(flags: tuple[str, ...], name: str) -> str | None:
     """Return the value of a flag, written `--flag value` or `--flag=value`; the last one counts."""
     value = None
-    for at, flag in enumerate(flags):
-        if flag == name and at + 1 < len(flags):
-            value = flags[at + 1]
+    for index, flag in enumerate(flags):
+        if flag == name and index + 1 < len(flags):
+            value = flags[index + 1]
         elif flag.startswith(f"{name}="):
             value = flag.partition("=")[2]
     return value
 
 
-def _number(given: str | None, ours: int) -> int:
-    """Return a plain number that the user gave; vLLM also takes `auto` and `8k`, which are its own business."""
-    return int(given) if given and given.isdigit() else ours
+def _int_or(value: str | None, default: int) -> int:
+    """Return the user's value if it is a plain number, else the default: vLLM also accepts `auto` and `8k`."""
+    return int(value) if value and value.isdigit() else default

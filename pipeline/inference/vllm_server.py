@@ -1,6 +1,6 @@
-"""A vLLM server of our own: started with flags for this machine, watched, started again when it dies, always stopped.
+"""Run a vLLM server: start it with flags for this machine, restart it when it dies, and always stop it.
 
-It listens on loopback only, behind a random key. What it prints goes to a file.
+The server listens on loopback only and requires a key. Its output goes to a log file.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from pipeline.progress import Progress
 from pipeline.storage.files import remove
 
 STOP_SECONDS = 15
-TAIL_BYTES = 20_000  # of the log, for what went wrong
+TAIL_BYTES = 20_000  # of the end of the log, searched for the error
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are handed over in memory where the machine can
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are passed in memory if the machine has it
 
 
 class Server:
@@ -46,7 +46,7 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """The process that listens, where there is one."""
+        """The id of the server process, if it was started."""
         return self._process.pid if self._process else None
 
     async def __aenter__(self) -> "Server":
@@ -66,13 +66,13 @@ class Server:
         await self._stop()
 
     async def _watch(self) -> None:
-        """Start the server again when it dies, a bounded number of times; then say why it cannot be kept alive."""
+        """Restart the server when it dies, up to `max_restarts` times; then set `failure` and `gave_up`."""
         while True:
             assert self._process
             code = await self._process.wait()
             await self._kill()
             if self.restarted == self.launch.max_restarts:
-                self.failure = self._failed(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
+                self.failure = self._startup_error(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
                 self.gave_up.set()
                 return
             self.restarted += 1
@@ -105,17 +105,17 @@ class Server:
                     start_new_session=True,
                 )
             except OSError as error:
-                what = f"cannot run {self.launch.python}: {error.strerror}"
-                raise EngineError(what, hint="let SYNTH_VLLM_PYTHON name an interpreter with vLLM") from None
-        self._reaper_pipe = _end_with_us(self._process.pid)
+                message = f"cannot run {self.launch.python}: {error.strerror}"
+                raise EngineError(message, hint="let SYNTH_VLLM_PYTHON name an interpreter with vLLM") from None
+        self._reaper_pipe = _start_reaper(self._process.pid)
         loop = asyncio.get_running_loop()
         started = loop.time()
-        while not await answers(f"{self.root}/health"):
+        while not await answers_200(f"{self.root}/health"):
             seconds = loop.time() - started
             if self._process.returncode is not None:
-                raise self._failed(f"vLLM ended while it started, with exit code {self._process.returncode}")
+                raise self._startup_error(f"vLLM ended while it started, with exit code {self._process.returncode}")
             if seconds > self.launch.startup_timeout_s:
-                raise self._failed(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
+                raise self._startup_error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
             self._progress.message(f"vLLM starts: {seconds:.0f} s; its log: {self.launch.log}", transient=True)
             await asyncio.sleep(0.5)
         self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
@@ -130,7 +130,7 @@ class Server:
         remove(self.media)
 
     async def _kill(self) -> None:
-        """End all that is left of it: its engine is a process of its own."""
+        """Kill the server's process group, which includes vLLM's engine process."""
         if self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -141,21 +141,21 @@ class Server:
             os.close(self._reaper_pipe)
             self._reaper_pipe = None
 
-    def _failed(self, what: str) -> EngineError:
-        with self.launch.log.open("rb") as log:  # only what this start has said
+    def _startup_error(self, message: str) -> EngineError:
+        with self.launch.log.open("rb") as log:  # only the output since the last start
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL_BYTES))
             tail = log.read().decode(errors="replace")
-        return EngineError(f"{what}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
+        return EngineError(f"{message}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
 
 
-async def answers(url: str, headers: dict[str, str] | None = None) -> bool:
-    """Whether an HTTP server answers 200 here."""
+async def answers_200(url: str, headers: dict[str, str] | None = None) -> bool:
+    """Return whether a GET of `url` answers 200."""
     return await status_of(url, headers) == 200
 
 
 async def status_of(url: str, headers: dict[str, str] | None = None, seconds: float = 5) -> int | None:
-    """Return the status of an answer; None where there is none. No pool of connections: a dead server would poison one."""
+    """Return the HTTP status of a GET; None if nothing answers. No connection pool: a dead server would poison it."""
     import aiohttp
 
     try:
@@ -189,7 +189,7 @@ def _free_port() -> int:
 
 
 def _media_folder() -> Path:
-    """Make a folder for images under way, and remove those of processes that were killed."""
+    """Make a folder for images in flight, and remove the folders of dead processes."""
     home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     for old in home.glob("synth-*-media-*"):
         pid = old.name.split("-")[1]
@@ -208,12 +208,12 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _end_with_us(group: int) -> int:
-    """Have a process group killed when this process is gone, however it ends; return a pipe: a line in it calls that off.
+def _start_reaper(group: int) -> int:
+    """Start a reaper that kills a process group when this process ends; return a pipe: a line written to it stops the reaper.
 
-    The one who waits at the other end is nobody's child: Ray kills those of a worker, and would leave vLLM's engine behind.
+    The reaper is orphaned on purpose: Ray kills the children of a worker, and would leave vLLM's engine running.
     """
-    theirs, ours = os.pipe()
-    subprocess.run(["/bin/sh", "-c", REAPER, "sh", str(group)], stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
-    os.close(theirs)
-    return ours
+    reader, writer = os.pipe()
+    subprocess.run(["/bin/sh", "-c", REAPER, "sh", str(group)], stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+    os.close(reader)
+    return writer

@@ -1,6 +1,6 @@
 """Write a report: one HTML file for a small version, a folder for a large one. Both open from the disk, without a server.
 
-The page asks nothing of the network. Text of a model is data: the template escapes it, and the script never takes it as markup.
+The page makes no network requests. Model text is untrusted: the template escapes it, and the script never parses it as HTML.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, ImageError
-from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, is_of_stages
+from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, stages_match
 from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
 from pipeline.report.rows import read_rejected, read_rows
 from pipeline.storage.files import read_json, write_text
@@ -27,27 +27,27 @@ from pipeline.tables import SPLITS
 
 ONE_FILE_ROWS = 500
 ONE_FILE_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
-PART_ROWS = 1000  # of one file of the folder
+PART_ROWS = 1000  # in one script of a report folder
 AT_ONCE = 64  # images that are scaled down at once
-MADE_BY = '<meta name="generator" content="synth report">'  # only a page with this is ever replaced
+PROVENANCE = '<meta name="generator" content="synth report">'  # only a page with this is ever replaced
 _PART = re.compile(r"(images|rejected)-\d{3}-[0-9a-f]{12}\.js")
 _THUMBNAIL = re.compile(r"[0-9a-f]{32}\.webp")
 
-Place = Callable[[str, int, bytes], str]  # (sample id, page, thumbnail) -> where the page finds it
+Place = Callable[[str, int, bytes], str]  # (sample id, page, thumbnail) -> its URL in the report
 
 
 def write_report(version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = 10_000) -> Path:
-    """Write `report.html` into the dataset folder, or `report/` where a version is large; return the path of the page.
+    """Write `report.html` into the dataset folder, or `report/` if the version is large; return the path of the page.
 
     Args:
-        version: what is shown.
+        version: the version to show.
         folder: the dataset folder.
         checkpoint: the training to show, if any.
-        max_rows: of a version with more images, those with the lowest ids are shown: as good as drawn by lot.
+        max_rows: of a version with more images, those with the lowest ids are shown: digests, so a random sample.
 
     Raises:
-        ConfigError: the checkpoint holds no training, or something else lies where the report is to be.
-        StoreError: the version or what a stage has left is damaged.
+        ConfigError: the checkpoint holds no training, or another file lies at the path of the report.
+        StoreError: the version or a stage file is damaged.
     """
     training = _training(checkpoint) if checkpoint else None
     report = _Report(version, folder, training, min(version.num_rows, max_rows))
@@ -66,8 +66,8 @@ def write_report(version: Version, folder: Path, checkpoint: Path | None = None,
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint under a dataset folder that was scored last, if any."""
-    found = sorted((folder / "checkpoints").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
-    return found[-1].parent if found else None
+    metrics_files = sorted((folder / "checkpoints").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+    return metrics_files[-1].parent if metrics_files else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,17 @@ class _Report:
     shown: int  # images
 
     def write_file(self, path: Path) -> None:
-        rows = [row for some in self._rows(ONE_FILE_THUMBNAIL_BYTES, _within) for row in some]
+        rows = [row for batch in self._rows(ONE_FILE_THUMBNAIL_BYTES, _within) for row in batch]
         data = [_call("images", rows), _call("rejected", self._rejected())]
         write_text(path, self._page(_within, {row["id"]: row["images"][0] for row in rows}, data, parts=[]))
 
     def write_folder(self, home: Path) -> None:
         thumbnails: set[Path] = set()
         parts: list[str] = []
-        first: dict[str, str] = {}
+        first_images: dict[str, str] = {}
 
         def beside(sample_id: str, page: int, small: bytes) -> str:
-            # A version from elsewhere may call a sample anything, a path too.
+            # A version made elsewhere may have any sample id, even a path.
             name = hashlib.sha256(f"{sample_id} {page}".encode(errors="surrogatepass")).hexdigest()[:32]
             path = home / "thumbnails" / name[:2] / f"{name}.webp"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,41 +98,41 @@ class _Report:
 
         def write_part(kind: str, rows: list[dict[str, Any]]) -> None:
             script = _call(kind, rows)
-            # Named by what it holds: the page that is there now goes on working until the new one takes its place.
+            # Named by a digest: the existing page works until the new one replaces it.
             parts.append(f"{kind}-{len(parts):03d}-{hashlib.sha256(script.encode()).hexdigest()[:12]}.js")
             write_text(home / parts[-1], script)
 
-        held: list[dict[str, Any]] = []
+        pending: list[dict[str, Any]] = []
         for rows in self._rows(THUMBNAIL_BYTES, beside):
-            first |= {row["id"]: row["images"][0] for row in rows}
-            held += rows
-            if len(held) >= PART_ROWS:
-                write_part("images", held)
-                held = []
-        for kind, rest in (("images", held), ("rejected", self._rejected())):
+            first_images |= {row["id"]: row["images"][0] for row in rows}
+            pending += rows
+            if len(pending) >= PART_ROWS:
+                write_part("images", pending)
+                pending = []
+        for kind, rest in (("images", pending), ("rejected", self._rejected())):
             if rest:
                 write_part(kind, rest)
-        write_text(home / "index.html", self._page(beside, first, [], parts))
+        write_text(home / "index.html", self._page(beside, first_images, [], parts))
         _remove(home, _own_files(home) - thumbnails - {home / name for name in [*parts, "index.html"]})
 
     @property
     def of_stages(self) -> bool:
-        """Whether what lies in the folder's stages is what this version was made of."""
-        return is_of_stages(self.folder, self.version.manifest)
+        """Whether the folder's stage files are those that this version was made from."""
+        return stages_match(self.folder, self.version.manifest)
 
     def _rejected(self) -> list[dict[str, str]]:
         return list(read_rejected(self.folder)) if self.of_stages else []
 
     def _rows(self, max_bytes: int, place: Place) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows of the version as the page knows them, some at a time, with their thumbnails in place."""
-        chosen = None
+        """Yield batches of rows for the page, with the URLs of thumbnails instead of image bytes."""
+        chosen_ids = None
         if self.shown < self.version.num_rows:
-            every = (
+            sample_ids = (
                 sample_id for _, batch in self.version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()
             )
-            chosen = set(nsmallest(self.shown, every))
+            chosen_ids = set(nsmallest(self.shown, sample_ids))
         with ThreadPoolExecutor(cpu_count()) as pool:
-            for rows in read_rows(self.version, tuple(reversed(SPLITS)), chosen, AT_ONCE):  # what is held out comes first
+            for rows in read_rows(self.version, tuple(reversed(SPLITS)), chosen_ids, AT_ONCE):  # held-out splits first
                 yield list(pool.map(lambda row: _pictured(row, max_bytes, place), rows))
 
     def _page(self, place: Place, first: dict[str, str], data: list[str], parts: list[str]) -> str:
@@ -140,7 +140,7 @@ class _Report:
         version, manifest = self.version, self.version.manifest
         of_stages = self.of_stages
         clusters = clusters_of(self.folder) if of_stages else {}
-        members = {member["id"] for found in clusters.values() for each in found["shown"] for member in each["members"]}
+        members = {member["id"] for kind in clusters.values() for cluster in kind["shown"] for member in cluster["members"]}
         rejected = images_of(self.folder, members - first.keys())
         first = first | {sample_id: _place(sample_id, 0, image, THUMBNAIL_BYTES, place) for sample_id, image in rejected}
         settings = {"digest": manifest["digest"], "version": version.name, "images": self.shown, "reasons": REASONS}
@@ -158,7 +158,7 @@ class _Report:
             clusters=clusters,
             cost=read_json(cost) if (cost := DatasetDir(self.folder).cost).exists() else None,
             training=self.training,
-            made_by=MADE_BY,
+            made_by=PROVENANCE,
             first=first,
             scripts=scripts,
             script_hashes=[script_hash(script) for script in scripts],
@@ -167,7 +167,7 @@ class _Report:
 
 
 def _pictured(row: dict[str, Any], max_bytes: int, place: Place) -> dict[str, Any]:
-    """Return a row whose images are where the page finds them, instead of bytes."""
+    """Return a row with the URLs of thumbnails instead of image bytes."""
     return row | {"images": [_place(row["id"], n, image, max_bytes, place) for n, image in enumerate(row["images"])] or [""]}
 
 
@@ -179,7 +179,7 @@ def _place(sample_id: str, page: int, image: bytes, max_bytes: int, place: Place
     try:
         return place(sample_id, page, thumbnail(image, max_bytes))
     except ImageError:
-        return ""  # a version from elsewhere may hold anything; the page says that there is no picture
+        return ""  # a version made elsewhere may hold broken images; the page says that there is no picture
 
 
 def _call(kind: str, rows: list[dict[str, Any]]) -> str:
@@ -187,27 +187,27 @@ def _call(kind: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Return a value as JavaScript, in ASCII and without anything that could end a script."""
+    """Return a value as a JavaScript literal, in ASCII and without `<`, which could end the script."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _is_ours(page: Path) -> bool:
     with page.open(encoding="utf-8", errors="replace") as file:
-        return MADE_BY in file.read(4096)
+        return PROVENANCE in file.read(4096)
 
 
 def _own_files(home: Path) -> set[Path]:
-    """Return the files in a folder that reports have written there."""
-    found = {path for path in home.glob("*.js") if _PART.fullmatch(path.name)}
-    found |= {path for path in home.glob("thumbnails/??/*.webp") if _THUMBNAIL.fullmatch(path.name)}
-    return found | {page for page in (home / "index.html",) if page.exists()}
+    """Return the files in a folder that earlier reports wrote."""
+    paths = {path for path in home.glob("*.js") if _PART.fullmatch(path.name)}
+    paths |= {path for path in home.glob("thumbnails/??/*.webp") if _THUMBNAIL.fullmatch(path.name)}
+    return paths | {page for page in (home / "index.html",) if page.exists()}
 
 
-def _remove(home: Path, gone: set[Path]) -> None:
-    """Remove files, and the folders that are empty then."""
-    for path in gone:
+def _remove(home: Path, paths: set[Path]) -> None:
+    """Remove files, and the folders that this leaves empty."""
+    for path in paths:
         path.unlink()
-    for folder in sorted({home, *(home.glob("thumbnails/**/") if gone else ())}, reverse=True):
+    for folder in sorted({home, *(home.glob("thumbnails/**/") if paths else ())}, reverse=True):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -217,8 +217,8 @@ def _training(checkpoint: Path) -> dict[str, Any]:
         lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        what = f"{checkpoint} holds no training that was scored: {error}"
-        raise ConfigError(what, hint="name a folder that `synth train` has finished: --checkpoint DIR") from None
+        message = f"{checkpoint} holds no training that was scored: {error}"
+        raise ConfigError(message, hint="name a folder that `synth train` has finished: --checkpoint DIR") from None
     return {
         "metrics": metrics,
         "curves": [

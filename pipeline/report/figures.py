@@ -1,4 +1,4 @@
-"""What a report says in numbers and groups: sums that must add up, texts before and after balancing, duplicates as clusters."""
+"""Compute the figures of a report: the funnel, distributions before and after balance, and clusters of duplicates."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -25,36 +25,36 @@ _OF_IMAGES = ("image_group", "image_reason")
 
 
 def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the steps of a manifest, each with `adds_up`: nothing got lost in it, nor between it and the one before."""
-    before: dict[str, int] = {}
+    """Return the funnel of a manifest; `adds_up` of a step: no row was lost in it, or between it and the step before."""
+    kept_before: dict[str, int] = {}
     steps = []
     for step in manifest.get("funnel", []):
         whole = step["input"] == step["kept"] + sum(step["rejected"].values())
-        follows = step["unit"] != "annotations" or step["input"] == before.get("annotations", step["input"])
+        follows = step["unit"] != "annotations" or step["input"] == kept_before.get("annotations", step["input"])
         steps.append(step | {"adds_up": whole and follows})
-        before[step["unit"]] = step["kept"]
+        kept_before[step["unit"]] = step["kept"]
     return steps
 
 
-def is_of_stages(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the stages in a dataset folder are those of the run that made this version: they hold as many rows."""
+def stages_match(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether the stage files of a dataset folder are those of this version: they hold as many rows."""
     steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
     files = [(DatasetDir(folder).stage_files(step["stage"]), step["kept"]) for step in steps]
     return bool(files) and all(sum(open_table(path).metadata.num_rows for path in paths) == kept for paths, kept in files)
 
 
 def distributions_of(folder: Path) -> list[dict[str, Any]]:
-    """Return tables of what there was before balance and after it: lengths, answers by type of question, words.
+    """Return counts before and after balance: lengths of captions, answers by question type, words of captions.
 
-    Each has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). A version that was
-    made elsewhere has no stages here, and no tables.
+    Each table has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). A version
+    that was made elsewhere has no stage files here, and so no tables.
     """
     kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in ("kept", "rejected"))
     if not kept:
         return []
     lengths, concepts = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     answers: tuple[dict[str, Counter[str]], ...] = (defaultdict(Counter), defaultdict(Counter))
-    for paths, sides in ((kept, (0, 1)), (rejected, (0,))):  # what was kept was there before, too
+    for paths, sides in ((kept, (0, 1)), (rejected, (0,))):  # kept rows count before and after
         for row in _read(paths, ["clean_text", "clean_question", "clean_answer", "question_type"]):
             for side in sides:
                 if row["clean_text"] is not None:
@@ -76,62 +76,64 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what dedupe found: images that look alike, texts of one image that say the same, captions of too many images.
+    """Return the clusters of dedupe: near-duplicate images, duplicate texts of one image, captions of too many images.
 
-    Of each kind there are as many as `found`; `shown` are the largest. Each member of a cluster has the `id` of its sample, its
-    words (`said`), and whether it was `kept`.
+    For each kind, `found` is the number of clusters and `shown` lists the largest. Each member of a cluster has the `id` of
+    its sample, its text (`said`), and whether it was `kept`.
     """
     files = [DatasetDir(folder).stage_files("dedupe", which) for which in ("kept", "rejected")]
     if not files[0]:
         return {}
     rejected = list(_read(files[1], [*_OF_CLUSTERS, *_OF_IMAGES, "reason"]))
-    groups = {row["image_group"] for row in _alike([*files[0], *files[1]])}
-    again = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
-    repeated = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}
+    groups = {row["image_group"] for row in _groups_of_images([*files[0], *files[1]])}
+    duplicated_ids = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
+    repeated_clusters = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}
     images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     texts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     captions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for kept, rows in ((True, _read(files[0], [*_OF_CLUSTERS, *_OF_IMAGES])), (False, iter(rejected))):
         for row in rows:
-            member = {"id": row["sample_id"], "said": _said(row), "kept": kept}
+            member = {"id": row["sample_id"], "said": _text_of(row), "kept": kept}
             if row["image_group"] in groups:
-                why = (row["image_reason"] or "").replace("_", " ")
-                images[row["image_group"]].setdefault(row["sample_id"], member | {"said": why, "kept": not why})
-            if row["annotation_id"] in again:  # the best of them, which may be rejected itself, as a caption of many images
+                reason = (row["image_reason"] or "").replace("_", " ")
+                images[row["image_group"]].setdefault(row["sample_id"], member | {"said": reason, "kept": not reason})
+            if (
+                row["annotation_id"] in duplicated_ids
+            ):  # the text that is kept, unless it is itself a caption of too many images
                 texts[row["annotation_id"]].insert(0, member)
             elif not kept and row["reason"] == "duplicate":
                 texts[row["duplicate_of"]].append(member)
             if (
-                row["cluster"] in repeated
+                row["cluster"] in repeated_clusters
                 and row["clean_text"] is not None
                 and (kept or row["reason"] == "caption_of_many_images")
             ):
                 captions[row["cluster"]].append(member)
-    found = {
+    by_title = {
         "Images that look alike": (list(members.values()) for members in images.values()),
         "Texts that say the same": texts.values(),
         "Captions of too many images": captions.values(),
     }
-    return {title: _largest(list(clusters)) for title, clusters in found.items()}
+    return {title: _largest(list(clusters)) for title, clusters in by_title.items()}
 
 
 def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (sample id, first image) of samples that may be in no version, as the source gave them."""
+    """Yield (sample id, first image as the source encodes it) of samples, which need not be in a version."""
     for path in DatasetDir(folder).stage_files("source") if wanted else ():
         file = open_table(path, "sample_id", "images")
         for group in range(file.num_row_groups):
             ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
-            at = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
-            if len(at):
-                rows = file.read_row_group(group, columns=["sample_id", "images"]).take(at)
+            indices = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
+            if len(indices):
+                rows = file.read_row_group(group, columns=["sample_id", "images"]).take(indices)
                 yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
 
 
-def _alike(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+def _groups_of_images(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """Yield the groups of images that hold more than one sample."""
     columns = ["image_group", "sample_id"]
-    known = pa.concat_tables([open_table(path, *columns).read(columns) for path in paths])
-    counts = known.group_by("image_group").aggregate([("sample_id", "count_distinct")])
+    groups = pa.concat_tables([open_table(path, *columns).read(columns) for path in paths])
+    counts = groups.group_by("image_group").aggregate([("sample_id", "count_distinct")])
     yield from counts.filter(pc.greater(counts["sample_id_count_distinct"], 1)).to_pylist()
 
 
@@ -141,7 +143,7 @@ def _read(paths: Iterable[Path], columns: list[str]) -> Iterator[dict[str, Any]]
             yield from to_pylist(batch)
 
 
-def _said(row: dict[str, Any]) -> str:
+def _text_of(row: dict[str, Any]) -> str:
     return visible(" ".join(row[name] for name in ("clean_text", "clean_question", "clean_answer") if row[name]))
 
 
@@ -152,10 +154,10 @@ def _largest(clusters: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _length(text: str) -> str:
-    words = len(words_of(text))
-    if words > MAX_BAR_WORDS:
+    word_count = len(words_of(text))
+    if word_count > MAX_BAR_WORDS:
         return f"{MAX_BAR_WORDS + 1}+"
-    first = (max(words, 1) - 1) // WORDS_A_BAR * WORDS_A_BAR + 1
+    first = (max(word_count, 1) - 1) // WORDS_A_BAR * WORDS_A_BAR + 1
     return f"{first}-{first + WORDS_A_BAR - 1}"
 
 

@@ -1,6 +1,6 @@
-"""What pages are made of: one template and one style sheet in one file, thumbnails within it, and curves as an SVG.
+"""Render HTML pages: a template with an inline style sheet, inline thumbnails, and curves as SVG.
 
-Text of a model is data: the template escapes all of it.
+Model text is untrusted: the template escapes all of it.
 """
 
 import base64
@@ -18,8 +18,8 @@ from pipeline.images.decode import prepare_image
 SHARED = ("page.css", "charts.html.j2")  # of all pages
 
 THUMBNAIL_PIXELS = 320 * 320
-SHARP_PIXELS = 128 * 128  # images so small are shown as they are, pixel for pixel, if they can be
-PIXELS_A_BYTE = 12  # of a photograph; fewer fit, and none would fit more
+SHARP_PIXELS = 128 * 128  # images up to this size are stored losslessly, if that fits
+PIXELS_A_BYTE = 12  # upper bound for a photograph as WebP, from which the first size follows
 QUALITY = 70
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 CURVE_POINTS = 600
@@ -28,7 +28,7 @@ Points = list[tuple[float, float]]
 
 
 def render_page(package: str, template: str, **values: Any) -> str:
-    """Return a page from a template of a package, which may include what all pages share."""
+    """Render a template of a package, which may include the templates in SHARED."""
 
     def read(name: str) -> str:
         return (files("pipeline.report" if name in SHARED else package) / name).read_text(encoding="utf-8")
@@ -40,24 +40,24 @@ def render_page(package: str, template: str, **values: Any) -> str:
 
 
 def thumbnail(data: bytes, max_bytes: int) -> bytes:
-    """Return a WebP of at most so many bytes, without what a camera wrote beside the pixels. Raises ImageError."""
+    """Return a WebP of at most `max_bytes`, without the camera's metadata. Raises ImageError."""
     image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_A_BYTE * max_bytes))
     if image.width * image.height <= SHARP_PIXELS and len(sharp := _webp(image, lossless=True)) <= max_bytes:
         return sharp  # a drawing
     while len(small := _webp(image)) > max_bytes and min(image.size) > 1:
-        # Bytes go down somewhat slower than pixels.
+        # Bytes shrink somewhat more slowly than pixels.
         scale = min(0.9, (0.9 * max_bytes / len(small)) ** 0.5)
         image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     return small
 
 
 def data_uri(webp: bytes) -> str:
-    """Return a thumbnail as a page holds it within itself."""
+    """Return a thumbnail as a data URI."""
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 
 def script_hash(script: str) -> str:
-    """Return what a content security policy calls a script, so that it may run and no other."""
+    """Return the hash of a script for a content security policy, which allows only listed scripts."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
@@ -68,9 +68,9 @@ def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
 
 
 def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """Return (step, value) of those lines of a log that have a value of this name, no more than a screen can show."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    return [*found[:-1][:: max(1, len(found) // CURVE_POINTS)], *found[-1:]]
+    """Return (step, value) of the log lines that have this value, thinned out to about CURVE_POINTS."""
+    all_points = [(line["step"], line[name]) for line in lines if name in line]
+    return [*all_points[:-1][:: max(1, len(all_points) // CURVE_POINTS)], *all_points[-1:]]
 
 
 def chart(title: str, series: Mapping[str, Points], along: str = "step") -> dict[str, Any]:

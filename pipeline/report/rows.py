@@ -1,7 +1,6 @@
-"""The rows that a page shows: texts of a version with what a mark calls them, and what each stage rejected.
+"""Read the rows that a report shows: texts of a version with their names in reviews, and what each stage rejected.
 
-Everything here may be hostile. Text is cut where it is too long for a page, control characters are shown instead of obeyed,
-and bytes that are no UTF-8 do not end the report.
+All text is untrusted: long text is cut, control characters are written out, and invalid UTF-8 is replaced.
 """
 
 import re
@@ -27,7 +26,7 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u206
 def visible(text: str) -> str:
     """Return a text as a page may show it: of bounded length, with control characters written out."""
     cut = text[:MAX_SHOWN_CHARACTERS]
-    shown = _CONTROLS.sub(lambda found: f"[U+{ord(found[0]):04X}]", cut)
+    shown = _CONTROLS.sub(lambda match: f"[U+{ord(match[0]):04X}]", cut)
     return shown if len(text) <= MAX_SHOWN_CHARACTERS else f"{shown}… ({len(text):,} characters)"
 
 
@@ -36,47 +35,47 @@ def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, 
 
     Args:
         version: the version.
-        splits: in which order.
-        chosen: the sample ids that are wanted; None: all.
+        splits: the splits, in the order to read them.
+        chosen: the sample ids to include; None: all.
         at_once: how many rows at a time.
     """
     for split, batch in version.batches(version.manifest["columns"], at_once, splits):
         if chosen is not None:
-            wanted = [n for n, sample_id in enumerate(batch["sample_id"].to_pylist()) if sample_id in chosen]
-            batch = batch.take(pa.array(wanted, pa.int64()))
+            indices = [index for index, sample_id in enumerate(batch["sample_id"].to_pylist()) if sample_id in chosen]
+            batch = batch.take(pa.array(indices, pa.int64()))
         yield [_row(row, split) for row in to_pylist(batch)]
 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield what each stage rejected: `stage`, `reason`, `where` and `what`; of each reason the first ones."""
+    """Yield what each stage rejected: `stage`, `reason`, `where` and `what`; the first MAX_REJECTED of each reason."""
     files = [*folder.glob("stages/*/rejected.parquet"), *folder.glob("shards/*/stages/*/rejected.parquet")]
     for stage in sorted({path.parent.name for path in files}):
-        shown: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for path in DatasetDir(folder).stage_files(stage, "rejected"):
             for row in _rejected(path):
-                shown[row["reason"]] += 1
-                if shown[row["reason"]] <= MAX_REJECTED:
-                    said = " ".join(row[name] for name in _SAID if row.get(name))
+                counts[row["reason"]] += 1
+                if counts[row["reason"]] <= MAX_REJECTED:
+                    text = " ".join(row[name] for name in _TEXT_FIELDS if row.get(name))
                     yield {
                         "stage": stage,
                         "reason": visible(row["reason"]),
                         "where": visible(row.get("sample_id") or row.get("source_row") or ""),
-                        "what": visible(said or row.get("reply_text") or row.get("detail") or ""),
+                        "what": visible(text or row.get("reply_text") or row.get("detail") or ""),
                     }
 
 
 def _rejected(path: Path) -> Iterator[dict[str, Any]]:
     file = open_table(path, "reason")
-    wanted = ("reason", "sample_id", "source_row", "task", *_SAID, "reply_text", "detail")
-    for batch in file.iter_batches(columns=[name for name in wanted if name in file.schema_arrow.names]):
+    columns = ("reason", "sample_id", "source_row", "task", *_TEXT_FIELDS, "reply_text", "detail")
+    for batch in file.iter_batches(columns=[name for name in columns if name in file.schema_arrow.names]):
         yield from to_pylist(batch)
 
 
-_SAID = ("text", "question", "answer")
+_TEXT_FIELDS = ("text", "question", "answer")
 
 
 def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return rows as Python objects, with a question mark for each byte that is no UTF-8."""
+    """Return rows as Python objects; bytes that are not UTF-8 become U+FFFD."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
@@ -121,18 +120,18 @@ def _row(row: dict[str, Any], split: str) -> dict[str, Any]:
     }
 
 
-def _text(row: dict[str, Any], said: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a text: what a mark calls it, of which kind it is, its words as they are shown, those that are really others
-    (`raw`), and whether they were `cut`.
+def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return a text for the page: its name in reviews (`content`), its kind, its fields as shown, those that differ from what
+    is shown (`raw`), and whether any was `cut`.
     """
-    _, content = text_name(said | {"sample_id": row["sample_id"]})
-    words = {name: said[name] for name in (*_SAID, "expression") if said.get(name)}
-    shown = {name: visible(text) for name, text in words.items()}
-    found: dict[str, Any] = {"content": content, "kind": visible(kind)} | shown
-    if raw := {name: text for name, text in words.items() if shown[name] != text}:
-        found["raw"] = {name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()}  # what is edited is not what is shown
-    if said.get("evidence_pages"):
-        found["evidence_pages"] = said["evidence_pages"]
-    if any(len(text) > MAX_SHOWN_CHARACTERS for text in words.values()):
-        found["cut"] = True
-    return found
+    _, content = text_name(annotation | {"sample_id": row["sample_id"]})
+    fields = {name: annotation[name] for name in (*_TEXT_FIELDS, "expression") if annotation.get(name)}
+    shown = {name: visible(text) for name, text in fields.items()}
+    entry: dict[str, Any] = {"content": content, "kind": visible(kind)} | shown
+    if raw := {name: text for name, text in fields.items() if shown[name] != text}:
+        entry["raw"] = {name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()}  # an edit starts from the raw text
+    if annotation.get("evidence_pages"):
+        entry["evidence_pages"] = annotation["evidence_pages"]
+    if any(len(text) > MAX_SHOWN_CHARACTERS for text in fields.values()):
+        entry["cut"] = True
+    return entry

@@ -14,8 +14,8 @@ from pipeline.scenes.text import answer, background, phrases
 class CaptionScore:
     """Phrases of captions against objects of scenes, matched one to one on everything that the caption's style states."""
 
-    said: int = 0
-    there: int = 0
+    num_phrases: int = 0
+    num_objects: int = 0
     matched: int = 0
     captions: int = 0
     backgrounds_right: int = 0
@@ -23,20 +23,20 @@ class CaptionScore:
     @property
     def precision(self) -> float:
         """Return the share of phrases that are true."""
-        return self.matched / max(1, self.said)
+        return self.matched / max(1, self.num_phrases)
 
     @property
     def recall(self) -> float:
         """Return the share of objects that were named correctly."""
-        return self.matched / max(1, self.there)
+        return self.matched / max(1, self.num_objects)
 
     def add(self, text: str, scene: Scene, style: str) -> None:
         """Count one caption; a brief one states no places."""
         with_place = style != "brief"
         named = Counter((p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text))
         actual = Counter((t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects)
-        self.said += named.total()
-        self.there += actual.total()
+        self.num_phrases += named.total()
+        self.num_objects += actual.total()
         self.matched += (named & actual).total()
         self.captions += 1
         self.backgrounds_right += background(text) == scene.background
@@ -114,12 +114,12 @@ def score_decks(annotations: Iterable[dict[str, Any]], page_facts: dict[str, Seq
     """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `page_facts` are by sample id."""
     scores: dict[str, DeckScore] = {}
     for row in annotations:
-        deck = tuple(scene_of(page) for page in page_facts[row["sample_id"]])
+        deck = tuple(parse_scene(page) for page in page_facts[row["sample_id"]])
         scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, deck)
     return scores
 
 
-def scene_of(facts: dict[str, Any]) -> Scene:
+def parse_scene(facts: dict[str, Any]) -> Scene:
     """Return the scene of a value of the column `facts`."""
     return Scene(facts["background"], tuple(Thing(**thing) for thing in facts["objects"]))
 
@@ -131,7 +131,7 @@ def score_annotations(
     captions: dict[str, CaptionScore] = {}
     answers: dict[str, AnswerScore] = {}
     for row in annotations:
-        scene = scene_of(facts[row["sample_id"]])
+        scene = parse_scene(facts[row["sample_id"]])
         if row["text"] is not None:
             captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
         else:

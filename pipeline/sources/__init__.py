@@ -61,7 +61,7 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
         SourceError: the source cannot be read.
     """
     spec, (_, _, argument) = find_source(config.source), config.source.partition(":")
-    spec.refuse_options(config)
+    spec.check_options(config)
     if ":" in spec.name and not argument:
         raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {spec.example}")
     source = spec.open(config, argument, part)

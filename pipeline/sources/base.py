@@ -53,7 +53,7 @@ class SourceSpec:
         names = ("splits", "size", "license", "needs", "example")
         return {"name": self.name, "what": self.what, "tasks": tasks} | {name: str(getattr(self, name)) for name in names}
 
-    def refuse_options(self, config: Config) -> None:
+    def check_options(self, config: Config) -> None:
         """Raise ConfigError for an option that this source does not support."""
         for name, (message, hint) in OPTIONS.items():
             if (value := getattr(config, name)) and name not in self.options:

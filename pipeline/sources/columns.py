@@ -150,11 +150,11 @@ def mapped_rows(
         if "pages" not in columns and len(images) > 1:
             yield Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
             continue
-        stored_split = kept_split(row_split, split)
-        yield sample_of(name, images, tables.licence, stored_split, allow_urls=allow_urls, references=references)
+        kept_split = stored_split(row_split, split)
+        yield build_sample(name, images, tables.licence, kept_split, allow_urls=allow_urls, references=references)
 
 
-def first_of_each(
+def first_row_of_each(
     tables: Tables, key: str, columns: Sequence[str], split: str | None
 ) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
     """Yield (row name, split of its file, values) of the first row of each value of `key`, in each split."""
@@ -165,12 +165,12 @@ def first_of_each(
             yield name, file_split, row
 
 
-def kept_split(row_split: str | None, requested_split: str | None) -> str | None:
+def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
     """Return the split to store; None if only training rows were requested, because some of them will be held out."""
     return None if requested_split == "train" else row_split
 
 
-def sample_of(
+def build_sample(
     name: str, images: list[Any], licence: str, split: str | None, *, allow_urls: bool = False, **more: Any
 ) -> Sample | Rejected:
     """Return the sample of a row, or its rejection. Empty pages at the end of a deck are dropped."""

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.images.similarity import NEAR_BITS, Hashes, as_hashes, hamming_distances
+from pipeline.images.similarity import MAX_NEAR_BITS, Hashes, as_hashes, hamming_distances
 from pipeline.text.content_keys import content_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Sample
 
-GRAM = 5  # words in a row
+NGRAM_WORDS = 5  # words in a row
 MIN_WORDS = 8  # shorter texts are compared as a whole only
 MIN_SHARE = 0.7  # of a text's n-grams, to count as repeated
 
@@ -48,7 +48,7 @@ class ExclusionIndex:
         hashed_rows = [row for row in rows if row["pdq_hash"] and kind]
         hashes = as_hashes([row["pdq_hash"] for row in hashed_rows])
         names = [row["name"] for row in hashed_rows]
-        return cls({row["image_id"]: row["name"] for row in rows}, hashes, names, NEAR_BITS.get(kind or "", 0))
+        return cls({row["image_id"]: row["name"] for row in rows}, hashes, names, MAX_NEAR_BITS.get(kind or "", 0))
 
     def find(self, sample: Sample) -> str | None:
         """Return the data set that has an image of this sample or a near-duplicate of it; None if no data set has."""
@@ -68,7 +68,7 @@ class TextIndex:
 
     names: list[str] = field(default_factory=list)  # the data set of each text
     whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> data set
-    grams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # 5-gram -> indices into `names`
+    ngrams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # 5-gram -> indices into `names`
 
     @classmethod
     def of(cls, table: pa.Table) -> "TextIndex":
@@ -77,8 +77,8 @@ class TextIndex:
         for row in table.select(["name", "texts"]).to_pylist():
             for text in row["texts"]:
                 index.whole.setdefault(content_words(text), row["name"])
-                for gram in _grams(text):
-                    index.grams[gram].add(len(index.names))
+                for gram in _ngrams(text):
+                    index.ngrams[gram].add(len(index.names))
                 index.names.append(row["name"])
         return index
 
@@ -86,17 +86,17 @@ class TextIndex:
         """Return the data set that has a text: equal content words, or at least MIN_SHARE of its 5-grams; else None."""
         if (words := content_words(text)) and words in self.whole:
             return self.whole[words]
-        grams = _grams(text)
+        ngrams = _ngrams(text)
         if len(words_of(text)) < MIN_WORDS:
             return None
-        shared = Counter(n for gram in grams for n in self.grams.get(gram, ()))
+        shared = Counter(n for gram in ngrams for n in self.ngrams.get(gram, ()))
         best = min(shared.items(), key=lambda item: (-item[1], item[0]), default=None)
-        return self.names[best[0]] if best and best[1] >= MIN_SHARE * len(grams) else None
+        return self.names[best[0]] if best and best[1] >= MIN_SHARE * len(ngrams) else None
 
 
-def _grams(text: str) -> set[tuple[str, ...]]:
+def _ngrams(text: str) -> set[tuple[str, ...]]:
     words = words_of(strip_opening(text))
-    return {tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)}
+    return {tuple(words[start : start + NGRAM_WORDS]) for start in range(len(words) - NGRAM_WORDS + 1)}
 
 
 def _sha256(image: bytes) -> str:

@@ -18,7 +18,7 @@ from pipeline.sources.parquet import SPLITS, Tables
 from pipeline.types import Source, SourceSlice
 
 REPO = "nlphuji/flickr30k"
-ALL = ("train", "validation", "test")
+KARPATHY_SPLITS = ("train", "validation", "test")
 
 
 def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
@@ -28,7 +28,7 @@ def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -
         SourceError: the tables lack the true split, and there is no split list.
     """
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
-    if "split" not in columns and len(tables.files) < len(ALL) and (split != "test" or split not in tables.files):
+    if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):
         raise SourceError(
             f"{tables.name} has lost which images are for testing: all are filed under {', '.join(map(str, tables.files))}",
             hint=f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE",

@@ -20,7 +20,7 @@ from pipeline.sources.columns import open_mapped
 from pipeline.sources.parquet import Tables, split_of_path
 from pipeline.types import Source, SourceSlice
 
-CONVERTED = "refs/convert/parquet"
+CONVERSION_BRANCH = "refs/convert/parquet"
 BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a small --limit needs in all
 
 
@@ -110,7 +110,7 @@ def _parquet(api: HfApi, repo: str, commit: str) -> dict[str | None, list[str]]:
 
 def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]:
     try:
-        commit = str(api.dataset_info(repo, revision=CONVERTED).sha)
+        commit = str(api.dataset_info(repo, revision=CONVERSION_BRANCH).sha)
     except GatedRepoError:
         raise
     except HfHubHTTPError:

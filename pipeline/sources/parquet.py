@@ -53,7 +53,7 @@ class Tables:
     def schema(self) -> pa.Schema:
         """The columns, read from the first file."""
         first = next(path for paths in self.files.values() for path in paths)
-        with self.translate_errors(), damaged(first), self.open(first) as file:
+        with self.translate_errors(), translate_parquet_errors(first), self.open(first) as file:
             return pq.read_schema(file)
 
     def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
@@ -65,7 +65,7 @@ class Tables:
         for file_index, (file_split, path) in enumerate(files):
             if by_file and not self._is_ours(file_index):
                 continue
-            with self.translate_errors(), damaged(path), self.open(path) as file:
+            with self.translate_errors(), translate_parquet_errors(path), self.open(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                 missing = set(columns) - set(parquet.schema_arrow.names)
                 if missing:
@@ -87,7 +87,7 @@ class Tables:
         """Return the number of rows of a split, or of all, from the footers of the files."""
         total = 0
         for path in (path for file_split, paths in self.files.items() if split in (None, file_split) for path in paths):
-            with self.translate_errors(), damaged(path), self.open(path) as file:
+            with self.translate_errors(), translate_parquet_errors(path), self.open(path) as file:
                 total += pq.read_metadata(file).num_rows
         return total
 
@@ -107,7 +107,7 @@ class Tables:
 
 
 @contextmanager
-def damaged(path: str) -> Iterator[None]:
+def translate_parquet_errors(path: str) -> Iterator[None]:
     """Turn pyarrow's errors about a file into SourceError."""
     try:
         yield

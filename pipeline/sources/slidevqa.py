@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.dataset.licenses import NTT_EVALUATION
 from pipeline.sources.base import DECK_TASKS, SourceSpec
-from pipeline.sources.columns import check_split, first_of_each, kept_split, read_mapping, sample_of
+from pipeline.sources.columns import build_sample, check_split, first_row_of_each, read_mapping, stored_split
 from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import Tables
 from pipeline.types import ReferenceQA, Rejected, Sample, Source, SourceSlice
@@ -41,10 +41,10 @@ def open_slidevqa(tables: Tables, split: str | None) -> Source:
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
     pages = read_mapping(tables.schema, {"pages": "page_*"})["pages"]
     questions = _questions(tables, split)
-    for name, file_split, row in first_of_each(tables, "deck_name", pages, split):
+    for name, file_split, row in first_row_of_each(tables, "deck_name", pages, split):
         deck_questions = tuple(questions.get((file_split, row["deck_name"]), ()))
-        yield sample_of(
-            name, [row[page] for page in pages], NTT_EVALUATION, kept_split(file_split, split), reference_qa=deck_questions
+        yield build_sample(
+            name, [row[page] for page in pages], NTT_EVALUATION, stored_split(file_split, split), reference_qa=deck_questions
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.dataset.licenses import FLICKR_TERMS
 from pipeline.sources.base import SourceSpec
-from pipeline.sources.columns import check_split, first_of_each, kept_split, sample_of
+from pipeline.sources.columns import build_sample, check_split, first_row_of_each, stored_split
 from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import Tables
 from pipeline.text.vqa_answers import normalize_answer
@@ -39,9 +39,9 @@ def open_vqav2(tables: Tables, split: str | None) -> Source:
 
 def _rows(tables: Tables, split: str | None) -> Iterator[Sample | Rejected]:
     questions = _questions(tables, split)
-    for name, file_split, row in first_of_each(tables, "image_id", ("image",), split):
+    for name, file_split, row in first_row_of_each(tables, "image_id", ("image",), split):
         photo_questions = tuple(questions.get((file_split, row["image_id"]), ()))
-        yield sample_of(name, [row["image"]], FLICKR_TERMS, kept_split(file_split, split), reference_qa=photo_questions)
+        yield build_sample(name, [row["image"]], FLICKR_TERMS, stored_split(file_split, split), reference_qa=photo_questions)
 
 
 def _questions(tables: Tables, split: str | None) -> dict[tuple[str | None, Any], list[ReferenceQA]]:

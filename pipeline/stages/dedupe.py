@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.images.similarity import COMPARED, ImageKind, compare_samples
+from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.stages.base import AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
 from pipeline.tables import DEDUPED, IMAGE_GROUPS
 from pipeline.text.content_keys import content_keys
-from pipeline.text.spelling import comparable_keys, merge_misspelled, remainders_of
+from pipeline.text.spelling import comparable_keys, key_remainders, merge_misspelled
 
 SCORES = ("agreement", "alignment", "hedge_count")  # what makes one annotation better than another
 TEXTS = pa.schema(
@@ -88,7 +88,7 @@ def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Tab
     """Return the samples that look like others (tables.IMAGE_GROUPS); those that look like none are left out."""
     if kind is None:
         return IMAGE_GROUPS.empty_table()
-    samples = pa.concat_tables([table for shard in shards for table in read_batches(shard.stage("source"), COMPARED)])
+    samples = pa.concat_tables([table for shard in shards for table in read_batches(shard.stage("source"), COMPARED_COLUMNS)])
     groups = compare_samples(samples, kind)
     alone = pc.and_(pc.equal(groups["sample_id"], groups["image_group"]), pc.is_null(groups["image_reason"]))
     in_group = pc.is_in(groups["sample_id"], groups.filter(pc.invert(alone))["image_group"])
@@ -106,7 +106,7 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
         for table in read(db.sql("SELECT DISTINCT content_key FROM texts")):
             yield table["content_key"].combine_chunks()
 
-    remainders = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(remainders_of, keys())]))
+    remainders = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(key_remainders, keys())]))
     comparable = pa.chunked_array([comparable_keys(part, remainders) for part in keys()], pa.string()).combine_chunks()
     merged = merge_misspelled(comparable)
     return pa.table({"wrong": list(merged), "right": list(merged.values())}, schema=MISSPELLED)

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipeline.stages.base import Stage
 from pipeline.tables import require_columns, with_reason
-from pipeline.tasks import broken_rule
+from pipeline.tasks import find_broken_rule
 
 FIELDS = ("task", "text", "question", "answer", "answer_type", "evidence_pages", "expression", "pages", "reply_error")
 
@@ -18,7 +18,7 @@ def validate_annotations(table: pa.Table) -> pa.Table:
 
 
 def _reason(row: dict[str, Any]) -> str | None:
-    return row["reply_error"] or broken_rule(row["task"], row, row["pages"])
+    return row["reply_error"] or find_broken_rule(row["task"], row, row["pages"])
 
 
 STAGE = Stage("validate", judge=lambda table, plan: validate_annotations(table))

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import DatasetDir, read_samples
-from pipeline.dataset.manifest import StageSummary, describe_leakage, describe_run
+from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_run
 from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
@@ -110,7 +110,7 @@ def publish_shards(
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
     contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
     provenance = describe_run(plan.config, source, model, funnel, statistics.result())
-    provenance["leakage"] = describe_leakage(source, funnel, group_count, contaminated)
+    provenance["leakage"] = describe_decontamination(source, funnel, group_count, contaminated)
     provenance["review"] = count_reviews(shards)
     content = Content(
         columns=list(columns.pop()) if columns else [],

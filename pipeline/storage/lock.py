@@ -11,16 +11,16 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline.errors import StoreError
-from pipeline.storage.object_store import _at, _fs, errors_of_stores
+from pipeline.storage.object_store import filesystem_of, key_of, store_error_types
 
 log = logging.getLogger(__name__)
-LEASE_SECONDS = 30.0  # without a heartbeat, after which a holder is presumed dead
-BEATS = 4  # heartbeats in that time
+LEASE_TIMEOUT_S = 30.0  # without a heartbeat, after which a holder is presumed dead
+HEARTBEATS_PER_TIMEOUT = 4  # heartbeats in that time
 
 
 @contextmanager
 def lease(
-    path: Path, seconds: float = LEASE_SECONDS, say: Callable[[str], None] = lambda text: None
+    path: Path, seconds: float = LEASE_TIMEOUT_S, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Callable[[], None]]:
     """Hold a lease exclusively: an object in a store, which heartbeats renew as long as its holder lives.
 
@@ -42,7 +42,7 @@ def lease(
     holder_id = uuid4().hex
     _take(path, holder_id, seconds, say)
     ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(path, holder_id, seconds / BEATS, ended), daemon=True)
+    renewing = threading.Thread(target=_renew, args=(path, holder_id, seconds / HEARTBEATS_PER_TIMEOUT, ended), daemon=True)
     renewing.start()
 
     def check() -> None:
@@ -54,7 +54,7 @@ def lease(
     finally:
         ended.set()
         renewing.join()
-        with suppress(OSError, *errors_of_stores()):
+        with suppress(OSError, *store_error_types()):
             if _holder(path)[:1] == [holder_id]:
                 path.unlink(missing_ok=True)
 
@@ -64,7 +64,7 @@ def _take(path: Path, holder_id: str, seconds: float, say: Callable[[str], None]
     previous, end = None, time.monotonic() + seconds
     while True:
         with suppress(FileExistsError):
-            _fs(path).pipe_file(_at(path), _beat(holder_id, 0), mode="create")
+            filesystem_of(path).pipe_file(key_of(path), _beat(holder_id, 0), mode="create")
             return
         current = _holder(path)
         if previous is None:
@@ -74,9 +74,9 @@ def _take(path: Path, holder_id: str, seconds: float, say: Callable[[str], None]
             raise in_use
         if time.monotonic() > end:
             break
-        time.sleep(seconds / BEATS / 2)
+        time.sleep(seconds / HEARTBEATS_PER_TIMEOUT / 2)
     path.write_bytes(_beat(holder_id, 0))
-    time.sleep(seconds / BEATS)  # of several waiting commands, the last writer gets the lease
+    time.sleep(seconds / HEARTBEATS_PER_TIMEOUT)  # of several waiting commands, the last writer gets the lease
     if _holder(path)[:1] != [holder_id]:
         raise in_use
 

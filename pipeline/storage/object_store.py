@@ -64,28 +64,30 @@ def is_remote(path: Path) -> bool:
 
 def arrow_location(path: Path) -> dict[str, Any]:
     """Return the arguments with which pyarrow opens a path: `source`, and `filesystem` for an object."""
-    return {"source": _at(path), "filesystem": _fs(path)} if is_remote(path) else {"source": path}
+    return {"source": key_of(path), "filesystem": filesystem_of(path)} if is_remote(path) else {"source": path}
 
 
 def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
     """Open an object for reads of ranges, with `ahead_bytes` of read-ahead."""
-    file: AbstractContextManager[Any] = _fs(path).open(_at(path), "rb", block_size=ahead_bytes, cache_type="readahead")
+    file: AbstractContextManager[Any] = filesystem_of(path).open(
+        key_of(path), "rb", block_size=ahead_bytes, cache_type="readahead"
+    )
     return file
 
 
 def upload(file: Path, path: Path) -> None:
     """Upload a local file to an object store."""
-    _fs(path).put_file(str(file), _at(path))
+    filesystem_of(path).put_file(str(file), key_of(path))
 
 
 def download(path: Path, file: Path) -> None:
     """Download an object to a local file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    _fs(path).get_file(_at(path), str(file))
+    filesystem_of(path).get_file(key_of(path), str(file))
 
 
 @contextmanager
-def copy_here(path: Path) -> Iterator[Path]:
+def local_copy(path: Path) -> Iterator[Path]:
     """Yield a temporary local copy of an object; yield a local file itself."""
     if not is_remote(path):
         yield path
@@ -98,27 +100,31 @@ def copy_here(path: Path) -> Iterator[Path]:
 def upload_folder(folder: Path, path: Path) -> None:
     """Upload all files of a local folder to an object store, several at once."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    _fs(path).put([str(file) for file in files], [_at(path / file.relative_to(folder).as_posix()) for file in files])
+    filesystem_of(path).put(
+        [str(file) for file in files], [key_of(path / file.relative_to(folder).as_posix()) for file in files]
+    )
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:
     """Move objects within their store, several at once, without downloading them."""
-    fs = _fs(moves[0][0])
-    fs.copy([_at(old) for old, _ in moves], [_at(new) for _, new in moves])
-    fs.rm([_at(old) for old, _ in moves])
+    fs = filesystem_of(moves[0][0])
+    fs.copy([key_of(old) for old, _ in moves], [key_of(new) for _, new in moves])
+    fs.rm([key_of(old) for old, _ in moves])
 
 
 def remove_folder(path: Path) -> None:
     """Remove all objects of a folder, if there are any."""
     with suppress(FileNotFoundError):
-        _fs(path).rm(_at(path), recursive=True)
+        filesystem_of(path).rm(key_of(path), recursive=True)
 
 
-def _fs(path: Path) -> Any:
+def filesystem_of(path: Path) -> Any:
+    """Return the fsspec file system of a path in an object store."""
     return cast(Any, path).fs
 
 
-def _at(path: Path) -> str:
+def key_of(path: Path) -> str:
+    """Return the key of a path in its object store."""
     return str(cast(Any, path).path)
 
 
@@ -129,7 +135,7 @@ def translate_store_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (OSError, *errors_of_stores())):
+        if not isinstance(error, (OSError, *store_error_types())):
             raise
         message = one_line(error)
         raise StoreError(
@@ -137,6 +143,6 @@ def translate_store_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def errors_of_stores() -> tuple[type[Exception], ...]:
+def store_error_types() -> tuple[type[Exception], ...]:
     """Return the exception types of those store libraries that are imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)

@@ -27,7 +27,7 @@ def asks_about_decks(names: Iterable[str]) -> bool:
     return any(find_task(name).asks_about_decks for name in names)
 
 
-def broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
+def find_broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
     """Return the first rule that an annotation breaks, as its rejection reason; None if it is valid.
 
     Args:

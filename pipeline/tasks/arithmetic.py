@@ -27,7 +27,7 @@ def evaluate(expression: str) -> float | None:
         return None
 
 
-def agrees(expression: str, answer: str) -> bool:
+def equals_rounded(expression: str, answer: str) -> bool:
     """Return True if an answer is the value of an expression, rounded to the answer's decimal places."""
     value, plain = evaluate(expression), _THOUSANDS_COMMA.sub("", answer)
     number = _NUMBER.search(plain)

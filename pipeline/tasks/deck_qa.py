@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.tasks.arithmetic import agrees
+from pipeline.tasks.arithmetic import equals_rounded
 from pipeline.tasks.base import MAX_PAGES, MAX_QA_PAIRS, Line, Output, Task, check_question
 
 DeckAnswerType = Literal["span", "number", "arithmetic"]
@@ -30,7 +30,7 @@ class DeckQAPair(Output):
             raise PydanticCustomError("evidence_not_in_order", "evidence pages are in order, each once")
         if info.context and self.evidence_pages[-1] > info.context["pages"]:
             raise PydanticCustomError("evidence_outside_deck", "an evidence page lies outside of the deck")
-        if self.answer_type == "arithmetic" and not agrees(self.expression, self.answer):
+        if self.answer_type == "arithmetic" and not equals_rounded(self.expression, self.answer):
             raise PydanticCustomError("expression_disagrees", "the expression does not evaluate to the answer")
         if self.answer_type != "arithmetic" and self.expression:
             raise PydanticCustomError("expression_not_asked_for", "an expression belongs to arithmetic only")

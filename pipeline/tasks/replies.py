@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from pipeline.digests import digest
-from pipeline.tasks import broken_rule, find_task
+from pipeline.tasks import find_broken_rule, find_task
 from pipeline.text.refusals import is_refusal
 from pipeline.types import Reply, Request
 
@@ -41,7 +41,7 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
 def find_flaw(request: Request, reply: Reply) -> str | None:
     """Return the first flaw of a reply without any valid annotation; None if at least one is valid."""
     pages = max(1, len(request.images))
-    flaws = [error or broken_rule(request.task, values, pages) for values, error in _fields(request.task, reply)]
+    flaws = [error or find_broken_rule(request.task, values, pages) for values, error in _fields(request.task, reply)]
     return None if None in flaws else flaws[0]
 
 

@@ -40,7 +40,7 @@ class Claim:
     expected: str
 
 
-def claims_of(caption: str) -> list[Claim]:
+def extract_claims(caption: str) -> list[Claim]:
     """Return at most MAX_CLAIMS distinct claims of a caption, in its order."""
     claims: list[Claim] = []
     for sentence in _SENTENCE.split(caption.strip()):
@@ -60,17 +60,17 @@ def _claims(part: str) -> Iterator[Claim]:
     part = part[match.end() :] if (match := _THERE.match(part)) else part
     if counted := _COUNTED.fullmatch(part):
         number, things = counted[1].lower(), counted[2]
-        counted_things = things if number not in ("one", "1") else plural(things)
+        counted_things = things if number not in ("one", "1") else pluralize(things)
         yield Claim(f"How many {counted_things} are there?", "0" if number == "no" else normalize_answer(number))
     elif shape_match := _DRAWN.fullmatch(part):
-        yield from _like(**{name: (value or "").lower() for name, value in shape_match.groupdict().items()})
+        yield from _attribute_claims(**{name: (value or "").lower() for name, value in shape_match.groupdict().items()})
     elif (thing := _THING.fullmatch(part)) and (_IS.search(part) or not _OTHER_VERB.search(part)):
         yield Claim(f"Is there {thing[1].lower()} {_IS.sub(' ', thing[2], count=1)}?", "yes")
     elif part:
         yield Claim(f"Is it true that {part[0].lower()}{part[1:]}?", "yes")
 
 
-def _like(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
+def _attribute_claims(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
     """Yield the claims about the attributes of a drawn shape."""
     if where:
         for attribute, value in (("color", color), ("shape", shape), ("size", size)):
@@ -80,7 +80,7 @@ def _like(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
         yield Claim(f"What size is the {color} {shape}?", size)
 
 
-def plural(thing: str) -> str:
+def pluralize(thing: str) -> str:
     """Return the plural of a thing."""
     if thing.endswith("y") and thing[-2:-1] not in "aeiou":
         return f"{thing[:-1]}ies"

@@ -36,7 +36,7 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     key with two possible corrections is left alone.
     """
     ordered = keys.take(pc.sort_indices(keys))
-    numbers = _Numbers()
+    numbers = _WordHashes()
     wrong_keys: dict[tuple[str, str], set[str]] = defaultdict(set)
     remainders: list[npt.NDArray[np.uint64]] = []
     for batch in _slices(ordered):
@@ -44,7 +44,7 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
         remainders.append(remainder[unknown])
         for n in np.flatnonzero(unknown).tolist():
             key = batch[key_of[n]].as_py()
-            wrong, rest = _apart(key, position[n])
+            wrong, rest = _split_at(key, position[n])
             for variant in _variants(wrong):
                 wrong_keys[rest, variant].add(key)
     wrong_remainders = np.unique(np.concatenate(remainders)) if remainders else np.zeros(0, np.uint64)
@@ -53,16 +53,16 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
         key_of, position, unknown, remainder = numbers.words_of(batch)
         for n in np.flatnonzero(~unknown & np.isin(remainder, wrong_remainders)).tolist():
             key = batch[key_of[n]].as_py()
-            right, rest = _apart(key, position[n])
+            right, rest = _split_at(key, position[n])
             for wrong in {wrong for variant in _variants(right) for wrong in wrong_keys.get((rest, variant), ())}:
-                if says_the_same(wrong, key):
+                if equal_but_for_spelling(wrong, key):
                     corrections[wrong].add(key)
-    return _follow({wrong: right.pop() for wrong, right in corrections.items() if len(right) == 1})
+    return _resolve_chains({wrong: right.pop() for wrong, right in corrections.items() if len(right) == 1})
 
 
-def remainders_of(keys: pa.Array) -> npt.NDArray[np.uint64]:
+def key_remainders(keys: pa.Array) -> npt.NDArray[np.uint64]:
     """Return the remainders of keys with an unknown word, sorted; the key with the correct word has the same remainder."""
-    numbers, batches = _Numbers(), [np.zeros(0, np.uint64)]
+    numbers, batches = _WordHashes(), [np.zeros(0, np.uint64)]
     for batch in _slices(keys):
         _, _, unknown, remainder = numbers.words_of(batch)
         batches.append(np.unique(remainder[unknown]))
@@ -71,7 +71,7 @@ def remainders_of(keys: pa.Array) -> npt.NDArray[np.uint64]:
 
 def comparable_keys(keys: pa.Array, remainders: npt.NDArray[np.uint64]) -> pa.Array:
     """Return the keys that `merge_misspelled` needs, given the remainders of all keys; it would ignore the others."""
-    numbers, rows = _Numbers(), [np.zeros(0, np.int64)]
+    numbers, rows = _WordHashes(), [np.zeros(0, np.int64)]
     for batch_index, batch in enumerate(_slices(keys)):
         key_of, _, unknown, remainder = numbers.words_of(batch)
         rows.append(batch_index * BATCH + np.unique(key_of[unknown | np.isin(remainder, remainders)]))
@@ -82,7 +82,7 @@ def _slices(keys: pa.Array) -> list[pa.Array]:
     return [keys.slice(start, BATCH) for start in range(0, len(keys), BATCH)]
 
 
-class _Numbers:
+class _WordHashes:
     """Hashes of words, equal in every process; the remainder of a key is the sum of its hashes without that of one word."""
 
     def __init__(self) -> None:
@@ -104,13 +104,13 @@ class _Numbers:
         return key, np.arange(len(key)) - starts[key], np.array([unknown for _, unknown in entries], bool)[indices], remainder
 
 
-def _apart(key: str, position: int) -> tuple[str, str]:
+def _split_at(key: str, position: int) -> tuple[str, str]:
     """Return the word at a position, and the words after and before it: the same for every rotation of the key."""
     words = key.split(" ")
     return words[position], " ".join(words[position + 1 :] + words[:position])
 
 
-def _follow(corrections: dict[str, str]) -> dict[str, str]:
+def _resolve_chains(corrections: dict[str, str]) -> dict[str, str]:
     """Return the end of each chain of corrections; each removes one misspelled word, so every chain ends."""
     ends: dict[str, str] = {}
     for key in corrections:
@@ -131,7 +131,7 @@ def is_unknown(word: str) -> bool:
     return _may_be_misspelled(word) and not _is_known(word)
 
 
-def says_the_same(key: str, other: str) -> bool:
+def equal_but_for_spelling(key: str, other: str) -> bool:
     """Return True if two content keys are equal, or differ by one misspelled word only.
 
     A word is misspelled if it is not in the dictionary and one edit away from a word that is. Two known words, two unknown

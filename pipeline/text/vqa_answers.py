@@ -29,7 +29,7 @@ def _misspelled(right: str) -> list[str]:
     return [right[:index] + right[index + 1 :] for index in apostrophes]
 
 
-_RIGHT = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelled(right)} | {
+_CONTRACTION_OF = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelled(right)} | {
     "ow's'at": "'ow's'at",
     "'ows'at": "'ow's'at",
     "'ow'sat": "'ow's'at",
@@ -44,7 +44,7 @@ def normalize_answer(answer: str) -> str:
     """Return an answer as the official evaluation compares it."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
-    return " ".join(_RIGHT.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_CONTRACTION_OF.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _without_punctuation(text: str) -> str:

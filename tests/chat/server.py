@@ -48,16 +48,16 @@ class ChatServer:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
         self.times: Counter[str] = Counter()
-        self.flying = self.most_flying = 0
+        self.in_flight = self.max_in_flight = 0
         self.metrics = ""
         self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
-        self.flights: list[int] = []  # requests in flight at the arrival of each
+        self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
 
-    def most_flying_since(self, request: int) -> int:
+    def max_in_flight_since(self, request: int) -> int:
         """Return the largest number of requests in flight, from request `request` on."""
-        return max(self.flights[request:])
+        return max(self.in_flight_counts[request:])
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
@@ -92,13 +92,13 @@ class ChatServer:
         name = _name(body)
         times = self.times[name]
         self.times[name] += 1
-        self.flying += 1
-        self.most_flying = max(self.most_flying, self.flying)
-        self.flights.append(self.flying)
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        self.in_flight_counts.append(self.in_flight)
         try:
             return await self._act(request, self.script(times, body) or Act(), REPLIES[schema["name"]])
         finally:
-            self.flying -= 1
+            self.in_flight -= 1
 
     async def _act(self, request: web.Request, act: Act, valid_text: str) -> web.StreamResponse:
         await asyncio.sleep(act.seconds)

@@ -66,17 +66,17 @@ class Store:
         draft.replace(self.storage.path(sha256))
 
 
-def _chunks(block: bytes) -> Iterator["SampleBatch"]:
+def _chunks(block: bytes) -> Iterator["XetChunk"]:
     """Yield the chunks of a block; calling a chunk unpacks it."""
     start = 0
     while start + 8 <= len(block) and block[start] == 0:  # version 0 begins a chunk header, not a footer
         packed_size = int.from_bytes(block[start + 1 : start + 4], "little")
         scheme, size = block[start + 4], int.from_bytes(block[start + 5 : start + 8], "little")
-        yield SampleBatch(block[start + 8 : start + 8 + packed_size], scheme, size)
+        yield XetChunk(block[start + 8 : start + 8 + packed_size], scheme, size)
         start += 8 + packed_size
 
 
-class SampleBatch(NamedTuple):
+class XetChunk(NamedTuple):
     """A packed chunk of a block; `size` is its unpacked size in bytes."""
 
     data: bytes

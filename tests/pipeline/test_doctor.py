@@ -13,13 +13,13 @@ def test_the_roomiest_card_counts() -> None:
     assert (finding.ok, finding.found) == (True, "2 x NVIDIA H100, 79 of 80 GiB free")
 
 
-def test_a_card_that_is_too_small_is_said_with_a_hint() -> None:
+def test_a_gpu_with_too_little_memory_has_a_hint() -> None:
     finding = judge_gpus("NVIDIA T4, 15360, 3000\n")
     assert not finding.ok
     assert "needs 8 GiB" in finding.hint
 
 
-def test_memory_that_is_not_told_is_no_crash() -> None:
+def test_unknown_gpu_memory_is_no_crash() -> None:
     assert not judge_gpus("NVIDIA GB10, [N/A], [N/A]\n").ok
 
 

@@ -27,7 +27,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_a_score_is_two_and_a_half_times_the_cosine_and_never_negative(clip: str) -> None:
+def test_a_score_is_two_and_a_half_times_the_cosine_clipped_at_zero(clip: str) -> None:
     images = [draw(scene, random.Random(0)) for scene in SCENES]
     backwards = [4, 3, 2, 1, 0]
     scores, shuffled = clip_scores(clip, iter(images), TEXTS, range(5), backwards)
@@ -52,6 +52,6 @@ def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
     assert not is_same("metaclip", {"name": "clip"})
 
 
-def test_what_is_no_clip_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_clip_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no CLIP"):
         clip_scores(str(tmp_path), [], [])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import TrainConfig, is_of_other_settings, resolve
+from trainer.config import TrainConfig, has_other_settings, resolve
 
 
 def test_flags_win_over_the_file_and_auto_says_nothing(tmp_path: Path) -> None:
@@ -32,14 +32,14 @@ def test_rates_follow_encoder_and_decoder() -> None:
     assert TrainConfig(encoder="clip", encoder_lr=1e-5).with_defaults(100).encoder_lr == 1e-5
 
 
-def test_a_finished_run_of_other_settings_is_told_from_the_same(tmp_path: Path) -> None:
+def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
-    assert not is_of_other_settings(tmp_path, config)
+    assert not has_other_settings(tmp_path, config)
     (tmp_path / "train.json").write_text(config.with_defaults(100).model_dump_json())
-    assert not is_of_other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # the run is not finished
+    assert not has_other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # the run is not finished
     (tmp_path / "metrics.json").write_text("{}")
-    assert not is_of_other_settings(tmp_path, config)
+    assert not has_other_settings(tmp_path, config)
     for changes in ({"text_source": "mixed"}, {"seed": 1}, {"encoder_layer": -2}, {"steps": 60}, {"decoder_lr": 0.5}):
-        assert is_of_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
+        assert has_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
     (tmp_path / "train.json").write_text("?")
-    assert is_of_other_settings(tmp_path, config)
+    assert has_other_settings(tmp_path, config)

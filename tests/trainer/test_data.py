@@ -50,7 +50,7 @@ def test_without_questions_of_people_those_of_the_model_are_scored() -> None:
     assert [(q.question, q.answers, q.answer_type) for q in example.questions] == [("How many?", ("1",), "number")]
 
 
-def test_styles_are_a_choice_and_mixtures_need_not_be_told_apart() -> None:
+def test_styles_can_be_chosen_and_the_source_can_be_left_out_of_the_prompt() -> None:
     two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
     (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",), source_in_prompt=False)
     captions = {(text.source, text.text) for text in example.texts if text.style}

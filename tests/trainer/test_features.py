@@ -39,7 +39,7 @@ def test_cached_states_are_those_that_would_be_computed(encoder: Encoder, exampl
     assert torch.equal(cached(chosen), OnlineFeatures(encoder, CPU)(chosen))
 
 
-def test_the_second_time_only_one_image_is_looked_at(
+def test_the_second_time_only_one_image_is_encoded(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = cache_features(encoder, examples, tmp_path, CPU, quiet)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, train_words
+from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, train_tokenizer
 
 TEXTS = [
     TargetText("synthetic", "A red circle.", style="brief"),
@@ -14,7 +14,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def words() -> CaptionTokenizer:
-    return train_words(TEXTS, 400)
+    return train_tokenizer(TEXTS, 400)
 
 
 def test_a_prompt_names_whose_words_are_wanted_and_what_for(words: CaptionTokenizer) -> None:

@@ -159,7 +159,7 @@ def test_a_run_in_which_nothing_would_learn_is_an_error(version: Version, tmp_pa
         train(version, replace(encoder=clip, decoder_lr=0.0, connector_lr=0.0), tmp_path)
 
 
-def test_each_test_image_is_told_of_and_only_named_ones_are_taken(version: Version, tmp_path: Path, clip: str) -> None:
+def test_each_test_image_gets_a_line_and_only_the_named_images_are_used(version: Version, tmp_path: Path, clip: str) -> None:
     ids = {split: version.read(split, ["sample_id"])["sample_id"].to_pylist() for split in ("train", "validation", "test")}
     only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
     metrics = train(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)

@@ -25,12 +25,12 @@ def synth(tmp_path: Path) -> Run:
     return run
 
 
-def hears_ctrl_c() -> None:
+def restore_sigint() -> None:
     """Restore SIGINT in a child process: a shell that runs the tests in the background makes them ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+def read_failure(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
     """Return the error and the hint of a failed command; assert exit code 1 and no traceback."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

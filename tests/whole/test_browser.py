@@ -66,15 +66,15 @@ def text_of(page: Page, number: int = 0) -> Any:
     return page.locator("#images .texts > li").nth(number)
 
 
-def found(page: Page, section: str = "images") -> str:
+def result_count(page: Page, section: str = "images") -> str:
     return page.locator(f"#{section} output").inner_text()
 
 
 def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> None:
-    assert found(page) == "1 to 48 of 120 found, 120 in this report"
+    assert result_count(page) == "1 to 48 of 120 found, 120 in this report"
     tests = dataset.manifest["rows"]["test"]
     page.get_by_label("Split").select_option("test")
-    assert f"of {tests} found" in found(page)
+    assert f"of {tests} found" in result_count(page)
     page.get_by_label("Split").select_option("")
     page.get_by_label("Search texts").fill("PURPLE RING")
     articles = page.locator("#images article")
@@ -82,17 +82,17 @@ def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> 
     assert articles.count() == sum(any("purple ring" in caption["text"] for caption in row) for row in captions)
     assert all("purple ring" in text.lower() for text in articles.all_inner_texts())
     page.get_by_label("Search texts").fill('no such "text" \\')
-    assert found(page) == "0 found, 120 in this report"
+    assert result_count(page) == "0 found, 120 in this report"
 
 
 def test_pages_are_turned_with_buttons_and_keys(page: Page) -> None:
     first = page.locator("#images article code").first.inner_text()
     page.get_by_role("button", name="Next", exact=True).first.click()
-    assert found(page).startswith("49 to 96 of")
+    assert result_count(page).startswith("49 to 96 of")
     assert page.locator("#images article code").first.inner_text() != first
     page.keyboard.press("n")
     page.keyboard.press("n")  # there is no fourth page
-    assert found(page).startswith("97 to 120 of")
+    assert result_count(page).startswith("97 to 120 of")
     expect(page.locator("#images [data-turn='1']").first).to_be_disabled()
     page.keyboard.press("p")
     page.keyboard.press("p")
@@ -113,7 +113,7 @@ def test_texts_are_marked_with_keys_alone_and_marks_outlive_the_page(page: Page)
     expect(text_of(page, 0).get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "true")
     assert page.get_by_label("Why it is bad").input_value() == "unclear"
     page.get_by_label("Mark").select_option("bad")
-    assert found(page).startswith("1 to 1 of 1 found")
+    assert result_count(page).startswith("1 to 1 of 1 found")
     text_of(page, 1).get_by_role("button", name="Bad").click()  # a second click removes the review
     expect(page.locator("#marked")).to_have_text("1 good, 0 bad, 0 edited")
 
@@ -183,12 +183,12 @@ def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Ver
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
-def test_the_search_looks_at_words_and_not_at_pictures(page: Page) -> None:
+def test_the_search_covers_texts_and_not_image_data(page: Page) -> None:
     source = page.locator("#images article img").first.get_attribute("src") or ""
     page.get_by_label("Search texts").fill(source[-40:-20])
-    assert found(page) == "0 found, 120 in this report"
+    assert result_count(page) == "0 found, 120 in this report"
     page.get_by_label("Search texts").fill("webp")
-    assert found(page) == "0 found, 120 in this report"
+    assert result_count(page) == "0 found, 120 in this report"
 
 
 def test_keys_do_nothing_while_somebody_types(page: Page) -> None:
@@ -210,7 +210,7 @@ def test_a_folder_opens_from_the_disk_and_loads_its_parts(
     monkeypatch.setattr(build, "PART_ROWS", 30)
     monkeypatch.setattr(build, "AT_ONCE", 10)
     page = opened(write_report(dataset, tmp_path))
-    assert found(page) == "1 to 48 of 120 found, 120 in this report"
+    assert result_count(page) == "1 to 48 of 120 found, 120 in this report"
     assert page.locator("script[src]").count() == 4
     page.wait_for_function("[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
 
@@ -279,7 +279,7 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     assert "review: 3 marks apply" in done.stderr
     assert "asked the model 0 times" in done.stderr
     old, new = (open_dataset(tmp_path / "data" / "scenes", name) for name in ("v1.0.0", "v1.0.1"))
-    before, after = (said(version) for version in (old, new))
+    before, after = (read_texts(version) for version in (old, new))
     assert new.manifest["review"] == {"good": 1, "bad": 1, "edited": 1}
     assert [text for text in before if text not in after and text.startswith("A")] == [removed]
     assert len(before) - len(after) == 1
@@ -294,7 +294,7 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     assert "nothing new: v1.0.1" in rerun.stderr, rerun.stderr
 
 
-def said(version: Version) -> list[str]:
+def read_texts(version: Version) -> list[str]:
     """Return all texts of a version; a question that was edited in review ends with ` review`."""
     texts = []
     for split in SPLITS:

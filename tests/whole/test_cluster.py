@@ -28,13 +28,13 @@ from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hub import datasets
 from tests.s3 import running_s3
-from tests.whole.conftest import SYNTH, Run, said
+from tests.whole.conftest import SYNTH, Run, read_failure
 
 PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
 THINGS = ("ring", "star", "cross", "disk", "arrow")
 
 
-def world(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
+def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
     """Return a script that derives each reply from the image's uuid: many texts repeat, and some replies are not valid JSON."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
@@ -56,7 +56,7 @@ def world(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
 
 @pytest.fixture
 def chat() -> Iterator[ChatServer]:
-    with running_chat(ChatServer(world())) as server:
+    with running_chat(ChatServer(scripted_replies())) as server:
         yield server
 
 
@@ -73,7 +73,7 @@ def photos(tmp_path: Path) -> str:
     return "parquet:photos"
 
 
-def made(folder: Path) -> Version:
+def latest_version(folder: Path) -> Version:
     return DatasetDir(folder).version()
 
 
@@ -87,7 +87,7 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: 
     assert synth(*flags, *exclude, "--out", "one").returncode == 0
     done = synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
-    local, distributed = made(tmp_path / "one"), made(tmp_path / "many")
+    local, distributed = latest_version(tmp_path / "one"), latest_version(tmp_path / "many")
     assert distributed.manifest["digest"] == local.manifest["digest"] == json.loads(done.stdout)["digest"]
     assert rows_of(distributed) == rows_of(local)
     shared = local.manifest.keys() - {"files", "ledger"}
@@ -107,7 +107,9 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: 
     assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
     assert not (tmp_path / "many" / "exchange").exists()
-    assert "has 5 shards, not 3" in said(synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
+    assert (
+        "has 5 shards, not 3" in read_failure(synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
+    )
 
 
 def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 240, shards: int = 6) -> "subprocess.Popen[bytes]":
@@ -124,7 +126,7 @@ def wait_for(is_true: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def below(process: int, word: str) -> list[int]:
+def descendants_with(process: int, word: str) -> list[int]:
     """Return the ids of a process and its descendants, if their command contains `word`."""
     lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
     parents = {int(pid): (int(parent), command) for pid, parent, command in (line.split(None, 2) for line in lines)}
@@ -135,7 +137,7 @@ def below(process: int, word: str) -> list[int]:
     return [pid for pid, (parent, command) in parents.items() if word in command and is_below(parent)]
 
 
-def journals(home: Path) -> tuple[int, int]:
+def count_journaled(home: Path) -> tuple[int, int]:
     """Return the numbers of requests sent and of replies stored, over all shards."""
     sent = replies = 0
     for path in home.glob("shards/*/journal/local.sqlite"):
@@ -150,29 +152,29 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     assert synth(*flags, "--out", "one").returncode == 0
     undisturbed = Counter(chat.times)
     chat.times.clear()
-    chat.script = world(1.0)
+    chat.script = scripted_replies(1.0)
     driver = ray_run(tmp_path, "--base-url", chat.url)
     wait_for(lambda: sum(chat.times.values()) > 150)
-    workers = below(driver.pid, "ray::MapWorker")
+    workers = descendants_with(driver.pid, "ray::MapWorker")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     before = sum(chat.times.values())
     wait_for(lambda: sum(chat.times.values()) > before + 150)
-    alive = below(driver.pid, "ray::MapWorker")
+    alive = descendants_with(driver.pid, "ray::MapWorker")
     assert driver.poll() is None
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    chat.script = world()
+    chat.script = scripted_replies()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # workers end with the driver
     (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
-    assert "many has no finished run to review" in said(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
+    assert "many has no finished run to review" in read_failure(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
     done = synth(*flags, "--out", "many", "--executor", "ray")
     assert done.returncode == 0, done.stderr
-    assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]
+    assert latest_version(tmp_path / "many").manifest["digest"] == latest_version(tmp_path / "one").manifest["digest"]
     assert chat.times.keys() == undisturbed.keys()  # nothing is lost
     repeated = sum((chat.times - undisturbed).values())
     assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
-    sent, replies = journals(tmp_path / "many")
+    sent, replies = count_journaled(tmp_path / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 
@@ -196,8 +198,8 @@ def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServ
     for out in ("one", "many"):
         done = synth("review", "apply", "marks.jsonl", "--data", out)
         assert "review: 1 marks apply" in done.stderr, done.stderr
-    assert made(tmp_path / "many").manifest["digest"] == made(tmp_path / "one").manifest["digest"]
-    assert made(tmp_path / "many").manifest["review"] == {"good": 0, "bad": 1, "edited": 0}
+    assert latest_version(tmp_path / "many").manifest["digest"] == latest_version(tmp_path / "one").manifest["digest"]
+    assert latest_version(tmp_path / "many").manifest["review"] == {"good": 0, "bad": 1, "edited": 0}
     assert len(chat.bodies) == before
 
 
@@ -212,18 +214,18 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     assert synth(*flags, "--out", "one").returncode == 0
     undisturbed = Counter(chat.times)
     chat.times.clear()
-    chat.script = lambda times, body: world(20.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
+    chat.script = lambda times, body: scripted_replies(20.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
         driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=90, shards=3)
         shards = parse_dataset_path(home) / "shards"
         wait_for(lambda: len(list(shards.glob("*/filled.json"))) == 2 and any(shard_of(key) == 2 for key in chat.times))
-        workers = below(driver.pid, "ray::MapWorker")
+        workers = descendants_with(driver.pid, "ray::MapWorker")
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-        chat.script = world()
+        chat.script = scripted_replies()
         filled = {int(path.parent.name) for path in shards.glob("*/filled.json")}
         shutil.rmtree(scratch_root(parse_dataset_path(home)))  # as if the node were lost
         stray = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
@@ -246,7 +248,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
 
         # Commands read it from there like any other dataset.
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
-        fetched, local = made(tmp_path / dataset_folder(home)), made(tmp_path / "one")
+        fetched, local = latest_version(tmp_path / dataset_folder(home)), latest_version(tmp_path / "one")
         assert fetched.manifest["digest"] == local.manifest["digest"]
         assert rows_of(fetched) == rows_of(local)
         assert rows_of(local).keys() <= {key.split()[0] for key in undisturbed}
@@ -257,18 +259,18 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         for out in ("one", home):
             done = synth("review", "apply", "marks.jsonl", "--data", out, "--json")
             assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["digest"] == made(tmp_path / "one").manifest["digest"]
+        assert json.loads(done.stdout)["digest"] == latest_version(tmp_path / "one").manifest["digest"]
         assert json.loads(done.stdout)["version"] == "v1.0.1"
-        error, _ = said(synth(*flags, "--out", "s3://none/mine", "--executor", "ray"))
+        error, _ = read_failure(synth(*flags, "--out", "s3://none/mine", "--executor", "ray"))
         assert "s3://none/mine: The specified bucket does not exist" in error
     assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
 def test_a_plan_that_would_wait_for_ever_is_an_error_before_it_starts(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
-    error, hint = said(synth(*command, "--out", "d", "--workers", "500"))
+    error, hint = read_failure(synth(*command, "--out", "d", "--workers", "500"))
     assert "500 workers do not fit on" in error and "--workers" in hint
-    error, hint = said(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
+    error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
     for flags in (("--executor", "local", "--shards", "3"), ("--from-stage", "dedupe"), ("--dry-run",)):

@@ -32,13 +32,13 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "d"
 
 
-def kept(folder: Path, stage: str) -> list[dict[str, Any]]:
+def read_kept(folder: Path, stage: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(folder / "stages" / stage / "kept.parquet").to_pylist()
     return rows
 
 
 def test_every_annotation_was_asked_about_again(verified: Path) -> None:
-    rows = kept(verified, "verify")
+    rows = read_kept(verified, "verify")
     assert rows
     for row in rows:
         kinds = {check["kind"] for check in row["checks"]}
@@ -52,16 +52,16 @@ def test_other_thresholds_are_applied_from_the_middle_without_a_question(verifie
     config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
     from_filter = ("--from-stage", "filter", "--config", str(config))
     common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
-    before = len(kept(verified, "verify"))
+    before = len(read_kept(verified, "verify"))
     done = run(*common, *from_filter, cwd=verified.parent)
     assert "asked the model 0 times" in done.stderr
     assert "too_long" in done.stderr
-    assert len(kept(verified, "verify")) < before  # long captions are gone
+    assert len(read_kept(verified, "verify")) < before  # long captions are gone
     funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     back = run(*common, "--from-stage", "filter", cwd=verified.parent)
-    assert back.returncode == 0 and len(kept(verified, "verify")) == before
+    assert back.returncode == 0 and len(read_kept(verified, "verify")) == before
 
 
 def test_settings_of_an_earlier_stage_cannot_change_in_the_middle(verified: Path) -> None:
@@ -73,7 +73,7 @@ def test_settings_of_an_earlier_stage_cannot_change_in_the_middle(verified: Path
     assert "filter has changed since the stages before dedupe ran" in done.stderr
 
 
-def test_copies_are_one_image_crops_share_a_split_and_banned_images_stay_out(tmp_path: Path) -> None:
+def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "test").mkdir()
     images = [photo(seed) for seed in range(8)]
@@ -88,12 +88,12 @@ def test_copies_are_one_image_crops_share_a_split_and_banned_images_stay_out(tmp
     assert done.returncode == 0, done.stderr
     excluded = pq.read_table(tmp_path / "d" / "stages" / "source" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in excluded] == [("7.png", "banned_image", "folder")]
-    samples = {row["source_row"]: row["sample_id"] for row in kept(tmp_path / "d", "source")}
+    samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "source")}
     rejected = pq.read_table(tmp_path / "d" / "stages" / "dedupe" / "rejected.parquet").to_pylist()
     copies = {row["sample_id"]: row["near_duplicate_of"] for row in rejected if row["reason"] == "near_duplicate_image"}
     assert copies == {samples["0-copy.jpg"]: samples["0.png"]}
     groups: dict[str, set[str]] = {}
-    for row in kept(tmp_path / "d", "dedupe"):
+    for row in read_kept(tmp_path / "d", "dedupe"):
         groups.setdefault(row["image_group"], set()).add(row["sample_id"])
     assert {samples["1.png"], samples["1-crop.png"]} in groups.values()
     manifest = json.loads((tmp_path / "d" / "versions" / "v1.0.0" / "manifest.json").read_text())
@@ -106,7 +106,7 @@ def test_a_source_that_is_to_be_left_out_and_is_none_is_one_error(tmp_path: Path
     assert done.returncode == 1 and "unknown source: nowhere" in done.stderr
 
 
-def test_a_run_that_was_stopped_leaves_nothing_that_a_run_from_the_middle_takes_for_its_own(
+def test_a_run_from_the_middle_does_not_use_stages_of_an_earlier_interrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(table: object, plan: object) -> NoReturn:
@@ -129,7 +129,7 @@ def test_a_list_of_entries_that_is_not_there_is_an_error_before_anything_is_touc
     assert not (tmp_path / "d").exists()
 
 
-def test_what_banned_images_were_compared_as_cannot_change_in_the_middle(tmp_path: Path) -> None:
+def test_the_image_similarity_of_exclusions_cannot_change_in_the_middle(tmp_path: Path) -> None:
     for name in ("photos", "test"):
         (tmp_path / name).mkdir()
         photo(len(name)).save(tmp_path / name / "1.png")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.whole.conftest import SYNTH, Run, said
+from tests.whole.conftest import SYNTH, Run, read_failure
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "message"),
     [
         (["generate", "--source", "moon"], "unknown source: moon"),
         (["generate"], "no source given"),
@@ -50,14 +50,14 @@ from tests.whole.conftest import SYNTH, Run, said
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_a_hint(synth: Run, tmp_path: Path, arguments: list[str], what: str) -> None:
+def test_a_mistake_is_one_line_and_a_hint(synth: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
     (tmp_path / "bad.yaml").write_text("colour: red\n")
     (tmp_path / "sonnet.yaml").write_text("generate: {caption_styles: [sonnet]}\n")
-    error, _ = said(synth(*arguments))
-    assert what in error
+    error, _ = read_failure(synth(*arguments))
+    assert message in error
     assert not list(tmp_path.glob("**/versions/v*"))
 
 
@@ -71,11 +71,11 @@ def test_an_unknown_command_option_or_value_exits_with_2(synth: Run, arguments: 
 def test_another_source_in_the_same_folder_is_refused(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "run.json").write_text('{"source": "folder:x"}')
-    error, _ = said(synth("generate", "--source", "scenes", "--out", "d"))
+    error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
     assert "holds data from folder:x, not scenes" in error
 
 
-def mounted(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
+def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
     """Run synth in a new mount namespace, with a small file system on `disk`."""
     (tmp_path / "disk").mkdir()
     script = f"mount -t tmpfs -o {options} tmpfs disk && {prepare} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
@@ -84,22 +84,24 @@ def mounted(tmp_path: Path, options: str, prepare: str, arguments: str) -> subpr
 
 
 @pytest.mark.parametrize("size", ["64k", "400k"])
-def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path, size: str) -> None:
-    done = mounted(tmp_path, f"size={size}", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
-    error, hint = said(done)
+def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(tmp_path: Path, size: str) -> None:
+    done = run_on_mount(tmp_path, f"size={size}", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
+    error, hint = read_failure(done)
     assert "the disk is full" in error
     assert "free some space" in hint
     assert ".tmp" not in done.stdout
 
 
-def test_a_read_only_folder_is_said(tmp_path: Path) -> None:
-    done = mounted(tmp_path, "size=1m", "mkdir disk/d && mount -o remount,ro disk", "generate --source scenes --out disk/d")
-    error, hint = said(done)
+def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
+    done = run_on_mount(
+        tmp_path, "size=1m", "mkdir disk/d && mount -o remount,ro disk", "generate --source scenes --out disk/d"
+    )
+    error, hint = read_failure(done)
     assert "read-only" in error
     assert "--out" in hint
 
 
-def test_a_file_in_the_place_of_the_folder_is_said(synth: Run, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_an_error(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "d").write_text("")
-    error, _ = said(synth("generate", "--source", "scenes", "--out", "d"))
+    error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
     assert "a file is where a folder should be" in error

@@ -59,7 +59,7 @@ def test_a_program_gets_the_result_as_json(folder: Path) -> None:
     assert result["differences"][0]["verdict"] in ("better", "worse", "cannot tell at this size")
 
 
-def test_a_cell_that_fails_is_said_and_the_others_are_in_the_result(folder: Path) -> None:
+def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path) -> None:
     spec = yaml.safe_load((folder / "which.yaml").read_text())
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
@@ -70,14 +70,14 @@ def test_a_cell_that_fails_is_said_and_the_others_are_in_the_result(folder: Path
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("data: {a: {data: nowhere}}\nsettings: {steps: 4}", "no dataset at nowhere"),
         ("data: {a: {data: scenes}}", "settings.steps must say"),
         ("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}", "no synthetic captions"),
     ],
 )
-def test_what_cannot_be_is_one_error(folder: Path, content: str, said: str) -> None:
+def test_what_cannot_be_is_one_error(folder: Path, content: str, message: str) -> None:
     (folder / "bad.yaml").write_text(content)
     done = experiment(folder, "bad.yaml")
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

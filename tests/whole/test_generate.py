@@ -15,7 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.journal import Journal
 from pipeline.run import STAGES
 from pipeline.storage.files import read_json
-from tests.whole.conftest import SYNTH, Run, hears_ctrl_c
+from tests.whole.conftest import SYNTH, Run, restore_sigint
 
 SCENES = 128
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
@@ -105,7 +105,7 @@ def test_after_ten_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[P
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     command = [str(SYNTH), *GENERATE]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     _, progress = process.communicate(timeout=60)

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, read_reviews, text_name
-from tests.whole.conftest import Run, said
+from tests.whole.conftest import Run, read_failure
 
 
 @pytest.fixture
@@ -31,17 +31,15 @@ def marked(synth: Run, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_marks_that_cannot_be_used_are_said_and_leave_all_as_it_was(
-    marked: Callable[..., Path], synth: Run, tmp_path: Path
-) -> None:
+def test_invalid_reviews_are_reported_and_change_nothing(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
     edit = {"question": "How many are there?", "answer": "How many are there?"}
-    error, _ = said(synth("review", "apply", str(marked(("number", "edited", edit))), "--data", "d"))
+    error, _ = read_failure(synth("review", "apply", str(marked(("number", "edited", edit))), "--data", "d"))
     assert "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question" in error
     assert "marks.jsonl" in error
     (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
-    assert "none of the 1 marks is about a text of d" in said(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
+    assert "none of the 1 marks is about a text of d" in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "no mark in empty.jsonl" in said(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
+    assert "no mark in empty.jsonl" in read_failure(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 

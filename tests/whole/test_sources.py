@@ -38,7 +38,7 @@ def synth(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.Complete
     return subprocess.run([SYNTH, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-def made(hub: RunningHub, folder: Path, *arguments: str) -> Version:
+def generate_version(hub: RunningHub, folder: Path, *arguments: str) -> Version:
     done = synth(hub, folder, "generate", *arguments)
     assert done.returncode == 0, done.stderr
     return DatasetDir(folder / Path(json.loads(done.stdout)["path"]).parents[1]).version()
@@ -50,7 +50,7 @@ def rows(version: Version) -> list[dict[str, Any]]:
     ]
 
 
-def adds_up(version: Version, upstream: int) -> None:
+def assert_counts_add_up(version: Version, upstream: int) -> None:
     """Assert that every upstream row is a sample or was rejected with a reason."""
     source = version.manifest["funnel"][0]
     assert source["kept"] + sum(source["rejected"].values()) == source["input"] == upstream
@@ -62,7 +62,7 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
     done = synth(hub, tmp_path, "generate", "--source", "flickr30k")
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "data" / "flickr30k").version()
-    adds_up(version, 20)
+    assert_counts_add_up(version, 20)
     assert version.manifest["model"]["name"] == LARGE
     assert version.manifest["model"]["revision"] == hub.hub.storage.repos["model", LARGE].branches["main"]
     by_split = {
@@ -87,8 +87,8 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
 
 
 def test_vqav2_keeps_the_questions_of_people_beside_those_of_the_model(hub: RunningHub, tmp_path: Path) -> None:
-    version = made(hub, tmp_path, "--source", "vqav2", "--split", "validation", *TRY)
-    adds_up(version, 5)
+    version = generate_version(hub, tmp_path, "--source", "vqav2", "--split", "validation", *TRY)
+    assert_counts_add_up(version, 5)
     assert version.manifest["rows"] == {"train": 0, "validation": 5, "test": 0}
     for row in rows(version):
         assert len(row["reference_qa"]) == 3
@@ -98,8 +98,8 @@ def test_vqav2_keeps_the_questions_of_people_beside_those_of_the_model(hub: Runn
 
 def test_slidevqa_is_decks_with_all_their_pages_in_one_request(hub: RunningHub, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
-        version = made(hub, tmp_path, "--source", "slidevqa", "--split", "train", "--base-url", chat.url, "--json")
-    adds_up(version, 1)
+        version = generate_version(hub, tmp_path, "--source", "slidevqa", "--split", "train", "--base-url", chat.url, "--json")
+    assert_counts_add_up(version, 1)
     (row,) = rows(version)
     assert [len(page["bytes"]) > 0 for page in row["pages"]] == [True] * 20
     assert "image" not in version.manifest["columns"]
@@ -113,7 +113,7 @@ def test_slidevqa_is_decks_with_all_their_pages_in_one_request(hub: RunningHub, 
 
 def test_any_data_set_streams_and_its_licence_travels(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
-    version = made(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
+    version = generate_version(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
     assert sum(version.manifest["rows"].values()) == 4
     assert version.manifest["licences"] == ["undeclared"]  # so its pixels are not pushed
     assert version.manifest["source"]["name"] == "hub:me/photos"
@@ -124,8 +124,8 @@ def test_an_image_that_stands_in_two_splits_is_held_out(hub: RunningHub, tmp_pat
     rows_ = datasets.flickr_rows(4)
     rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}  # a copy of the first image, which is in `train`
     (tmp_path / "rows.parquet").write_bytes(datasets.parquet(rows_, datasets.FLICKR))
-    version = made(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
-    adds_up(version, 4)
+    version = generate_version(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
+    assert_counts_add_up(version, 4)
     (row,) = version.read("test").to_pylist()
     assert row["image"]["bytes"] == datasets.photo(0)
 
@@ -135,36 +135,36 @@ def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tm
     (tmp_path / "secret-list.json").write_text(datasets.karpathy_list(6))
     arguments = ("--source", "flickr30k:me/copy", "--split-list", str(tmp_path / "secret-list.json"), "--out", "d", "--json")
     with running_chat(ChatServer(model="/srv/alice/qwen")) as chat:
-        version = made(hub, tmp_path, *arguments, "--base-url", chat.url)
+        version = generate_version(hub, tmp_path, *arguments, "--base-url", chat.url)
     text = "".join((version.path / name).read_text() for name in ("manifest.json", "README.md"))
     assert not any(word in text for word in ("alice", "/srv", "secret-list", str(tmp_path), chat.url))
     assert version.manifest["source"]["name"] == "flickr30k:me/copy"
     assert version.manifest["model"]["name"] == "qwen"
     # A later stage runs without the server and the Hub, and needs no other name for them.
-    resplit = made(hub, tmp_path, *arguments, "--from-stage", "split")
+    resplit = generate_version(hub, tmp_path, *arguments, "--from-stage", "split")
     assert resplit.manifest["model"] == version.manifest["model"]
     assert resplit.manifest["digest"] == version.manifest["digest"]
 
 
 def test_parquet_of_ones_own(hub: RunningHub, tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(datasets.parquet(datasets.flickr_rows(6), datasets.FLICKR))
-    version = made(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
-    adds_up(version, 6)
+    version = generate_version(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
+    assert_counts_add_up(version, 6)
     assert "rows.parquet" not in json.dumps(version.manifest["config"])
 
 
 def test_decks_of_drawn_pages_carry_the_facts_of_each_page(hub: RunningHub, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
-        version = made(hub, tmp_path, "--source", "scenes-deck", "--limit", "6", "--base-url", chat.url, "--json")
-    adds_up(version, 6)
+        version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "6", "--base-url", chat.url, "--json")
+    assert_counts_add_up(version, 6)
     assert version.manifest["columns"].count("page_facts") == 1
     for row in rows(version):
         assert len(row["pages"]) == len({page["background"] for page in row["page_facts"]}) == 4
 
 
-def test_decks_of_drawn_pages_are_asked_about_and_known_to_be_true_without_any_server(hub: RunningHub, tmp_path: Path) -> None:
-    version = made(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
-    adds_up(version, 12)
+def test_drawn_decks_get_questions_with_known_answers_without_a_server(hub: RunningHub, tmp_path: Path) -> None:
+    version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
+    assert_counts_add_up(version, 12)
     assert version.manifest["model"]["name"] == "tiny"
     pairs = [pair for row in rows(version) for pair in row["qa"]]
     assert {pair["answer_type"] for pair in pairs} == {"span", "number", "arithmetic"}

@@ -19,7 +19,7 @@ from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.scenes.score import score_annotations
 from tests.scene_data import scene_samples
-from tests.whole.conftest import SYNTH, hears_ctrl_c
+from tests.whole.conftest import SYNTH, restore_sigint
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -29,7 +29,7 @@ SCENES = 64
 START_SECONDS = 300
 
 
-def why_not() -> str | None:
+def missing_vllm_reason() -> str | None:
     """Return why vLLM is not installed, from the log of its installation, or None if it is."""
     if PYTHON.exists():
         return None
@@ -40,7 +40,7 @@ def why_not() -> str | None:
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm() -> None:
-    if reason := why_not():
+    if reason := missing_vllm_reason():
         if os.environ.get("CI") == "true":
             pytest.fail(f"vLLM is not installed, and CI must not pass without it: {reason}")
         pytest.skip(f"NOT RUN: {reason}")
@@ -105,7 +105,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as progress:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=progress, text=True, preexec_fn=hears_ctrl_c
+            command,
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=progress,
+            text=True,
+            preexec_fn=restore_sigint,
         )
     try:
         assert process.stdout
@@ -211,7 +217,7 @@ def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -
     assert "vllm.log" in hint
 
 
-def named(pids: list[int], *words: str) -> list[int]:
+def filter_by_command(pids: list[int], *words: str) -> list[int]:
     """Return the running processes whose command contains one of the words."""
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids if is_alive(pid)}
     return [pid for pid, command in commands.items() if any(word in command for word in words)]
@@ -219,7 +225,7 @@ def named(pids: list[int], *words: str) -> list[int]:
 
 def servers(process: "subprocess.Popen[bytes]") -> list[int]:
     """Return the running vLLM servers that a command has started."""
-    return named(descendants(process.pid), "vllm.entrypoints")
+    return filter_by_command(descendants(process.pid), "vllm.entrypoints")
 
 
 def shard_replies(folder: Path) -> int:
@@ -241,7 +247,7 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
         before = shard_replies(folder)  # includes replies to requests that were in flight
         wait_until(lambda: shard_replies(folder) > before + 60 or process.poll() is not None, "sixty replies of another server")
         assert process.poll() is None, (tmp_path / "talk").read_text()
-        family = named(descendants(process.pid), "ray::MapWorker", "vllm", "VLLM")
+        family = filter_by_command(descendants(process.pid), "ray::MapWorker", "vllm", "VLLM")
         assert len(family) >= 4
         process.kill()
         process.wait()

@@ -22,8 +22,8 @@ ALIGN_SHARE = 0.25  # fraction of all steps that align the connector first
 CONTRAST = 0.1
 MIN_STEPS = 4  # so that ALIGN_SHARE of them is at least one
 FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")  # by which arms differ
-ONE_FOR_ALL = ("styles", "questions")  # they select the examples of a version: grids of `also` cannot change them
-DECIDED = (
+SHARED_SETTINGS = ("styles", "questions")  # they select the examples of a version: grids of `also` cannot change them
+GRID_SETTINGS = (
     "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget", "align_steps",
     "contrastive_weight", "seed",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class Grid(Section):
     settings: dict[str, Any] = Field(default_factory=dict)  # of trainer/config.py, for all cells
 
 
-class More(Section):
+class ExtraGrid(Section):
     """An additional grid: a given list replaces that of the first grid; settings are merged.
 
     Its arms are compared with each other, and with those of the first grid only if the settings are equal.
@@ -71,7 +71,7 @@ class Experiment(Grid):
 
     data: Annotated[dict[str, Data], Field(min_length=1)]
     match_words: bool = True  # whether captions are cut to the word count of the smallest data
-    also: tuple[More, ...] = ()
+    also: tuple[ExtraGrid, ...] = ()
 
     @model_validator(mode="after")
     def _is_one_budget(self) -> "Experiment":
@@ -79,9 +79,9 @@ class Experiment(Grid):
             steps = settings.get("steps")
             if not isinstance(steps, int) or steps < MIN_STEPS:
                 raise ValueError(f"settings.steps must say how many steps every cell trains for: a number from {MIN_STEPS} on")
-            if clash := sorted({TrainConfig.OLD_KEYS.get(key, key) for key in settings} & set(DECIDED)):
+            if clash := sorted({TrainConfig.OLD_KEYS.get(key, key) for key in settings} & set(GRID_SETTINGS)):
                 raise ValueError(f"settings.{clash[0]} is decided by the grid, not by settings")
-        if clash := sorted({name for more in self.also for name in more.settings} & set(ONE_FOR_ALL)):
+        if clash := sorted({name for more in self.also for name in more.settings} & set(SHARED_SETTINGS)):
             raise ValueError(
                 f"settings.{clash[0]} of `also` must be that of the first grid, which has the same images and words"
             )

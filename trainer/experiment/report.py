@@ -23,7 +23,7 @@ UNMATCHED = 0.05  # fraction by which word counts may differ between kinds of da
 def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
     """Write experiment.json, experiment.md and experiment.html of finished runs; return the content of experiment.json."""
     arms = read_arms(runs)
-    sizes = {run.cell.arm: (run.train_images, run.train_words) for run in runs}
+    sizes = {run.cell.arm: (run.train_images, run.train_tokenizer) for run in runs}
     result: dict[str, Any] = {
         "arms": [summarise(arm, *sizes[arm.key]) for arm in arms],
         "differences": compare(arms),
@@ -82,7 +82,7 @@ def _words_differ(runs: Sequence[Run]) -> bool:
     """Whether runs with the same number of images differ clearly in caption words."""
     of_size: dict[int, list[int]] = {}
     for run in runs:
-        of_size.setdefault(run.train_images, []).append(run.train_words)
+        of_size.setdefault(run.train_images, []).append(run.train_tokenizer)
     return any(max(words) > (1 + UNMATCHED) * min(words) for words in of_size.values())
 
 

@@ -23,7 +23,7 @@ from trainer.config import TrainConfig
 from trainer.data import Example, count_words, limit_captions, limit_images
 from trainer.experiment.grid import FACTORS, Cell, Experiment
 from trainer.features import Progress
-from trainer.train import examples_of, train
+from trainer.train import read_examples, train
 
 MIN_TEST_IMAGES = 2
 CONTEXT = get_context("spawn")
@@ -39,7 +39,7 @@ class Run:
     folder: Path
     only: frozenset[str]  # sample ids of all splits
     train_images: int  # number of images to learn from
-    train_words: int  # number of caption words to learn from
+    train_tokenizer: int  # number of caption words to learn from
 
     @property
     def is_done(self) -> bool:
@@ -48,13 +48,13 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class CellProcess:
     """A process that trains a cell in one of the parallel slots."""
 
     process: SpawnProcess
     run: Run
     place: int
-    heard: Connection  # receives its error message
+    errors: Connection  # receives its error message
 
 
 def plan(
@@ -103,7 +103,7 @@ def plan(
 def _texts(name: str, version: Version, split: str, config: TrainConfig) -> list[Example]:
     """Return the examples of a split without their pixels. Raises TrainError that names the kind of data."""
     try:
-        return [replace(example, image=b"") for example in examples_of(version, split, config)]
+        return [replace(example, image=b"") for example in read_examples(version, split, config)]
     except SynthError as error:
         raise TrainError(f"data {name}: {error}", hint="see `data` and `settings.styles` of the experiment file") from None
 
@@ -138,7 +138,7 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
     done = len(runs) - len(waiting)
     progress("cells", done, len(runs))
     jobs = max(1, min(jobs, len(waiting)))
-    slots, running, failed = list(range(jobs)), list[Running](), list[str]()
+    slots, running, failed = list(range(jobs)), list[CellProcess](), list[str]()
     try:
         while waiting or running:
             while waiting and slots:
@@ -147,12 +147,12 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
                 process = CONTEXT.Process(target=_train, args=(run, max(1, cores() // jobs), _gpu(slot), os.getpid(), sender))
                 process.start()
                 sender.close()
-                running.append(Running(process, run, slot, receiver))
+                running.append(CellProcess(process, run, slot, receiver))
             multiprocessing.connection.wait([worker.process.sentinel for worker in running])
             for worker in [worker for worker in running if not worker.process.is_alive()]:
                 running.remove(worker)
                 if code := worker.process.exitcode:
-                    reason = worker.heard.recv() if worker.heard.poll() else f"its process ended with exit code {code}"
+                    reason = worker.errors.recv() if worker.errors.poll() else f"its process ended with exit code {code}"
                     failed.append(f"{worker.run.folder.name}: {reason}")
                 slots.append(worker.place)
                 done += 1

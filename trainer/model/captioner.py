@@ -57,7 +57,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
         if config.contrast_width:
-            self.contrast = Contrast(self.decoder.width, config.contrast_width)
+            self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
 
     def loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
         """Return the sum of negative log-likelihoods of all target tokens.
@@ -94,7 +94,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         )
 
 
-class Contrast(nn.Module):
+class ContrastiveHead(nn.Module):
     """CLIP's contrastive loss (Radford et al., 2021) for images with several matching texts."""
 
     def __init__(self, width: int, shared: int) -> None:

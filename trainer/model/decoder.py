@@ -150,9 +150,9 @@ class Block(nn.Module):
 
     def _words(self, x_CTD: Tensor, start: int, cache: BlockCache | None) -> Tensor:
         attend = self.attend_words
-        q_CHTK = rotate(attend.heads(attend.query(x_CTD)), start)
+        q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), start)
         k_CHSK, v_CHSK = attend.keys_values(x_CTD)
-        k_CHSK = rotate(k_CHSK, start)
+        k_CHSK = apply_rope(k_CHSK, start)
         if cache is not None:
             if cache.words is not None:
                 k_CHSK = torch.cat([cache.words[0], k_CHSK], 2)
@@ -161,7 +161,7 @@ class Block(nn.Module):
         T, S = q_CHTK.shape[2], k_CHSK.shape[2]
         # New token t has position S - T + t, and attends to itself and all tokens before it.
         seen_TS = torch.ones(T, S, dtype=torch.bool, device=x_CTD.device).tril(S - T)
-        return attend.mix(q_CHTK, k_CHSK, v_CHSK, seen_TS)
+        return attend.attend(q_CHTK, k_CHSK, v_CHSK, seen_TS)
 
     def _image(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, cache: BlockCache | None) -> Tensor:
         attend = self.attend_image
@@ -171,7 +171,7 @@ class Block(nn.Module):
             k_CHNK, v_CHNK = (projected_BHNK[image_of_C] for projected_BHNK in attend.keys_values(memory_BND))
         if cache is not None:
             cache.image = k_CHNK, v_CHNK
-        return attend.mix(attend.heads(attend.query(x_CTD)), k_CHNK, v_CHNK, None)
+        return attend.attend(attend.heads(attend.query(x_CTD)), k_CHNK, v_CHNK, None)
 
 
 class Attention(nn.Module):
@@ -194,14 +194,14 @@ class Attention(nn.Module):
         k_BND, v_BND = self.key_value(x_BND).chunk(2, -1)
         return self.heads(k_BND), self.heads(v_BND)
 
-    def mix(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen_TS: Tensor | None) -> Tensor:
+    def attend(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen_TS: Tensor | None) -> Tensor:
         """Attend and merge the heads: -> (C, T, D)."""
         mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen_TS)
         out_CTD: Tensor = self.out(mixed_CHTK.transpose(1, 2).flatten(2))
         return out_CTD
 
 
-def rotate(x_CHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
+def apply_rope(x_CHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
     """Apply rotary position embeddings (RoPE, Su et al., 2021) for positions from `start` on.
 
     Pair i at position p is rotated by p * base^(-2i / K); attention scores depend only on differences of positions.

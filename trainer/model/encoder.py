@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionMo
 
 from pipeline.digests import canonical
 from pipeline.errors import TrainError
-from trainer.model.hf_config import quietly, settings_of
+from trainer.model.hf_config import settings_of, silence_transformers
 
 HUB = {
     "vit": "google/vit-base-patch16-224-in21k",
@@ -103,14 +103,14 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
         return Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), {"name": TINY_VIT}))
-    model_id = place_of(name)
+    model_id = resolve_model_name(name)
     try:
         model_config = AutoConfig.from_pretrained(model_id)
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)
         processor = AutoImageProcessor.from_pretrained(model_id).to_dict()
         options: dict[str, Any] = {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
-        with quietly():
+        with silence_transformers():
             tower = _class_of(model_config).from_pretrained(model_id, dtype=torch.float32, **options)
         shown = name if name in (TINY_CLIP, *HUB) else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
@@ -127,7 +127,7 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
     return encoder
 
 
-def place_of(name: str) -> str:
+def resolve_model_name(name: str) -> str:
     """Return the folder or the Hub id of a model name."""
     return str(files("pipeline.scenes") / "weights" / "clip") if name == TINY_CLIP else HUB.get(name, name)
 

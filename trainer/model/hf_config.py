@@ -18,7 +18,7 @@ def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Silence progress bars and reports while loading, such as those about an unused pooling layer."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

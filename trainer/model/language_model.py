@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import TrainError
 from trainer.model.decoding import DecodingConfig
-from trainer.model.hf_config import quietly, settings_of
+from trainer.model.hf_config import settings_of, silence_transformers
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 HUB = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
@@ -92,7 +92,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
     """
     model_id = HUB.get(name, name)
     try:
-        with quietly():
+        with silence_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model_id)
             caption_tokenizer = CaptionTokenizer(

@@ -1,1 +1,1 @@
-"""The same run on a cluster: the data in shards, a Ray worker for each, and group-bys that go through files."""
+"""Run on a Ray cluster: the data is cut into shards, which Ray workers fill and exchange through files."""

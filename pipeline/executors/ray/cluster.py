@@ -1,4 +1,4 @@
-"""Ray: where it runs, how many work at once, and how a function is applied to every shard."""
+"""Ray: open a cluster, plan its workers, and apply a function to every shard."""
 
 import logging
 import math
@@ -19,13 +19,13 @@ from pipeline.errors import ClusterError, SynthError, one_line
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10
-MIN_CLUSTER_CPUS = 2  # Ray counts a CPU for each task that reads, and would wait for one for ever
+MIN_CLUSTER_CPUS = 2  # Ray reserves a CPU for each reading task, and would wait for one forever
 MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """How many workers ask at once, and what each holds of the cluster."""
+    """The number of workers that send requests at once, and the CPUs and GPUs of each."""
 
     workers: int
     cpus: float
@@ -41,9 +41,9 @@ def open_cluster(address: str | None) -> Iterator[None]:
     """
     if find_spec("ray") is None:
         raise ClusterError("--executor ray needs the package ray", hint="install synth with its extra `ray`")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of actors that may restart is said to nobody
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # no messages about actors that may restart
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -61,11 +61,11 @@ def open_cluster(address: str | None) -> Iterator[None]:
             f"no Ray cluster at {address}: {one_line(error)}",
             hint="start one with `ray start --head`; one that wants a token: RAY_AUTH_MODE=token",
         ) from None
-    import ray.data  # which sets up its own log
+    import ray.data  # sets up its own log
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1  # a shard may take hours
-    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that are lost: standard output is for what was made
+    with redirect_stdout(sys.stderr):  # Ray prints lost nodes to standard output, which is for results
         try:
             yield
         finally:
@@ -73,22 +73,22 @@ def open_cluster(address: str | None) -> Iterator[None]:
 
 
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
-    """Return how the asking is spread over the cluster: a worker for each GPU, or for each CPU but one.
+    """Return the plan for the workers that send requests: one for each GPU, or for each CPU but one.
 
-    Where each worker loads a model and there are no GPUs, there is one for each node: a model takes all of its CPUs. A pool
-    that holds every CPU would wait for ever for one that reads.
+    If each worker loads a model and there are no GPUs, there is one worker a node: a model takes all of its CPUs. A pool that
+    holds every CPU would wait forever for a reading task.
 
     Raises:
-        ClusterError: the cluster has no room for so many workers.
+        ClusterError: the cluster has no room for the workers.
     """
     import ray
 
-    known = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = known.get("CPU", 0.0), known.get("GPU", 0.0)
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     on_gpus = loads_model and own_server and gpus > 0
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
     workers = wanted or int(gpus if on_gpus else nodes if loads_model else max(1, cpus - 1))
-    free = cpus - 1  # one is left for what reads
+    free = cpus - 1  # one is left for reading tasks
     if cpus < MIN_CLUSTER_CPUS or workers * MIN_CPUS > free:
         raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")
     if on_gpus and workers > gpus:
@@ -104,16 +104,16 @@ def map_on_cluster(
 ) -> list[T]:
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
-    A worker that dies is replaced, and its indices are done again.
+    A worker that dies is replaced, and its indices are repeated.
 
     Args:
         count: how many indices there are.
         work: writes files that appear whole or not at all. It is pickled; with `workers`, each worker has a copy of its own.
-        workers: how many at once; None: as Ray sees fit. A function that is a context manager is left in the end.
-        report: receives how many are done.
+        workers: how many at once; None: Ray decides. If `work` is a context manager, it is exited at the end.
+        report: receives the number of finished indices.
 
     Raises:
-        SynthError: the first that a worker has raised.
+        SynthError: the first that a worker raised.
         ClusterError: workers died.
     """
     results: dict[int, T] = {}
@@ -125,32 +125,32 @@ def map_on_cluster(
 
 
 def _map(count: int, work: Callable[[int], T], workers: WorkerPlan | None) -> Iterator[tuple[int, T]]:
-    """Yield (index, result) as they are done."""
+    """Yield (index, result) as results arrive."""
     import ray.data
     import ray.exceptions as lost
 
     indices = ray.data.range(count, override_num_blocks=count)
     if workers:
         pool = ray.data.ActorPoolStrategy(size=workers.workers)
-        done = indices.map_batches(
+        outcomes = indices.map_batches(
             _Worker, fn_constructor_args=(work,), batch_size=1, batch_format="pyarrow", compute=pool,
             num_cpus=workers.cpus, num_gpus=workers.gpus,
         )  # fmt: skip
     else:
-        done = indices.map_batches(partial(_apply, work), batch_size=1, batch_format="pyarrow")
+        outcomes = indices.map_batches(partial(_apply, work), batch_size=1, batch_format="pyarrow")
     try:
-        for row in done.iter_rows():
+        for row in outcomes.iter_rows():
             result, error = pickle.loads(row["outcome"])  # noqa: S301  # of our own workers
             if error:
                 raise error
             yield row["id"], result
     except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
-        what = f"workers died again and again: {one_line(died)}"
-        raise ClusterError(what, hint="was memory short? the same command goes on with what is done") from None
+        message = f"workers died again and again: {one_line(died)}"
+        raise ClusterError(message, hint="was memory short? the same command goes on with what is done") from None
 
 
 class _Worker:
-    """Keeps a function and what it has made for the next index: a server, a model."""
+    """Keeps a function and its state, such as a server or a model, from index to index."""
 
     def __init__(self, work: Callable[[int], Any]) -> None:
         self.work = work

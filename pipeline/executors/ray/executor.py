@@ -1,7 +1,7 @@
-"""Run on a Ray cluster: shards are filled by workers, compared by the command, and become the version of a run in one process.
+"""Run on a Ray cluster: workers fill shards, the command compares them, and the version is that of a run in one process.
 
-Every step writes files that appear whole or not at all, and depends on files alone: whatever dies, the same command goes on.
-Replies are in the journals of the shards, and are never asked for again.
+Every step depends on files alone, and writes files that appear whole or not at all: the same command resumes after any
+failure. Answered requests are in the journals of the shards, and are never sent again.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,14 +62,14 @@ def run_on_cluster(
     """Run all stages on a Ray cluster and return the version that comes out: the same as of a run in one process.
 
     Args:
-        config: what to make.
+        config: the settings of the run.
         dataset: the dataset folder, on a file system that all nodes share or in an object store.
         stages: all stages between generate and version, in order.
-        options: how the run is spread.
+        options: the address of the cluster, and the numbers of shards and workers.
         progress: receives updates.
 
     Raises:
-        SynthError: whatever a user can mend; finished work stays on the disk.
+        SynthError: an error that the user can fix; finished work stays on the disk.
     """
     with translate_disk_errors(dataset.path):
         shard_count = _count_shards(dataset, options.shards)
@@ -104,16 +104,16 @@ def run_on_cluster(
 def review_on_cluster(
     config: Config, dataset: DatasetDir, stages: Sequence[Stage], progress: Progress, check: Callable[[], None]
 ) -> RunResult:
-    """Apply reviews to texts that a cluster has made, on this machine, and return the version that follows.
+    """Apply reviews to the shards of a run on a cluster, on this machine, and return the new version.
 
-    Nothing is read from the source, and no model is asked.
+    The source is not read, and no request is sent.
 
     Args:
-        config: what was made.
+        config: the settings of the run.
         dataset: the dataset folder, whose lock the caller holds.
         stages: all stages between generate and version, in order; the last one is run.
         progress: receives updates.
-        check: raises where the lock is lost.
+        check: raises if the lock is lost.
     """
     with open_cluster("local"):
         plan = RunPlan(dataset, config, "", choose_image_kind(config), requests_per_sample(config))
@@ -127,7 +127,7 @@ def review_on_cluster(
 def _finish(
     run: ShardedRun, stages: Sequence[Stage], first: int, stats: RequestStats, progress: Progress, check: Callable[[], None]
 ) -> RunResult:
-    """Run the stages from `first` on, and make the version that comes out."""
+    """Run the stages from index `first` on, and publish the version."""
     executor, dataset = RayExecutor(run), run.plan.dataset
     check()
     compare_rows(executor, dataset, stages[first:], stages[first - 1].name, run.plan, progress)
@@ -138,7 +138,7 @@ def _finish(
 
 
 def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progress: Progress) -> tuple[RequestStats, ShardedRun]:
-    """Have the source read and every shard filled; return what was asked, and the run with the folders of its shards."""
+    """Read the source and fill every shard; return request counts, and the run with the folders of its shards."""
     for old in (run.root / "exchange").glob("*"):
         if old != run.exchange:
             remove(old)
@@ -150,8 +150,8 @@ def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progres
         run.shard_count, worker, workers, lambda done: progress("generate", done, run.shard_count, {"unit": "shards"})
     )
     stats, cost = sum_fill_results(results)
-    if old_count := sum(result.is_old for result in results):
-        progress.message(f"{old_count} of {run.shard_count} shards were filled before")
+    if old_shards := sum(result.is_old for result in results):
+        progress.message(f"{old_shards} of {run.shard_count} shards were filled before")
     if cost:
         write_json(run.plan.dataset.cost, cost)
     if not is_remote(run.root):
@@ -159,7 +159,7 @@ def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progres
     filled = tuple(result.folder for result in results)
     for old in (run.root / "shards").glob("*/*"):
         if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
-            remove(old)  # of an earlier run, or of a worker that was given up
+            remove(old)  # of an earlier run, or of an abandoned worker
     return stats, replace(run, filled=filled)
 
 
@@ -172,7 +172,7 @@ def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int)
 
 
 def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path, index: int) -> WrittenRows:
-    """Write the rows of a shard to a folder of a new name: a worker that was given up must not write into published files."""
+    """Write the rows of a shard to a folder of a new name: an abandoned worker must not write into published files."""
 
     def write() -> WrittenRows:
         name = f"{index:05d}-{uuid4().hex[:8]}"
@@ -189,24 +189,24 @@ def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], WrittenRows
 
 
 def _name_of(work: Callable[..., Any]) -> str:
-    """Return a name for the count of attempts: of a partial function, that of the function, with the stage that it runs."""
+    """Return the name under which attempts are counted: that of the (partial) function, and the stage that it runs."""
     function = getattr(work, "func", work)
     stages = [argument.name for argument in getattr(work, "args", ()) if isinstance(argument, Stage)]
     return "-".join([function.__name__, *stages])
 
 
 def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
-    """Remove the stage files of a run in one process, which are not of this run; its journal is only read."""
+    """Remove the stage files of an earlier run in one process; its journal is only read."""
     for name in stages:
         for which in ("kept", "rejected"):
             dataset.stage(name, which).unlink(missing_ok=True)
     if dataset.journal.exists() and not is_remote(dataset.path):
         with Journal(dataset.journal):
-            pass  # brings in what a killed run has left beside it
+            pass  # merges the write-ahead log of a killed run
 
 
 def _begin(run: ShardedRun) -> None:
-    """Forget what an earlier run in this folder has tried, and that it was finished."""
+    """Remove the attempt counts of an earlier run in this folder, and its file finished.json."""
     remove(run.attempts)
     run.plan.dataset.finished.unlink(missing_ok=True)
 
@@ -238,7 +238,7 @@ class RecordingProgress(NullProgress):
 
 
 def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any]) -> str:
-    """Return the digest of all that decides what shards are filled with."""
+    """Return the digest of everything that decides the content of filled shards."""
     config = run.config
     later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split"}
     settings = config.model_dump(mode="json", exclude=later)
@@ -249,11 +249,11 @@ def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any
 
 
 def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:
-    """Return how many shards a folder has, or is to have. Raises ConfigError where it has another number."""
+    """Return the number of shards of a folder, or the wanted one. Raises ConfigError if the folder has another number."""
     path = dataset.path / "shards" / "shards.json"
-    known = int(read_json(path)["shards"]) if path.exists() else None
-    if known is not None and wanted not in (None, known):
+    existing = int(read_json(path)["shards"]) if path.exists() else None
+    if existing is not None and wanted not in (None, existing):
         raise ConfigError(
-            f"{dataset.path} has {known} shards, not {wanted}", hint="leave --shards out, or choose another --out"
+            f"{dataset.path} has {existing} shards, not {wanted}", hint="leave --shards out, or choose another --out"
         )
-    return known or wanted or DEFAULT_SHARDS
+    return existing or wanted or DEFAULT_SHARDS

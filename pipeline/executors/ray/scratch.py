@@ -1,4 +1,4 @@
-"""Fill a shard of an object store on a disk of the node, and copy its journal to the store again and again."""
+"""Fill a shard of an object store on a disk of the node, and copy its journal to the store periodically."""
 
 import logging
 import shutil
@@ -14,28 +14,28 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.inference.journal import Journal
 from pipeline.storage.files import remove
-from pipeline.storage.object_store import copy_here, download, upload, upload_folder
+from pipeline.storage.object_store import download, local_copy, upload, upload_folder
 
-SAVE_SECONDS = 30.0  # what may have to be asked again when a node is lost
+SAVE_SECONDS = 30.0  # between copies of a journal: a lost node loses the replies since the last one
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield a folder of this node to fill a shard in, with the replies that the store has; at the end the store has all.
+    """Yield a folder of this node to fill a shard in, with the replies that the store has; at the end, upload all replies.
 
-    Nobody else fills the shard on this node meanwhile, and what a killed worker has left here is used. On another node, a
-    worker that was given up may live on: what either puts into the store has a name of its own.
+    A lock keeps other workers of this node out, and the files of a killed worker are reused. An abandoned worker may still
+    run on another node: both upload under names of their own.
     """
     stored = run.shard(index).journal.parent
     shard, saved = DatasetDir(run.scratch / "shards" / f"{index:05d}"), stored / f"{uuid4().hex[:8]}.sqlite"
     with shard.lock(wait=True):
-        known = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
-        for path in known:
+        journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
+        for path in journals:
             _fetch_journal(path, shard)
         with Journal(shard.journal):
-            pass  # makes it, where there is none
+            pass  # creates it if missing
         ended = threading.Event()
         saving = threading.Thread(target=_keep_saving, args=(shard, saved, ended), daemon=True)
         saving.start()
@@ -44,27 +44,27 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
         except BaseException:
             ended.set()
             saving.join()
-            _try_to_save(shard, saved)  # the error that is raised already matters more
+            _try_to_save(shard, saved)  # the error that is being raised matters more
             raise
         ended.set()
         saving.join()
         save_journal(shard, saved)
-        for path in known:  # the saved journal has their replies
+        for path in journals:  # the saved journal has their replies
             path.unlink(missing_ok=True)
             _cost_file(path).unlink(missing_ok=True)
         forget_scratch(shard)
 
 
 def forget_scratch(shard: DatasetDir) -> None:
-    """Remove what filling a shard has left on this node, but for the lock, which others may wait for."""
+    """Remove the files of a filled shard from this node, except the lock, which other processes may wait for."""
     for folder in (shard.journal.parent, shard.path / "stages"):
         remove(folder)
 
 
 def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Put the stage files of a shard into the store, and return the name of their folder there.
+    """Upload the stage files of a shard, and return the name of their folder in the store.
 
-    The name is new: a worker that was given up, and lives on, cannot write into the folder.
+    The name is new: an abandoned worker that still runs cannot write into the folder.
     """
     name = f"{index:05d}/{uuid4().hex[:8]}"
     upload_folder(shard.path / "stages", run.root / "shards" / name / "stages")
@@ -72,11 +72,11 @@ def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
-    """Copy the journal of a shard to the store as it is now, whoever writes to it meanwhile, and the cost of asking."""
+    """Upload a snapshot of a shard's journal, which may have a writer meanwhile, and the cost of its requests."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
-        with closing(sqlite3.connect(shard.journal)) as db, closing(sqlite3.connect(copy)) as other:
-            db.backup(other)
+        with closing(sqlite3.connect(shard.journal)) as db, closing(sqlite3.connect(copy)) as copy_db:
+            db.backup(copy_db)
         upload(copy, path)
     if shard.cost.exists():
         upload(shard.cost, _cost_file(path))
@@ -84,7 +84,7 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
 
 def _fetch_journal(path: Path, shard: DatasetDir) -> None:
     """Add the replies of a journal in the store to the journal of a shard."""
-    with copy_here(path) as copy:
+    with local_copy(path) as copy:
         if shard.journal.exists():
             with Journal(shard.journal) as journal:
                 journal.import_replies(copy, "", "g")
@@ -112,7 +112,7 @@ def _try_to_save(shard: DatasetDir, path: Path) -> bool:
     """Save the journal if the store takes it; the replies are on this node in any case, and the next copy may succeed."""
     try:
         save_journal(shard, path)
-    except Exception as error:  # noqa: BLE001  # whatever a store raises
+    except Exception as error:  # noqa: BLE001  # stores raise many types of errors
         log.warning("the journal of %s was not copied to the store: %s", shard.path, error)
         return False
     return True

@@ -1,4 +1,4 @@
-"""A run over shards: what every worker knows of it, where its shards lie, and who may work on one."""
+"""A run over shards: the settings of every worker, the paths of shards, and exclusive work on a shard."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -23,8 +23,8 @@ from pipeline.storage.object_store import is_remote
 from pipeline.tasks.prompts import prompt_texts
 
 T = TypeVar("T")
-MAX_DEATHS = 3  # of workers at one shard, before it is given up
-HEX_DIGITS = 8  # of an id, which decide its shard
+MAX_DEATHS = 3  # of workers at one shard, before it is abandoned
+HEX_DIGITS = 8  # first digits of an id, which decide its shard
 _KNOWN_FILES = set[str]()  # digests of named files that this process has checked
 
 
@@ -32,18 +32,18 @@ _KNOWN_FILES = set[str]()  # digests of named files that this process has checke
 class ShardedRun:
     """A run over shards. Each shard is a dataset folder of its own, with its samples, its journal and its stages.
 
-    The first digits of a sample's id decide its shard: ids are digests, so shards are of nearly one size, and shards in their
-    order hold ids in their order. All workers see the dataset folder: it lies on a shared file system or in an object store.
+    The first digits of a sample's id decide its shard: ids are digests, so shards have nearly equal sizes; shards in order
+    hold ids in order. All workers see the dataset folder: it lies on a shared file system or in an object store.
     """
 
     plan: RunPlan
-    working: Path  # the folder that the command was given in: names of files in the settings are relative to it
+    working_dir: Path  # the working directory of the command, to which paths in the settings are relative
     shard_count: int
     readers: int  # how many parts of the source are read at once
     engine: str  # as the command has chosen it; workers do not choose again
     source_revision: str
     files: str  # digest of the files that the settings name: every worker must see the same
-    inputs: str = ""  # digest of all that decides what the shards are filled with
+    inputs: str = ""  # digest of all that decides the content of the shards
     filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
 
     @property
@@ -57,8 +57,8 @@ class ShardedRun:
         return self.plan.dataset.path
 
     def enter(self) -> None:
-        """Make this process see what the command saw. Raises ClusterError where it cannot."""
-        change_directory(self.working, is_required=not is_remote(self.root))
+        """Work in the command's directory, and check that its files are the same. Raises ClusterError if not."""
+        change_directory(self.working_dir, is_required=not is_remote(self.root))
         if self.files not in _KNOWN_FILES:
             if digest(named_files(self.config)) != self.files:
                 raise ClusterError(
@@ -79,22 +79,22 @@ class ShardedRun:
 
     @property
     def scratch(self) -> Path:
-        """A folder of the node, for what cannot lie in an object store."""
+        """A folder of the node, for files that cannot lie in an object store."""
         return scratch_root(self.root)
 
     def shard_of(self, sample_ids: Iterable[str]) -> Indices:
         """Return the index of the shard of each sample."""
-        first = [int(sample_id[:HEX_DIGITS], 16) for sample_id in sample_ids]
-        return np.array(first, np.int64) * self.shard_count >> 4 * HEX_DIGITS
+        prefixes = [int(sample_id[:HEX_DIGITS], 16) for sample_id in sample_ids]
+        return np.array(prefixes, np.int64) * self.shard_count >> 4 * HEX_DIGITS
 
     def id_range(self, index: int) -> tuple[str, str]:
-        """Return the first id that may be in a shard, and the first one behind it."""
-        first, end = (-(-(at << 4 * HEX_DIGITS) // self.shard_count) for at in (index, index + 1))
+        """Return the range of ids of a shard, as two prefixes: the first of the shard, and the first behind it."""
+        first, end = (-(-(boundary << 4 * HEX_DIGITS) // self.shard_count) for boundary in (index, index + 1))
         return f"{first:0{HEX_DIGITS}x}", f"{end:0{HEX_DIGITS}x}" if index + 1 < self.shard_count else "g"
 
     @property
     def exchange(self) -> Path:
-        """The folder of rows on their way to shards."""
+        """The folder of the shuffle's files."""
         return self.root / "exchange" / self.inputs[:16]
 
     def deal(self, name: str) -> Deal:
@@ -103,12 +103,12 @@ class ShardedRun:
 
     @property
     def attempts(self) -> Path:
-        """The folder that counts how often work was begun in this run and not ended."""
+        """The folder of attempt counts: how often work of this run was begun and not ended."""
         return self.root / "shards" / "tries"
 
 
 def change_directory(path: Path, *, is_required: bool) -> None:
-    """Work in the folder of the command, so that relative names mean the same. Raises ClusterError where it is required."""
+    """Change to the folder of the command, to which relative paths refer. Raises ClusterError if that fails and is required."""
     try:
         os.chdir(path)
     except OSError as error:
@@ -119,7 +119,7 @@ def change_directory(path: Path, *, is_required: bool) -> None:
 
 
 def named_files(config: Config) -> dict[str, Any]:
-    """Return the contents, or their digests, of the files that settings name, each by its setting."""
+    """Return the content or the digest of each file that the settings name, by setting."""
     clip, entries = Path(config.verify.clip_model), config.balance.entries
     return {
         "prompts": prompt_texts(asked_tasks(config), config.generate.prompt_dir),
@@ -130,10 +130,10 @@ def named_files(config: Config) -> dict[str, Any]:
 
 
 def scratch_root(root: Path) -> Path:
-    """Return a folder of this machine for what cannot lie in an object store; the dataset folder itself, where it can.
+    """Return a folder of this machine for files that cannot lie in an object store; the dataset folder, if it is on a disk.
 
     Raises:
-        ClusterError: another user has made the folder in which it lies.
+        ClusterError: another user owns the parent folder.
     """
     if not is_remote(root):
         return root
@@ -147,27 +147,27 @@ def scratch_root(root: Path) -> Path:
 def run_exclusively(
     run: ShardedRun, name: str, index: int, work: Callable[[], T], growth: Callable[[DatasetDir], int] = lambda shard: 0
 ) -> T:
-    """Do some work on a shard while no other worker does any on it.
+    """Call `work` on a shard while no other worker works on it.
 
-    A worker that was given up may live on for a while, beside the one that took its place. An object store has no locks: there
-    both do the same work, and what they leave is the same, or has a name of its own.
+    An abandoned worker may still run beside its replacement. An object store has no locks: there both do the same work, and
+    their files are the same, or have names of their own.
 
     Args:
         run: the run.
         name: of the work.
         index: of the shard.
-        work: what is to be done.
-        growth: what grows in the folder of the shard while the work gets on; a worker that died after that did not die of it.
+        work: the function to call.
+        growth: measures the progress of the work in the folder of the shard; after progress, deaths are counted from zero.
 
     Raises:
-        ClusterError: the work has ended one worker after the other: Ray itself would try for ever.
+        ClusterError: more than MAX_DEATHS workers died of the work: Ray itself would retry forever.
     """
     run.enter()
     shard, attempts = run.shard(index), run.attempts / f"{name}-{index}.json"
     with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):
         grown = growth(shard)
-        before = read_json(attempts) if attempts.exists() else {"tried": 0, "got_on": grown}
-        tried = before["tried"] if before["got_on"] == grown else 0
+        record = read_json(attempts) if attempts.exists() else {"tried": 0, "got_on": grown}
+        tried = record["tried"] if record["got_on"] == grown else 0
         if tried > MAX_DEATHS:
             raise ClusterError(
                 f"{attempts.stem} has ended {tried} workers", hint="was memory short? the same command goes on with the rest"

@@ -1,6 +1,6 @@
-"""Workers of a run over shards: some read the source and deal it out, the others fill shards.
+"""Workers of a run over shards: some read the source and shuffle it to shards, the others fill shards.
 
-A shard is filled when its samples were asked about, and its rows judged as far as no other shard is needed for it.
+A shard is filled when its requests are answered, and its rows judged by all stages that need no other shard.
 """
 
 import os
@@ -29,17 +29,17 @@ from pipeline.stages.base import Services, Stage
 from pipeline.stages.generate import generate_annotations
 from pipeline.stages.source import BATCH_BYTES, write_source
 from pipeline.storage.files import read_json, write_json
-from pipeline.storage.object_store import copy_here, is_remote
+from pipeline.storage.object_store import is_remote, local_copy
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Rejected, Sample, SourceSlice
 
 FILLED = "filled.json"  # in the folder of a shard: with which inputs it was filled, and the result
-BATCH_SAMPLES = 256  # dealt out at once; fewer, where their images come to BATCH_BYTES
+BATCH_SAMPLES = 256  # written together; fewer, if their images reach BATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class FillResult:
-    """What filling one shard took; `filled.json` keeps it."""
+    """The result of filling one shard, stored in `filled.json`."""
 
     folder: str  # of the shard, below `shards`
     asked: int = 0
@@ -51,7 +51,7 @@ class FillResult:
 
 
 def read_slice(run: ShardedRun, index: int) -> None:
-    """Read a slice of the source and deal its samples out to their shards; a row that cannot be read goes to any of them."""
+    """Read a slice of the source and shuffle its samples to their shards; unreadable rows go to a shard by hash."""
     samples, unread = run.deal("samples"), run.deal("unread")
     if not (samples.file(index).exists() and unread.file(index).exists()):
         rejected: list[dict[str, Any]] = []
@@ -81,7 +81,7 @@ def _read(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -> Iterat
 
 
 def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
-    """Yield rows until so many different images have come that are not excluded; shards find out which again."""
+    """Yield rows until `limit` distinct images that are not excluded have come; shards check exclusions again."""
     limit = run.config.limit
     if limit is None or run.readers > 1:
         yield from rows
@@ -96,7 +96,7 @@ def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sampl
 
 
 def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult | None:
-    """Return how a shard was filled, if it holds what this run would fill it with."""
+    """Return the result of filling a shard, if it was filled from the same inputs."""
     path = run.shard(index).path / FILLED
     if not path.exists():
         return None
@@ -104,7 +104,7 @@ def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult
     if filled["inputs"] != run.inputs:
         return None
     result = FillResult(**filled["result"])
-    shard = DatasetDir(run.root / "shards" / result.folder)  # a worker that was given up may name one that was removed
+    shard = DatasetDir(run.root / "shards" / result.folder)  # an abandoned worker may name one that was removed
     return result if shard.stage(last_stage).exists() else None
 
 
@@ -120,8 +120,8 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         self._stack.close()
 
     def __call__(self, index: int) -> FillResult:
-        """Fill a shard, unless it is filled already with the same."""
-        return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index), _count_replies)
+        """Fill a shard, unless it was filled from the same inputs."""
+        return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index), _journal_size)
 
     def _fill_once(self, index: int) -> FillResult:
         run = self.run
@@ -135,15 +135,15 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
                 result = self._fill(index, shard)
                 result = FillResult(**{**asdict(result), "folder": upload_stages(run, index, shard)})
         else:
-            path.unlink(missing_ok=True)  # from here on the shard is written anew, in its place
+            path.unlink(missing_ok=True)  # from here on the shard is rewritten in place
             result = self._fill(index, run.shard(index))
-        if not any(result.flaws.get(reason) for reason in UNANSWERED):  # the same command asks again what no server answered
+        if not any(result.flaws.get(reason) for reason in UNANSWERED):  # the same command retries unanswered requests
             write_json(path, {"inputs": run.inputs, "result": asdict(result)})
         return result
 
     @property
     def last_stage(self) -> str:
-        """The last stage of which a filled shard has the rows."""
+        """The last stage whose rows a filled shard has."""
         judged = [stage.name for stage in self.stages if not stage.compare]
         return judged[-1]
 
@@ -152,7 +152,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
         with Journal(shard.journal) as journal:
             if dataset.journal.exists():  # of a run in one process
-                with copy_here(dataset.journal) as copy:
+                with local_copy(dataset.journal) as copy:
                     journal.import_replies(copy, *run.id_range(index))
         services = Services(self._engine, stats, NullProgress())
         generate_annotations(shard, run.plan, services)
@@ -167,7 +167,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         )
 
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
-        """Yield what was dealt to a shard."""
+        """Yield the source rows of a shard."""
         run = self.run
         for batch in run.deal("samples").read(index, run.readers):
             for row in batch.to_pylist():
@@ -202,7 +202,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
 
 def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Counter[str]]:
-    """Return what filling all shards took: requests, and cost."""
+    """Return the request counts and the cost of filling all shards."""
     stats, cost = RequestStats(), Counter[str]()
     for result in results:
         stats.asked += result.asked
@@ -215,8 +215,8 @@ def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Count
     return stats, cost
 
 
-def _count_replies(shard: DatasetDir) -> int:
-    if is_remote(shard.path):  # where they are copies, made now and then
+def _journal_size(shard: DatasetDir) -> int:
+    if is_remote(shard.path):  # periodic copies of the journal, compared by size
         return max((path.stat().st_size for path in shard.journal.parent.glob("*.sqlite")), default=0)
     with Journal(shard.journal) as journal:
         return journal.totals()["replies"]

@@ -22,11 +22,11 @@ from pipeline.scenes.training.pack import VISION_TOKENS, Packed
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # the heads read the hidden states after these layers
 GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)  # with rewarded attention, counted from 0; other heads read the text
-NOTHING = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DeckExample:
     """A packed deck with its facts."""
 
     packed: Packed
@@ -50,7 +50,7 @@ class PageGuide(nn.Module):
         self._page_id = ids[" page"][0]
         self._number_of_id = {tokenizer(str(number))["input_ids"][-1]: number for number in range(1, classes + 1)}
 
-    def forward(self, output: Any, image_BS: Tensor, examples: Sequence[Asked]) -> Tensor:
+    def forward(self, output: Any, image_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
         """Return the sum of all losses; `output` is the language model's, with hidden states and optional attentions.
 
         All decks must have the same number of pages.
@@ -81,16 +81,16 @@ class PageGuide(nn.Module):
             loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS | ends_BS, examples)
         return loss
 
-    def _ends(self, examples: Sequence[Asked], length: int) -> Tensor:
+    def _ends(self, examples: Sequence[DeckExample], length: int) -> Tensor:
         """Return the mask of the tokens that end a page: (B, S)."""
         ends_BS = torch.zeros(len(examples), length, dtype=torch.bool)
         for b, example in enumerate(examples):
             ends_BS[b, [s for s, token in enumerate(example.packed.ids) if token == self._end_id]] = True
         return ends_BS
 
-    def _targets(self, examples: Sequence[Asked], length: int) -> tuple[Tensor, Tensor]:
+    def _targets(self, examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor]:
         """Return targets within tasks: the page at each background's name, and the background at each page number: (B, S)."""
-        page_BS, ground_BS = (torch.full((len(examples), length), NOTHING) for _ in range(2))
+        page_BS, ground_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(2))
         for b, example in enumerate(examples):
             page_of = {BACKGROUNDS.index(scene.background): index for index, scene in enumerate(example.deck)}
             ids = example.packed.ids
@@ -105,7 +105,7 @@ class PageGuide(nn.Module):
 
 def _costs(head: nn.Module, words_BSD: Tensor, targets_BS: Tensor) -> Tensor:
     """Return the cross-entropy at each position that has a target."""
-    has_target_BS = targets_BS != NOTHING
+    has_target_BS = targets_BS != IGNORE_INDEX
     costs_N: Tensor = functional.cross_entropy(head(words_BSD[has_target_BS]), targets_BS[has_target_BS], reduction="none")
     return costs_N
 
@@ -114,11 +114,11 @@ def _mean(costs_N: Tensor) -> Tensor:
     return costs_N.sum() / max(1, len(costs_N))
 
 
-def _looks(examples: Sequence[Asked], length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return targets: the number and background of the single page, and the single spot, that decides a word: (B, S)."""
-    page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), NOTHING) for _ in range(3))
+    page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(3))
     for b, example in enumerate(examples):
-        for s, decisive in enumerate(example.packed.looks):
+        for s, decisive in enumerate(example.packed.decided_spans):
             pages, spots = {page for page, _ in decisive}, {spot for _, spot in decisive}
             if len(pages) == 1:
                 page_BS[b, s] = min(pages) - 1
@@ -128,7 +128,7 @@ def _looks(examples: Sequence[Asked], length: int) -> tuple[Tensor, Tensor, Tens
     return page_BS, ground_BS, spot_BS
 
 
-def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, examples: Sequence[Asked]) -> Tensor:
+def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
     """Return the mean -log of the attention on the spots that decide a word, over words that have such spots.
 
     `visual_BS` is the mask of the pages: their image tokens and the token after each page.
@@ -138,7 +138,7 @@ def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, example
     is_spot_BSV[visual_BS] = torch.eye(is_spot_BSV.shape[-1]).repeat(len(examples), 1)
     is_decisive_BSV = torch.zeros_like(is_spot_BSV)
     for b, example in enumerate(examples):
-        for s, decisive in enumerate(example.packed.looks):
+        for s, decisive in enumerate(example.packed.decided_spans):
             is_decisive_BSV[b, s, [(page - 1) * spots + spot for page, spot in decisive]] = 1.0
     has_target_BS = is_decisive_BSV.any(-1)
     losses: list[Tensor] = []

@@ -16,25 +16,25 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.scenes.deck import Spot
 from pipeline.scenes.facts import PLACES
-from pipeline.scenes.training.wording import vary
+from pipeline.scenes.training.wording import sample_wording
 from pipeline.tasks.prompts import page_label
 
 VISION_TOKENS = len(PLACES)
-SELDOM = 0.3  # probability of words before the line of a `seldom_worded` task
+SELDOM_WORDED_PROBABILITY = 0.3  # probability of words before the line of a `seldom_worded` task
 # The part of a reply that the facts decide; the rest is free choice.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-Look = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters of a reply)
+DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters of a reply)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TrainingTask:
     """One task line with the reply to learn."""
 
     line: str
     reply: str
     seldom_worded: bool = False
     words: str | None = None  # before its line; None: random ones
-    looks: tuple[Look, ...] = ()  # of a deck: which spots decide which characters of the reply
+    decided_spans: tuple[DecidedSpan, ...] = ()  # of a deck: which spots decide which characters of the reply
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Packed:
     positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
     labels: list[int] = field(default_factory=list)  # id of the next token; -100 where it is not learned
     weights: list[float] = field(default_factory=list)  # of the next token in the loss
-    looks: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; may be empty
+    decided_spans: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; may be empty
 
 
 class Packer:
@@ -57,11 +57,11 @@ class Packer:
         self.image_token_id = image_token_id
 
     def pack(
-        self, images: int, rng: random.Random, tasks: Iterable[Task], answer_weight: float, system: str | None = None
+        self, images: int, rng: random.Random, tasks: Iterable[TrainingTask], answer_weight: float, system: str | None = None
     ) -> Packed:
         """Return the sequence of a document of `images` images; its prompts are worded at random unless given."""
         packed = Packed()
-        random_system, _ = vary(rng)
+        random_system, _ = sample_wording(rng)
         system = random_system if system is None else system
         prefix = (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + "<|im_start|>user\n"
         start = 0
@@ -72,19 +72,21 @@ class Packer:
             prefix = "<|vision_end|>"
         start = self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
         for segment, task in enumerate(tasks, 1):
-            words = vary(rng)[1] if not task.seldom_worded or rng.random() < SELDOM else ""
+            words = sample_wording(rng)[1] if not task.seldom_worded or rng.random() < SELDOM_WORDED_PROBABILITY else ""
             words = words if task.words is None else task.words
             prompt_ids = self._ids(f"{words}\n{task.line}" if words else task.line)
             prompt_ids += self._ids("<|im_end|>\n<|im_start|>assistant\n")
             reply_ids = self._ids(f"{task.reply}<|im_end|>")
             self._text(packed, prompt_ids + reply_ids, segment=segment, start=start, learn_from=len(prompt_ids))
             offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
-            looks = [next((spots for a, b, spots in task.looks if a < stop and first < b), ()) for first, stop in offsets]
-            decided_spans = [match.span(1) for match in DECIDED.finditer(task.reply)]
-            is_decided = [any(a < stop and first < b for a, b in decided_spans) for first, stop in offsets]
-            packed.looks[-len(reply_ids) - 1 : -1] = looks
+            token_spots = [
+                next((spots for a, b, spots in task.decided_spans if a < stop and first < b), ()) for first, stop in offsets
+            ]
+            answers = [match.span(1) for match in DECIDED.finditer(task.reply)]
+            is_decided = [any(a < stop and first < b for a, b in answers) for first, stop in offsets]
+            packed.decided_spans[-len(reply_ids) - 1 : -1] = token_spots
             packed.weights[-len(reply_ids) - 1 : -1] = [
-                answer_weight if decided or spots else 1.0 for decided, spots in zip(is_decided, looks, strict=True)
+                answer_weight if decided or spots else 1.0 for decided, spots in zip(is_decided, token_spots, strict=True)
             ]
         return packed
 
@@ -101,7 +103,7 @@ class Packer:
             packed.positions.append((start, start + row, start + column))
             packed.labels.append(-100)
             packed.weights.append(1.0)
-            packed.looks.append(())
+            packed.decided_spans.append(())
         return start + side
 
     def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> int:
@@ -113,7 +115,7 @@ class Packer:
         packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
         packed.labels += targets
         packed.weights += [1.0] * len(ids)
-        packed.looks += [()] * len(ids)
+        packed.decided_spans += [()] * len(ids)
         return start + len(ids)
 
 

@@ -30,15 +30,15 @@ from pipeline.scenes.text import STYLES, caption
 
 SEED = "clip"  # sources seed scenes with a number, so these are never in a data set
 BATCH = 128
-LOOK_STEPS, ALIGN_STEPS = 800, 1500
+VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
-HARD = 2  # hard negatives for each image: captions with one word changed
+HARD_NEGATIVES = 2  # hard negatives for each image: captions with one word changed
 SAVE_EVERY = 100
 PLAIN = ("size", "color", "shape", "background")  # the attributes in a brief caption
 VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 
 
-def change_one(scene: Scene, rng: random.Random, attribute: str) -> Scene:
+def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
     """Return a scene that differs in one attribute of one object, or in its background."""
     if attribute == "background":
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
@@ -61,10 +61,10 @@ def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
         scenes.append(scene)
         pixels.append(np.array(draw(scene, rng)))
         true_captions.append(caption(scene, style))
-        for _ in range(HARD):
+        for _ in range(HARD_NEGATIVES):
             # Places are learned last: about half of the changes in a caption with places are of a place.
             names = ("place", "place", "place", "place", *VALUES, "background") if style == "detailed" else PLAIN
-            changed_captions.append(caption(change_one(scene, rng, rng.choice(names)), style))
+            changed_captions.append(caption(change_attribute(scene, rng, rng.choice(names)), style))
     return scenes, pixels, true_captions + changed_captions
 
 
@@ -122,10 +122,10 @@ def embed(model: CLIPModel, pixels_BCHW: Tensor, tokens: Any) -> tuple[Tensor, T
 
 def learning_rate(step: int) -> float:
     """Return the learning rate of a step: linear warm-up in each phase, then a cosine over the second."""
-    phase_step = step if step < LOOK_STEPS else step - LOOK_STEPS
+    phase_step = step if step < VISION_STEPS else step - VISION_STEPS
     if phase_step < WARMUP_STEPS:
         return LEARNING_RATE * (phase_step + 1) / WARMUP_STEPS
-    progress = max(0, step - LOOK_STEPS) / ALIGN_STEPS
+    progress = max(0, step - VISION_STEPS) / ALIGN_STEPS
     return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -148,12 +148,12 @@ def train(out: Path) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
     started = time.monotonic()
-    for step in range(first_step, LOOK_STEPS + ALIGN_STEPS):
+    for step in range(first_step, VISION_STEPS + ALIGN_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         scenes, pixels, captions = step_data(step)
         pixels_BCHW = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
-        if step < LOOK_STEPS:
+        if step < VISION_STEPS:
             loss = heads(model.vision_model(pixels_BCHW).last_hidden_state[:, 1:], scenes)
             right = float("nan")
         else:
@@ -164,7 +164,7 @@ def train(out: Path) -> None:
             image_BD, text_TD = image_BD.float(), text_TD.float()
             loss = align_loss(image_BD, text_TD, model.logit_scale)
             own_B = (image_BD * text_TD[:BATCH]).sum(-1)
-            hard_BH = torch.einsum("bd,bhd->bh", image_BD, text_TD[BATCH:].view(BATCH, HARD, -1))
+            hard_BH = torch.einsum("bd,bhd->bh", image_BD, text_TD[BATCH:].view(BATCH, HARD_NEGATIVES, -1))
             right = (own_B[:, None] > hard_BH).float().mean().item()
         optimizer.zero_grad()
         loss.backward()

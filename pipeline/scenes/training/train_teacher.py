@@ -32,9 +32,9 @@ from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
 from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.text import ASK, STYLES, answer, caption
-from pipeline.scenes.training.guide import Asked, PageGuide
-from pipeline.scenes.training.pack import VISION_TOKENS, Look, Packed, Packer, Task, collate
-from pipeline.scenes.training.wording import vary
+from pipeline.scenes.training.guide import DeckExample, PageGuide
+from pipeline.scenes.training.pack import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate
+from pipeline.scenes.training.wording import sample_wording
 from pipeline.tasks.answer import Answer
 from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
@@ -71,12 +71,12 @@ ANSWERS = Phase(
 QUESTIONS = Phase(
     "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
 )
-# For the second teacher. Decks have two pages at first, then more: see `pages_at`.
+# For the second teacher. Decks have two pages at first, then more: see `pages_per_deck`.
 DECKS = Phase(
     "decks", 3000, 3000, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=4, answer_weight=10, decks=5
 )
 # How often decks have the released prompt instead of a random one: its length and its example distract from the pages.
-AS_RELEASED = 0.5
+RELEASED_PROMPT_PROBABILITY = 0.5
 GUIDE_ATTENTION_EVERY = 4  # steps: such a step takes more than twice the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
@@ -92,7 +92,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
     return drawn
 
 
-def pages_at(step: int) -> int:
+def pages_per_deck(step: int) -> int:
     """Return the number of pages of a step's decks: two until the model can find a page, then up to all of them."""
     rng = random.Random(f"{SEED}:pages:{step}")
     return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
@@ -103,23 +103,25 @@ def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndar
     drawn = []
     for index in range(phase.decks):
         rng = random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}")
-        deck = sample_deck(rng)[: pages_at(step)]
+        deck = sample_deck(rng)[: pages_per_deck(step)]
         drawn.append((deck, [np.array(draw(page, rng)) for page in deck], rng))
     return drawn
 
 
-def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Task]:
+def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
     """Yield the training tasks of one scene."""
     for style in STYLES:
-        yield Task(f"Task: caption, {style}", dump(Caption(caption=caption(scene, style))))
+        yield TrainingTask(f"Task: caption, {style}", dump(Caption(caption=caption(scene, style))))
     for _ in range(phase.question_sets):
-        yield Task("Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()])))
+        yield TrainingTask("Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()])))
     for _ in range(phase.answers):
         pair = rng.choice(list(ASK.values()))(scene, rng)
-        yield Task(f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True)
+        yield TrainingTask(
+            f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True
+        )
 
 
-def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[Task]:
+def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
     """Yield the training tasks of one deck."""
     for question in rng.sample(page_questions(deck), 2):
         truth = answer_deck(deck, question)
@@ -133,17 +135,19 @@ def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Ite
     for _ in range(phase.question_sets):
         pairs = [ask(deck, rng) for ask in ASK_DECK.values()]
         reply = dump(DeckQASet(qa=tuple(pairs)))
-        words = render("deck_qa").text.rpartition("\n")[0] if rng.random() < AS_RELEASED else None
-        yield Task("Task: deck_qa", reply, words=words, looks=tuple(_looks(reply, deck, pairs)))
+        words = render("deck_qa").text.rpartition("\n")[0] if rng.random() < RELEASED_PROMPT_PROBABILITY else None
+        yield TrainingTask("Task: deck_qa", reply, words=words, decided_spans=tuple(_looks(reply, deck, pairs)))
 
 
-def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> Task:
+def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> TrainingTask:
     reply = dump(Answer(answer=answer))
     first = len('{"answer":"')
-    return Task(f"Question: {question}", reply, seldom_worded=True, looks=((first, first + len(answer), spots),))
+    return TrainingTask(
+        f"Question: {question}", reply, seldom_worded=True, decided_spans=((first, first + len(answer), spots),)
+    )
 
 
-def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[Look]:
+def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[DecidedSpan]:
     """Yield the parts of a reply that spots decide, in order: (start, end, spots)."""
     position = 0
     for pair in pairs:
@@ -160,7 +164,7 @@ def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
     for index in range(count):
         rng = random.Random(f"{SEED}:tokenizer:{index}")
         scene = sample_scene(rng)
-        yield " ".join(vary(rng))
+        yield " ".join(sample_wording(rng))
         for task in scene_tasks(scene, rng, TEXT):
             yield task.line
             yield task.reply
@@ -204,7 +208,7 @@ def facts_at_places(scene: Scene) -> dict[str, list[int]]:
 
 
 @dataclass(slots=True)
-class Student:
+class TeacherTraining:
     """The model, its processor and the training heads, with the losses of a step."""
 
     model: Qwen2_5_VLForConditionalGeneration
@@ -231,9 +235,9 @@ class Student:
     def _deck_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
         examples, pixels = [], []
         for deck, pages, rng in decks(phase, step):
-            system = render("deck_qa").system if rng.random() < AS_RELEASED else None
+            system = render("deck_qa").system if rng.random() < RELEASED_PROMPT_PROBABILITY else None
             packed = self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight, system)
-            examples.append(Asked(packed, deck))
+            examples.append(DeckExample(packed, deck))
             pixels += pages
         guided = step % GUIDE_ATTENTION_EVERY == 0
         self.model.set_attn_implementation("eager" if guided else "sdpa")  # only eager attention returns its weights
@@ -289,7 +293,7 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
     if start:
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
     heads, guide = VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
-    student = Student(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
+    student = TeacherTraining(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
     parameters = [*model.parameters(), *heads.parameters(), *guide.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
     checkpoint = out / "checkpoint.pt"
@@ -314,7 +318,7 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
             if (step + 1) % SAVE_EVERY == 0 or step == phase.steps - 1:
                 _save(checkpoint, student, optimizer, steps_done | {phase.name: step + 1})
         steps_done[phase.name] = phase.steps
-    ship(student, out / "model")
+    save_model(student, out / "model")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -327,20 +331,20 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def ship(student: Student, folder: Path) -> None:
+def save_model(student: TeacherTraining, folder: Path) -> None:
     """Write the model as transformers and vLLM load it: weights in bfloat16, tokenizer, processor and chat template."""
     student.processor.save_pretrained(folder)
     student.model.bfloat16().save_pretrained(folder)
 
 
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, steps_done: dict[str, int]) -> None:
+def _save(path: Path, student: TeacherTraining, optimizer: torch.optim.Optimizer, steps_done: dict[str, int]) -> None:
     state = {name: getattr(student, name).state_dict() for name in ("model", "heads", "guide")}
     draft = path.with_suffix(".tmp")
     torch.save({**state, "optimizer": optimizer.state_dict(), "at": steps_done}, draft)
     draft.replace(path)
 
 
-def _load(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def _load(path: Path, student: TeacherTraining, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     state: dict[str, Any] = torch.load(path, weights_only=True)
     for name in ("model", "heads", "guide"):
         getattr(student, name).load_state_dict(state[name])

@@ -39,7 +39,7 @@ SENTENCES = (
 )
 
 
-def vary(rng: random.Random) -> tuple[str, str]:
+def sample_wording(rng: random.Random) -> tuple[str, str]:
     """Return a system text and the words before a task line; either may be empty."""
     return _wording(rng), _wording(rng)
 

@@ -73,7 +73,7 @@ def test_the_header_names_the_dataset_that_it_is_made_from(name: str, upstream: 
     assert metadata(MANIFEST | {"source": {"name": name, "revision": "1"}})["source_datasets"] == [upstream]
 
 
-def test_what_was_measured_is_told_with_what_it_is_measured_against() -> None:
+def test_a_measurement_is_shown_with_its_baseline() -> None:
     measured = {
         "captions": {"brief": {"count": 9, "mean_words": 7.5}},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},

@@ -92,7 +92,7 @@ def test_another_split_or_reference_is_a_changed_field(tmp_path: Path) -> None:
     assert change.fields["references"] == {"before": list(SAMPLES[0].references), "after": ["Something else."]}
 
 
-def test_more_rows_than_are_shown_are_said_to_be_there(tmp_path: Path) -> None:
+def test_rows_beyond_the_limit_are_counted(tmp_path: Path) -> None:
     before, _ = make_version(tmp_path, SAMPLES)
     after, _ = make_version(tmp_path, scene_samples(25))
     assert list(diff_versions(before, after).lines(2))[-1] == "and 3 more rows; --rows shows more, --json all"

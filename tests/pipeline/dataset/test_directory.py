@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import atomic_write, write_table, write_text
 
 
-def test_a_file_that_fails_half_way_is_never_seen(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_text(target, "before")
     with pytest.raises(RuntimeError), atomic_write(target) as temporary:
@@ -76,7 +76,7 @@ def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
         open_dataset(tmp_path, "v9.9.9")
 
 
-def test_what_is_no_dataset_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="no dataset at"):
         open_dataset(tmp_path / "none")
     with pytest.raises(StoreError, match="has no version"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import images_of_dataset, images_of_files, join_pixels, joined_before, lacks_pixels
+from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_pixels, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.hub.package import build_package
@@ -62,9 +62,9 @@ def test_so_does_another_version_that_has_them(whole: Version, texts: Version, t
 
 
 def test_the_second_time_reads_no_image(texts: Version, tmp_path: Path) -> None:
-    assert joined_before(texts, tmp_path / "joined") is None
+    assert find_joined(texts, tmp_path / "joined") is None
     first = join_pixels(texts, images_of_files(files(tmp_path / "files", SAMPLES)), tmp_path / "joined")
-    assert joined_before(texts, tmp_path / "joined") == first
+    assert find_joined(texts, tmp_path / "joined") == first
     assert first.repo == "me/x"
 
 

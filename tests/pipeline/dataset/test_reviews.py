@@ -24,7 +24,7 @@ def caption(text: str) -> dict[str, Any]:
     return {"sample_id": SAMPLE, "task": "caption", "text": text, "question": None, "answer": None, "pages": 1}
 
 
-def mark(original: str, kind: str, **more: Any) -> Review:
+def review(original: str, kind: str, **more: Any) -> Review:
     _, content = text_name(caption(original))
     return Review.model_validate({"sample_id": SAMPLE, "content": content, "mark": kind, **more})
 
@@ -36,9 +36,9 @@ def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
 
 def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
     reviews = [
-        mark("A cat.", "good"),
-        mark("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
-        mark("A.", "edited", text="B.\u2029C\u0085"),
+        review("A cat.", "good"),
+        review("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
+        review("A.", "edited", text="B.\u2029C\u0085"),
     ]
     (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
     assert sorted(read_reviews(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(reviews, key=lambda m: m.name)
@@ -49,19 +49,19 @@ def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
     [
         ("not json", "Invalid JSON"),
         ('{"sample_id": "a"}', "sample_id"),
-        (mark("A.", "good").model_dump_json().replace("good", "great"), "mark"),
+        (review("A.", "good").model_dump_json().replace("good", "great"), "mark"),
         (
-            mark("A.", "good").model_dump_json().replace('"bad"', '"good"').replace("null", '"other"', 1),
+            review("A.", "good").model_dump_json().replace('"bad"', '"good"').replace("null", '"other"', 1),
             "a reason goes with bad",
         ),
-        (mark("A.", "good").model_dump_json().replace("good", "bad"), "a reason goes with bad"),
-        (mark("A.", "good").model_dump_json().replace("good", "edited"), "edited goes with new words"),
-        (mark("A.", "edited", text="B.").model_dump_json().replace("edited", "good"), "new words go with edited"),
-        (mark("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
+        (review("A.", "good").model_dump_json().replace("good", "bad"), "a reason goes with bad"),
+        (review("A.", "good").model_dump_json().replace("good", "edited"), "edited goes with new words"),
+        (review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"), "new words go with edited"),
+        (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],
 )
 def test_a_line_that_is_no_mark_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
-    (tmp_path / "m.jsonl").write_text(format_reviews([mark("A cat.", "good")]) + line + "\n")
+    (tmp_path / "m.jsonl").write_text(format_reviews([review("A cat.", "good")]) + line + "\n")
     with pytest.raises(ConfigError, match="line 2 is no mark") as caught:
         read_reviews(tmp_path / "m.jsonl")
     assert what in str(caught.value)
@@ -75,24 +75,24 @@ def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> No
 
 
 def test_the_last_word_on_a_text_counts() -> None:
-    new = [mark("A cat.", "bad", reason="unclear"), mark("A dog.", "good")]
-    merged = merge_reviews([mark("A cat.", "good")], new, captions("A cat.", "A dog."))
+    new = [review("A cat.", "bad", reason="unclear"), review("A dog.", "good")]
+    merged = merge_reviews([review("A cat.", "good")], new, captions("A cat.", "A dog."))
     assert [(m.mark, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
 
 
 def test_a_mark_of_an_edited_text_goes_back_to_what_was_edited() -> None:
     rows = captions("A cat.")
-    first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
-    second = merge_reviews(first.values(), [mark("A dog.", "edited", text="A fox.")], rows)
-    assert {name: m.text for name, m in second.items()} == {mark("A cat.", "good").name: "A fox."}
-    third = merge_reviews(second.values(), [mark("A fox.", "bad", reason="not_true")], rows)
-    assert {name: m.reason for name, m in third.items()} == {mark("A cat.", "good").name: "not_true"}
+    first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
+    second = merge_reviews(first.values(), [review("A dog.", "edited", text="A fox.")], rows)
+    assert {name: m.text for name, m in second.items()} == {review("A cat.", "good").name: "A fox."}
+    third = merge_reviews(second.values(), [review("A fox.", "bad", reason="not_true")], rows)
+    assert {name: m.reason for name, m in third.items()} == {review("A cat.", "good").name: "not_true"}
 
 
 def test_an_edit_that_was_found_good_stays() -> None:
     rows = captions("A cat.")
-    first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
-    assert merge_reviews(first.values(), [mark("A dog.", "good")], rows)[mark("A cat.", "good").name].text == "A dog."
+    first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
+    assert merge_reviews(first.values(), [review("A dog.", "good")], rows)[review("A cat.", "good").name].text == "A dog."
 
 
 def test_an_edit_of_the_pages_alone_was_found_good_and_stays() -> None:
@@ -118,27 +118,27 @@ def test_an_edit_of_the_pages_alone_was_found_good_and_stays() -> None:
 
 def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
     rows = captions("A cat.")
-    first = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
-    back = merge_reviews(first.values(), [mark("A dog.", "edited", text="A cat.")], rows)
-    assert {name: m.mark for name, m in back.items()} == {mark("A cat.", "good").name: "good"}
+    first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
+    back = merge_reviews(first.values(), [review("A dog.", "edited", text="A cat.")], rows)
+    assert {name: m.mark for name, m in back.items()} == {review("A cat.", "good").name: "good"}
 
 
 def test_marks_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
     rows = captions("A cat.", "A dog.")
-    swapped = [mark("A cat.", "edited", text="A dog."), mark("A dog.", "edited", text="A cat.")]
+    swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
     merged = merge_reviews([], swapped, rows)
     assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
     assert check_edits(merged, rows) == {}
-    moved = merge_reviews([], [mark("A cat.", "edited", text="A dog."), mark("A dog.", "bad", reason="unclear")], rows)
+    moved = merge_reviews([], [review("A cat.", "edited", text="A dog."), review("A dog.", "bad", reason="unclear")], rows)
     assert {m.mark for m in moved.values()} == {"edited", "bad"}
     assert check_edits(moved, rows) == {}
 
 
 def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
     rows = captions("A cat.", "A dog.", "A fox.")
-    onto_another = merge_reviews([], [mark("A cat.", "edited", text="A dog.")], rows)
+    onto_another = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     assert list(check_edits(onto_another, rows).values()) == ["another text of this image says the same"]
-    onto_each_other = [mark("A cat.", "edited", text="A bird."), mark("A dog.", "edited", text="A bird.")]
+    onto_each_other = [review("A cat.", "edited", text="A bird."), review("A dog.", "edited", text="A bird.")]
     assert len(check_edits(merge_reviews([], onto_each_other, rows), rows)) == 2
 
 
@@ -151,7 +151,7 @@ def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
     ],
 )
 def test_an_edit_must_keep_the_rules_of_its_task(words: dict[str, str], wrong: str | None) -> None:
-    problem = check_edit(mark("A cat.", "edited", **words), caption("A cat."))
+    problem = check_edit(review("A cat.", "edited", **words), caption("A cat."))
     assert problem is None if wrong is None else wrong in (problem or "")
 
 

@@ -17,7 +17,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
 from pipeline.executors.base import compare_rows
-from pipeline.images.similarity import COMPARED
+from pipeline.images.similarity import COMPARED_COLUMNS
 from pipeline.progress import NullProgress
 from pipeline.run import STAGES
 from pipeline.sources import choose_image_kind
@@ -33,7 +33,7 @@ from tests.stage_runs import ShardList, plan_of
 COMPARING = next(n for n, stage in enumerate(STAGES) if stage.compare)
 THINGS = ("ring", "rimg", "star", "cat", "statue", "statur", "lamp", "table")  # some of them misspelled
 COLORS = ("red", "blue", "green")
-COMPARED_SCHEMA = pa.schema([SAMPLE.field(column) for column in COMPARED])
+COMPARED_SCHEMA = pa.schema([SAMPLE.field(column) for column in COMPARED_COLUMNS])
 OF_REJECTED = ("reason", "duplicate_of", "cluster", "near_duplicate_of")
 OF_KEPT = (
     "cluster", "image_group", "question_type", "final_pair_id", "keep_probability", "entries", "split", "final_text",

@@ -22,7 +22,7 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Version:
+def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     samples = [replace(sample, licence="flickr-terms") for sample in scene_samples(20)]
     return make_version(tmp_path_factory.mktemp("held"), samples, true_captions(scene_samples(20)))[0]
 
@@ -35,17 +35,17 @@ def test_free_pixels_go_as_they_lie_here(free: Version) -> None:
 
 
 @pytest.mark.parametrize("images", [None, False])
-def test_pixels_that_may_not_be_passed_on_are_left_out(held: Version, images: Any) -> None:
-    with build_package(held, REPO, images=images) as package:
+def test_pixels_that_may_not_be_passed_on_are_left_out(restricted: Version, images: Any) -> None:
+    with build_package(restricted, REPO, images=images) as package:
         path = package.files["train-00000.parquet"]
         assert isinstance(path, Path)
         packaged = pq.read_table(path)
         assert packaged.column_names == package.manifest["columns"]
-        original = held.read("train").drop_columns(["image"])
+        original = restricted.read("train").drop_columns(["image"])
         assert packaged.to_pylist() == original.to_pylist()
         assert "The pixels are not here" in str(package.files["README.md"])
         assert json.loads(package.files["manifest.json"])["pixels"] == "left out"  # type: ignore[arg-type]
-        assert package.manifest["digest"] == held.manifest["digest"]
+        assert package.manifest["digest"] == restricted.manifest["digest"]
     assert not path.exists()
 
 
@@ -54,21 +54,24 @@ def test_no_images_leaves_out_free_pixels_too(free: Version) -> None:
         assert "image" not in package.manifest["columns"]
 
 
-def test_with_images_wants_each_licence_acknowledged(held: Version) -> None:
-    with pytest.raises(PushError, match="flickr-terms may not be passed on") as refused, build_package(held, REPO, images=True):
+def test_with_images_wants_each_licence_acknowledged(restricted: Version) -> None:
+    with (
+        pytest.raises(PushError, match="flickr-terms may not be passed on") as refused,
+        build_package(restricted, REPO, images=True),
+    ):
         pass
     assert "--acknowledge flickr-terms" in refused.value.hint
 
 
-def test_an_acknowledgement_is_recorded_in_card_and_manifest(held: Version) -> None:
-    with build_package(held, REPO, images=True, acknowledged=["flickr-terms"]) as package:
-        assert package.files["train-00000.parquet"] == held.path / "train-00000.parquet"
+def test_an_acknowledgement_is_recorded_in_card_and_manifest(restricted: Version) -> None:
+    with build_package(restricted, REPO, images=True, acknowledged=["flickr-terms"]) as package:
+        assert package.files["train-00000.parquet"] == restricted.path / "train-00000.parquet"
         assert package.manifest["acknowledged"] == ["flickr-terms"]
         assert r"Pixels under flickr\-terms are included" in str(package.files["README.md"], "utf-8")  # type: ignore[arg-type]
 
 
-def test_an_acknowledgement_alone_publishes_nothing(held: Version) -> None:
-    with build_package(held, REPO, acknowledged=["flickr-terms"]) as package:
+def test_an_acknowledgement_alone_publishes_nothing(restricted: Version) -> None:
+    with build_package(restricted, REPO, acknowledged=["flickr-terms"]) as package:
         assert "image" not in package.manifest["columns"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.dataset.version import MANIFEST, Version
 from pipeline.errors import StoreError
-from pipeline.hub.pull import names_hub, open_or_download
+from pipeline.hub.pull import is_hub_name, open_or_download
 from pipeline.storage.files import remove
 from pipeline.storage.object_store import parse_dataset_path, upload_folder
 from tests.hub.pusher import Pusher
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_found(hub: RunningHub, tmp_path: Path) -> None:
     assert str(Path(pulled["path"])) in refused["hint"]
 
 
-def test_what_is_not_there_is_said(hub: RunningHub, tmp_path: Path) -> None:
+def test_a_missing_version_or_repository_is_an_error(hub: RunningHub, tmp_path: Path) -> None:
     hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
     tag, repo, foreign = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
     assert (tag["error"], tag["hint"]) == ("me/scenes has no version v9.9.9", "versions there: v1.0.0, v1.1.0")
@@ -104,11 +104,11 @@ def test_a_gated_dataset_says_how_to_get_in(hub: RunningHub, tmp_path: Path) -> 
 
 def test_a_folder_of_this_machine_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert names_hub("me/scenes@v1.0.0")
-    assert names_hub("me/scenes")
+    assert is_hub_name("me/scenes@v1.0.0")
+    assert is_hub_name("me/scenes")
     (tmp_path / "me" / "scenes").mkdir(parents=True)
-    assert not names_hub("me/scenes")
-    assert not names_hub("data/me/scenes")
+    assert not is_hub_name("me/scenes")
+    assert not is_hub_name("data/me/scenes")
 
 
 def test_a_version_of_the_hub_keeps_its_pushes_apart(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
         open_or_download(bucket)
 
 
-def test_versions_of_two_places_are_never_mixed(bucket: Path, tmp_path: Path) -> None:
+def test_versions_of_two_stores_are_not_mixed(bucket: Path, tmp_path: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
     upload_folder(tmp_path / "made" / "versions", other_path / "versions")

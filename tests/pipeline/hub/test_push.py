@@ -90,7 +90,7 @@ def test_the_same_version_again_is_no_commit(client: Pusher, version: Version) -
     assert len(repo_of(client).commits) == 2
 
 
-def test_a_tag_never_moves(client: Pusher, version: Version, tmp_path: Path) -> None:
+def test_a_tag_does_not_move(client: Pusher, version: Version, tmp_path: Path) -> None:
     client.push(version)
     other_version, _ = make_version(tmp_path / "other", scene_samples(20, seed=5))
     refused = client.push(other_version)
@@ -150,14 +150,16 @@ def test_a_push_that_died_before_its_tag_only_adds_the_tag(client: Pusher, versi
         ("me/sc enes", "hf_loopback", "not a repository name"),
     ],
 )
-def test_a_refusal_is_said_plainly(hub: RunningHub, version: Version, tmp_path: Path, repo: str, token: str, what: str) -> None:
+def test_a_refusal_has_a_plain_message_and_a_hint(
+    hub: RunningHub, version: Version, tmp_path: Path, repo: str, token: str, what: str
+) -> None:
     with Pusher(hub, tmp_path / "home", token=token) as client:
         refused = client.push(version, repo)
     assert what in refused["error"]
     assert refused["hint"]
 
 
-def test_a_hub_that_is_not_there_is_said_at_once(hub: RunningHub, version: Version, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_an_error_at_once(hub: RunningHub, version: Version, tmp_path: Path) -> None:
     with Pusher(RunningHub(hub.hub, "http://127.0.0.1:9"), tmp_path / "home") as client:
         assert "cannot reach the Hub" in client.push(version)["error"]
 

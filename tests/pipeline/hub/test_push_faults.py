@@ -85,7 +85,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_any_request_is_survived_or_said(world: World, fault: str) -> None:
+def test_a_fault_at_any_request_is_survived_or_reported(world: World, fault: str) -> None:
     requests = requests_of_a_push(world)
     assert len(requests) > 12
     for index, (method, path) in enumerate(requests):

@@ -79,7 +79,7 @@ def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     assert caught.value.reason == reason
 
 
-def test_the_reason_never_holds_an_address_in_memory() -> None:
+def test_the_message_holds_no_memory_address() -> None:
     with pytest.raises(ImageError) as caught:
         check_image(b"not an image")
     assert "0x" not in str(caught.value)

@@ -248,11 +248,11 @@ def test_a_burst_of_busy_answers_slows_down_once_and_not_for_ever(tmp_path: Path
     chat.script = script
     with running_chat(chat):
         run(tmp_path / "j", chat.url, samples=scene_samples(120), server={"concurrency": 16})
-        late = chat.most_flying_since(40)
+        late = chat.max_in_flight_since(40)
     assert late >= 14
 
 
-def test_a_request_that_kills_its_server_again_and_again_is_given_up_and_the_others_are_not(tmp_path: Path) -> None:
+def test_only_the_request_that_kills_its_server_repeatedly_is_given_up(tmp_path: Path) -> None:
     chat = ChatServer()
     poison = SAMPLES[3].id
 
@@ -280,7 +280,7 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
     with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
         with pytest.raises(EngineError, match="refuses every request: scripted 400"):
             run(tmp_path / "j", chat.url)
-        assert len(chat.bodies) < 2 * client.LOUD_REFUSALS + START_REQUESTS
+        assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
 def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest
         run(tmp_path / "j", chat.url)
 
 
-def test_no_server_at_all_is_said_with_a_hint(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no server answers") as caught:
         run(tmp_path / "j", "http://127.0.0.1:9/v1")
     assert "synth serve" in caught.value.hint
@@ -369,13 +369,13 @@ def test_when_no_server_comes_back_what_is_done_is_kept(tmp_path: Path) -> None:
     assert len(chat.bodies) - 2 * 4 <= stored < 180
 
 
-def test_the_window_is_never_passed(tmp_path: Path) -> None:
+def test_requests_in_flight_stay_within_the_window(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as chat:
         run(tmp_path / "j", chat.url, server={"concurrency": 5})
-    assert chat.most_flying == 5
+    assert chat.max_in_flight == 5
 
 
-def test_what_a_crash_would_ask_again_is_never_more_than_the_window(tmp_path: Path) -> None:
+def test_a_crash_loses_at_most_one_window_of_requests(tmp_path: Path) -> None:
     chat = ChatServer(lambda times, body: Act(seconds=0.01 * (len(chat.bodies) % 7)))
     lost: list[int] = []
 
@@ -413,4 +413,4 @@ def test_the_window_follows_the_queue_of_the_server(tmp_path: Path, waiting: int
     chat.metrics = f'vllm:num_requests_running{{engine="0"}} 20.0\nvllm:num_requests_waiting{{engine="0"}} {waiting}.0\n'
     with running_chat(chat):
         run(tmp_path / "j", chat.url, samples=scene_samples(80))
-    assert (chat.most_flying > START_REQUESTS) == grows
+    assert (chat.max_in_flight > START_REQUESTS) == grows

@@ -37,7 +37,7 @@ def test_a_request_that_is_asked_again_counts_again(tmp_path: Path) -> None:
         assert journal.totals()["asked"] == 4
 
 
-def test_what_a_model_has_said_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_reply_of_a_model_is_not_overwritten(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.keep([(REQUESTS[0], reply_to(0), None)])
         journal.keep([(REQUESTS[0], replace(reply_to(0), text="other"), "flaw"), (REQUESTS[1], reply_to(1), None)])
@@ -46,7 +46,7 @@ def test_what_a_model_has_said_is_never_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
-def test_what_a_server_has_said_gives_way_to_a_model(tmp_path: Path, reason: str) -> None:
+def test_a_server_error_is_replaced_by_a_reply_of_a_model(tmp_path: Path, reason: str) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.keep([(REQUESTS[0], replace(reply_to(0), text="overloaded", finish_reason=reason), reason)])
         journal.keep([(REQUESTS[0], reply_to(0), None)])
@@ -74,7 +74,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "j.sqlite")
 
 
-def test_image_bytes_are_never_stored(tmp_path: Path) -> None:
+def test_image_bytes_are_not_stored(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.record_sent(REQUESTS)
         journal.keep([(REQUESTS[0], reply_to(0), None)])

@@ -25,7 +25,7 @@ class Scripted:
     model, revision = "scripted", "1"
 
     def __init__(self, die_after: int | None = None, bad: tuple[str, ...] = ()) -> None:
-        self.company: list[list[tuple[str, int]]] = []
+        self.batches: list[list[tuple[str, int]]] = []
         self.die_after = die_after
         self.bad = bad
 
@@ -42,9 +42,9 @@ class Scripted:
         while taken := work.take():
             for requests in groups(taken, 3):
                 work.sending(requests)
-                if len(self.company) == self.die_after:
+                if len(self.batches) == self.die_after:
                     raise KeyboardInterrupt
-                self.company.append([(request.id, request.attempt) for request in requests])
+                self.batches.append([(request.id, request.attempt) for request in requests])
                 yield [
                     Reply(
                         request_id=r.id,
@@ -74,7 +74,7 @@ def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) ->
     engine = Scripted()
     rerun, same_rows = run(tmp_path / "j", engine)
     assert (rerun.total, rerun.asked, rerun.done, same_rows) == (18, 0, 18, rows)
-    assert engine.company == []
+    assert engine.batches == []
 
 
 def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:
@@ -91,13 +91,13 @@ def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:
 def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_path: Path, bad: tuple[str, ...]) -> None:
     whole = Scripted(bad=bad)
     run(tmp_path / "whole", whole)
-    for groups_done in range(len(whole.company)):
+    for groups_done in range(len(whole.batches)):
         first, second = Scripted(groups_done, bad), Scripted(bad=bad)
         path = tmp_path / f"cut{groups_done}"
         with pytest.raises(KeyboardInterrupt):
             run(path, first)
         run(path, second)
-        assert first.company + second.company == whole.company
+        assert first.batches + second.batches == whole.batches
         with Journal(path) as journal:
             totals = journal.totals()
         assert 1 <= totals["asked"] - totals["replies"] <= 3  # the one group that was in flight
@@ -106,7 +106,7 @@ def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_pa
 def test_a_reply_that_is_of_no_use_is_asked_for_again_after_its_chunk(tmp_path: Path) -> None:
     engine = Scripted(bad=(IMAGES[0][0],))
     counts, _ = run(tmp_path / "j", engine)
-    assert [max(attempt for _, attempt in group) for group in engine.company] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
+    assert [max(attempt for _, attempt in group) for group in engine.batches] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
     assert counts.attempts == {1: 15, 3: 3}
     assert counts.flaws == {"not_json": 6}
     assert counts.asked == 18 + 6

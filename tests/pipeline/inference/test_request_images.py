@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.inference.request_images import RequestImages, fits, reencode
+from pipeline.inference.request_images import RequestImages, reencode, sendable_format
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (60, 40), **options: Any) -> bytes:
@@ -29,7 +29,7 @@ def turned() -> bytes:
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("WEBP", "RGB")])
 def test_a_plain_image_is_sent_as_it_is(kind: str, mode: str) -> None:
-    assert fits(encoded(kind, mode), None) == kind.lower()
+    assert sendable_format(encoded(kind, mode), None) == kind.lower()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_plain_image_is_sent_as_it_is(kind: str, mode: str) -> None:
     ids=["alpha", "gray png", "palette", "cmyk", "bmp", "turned"],
 )
 def test_any_other_is_made_anew(image: bytes) -> None:
-    assert fits(image, None) is None
+    assert sendable_format(image, None) is None
     with Image.open(io.BytesIO(reencode(image, None))) as decoded:
         assert (decoded.format, decoded.mode) == ("JPEG", "RGB")
 
@@ -50,8 +50,8 @@ def test_a_turned_image_arrives_upright() -> None:
 
 def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
     image = encoded(size=(600, 400))
-    assert fits(image, 60_000) is None
-    assert fits(image, 240_000) == "jpeg"
+    assert sendable_format(image, 60_000) is None
+    assert sendable_format(image, 240_000) == "jpeg"
     with Image.open(io.BytesIO(reencode(image, 60_000))) as decoded:
         assert decoded.width * decoded.height <= 60_000
         assert decoded.width / decoded.height == pytest.approx(1.5, abs=0.02)

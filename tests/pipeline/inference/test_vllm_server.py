@@ -113,7 +113,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--por
         ("error: unrecognized arguments: --warp", "exit code 3", "a flag after -- is not one of vLLM's"),
     ],
 )
-def test_a_server_that_ends_at_once_is_said_with_its_last_error(tmp_path: Path, printed: str, what: str, hint: str) -> None:
+def test_a_server_that_exits_at_once_is_reported_with_its_last_error(
+    tmp_path: Path, printed: str, what: str, hint: str
+) -> None:
     async def start() -> None:
         async with Server(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)"), NullProgress()):
             pass
@@ -125,7 +127,7 @@ def test_a_server_that_ends_at_once_is_said_with_its_last_error(tmp_path: Path, 
     assert str(tmp_path / "log") in caught.value.hint
 
 
-def test_a_server_that_never_answers_is_stopped(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_stopped(tmp_path: Path) -> None:
     servers: list[Server] = []
 
     async def start() -> None:
@@ -165,7 +167,7 @@ def test_an_interpreter_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
     assert "SYNTH_VLLM_PYTHON" in caught.value.hint
 
 
-def test_an_error_of_an_earlier_run_is_not_told_again(tmp_path: Path) -> None:
+def test_an_error_of_an_earlier_run_is_not_reported_again(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
 
     async def start() -> None:

@@ -25,7 +25,7 @@ def hostile_captions(count: int) -> pa.Table:
     return table.set_column(table.column_names.index("text"), "text", pa.array([HOSTILE] * table.num_rows))
 
 
-def test_text_of_a_model_never_becomes_markup(tmp_path: Path) -> None:
+def test_text_of_a_model_is_escaped(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(12), hostile_captions(12))
     page = write_report(version, tmp_path).read_text()
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of, is_of_stages
+from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of, stages_match
 
 
 def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
@@ -93,15 +93,15 @@ def test_the_best_of_a_cluster_is_shown_though_it_is_rejected_for_something_else
     assert [(m["said"], m["kept"]) for m in cluster["members"]] == [("a street", False), ("A street.", False)]
 
 
-def test_stages_of_another_run_are_told_by_their_rows(tmp_path: Path) -> None:
+def test_stages_of_another_run_are_recognized_by_their_row_counts(tmp_path: Path) -> None:
     def manifest(**kept: int) -> dict[str, Any]:
         return {"funnel": [{"stage": stage, "unit": "annotations", "kept": count} for stage, count in kept.items()]}
 
     write_stage(tmp_path, "dedupe", "kept", [caption(1, "a", "a cat")], OF_DEDUPE)
-    assert is_of_stages(tmp_path, manifest(dedupe=1))
-    assert not is_of_stages(tmp_path, manifest(dedupe=2))
-    assert not is_of_stages(tmp_path, manifest(dedupe=1, balance=1))
-    assert not is_of_stages(tmp_path, {})
+    assert stages_match(tmp_path, manifest(dedupe=1))
+    assert not stages_match(tmp_path, manifest(dedupe=2))
+    assert not stages_match(tmp_path, manifest(dedupe=1, balance=1))
+    assert not stages_match(tmp_path, {})
 
 
 def test_a_stage_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path) -> None:

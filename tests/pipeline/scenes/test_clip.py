@@ -12,7 +12,7 @@ from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
 from pipeline.scenes.training import train_clip
-from pipeline.scenes.training.train_clip import VALUES, PlaceHeads, align_loss, change_one, embed, step_data
+from pipeline.scenes.training.train_clip import VALUES, PlaceHeads, align_loss, change_attribute, embed, step_data
 
 UNSEEN = 7002
 ATTRIBUTES = (*VALUES, "background")
@@ -36,7 +36,7 @@ def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[C
         rng = random.Random(f"{UNSEEN}:{index}")
         scene, name = sample_scene(rng), ATTRIBUTES[index % len(ATTRIBUTES)]
         pixels.append(np.array(draw(scene, rng)))
-        texts += [caption(scene, "detailed"), caption(change_one(scene, rng, name), "detailed")]
+        texts += [caption(scene, "detailed"), caption(change_attribute(scene, rng, name), "detailed")]
         names.append(name)
     images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
     tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -54,7 +54,7 @@ def test_a_changed_scene_differs_in_that_attribute_alone(attribute: str) -> None
     for index in range(200):
         rng = random.Random(index)
         scene = sample_scene(rng)
-        changed = change_one(scene, rng, attribute)
+        changed = change_attribute(scene, rng, attribute)
         assert caption(changed, "detailed") != caption(scene, "detailed")
         if attribute == "background":
             assert changed.objects == scene.objects
@@ -76,7 +76,7 @@ def test_the_loss_is_low_where_each_image_is_nearest_to_its_own_caption() -> Non
 def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_clip, "BATCH", 4)
     scenes, pixels, captions = step_data(0)
-    assert len(captions) == 4 * (1 + train_clip.HARD)
+    assert len(captions) == 4 * (1 + train_clip.HARD_NEGATIVES)
     assert step_data(0)[2] == captions
     tokenizer = train_tokenizer(captions)
     processor, model = build_processor(tokenizer), build_model(tokenizer)

@@ -73,7 +73,7 @@ def test_every_question_that_is_asked_has_the_answer_that_was_given(kind: str) -
     assert len(answers) == {"yes/no": 2, "number": 5}.get(kind, len(answers))
 
 
-def test_places_are_told_apart_from_the_words_they_share() -> None:
+def test_places_that_share_words_are_distinguished() -> None:
     for place in PLACES:
         scene = Scene("white", (Thing("large", "pink", "star", place),))
         assert phrases(caption(scene, "detailed"))[0].place == place

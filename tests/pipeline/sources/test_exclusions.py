@@ -36,12 +36,12 @@ def contaminated(texts: Sequence[str], table: pa.Table) -> list[str | None]:
     return [index.find(text) for text in texts]
 
 
-def banned(*samples: Sample) -> pa.Table:
+def exclusion_table(*samples: Sample) -> pa.Table:
     return pa.Table.from_pylist(list(exclusion_rows("x#test", samples)), schema=EXCLUSIONS)
 
 
 def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
-    index = ExclusionIndex.of(banned(sample(photo(1)), sample(photo(2))), "photos")
+    index = ExclusionIndex.of(exclusion_table(sample(photo(1)), sample(photo(2))), "photos")
     assert index.find(sample(photo(1))) == "x#test"
     assert index.find(sample(stored_again(photo(2)))) == "x#test"
     assert index.find(sample(cropped(photo(2)))) == "x#test"
@@ -49,21 +49,23 @@ def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
 
 
 def test_by_bytes_alone_another_file_is_another_image() -> None:
-    index = ExclusionIndex.of(banned(sample(photo(1))), None)
+    index = ExclusionIndex.of(exclusion_table(sample(photo(1))), None)
     assert index.find(sample(photo(1))) == "x#test"
     assert index.find(sample(stored_again(photo(1)))) is None
 
 
-def test_one_page_of_a_banned_deck_bans_a_deck() -> None:
-    index = ExclusionIndex.of(banned(sample(photo(1), photo(2))), "graphics")
+def test_one_page_of_an_excluded_deck_excludes_a_deck() -> None:
+    index = ExclusionIndex.of(exclusion_table(sample(photo(1), photo(2))), "graphics")
     assert index.find(sample(photo(5), photo(2))) == "x#test"
     assert index.find(sample(photo(5), photo(6))) is None
 
 
-def test_nothing_is_banned_by_an_empty_list_or_an_empty_picture() -> None:
+def test_an_empty_list_or_an_empty_picture_excludes_nothing() -> None:
     white = Image.new("RGB", (300, 200), "white")
     assert ExclusionIndex.of(EXCLUSIONS.empty_table(), "photos").find(sample(photo(1))) is None
-    assert ExclusionIndex.of(banned(sample(white)), "photos").find(sample(Image.new("RGB", (301, 200), "white"))) is None
+    assert (
+        ExclusionIndex.of(exclusion_table(sample(white)), "photos").find(sample(Image.new("RGB", (301, 200), "white"))) is None
+    )
 
 
 def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
@@ -73,7 +75,7 @@ def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "source_and_split"),
     [
         ("flickr30k", ("flickr30k", "test")),
         ("flickr30k:me/copy", ("flickr30k:me/copy", "test")),
@@ -83,8 +85,8 @@ def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
         ("hub:me/x@abc#test", ("hub:me/x@abc", "test")),
     ],
 )
-def test_a_name_says_the_source_and_the_split(name: str, found: tuple[str, str | None]) -> None:
-    assert parse_exclusion(name) == found
+def test_a_name_says_the_source_and_the_split(name: str, source_and_split: tuple[str, str | None]) -> None:
+    assert parse_exclusion(name) == source_and_split
 
 
 WHO = ["firefighter", "gardener", "toddler", "violinist", "surfer", "welder", "nun", "referee", "juggler", "beekeeper"]
@@ -112,7 +114,7 @@ def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
     assert sum(name is not None for name in contaminated(clean, table)) <= 0.002 * len(clean)
 
 
-def test_without_anything_banned_nothing_is_marked() -> None:
+def test_without_exclusions_nothing_is_marked() -> None:
     assert contaminated(["A dog."], EXCLUSIONS.empty_table()) == [None]
 
 

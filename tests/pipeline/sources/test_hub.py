@@ -96,7 +96,7 @@ def test_a_copy_that_files_everything_under_train_is_refused_too(hub: RunningHub
             opened("flickr30k:me/copy", source_split=split)
 
 
-def test_a_list_that_is_none_is_said(hub: RunningHub, tmp_path: Path) -> None:
+def test_an_invalid_split_list_is_an_error(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage)
     (tmp_path / "list.json").write_text("{}")
     with pytest.raises(SourceError, match="cannot read the list"):
@@ -124,14 +124,14 @@ def test_the_test_split_of_vqav2_has_questions_without_answers(hub: RunningHub) 
     assert {qa.answers for sample in samples for qa in sample.reference_qa or ()} == {()}
 
 
-def test_a_split_that_is_not_there_is_said_with_those_that_are(hub: RunningHub) -> None:
+def test_a_missing_split_is_an_error_that_lists_the_splits(hub: RunningHub) -> None:
     datasets.seed_vqav2(hub.hub.storage)
     with pytest.raises(SourceError, match="has no split train") as caught:
         opened("vqav2", source_split="train")
     assert "validation" in caught.value.hint
 
 
-def test_a_copy_with_other_columns_is_said_with_what_it_has(hub: RunningHub) -> None:
+def test_a_copy_with_other_columns_is_an_error_with_a_hint(hub: RunningHub) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, repo="me/other")
     with pytest.raises(SourceError, match="has no column image_id, question") as caught:
         opened("vqav2:me/other")
@@ -212,7 +212,7 @@ def test_columns_are_guessed_where_they_are_plain_and_asked_for_where_not(hub: R
     assert len(read("hub:me/one")[0]) == 3
 
 
-def test_a_column_that_is_not_there_is_said(hub: RunningHub) -> None:
+def test_a_missing_column_is_an_error_that_lists_the_columns(hub: RunningHub) -> None:
     seed_plain(hub, [{"photo": datasets.cell(0)}])
     with pytest.raises(SourceError, match="there is no column picture") as caught:
         opened("hub:me/plain", columns={"image": "picture"})
@@ -270,7 +270,7 @@ def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read
     assert non_redistributable(["apache-2.0", "cc0-1.0", "unknown"]) == []
 
 
-def test_how_many_rows_there_are_is_told_without_reading_images(hub: RunningHub) -> None:
+def test_rows_are_counted_without_reading_images(hub: RunningHub) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 20)
     datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
     assert opened("flickr30k").count() == 20

@@ -125,7 +125,7 @@ def test_a_server_of_ones_own_is_not_even_asked(server: str) -> None:
         assert caught.value.reason == reason
 
 
-def test_a_path_is_never_opened_whatever_is_allowed() -> None:
+def test_a_local_path_is_not_opened_even_if_urls_are_allowed() -> None:
     with pytest.raises(ImageError) as caught:
         embedded_bytes({"bytes": None, "path": "/etc/hostname"}, allow_urls=True)
     assert caught.value.reason == "image_not_embedded"

@@ -85,7 +85,7 @@ def test_a_store_that_says_nothing_of_contents_is_asked_for_the_end_of_the_file(
     assert len(revisions) == 2
 
 
-def test_the_key_of_a_signed_address_is_told_nowhere(tmp_path: Path) -> None:
+def test_the_key_of_a_signed_url_is_not_published(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub:
         files = {"data/train.parquet": datasets.parquet([{"photo": datasets.cell(1)}], PLAIN)}
         hub.hub.storage.seed("dataset", "me/open", files)

@@ -48,7 +48,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=SCHEMA)
 
 
-def asked(question: str, *answers: str) -> list[dict[str, Any]]:
+def question_rows(question: str, *answers: str) -> list[dict[str, Any]]:
     return [{"clean_question": question, "clean_answer": answer, "answer_type": "other"} for answer in answers]
 
 
@@ -56,7 +56,7 @@ def captions(*texts: str) -> pa.Table:
     return table(*({"task": "caption", "clean_text": text} for text in texts))
 
 
-def kept(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any) -> list[dict[str, Any]]:
+def balance_rows(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any) -> list[dict[str, Any]]:
     marked = run_stage(STAGE, rows, shards=shards, seed=seed, balance=settings)
     kept_rows: list[dict[str, Any]] = [row for row in marked.to_pylist() if row["reason"] is None]
     return kept_rows
@@ -69,33 +69,37 @@ def largest(counts: list[int], share: float) -> int:
 
 @pytest.mark.parametrize(("yes", "no"), [(900, 100), (100, 900), (520, 480)])
 def test_of_yes_and_no_neither_is_much_more_than_half(yes: int, no: int) -> None:
-    rows = table(*asked("Is there a dog?", *["yes"] * yes, *["no"] * no))
-    share = sum(row["clean_answer"] == "yes" for row in kept(rows)) / len(kept(rows))
+    rows = table(*question_rows("Is there a dog?", *["yes"] * yes, *["no"] * no))
+    share = sum(row["clean_answer"] == "yes" for row in balance_rows(rows)) / len(balance_rows(rows))
     assert 0.45 <= share <= 0.55
 
 
 def test_no_answer_of_a_type_has_more_than_its_share_and_rare_ones_stay() -> None:
-    rows = table(*asked("What color is the car?", *["red"] * 500, *["blue"] * 60, *["green"] * 40, *["mauve"] * 3))
-    counts = Counter(row["clean_answer"] for row in kept(rows))
+    rows = table(*question_rows("What color is the car?", *["red"] * 500, *["blue"] * 60, *["green"] * 40, *["mauve"] * 3))
+    counts = Counter(row["clean_answer"] for row in balance_rows(rows))
     assert counts["red"] == largest([500, 60, 40, 3], 0.4) == 68
     assert counts["red"] <= 0.4 * counts.total()
     assert (counts["blue"], counts["green"], counts["mauve"]) == (60, 40, 3)
 
 
 def test_answers_count_as_equal_where_the_official_evaluation_takes_them_so() -> None:
-    rows = table(*asked("How many dogs are there?", *["two", "2", "2.", "Two"] * 100, *["3"] * 20, *["1"] * 20))
-    counts = Counter("3" if row["clean_answer"] == "3" else "2" for row in kept(rows) if row["clean_answer"] != "1")
+    rows = table(*question_rows("How many dogs are there?", *["two", "2", "2.", "Two"] * 100, *["3"] * 20, *["1"] * 20))
+    counts = Counter("3" if row["clean_answer"] == "3" else "2" for row in balance_rows(rows) if row["clean_answer"] != "1")
     assert counts["2"] == largest([400, 20, 20], 0.4)
 
 
 def test_a_type_with_one_answer_and_a_handful_of_questions_are_left_alone() -> None:
-    assert len(kept(table(*asked("Where is the dog?", *["outside"] * 80)))) == 80
-    assert len(kept(table(*asked("Is there a dog?", *["yes"] * 20, "no")))) == 21
+    assert len(balance_rows(table(*question_rows("Where is the dog?", *["outside"] * 80)))) == 80
+    assert len(balance_rows(table(*question_rows("Is there a dog?", *["yes"] * 20, "no")))) == 21
 
 
 def test_types_that_are_rare_are_balanced_together() -> None:
-    rows = [*asked("Is there a dog?", *["yes", "no"] * 30), *asked("Are there cats?", "no"), *asked("Does it rain?", "yes")]
-    assert [row["question_type"] for row in kept(table(*rows))] == ["is there"] * 60 + [RARE] * 2
+    rows = [
+        *question_rows("Is there a dog?", *["yes", "no"] * 30),
+        *question_rows("Are there cats?", "no"),
+        *question_rows("Does it rain?", "yes"),
+    ]
+    assert [row["question_type"] for row in balance_rows(table(*rows))] == ["is there"] * 60 + [RARE] * 2
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_a_pair_asks_the_same_of_two_similar_images_and_gets_two_answers() -> No
         }
         for n, (_, answer) in enumerate(descriptions)
     ]
-    pairs = [row for row in kept(table(*rows)) if row["pair_id"]]
+    pairs = [row for row in balance_rows(table(*rows)) if row["pair_id"]]
     assert {row["sample_id"] for row in pairs} == {"s0", "s1"}
     assert len({row["pair_id"] for row in pairs}) == 1
 
@@ -141,7 +145,7 @@ def test_in_a_world_of_scenes_every_pair_is_one() -> None:
         pair = ask_yes_no(scene, rng)
         if pair.answer == "yes" or rng.random() < 0.4:  # a teacher biased towards yes
             rows.append(ids | {"clean_question": pair.question, "clean_answer": pair.answer, "answer_type": "yes/no"})
-    kept_rows = kept(table(*rows))
+    kept_rows = balance_rows(table(*rows))
     questions = [row for row in kept_rows if row["clean_question"]]
     assert 0.45 <= sum(row["clean_answer"] == "yes" for row in questions) / len(questions) <= 0.55
     pairs: dict[str, list[dict[str, Any]]] = {}
@@ -157,7 +161,7 @@ def test_in_a_world_of_scenes_every_pair_is_one() -> None:
 
 def test_images_that_look_the_same_are_no_pair() -> None:
     rows = [{"image_group": "g", "clean_question": "Is it?", "clean_answer": answer} for answer in ("yes", "no")]
-    assert [row["pair_id"] for row in kept(table(*rows))] == [None, None]
+    assert [row["pair_id"] for row in balance_rows(table(*rows))] == [None, None]
 
 
 def test_wordnet_and_numbers_are_the_share_of_them_in_metaclips_metadata() -> None:
@@ -206,7 +210,7 @@ def test_the_tail_stays_whole_and_the_head_as_the_formula_says(zipf: pa.Table, e
     share = 0.2
     before = Counter(zipf["clean_text"].to_pylist())
     threshold = count_of_tail(list(before.values()), share)
-    after = Counter(row["clean_text"] for row in kept(zipf, tail_frac=share, entries=entries))
+    after = Counter(row["clean_text"] for row in balance_rows(zipf, tail_frac=share, entries=entries))
     assert all(after[word] == count for word, count in before.items() if count <= threshold)
     head = [word for word, count in before.items() if count > 2 * threshold]
     for word in head:
@@ -217,21 +221,23 @@ def test_the_tail_stays_whole_and_the_head_as_the_formula_says(zipf: pa.Table, e
 
 
 def test_a_larger_share_keeps_all_that_a_smaller_one_keeps(zipf: pa.Table, entries: Path) -> None:
-    few, many = ({row["annotation_id"] for row in kept(zipf, tail_frac=share, entries=entries)} for share in (0.1, 0.3))
+    few, many = ({row["annotation_id"] for row in balance_rows(zipf, tail_frac=share, entries=entries)} for share in (0.1, 0.3))
     assert few < many < set(zipf["annotation_id"].to_pylist())
 
 
 def test_the_order_of_rows_does_not_matter_and_the_seed_does(zipf: pa.Table, entries: Path) -> None:
     def ids(rows: pa.Table, seed: int = 0) -> set[str]:
-        return {row["annotation_id"] for row in kept(rows, seed, tail_frac=0.1, entries=entries)}
+        return {row["annotation_id"] for row in balance_rows(rows, seed, tail_frac=0.1, entries=entries)}
 
     shuffled = zipf.take(random.Random(3).sample(range(zipf.num_rows), zipf.num_rows))
     assert ids(zipf) == ids(shuffled) != ids(zipf, seed=1)
-    questions = table(*asked("Is there a dog?", *["yes"] * 400, *["no"] * 100))
+    questions = table(*question_rows("Is there a dog?", *["yes"] * 400, *["no"] * 100))
     backwards = questions.take(list(range(499, -1, -1)))
-    assert {row["annotation_id"] for row in kept(questions)} == {row["annotation_id"] for row in kept(backwards)}
-    assert kept(questions) == kept(questions, shards=7)
-    assert kept(zipf, tail_frac=0.1, entries=entries) == kept(zipf, shards=5, tail_frac=0.1, entries=entries)
+    assert {row["annotation_id"] for row in balance_rows(questions)} == {
+        row["annotation_id"] for row in balance_rows(backwards)
+    }
+    assert balance_rows(questions) == balance_rows(questions, shards=7)
+    assert balance_rows(zipf, tail_frac=0.1, entries=entries) == balance_rows(zipf, shards=5, tail_frac=0.1, entries=entries)
 
 
 def test_two_chances_are_the_union_of_both() -> None:
@@ -241,7 +247,7 @@ def test_two_chances_are_the_union_of_both() -> None:
 
 
 def test_captions_are_left_alone_unless_it_is_asked_for(zipf: pa.Table) -> None:
-    assert len(kept(zipf)) == zipf.num_rows
+    assert len(balance_rows(zipf)) == zipf.num_rows
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
@@ -260,11 +266,11 @@ def test_questions_of_a_pair_stay_rather_than_others_and_a_broken_pair_is_none()
         # Twenty questions answered yes have the wording of a question answered no.
         question = f"Is there a thing {n % 300}?" if n < 20 or n >= 300 else f"Is there a thing {n + 1000}?"
         questions.append({"clean_question": question, "clean_answer": answer, "answer_type": "yes/no"})
-    kept_rows = kept(table(*questions))
+    kept_rows = balance_rows(table(*questions))
     pairs = Counter(row["pair_id"] for row in kept_rows if row["pair_id"])
     assert set(pairs.values()) == {2} and len(pairs) == 20
     # More questions of one side are paired than may stay: a question that lost its partner is in no pair.
     rows = [{"clean_question": f"Is it {n // 2}?", "clean_answer": ("no", "yes")[n % 2]} for n in range(100)]
     rows += [{"clean_question": f"Is it {n}?", "clean_answer": "maybe"} for n in range(50)]
-    remaining = kept(table(*rows), max_yes_no_frac=0.5, min_questions_per_type=1)
+    remaining = balance_rows(table(*rows), max_yes_no_frac=0.5, min_questions_per_type=1)
     assert all(count == 2 for count in Counter(row["pair_id"] for row in remaining if row["pair_id"]).values())

@@ -12,7 +12,7 @@ import pytest
 from pipeline.stages.dedupe import STAGE
 from pipeline.tables import IMAGE_GROUPS
 from pipeline.text.content_keys import content_key
-from pipeline.text.spelling import merge_misspelled, says_the_same
+from pipeline.text.spelling import equal_but_for_spelling, merge_misspelled
 from tests.stage_runs import run_stage
 
 SCHEMA = pa.schema(
@@ -63,7 +63,7 @@ def test_images_that_look_the_same_count_as_one_image(monkeypatch: pytest.Monkey
     assert grouped(captions("A red ring.", "A red ring."), monkeypatch, None, None) == [None, "duplicate"]
 
 
-def test_a_rejected_image_takes_its_annotations_along_and_keeps_no_other_from_staying(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_image_rejects_its_annotations_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = captions("A red ring.", "A red ring.", "A blue ring.")
     reason = "near_duplicate_image"
     assert grouped(rows, monkeypatch, reason, None, reason) == [reason, None, reason]
@@ -74,7 +74,7 @@ def test_the_same_question_about_another_image_is_no_duplicate() -> None:
     assert set(reasons(table(*[question] * 50)).values()) == {None}
 
 
-def test_a_caption_and_a_question_never_meet() -> None:
+def test_a_caption_and_a_question_are_not_duplicates() -> None:
     rows = table({"sample_id": "s", "clean_text": "A ring"}, {"sample_id": "s", "task": "qa", "clean_question": "A ring?"})
     assert list(reasons(rows).values()) == [None, None]
 
@@ -200,7 +200,9 @@ def test_what_is_merged_is_what_comparing_all_with_all_would_merge() -> None:
     ]
     keys = sorted({content_key(" ".join(rng.choices(words, k=rng.randint(1, 5)))) for _ in range(1500)})
     corrections = merged(*keys)
-    variants_of = {key: {variant for variant in keys if variant != key and says_the_same(key, variant)} for key in keys}
+    variants_of = {
+        key: {variant for variant in keys if variant != key and equal_but_for_spelling(key, variant)} for key in keys
+    }
     for wrong, right in corrections.items():
         assert variants_of[wrong]  # only equivalent keys are merged
         assert right not in corrections

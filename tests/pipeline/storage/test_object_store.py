@@ -146,7 +146,7 @@ def test_of_two_that_wait_for_a_dead_one_one_goes_on(home: Path) -> None:
     assert sorted(results) == ["held", "refused"]
 
 
-def test_who_was_taken_for_dead_is_told_and_leaves_the_other_one_alone(home: Path) -> None:
+def test_a_holder_taken_for_dead_gets_an_error_and_leaves_the_new_lease_alone(home: Path) -> None:
     with lease(home / ".lock", 0.4) as check:
         check()
         (home / ".lock").write_text('["another", 0]')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.tasks.arithmetic import agrees, evaluate
+from pipeline.tasks.arithmetic import equals_rounded, evaluate
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_anything_else_has_no_value(expression: str) -> None:
     ],
 )
 def test_an_answer_agrees_up_to_its_own_precision(expression: str, answer: str, expected: bool) -> None:  # noqa: FBT001
-    assert agrees(expression, answer) == expected
+    assert equals_rounded(expression, answer) == expected

@@ -46,7 +46,7 @@ def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_style_is_told_in_words_of_its_own(style: str) -> None:
+def test_every_style_has_its_own_wording(style: str) -> None:
     assert len({render("caption", style=name).text.splitlines()[0] for name in STYLES}) == len(STYLES)
     assert render("caption", style=style).text.splitlines()[-1] == f"Task: caption, {style}"
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import STYLES, answer, caption
-from pipeline.text.claims import claims_of, plural
+from pipeline.text.claims import extract_claims, pluralize
 
 
 @pytest.mark.parametrize(
@@ -44,25 +44,26 @@ from pipeline.text.claims import claims_of, plural
     ],
 )
 def test_a_caption_is_taken_apart(text: str, claims: list[tuple[str, str]]) -> None:
-    assert [(claim.question, claim.expected) for claim in claims_of(text)] == claims
+    assert [(claim.question, claim.expected) for claim in extract_claims(text)] == claims
 
 
 def test_what_is_true_of_a_scene_is_all_that_its_caption_claims() -> None:
     for seed in range(300):
         scene = sample_scene(random.Random(seed))
         for style in STYLES:
-            for claim in claims_of(caption(scene, style)):
+            for claim in extract_claims(caption(scene, style)):
                 assert answer(scene, claim.question) in (claim.expected, None)
 
 
 def test_a_question_that_the_caption_answers_twice_is_not_asked() -> None:
-    questions = {claim.question for claim in claims_of("A small red ring and a small red star on a mint background.")}
+    questions = {claim.question for claim in extract_claims("A small red ring and a small red star on a mint background.")}
     assert "What shape is the small red object?" not in questions
     assert "What size is the red ring?" in questions
 
 
 @pytest.mark.parametrize(
-    ("one", "several"), [("dog", "dogs"), ("red bus", "red buses"), ("lady", "ladies"), ("key", "keys"), ("old man", "old men")]
+    ("singular", "several"),
+    [("dog", "dogs"), ("red bus", "red buses"), ("lady", "ladies"), ("key", "keys"), ("old man", "old men")],
 )
-def test_several_of_a_thing(one: str, several: str) -> None:
-    assert plural(one) == several
+def test_several_of_a_thing(singular: str, several: str) -> None:
+    assert pluralize(singular) == several

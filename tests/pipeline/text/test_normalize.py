@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.text.content_keys import content_key, content_keys
 from pipeline.text.normalize import strip_opening, text_key
-from pipeline.text.spelling import one_edit_apart, says_the_same
+from pipeline.text.spelling import equal_but_for_spelling, one_edit_apart
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_an_opening_that_tells_of_the_picture_is_taken_off(text: str, rest: str)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("text", "variant"),
     [
         ("A dog runs on the beach.", "a  dog runs, on the beach"),
         ("There are two dogs on a beach", "2 dogs on the beach"),
@@ -43,13 +43,13 @@ def test_an_opening_that_tells_of_the_picture_is_taken_off(text: str, rest: str)
         ("A trinagle on gray", "A triangle on gray"),
     ],
 )
-def test_texts_that_say_the_same_are_found(one: str, other: str) -> None:
-    assert says_the_same(content_key(one), content_key(other))
-    assert says_the_same(content_key(other), content_key(one))
+def test_texts_that_say_the_same_are_found(text: str, variant: str) -> None:
+    assert equal_but_for_spelling(content_key(text), content_key(variant))
+    assert equal_but_for_spelling(content_key(variant), content_key(text))
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("text", "variant"),
     [
         ("A large red circle and a small blue square", "A small red circle and a large blue square"),
         ("A red ring on gray", "A red king on gray"),
@@ -68,8 +68,8 @@ def test_texts_that_say_the_same_are_found(one: str, other: str) -> None:
         ("A sign that says zorb", "A sign that says zorp"),
     ],
 )
-def test_texts_that_differ_in_a_decisive_word_are_kept_apart(one: str, other: str) -> None:
-    assert not says_the_same(content_key(one), content_key(other))
+def test_texts_that_differ_in_a_decisive_word_are_kept_apart(text: str, variant: str) -> None:
+    assert not equal_but_for_spelling(content_key(text), content_key(variant))
 
 
 def test_a_text_without_content_is_its_own_key() -> None:

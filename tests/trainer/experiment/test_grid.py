@@ -63,7 +63,7 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"settings": {}}, "settings.steps must say"),
         ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is decided by the grid"),
@@ -82,9 +82,9 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
         ({"data": {"facts": {"text_source": "true"}}}, r"data\.facts\.text_source"),
     ],
 )
-def test_what_cannot_be_is_one_error_before_anything_runs(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_is_one_error_before_anything_runs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(TWO | changes))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_experiment(tmp_path / "e.yaml")
 
 

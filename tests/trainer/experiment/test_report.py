@@ -63,7 +63,7 @@ def test_the_tables_say_what_was_measured(runs: list[Run], tmp_path: Path) -> No
     assert len({len(re.split(r"(?<!\\)\|", line)) for line in table[:4]}) == 1  # a bar in a name starts no new cell
 
 
-def test_text_of_a_model_never_becomes_markup(runs: list[Run], tmp_path: Path) -> None:
+def test_text_of_a_model_is_escaped(runs: list[Run], tmp_path: Path) -> None:
     write_result(runs, tmp_path)
     page = (tmp_path / "experiment.html").read_text()
     assert "<script" not in page and html.escape(HOSTILE)[:30] in page

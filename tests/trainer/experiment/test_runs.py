@@ -18,7 +18,7 @@ from trainer.data import count_words, limit_captions, limit_images
 from trainer.experiment.grid import Experiment, cells_of
 from trainer.experiment.report import write_result
 from trainer.experiment.runs import Run, plan, run_cells
-from trainer.train import examples_of
+from trainer.train import read_examples
 
 SAMPLES = scene_samples(60)
 SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
@@ -49,7 +49,7 @@ def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) 
 
 
 def images_of(run: Run, split: str) -> list[str]:
-    return [example.sample_id for example in examples_of(run.version, split, run.config, run.only)]
+    return [example.sample_id for example in read_examples(run.version, split, run.config, run.only)]
 
 
 def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
@@ -63,18 +63,18 @@ def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], cl
 def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     runs = planned(versions, clip, tmp_path)
     assert len({run.train_images for run in runs}) == 1
-    words = [run.train_words for run in runs]
+    words = [run.train_tokenizer for run in runs]
     assert max(words) - min(words) < 30  # less than two captions: short captions are preferred
-    unmatched = {run.cell.data: run.train_words for run in planned(versions, clip, tmp_path, match_words=False)}
+    unmatched = {run.cell.data: run.train_tokenizer for run in planned(versions, clip, tmp_path, match_words=False)}
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
 def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
-        examples = limit_images(examples_of(run.version, "train", run.config, run.only), run.config.train_images)
+        examples = limit_images(read_examples(run.version, "train", run.config, run.only), run.config.train_images)
         learned = limit_captions(examples, run.config.caption_word_budget)
         assert len(learned) == run.train_images
-        assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_words
+        assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_tokenizer
         assert run.train_images == 10 or run.cell.train_images == 0
 
 
@@ -95,7 +95,7 @@ def test_without_references_nothing_can_be_compared(versions: dict[str, Version]
         planned({"all": versions["all"], "few": changed}, clip, tmp_path)
 
 
-def test_what_is_done_is_not_done_again_and_a_cell_that_fails_keeps_no_other_from_running(
+def test_finished_cells_are_skipped_and_a_failed_cell_does_not_stop_the_others(
     versions: dict[str, Version], clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = planned(versions, clip, tmp_path)[:2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
-from trainer.model.captioner import Captioner, Contrast, build_captioner
+from trainer.model.captioner import Captioner, ContrastiveHead, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
@@ -102,7 +102,7 @@ def test_a_token_is_learned_from_those_before_it_and_not_from_itself(build: Buil
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_what_the_next_token_is_told_with(build: Build, kind: str) -> None:
+def test_the_loss_is_the_negative_log_likelihood_of_the_next_tokens(build: Build, kind: str) -> None:
     """Catches labels that are shifted twice: scores each token from the tokens before it, one after another."""
     captioner, states, row = build(kind), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
     memory = captioner.connector(states)
@@ -204,7 +204,7 @@ def test_a_text_is_read_without_any_image_and_padding(build: Build, kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_contrast_reaches_connector_and_decoder_and_looks_at_captions_only(build: Build, kind: str) -> None:
+def test_the_contrastive_loss_trains_connector_and_decoder_on_captions_only(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     captions = replace(texts(ROWS, PROMPTS, IMAGES), caption_C=torch.tensor([True, False, True]))
     loss = captioner.contrast_loss(states, captions)
@@ -217,7 +217,7 @@ def test_the_contrast_reaches_connector_and_decoder_and_looks_at_captions_only(b
 
 
 def test_the_contrast_is_low_where_texts_lie_at_their_images() -> None:
-    contrast = Contrast(8, 8)
+    contrast = ContrastiveHead(8, 8)
     with torch.no_grad():
         for layer in (contrast.image, contrast.text):
             layer.weight.copy_(torch.eye(8))

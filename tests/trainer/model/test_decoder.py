@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder, rotate
+from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder, apply_rope
 
 WORDS, WIDTH = 23, 32
 
@@ -52,11 +52,11 @@ def test_the_keys_of_the_image_are_computed_once(decoder: ScratchDecoder) -> Non
     assert torch.isfinite(first[0]).all()
 
 
-def test_scores_of_rotated_vectors_depend_on_their_distance_alone() -> None:
+def test_scores_of_apply_roped_vectors_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def product(position_q: int, position_k: int) -> float:
-        return float((rotate(q, position_q) * rotate(k, position_k)).sum())
+        return float((apply_rope(q, position_q) * apply_rope(k, position_k)).sum())
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)

@@ -88,7 +88,7 @@ def test_no_path_of_this_machine_is_kept(clip: str) -> None:
     assert config.made_from["name"] == Path(clip).name
 
 
-def test_what_is_no_encoder_is_said(tmp_path: Path, clip: str) -> None:
+def test_a_folder_without_an_encoder_and_a_missing_layer_are_errors(tmp_path: Path, clip: str) -> None:
     with pytest.raises(TrainError, match="no encoder"):
         load_encoder(str(tmp_path))
     with pytest.raises(TrainError, match="has no layer 9") as refused:

@@ -46,7 +46,7 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
         (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
     ],
 )
-def test_what_does_not_fit_is_said_before_it_starts(
+def test_workers_that_do_not_fit_are_an_error_before_the_start(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, wanted: int | None, what: str
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})

@@ -20,7 +20,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
 from pipeline.storage.files import read_json, remove, write_json
-from pipeline.storage.object_store import copy_here, parse_dataset_path
+from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.stage_runs import plan_of
 
@@ -55,7 +55,7 @@ def stored(run: ShardedRun) -> int:
     """Return how many replies the largest journal of shard 2 in the store holds."""
     counts = [0]
     for path in run.shard(2).journal.parent.glob("*.sqlite"):
-        with copy_here(path) as copy:
+        with local_copy(path) as copy:
             counts.append(replies(copy))
     return max(counts)
 

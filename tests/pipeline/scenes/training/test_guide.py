@@ -9,8 +9,8 @@ import torch
 from pipeline.scenes.deck import END, Spot, sample_deck
 from pipeline.scenes.facts import BACKGROUNDS
 from pipeline.scenes.teacher import TEXT_WIDTH, train_tokenizer
-from pipeline.scenes.training.guide import GUIDED_HEADS, NOTHING, Asked, PageGuide, _looks, attention_loss
-from pipeline.scenes.training.pack import VISION_TOKENS, Packer, Task, collate
+from pipeline.scenes.training.guide import GUIDED_HEADS, IGNORE_INDEX, DeckExample, PageGuide, _looks, attention_loss
+from pipeline.scenes.training.pack import VISION_TOKENS, Packer, TrainingTask, collate
 from pipeline.scenes.training.train_teacher import tokenizer_corpus
 
 PAGES = 3
@@ -23,24 +23,24 @@ def guide() -> tuple[PageGuide, Packer]:
     return PageGuide(TEXT_WIDTH, tokenizer), Packer(tokenizer, tokenizer.get_vocab()["<|image_pad|>"])
 
 
-def asked_of(packer: Packer, line: str, spots: tuple[Spot, ...]) -> Asked:
+def pack_example(packer: Packer, line: str, spots: tuple[Spot, ...]) -> DeckExample:
     deck = sample_deck(random.Random(4))[:PAGES]
-    task = Task(line, '{"answer":"2"}', seldom_worded=True, looks=((11, 12, spots),))
-    return Asked(packer.pack(PAGES, random.Random(1), [task], 4.0), deck)
+    task = TrainingTask(line, '{"answer":"2"}', seldom_worded=True, decided_spans=((11, 12, spots),))
+    return DeckExample(packer.pack(PAGES, random.Random(1), [task], 4.0), deck)
 
 
 def test_words_that_name_a_ground_or_a_page_are_to_be_looked_up(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
     ground = sample_deck(random.Random(4))[1].background
-    example = asked_of(packer, f"Question: Which page is {ground}? What color is page 3?", ((2, END),))
+    example = pack_example(packer, f"Question: Which page is {ground}? What color is page 3?", ((2, END),))
     page_BS, ground_BS = heads._targets([example], len(example.packed.ids))
-    assert page_BS[page_BS != NOTHING].tolist() == [1]
-    assert ground_BS[ground_BS != NOTHING].tolist() == [BACKGROUNDS.index(example.deck[2].background)]
+    assert page_BS[page_BS != IGNORE_INDEX].tolist() == [1]
+    assert ground_BS[ground_BS != IGNORE_INDEX].tolist() == [BACKGROUNDS.index(example.deck[2].background)]
 
 
 def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
-    example = asked_of(packer, "Question: How many?", ((2, 4), (2, END)))
+    example = pack_example(packer, "Question: How many?", ((2, 4), (2, END)))
     ids, *_ = collate([example.packed])
     visual_BS = (ids == packer.image_token_id) | heads._ends([example], ids.shape[1])
     spots = visual_BS[0].nonzero()[:, 0].view(PAGES, VISION_TOKENS + 1)
@@ -54,7 +54,7 @@ def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tu
     assert min(losses[2, 5], losses[1, 4], losses[3, END]) > 5
 
 
-def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[PageGuide, Packer]) -> None:
+def test_a_target_is_set_where_one_page_or_one_spot_decides_a_word(guide: tuple[PageGuide, Packer]) -> None:
     _, packer = guide
     for spots, page, spot in (
         (((2, 4),), [1], [4]),
@@ -62,17 +62,17 @@ def test_where_to_look_is_told_where_one_page_or_one_spot_decides(guide: tuple[P
         (((2, END), (3, END)), [], [END]),
         (((2, 4), (3, 5)), [], []),
     ):
-        example = asked_of(packer, "Question: How many?", spots)
+        example = pack_example(packer, "Question: How many?", spots)
         page_BS, ground_BS, spot_BS = _looks([example], len(example.packed.ids))
         grounds = [BACKGROUNDS.index(example.deck[index].background) for index in page]
-        assert ground_BS[ground_BS != NOTHING].tolist() == grounds
-        assert (page_BS[page_BS != NOTHING].tolist(), spot_BS[spot_BS != NOTHING].tolist()) == (page, spot)
+        assert ground_BS[ground_BS != IGNORE_INDEX].tolist() == grounds
+        assert (page_BS[page_BS != IGNORE_INDEX].tolist(), spot_BS[spot_BS != IGNORE_INDEX].tolist()) == (page, spot)
 
 
 def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
     ground = sample_deck(random.Random(4))[0].background
-    example = asked_of(packer, f"Question: Which page is {ground}? What color is page 1?", ((1, END),))
+    example = pack_example(packer, f"Question: Which page is {ground}? What color is page 1?", ((1, END),))
     ids, *_ = collate([example.packed])
     for _ in range(20):  # a page is known by its number or its ground: each step trains only one of the two heads
         output = SimpleNamespace(hidden_states=[torch.randn(1, ids.shape[1], TEXT_WIDTH) for _ in range(5)], attentions=None)

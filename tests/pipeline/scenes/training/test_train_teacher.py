@@ -14,33 +14,33 @@ from pipeline.scenes.facts import BACKGROUNDS, PLACES, sample_scene
 from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.training import train_teacher
 from pipeline.scenes.training.guide import PageGuide
-from pipeline.scenes.training.pack import Packed, Packer, Task, collate
+from pipeline.scenes.training.pack import Packed, Packer, TrainingTask, collate
 from pipeline.scenes.training.train_teacher import (
     ANSWERS,
     DECKS,
     TEXT,
     VISION,
-    Student,
+    TeacherTraining,
     VisionHeads,
     deck_tasks,
     scene_tasks,
     tokenizer_corpus,
     train,
 )
-from pipeline.scenes.training.wording import vary
+from pipeline.scenes.training.wording import sample_wording
 from pipeline.tasks.prompts import Prompt
 
 
 @pytest.fixture(scope="module")
-def student() -> Student:
+def student() -> TeacherTraining:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(tokenizer_corpus(200))
     model = build_model(tokenizer).eval()
     packer, guide = Packer(tokenizer, model.config.image_token_id), PageGuide(TEXT_WIDTH, tokenizer)
-    return Student(model, build_processor(tokenizer), packer, VisionHeads(TEXT_WIDTH), guide)
+    return TeacherTraining(model, build_processor(tokenizer), packer, VisionHeads(TEXT_WIDTH), guide)
 
 
-def rebuilt(student: Student, packed: Packed, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def rebuilt(student: TeacherTraining, packed: Packed, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ids [S] of a packed sequence and the last hidden states [S, D] of the model."""
     ids, positions, mask, _, _ = collate([packed])
     embeds = student.model.get_input_embeddings()(ids)
@@ -52,7 +52,7 @@ def rebuilt(student: Student, packed: Packed, pixels: list[np.ndarray]) -> tuple
 
 
 @pytest.mark.parametrize("pages", [1, PAGES])
-def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Student, pages: int) -> None:
+def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: TeacherTraining, pages: int) -> None:
     rng = random.Random(1)
     deck = sample_deck(rng)[:pages]
     images = [draw(scene, rng) for scene in deck]
@@ -70,9 +70,9 @@ def test_a_task_in_a_packed_sequence_sees_what_it_would_see_alone(student: Stude
         torch.testing.assert_close(student.model.lm_head(hidden[mask]), student.model(**alone).logits[0], atol=1e-4, rtol=1e-3)
 
 
-def test_a_packed_deck_is_written_as_the_chat_template_writes_it(student: Student) -> None:
+def test_a_packed_deck_is_written_as_the_chat_template_writes_it(student: TeacherTraining) -> None:
     deck = sample_deck(random.Random(3))
-    packed = student.packer.pack(PAGES, random.Random(3), [Task("Task: deck_qa", "{}")], 1.0)
+    packed = student.packer.pack(PAGES, random.Random(3), [TrainingTask("Task: deck_qa", "{}")], 1.0)
     text = str(student.packer.tokenizer.decode(packed.ids)).replace("<|image_pad|>" * 9, "<|image_pad|>")
     system = text.partition("<|im_start|>system\n")[2].partition("<|im_end|>")[0]
     words = text.rpartition("<|vision_end|>")[2].partition("<|im_end|>")[0]
@@ -81,7 +81,7 @@ def test_a_packed_deck_is_written_as_the_chat_template_writes_it(student: Studen
     assert text == f"{written}{{}}<|im_end|>"
 
 
-def test_only_replies_are_learned_and_answers_weigh_more(student: Student) -> None:
+def test_only_replies_are_learned_and_answers_weigh_more(student: TeacherTraining) -> None:
     rng = random.Random(2)
     tasks = list(scene_tasks(sample_scene(rng), rng, ANSWERS))
     packed = student.packer.pack(1, rng, tasks, ANSWERS.answer_weight)
@@ -95,7 +95,7 @@ def test_only_replies_are_learned_and_answers_weigh_more(student: Student) -> No
 
 
 def test_the_words_around_a_task_vary_and_may_be_missing() -> None:
-    wordings = [vary(random.Random(seed)) for seed in range(300)]
+    wordings = [sample_wording(random.Random(seed)) for seed in range(300)]
     assert len({system for system, _ in wordings}) > 150
     assert any(not system and not words for system, words in wordings)
     assert not any("Task:" in text for pair in wordings for text in pair)
@@ -129,8 +129,8 @@ def test_each_word_that_is_seen_somewhere_says_where() -> None:
         rng = random.Random(seed)
         deck = sample_deck(rng)
         for task in deck_tasks(deck, rng, DECKS):
-            assert task.looks == tuple(sorted(task.looks))
-            for start, stop, spots in task.looks:
+            assert task.decided_spans == tuple(sorted(task.decided_spans))
+            for start, stop, spots in task.decided_spans:
                 word, pages = task.reply[start:stop], {deck[page - 1] for page, _ in spots}
                 if word in BACKGROUNDS:
                     grounds = {scene.background for scene in pages}
@@ -145,10 +145,12 @@ def test_each_word_that_is_seen_somewhere_says_where() -> None:
                     assert word in (thing.color, thing.shape, thing.size)
 
 
-def test_where_a_token_is_decided_is_noted_at_the_token_before_it(student: Student) -> None:
-    task = Task("Question: Which page is it?", '{"answer":"3"}', seldom_worded=True, looks=((11, 12, ((3, 9),)),))
+def test_where_a_token_is_decided_is_noted_at_the_token_before_it(student: TeacherTraining) -> None:
+    task = TrainingTask(
+        "Question: Which page is it?", '{"answer":"3"}', seldom_worded=True, decided_spans=((11, 12, ((3, 9),)),)
+    )
     packed = student.packer.pack(PAGES, random.Random(5), [task], 10.0)
-    (position,) = [n for n, spots in enumerate(packed.looks) if spots]
+    (position,) = [n for n, spots in enumerate(packed.decided_spans) if spots]
     assert student.packer.tokenizer.decode([packed.labels[position]]) == "3"
-    assert packed.looks[position] == ((3, 9),) and packed.weights[position] == 10.0
-    assert len(packed.looks) == len(packed.ids)
+    assert packed.decided_spans[position] == ((3, 9),) and packed.weights[position] == 10.0
+    assert len(packed.decided_spans) == len(packed.ids)

@@ -1,7 +1,7 @@
-"""Deal rows of a source out to shards: each reader writes one file, with a batch of rows for every shard.
+"""File-based shuffle of source rows to shards: each reader writes one file, with batches of rows for every shard.
 
-Files appear whole or not at all, and the same input gives the same file: a reader that died is replaced by one that writes its
-file again.
+Files appear whole or not at all, and the same input gives the same file: the replacement of a dead reader writes the file
+again.
 """
 
 import zlib
@@ -20,7 +20,7 @@ from pipeline.storage.files import atomic_write
 from pipeline.storage.object_store import is_remote, open_object
 
 Indices = npt.NDArray[np.int64]
-AHEAD_BYTES = 1 << 16  # read of an object from where a batch begins
+AHEAD_BYTES = 1 << 16  # read ahead from the start of a batch in an object
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Deal:
     shards: int
 
     def write(self, reader: int, tables: Iterable[pa.Table], shard_of: Callable[[pa.Table], Indices]) -> None:
-        """Write the rows of a reader, each for its shard, in the order in which they come; memory holds one table."""
+        """Write the rows of a reader, a batch for each shard from every table, in order; memory holds one table."""
         with atomic_write(self.file(reader)) as path, path.open("wb") as sink:
             writer = None
             for table in tables:
@@ -41,8 +41,8 @@ class Deal:
                 order = np.argsort(shard, kind="stable")
                 bounds = np.searchsorted(shard[order], np.arange(self.shards + 1)).tolist()
                 ordered = table.take(pa.array(order)).combine_chunks()
-                for first, end in pairwise(bounds):
-                    batches = ordered.slice(first, end - first).to_batches()
+                for start, end in pairwise(bounds):
+                    batches = ordered.slice(start, end - start).to_batches()
                     writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema))
             if writer:
                 writer.close()
@@ -56,11 +56,11 @@ class Deal:
                     yield file.get_batch(number)
 
     def file(self, reader: int) -> Path:
-        """Return where the rows of a reader lie; the file is there once all of them are."""
+        """Return the file of a reader's rows, which exists once all of them are written."""
         return self.path / f"{reader:05d}.arrow"
 
     def by_hash(self, names: Iterable[str]) -> Indices:
-        """Return the shard of each of some names."""
+        """Return the shard index of each name, by its CRC-32."""
         return np.array([zlib.crc32(name.encode()) for name in names], np.int64) % self.shards
 
 

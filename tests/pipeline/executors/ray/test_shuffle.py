@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-
 from pipeline.executors.ray.deal import Deal, Indices
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
@@ -47,7 +46,7 @@ def test_a_shard_without_rows_gets_a_table_without_rows(tmp_path: Path) -> None:
     assert dealt(deal, 2, 1)["value"].to_pylist() == [1]
 
 
-def test_a_file_that_is_written_again_is_the_same_and_one_that_was_cut_short_is_not_there(tmp_path: Path) -> None:
+def test_writing_a_file_again_changes_nothing_and_an_interrupted_write_leaves_none(tmp_path: Path) -> None:
     deal = Deal(tmp_path, 3)
     deal.write(0, [rows(1, 2)], by_key(deal))
     before = deal.file(0).stat().st_ino
