@@ -46,7 +46,7 @@ class LineProgress:
         self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """Tell that something happened; what is `transient` will be told again soon."""
+        """Show a message; a `transient` one is repeated soon."""
         if transient and time.monotonic() - self.last < LINE_SECONDS:
             return
         self.last = time.monotonic()
@@ -151,7 +151,7 @@ class Progress(Protocol):
         ...
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """Tell that something happened; what is `transient` will be told again soon."""
+        """Show a message; a `transient` one is repeated soon."""
         ...
 
 
@@ -159,7 +159,7 @@ class NullProgress:
     """A Progress that shows nothing."""
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """See Talk."""
+        """See Progress."""
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """See Talk."""
+        """See Progress."""

@@ -15,7 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import asked_tasks
 from pipeline.digests import digest, file_digest, weights_revision
 from pipeline.errors import ClusterError
-from pipeline.executors.ray.deal import Deal, Indices
+from pipeline.executors.ray.shuffle import Indices, Shuffle
 from pipeline.logs import keep_log_in
 from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_json, translate_disk_errors, write_json
@@ -97,9 +97,9 @@ class ShardedRun:
         """The folder of the shuffle's files."""
         return self.root / "exchange" / self.inputs[:16]
 
-    def deal(self, name: str) -> Deal:
+    def shuffle(self, name: str) -> Shuffle:
         """Return the files that carry rows from all readers to all shards."""
-        return Deal(self.exchange / name, self.shard_count)
+        return Shuffle(self.exchange / name, self.shard_count)
 
     @property
     def attempts(self) -> Path:

@@ -24,7 +24,7 @@ AHEAD_BYTES = 1 << 16  # read ahead from the start of a batch in an object
 
 
 @dataclass(frozen=True, slots=True)
-class Deal:
+class Shuffle:
     """Files of rows in one folder that all workers see, or in an object store."""
 
     path: Path

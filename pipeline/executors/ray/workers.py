@@ -52,7 +52,7 @@ class FillResult:
 
 def read_slice(run: ShardedRun, index: int) -> None:
     """Read a slice of the source and shuffle its samples to their shards; unreadable rows go to a shard by hash."""
-    samples, unread = run.deal("samples"), run.deal("unread")
+    samples, unread = run.shuffle("samples"), run.shuffle("unread")
     if not (samples.file(index).exists() and unread.file(index).exists()):
         rejected: list[dict[str, Any]] = []
         samples.write(index, _read(run, index, rejected), lambda rows: run.shard_of(rows["sample_id"].to_pylist()))
@@ -169,10 +169,10 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
         """Yield the source rows of a shard."""
         run = self.run
-        for batch in run.deal("samples").read(index, run.readers):
+        for batch in run.shuffle("samples").read(index, run.readers):
             for row in batch.to_pylist():
                 yield Sample(id=row.pop("sample_id"), **row)
-        for batch in run.deal("unread").read(index, run.readers):
+        for batch in run.shuffle("unread").read(index, run.readers):
             yield from (Rejected(**row) for row in batch.to_pylist())
 
     @cached_property

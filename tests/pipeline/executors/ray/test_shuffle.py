@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from pipeline.executors.ray.deal import Deal, Indices
+
+from pipeline.executors.ray.shuffle import Indices, Shuffle
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
 
@@ -15,20 +16,20 @@ def rows(*numbers: int) -> pa.Table:
     return pa.table({"key": [f"k{n % 7}" for n in numbers], "value": numbers}, schema=SCHEMA)
 
 
-def by_key(deal: Deal) -> Callable[[pa.Table], Indices]:
-    return lambda table: deal.by_hash(table["key"].to_pylist())
+def by_key(shuffle: Shuffle) -> Callable[[pa.Table], Indices]:
+    return lambda table: shuffle.by_hash(table["key"].to_pylist())
 
 
-def dealt(deal: Deal, shard: int, readers: int) -> pa.Table:
-    return pa.Table.from_batches(list(deal.read(shard, readers)))
+def read_shard(shuffle: Shuffle, shard: int, readers: int) -> pa.Table:
+    return pa.Table.from_batches(list(shuffle.read(shard, readers)))
 
 
 def test_each_row_arrives_once_and_equal_keys_at_one_shard(tmp_path: Path) -> None:
-    deal = Deal(tmp_path, 4)
+    shuffle = Shuffle(tmp_path, 4)
     for reader in range(3):
         tables = [rows(*range(100 * reader, 100 * reader + 50)), rows(), rows(*range(100 * reader + 50, 100 * reader + 60))]
-        deal.write(reader, tables, by_key(deal))
-    shard_tables = [dealt(deal, shard, 3) for shard in range(4)]
+        shuffle.write(reader, tables, by_key(shuffle))
+    shard_tables = [read_shard(shuffle, shard, 3) for shard in range(4)]
     assert sorted(n for table in shard_tables for n in table["value"].to_pylist()) == [
         s + n for s in (0, 100, 200) for n in range(60)
     ]
@@ -39,23 +40,23 @@ def test_each_row_arrives_once_and_equal_keys_at_one_shard(tmp_path: Path) -> No
 
 
 def test_a_shard_without_rows_gets_a_table_without_rows(tmp_path: Path) -> None:
-    deal = Deal(tmp_path, 3)
-    deal.write(0, [rows(1)], lambda table: np.array([2]))
-    assert dealt(deal, 0, 1).num_rows == 0
-    assert dealt(deal, 0, 1).schema.equals(SCHEMA)
-    assert dealt(deal, 2, 1)["value"].to_pylist() == [1]
+    shuffle = Shuffle(tmp_path, 3)
+    shuffle.write(0, [rows(1)], lambda table: np.array([2]))
+    assert read_shard(shuffle, 0, 1).num_rows == 0
+    assert read_shard(shuffle, 0, 1).schema.equals(SCHEMA)
+    assert read_shard(shuffle, 2, 1)["value"].to_pylist() == [1]
 
 
 def test_writing_a_file_again_changes_nothing_and_an_interrupted_write_leaves_none(tmp_path: Path) -> None:
-    deal = Deal(tmp_path, 3)
-    deal.write(0, [rows(1, 2)], by_key(deal))
-    before = deal.file(0).stat().st_ino
-    deal.write(0, [rows(1, 2)], by_key(deal))
-    assert deal.file(0).stat().st_ino == before
+    shuffle = Shuffle(tmp_path, 3)
+    shuffle.write(0, [rows(1, 2)], by_key(shuffle))
+    before = shuffle.file(0).stat().st_ino
+    shuffle.write(0, [rows(1, 2)], by_key(shuffle))
+    assert shuffle.file(0).stat().st_ino == before
 
     def cut_short(table: pa.Table) -> Indices:
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        deal.write(1, [rows(1)], cut_short)
+        shuffle.write(1, [rows(1)], cut_short)
     assert [path.name for path in tmp_path.iterdir()] == ["00000.arrow"]
