@@ -7,6 +7,8 @@ from typing import Any
 
 from pipeline.tables import final_value
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 def digest(value: Any) -> str:
     """Return the sha256 of a JSON value in its canonical encoding: sorted keys, no white space."""
@@ -15,7 +17,7 @@ def digest(value: Any) -> str:
 
 def canonical(value: Any) -> bytes:
     """Return the canonical JSON encoding of a value, from which digests are computed."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def annotation_digest(annotation: dict[str, Any]) -> str:

@@ -33,11 +33,14 @@ class CaptionScore:
     def add(self, text: str, scene: Scene, style: str) -> None:
         """Count one caption; a brief one states no places."""
         with_place = style != "brief"
-        named = Counter((p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text))
-        actual = Counter((t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects)
-        self.num_phrases += named.total()
-        self.num_objects += actual.total()
-        self.matched += (named & actual).total()
+        named = [(p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text)]
+        remaining = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]
+        self.num_phrases += len(named)
+        self.num_objects += len(remaining)
+        for phrase in named:
+            if phrase in remaining:
+                remaining.remove(phrase)
+                self.matched += 1
         self.captions += 1
         self.backgrounds_right += background(text) == scene.background
 

@@ -5,7 +5,8 @@ Everything written here can be parsed, so that a caption or an answer by any mod
 
 import random
 import re
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, Thing
 from pipeline.tasks.qa import QAPair
@@ -37,8 +38,7 @@ _PHRASE = re.compile(rf"\b(?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAP
 _BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)}) background\b")
 
 
-@dataclass(frozen=True, slots=True)
-class Phrase:
+class Phrase(NamedTuple):
     """One object in a caption; `place` is empty if the caption states none."""
 
     size: str
@@ -49,7 +49,7 @@ class Phrase:
 
 def phrases(text: str) -> list[Phrase]:
     """Return every object that a caption names, in its order, repetitions included."""
-    return [Phrase(m["size"], m["color"], m["shape"], m["place"] or "") for m in _PHRASE.finditer(text.lower())]
+    return [Phrase(*match.groups("")) for match in _PHRASE.finditer(text.lower())]
 
 
 def background(text: str) -> str | None:
@@ -73,16 +73,22 @@ def answer(scene: Scene, question: str) -> str | None:
     text = question.lower()
     if text == "what color is the background?":
         return scene.background
+    kind, attributes = _parse_question(text)
+    return _answer(scene, kind, attributes) if kind else None
+
+
+@lru_cache(4096)
+def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the kind of a question and the attributes of the objects that it is about; an empty kind for other questions."""
     for kind, pattern in _QUESTIONS.items():
         match = pattern.fullmatch(text)
         if match:
-            attributes = {name: value for name, value in match.groupdict().items() if value}
-            return _answer(scene, kind, attributes)
-    return None
+            return kind, tuple((name, value) for name, value in match.groupdict().items() if value not in (None, "object"))
+    return "", ()
 
 
-def _answer(scene: Scene, kind: str, attributes: dict[str, str]) -> str | None:
-    matching = [thing for thing in scene.objects if _matches(thing, attributes)]
+def _answer(scene: Scene, kind: str, attributes: tuple[tuple[str, str], ...]) -> str | None:
+    matching = [thing for thing in scene.objects if all(getattr(thing, name) == value for name, value in attributes)]
     if kind == "exists":
         return "yes" if matching else "no"
     if kind == "count":
@@ -90,10 +96,6 @@ def _answer(scene: Scene, kind: str, attributes: dict[str, str]) -> str | None:
     if len(matching) != 1:
         return None  # the question fits no object, or several
     return matching[0].place if kind == "where" else str(getattr(matching[0], kind))
-
-
-def _matches(thing: Thing, attributes: dict[str, str]) -> bool:
-    return all(value in ("object", getattr(thing, name)) for name, value in attributes.items())
 
 
 def _describe(attributes: dict[str, str], *, plural: bool = False) -> str:

@@ -35,7 +35,8 @@ from pipeline.text.wordnet import names
 
 RARE = "(rare)"  # the type of all questions whose own type is too rare to be balanced by itself
 NEIGHBOURS = 24  # images among which a partner is looked for, as VQAv2's annotators were shown
-PAIRED_QUESTIONS = 4096  # whose images are compared at once
+MATCHED_QUESTIONS = 65_536  # matched at once, or those of one key where they are more
+BLOCK_ROWS = 1024  # whose words are compared at once
 QUESTIONS = pa.schema(
     [
         pa.field("row", pa.int64()),
@@ -51,7 +52,7 @@ CAPTIONS = pa.schema(
 FINDINGS = pa.schema([pa.field("row", pa.int64()), *BALANCED, pa.field("reason", pa.string())])
 _SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"} | {"\t": " ", "\n": " ", "\r": " "})
 
-Indices = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.signedinteger[Any]]
 
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
@@ -127,84 +128,85 @@ def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
 
 
 def _match_all(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    for group in _groups(read(db.sql("FROM ordered ORDER BY key, words, annotation_id")), "key"):
-        a, b = match_questions(group)
-        row = group["row"].to_numpy()
+    tables = read(db.sql("FROM ordered ORDER BY key, words, annotation_id"))
+    for groups in _whole_groups(tables, "key", MATCHED_QUESTIONS):
+        a, b = match_questions(groups)
+        row = groups["row"].to_numpy()
         yield pa.table({"row": np.r_[row[a], row[b]], "partner": np.r_[row[b], row[a]]}, schema=PAIRS)
 
 
-def match_questions(group: pa.Table) -> tuple[Indices, Indices]:
-    """Return the pairs among the rows of one question: two arrays of positions.
+def match_questions(groups: pa.Table) -> tuple[Indices, Indices]:
+    """Return the pairs among rows that ask the same: two arrays of row indices.
 
-    Pairs are taken greedily, in the order of similarity, then of ids. All pairs that are the best one for both of their
-    questions are taken at once, then those that are the best of what is left: the result is the same.
+    Pairs are chosen greedily, by similarity, then by ids. All pairs that are the best of both their rows are chosen at once,
+    then the best of the rest: the result is that of choosing one after the other.
 
     Args:
-        group: `annotation_id`, `image`, `answer` and `words`, ordered by words and id.
+        groups: `key`, `annotation_id`, `image`, `answer`, `words`, ordered by key, words and id; rows of one key are a group.
     """
-    a, b, overlap = _neighbours(group)
-    rank = pc.rank(group["annotation_id"].combine_chunks(), tiebreaker="first").to_numpy()
-    order = np.lexsort((rank[b], rank[a], -overlap))
+    a, b, overlap = _neighbours(groups)
+    rank = pc.rank(groups["annotation_id"].combine_chunks(), tiebreaker="first").to_numpy()
+    ids = rank[a].astype(np.int64) << 32 | rank[b].astype(np.int64)
+    order = np.lexsort((ids, -overlap))
     a, b = a[order], b[order]
-    taken_a, taken_b = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    pairs_a, pairs_b = [a[:0]], [b[:0]]
     while len(a):
-        best = np.full(group.num_rows, len(a))
-        for side in (a, b):  # the first pair in which each question stands
-            first = np.full(group.num_rows, len(a))
+        best = np.full(groups.num_rows, len(a))
+        for side in (a, b):  # the first pair in which each row stands
+            first = np.full(groups.num_rows, len(a))
             first[side[::-1]] = np.arange(len(side))[::-1]
             best = np.minimum(best, first)
         is_best = (best[a] == np.arange(len(a))) & (best[b] == np.arange(len(a)))
-        taken_a.append(a[is_best])
-        taken_b.append(b[is_best])
-        is_free = np.ones(group.num_rows, bool)
+        pairs_a.append(a[is_best])
+        pairs_b.append(b[is_best])
+        is_free = np.ones(groups.num_rows, bool)
         is_free[np.r_[a[is_best], b[is_best]]] = False
-        still = is_free[a] & is_free[b]
-        a, b = a[still], b[still]
-    return np.concatenate(taken_a), np.concatenate(taken_b)
+        remain = is_free[a] & is_free[b]
+        a, b = a[remain], b[remain]
+    return np.concatenate(pairs_a), np.concatenate(pairs_b)
 
 
-def _neighbours(group: pa.Table) -> tuple[Indices, Indices, npt.NDArray[np.float64]]:
+def _neighbours(groups: pa.Table) -> tuple[Indices, Indices, npt.NDArray[np.float64]]:
     """Return the pairs of rows that may be matched, and the overlap (Jaccard index) of their words.
 
-    Rows are compared in blocks: a table [rows of the block, their words] says which row has which word, so that the words of a
-    row are looked up in the row of its neighbour.
+    Rows are compared in blocks: their words are bits of 64-bit numbers, [rows of the block, numbers].
     """
-    image, answer = (group[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("image", "answer"))
-    lists = group["words"].combine_chunks()
+    codes = (groups[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("key", "image", "answer"))
+    key, image, answer = codes
+    lists = groups["words"].combine_chunks()
     offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
     words = lists.flatten().dictionary_encode().indices.to_numpy()
     count = np.diff(offsets)
-    found: list[tuple[Indices, Indices, npt.NDArray[np.float64]]] = []
-    for first in range(0, group.num_rows, PAIRED_QUESTIONS):
-        end = min(first + PAIRED_QUESTIONS, group.num_rows)
-        behind = min(end + NEIGHBOURS, group.num_rows)
-        inside, local = np.unique(words[offsets[first] : offsets[behind]], return_inverse=True)
-        has_word = np.zeros((behind - first, len(inside)), bool)
-        owner = np.repeat(np.arange(behind - first), count[first:behind])
-        has_word[owner, local] = True
+    pairs: list[tuple[Indices, Indices, npt.NDArray[np.float64]]] = []
+    for first in range(0, groups.num_rows, BLOCK_ROWS):
+        end = min(first + BLOCK_ROWS, groups.num_rows)
+        behind = min(end + NEIGHBOURS, groups.num_rows)
+        distinct, column = np.unique(words[offsets[first] : offsets[behind]], return_inverse=True)
+        has_word = np.zeros((behind - first, -(-max(1, len(distinct)) // 64) * 64), bool)
+        has_word[np.repeat(np.arange(behind - first), count[first:behind]), column] = True
+        bits = np.packbits(has_word, axis=1).view(np.uint64)
         for step in range(1, NEIGHBOURS + 1):
-            a = np.arange(first, min(end, group.num_rows - step))
-            may_pair = (answer[a] != answer[a + step]) & (image[a] != image[a + step])
-            of_block = owner < len(a)
-            shared = np.bincount(
-                owner[of_block], has_word[owner[of_block] + step, local[of_block]], minlength=len(a)
-            )  # of each row with its neighbour
-            both = count[a] + count[a + step] - shared
-            found.append((a[may_pair], a[may_pair] + step, (shared / np.maximum(1, both))[may_pair]))
-    return tuple(np.concatenate(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+            a = np.arange(first, min(end, groups.num_rows - step), dtype=np.int32)
+            b = a + step
+            may_pair = (key[a] == key[b]) & (answer[a] != answer[b]) & (image[a] != image[b])
+            a, b = a[may_pair], b[may_pair]
+            shared = np.bitwise_count(bits[a - first] & bits[b - first]).sum(axis=1, dtype=np.int64)
+            pairs.append((a, b, shared / np.maximum(1, count[a] + count[b] - shared)))
+    return tuple(np.concatenate(part) for part in zip(*pairs, strict=True))  # type: ignore[return-value]
 
 
-def _groups(tables: Iterable[pa.Table], column: str) -> Iterator[pa.Table]:
-    """Cut tables that are ordered by a column into one table for each of its values."""
+def _whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
+    """Regroup tables that are ordered by a column: no value is in two of them, and all but the last have `min_rows` rows."""
     waiting: list[pa.Table] = []
     for table in tables:
-        ends = pc.run_end_encode(table[column].combine_chunks()).run_ends.to_pylist()
-        for first, end in zip([0, *ends], ends, strict=False):
-            part = table.slice(first, end - first)
-            if waiting and waiting[0][column][0] != part[column][0]:
+        ends = pc.run_end_encode(table[column].combine_chunks()).run_ends
+        last = ends[-2].as_py() if len(ends) > 1 else 0  # where the last group of the table begins
+        if last or not waiting or waiting[-1][column][-1] != table[column][0]:
+            waiting.append(table.slice(0, last))
+            if sum(part.num_rows for part in waiting) >= min_rows:
                 yield pa.concat_tables(waiting)
                 waiting = []
-            waiting.append(part)
+        waiting.append(table.slice(last))
     if waiting:
         yield pa.concat_tables(waiting)
 

@@ -9,6 +9,7 @@ judge     sees one batch of rows, as an Arrow table; adds columns and `reason`: 
 A shard is a dataset folder that holds some of the samples with all of their annotations. A run in one process has one.
 """
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ from pipeline.tables import current_names, require_columns
 from pipeline.types import Engine
 
 BATCH_ROWS = 16_384  # judged at once
+COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs
 NO_COLUMNS = pa.schema([])
 ROW = pa.field("row", pa.int64())  # the position of an annotation among those of all shards
 
@@ -158,8 +160,20 @@ def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> 
             yield _checked(stage, table, stage.judge(joined, plan))
             first = end
 
-    write_stage_output(shard, stage.name, judged())
+    with collect_less_often():
+        write_stage_output(shard, stage.name, judged())
     compared.unlink(missing_ok=True)
+
+
+@contextmanager
+def collect_less_often() -> Iterator[None]:
+    """Run Python's garbage collector less often: values of rows form no cycles, and it walks over all of them each time."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECTED_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> None:

@@ -17,7 +17,7 @@ from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
-from pipeline.stages.base import AllRows, RunPlan, summarize_stage
+from pipeline.stages.base import AllRows, RunPlan, collect_less_often, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
 from pipeline.tables import LEDGER, SPLITS
@@ -52,8 +52,9 @@ def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dic
     """
     rows, writer = Rows(), RowWriter(path)
     annotations = read_batches(shard.stage("review"))
-    for table in build_rows(annotations, read_samples(shard), source["name"], rows, decks=bool(source.get("decks"))):
-        writer.add(table)
+    with collect_less_often():
+        for table in build_rows(annotations, read_samples(shard), source["name"], rows, decks=bool(source.get("decks"))):
+            writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
     write_table(shard.stage(NAME, "rejected"), [rejected], REJECTED)
