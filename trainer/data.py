@@ -90,7 +90,9 @@ def read_examples(
     if not source_in_prompt:
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     if not any(text.style for example in examples for text in example.texts):
-        raise TrainError(f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or take other --texts")
+        raise TrainError(
+            f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or choose --text-source"
+        )
     return [example for example in examples if example.texts]
 
 

@@ -9,14 +9,20 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import datasets, generate, training
-from pipeline.cli.options import VLLM_FLAGS
+from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.errors import SynthError
 from pipeline.logs import show_log
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda name: OLD_OPTIONS.get(name, name)},
+)
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
 app.add_typer(review, name="review")
 app.command(context_settings=VLLM_FLAGS)(generate.generate)

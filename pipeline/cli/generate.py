@@ -18,9 +18,7 @@ def generate(
     split: Annotated[str | None, typer.Option(help="Which split of the source to read, where it has some.")] = None,
     columns: Annotated[
         str | None,
-        typer.Option(
-            "--columns", "--map", help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."
-        ),
+        typer.Option(help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."),
     ] = None,
     allow_urls: Annotated[
         bool | None, typer.Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.")
@@ -31,8 +29,6 @@ def generate(
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            "--exclude",
-            "--never",
             metavar="SOURCE[#SPLIT]",
             help="Leave out the images of another source, such as flickr30k#test; may be given several times.",
         ),

@@ -18,6 +18,14 @@ DataDir = Annotated[
     ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(parser=parse_local_path, metavar="PATH", help="Checkpoint folder.")]
+# Earlier names of options, which go on working.
+OLD_OPTIONS = {
+    "map": "columns",
+    "never": "exclude",
+    "layer": "encoder-layer",
+    "texts": "text-source",
+    "beams": "num-beams",
+}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
 DataName = Annotated[
     str | None, typer.Option(help="Dataset folder, version, or ORG/NAME@VERSION on the Hub.", show_default="the last one made")

@@ -21,15 +21,11 @@ def train(
     encoder: Annotated[
         str, typer.Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
     ] = "auto",
-    encoder_layer: Annotated[
-        int | None, typer.Option("--encoder-layer", "--layer", help="Whose hidden states: -1 the last.", show_default="-1")
-    ] = None,
+    encoder_layer: Annotated[int | None, typer.Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
     decoder: Annotated[str, typer.Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
     text_source: Annotated[
         str | None,
-        typer.Option(
-            "--text-source", "--texts", help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic"
-        ),
+        typer.Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic"),
     ] = None,
     align_steps: Annotated[
         int | None, typer.Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
@@ -93,7 +89,7 @@ def evaluate(
     images: Images = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
-    num_beams: Annotated[int, typer.Option("--num-beams", "--beams", min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    num_beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
     clip_score: Annotated[
         str | None, typer.Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
@@ -126,7 +122,7 @@ def caption(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
     question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",
-    num_beams: Annotated[int, typer.Option("--num-beams", "--beams", min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    num_beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Write a caption for each image, or the answer to a question about it."""

@@ -12,7 +12,7 @@ DECK_TASKS = ("deck_qa",)
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
-    "columns": ("knows its columns, but --map was given", "leave --map out, or use hub:ORG/NAME"),
+    "columns": ("knows its columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
     "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
     "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
 }

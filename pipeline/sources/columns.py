@@ -23,7 +23,7 @@ from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 ROLES = ("image", "pages", "references", "split")
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
-_MAPPING_HINT = "say which with --map, such as --map image=COLUMN,references=COLUMN"
+_MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
 
 def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str, *, allow_urls: bool = False) -> Source:
@@ -91,7 +91,7 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[s
 def _named(schema: pa.Schema, role: str, name: str) -> list[str]:
     """Return the columns that a mapped name matches; `*` stands for a number, by which they are sorted: `page_*`."""
     if role not in ROLES:
-        raise SourceError(f"--map knows no {role}", hint=f"it maps {', '.join(ROLES)}")
+        raise SourceError(f"--columns knows no {role}", hint=f"it maps {', '.join(ROLES)}")
     pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
     numbered = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
     if not numbered:
@@ -218,7 +218,7 @@ SPEC = SourceSpec(
     size="yours",
     license="unknown: say it in the card",
     needs="a vision-language model",
-    example="synth generate --source parquet:rows.parquet --map image=photo,references=alt_text",
+    example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open,
     options=frozenset({"source_split", "columns", "allow_urls"}),
 )

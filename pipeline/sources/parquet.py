@@ -102,7 +102,7 @@ class Tables:
         if missing:
             raise SourceError(
                 f"{self.name} has no column {', '.join(missing)}; it has {', '.join(names)}",
-                hint="use --source hub:ORG/NAME with --map for a data set of another layout",
+                hint="use --source hub:ORG/NAME with --columns for a data set of another layout",
             )
 
 

@@ -1,11 +1,11 @@
 """Stage: balance. Down-sample over-represented answers and captions.
 
-Questions: of each type ("how many", "is there"), no answer may have more than its share, as in VQAv2, where guessing does not
-pay (Goyal et al., 2017). A question that has another answer with a similar image is kept first, and the two are a pair.
-Captions, where the settings ask for it: MetaCLIP's algorithm (Xu et al., 2023), written from the paper: count how many captions
+Questions: within each type ("how many", "is there"), no answer may exceed its share, so that guessing does not pay, as in VQAv2
+(Goyal et al., 2017). A question that has different answers for two similar images is kept first; the two are a pair.
+Captions, if the settings ask for it: MetaCLIP's algorithm (Xu et al., 2023), written from the paper: count how many captions
 name each entry of a list, and keep a caption by the rarest entry that it names.
 
-Which rows stay is a function of their ids and the seed, not of their order.
+The result depends on ids and the seed, not on the order of the rows.
 """
 
 from bisect import bisect_left
@@ -23,18 +23,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import BalanceConfig
-from pipeline.digests import digest, hash_to_unit
+from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
 from pipeline.stages.base import AllRows, Comparison, Stage
-from pipeline.storage.database import hash_to_unit_sql, load, read
+from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.tables import BALANCED
 from pipeline.text.content_keys import content_word_lists
 from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.text.wordnet import names
 
-RARE = "(rare)"  # the type of all questions whose own type is too rare to be balanced by itself
-NEIGHBOURS = 24  # images among which a partner is looked for, as VQAv2's annotators were shown
+RARE = "(rare)"  # questions whose own type is too rare are balanced together
+NEIGHBOURS = 24  # images searched for a partner, as many as VQAv2's annotators were shown
 MATCHED_QUESTIONS = 65_536  # matched at once, or those of one key where they are more
 BLOCK_ROWS = 1024  # whose words are compared at once
 QUESTIONS = pa.schema(
@@ -56,7 +56,7 @@ Indices = npt.NDArray[np.signedinteger[Any]]
 
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the place of every question, and of captions where they are balanced, with a `reason` where too many are alike.
+    """Return the findings about all questions, and about captions if they are balanced, with the `reason` of surplus rows.
 
     Raises:
         ConfigError: the user's list of entries cannot be read.
@@ -89,7 +89,7 @@ def balance_questions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Bala
         FROM questions JOIN types USING (prefix) JOIN limits USING (question_type) LEFT JOIN pairs USING (row)
         """  # noqa: S608
     )
-    # A pair is named by the sorted ids of its questions; see `pair_id`.
+    # A pair is named by the digest of its two sorted ids (digests.digest).
     db.execute(
         """
         CREATE TABLE balanced_questions AS
@@ -105,10 +105,11 @@ def balance_questions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Bala
 
 
 def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
-    """Make the table `pairs` (PAIRS, both ways): the same question about two images with two answers, similar images first.
+    """Make the table `pairs` (PAIRS, in both directions): equal questions about two images with different answers.
 
-    Images are as similar as the content words of their captions; each is compared with the next `NEIGHBOURS` of those that are
-    asked the same, in the order of these words. Two images of one group are no pair; no question is in two pairs.
+    The most similar images are paired first. Their similarity is that of the content words of their captions; each image is
+    compared with the next `NEIGHBOURS` images that are asked the same, in the order of these words. Near-duplicate images are
+    not paired, and no question is in two pairs.
     """
     db.execute(
         "CREATE TABLE candidates AS SELECT row, annotation_id, sample_id, image, key, answer FROM questions SEMI JOIN "
@@ -124,7 +125,7 @@ def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
         ) USING (sample_id)
         """
     )
-    load(db, "pairs", _match_all(db.cursor()), PAIRS)
+    load(db, "pairs", _match_all(open_cursor(db)), PAIRS)
 
 
 def _match_all(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
@@ -212,8 +213,7 @@ def _whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Ite
 
 
 def _questions(rows: AllRows) -> Iterator[pa.Table]:
-    there = rows.columns()
-    group = "image_group" if "image_group" in there else "sample_id"
+    group = "image_group" if "image_group" in rows.columns() else "sample_id"
     for table in rows.batches("annotation_id", "sample_id", group, "clean_question", "clean_answer"):
         table = table.filter(pc.is_valid(table["clean_question"])).combine_chunks()
         columns = {
@@ -240,7 +240,7 @@ def balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Balan
     counted = db.sql("SELECT entry, count(*) FROM (SELECT unnest(entries) AS entry FROM captions) GROUP BY entry").fetchall()
     counts = dict(counted)
     threshold = count_of_tail(list(counts.values()), config.tail_frac)
-    load(db, "balanced_captions", _judge_captions(db.cursor(), counts, threshold, seed), FINDINGS)
+    load(db, "balanced_captions", _judge_captions(open_cursor(db), counts, threshold, seed), FINDINGS)
 
 
 def _judge_captions(db: duckdb.DuckDBPyConnection, counts: dict[int, int], threshold: int, seed: int) -> Iterator[pa.Table]:
@@ -293,22 +293,17 @@ def largest_count(kind: str, answers: dict[str, int], config: BalanceConfig) -> 
     return bisect_left(candidates, True, key=lambda most: most > max_share * sum(min(count, most) for count in counts))
 
 
-def pair_id(one: str, other: str) -> str:
-    """Return the name of a pair of annotations."""
-    return digest(sorted((one, other)))[:16]
-
-
 def match_entries(texts: Iterable[str], entries: tuple[str, ...]) -> list[list[int]]:
-    """Return, for each text, the entries that stand in it as whole words, each once, in order.
+    """Return the entries that each text contains as whole words, each once, in order.
 
-    Both are in lower case, and punctuation stands apart; MetaCLIP is case-sensitive and sets fewer marks apart.
+    Case is ignored and punctuation separated; MetaCLIP is case-sensitive and separates fewer marks.
     """
     automaton = _automaton(entries)
     return [sorted({entry for _, entry in automaton.iter(spaced(text))}) for text in texts]
 
 
 def count_of_tail(counts: Sequence[int], share: float) -> int:
-    """Return the count t for which the entries that are named fewer than t times have this share of all that is named."""
+    """Return the count t such that entries named fewer than t times make up this share of all mentions."""
     if not counts:
         return 1
     ordered = np.sort(np.asarray(counts))
@@ -316,7 +311,7 @@ def count_of_tail(counts: Sequence[int], share: float) -> int:
 
 
 def keep_probability(counts: Sequence[int], threshold: int) -> float:
-    """Return the probability that at least one entry of a caption keeps it, each by min(1, t / its count); 1 for no entry."""
+    """Return the probability to keep a caption: that at least one entry keeps it, each by min(1, t / count); 1 for no entry."""
     lost = 1.0
     for count in counts:
         lost *= 1 - min(1.0, threshold / count)
@@ -324,7 +319,7 @@ def keep_probability(counts: Sequence[int], threshold: int) -> float:
 
 
 def read_entries(path: Path | None) -> tuple[str, ...]:
-    """Return the entries that captions are balanced over: a file of the user's, one a line, or WordNet's names.
+    """Return the entries for balancing captions: the lines of a file of the user, or WordNet's names.
 
     Raises:
         ConfigError: the file cannot be read, or is empty.
@@ -342,7 +337,7 @@ def read_entries(path: Path | None) -> tuple[str, ...]:
 
 
 def spaced(text: str) -> str:
-    """Return a text as it is matched: in lower case, with a space around each word and each mark."""
+    """Return a text in lower case with a space around each word and each mark."""
     return f" {' '.join(text.lower().translate(_SPACED).split())} "
 
 

@@ -46,7 +46,7 @@ ROW = pa.field("row", pa.int64())  # the position of an annotation among those o
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run will do, resolved once from its settings."""
+    """The plan of a run, resolved once from its settings."""
 
     dataset: DatasetDir  # of the whole run, whose folder may hold several shards
     config: Config
@@ -57,7 +57,7 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the effects of a stage need."""
+    """Services for the effects of a stage."""
 
     engine: Callable[[], Engine]
     stats: RequestStats
@@ -91,7 +91,7 @@ class AllRows:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a stage may look at when it compares rows."""
+    """Inputs of a comparison of all rows."""
 
     db: duckdb.DuckDBPyConnection
     rows: AllRows
@@ -114,7 +114,7 @@ class Stage:
 
 
 def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, services: Services) -> None:
-    """Do the effects of a stage on the rows of one shard, if the settings want any."""
+    """Run the effects of a stage on the rows of one shard, if the settings ask for any."""
     if stage.prepare and stage.is_prepared(plan.config):
         _write(shard.stage(stage.name, "prepared"), stage.prepare(shard, require_file(shard.stage(before)), plan, services))
 
@@ -122,7 +122,7 @@ def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, s
 def compare_stage(
     stage: Stage, shards: Sequence[DatasetDir], dataset: DatasetDir, before: str, plan: RunPlan, progress: Progress
 ) -> None:
-    """Compare the rows of all shards, and write to each shard what was found about its rows.
+    """Compare the rows of all shards, and write the findings about its rows to each shard.
 
     Raises:
         TableError: a row is named twice, or one that is not there.
@@ -130,12 +130,12 @@ def compare_stage(
     rows = AllRows([_input(stage, shard, before, plan) for shard in shards])
     assert stage.compare
     with open_database(dataset.path) as db:
-        found = stage.compare(Comparison(db, rows, shards, dataset, plan, progress))
+        relation = stage.compare(Comparison(db, rows, shards, dataset, plan, progress))
         schema = pa.schema([ROW, *stage.adds])
-        ordered = read(found.order("row")) if found is not None else iter(())
+        ordered = read(relation.order("row")) if relation is not None else iter(())
         findings = _InOrder((table.select(schema.names).cast(schema) for table in ordered), schema)
         for shard, (first, end) in zip(shards, pairwise(rows.bounds), strict=True):
-            parts = (findings.take_until(min(at + BATCH_ROWS, end)) for at in range(first, end, BATCH_ROWS))
+            parts = (findings.take_until(min(start + BATCH_ROWS, end)) for start in range(first, end, BATCH_ROWS))
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.stage(stage.name, "compared"), local, schema)
         if not findings.is_empty():
@@ -197,7 +197,7 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
 
 
 def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
-    """Return what a stage left on the disk: the number of kept rows, and of rejected ones by reason."""
+    """Return the number of rows that a stage kept, and of those that it rejected by reason."""
     kept = open_parquet(require_file(shard.stage(name))).metadata.num_rows
     reasons = read_table(require_file(shard.stage(name, "rejected")), columns=["reason"])["reason"]
     counts = Counter({row["values"]: row["counts"] for row in reasons.value_counts().to_pylist()})
@@ -205,45 +205,45 @@ def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
 
 
 def summarize_stage(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StageSummary:
-    """Return what a stage did, from what it kept and what it rejected by reason."""
+    """Return the summary of a stage from its counts."""
     return StageSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
 
 
 @contextmanager
 def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> Iterator[None]:
-    """Add what is asked meanwhile to the cost of the dataset: seconds of all passes that asked, and the journal's sums."""
+    """Add the requests made meanwhile to the cost of the dataset: seconds of all passes with requests, sums of the journal."""
     asked, start = stats.asked, time.monotonic()
     try:
         yield
     finally:
         if stats.asked > asked:
             before = read_json(dataset.cost) if dataset.cost.exists() else {"timed": 0, "seconds": 0.0}
-            timed = before["timed"] + stats.asked - asked  # a pass that was killed has left no time
+            timed = before["timed"] + stats.asked - asked  # a killed pass leaves no time
             seconds = round(before["seconds"] + time.monotonic() - start, 1)
             write_json(dataset.cost, {**journal.totals(), "timed": timed, "seconds": seconds})
 
 
 class _InOrder:
-    """Tables ordered by `row`, taken piece by piece."""
+    """Tables ordered by `row`, consumed piece by piece."""
 
     def __init__(self, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
         self._tables = tables
-        self._waiting: pa.Table = schema.empty_table()
+        self._pending: pa.Table = schema.empty_table()
 
     def take_until(self, end: int) -> pa.Table:
-        """Return all rows below `end` that were not taken yet."""
-        taken = []
+        """Return the remaining rows below `end`."""
+        parts = []
         while True:
-            count = int(np.searchsorted(self._waiting["row"].to_numpy(), end))
-            taken.append(self._waiting.slice(0, count))
-            self._waiting = self._waiting.slice(count)
-            if self._waiting.num_rows or (table := next(self._tables, None)) is None:
-                return pa.concat_tables(taken).combine_chunks()
-            self._waiting = table
+            count = int(np.searchsorted(self._pending["row"].to_numpy(), end))
+            parts.append(self._pending.slice(0, count))
+            self._pending = self._pending.slice(count)
+            if self._pending.num_rows or (table := next(self._tables, None)) is None:
+                return pa.concat_tables(parts).combine_chunks()
+            self._pending = table
 
     def is_empty(self) -> bool:
-        """Whether all rows were taken."""
-        return self._waiting.num_rows == 0 and next(self._tables, None) is None
+        """Return True if no rows remain."""
+        return self._pending.num_rows == 0 and next(self._tables, None) is None
 
 
 def _input(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> Path:
@@ -253,13 +253,13 @@ def _input(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> Path:
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
     """Add the columns of findings to the rows that they name; null for all others."""
-    at = np.full(table.num_rows, -1)
-    at[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
-    if np.count_nonzero(at >= 0) != findings.num_rows:
+    index = np.full(table.num_rows, -1)
+    index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
+    if np.count_nonzero(index >= 0) != findings.num_rows:
         raise TableError("a comparison named a row twice", hint="please report this bug")
-    places = pa.array(at, mask=at < 0)
+    indices = pa.array(index, mask=index < 0)
     for name in findings.column_names[1:]:
-        table = table.append_column(findings.schema.field(name), findings[name].take(places))
+        table = table.append_column(findings.schema.field(name), findings[name].take(indices))
     return table
 
 

@@ -1,8 +1,8 @@
-"""Stage: dedupe. Keep the best of the annotations of one image that say the same, and a caption with a few images only.
+"""Stage: dedupe. Keep the best of equal annotations of one image, and each caption for a few images only.
 
-"Say the same" is no similarity score (text/content_keys.py): captions that differ in one decisive word are nearly the same
-string. A question about another image is no duplicate: "What is the man doing?" has another answer there. Which annotation of
-a cluster stays depends on its own scores and id, never on the order of the rows.
+Annotations are equal if they have the same content words in order (text/content_keys.py). A similarity score would not do:
+captions that differ in one decisive word are nearly the same string. Equal questions about different images are no duplicates:
+"What is the man doing?" has another answer there. The choice depends on scores and ids, not on the order of the rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,26 +32,26 @@ TEXTS = pa.schema(
 )
 MISSPELLED = pa.schema([pa.field("wrong", pa.string()), pa.field("right", pa.string())])
 REASON = pa.field("reason", pa.string())
-# What says the same has one hash; `row` is the last criterion only where two rows have one id, as no rows of ours do.
+# Equal annotations have one hash, `words`.
 QUERY = """
-WITH said AS (
+WITH hashed AS (
     SELECT texts.* EXCLUDE (content_key),
-           md5_number(texts.task || chr(10) || coalesce(corrections."right", content_key)) AS said,
+           md5_number(texts.task || chr(10) || coalesce(corrections."right", content_key)) AS words,
            coalesce(image_groups.image_group, texts.sample_id) AS image_group,
            image_groups.image_group AS other_group, image_groups.image_reason, image_groups.near_duplicate_of
     FROM texts
     LEFT JOIN corrections ON corrections.task = texts.task AND corrections.wrong = texts.content_key
     LEFT JOIN image_groups USING (sample_id)
 ), shared AS (
-    SELECT said FROM said GROUP BY said HAVING count(*) > 1
+    SELECT words FROM hashed GROUP BY words HAVING count(*) > 1
 ), named AS (
-    SELECT *, min(annotation_id) OVER (PARTITION BY said) AS cluster,
+    SELECT *, min(annotation_id) OVER (PARTITION BY words) AS cluster,
            first_value(annotation_id) OVER best_of_image AS best_of_image
-    FROM said SEMI JOIN shared USING (said)
-    WINDOW best_of_image AS (PARTITION BY said, image_group ORDER BY image_reason IS NOT NULL, {best})
+    FROM hashed SEMI JOIN shared USING (words)
+    WINDOW best_of_image AS (PARTITION BY words, image_group ORDER BY image_reason IS NOT NULL, {best})
 ), ranked AS (
     SELECT *, image_reason IS NULL AND best_of_image <> annotation_id AS is_repeated,
-           row_number() OVER (PARTITION BY said ORDER BY
+           row_number() OVER (PARTITION BY words ORDER BY
                NOT is_caption OR image_reason IS NOT NULL OR best_of_image <> annotation_id, {best}) AS place
     FROM named
 ), judged AS (
@@ -63,7 +63,7 @@ WITH said AS (
     FROM ranked
     UNION ALL
     SELECT row, other_group, image_reason, near_duplicate_of, NULL, NULL, image_reason
-    FROM said ANTI JOIN shared USING (said) WHERE other_group IS NOT NULL
+    FROM hashed ANTI JOIN shared USING (words) WHERE other_group IS NOT NULL
 )
 SELECT row, other_group AS image_group, image_reason, near_duplicate_of, cluster, duplicate_of, reason FROM judged
 """
@@ -71,13 +71,13 @@ BEST = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NU
 
 
 def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the rows that share their words, or their image, with other rows, with their `reason` where they are to go."""
+    """Return the rows that share their words or their image with other rows, with the `reason` of those to reject."""
     db, config = comparison.db, comparison.plan.config.dedupe
     groups = group_images(comparison.shards, comparison.plan.image_kind)
     load(db, "image_groups", [groups], IMAGE_GROUPS)
     load(db, "texts", _texts(comparison.rows), TEXTS)
     load(db, "misspelled", [find_misspelled(db)], MISSPELLED)
-    # A text is corrected only where a text of its own task has the right words.
+    # A text is corrected only if a text of its own task has the right words.
     db.execute(
         'CREATE TABLE corrections AS SELECT DISTINCT task, wrong, "right" FROM misspelled JOIN texts ON content_key = "right"'
     )
@@ -85,7 +85,7 @@ def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 
 def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
-    """Return the samples that look like others (tables.IMAGE_GROUPS); those that look like none are left out."""
+    """Return the samples with near-duplicates (tables.IMAGE_GROUPS)."""
     if kind is None:
         return IMAGE_GROUPS.empty_table()
     samples = pa.concat_tables([table for shard in shards for table in read_batches(shard.stage("source"), COMPARED_COLUMNS)])
@@ -96,10 +96,10 @@ def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Tab
 
 
 def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
-    """Return the content keys with a misspelled word and what they are a misspelling of.
+    """Return the content keys with a misspelled word, and the keys with the right word.
 
-    Only keys that may be part of such a pair are held in memory: those with a word that no dictionary has, and those that have
-    all of their other words.
+    Memory holds only keys that may be part of such a pair: those with a word that no dictionary has, and those that have all of
+    their other words.
     """
 
     def keys() -> Iterator[pa.Array]:
@@ -113,22 +113,22 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
-    there = rows.columns()
-    scores = [name for name in SCORES if name in there]
+    available = rows.columns()
+    scores = [name for name in SCORES if name in available]
     for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", *scores):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         table = table.append_column("content_key", content_keys(texts))
         table = table.append_column("is_caption", pc.is_valid(table["clean_text"]))
-        for name in set(SCORES) - set(there):
+        for name in set(SCORES) - set(available):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
         yield table.select(TEXTS.names)
 
 
 def judge_duplicates(table: pa.Table, _: RunPlan) -> pa.Table:
-    """Return the same rows; a row that nothing was found about is a group and a cluster of its own."""
+    """Return the same rows; a row without findings is a group and a cluster of its own."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
-        at = table.column_names.index(name)
-        table = table.set_column(at, name, pc.coalesce(table[name], table[own]))
+        column_index = table.column_names.index(name)
+        table = table.set_column(column_index, name, pc.coalesce(table[name], table[own]))
     return table
 
 

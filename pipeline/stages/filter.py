@@ -1,7 +1,7 @@
-"""Stage: filter. Reject refusals, loops, junk, other languages, and questions that give their answer away.
+"""Stage: filter. Reject refusals, repetition loops, junk, other languages, and questions that contain their answer.
 
-Openings such as "The image shows" are taken off, and personal data is replaced, in columns of their own (`clean_*`); what the
-model wrote stays beside them. Each rule is a function from the scores of an annotation to True (reject). RULES holds all rules
+Openings such as "The image shows" are removed, and personal data is redacted, in separate columns (`clean_*`) beside the
+model's own texts. Each rule is a function from the scores of an annotation to True (reject). RULES holds all rules
 in order; the first that matches is the reason, so that counts by reason add up to the rejected rows.
 """
 
@@ -33,7 +33,7 @@ _UNANSWERABLE = re.compile(
     re.IGNORECASE,
 )
 _BESIDE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"  # "the text above the door" is in the image
-_ELSEWHERE = re.compile(  # of what stands in no image: other texts, other turns, another layout
+_ELSEWHERE = re.compile(  # other texts, other turns of a conversation, another layout
     rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_BESIDE}"
     r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption|description|sentence)s?"
     r"|(?:above|previous|preceding) (?:question|answer)s?"
@@ -45,23 +45,23 @@ _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
     re.IGNORECASE,
 )
-_ELSEWHERE_WORDS = (  # one of them is in every match of _ELSEWHERE, and looking for words is eight times as fast
+_ELSEWHERE_WORDS = (  # every match of _ELSEWHERE contains one of these; a search for them is eight times as fast
     "above", "below", "follow", "previous", "preced", "earlier", "provided", "according", "caption", "description", "prompt",
 )  # fmt: skip
 REMEMBERED_TEXTS = 1 << 15
-MIN_WORDS_FOR_LANGUAGE = 4  # the detector guesses below that
+MIN_WORDS_FOR_LANGUAGE = 4  # below, the detector guesses
 MIN_WORDS_FOR_REPETITION = 12
 
 
 class Scores(NamedTuple):
-    """What is measured of one annotation; the columns of tables.FILTERED, in their order."""
+    """Scores of one annotation: the columns of tables.FILTERED, in their order."""
 
     clean_text: str | None
     clean_question: str | None
     clean_answer: str | None
     word_count: int  # of a caption; else of the question
     answer_word_count: int
-    duplicate_trigram_frac: float  # three words in a row that were there before
+    duplicate_trigram_frac: float  # repeated 3-grams of words
     distinct_word_frac: float
     hedge_count: int
     redaction_count: int
@@ -87,7 +87,7 @@ def is_junk(scores: Scores, _: FilterConfig) -> bool:
 
 
 def is_too_short(scores: Scores, config: FilterConfig) -> bool:
-    """Return True if a caption, or a question, has too few words to say anything."""
+    """Return True if a caption or a question has too few words."""
     return scores.word_count < (config.min_question_words if scores.clean_text is None else config.min_caption_words)
 
 
@@ -98,13 +98,13 @@ def is_too_long(scores: Scores, config: FilterConfig) -> bool:
 
 
 def is_repetitive(scores: Scores, config: FilterConfig) -> bool:
-    """Return True if the same words come again and again."""
+    """Return True if words repeat too often."""
     repeats = scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
     return repeats or scores.distinct_word_frac < config.min_distinct_word_frac
 
 
 def is_other_language(scores: Scores, config: FilterConfig) -> bool:
-    """Return True if a text is not in the language that was asked for, as far as can be told."""
+    """Return True if a text is clearly not in the configured language."""
     if config.language is None:
         return False
     if config.language in _LATIN and scores.non_latin_frac > config.max_non_latin_frac:
@@ -113,12 +113,12 @@ def is_other_language(scores: Scores, config: FilterConfig) -> bool:
 
 
 def is_unanswerable(scores: Scores, _: FilterConfig) -> bool:
-    """Return True if the answer to a question is that there is none."""
+    """Return True if the answer says that the question cannot be answered."""
     return scores.clean_answer is not None and bool(_UNANSWERABLE.fullmatch(scores.clean_answer.strip()))
 
 
 def gives_answer_away(scores: Scores, _: FilterConfig) -> bool:
-    """Return True if the answer stands in the question, and is not one of two that are offered, nor a number or a letter."""
+    """Return True if the question contains the answer; alternatives ("red or blue?"), numbers and letters are allowed."""
     if not scores.clean_answer:
         return False
     question, answer = text_key(scores.clean_question or ""), text_key(scores.clean_answer)
@@ -128,7 +128,7 @@ def gives_answer_away(scores: Scores, _: FilterConfig) -> bool:
 
 
 def refers_to_missing_context(scores: Scores, _: FilterConfig) -> bool:
-    """Return True if a text refers to another text or image that its reader does not have."""
+    """Return True if a text refers to another text or image."""
     return any(map(_refers_elsewhere, scores.texts))
 
 
@@ -159,7 +159,7 @@ def filter_annotations(table: pa.Table, config: FilterConfig) -> pa.Table:
 
 @lru_cache(1)
 def _cached_judge(config: FilterConfig) -> Callable[..., tuple[Scores, str | None]]:
-    """Return a function of (text, question, answer) that remembers its results; these come again and again."""
+    """Return a function of (text, question, answer) that caches its results: questions and answers repeat."""
 
     @lru_cache(REMEMBERED_TEXTS)
     def judge(text: str | None, question: str | None, answer: str | None) -> tuple[Scores, str | None]:
@@ -170,7 +170,7 @@ def _cached_judge(config: FilterConfig) -> Callable[..., tuple[Scores, str | Non
 
 
 def score_annotation(text: str | None, question: str | None, answer: str | None, config: FilterConfig) -> Scores:
-    """Clean the texts of an annotation, and measure them."""
+    """Return the scores of an annotation."""
     clean_text, text_redactions = _clean(text, strip=True)
     clean_question, question_redactions = _clean(question)
     clean_answer, answer_redactions = _clean(answer)
@@ -186,7 +186,7 @@ def score_annotation(text: str | None, question: str | None, answer: str | None,
 
 
 def find_contaminated(_: DatasetDir, path: Path, plan: RunPlan, __: Services) -> Iterator[pa.Table]:
-    """Yield the rows of a shard with the data set of --exclude that has their text, `contaminated_by`; none is rejected."""
+    """Yield the rows of a shard with `contaminated_by`: the excluded data set that has their text. None is rejected."""
     index = TextIndex.of(read_exclusions(plan.dataset))
     for table in read_batches(path):
         texts = pc.coalesce(table["text"], table["question"]).to_pylist()

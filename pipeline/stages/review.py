@@ -1,6 +1,6 @@
-"""Stage: review. Reject what a person marked as bad, with the reason; replace what a person edited by the new words.
+"""Stage: review. Reject annotations that a person marked as bad, and apply the edits of others.
 
-It is the last stage before a version: a review changes the text that it is about and no other.
+It is the last stage before a version, so that a review changes its own annotation only.
 """
 
 from collections import defaultdict
@@ -23,8 +23,8 @@ TEXT_COLUMNS = (
     "prompt_id", "pair_id",
 )  # fmt: skip
 ADDS = pa.schema([pa.field("review", REVIEW), pa.field("is_pair_broken", pa.bool_())])
-FOUND = pa.schema([pa.field("row", pa.int64()), *ADDS])
-# What a text says at last is what filter made of it, where filter touches it, else what the model wrote.
+FINDINGS = pa.schema([pa.field("row", pa.int64()), *ADDS])
+# Columns whose final text is the cleaned one of the stage filter.
 CLEANED = ("text", "question", "answer")
 
 
@@ -44,49 +44,49 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     touched = {by_name[name]["pair_id"] for name in used} - {None}
     paired = read_texts(comparison.rows, touched, "pair_id")
     broken = broken_pairs({row["row"]: row for row in [*rows, *paired] if row["pair_id"] in touched}.values(), used)
-    found: dict[int, dict[str, Any]] = {}
+    findings: dict[int, dict[str, Any]] = {}
     for row in rows:
         if review := used.get(text_name(row)):
-            found[row["row"]] = {"review": review.model_dump(include=set(REVIEW.names))}
+            findings[row["row"]] = {"review": review.model_dump(include=set(REVIEW.names))}
     for row in paired:
         if row["pair_id"] in broken:
-            found.setdefault(row["row"], {"review": None})["is_pair_broken"] = True
-    table = pa.Table.from_pylist([{"row": row, **values} for row, values in found.items()], schema=FOUND)
-    load(comparison.db, "found", [table], FOUND)
-    return comparison.db.table("found")
+            findings.setdefault(row["row"], {"review": None})["is_pair_broken"] = True
+    table = pa.Table.from_pylist([{"row": row, **values} for row, values in findings.items()], schema=FINDINGS)
+    load(comparison.db, "findings", [table], FINDINGS)
+    return comparison.db.table("findings")
 
 
 def read_texts(rows: AllRows, values: Iterable[str], column: str) -> list[dict[str, Any]]:
-    """Return the texts whose column has one of some values."""
-    known = pa.array(sorted(values), pa.string())
-    wanted = (table.filter(pc.is_in(table[column], known)) for table in rows.batches(*TEXT_COLUMNS) if len(known))
-    return [row for table in wanted for row in table.to_pylist()]
+    """Return the texts whose column has one of these values."""
+    value_set = pa.array(sorted(values), pa.string())
+    selected = (table.filter(pc.is_in(table[column], value_set)) for table in rows.batches(*TEXT_COLUMNS) if len(value_set))
+    return [row for table in selected for row in table.to_pylist()]
 
 
 def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
-    """Return the pairs of which not both questions stay, in the same words and with different answers.
+    """Return the pairs that no longer have two kept questions in equal words with different answers.
 
     Args:
         rows: all questions of some pairs.
-        reviews: what people said of them.
+        reviews: the reviews, by text.
     """
-    said: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    kept: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:
-        stays = said[row["pair_id"]]
+        kept_of_pair = kept[row["pair_id"]]
         review = reviews.get(text_name(row))
         if review is None or review.mark != "bad":
             edit = review if review and review.mark == "edited" else None
             question, answer = ((edit and getattr(edit, name)) or row[f"clean_{name}"] for name in ("question", "answer"))
-            stays.append((text_key(question), normalize_answer(answer)))
+            kept_of_pair.append((text_key(question), normalize_answer(answer)))
     return {
         pair
-        for pair, stays in said.items()
-        if len({question for question, _ in stays}) != 1 or len({answer for _, answer in stays}) < 2
+        for pair, texts in kept.items()
+        if len({question for question, _ in texts}) != 1 or len({answer for _, answer in texts}) < 2
     }
 
 
 def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
-    """Append the last words of each row (tables.FINAL) and `reason`: why a person wants a row gone."""
+    """Append the final text of each row (tables.FINAL), and the `reason` of rows that were marked as bad."""
     final = {f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "prompt_id")}
     final["final_pair_id"] = pc.if_else(pc.fill_null(table["is_pair_broken"], False), None, table["pair_id"])
     columns = {field.name: final[field.name].cast(field.type) for field in FINAL}

@@ -1,7 +1,7 @@
-"""Stage: split. Every sample goes to train, validation or test as a whole: as its source says, else by a hash of its id.
+"""Stage: split. Assign each sample to train, validation or test: as its source states, else by a hash of its id.
 
-The hash knows nothing of the other images, so an image stays in its split when images are added or removed. Images that look
-alike share the hash of the first of them, and so their split.
+The hash does not depend on other images, so that an image stays in its split when images are added or removed. Near-duplicate
+images share the hash of the first of them, and so their split.
 """
 
 import duckdb
@@ -21,7 +21,7 @@ RANKS = pa.table({"source_split": [name for name, _ in _RANKED], "rank": [rank f
 
 
 def split_of(group: str, config: SplitConfig, seed: int) -> str:
-    """Return the split of one image, or group of images, by a hash."""
+    """Return the split of an image, or of a group of images, by a hash."""
     point = hash_to_unit("split", seed, group)
     if point < config.test_frac:
         return "test"
@@ -45,7 +45,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 
 def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
-    """Append `split`: `stated_split` where it is known, else by a hash of `image_group`; no row is rejected."""
+    """Append `split`: `stated_split` where there is one, else by a hash of `image_group`. No row is rejected."""
     require_columns(table, "image_group", "stated_split")
     hashed = map_distinct(table["image_group"], lambda group: split_of(group, config, seed))
     splits = pc.coalesce(table["stated_split"], hashed)

@@ -1,6 +1,6 @@
-"""Stage: verify. Ask the model again whether an annotation is true of its image, and judge the annotation by the answers.
+"""Stage: verify. Ask the model again whether an annotation is true of its image, and reject annotations by the answers.
 
-A check that the settings do not name, or whose reply could not be read, rejects nothing.
+A check that is switched off, or whose reply could not be read, rejects nothing.
 """
 
 from collections import Counter, defaultdict
@@ -40,12 +40,12 @@ JUDGED = pa.schema(
         pa.field("alignment", pa.float64()),
     ]
 )
-# One of two answers is right by luck: `blind` says nothing about yes and no, and balance looks after them.
+# Yes and no are right by luck half of the time: they are exempt from `blind`, and balanced later.
 QUERY = """
 WITH answers_to_question AS (
     SELECT question, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY question) AS asked
     FROM judged WHERE question IS NOT NULL GROUP BY question, answer
-), answerable_blind AS (  -- of all images that are asked the same, most have this answer
+), answerable_blind AS (  -- most images that are asked the same have this answer
     SELECT question, answer FROM answers_to_question
     WHERE answer NOT IN ('yes', 'no') AND times >= {min_blind_frac} * asked
 ), answers_of_type AS (
@@ -77,7 +77,7 @@ FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 
 
 def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services) -> Iterator[pa.Table]:
-    """Ask what the settings want to know about the annotations of a shard; yield them with the answers (CHECKED)."""
+    """Ask the checks of the settings about the annotations of a shard; yield these with the answers (CHECKED)."""
     config = plan.config
     needed = [table.select(ANNOTATION_COLUMNS).to_pylist() for table in read_batches(path, ANNOTATION_COLUMNS)]
     rows = [row for batch in needed for row in batch]
@@ -94,7 +94,7 @@ def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services)
 
 
 def judge_checks(table: pa.Table) -> pa.Table:
-    """Append what follows from `checks` (tables.VERIFIED)."""
+    """Append the results of `checks` (tables.VERIFIED)."""
     rows = table.select(["clean_question", "checks"]).to_pylist()
     columns = pa.Table.from_pylist([_judge(row) for row in rows], schema=VERIFIED)
     for field in VERIFIED:
@@ -103,7 +103,7 @@ def judge_checks(table: pa.Table) -> pa.Table:
 
 
 def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return the rows that their checks speak against, given what all rows say, with the `reason`."""
+    """Return the rows that fail their checks, with the `reason`; some limits depend on all rows."""
     config = comparison.plan.config.verify
     if not config.checks:
         return None
@@ -115,7 +115,7 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def judge_verified(table: pa.Table, plan: RunPlan) -> pa.Table:
-    """Append the columns of CHECKED where nothing was asked; `reason` is what the comparison found."""
+    """Append the columns of CHECKED if nothing was asked; `reason` comes from the comparison."""
     if not plan.config.verify.checks:
         no_checks = pa.array([[]], CHECKED.field("checks").type).take(pa.array([0] * table.num_rows, pa.int64()))
         for field in CHECKED:
@@ -127,13 +127,13 @@ def judge_verified(table: pa.Table, plan: RunPlan) -> pa.Table:
 def _judged(rows: AllRows) -> Iterator[pa.Table]:
     columns = ("style", "clean_question", "clean_answer", "answer_type", *JUDGED.names[6:])
     for table in rows.batches(*columns):
-        made = {
+        computed = {
             "is_caption": pc.is_null(table["clean_question"]),
             "question": map_distinct(table["clean_question"], text_key),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
             "answer_type": pc.fill_null(table["answer_type"], ""),
         }
-        yield pa.table({name: made.get(name, table[name] if name in table.column_names else None) for name in JUDGED.names})
+        yield pa.table({name: computed.get(name, table[name] if name in table.column_names else None) for name in JUDGED.names})
 
 
 def _judge(row: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _agrees(check: dict[str, str]) -> bool:
 def _ask(
     shard: DatasetDir, plan: RunPlan, services: Services, rows: list[dict[str, Any]], checks: list[list[Check]]
 ) -> list[list[dict[str, str | None]]]:
-    """Return the checks of each row with their answers; what the journal does not hold yet is asked."""
+    """Return the checks of each row with their answers; only those that the journal lacks are asked."""
     config, stats, progress = plan.config, services.stats, services.progress
     wanted = Counter(check.kind for of_row in checks for check in of_row)
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
@@ -183,7 +183,7 @@ def _ask(
 
 
 def _alignments(shard: DatasetDir, config: Config, rows: list[dict[str, Any]], progress: Progress) -> list[float | None]:
-    """Return how well each caption fits its image, where that is asked for."""
+    """Return the CLIP score of each caption and its image; None if it is not asked for."""
     if "alignment" not in config.verify.checks or asks_about_decks(config.tasks):
         return [None] * len(rows)
     from pipeline.images.clip import TINY_CLIP, ClipScorer

@@ -26,7 +26,17 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         }
         with duckdb.connect(f"{scratch}/rows.duckdb", config=settings) as db:
             db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
-            yield db
+            yield _quiet(db)
+
+
+def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    """Return a second connection to the same database."""
+    return _quiet(db.cursor())
+
+
+def _quiet(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    db.execute("SET enable_progress_bar = false")  # it would print to stdout, where results are; a setting of one connection
+    return db
 
 
 def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], schema: pa.Schema) -> None:

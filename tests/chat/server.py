@@ -96,7 +96,7 @@ class ChatServer:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         self.in_flight_counts.append(self.in_flight)
         try:
-            return await self._act(request, self.script(times, body) or Act(), REPLIES[schema["name"]])
+            return await self._act(request, self.script(times, body) or Act(), REPLIES.get(schema["name"], ""))
         finally:
             self.in_flight -= 1
 

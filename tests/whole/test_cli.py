@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.cli.options import OLD_OPTIONS
 from tests.whole.conftest import SYNTH, Run
 
-COMMANDS = ("generate", "serve", "doctor", "sources", "versions", "push", "train", "evaluate", "caption", "report")
+COMMANDS = (
+    "generate", "serve", "doctor", "sources", "versions", "diff", "push", "train", "evaluate", "caption", "experiment",
+    "report", "review",
+)  # fmt: skip
 
 
 def test_help_lists_every_command(synth: Run) -> None:
@@ -24,6 +28,13 @@ def test_every_command_has_help(synth: Run, command: str) -> None:
     done = synth(command, "--help")
     assert done.returncode == 0
     assert "Usage: synth" in done.stdout
+
+
+def test_options_still_have_their_earlier_names(synth: Run) -> None:
+    commands = {"map": "generate", "never": "generate", "layer": "train", "texts": "train", "beams": "caption"}
+    assert commands.keys() == OLD_OPTIONS.keys()
+    for old, command in commands.items():
+        assert f"'--{OLD_OPTIONS[old]}' requires an argument" in synth(command, f"--{old}").stderr
 
 
 def test_sources_are_data_on_stdout(synth: Run) -> None:

@@ -82,8 +82,8 @@ def rows_of(version: Version) -> dict[str, Any]:
 
 
 def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: str, chat: ChatServer, tmp_path: Path) -> None:
-    flags = ("generate", "--source", photos, "--map", "image=photo", "--base-url", chat.url, "--verify", "round_trip,blind")
-    exclude = ("--never", "parquet:photos#validation")
+    flags = ("generate", "--source", photos, "--columns", "image=photo", "--base-url", chat.url, "--verify", "round_trip,blind")
+    exclude = ("--exclude", "parquet:photos#validation")
     assert synth(*flags, *exclude, "--out", "one").returncode == 0
     done = synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr

@@ -84,7 +84,7 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
     cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
     stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
     tiny = ("--engine", "embedded", "--model", "tiny")
-    done = run("generate", "--source", "folder:photos", "--never", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
+    done = run("generate", "--source", "folder:photos", "--exclude", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     excluded = pq.read_table(tmp_path / "d" / "stages" / "source" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in excluded] == [("7.png", "banned_image", "folder")]
@@ -102,7 +102,7 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
 
 
 def test_a_source_that_is_to_be_left_out_and_is_none_is_one_error(tmp_path: Path) -> None:
-    done = run("generate", "--source", "scenes", "--limit", "2", "--never", "nowhere", cwd=tmp_path)
+    done = run("generate", "--source", "scenes", "--limit", "2", "--exclude", "nowhere", cwd=tmp_path)
     assert done.returncode == 1 and "unknown source: nowhere" in done.stderr
 
 
@@ -134,7 +134,7 @@ def test_the_image_similarity_of_exclusions_cannot_change_in_the_middle(tmp_path
         (tmp_path / name).mkdir()
         photo(len(name)).save(tmp_path / name / "1.png")
     tiny = ("--engine", "embedded", "--model", "tiny", "--out", "d")
-    common = ("generate", "--source", "folder:photos", "--never", "folder:test", *tiny)
+    common = ("generate", "--source", "folder:photos", "--exclude", "folder:test", *tiny)
     assert run(*common, cwd=tmp_path).returncode in (0, 1)
     (tmp_path / "c.yaml").write_text("dedupe: {images: none}\n")
     done = run(*common, "--from-stage", "dedupe", "--config", "c.yaml", cwd=tmp_path)

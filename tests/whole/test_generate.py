@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.journal import Journal
-from pipeline.run import STAGES
+from pipeline.run import ORDER
 from pipeline.storage.files import read_json
 from tests.whole.conftest import SYNTH, Run, restore_sigint
 
@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]) -> None:
     version = DatasetDir(whole[0]).version()
     funnel = {step["stage"]: step for step in version.manifest["funnel"]}
-    assert list(funnel) == ["source", "generate", *STAGES, "version"]
+    assert list(funnel) == list(ORDER)
     for step in funnel.values():
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     assert funnel["source"]["input"] == SCENES

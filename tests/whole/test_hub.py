@@ -141,9 +141,9 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
 
 def test_a_captioner_is_not_overwritten_by_one_of_other_settings(maker: User) -> None:
     maker.synth("train", "--steps", "2")
-    refused = maker.synth("train", "--steps", "2", "--texts", "mixed", fails=True).stderr
+    refused = maker.synth("train", "--steps", "2", "--text-source", "mixed", fails=True).stderr
     assert "holds a captioner of other settings" in refused
-    maker.synth("train", "--steps", "2", "--texts", "mixed", "--out", "mixed")
+    maker.synth("train", "--steps", "2", "--text-source", "mixed", "--out", "mixed")
 
 
 def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:

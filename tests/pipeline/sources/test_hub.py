@@ -135,7 +135,7 @@ def test_a_copy_with_other_columns_is_an_error_with_a_hint(hub: RunningHub) -> N
     datasets.seed_flickr30k_without_split(hub.hub.storage, repo="me/other")
     with pytest.raises(SourceError, match="has no column image_id, question") as caught:
         opened("vqav2:me/other")
-    assert "--map" in caught.value.hint
+    assert "--columns" in caught.value.hint
 
 
 # --- SlideVQA
@@ -203,7 +203,7 @@ def test_columns_are_guessed_where_they_are_plain_and_asked_for_where_not(hub: R
     seed_plain(hub, rows)
     with pytest.raises(SourceError, match="several columns hold images: photo, other") as caught:
         opened("hub:me/plain")
-    assert "--map" in caught.value.hint
+    assert "--columns" in caught.value.hint
     samples, _ = read("hub:me/plain", columns={"image": "photo"})
     assert [(s.references, s.licence, s.split) for s in samples] == [
         ((f"Photo {n}.",), "apache-2.0", "train") for n in range(3)
@@ -328,8 +328,8 @@ def test_without_a_hub_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPa
 
 def test_options_that_do_not_go_with_a_source_are_refused() -> None:
     for settings, what in (
-        ({"columns": {"image": "x"}, "source": "flickr30k"}, "--map was given"),
-        ({"split_list": "x.json", "source": "vqav2"}, "--split-list goes with"),
+        ({"columns": {"image": "x"}, "source": "flickr30k"}, "--columns was given"),
+        ({"split_list": "x.json", "source": "vqav2"}, "--split-list was given"),
         ({"source_split": "train", "source": "scenes-deck"}, "has no splits"),
         ({"source": "hub:"}, "unknown source"),
         ({"source": "scenes", "tasks": ["deck_qa"]}, "holds single images"),

@@ -1,0 +1,45 @@
+"""Tests of pipeline/storage/database.py."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.digests import hash_to_unit
+from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database, read
+
+NUMBERS = pa.schema([pa.field("number", pa.int64()), pa.field("name", pa.string())])
+
+
+def numbers(first: int, count: int) -> pa.Table:
+    values = list(range(first, first + count))
+    return pa.table({"number": values, "name": [f"n{value}" for value in values]}, schema=NUMBERS)
+
+
+def test_tables_are_loaded_in_parts_and_read_in_order(tmp_path: Path) -> None:
+    with open_database(tmp_path) as db:
+        load(db, "numbers", [numbers(50_000, 50_000), numbers(0, 50_000)], NUMBERS)
+        tables = list(read(db.sql("FROM numbers ORDER BY number")))
+    assert pa.concat_tables(tables)["number"].to_pylist() == list(range(100_000))
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_database(tmp_path) as db:
+        load(db, "numbers", [numbers(0, 10)], NUMBERS)
+        assert list(tmp_path.iterdir()) != []
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_queries_print_no_progress_where_results_are_printed(tmp_path: Path) -> None:
+    with open_database(tmp_path) as db:
+        for connection in (db, open_cursor(db)):
+            assert connection.sql("SELECT current_setting('enable_progress_bar')").fetchall() == [(False,)]
+
+
+def test_hashes_in_sql_are_those_of_digests(tmp_path: Path) -> None:
+    with open_database(tmp_path) as db:
+        load(db, "numbers", [numbers(0, 100)], NUMBERS)
+        chance = hash_to_unit_sql("'split'", "'7'", "name")
+        rows = db.sql(f"SELECT name, {chance} FROM numbers").fetchall()
+    assert all(value == hash_to_unit("split", 7, name) for name, value in rows)

@@ -1,0 +1,203 @@
+"""Extend a copy of the package as a contributor would: two stages, a task and a source, each in few files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.chat.server import Act, ChatServer, running_chat
+
+ROOT = Path(__file__).parents[2]
+ROW_STAGE = {
+    "pipeline/stages/quiet.py": '''
+"""Stage: quiet. Reject captions in capitals."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.stages.base import RunPlan, Stage
+
+
+def judge_capitals(table: pa.Table, _: RunPlan) -> pa.Table:
+    """Append `reason` to captions in capitals."""
+    is_loud = pc.fill_null(pc.utf8_is_upper(table["clean_text"]), False)
+    return table.append_column("reason", pc.if_else(is_loud, "in_capitals", None))
+
+
+STAGE = Stage("quiet", judge_capitals)
+''',
+    "pipeline/run.py": [
+        ("import balance, dedupe, review", "import balance, dedupe, quiet, review"),
+        ("filter_.STAGE, verify.STAGE", "filter_.STAGE, quiet.STAGE, verify.STAGE"),
+    ],
+}
+COMPARING_STAGE = {
+    "pipeline/stages/shortest.py": '''
+"""Stage: shortest. Keep the shortest caption of each image."""
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.stages.base import ROW, Comparison, Stage
+from pipeline.storage.database import load
+
+TEXTS = pa.schema([ROW, pa.field("sample_id", pa.string()), pa.field("clean_text", pa.string())])
+QUERY = """
+SELECT row, 'longer_caption' AS reason FROM texts WHERE clean_text IS NOT NULL
+QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY length(clean_text), row) > 1
+"""
+
+
+def find_longer(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+    """Return the captions that are not the shortest of their image."""
+    load(comparison.db, "texts", comparison.rows.batches("sample_id", "clean_text"), TEXTS)
+    return comparison.db.sql(QUERY)
+
+
+STAGE = Stage(
+    "shortest", judge=lambda table, plan: table, compare=find_longer, adds=pa.schema([pa.field("reason", pa.string())])
+)
+''',
+    "pipeline/run.py": [
+        ("review, split, validate", "review, shortest, split, validate"),
+        ("dedupe.STAGE, balance", "dedupe.STAGE, shortest.STAGE, balance"),
+    ],
+}
+TASK = {
+    "pipeline/tasks/place.py": '''
+"""Task: place. Where an image was taken."""
+
+from pipeline.tasks.base import Line, Output, Task
+
+
+class Place(Output):
+    """Task `place`: a kind of place, such as "a harbour"."""
+
+    place: Line
+
+
+TASK = Task(name="place", prompt="place/v1", output=Place, row=Place, text_field="place")
+''',
+    "prompts/place/v1.j2": 'Name the kind of place. Reply as {"place": "..."}.\nTask: place\n',
+    "pipeline/tasks/__init__.py": [
+        ("import answer, caption, deck_qa, qa", "import answer, caption, deck_qa, place, qa"),
+        ("caption.TASK, qa.TASK", "caption.TASK, place.TASK, qa.TASK"),
+    ],
+}
+SOURCE = {
+    "pipeline/sources/stripes.py": '''
+"""Source: stripes, one image for each pair of gray levels."""
+
+import io
+
+from PIL import Image
+
+from pipeline.config import Config
+from pipeline.images.decode import check_image
+from pipeline.sources.base import SourceSpec
+from pipeline.types import Sample, Source, SourceSlice
+
+
+def open_stripes(config: Config, _: str, part: SourceSlice) -> Source:
+    """Return a source of images of 64 x 64 px."""
+    rows = (draw_stripes(n) for n in range(part.number, config.limit or 100, part.of))
+    return Source(name="stripes", revision="1", rows=rows)
+
+
+def draw_stripes(number: int) -> Sample:
+    """Draw one image."""
+    image = Image.new("L", (64, 64), 2 * number)
+    image.paste(255 - number, (0, 0, 64, 32))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = file.getvalue()
+    return Sample(
+        id=check_image(data).id, source_row=str(number), images=(data,), width_px=64, height_px=64, licence="cc0-1.0"
+    )
+
+
+SPEC = SourceSpec(
+    name="stripes", what="gray stripes", splits="-", size="100", license="cc0-1.0", needs="-", example="--source stripes",
+    open=open_stripes, image_kind=None,
+)
+''',
+    "pipeline/sources/__init__.py": [
+        ("scenes, slidevqa, vqav2", "scenes, slidevqa, stripes, vqav2"),
+        ("    slidevqa.SPEC,", "    slidevqa.SPEC,\n    stripes.SPEC,"),
+    ],
+}  # fmt: skip
+EXTENSIONS = {"row stage": ROW_STAGE, "comparing stage": COMPARING_STAGE, "task": TASK, "source": SOURCE}
+
+
+def reply(_: int, body: dict[str, Any]) -> Act:
+    if body["response_format"]["json_schema"]["name"] == "place":
+        return Act('{"place":"A plain of stripes in gray"}')
+    words = "TWO STRIPES AND NO MORE" if "brief" in str(body["messages"]) else f"A field of gray, number {len(str(body)) % 97}."
+    return Act(json.dumps({"caption": words}))
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """Return a folder with links to all files of the package, which an extension may replace."""
+    for top in ("pipeline", "prompts", "data_cards"):
+        for path in (ROOT / top).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                link = tmp_path / "package" / path.relative_to(ROOT)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+    return tmp_path / "package"
+
+
+@pytest.fixture
+def chat() -> Iterator[ChatServer]:
+    with running_chat(ChatServer(reply)) as server:
+        yield server
+
+
+def extend(package: Path, files: dict[str, Any]) -> None:
+    for name, change in files.items():
+        path = package / name
+        text = change
+        if isinstance(change, list):
+            text = path.read_text(encoding="utf-8")
+            for old, new in change:
+                assert text.count(old) == 1, (name, old)
+                text = text.replace(old, new)
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.lstrip("\n"), encoding="utf-8")
+
+
+def test_two_stages_a_task_and_a_source_take_few_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
+    assert {name: len(files) for name, files in EXTENSIONS.items()} == {
+        "row stage": 2, "comparing stage": 2, "task": 3, "source": 2,
+    }  # fmt: skip
+    for files in EXTENSIONS.values():
+        extend(package, files)
+    command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
+    command += ["--tasks", "caption,place", "--base-url", chat.url]
+    env = os.environ | {"PYTHONPATH": str(package)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    version = tmp_path / "data" / "versions" / "v1.0.0"
+    funnel = {stage["stage"]: stage for stage in json.loads((version / "manifest.json").read_text())["funnel"]}
+    stages = ["validate", "filter", "quiet", "verify", "dedupe", "shortest", "balance", "split", "review"]
+    assert list(funnel) == ["source", "generate", *stages, "version"]
+    assert funnel["quiet"]["rejected"] == {"in_capitals": 20}
+    assert funnel["shortest"]["rejected"].keys() == {"longer_caption"}
+    rows = [
+        row
+        for file in sorted(version.rglob("*.parquet"))
+        if "ledger" not in file.name
+        for row in pq.read_table(file).to_pylist()
+    ]
+    assert {row["source"] for row in rows} == {"stripes"}
+    assert funnel["shortest"]["kept"] == len(rows) > 1
+    assert all(len(row["captions"]) == 1 for row in rows)
+    assert "A plain of stripes in gray" in {row["captions"][0]["text"] for row in rows}
