@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--ours", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run_own_dedupe:
-        run_own_dedupe(*arguments.run_own_dedupe)
+    if arguments.ours:
+        run_own_dedupe(*arguments.ours)
         return
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.captions:,} captions of seed {arguments.seed}"

@@ -132,6 +132,7 @@ def judge(
     """Return each row with its result of the verify stage."""
     names = ("task", "style", "clean_question", "clean_answer", "answer_type")
     table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
+    table = table.append_column("annotation_id", pa.array(map(str, range(len(rows))), pa.string()))
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
     table = table.append_column("alignment", pa.array([None] * len(rows), pa.float64()))
     return list(zip(rows, verify_rows(table, **config.verify.model_dump()).to_pylist(), strict=True))
@@ -173,7 +174,7 @@ def report_planted(written: list[dict[str, Any]], facts: dict[str, Any], images:
             show(f"{style}, {count} objects, {denied} denied", spared)
     print("\nblind: rejected as answerable without the image, of true rows")
     show("questions", [(row, result["reason"] == "answerable_without_image") for row, result in judged if row["task"] == "qa"])
-    blind = [result["blind"] for row, result in judged if row["task"] == "qa" and not row["error"]]
+    blind = [result["answered_blind"] for row, result in judged if row["task"] == "qa" and not row["error"]]
     print(f"  answered rightly without the image: {sum(map(bool, blind)) / len(blind):.4f}")
     align(rows, images)
 
