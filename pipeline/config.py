@@ -184,11 +184,7 @@ def current_settings(values: dict[str, Any], section: type[Section] = Config) ->
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
-    """Merge defaults, the file and the flags that were given (not None), in this order.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key or value is invalid.
-    """
+    """Merge defaults, the file and the flags that are not None, in this order. Raises ConfigError for a bad key or value."""
     values = read_yaml(config_file, "a line such as `limit: 100`") if config_file else {}
     if "config" in values and "version" in values:  # the manifest of a version
         values = values["config"]
@@ -203,11 +199,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """Read a file of settings; the only reader of YAML.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not hold keys and values.
-    """
+    """Read a file of settings; the only reader of YAML. Raises ConfigError if it does not hold keys and values."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -220,11 +212,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
 
 
 def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
-    """Return settings from keys and values.
-
-    Raises:
-        ConfigError: a key or a value is invalid; the error names the first, after `where`.
-    """
+    """Return settings from keys and values. Raises ConfigError that names the first invalid key or value, after `where`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:

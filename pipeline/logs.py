@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FILE = "synth.log"
-_ROOTS = ("pipeline", "trainer")
+_ROOTS = (logging.getLogger("pipeline"), logging.getLogger("trainer"))
 _FORMAT = logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
 
 
@@ -28,8 +28,8 @@ def log_to(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in _ROOTS:
-            logging.getLogger(name).removeHandler(handler)
+        for root in _ROOTS:
+            root.removeHandler(handler)
         handler.close()
 
 
@@ -37,16 +37,14 @@ def keep_log_in(folder: Path) -> None:
     """Append log records to a file in a folder for the rest of this process; a folder is added only once."""
     folder.mkdir(parents=True, exist_ok=True)
     path = str((folder / FILE).absolute())
-    handlers = logging.getLogger(_ROOTS[0]).handlers
-    if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in handlers):
+    if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in _ROOTS[0].handlers):
         _add(logging.FileHandler(path, encoding="utf-8", delay=True), logging.INFO)
 
 
 def _add(handler: logging.Handler, level: int) -> None:
     handler.setFormatter(_FORMAT)
     handler.setLevel(level)
-    for name in _ROOTS:
-        logger = logging.getLogger(name)
-        logger.setLevel(min(level, logger.level or level))
-        logger.addHandler(handler)
-        logger.propagate = False
+    for root in _ROOTS:
+        root.setLevel(min(level, root.level or level))
+        root.addHandler(handler)
+        root.propagate = False

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-
 LINE_SECONDS = 10.0
 
 
@@ -32,7 +31,7 @@ class LineProgress:
         self.first = 0
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """Print how far a stage is, with metrics by name, at most once in EVERY_SECONDS."""
+        """Print how far a stage is, with metrics by name, at most once in LINE_SECONDS."""
         now = time.monotonic()
         if stage != self.stage:
             self.end()
@@ -42,15 +41,14 @@ class LineProgress:
         self.last = now
         rate, left = self.speed(done, total)
         parts = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (metrics or {}).items())]
-        details = ", ".join(part for part in parts if part)
+        details = ", ".join(filter(None, parts))
         self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """Show a message; a `transient` one is repeated soon."""
-        if transient and time.monotonic() - self.last < LINE_SECONDS:
-            return
-        self.last = time.monotonic()
-        self.line(text)
+        if not transient or time.monotonic() - self.last >= LINE_SECONDS:
+            self.last = time.monotonic()
+            self.line(text)
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -112,8 +110,8 @@ class LiveProgress(LineProgress):
             rate, left = self.speed(done, total)
             grid = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=total, completed=done, width=30, pulse=total is None)
-            speed = f"{rate:.1f}/s" if rate else ""
-            grid.add_row(Text(self.stage, "bold"), bar, f"{done:,}{f' of {total:,}' if total else ''}", speed, left)
+            count, speed = f"{done:,}{f' of {total:,}' if total else ''}", f"{rate:.1f}/s" if rate else ""
+            grid.add_row(Text(self.stage, "bold"), bar, count, speed, left)
             rows.append(grid)
             if metrics:
                 rows.append(Text(" · ".join(f"{name} {value}" for name, value in metrics.items()), "dim"))
@@ -125,8 +123,8 @@ class LiveProgress(LineProgress):
         """Print one line about a finished stage."""
         if self.stage:
             done, total, _ = self.now
-            seconds = time.monotonic() - self.started
-            self.line(f"{self.stage}: {done:,}{f' of {total:,}' if total else ''} in {duration(seconds)}")
+            taken = duration(time.monotonic() - self.started)
+            self.line(f"{self.stage}: {done:,}{f' of {total:,}' if total else ''} in {taken}")
 
     def end(self) -> None:
         """See LineProgress."""
@@ -148,11 +146,9 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
         """Report how far a stage is, with metrics by name."""
-        ...
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """Show a message; a `transient` one is repeated soon."""
-        ...
 
 
 class NullProgress:

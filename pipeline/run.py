@@ -33,7 +33,7 @@ def generate_dataset(
     progress: Progress | None = None,
     cluster: ClusterOptions | None = None,
 ) -> RunResult:
-    """Run all stages in order and return the version that comes out.
+    """Run all stages in order and return the version that comes out. Raises SynthError; finished work stays on the disk.
 
     Args:
         config: what to make.
@@ -41,9 +41,6 @@ def generate_dataset(
         from_stage: start at this stage from what the one before it left on the disk.
         progress: receives updates about the slow stages.
         cluster: how the run is spread over a Ray cluster; None: it runs in this process.
-
-    Raises:
-        SynthError: whatever a user can mend; finished work stays on the disk.
     """
     progress = progress or NullProgress()
     config = with_source_defaults(config)
@@ -67,9 +64,8 @@ def generate_dataset(
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
     """Add files of reviews to those of a dataset folder, and make the version that follows from them.
 
-    Raises:
-        ConfigError: a file holds no reviews, an edit cannot be used, or no review is about this dataset; nothing has changed.
-        SynthError: see `generate_dataset`.
+    Raises ConfigError, and changes nothing, if a file holds no reviews, an edit cannot be used, or no review is about this
+    dataset; else see `generate_dataset`.
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
@@ -110,11 +106,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
 
 
 def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> None:
-    """Refuse another source in the same folder, and, with --from-stage, settings that an earlier stage has not used.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
+    """Raise ConfigError for another source in the same folder, or, with --from-stage, settings that an earlier stage lacked."""
     if not dataset.run_file.exists():
         return
     try:

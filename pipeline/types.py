@@ -105,8 +105,12 @@ class Request:
         """The key of the images that the model sees: the sample, or some of its pages, or none."""
         return self.sample_id if self.pages is None else f"{self.sample_id}.{'-'.join(map(str, self.pages))}"
 
+    def reply(self, text: str, finish_reason: str, prompt_tokens: int = 0, reply_tokens: int = 0) -> "Reply":
+        """Return a reply to this attempt."""
+        return Reply(self.id, self.attempt, text, finish_reason, prompt_tokens, reply_tokens)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The reply of a model. Any `finish_reason` but "stop" means that the text is incomplete."""
 
@@ -129,15 +133,12 @@ class RequestSource(Protocol):
 
     def take(self) -> list[Request]:
         """Return the next requests; an empty list if there are none now. Replies may lead to more."""
-        ...
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""
-        ...
 
     def answered(self) -> bool:
         """Return whether any request has a reply already, from this run or an earlier one."""
-        ...
 
 
 class Engine(Protocol):
@@ -152,8 +153,6 @@ class Engine(Protocol):
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
         """Yield replies in groups as they are done, until nothing is left to take and each request has its reply."""
-        ...
 
     def metrics(self) -> dict[str, str]:
         """Return metrics for the progress display, by name."""
-        ...

@@ -4,6 +4,7 @@ An executor fills shards (it reads the source, asks the model, and judges rows o
 Stages that compare rows run in the process of the command, over the shards' files.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,15 +62,12 @@ class Executor(Protocol):
     @property
     def shards(self) -> Sequence[DatasetDir]:
         """The dataset folders of all shards, in the order of their rows."""
-        ...
 
     def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
         """Apply a function to every shard, and return the results in order."""
-        ...
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
         """Apply a function to every shard and a new empty folder, whose files end up below `draft`."""
-        ...
 
 
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
@@ -103,8 +101,7 @@ def publish(
     names = ("source", *(stage.name for stage in stages))
     check()
     with scratch_folder(dataset.path / "versions") as draft:
-        write = partial(write_rows, stages=names, source=source)
-        written = executor.map_with_scratch(write, draft)
+        written = executor.map_with_scratch(partial(write_rows, stages=names, source=source), draft)
         version, is_new = publish_shards(dataset, executor.shards, written, draft, plan, funnel, check)
     return version, is_new, funnel
 
@@ -112,19 +109,15 @@ def publish(
 def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan) -> list[StageSummary]:
     """Return the summary of each stage, over all shards.
 
-    Raises:
-        ConfigError: not every image has its requests answered.
-        TableError: a stage did not read all rows that the stage before it kept.
+    Raises ConfigError if not every image has its requests answered, TableError if a stage did not read all rows that the stage
+    before it kept.
     """
     names = ("source", "generate", *(stage.name for stage in stages))
     counts = executor.map(partial(_count_rows, names=names))
     funnel: list[StageSummary] = []
     for name in names:
-        rejected: dict[str, int] = {}
-        for of_shard in counts:
-            for reason, count in of_shard[name][1].items():
-                rejected[reason] = rejected.get(reason, 0) + count
         kept = sum(of_shard[name][0] for of_shard in counts)
+        rejected = sum((Counter(of_shard[name][1]) for of_shard in counts), Counter[str]())
         most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
         funnel.append(summarize_stage(name, UNITS.get(name, "annotations"), kept, most_first))
     if funnel[1].kept != funnel[0].kept * len(plan.requests):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, read_exclusions, require_file
@@ -49,7 +50,7 @@ class LocalExecutor:
 def run_locally(
     config: Config, dataset: DatasetDir, stages: Sequence[Stage], start: str, source: Source | None, progress: Progress
 ) -> RunResult:
-    """Run all stages from `start` on, and return the version that comes out.
+    """Run all stages from `start` on, and return the new version. Raises SynthError; finished work stays on the disk.
 
     Args:
         config: the settings of the run.
@@ -58,24 +59,21 @@ def run_locally(
         start: the name of the first stage to run; the files of the stage before it are on the disk.
         source: the samples; None if the source was read by an earlier run.
         progress: receives updates.
-
-    Raises:
-        SynthError: an error that the user can fix; finished work stays on the disk.
     """
     order = ("source", "generate", *(stage.name for stage in stages), "version")
     position = order.index(start)
+    asks = position <= order.index("generate")
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
-    if position <= order.index("generate"):
+    if asks:
         choose()  # before anything is written
     _forget_other_settings(dataset, config, order[position:])
     if source is not None:
         _read_source(dataset, config, source, progress)
-    elif config.exclude and _compared_as(dataset) != choose_image_kind(config):
+    elif config.exclude and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config):
         raise ConfigError(
             "dedupe.images has changed since images were compared with --exclude", hint="run without --from-stage"
         )
-    asks = position <= order.index("generate")
-    revision = choose().revision if asks else str(read_json(require_file(dataset.provenance("generate")))["revision"])
+    revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
     plan = RunPlan(dataset, config, revision, choose_image_kind(config), requests_per_sample(config))
     stats = RequestStats()
     todo = [stage for stage in stages if order.index(stage.name) >= position]
@@ -123,9 +121,8 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
     write_json(dataset.provenance("source"), described | {"compared_as": kind})
 
 
-def _compared_as(dataset: DatasetDir) -> str | None:
-    compared_as: str | None = read_json(require_file(dataset.provenance("source"))).get("compared_as")
-    return compared_as
+def _read_provenance(dataset: DatasetDir, stage: str) -> dict[str, Any]:
+    return read_json(require_file(dataset.provenance(stage)))
 
 
 def _require_model(choose: Callable[[], EngineChoice], revision: str) -> EngineChoice:

@@ -29,9 +29,8 @@ def body(request: Request, images: bytes, model: str) -> bytes:
     text = b'{"type":"text","text":%s}' % _text(request.text)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
-        reply_text, feedback = request.failed
-        turns.append(b'{"role":"assistant","content":%s}' % json.dumps(reply_text).encode())
-        turns.append(b'{"role":"user","content":%s}' % json.dumps(feedback).encode())
+        for role, content in zip((b"assistant", b"user"), request.failed, strict=True):
+            turns.append(b'{"role":"%s","content":%s}' % (role, json.dumps(content).encode()))
     return b'{"model":%s,"messages":[%s],"temperature":%s,"top_p":1,"max_tokens":%d,"repetition_detection":%s,%s}' % (
         _text(model),
         b",".join(turns),
@@ -43,26 +42,16 @@ def body(request: Request, images: bytes, model: str) -> bytes:
 
 
 def read_reply(request: Request, answer: bytes) -> Reply:
-    """Parse the body of an answer.
-
-    Raises:
-        BadAnswerError: the body is truncated, not JSON, or holds no choice.
-    """
+    """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice."""
     try:
         value = json.loads(answer)
         choice = value["choices"][0]
         text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage") or {}
     except (ValueError, LookupError, TypeError, RecursionError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
-    return Reply(
-        request_id=request.id,
-        attempt=request.attempt,
-        # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
-        text=str(text).encode("utf-8", "replace").decode(),
-        finish_reason=str(finish_reason),
-        prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        reply_tokens=int(usage.get("completion_tokens") or 0),
-    )
+    text = str(text).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair, which UTF-8 cannot encode
+    prompt_tokens, reply_tokens = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+    return request.reply(text, str(finish_reason), prompt_tokens, reply_tokens)
 
 
 def error_message(answer: bytes) -> str:
@@ -78,12 +67,8 @@ def error_message(answer: bytes) -> str:
 
 def probe(model: str) -> dict[str, Any]:
     """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives."""
-    schema = {
-        "type": "object",
-        "properties": {"word": {"type": "string", "enum": [_PROOF]}},
-        "required": ["word"],
-        "additionalProperties": False,
-    }
+    word = {"type": "string", "enum": [_PROOF]}
+    schema = {"type": "object", "properties": {"word": word}, "required": ["word"], "additionalProperties": False}
     return {
         "model": model,
         "messages": [{"role": "user", "content": "Say hello."}],

@@ -70,8 +70,7 @@ class InFlight:
 class Client:
     """Answers requests through the servers of `config.base_url`, or through one that it starts from `launch`.
 
-    Raises:
-        EngineError: no server answers, or one serves another model or does not enforce schemas.
+    Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
 
     def __init__(
@@ -143,7 +142,8 @@ class Client:
         else:
             endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in self._config.base_url]
         settings = self._config.server
-        self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
+        server = self._server
+        self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, lambda: server.failure if server else None)
         stack.push_async_callback(self._endpoints.close)
         context_tokens = self._launch.max_model_len if self._launch else await self._check_servers()
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
@@ -179,8 +179,7 @@ class Client:
         for endpoint in self._endpoints:
             if not endpoint.is_up.is_set():
                 self._progress.message(f"{endpoint.url} does not answer; going on without it")
-        known_lengths = [length for length in lengths if length]
-        return min(known_lengths) if known_lengths else None
+        return min((length for length in lengths if length), default=None)
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -288,21 +287,21 @@ class Client:
                     return await self._post(endpoint, request, in_flight)
                 except ServerBusyError as complaint:
                     if time.monotonic() > busy_until:
-                        return _unanswered(request, SERVER_ERROR, "the server is too busy")
+                        return request.reply("the server is too busy", SERVER_ERROR)
                     self._concurrency.slow_down()
                     self._keep_images()
                     busy += 1
                     pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
-                    if not await self._is_healthy(endpoint):
+                    if not endpoint.is_up.is_set() or not await answers_200(endpoint.health, endpoint.headers):
                         self._mark_down(endpoint)
                         deaths += 1
                         if deaths > MAX_CRASHES:
-                            return _unanswered(request, SERVER_ERROR, f"the server died each time: {fault}")
+                            return request.reply(f"the server died each time: {fault}", SERVER_ERROR)
                         continue
                     faults += 1
                     if faults == MAX_FAULTS:
-                        return _unanswered(request, SERVER_ERROR, str(fault))
+                        return request.reply(str(fault), SERVER_ERROR)
                     log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
                     # Another request's error may have closed the connection: retry at once on a new one.
                     pause = 0.0 if faults == 1 else FIRST_BACKOFF_SECONDS * 2 ** (faults - 2)
@@ -321,7 +320,8 @@ class Client:
         except CONNECTION_ERRORS as error:
             raise ServerFaultError(one_line(error, 1000)) from None
         if answer.status in (429, 503):
-            raise ServerBusyError(_retry_seconds(answer.headers.get("Retry-After")))
+            seconds = answer.headers.get("Retry-After", "")
+            raise ServerBusyError(float(seconds) if seconds.isdigit() else None)
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
         raise_for_access(answer.status, endpoint, text)
@@ -340,7 +340,7 @@ class Client:
         self._refused += 1
         if self._refused >= MAX_REFUSALS_BEFORE_REPLY and not self._answered and not in_flight.work.answered():
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")
-        return _unanswered(request, REFUSED_BY_SERVER, message)
+        return request.reply(message, REFUSED_BY_SERVER)
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
         in_flight.resting += 1
@@ -352,15 +352,8 @@ class Client:
 
     # --- the servers
 
-    def _failure(self) -> EngineError | None:
-        return self._server.failure if self._server else None
-
     def _outstanding(self) -> int:
         return sum(endpoint.outstanding for endpoint in self._endpoints)
-
-    async def _is_healthy(self, endpoint: Endpoint) -> bool:
-        """Return whether the server is marked as up and its health check succeeds."""
-        return endpoint.is_up.is_set() and await answers_200(endpoint.health, headers=endpoint.headers)
 
     def _mark_down(self, endpoint: Endpoint) -> None:
         if self._endpoints.mark_down(endpoint):
@@ -386,18 +379,3 @@ class Client:
         self._tokens.append((now, total))
         while len(self._tokens) > 2 and now - self._tokens[0][0] > 10:
             self._tokens.popleft()
-
-
-def _unanswered(request: Request, finish_reason: str, message: str) -> Reply:
-    return Reply(
-        request_id=request.id,
-        attempt=request.attempt,
-        text=message,
-        finish_reason=finish_reason,
-        prompt_tokens=0,
-        reply_tokens=0,
-    )
-
-
-def _retry_seconds(retry_after: str | None) -> float | None:
-    return float(retry_after) if retry_after and retry_after.isdigit() else None

@@ -18,12 +18,7 @@ from pipeline.inference.vllm_server import answers_200
 
 KEY = "SYNTH_API_KEY"
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
-_METRICS = (
-    "vllm:num_requests_running",
-    "vllm:num_requests_waiting",
-    "vllm:prefix_cache_queries_total",
-    "vllm:prefix_cache_hits_total",
-)
+_METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
 log = logging.getLogger(__name__)
 
 
@@ -58,12 +53,9 @@ class Endpoint:
 
 
 class Endpoints(list[Endpoint]):
-    """The servers of a run: chooses one for each request, and waits for those that are down.
+    """The servers of a run: chooses one for each request, and waits up to `startup_timeout_s` while all are down.
 
-    Args:
-        endpoints: the servers; they count as up.
-        startup_timeout_s: how long to wait while all are down.
-        failure: returns the error of a server that we could not restart, or None.
+    They count as up at first. `failure` returns the error of a server that we could not restart, or None.
     """
 
     def __init__(
@@ -84,12 +76,7 @@ class Endpoints(list[Endpoint]):
     async def pick(self, sample_id: str, remembered: int) -> Endpoint:
         """Return the server that got this image before, else the least loaded one; wait while all are down.
 
-        Args:
-            sample_id: the sample whose image the request shows.
-            remembered: the number of samples whose server is remembered.
-
-        Raises:
-            EngineError: no server comes up.
+        The servers of the last `remembered` samples are known. Raises EngineError if no server comes up.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
             await self._wait_for_any()
@@ -156,9 +143,7 @@ def find_model(config: Config) -> tuple[str, str]:
     """Return the name and revision of the model to request from the servers of `config.base_url`.
 
     `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
-
-    Raises:
-        EngineError: no server answers, or the model is ambiguous or not served.
+    Raises EngineError if no server answers, or the model is ambiguous or not served.
     """
     endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in config.base_url]
     name, root = asyncio.run(_find_model(endpoints, config.model))
@@ -184,12 +169,7 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
 
 
 async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, ServedModel]:
-    """Return the models of a server by name.
-
-    Raises:
-        EngineError: the server refuses the key, or has no such address.
-        ServerFaultError: the server does not answer, or not with a list of models.
-    """
+    """Return the models of a server by name. Raises ServerFaultError if it does not list any; see also `raise_for_access`."""
     try:
         async with session.get(f"{endpoint.url}/models", headers=endpoint.headers) as answer:
             text = await answer.read()
@@ -229,10 +209,10 @@ async def cancel_tasks(tasks: "set[asyncio.Task[Any]]") -> None:
 
 def _take_metrics(endpoint: Endpoint, page: str) -> None:
     """Read load and cache metrics from vLLM's Prometheus page, summed over the engines of the server."""
-    sums = dict.fromkeys(_METRICS, 0.0)
+    sums = {f"vllm:{name}": 0.0 for name in _METRICS}
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in sums:
             sums[name] += float(line.rpartition(" ")[2])
-    endpoint.running, endpoint.waiting, *cache = sums.values()
-    endpoint.cache = (cache[0], cache[1])
+    endpoint.running, endpoint.waiting, queries, hits = sums.values()
+    endpoint.cache = (queries, hits)

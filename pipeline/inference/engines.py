@@ -24,7 +24,6 @@ from pipeline.types import Engine
 if TYPE_CHECKING:
     from pipeline.inference.vllm_launch import VllmCommand
 
-
 TINY = "tiny"
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
@@ -58,8 +57,7 @@ class EngineChoice:
 def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None) -> EngineChoice:
     """Choose the engine. `log` receives the output of a server that is started; `progress` receives messages about servers.
 
-    Raises:
-        EngineError: no model can answer for this source on this machine, or the servers of --base-url do not.
+    Raises EngineError if no model can answer for this source on this machine, or the servers of --base-url do not.
     """
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
@@ -71,17 +69,13 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
         served, revision = find_model(config)
         return EngineChoice(name, served, revision, reason, lambda: Client(served, revision, config, progress=progress))
     model = _model(config)
-    path = str(tiny_weights(config)) if model == TINY else model
+    tiny_weights = TINY_DECK_WEIGHTS if asks_about_decks(config.tasks) else TINY_WEIGHTS
+    path = str(tiny_weights) if model == TINY else model
     revision = _revision(model, path)
     if name == "vllm":
         revision += _output_affecting_flags(config.server.flags)
         return EngineChoice(name, model, revision, reason, lambda: _managed(model, path, revision, config, log, progress))
     return EngineChoice(name, model, revision, reason, lambda: _embedded(model, path, revision, config))
-
-
-def tiny_weights(config: Config) -> Path:
-    """Return the weights folder of the tiny teacher for these tasks: that of single scenes, or of decks of scenes."""
-    return TINY_DECK_WEIGHTS if asks_about_decks(config.tasks) else TINY_WEIGHTS
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
@@ -124,9 +118,12 @@ def has_gpu() -> bool:
 
 def max_pixels(path: str, revision: str | None = None) -> int | None:
     """Return the maximum pixels of an image for a model's processor, if it has a limit; `revision` is that of a Hub id."""
+    names = ["preprocessor_config.json", "processor_config.json"]
     if not Path(path).is_dir():
-        return _hub_max_pixels(path, revision)
-    for name in ("preprocessor_config.json", "processor_config.json"):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path, revision=revision, allow_patterns=names)
+    for name in names:
         file = Path(path) / name
         if file.exists():
             settings = json.loads(file.read_text(encoding="utf-8"))
@@ -134,13 +131,6 @@ def max_pixels(path: str, revision: str | None = None) -> int | None:
             limit = settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge")
             return int(limit) if limit else None
     return None
-
-
-def _hub_max_pixels(model: str, revision: str | None) -> int | None:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["preprocessor_config.json", "processor_config.json"]
-    return max_pixels(snapshot_download(model, revision=revision, allow_patterns=patterns))
 
 
 def _model(config: Config) -> str:
@@ -205,8 +195,7 @@ def serve_model(
 ) -> None:
     """Run a server until the process is interrupted; `ready` receives its address and key once it answers.
 
-    Raises:
-        EngineError: vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
+    Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
     """
     from pipeline.inference.vllm_server import Server
 
@@ -226,11 +215,7 @@ def serve_model(
 
 
 def plan_server(path: str, revision: str, config: Config, log: Path) -> "VllmCommand":
-    """Return the command that starts vLLM on this machine.
-
-    Raises:
-        EngineError: vLLM is not installed.
-    """
+    """Return the command that starts vLLM on this machine. Raises EngineError if it is not installed."""
     from pipeline.inference.vllm_launch import plan_vllm_command
 
     python = vllm_python()

@@ -8,7 +8,6 @@ import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 
 from pipeline.errors import StoreError
 from pipeline.types import UNANSWERED, Reply, Request
@@ -34,18 +33,16 @@ _KEEP = (
 class Journal:
     """Replies on disk. Use as a context manager; each call that writes is one transaction.
 
-    Raises:
-        StoreError: the file was written by another version of synth.
+    Raises StoreError if the file was written by another version of synth.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path)
-        (file_format,) = self._db.execute("PRAGMA user_version").fetchone()
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if tables and file_format != FORMAT:
+        if tables and (error := _format_error(self._db, path)):
             self._db.close()
-            raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
+            raise error
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
@@ -55,27 +52,16 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
         """Return the newest reply to a request and its flaw, if there is one; with `answered`, the newest by a model."""
-        columns = "attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw"
+        columns = "request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw"
         by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
         newest = f"SELECT {columns} FROM replies WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"  # noqa: S608
         row = self._db.execute(newest, (request_id,)).fetchone()
-        if row is None:
-            return None
-        attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw = row
-        reply = Reply(
-            request_id=request_id,
-            attempt=attempt,
-            text=text,
-            finish_reason=finish_reason,
-            prompt_tokens=prompt_tokens,
-            reply_tokens=reply_tokens,
-        )
-        return reply, flaw
+        return (Reply(*row[:-1]), row[-1]) if row else None
 
     def record_sent(self, requests: Iterable[Request]) -> None:
         """Record that these requests are about to be sent."""
@@ -90,39 +76,24 @@ class Journal:
 
         An existing reply is replaced only if no model gave it (types.UNANSWERED).
         """
+        rows = []
+        for request, reply, flaw in answered:
+            about = (request.sample_id, request.task, request.style, request.prompt_id)
+            text = (reply.text, reply.finish_reason, flaw)
+            rows.append((request.id, reply.attempt, *about, *text, reply.prompt_tokens, reply.reply_tokens))
         with self._db:
-            self._db.executemany(
-                _KEEP,
-                [
-                    (
-                        request.id,
-                        reply.attempt,
-                        request.sample_id,
-                        request.task,
-                        request.style,
-                        request.prompt_id,
-                        reply.text,
-                        reply.finish_reason,
-                        flaw,
-                        reply.prompt_tokens,
-                        reply.reply_tokens,
-                    )
-                    for request, reply, flaw in answered
-                ],
-            )
+            self._db.executemany(_KEEP, rows)
 
     def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
         """Copy the replies of another journal about samples with first_id <= id < behind_id; existing replies stay.
 
         Replies to blind questions do not depend on a sample, so all of them are copied.
         The other journal must be closed and have no writer: it is opened read-only, possibly from another node.
-
-        Raises:
-            StoreError: the other journal was written by another version of synth.
+        Raises StoreError if it was written by another version of synth.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
-            if source.execute("PRAGMA user_version").fetchone() != (FORMAT,):
-                raise StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
+            if error := _format_error(source, path):
+                raise error
             condition = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
             rows = source.execute(f"SELECT * FROM replies WHERE {condition}", (first_id, behind_id))  # noqa: S608
             with self._db:
@@ -134,3 +105,9 @@ class Journal:
         sums = "COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
         replies, prompt_tokens, reply_tokens = self._db.execute(f"SELECT {sums} FROM replies").fetchone()  # noqa: S608
         return {"asked": sent, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}
+
+
+def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
+    if db.execute("PRAGMA user_version").fetchone() == (FORMAT,):
+        return None
+    return StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")

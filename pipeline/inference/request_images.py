@@ -22,13 +22,9 @@ _ORIENTATION = 0x0112  # EXIF
 class RequestImages:
     """Encodes the images of requests in flight, once for all requests about the same images.
 
-    `keep` image sets are cached; older ones are dropped, and encoded again if needed.
-
-    Args:
-        media: a folder that the server reads; images are then sent as file:// URLs and not within the request.
-        max_pixels: a larger image is scaled down.
-        max_sample_pixels: the pages of a deck are scaled down to this many pixels in total.
-        pool: runs the re-encoding.
+    `keep` image sets are cached; older ones are dropped, and encoded again if needed. `media` is a folder that the server
+    reads: images are then sent as file:// URLs and not within the request. An image above `max_pixels` is scaled down, and the
+    pages of a deck to `max_sample_pixels` in total.
     """
 
     def __init__(self, media: Path | None, max_pixels: int | None, max_sample_pixels: int | None, pool: Executor) -> None:
@@ -50,7 +46,6 @@ class RequestImages:
         """Return the JSON of the message parts of images, joined by commas, in the order of tasks.prompts.user_content.
 
         `shown` is the key of the images (Request.shown), which may be empty; `pages` are their numbers within a document.
-
         The uuid of an image is the sha256 of the sent bytes, by which a server may find it in its cache.
         """
         future = self._encoded.get(shown)
@@ -77,11 +72,8 @@ class RequestImages:
             data, kind = await loop.run_in_executor(self._pool, reencode, image, bound), "jpeg"
         uuid = hashlib.sha256(data).hexdigest()
         if self._media is None:
-            return b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % (
-                kind.encode(),
-                base64.b64encode(data),
-                uuid.encode(),
-            )
+            values = kind.encode(), base64.b64encode(data), uuid.encode()
+            return b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)

@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
 from pipeline.tasks import ANSWER, find_task, wire_schema
-from pipeline.tasks.prompts import Prompt, render
+from pipeline.tasks.prompts import render
 from pipeline.types import Reply, Request, Sampling
 
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
@@ -18,26 +19,14 @@ FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told abo
 def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, revision: str) -> Iterator[Request]:
     """Yield the requests for one sample, in the order of the config's tasks and styles."""
     for task, style in requests_per_sample(config):
-        prompt, sampling, shared_digest = _asked(task, style, config.generate, config.seed, revision)
-        yield Request(
-            id=digest({"image": sample_id, "about": shared_digest}),
-            sample_id=sample_id,
-            task=task,
-            style=style,
-            prompt_id=prompt.id,
-            system=prompt.system,
-            text=prompt.text,
-            images=images,
-            sampling=sampling,
-        )
+        temperature: float = getattr(config.generate, find_task(task).temperature_key)
+        fields, shared_digest = shared_fields(task, temperature, config.generate, config.seed, revision, style=style)
+        request_id = digest({"image": sample_id, "about": shared_digest})
+        yield Request(id=request_id, sample_id=sample_id, style=style, images=images, **fields)
 
 
 def check_prompts(config: Config) -> None:
-    """Render every prompt once, so that a broken template is an error before anything is written.
-
-    Raises:
-        ConfigError: see tasks.prompts.render.
-    """
+    """Render every prompt once: a broken template is a ConfigError before anything is written."""
     for task, style in requests_per_sample(config):
         render(task, config.generate.prompt_dir, style=style)
     if config.verify.checks:
@@ -67,24 +56,23 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
 
 
 @cache
-def _asked(task: str, style: str, generate: GenerateConfig, seed: int, revision: str) -> tuple[Prompt, Sampling, str]:
-    """Return the parts of a request that all images share: prompt, sampling, and a digest of all that decides the reply."""
-    prompt = render(task, generate.prompt_dir, style=style)
-    temperature: float = getattr(generate, find_task(task).temperature_key)
+def shared_fields(
+    task: str, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: str
+) -> tuple[dict[str, Any], str]:
+    """Return the fields of a request that all images share, and a digest of all that a reply depends on, except the images.
+
+    `values` are those of the prompt's template. Never rename the keys of the digest: replies would be paid again.
+    """
+    prompt = render(task, generate.prompt_dir, **values)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
-    return prompt, sampling, digest_request(task, prompt, sampling, generate.max_pixels, revision, seed)
-
-
-def digest_request(
-    task: str, prompt: Prompt, sampling: Sampling, max_pixels: int | None, revision: str, seed: int | None = None
-) -> str:
-    """Return a digest of all that a reply depends on, except the images. Never rename its keys: replies would be paid again."""
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": wire_schema(task),
         "model": revision,  # not its name: equal weights give equal replies
-        "sampling": [sampling.temperature, sampling.max_tokens],
-        "max_pixels": max_pixels,
+        "sampling": [temperature, generate.max_tokens],
+        "max_pixels": generate.max_pixels,
     }
     # A greedy reply does not depend on the seed: another seed must not pay for it again.
-    return digest(identity | ({"seed": seed} if sampling.temperature > 0 else {}))
+    identity |= {"seed": seed} if temperature > 0 else {}
+    fields = {"task": task, "prompt_id": prompt.id, "system": prompt.system, "text": prompt.text, "sampling": sampling}
+    return fields, digest(identity)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +93,24 @@ class EmbeddedEngine:
         if request.failed:
             reply_text, feedback = request.failed
             messages += [{"role": "assistant", "content": reply_text}, {"role": "user", "content": feedback}]
-        text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
-        return text
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
 
     def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
         tokenizer = self._loaded[0].tokenizer
         finished = tokenizer.eos_token_id in ids
         reply_ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
         self._tokens += len(reply_ids)
-        return Reply(
-            request_id=request.id,
-            attempt=request.attempt,
-            text=tokenizer.decode(reply_ids, skip_special_tokens=True),
-            finish_reason="stop" if finished else "length",
-            prompt_tokens=prompt_tokens,
-            reply_tokens=len(reply_ids),
-        )
+        text = tokenizer.decode(reply_ids, skip_special_tokens=True)
+        return request.reply(text, "stop" if finished else "length", prompt_tokens, len(reply_ids))
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         disable_progress_bar()  # synth shows its own progress
         try:
             processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
-            model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                self._path, revision=self._commit, dtype=_dtype()
-            )
+            dtype = torch.float32 if _device() == "cpu" else torch.bfloat16  # as fast on a CPU, and its sums are steadier
+            load_model = Qwen2_5_VLForConditionalGeneration.from_pretrained
+            model: nn.Module = load_model(self._path, revision=self._commit, dtype=dtype)
         except (OSError, ValueError) as error:
             raise EngineError(
                 f"cannot load {self.model}: {one_line(error, 300)}",
@@ -132,11 +126,8 @@ class EmbeddedEngine:
 
 def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
     """Cut requests into batches of one task, style and attempt: prompts of similar length need little padding."""
-
-    def words(request: Request) -> tuple[str, str, int]:
-        return request.task, request.style, request.attempt
-
-    for _, same in groupby(sorted(requests, key=words), key=words):  # a stable sort: samples stay in order
+    kind = attrgetter("task", "style", "attempt")
+    for _, same in groupby(sorted(requests, key=kind), key=kind):  # a stable sort: samples stay in order
         group = list(same)
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
@@ -151,9 +142,8 @@ class Grammars:
     def matcher(self, task: str) -> LLMatcher:
         """Return a fresh matcher for a task's wire schema."""
         if task not in self._prototypes:
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(wire_schema(task)), overrides={"whitespace_flexible": False}
-            )
+            schema = json.dumps(wire_schema(task))
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             self._prototypes[task] = LLMatcher(self._tokenizer, grammar)
         return self._prototypes[task].deep_copy()
 
@@ -201,8 +191,3 @@ def _device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _dtype() -> torch.dtype:
-    # Small models are as fast in float32 on a CPU, and their sums are steadier.
-    return torch.float32 if _device() == "cpu" else torch.bfloat16

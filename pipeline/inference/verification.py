@@ -6,18 +6,16 @@ the image but not its earlier answer; a blind check shows no image; an evidence 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from pipeline.config import Config, GenerateConfig, VerifyConfig
+from pipeline.config import Config, VerifyConfig
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
-from pipeline.inference.requests import digest_request
+from pipeline.inference.requests import shared_fields
 from pipeline.tasks import ANSWER
-from pipeline.tasks.prompts import Prompt, render
 from pipeline.tasks.replies import parse_reply
 from pipeline.text.claims import extract_claims
-from pipeline.types import Request, SampleBatch, Sampling
+from pipeline.types import Request, SampleBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +46,10 @@ def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
 
 def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:
     """Return the request of a check; `images` are those of the sample, or empty if only the request id is needed."""
-    prompt, sampling, shared_digest = _asked(check.question, config.generate, revision)
+    fields, shared_digest = shared_fields(ANSWER, 0.0, config.generate, config.seed, revision, question=check.question)
     shown = images if check.pages is None else [images[page - 1] for page in check.pages if images]
-    return Request(
-        id=digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest}),
-        sample_id=sample_id,
-        task=ANSWER,
-        style=check.kind,
-        prompt_id=prompt.id,
-        system=prompt.system,
-        text=prompt.text,
-        images=tuple(shown),
-        pages=check.pages,
-        sampling=sampling,
-    )
+    request_id = digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest})
+    return Request(id=request_id, sample_id=sample_id, style=check.kind, images=tuple(shown), pages=check.pages, **fields)
 
 
 def build_all(
@@ -93,10 +81,3 @@ def read_checks(
         answer = None if read["reply_error"] else read["answer"]
         rows.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})
     return rows
-
-
-@cache
-def _asked(question: str, generate: GenerateConfig, revision: str) -> tuple[Prompt, Sampling, str]:
-    prompt = render(ANSWER, generate.prompt_dir, question=question)
-    sampling = Sampling(temperature=0.0, max_tokens=generate.max_tokens)
-    return prompt, sampling, digest_request(ANSWER, prompt, sampling, generate.max_pixels, revision)

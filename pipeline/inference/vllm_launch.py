@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config import Config
@@ -87,8 +88,8 @@ def plan_vllm_command(
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=_int_or(_flag_value(server.flags, "--max-num-seqs"), seqs),
-        max_model_len=_int_or(_flag_value(server.flags, "--max-model-len"), length),
+        max_num_seqs=_read_number(server.flags, "--max-num-seqs", seqs),
+        max_model_len=_read_number(server.flags, "--max-model-len", length),
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
@@ -104,17 +105,8 @@ def _context_length(model: str) -> int:
     return int(settings.get("max_position_embeddings") or MIN_TOKENS)
 
 
-def _flag_value(flags: tuple[str, ...], name: str) -> str | None:
-    """Return the value of a flag, written `--flag value` or `--flag=value`; the last one counts."""
-    value = None
-    for index, flag in enumerate(flags):
-        if flag == name and index + 1 < len(flags):
-            value = flags[index + 1]
-        elif flag.startswith(f"{name}="):
-            value = flag.partition("=")[2]
-    return value
-
-
-def _int_or(value: str | None, default: int) -> int:
-    """Return the user's value if it is a plain number, else the default: vLLM also accepts `auto` and `8k`."""
-    return int(value) if value and value.isdigit() else default
+def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
+    """Return the last value of a flag if it is a plain number, else the default: vLLM also accepts `auto` and `8k`."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    values = [value for flag, value in pairwise(words) if flag == name]
+    return int(values[-1]) if values and values[-1].isdigit() else default
