@@ -32,111 +32,97 @@ OLD_COLUMNS = {
 SPLITS = ("train", "validation", "test")
 SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # the higher, the more an image is held out
 
-FACTS = pa.struct(
-    [
-        pa.field("background", pa.string()),
-        pa.field("objects", pa.list_(pa.struct([pa.field(name, pa.string()) for name in ("size", "color", "shape", "place")]))),
-    ]
-)
+STRING, INT32, INT64, FLOAT32, FLOAT64, BOOL = pa.string(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.bool_()
+PAGES = pa.list_(INT32)  # numbers of pages, counted from 1
 
+
+def fields(kind: pa.DataType, *names: str, nullable: bool = True) -> list[pa.Field]:
+    """Return fields of one type."""
+    return [pa.field(name, kind, nullable) for name in names]
+
+
+FACTS = pa.struct({"background": STRING, "objects": pa.list_(pa.struct(fields(STRING, "size", "color", "shape", "place")))})
 REFERENCE_QA = pa.struct(
-    [
-        pa.field("question", pa.string()),
-        pa.field("answers", pa.list_(pa.string())),
-        pa.field("answer_type", pa.string()),
-        pa.field("evidence_pages", pa.list_(pa.int32())),
-        pa.field("expression", pa.string()),
-    ]
+    {"question": STRING, "answers": pa.list_(STRING), "answer_type": STRING, "evidence_pages": PAGES, "expression": STRING}
 )
 
 SAMPLE = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),  # sha256 of the image bytes; of a deck: of its pages' hashes
-        pa.field("source_row", pa.string(), nullable=False),
+        pa.field("sample_id", STRING, nullable=False),  # sha256 of the image bytes; of a deck: of its pages' hashes
+        pa.field("source_row", STRING, nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),  # as the source encoded them; several are pages
         pa.field("pdq_hashes", pa.list_(pa.binary()), nullable=False),  # of each image; empty if not needed
-        pa.field("width_px", pa.int32(), nullable=False),
-        pa.field("height_px", pa.int32(), nullable=False),
-        pa.field("licence", pa.string(), nullable=False),
-        pa.field("split", pa.string()),  # as given by the source, else null
-        pa.field("references", pa.list_(pa.string()), nullable=False),
+        *fields(INT32, "width_px", "height_px", nullable=False),
+        pa.field("licence", STRING, nullable=False),
+        pa.field("split", STRING),  # as given by the source, else null
+        pa.field("references", pa.list_(STRING), nullable=False),
         pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("facts", FACTS),
         pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
 
-SOURCE_REJECTED = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("source_row", "reason", "detail")])
+SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))
 
 ANNOTATION = pa.schema(
     [
         # generate
-        pa.field("annotation_id", pa.string(), nullable=False),  # sha256 of request and position
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("request_id", pa.string(), nullable=False),
-        pa.field("task", pa.string(), nullable=False),  # caption | qa | deck_qa
-        pa.field("style", pa.string(), nullable=False),  # of a caption; else empty
-        pa.field("position", pa.int32(), nullable=False),  # within its reply
-        pa.field("prompt_id", pa.string(), nullable=False),  # "caption/v1@<digest of the template>"
-        pa.field("text", pa.string()),
-        pa.field("question", pa.string()),
-        pa.field("answer", pa.string()),
-        pa.field("answer_type", pa.string()),
-        pa.field("evidence_pages", pa.list_(pa.int32())),  # of deck_qa, counted from 1
-        pa.field("expression", pa.string()),
-        pa.field("pages", pa.int32(), nullable=False),  # how many the sample has
-        pa.field("source_split", pa.string()),  # of the sample, as given by the source, else null
-        pa.field("reply_error", pa.string()),  # why the reply could not be parsed; else null
-        pa.field("reply_text", pa.string()),  # the reply, if it could not be parsed; else null
+        pa.field("annotation_id", STRING, nullable=False),  # sha256 of request and position
+        *fields(STRING, "sample_id", "request_id", nullable=False),
+        pa.field("task", STRING, nullable=False),  # caption | qa | deck_qa
+        pa.field("style", STRING, nullable=False),  # of a caption; else empty
+        pa.field("position", INT32, nullable=False),  # within its reply
+        pa.field("prompt_id", STRING, nullable=False),  # "caption/v1@<digest of the template>"
+        *fields(STRING, "text", "question", "answer", "answer_type"),
+        pa.field("evidence_pages", PAGES),  # of deck_qa
+        pa.field("expression", STRING),
+        pa.field("pages", INT32, nullable=False),  # how many the sample has
+        pa.field("source_split", STRING),  # of the sample, as given by the source, else null
+        pa.field("reply_error", STRING),  # why the reply could not be parsed; else null
+        pa.field("reply_text", STRING),  # the reply, if it could not be parsed; else null
     ]
 )
 
 # filter: the cleaned texts, and their measures
 FILTERED = pa.schema(
     [
-        pa.field("clean_text", pa.string()),
-        pa.field("clean_question", pa.string()),
-        pa.field("clean_answer", pa.string()),
-        pa.field("word_count", pa.int32(), nullable=False),  # of the caption, or of the question
-        pa.field("answer_word_count", pa.int32(), nullable=False),
-        pa.field("duplicate_trigram_frac", pa.float32(), nullable=False),
-        pa.field("distinct_word_frac", pa.float32(), nullable=False),
-        pa.field("hedge_count", pa.int32(), nullable=False),
-        pa.field("redaction_count", pa.int32(), nullable=False),
-        pa.field("language", pa.string()),
-        pa.field("language_score", pa.float32(), nullable=False),
-        pa.field("non_latin_frac", pa.float32(), nullable=False),
+        *fields(STRING, "clean_text", "clean_question", "clean_answer"),
+        *fields(INT32, "word_count", "answer_word_count", nullable=False),  # of the caption or the question; of the answer
+        *fields(FLOAT32, "duplicate_trigram_frac", "distinct_word_frac", nullable=False),
+        *fields(INT32, "hedge_count", "redaction_count", nullable=False),
+        pa.field("language", STRING),
+        *fields(FLOAT32, "language_score", "non_latin_frac", nullable=False),
     ]
 )
 
 # verify: the results of the checks (inference/verification.py)
-CHECK = pa.struct([pa.field(name, pa.string()) for name in ("kind", "question", "expected", "answer")])
+CHECK = pa.struct(fields(STRING, "kind", "question", "expected", "answer"))
 VERIFIED = pa.schema(
     [
-        pa.field("agreement", pa.float64()),  # 1 if the model repeated the answer, else 0; of a caption: claims supported
-        pa.field("answered_blind", pa.bool_()),  # whether the answer was given without the image
-        pa.field("sufficient", pa.bool_()),  # whether the evidence pages alone led to the answer
-        pa.field("necessary", pa.bool_()),  # whether the other pages alone did not
+        pa.field("agreement", FLOAT64),  # 1 if the model repeated the answer, else 0; of a caption: claims supported
+        pa.field("answered_blind", BOOL),  # whether the answer was given without the image
+        pa.field("sufficient", BOOL),  # whether the evidence pages alone led to the answer
+        pa.field("necessary", BOOL),  # whether the other pages alone did not
     ]
 )
 
 # Images and texts that must not be learned from, read once (sources/exclusions.py)
 EXCLUSIONS = pa.schema(
     [
-        pa.field("name", pa.string(), nullable=False),  # SOURCE#SPLIT
-        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("name", STRING, nullable=False),  # SOURCE#SPLIT
+        pa.field("image_id", STRING, nullable=False),
         pa.field("pdq_hash", pa.binary(), nullable=False),
-        pa.field("texts", pa.list_(pa.string()), nullable=False),
+        pa.field("texts", pa.list_(STRING), nullable=False),
     ]
 )
 
 # The near-duplicates of a sample (images/similarity.py)
 IMAGE_GROUPS = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("image_group", pa.string(), nullable=False),  # the first id of all samples that look like this one
-        pa.field("image_reason", pa.string()),  # why the sample is rejected; null if it is kept
-        pa.field("near_duplicate_of", pa.string()),  # the sample that is kept instead
+        pa.field("sample_id", STRING, nullable=False),
+        pa.field("image_group", STRING, nullable=False),  # the first id of all samples that look like this one
+        pa.field("image_reason", STRING),  # why the sample is rejected; null if it is kept
+        pa.field("near_duplicate_of", STRING),  # the sample that is kept instead
     ]
 )
 
@@ -144,63 +130,47 @@ IMAGE_GROUPS = pa.schema(
 DEDUPED = pa.schema(
     [
         *(field.with_nullable(True) for field in list(IMAGE_GROUPS)[1:]),
-        pa.field("cluster", pa.string()),  # the first id of all texts of this task that say the same
-        pa.field("duplicate_of", pa.string()),  # the text that is kept instead
+        pa.field("cluster", STRING),  # the first id of all texts of this task that say the same
+        pa.field("duplicate_of", STRING),  # the text that is kept instead
     ]
 )
 
 # balance
 BALANCED = pa.schema(
     [
-        pa.field("question_type", pa.string()),  # the first two words of a question
-        pa.field("pair_id", pa.string()),  # of two equal questions about two images, with different answers
-        pa.field("entries", pa.list_(pa.int32())),  # named by a caption; positions in the list to balance over
-        pa.field("keep_probability", pa.float64()),
+        pa.field("question_type", STRING),  # the first two words of a question
+        pa.field("pair_id", STRING),  # of two equal questions about two images, with different answers
+        pa.field("entries", pa.list_(INT32)),  # named by a caption; positions in the list to balance over
+        pa.field("keep_probability", FLOAT64),
     ]
 )
 
 # review: a person's review of an annotation (dataset/reviews.py), and the final fields
 REVIEWED = "review"  # the prompt_id of text that a person wrote
-REVIEW = pa.struct(
-    [
-        *(pa.field(name, pa.string()) for name in ("mark", "reason", "text", "question", "answer")),
-        pa.field("evidence_pages", pa.list_(pa.int32())),
-        pa.field("expression", pa.string()),
-    ]
-)
+EVIDENCE = pa.field("evidence_pages", PAGES)
+REVIEW = pa.struct([*fields(STRING, "mark", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)])
 FINAL = pa.schema(
     [
-        *(pa.field(f"final_{name}", pa.string()) for name in ("text", "question", "answer")),
-        pa.field("final_evidence_pages", pa.list_(pa.int32())),
-        *(pa.field(f"final_{name}", pa.string()) for name in ("expression", "prompt_id", "pair_id")),
+        *fields(STRING, "final_text", "final_question", "final_answer"),
+        pa.field("final_evidence_pages", PAGES),
+        *fields(STRING, "final_expression", "final_prompt_id", "final_pair_id"),
     ]
 )
 
-CAPTION = pa.struct([pa.field(name, pa.string()) for name in ("text", "style", "prompt_id")])
+CAPTION = pa.struct(fields(STRING, "text", "style", "prompt_id"))
 QA = pa.struct(
-    [
-        pa.field("question", pa.string()),
-        pa.field("answer", pa.string()),
-        pa.field("answer_type", pa.string()),
-        pa.field("evidence_pages", pa.list_(pa.int32())),
-        pa.field("expression", pa.string()),
-        pa.field("prompt_id", pa.string()),
-        pa.field("pair_id", pa.string()),
-    ]
+    [*fields(STRING, "question", "answer", "answer_type"), EVIDENCE, *fields(STRING, "expression", "prompt_id", "pair_id")]
 )
-IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # as `datasets` stores an image
+IMAGE = pa.struct({"bytes": pa.binary(), "path": STRING})  # as `datasets` stores an image
 
 ROW = pa.schema(
     [
-        pa.field("sample_id", pa.string()),
+        pa.field("sample_id", STRING),
         pa.field("image", IMAGE),
         pa.field("pages", pa.list_(IMAGE)),
-        pa.field("width_px", pa.int32()),
-        pa.field("height_px", pa.int32()),
-        pa.field("source", pa.string()),
-        pa.field("source_row", pa.string()),
-        pa.field("licence", pa.string()),
-        pa.field("references", pa.list_(pa.string())),
+        *fields(INT32, "width_px", "height_px"),
+        *fields(STRING, "source", "source_row", "licence"),
+        pa.field("references", pa.list_(STRING)),
         pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("captions", pa.list_(CAPTION)),
         pa.field("qa", pa.list_(QA)),
@@ -209,9 +179,7 @@ ROW = pa.schema(
     ]
 )
 # The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
-LEDGER = pa.schema(
-    [pa.field(name, pa.string()) for name in ("stage", "reason", "source_row", "sample_id", "task", "content_digest")]
-)
+LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
@@ -255,7 +223,7 @@ def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArr
 
 def with_reason(table: pa.Table, reasons: Iterable[str | None]) -> pa.Table:
     """Return the same rows with a `reason` column: null keeps a row, a word rejects it."""
-    return table.append_column("reason", pa.array(list(reasons), pa.string()))
+    return table.append_column("reason", pa.array(list(reasons), STRING))
 
 
 def features(schema: pa.Schema) -> dict[str, Any]:

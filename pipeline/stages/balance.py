@@ -25,9 +25,9 @@ import pyarrow.compute as pc
 from pipeline.config import BalanceConfig
 from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
-from pipeline.stages.base import AllRows, Comparison, Stage
+from pipeline.stages.base import ROW, AllRows, Comparison, Stage
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
-from pipeline.tables import BALANCED
+from pipeline.tables import BALANCED, INT64, STRING, fields
 from pipeline.text.content_keys import content_word_lists
 from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
@@ -37,30 +37,20 @@ RARE = "(rare)"  # questions whose own type is too rare are balanced together
 NEIGHBOURS = 24  # images searched for a partner, as many as VQAv2's annotators were shown
 MATCHED_QUESTIONS = 65_536  # matched at once, or those of one key where they are more
 BLOCK_ROWS = 1024  # whose words are compared at once
-QUESTIONS = pa.schema(
-    [
-        pa.field("row", pa.int64()),
-        *(pa.field(name, pa.string()) for name in ("annotation_id", "sample_id", "image", "key", "prefix", "answer")),
-    ]
-)
-CAPTION_WORDS = pa.schema([pa.field("sample_id", pa.string()), pa.field("words", pa.list_(pa.string()))])
-PAIRS = pa.schema([pa.field("row", pa.int64()), pa.field("partner", pa.int64())])
-LIMITS = pa.schema([pa.field("question_type", pa.string()), pa.field("most", pa.int64())])
-CAPTIONS = pa.schema(
-    [pa.field("row", pa.int64()), pa.field("annotation_id", pa.string()), pa.field("entries", pa.list_(pa.int32()))]
-)
-FINDINGS = pa.schema([pa.field("row", pa.int64()), *BALANCED, pa.field("reason", pa.string())])
+QUESTIONS = pa.schema([ROW, *fields(STRING, "annotation_id", "sample_id", "image", "key", "prefix", "answer")])
+CAPTION_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
+PAIRS = pa.schema({"row": INT64, "partner": INT64})
+LIMITS = pa.schema({"question_type": STRING, "most": INT64})
+CAPTIONS = pa.schema({"row": INT64, "annotation_id": STRING, "entries": pa.list_(pa.int32())})
+ADDS = pa.schema([*BALANCED, pa.field("reason", STRING)])
+FINDINGS = pa.schema([ROW, *ADDS])
 _SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"} | {"\t": " ", "\n": " ", "\r": " "})
 
 Indices = npt.NDArray[np.signedinteger[Any]]
 
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the findings about all questions, and about captions if they are balanced, with the `reason` of surplus rows.
-
-    Raises:
-        ConfigError: the user's list of entries cannot be read.
-    """
+    """Return the findings about all questions, and about captions if they are balanced, with the `reason` of surplus rows."""
     db, config, seed = comparison.db, comparison.plan.config.balance, comparison.plan.config.seed
     balance_questions(db, comparison.rows, config, seed)
     if config.tail_frac is None:
@@ -140,10 +130,8 @@ def match_questions(groups: pa.Table) -> tuple[Indices, Indices]:
     """Return the pairs among rows that ask the same: two arrays of row indices.
 
     Pairs are chosen greedily, by similarity, then by ids. All pairs that are the best of both their rows are chosen at once,
-    then the best of the rest: the result is that of choosing one after the other.
-
-    Args:
-        groups: `key`, `annotation_id`, `image`, `answer`, `words`, ordered by key, words and id; rows of one key are a group.
+    then the best of the rest: the result is that of choosing one after the other. `groups` has the columns of the table
+    `ordered`, by key, words and id; rows of one key are a group.
     """
     a, b, overlap = _neighbours(groups)
     rank = pc.rank(groups["annotation_id"].combine_chunks(), tiebreaker="first").to_numpy()
@@ -237,8 +225,8 @@ def balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Balan
     """Make the table `balanced_captions` (FINDINGS): the entries that each caption names, and whether it stays."""
     assert config.tail_frac is not None
     load(db, "captions", _captions(rows, read_entries(config.entries)), CAPTIONS)
-    counted = db.sql("SELECT entry, count(*) FROM (SELECT unnest(entries) AS entry FROM captions) GROUP BY entry").fetchall()
-    counts = dict(counted)
+    mentions = "SELECT unnest(entries) AS entry FROM captions"
+    counts = dict(db.sql(f"SELECT entry, count(*) FROM ({mentions}) GROUP BY entry").fetchall())  # noqa: S608
     threshold = count_of_tail(list(counts.values()), config.tail_frac)
     load(db, "balanced_captions", _judge_captions(open_cursor(db), counts, threshold, seed), FINDINGS)
 
@@ -267,12 +255,7 @@ def question_prefix(question: str) -> str:
 
 
 def limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
-    """Return the most questions of each type that may have the same answer (LIMITS).
-
-    Args:
-        counts: `question_type`, `answer` and how many questions have them.
-        config: the shares that answers may have.
-    """
+    """Return the most questions of each type that may have the same answer (LIMITS), from a count of each type and answer."""
     of_type: dict[str, dict[str, int]] = defaultdict(dict)
     for row in counts.to_pylist():
         of_type[row["question_type"]][row["answer"]] = row["count"]
@@ -319,20 +302,17 @@ def keep_probability(counts: Sequence[int], threshold: int) -> float:
 
 
 def read_entries(path: Path | None) -> tuple[str, ...]:
-    """Return the entries for balancing captions: the lines of a file of the user, or WordNet's names.
-
-    Raises:
-        ConfigError: the file cannot be read, or is empty.
-    """
+    """Return the entries for balancing captions: WordNet's names, or the lines of a file. Raises ConfigError if it has none."""
     if path is None:
         return names()
+    hint = "balance.entries is a text file, one entry a line"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="balance.entries is a text file, one entry a line") from None
+        raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
     entries = tuple(sorted({" ".join(line.lower().split()) for line in lines} - {""}))
     if not entries:
-        raise ConfigError(f"{path} has no entries", hint="balance.entries is a text file, one entry a line")
+        raise ConfigError(f"{path} has no entries", hint=hint)
     return entries
 
 
@@ -350,6 +330,4 @@ def _automaton(entries: tuple[str, ...]) -> Any:
     return automaton
 
 
-STAGE = Stage(
-    "balance", judge=lambda table, plan: table, compare=balance, adds=pa.schema([*BALANCED, pa.field("reason", pa.string())])
-)
+STAGE = Stage("balance", judge=lambda table, plan: table, compare=balance, adds=ADDS)

@@ -13,10 +13,10 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import duckdb
@@ -116,17 +116,15 @@ class Stage:
 def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, services: Services) -> None:
     """Run the effects of a stage on the rows of one shard, if the settings ask for any."""
     if stage.prepare and stage.is_prepared(plan.config):
-        _write(shard.stage(stage.name, "prepared"), stage.prepare(shard, require_file(shard.stage(before)), plan, services))
+        tables = stage.prepare(shard, require_file(shard.stage(before)), plan, services)
+        first = next(tables)
+        write_table(shard.stage(stage.name, "prepared"), chain([first], tables), first.schema)
 
 
 def compare_stage(
     stage: Stage, shards: Sequence[DatasetDir], dataset: DatasetDir, before: str, plan: RunPlan, progress: Progress
 ) -> None:
-    """Compare the rows of all shards, and write the findings about its rows to each shard.
-
-    Raises:
-        TableError: a row is named twice, or one that is not there.
-    """
+    """Compare the rows of all shards, and write the findings about its rows to each. Raises TableError for an unknown row."""
     rows = AllRows([_input(stage, shard, before, plan) for shard in shards])
     assert stage.compare
     with open_database(dataset.path) as db:
@@ -145,8 +143,7 @@ def compare_stage(
 def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> None:
     """Judge the rows of one shard, and write those that are kept and those that are rejected.
 
-    Raises:
-        TableError: the stage did not return exactly the rows that it was given.
+    Raises TableError if the stage did not return exactly the rows that it was given, or a finding names a row twice.
     """
     source = _input(stage, shard, before, plan)
     compared = shard.stage(stage.name, "compared")
@@ -178,22 +175,21 @@ def collect_less_often() -> Iterator[None]:
 
 def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> None:
     """Write judged rows to `kept` and, with their reason, to `rejected`; memory holds one table."""
-    with atomic_write(shard.stage(name)) as kept_path, atomic_write(shard.stage(name, "rejected")) as rejected_path:
-        kept: pq.ParquetWriter | None = None
-        rejected: pq.ParquetWriter | None = None
-        try:
-            for table in judged:
-                if kept is None or rejected is None:
-                    kept = pq.ParquetWriter(kept_path, table.drop_columns(["reason"]).schema, compression="zstd")
-                    rejected = pq.ParquetWriter(rejected_path, table.schema, compression="zstd")
-                is_kept = pc.is_null(table["reason"])
-                kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
-                if table["reason"].null_count < table.num_rows:
-                    rejected.write_table(table.filter(pc.invert(is_kept)))
-        finally:
-            for writer in (kept, rejected):
-                if writer:
-                    writer.close()
+    with (
+        atomic_write(shard.stage(name)) as kept_path,
+        atomic_write(shard.stage(name, "rejected")) as rejected_path,
+        ExitStack() as stack,
+    ):
+        kept = rejected = None
+        for table in judged:
+            if kept is None or rejected is None:
+                kept_schema = table.drop_columns(["reason"]).schema
+                kept = stack.enter_context(pq.ParquetWriter(kept_path, kept_schema, compression="zstd"))
+                rejected = stack.enter_context(pq.ParquetWriter(rejected_path, table.schema, compression="zstd"))
+            is_kept = pc.is_null(table["reason"])
+            kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
+            if table["reason"].null_count < table.num_rows:
+                rejected.write_table(table.filter(pc.invert(is_kept)))
 
 
 def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
@@ -271,13 +267,3 @@ def _checked(stage: Stage, given: pa.Table, judged: pa.Table) -> pa.Table:
             hint="this is a bug in the stage; please report it",
         )
     return judged
-
-
-def _write(path: Path, tables: Iterator[pa.Table]) -> None:
-    first = next(tables)
-
-    def rest() -> Iterator[pa.Table]:
-        yield first
-        yield from tables
-
-    write_table(path, rest(), first.schema)

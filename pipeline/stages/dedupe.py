@@ -14,24 +14,17 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
-from pipeline.stages.base import AllRows, Comparison, RunPlan, Stage
+from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
-from pipeline.tables import DEDUPED, IMAGE_GROUPS
+from pipeline.tables import BOOL, DEDUPED, FLOAT64, IMAGE_GROUPS, STRING, fields
 from pipeline.text.content_keys import content_keys
 from pipeline.text.spelling import comparable_keys, key_remainders, merge_misspelled
 
 SCORES = ("agreement", "alignment", "hedge_count")  # what makes one annotation better than another
-TEXTS = pa.schema(
-    [
-        pa.field("row", pa.int64()),
-        *(pa.field(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "content_key")),
-        pa.field("is_caption", pa.bool_()),
-        *(pa.field(name, pa.float64()) for name in SCORES),
-    ]
-)
-MISSPELLED = pa.schema([pa.field("wrong", pa.string()), pa.field("right", pa.string())])
-REASON = pa.field("reason", pa.string())
+IDS = ("annotation_id", "sample_id", "task", "content_key")
+TEXTS = pa.schema([ROW, *fields(STRING, *IDS), pa.field("is_caption", BOOL), *fields(FLOAT64, *SCORES)])
+MISSPELLED = pa.schema({"wrong": STRING, "right": STRING})
 # Equal annotations have one hash, `words`.
 QUERY = """
 WITH hashed AS (
@@ -113,13 +106,12 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
-    available = rows.columns()
-    scores = [name for name in SCORES if name in available]
+    scores = [name for name in SCORES if name in rows.columns()]
     for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", *scores):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         table = table.append_column("content_key", content_keys(texts))
         table = table.append_column("is_caption", pc.is_valid(table["clean_text"]))
-        for name in set(SCORES) - set(available):
+        for name in set(SCORES) - set(scores):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
         yield table.select(TEXTS.names)
 
@@ -127,9 +119,8 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
 def judge_duplicates(table: pa.Table, _: RunPlan) -> pa.Table:
     """Return the same rows; a row without findings is a group and a cluster of its own."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
-        column_index = table.column_names.index(name)
-        table = table.set_column(column_index, name, pc.coalesce(table[name], table[own]))
+        table = table.set_column(table.column_names.index(name), name, pc.coalesce(table[name], table[own]))
     return table
 
 
-STAGE = Stage("dedupe", judge_duplicates, compare=find_duplicates, adds=pa.schema([*DEDUPED, REASON]))
+STAGE = Stage("dedupe", judge_duplicates, compare=find_duplicates, adds=pa.schema([*DEDUPED, pa.field("reason", STRING)]))

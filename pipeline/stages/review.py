@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
-from pipeline.stages.base import AllRows, Comparison, RunPlan, Stage
+from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load
-from pipeline.tables import FINAL, REVIEW, REVIEWED, with_reason
+from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, with_reason
 from pipeline.text.normalize import text_key
 from pipeline.text.vqa_answers import normalize_answer
 
@@ -22,8 +22,8 @@ TEXT_COLUMNS = (
     "sample_id", "task", "pages", "clean_text", "clean_question", "clean_answer", "answer_type", "evidence_pages", "expression",
     "prompt_id", "pair_id",
 )  # fmt: skip
-ADDS = pa.schema([pa.field("review", REVIEW), pa.field("is_pair_broken", pa.bool_())])
-FINDINGS = pa.schema([pa.field("row", pa.int64()), *ADDS])
+ADDS = pa.schema({"review": REVIEW, "is_pair_broken": BOOL})
+FINDINGS = pa.schema([ROW, *ADDS])
 # Columns whose final text is the cleaned one of the stage filter.
 CLEANED = ("text", "question", "answer")
 
@@ -64,12 +64,7 @@ def read_texts(rows: AllRows, values: Iterable[str], column: str) -> list[dict[s
 
 
 def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Review]) -> set[str]:
-    """Return the pairs that no longer have two kept questions in equal words with different answers.
-
-    Args:
-        rows: all questions of some pairs.
-        reviews: the reviews, by text.
-    """
+    """Return the pairs, all of whose questions are `rows`, without two kept questions in equal words with different answers."""
     kept: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:
         kept_of_pair = kept[row["pair_id"]]
@@ -89,23 +84,20 @@ def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
     """Append the final text of each row (tables.FINAL), and the `reason` of rows that were marked as bad."""
     final = {f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "prompt_id")}
     final["final_pair_id"] = pc.if_else(pc.fill_null(table["is_pair_broken"], False), None, table["pair_id"])
-    columns = {field.name: final[field.name].cast(field.type) for field in FINAL}
-    reviews = table["review"].combine_chunks()
+    columns = pa.table({field.name: final[field.name].cast(field.type) for field in FINAL})
+    reasons: list[str | None] = [None] * table.num_rows
+    if table["review"].null_count < table.num_rows:
+        rows = columns.to_pylist()
+        for n, review in enumerate(table["review"].to_pylist()):
+            if review and review["mark"] == "bad":
+                reasons[n] = f"marked_{review['reason']}"
+            elif review and review["mark"] == "edited":
+                rows[n] |= {f"final_{name}": review[name] for name in EDITABLE if review[name] is not None}
+                rows[n]["final_prompt_id"] = REVIEWED
+        columns = pa.Table.from_pylist(rows, schema=FINAL)
     reviewed = table.drop_columns(["is_pair_broken"])
-    if reviews.null_count == len(reviews):
-        for name, column in columns.items():
-            reviewed = reviewed.append_column(FINAL.field(name), column)
-        return with_reason(reviewed, [None] * table.num_rows)
-    rows = pa.table(columns).to_pylist()
-    reasons: list[str | None] = []
-    for row, review in zip(rows, reviews.to_pylist(), strict=True):
-        reasons.append(f"marked_{review['reason']}" if review and review["mark"] == "bad" else None)
-        if review and review["mark"] == "edited":
-            row |= {f"final_{name}": review[name] for name in EDITABLE if review[name] is not None}
-            row["final_prompt_id"] = REVIEWED
-    edited = pa.Table.from_pylist(rows, schema=FINAL)
     for field in FINAL:
-        reviewed = reviewed.append_column(field, edited[field.name])
+        reviewed = reviewed.append_column(field, columns[field.name])
     return with_reason(reviewed, reasons)
 
 

@@ -38,9 +38,8 @@ class DuplicateImages:
         row, split = self.kept[sample.id]
         rejected_row = max(row, sample.source_row)
         if sample.source_row < row:
-            values = asdict(sample)
             self._change(
-                sample.id, {name: values[name] for name in SAMPLE.names if name in values and name not in ("images", "split")}
+                sample.id, {name: value for name, value in asdict(sample).items() if name not in ("id", "images", "split")}
             )
         # A copy in a held-out split holds out all of them.
         if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:
@@ -69,8 +68,7 @@ def parse_exclusion(name: str) -> tuple[str, str | None]:
 def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) -> list[dict[str, Any]]:
     """Read the sources of --exclude; return what they are: names, revisions, and numbers of images and texts.
 
-    Raises:
-        SourceError: no image of one of them can be read.
+    Raises SourceError if no image of one of them can be read.
     """
     described: list[dict[str, Any]] = []
 
@@ -85,9 +83,9 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
             for sample in source.rows:
                 if isinstance(sample, Rejected):
                     unread += 1
-                    continue
-                rows += exclusion_rows(label, [sample])
-                progress(f"exclude {label}", len(rows), None)
+                else:
+                    rows += exclusion_rows(label, [sample])
+                    progress(f"exclude {label}", len(rows), None)
             if not rows:
                 raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")
             if unread:

@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 
 from pipeline.config import SplitConfig
 from pipeline.digests import hash_to_unit
-from pipeline.stages.base import Comparison, RunPlan, Stage
+from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
 from pipeline.storage.database import load
-from pipeline.tables import SPLIT_RANK, require_columns, with_reason
+from pipeline.tables import SPLIT_RANK, SPLITS, STRING, fields, require_columns, with_reason
 from pipeline.text.normalize import map_distinct
 
-STATED = pa.schema([pa.field("row", pa.int64()), pa.field("image_group", pa.string()), pa.field("source_split", pa.string())])
-_RANKED = [(name, rank) for name, rank in SPLIT_RANK.items() if name]
-RANKS = pa.table({"source_split": [name for name, _ in _RANKED], "rank": [rank for _, rank in _RANKED]})
+STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
+RANKS = pa.table({"source_split": SPLITS, "rank": [SPLIT_RANK[split] for split in SPLITS]})
 
 
 def split_of(group: str, config: SplitConfig, seed: int) -> str:
@@ -44,17 +43,12 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     )
 
 
-def split_annotations(table: pa.Table, config: SplitConfig, seed: int) -> pa.Table:
+def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Append `split`: `stated_split` where there is one, else by a hash of `image_group`. No row is rejected."""
     require_columns(table, "image_group", "stated_split")
-    hashed = map_distinct(table["image_group"], lambda group: split_of(group, config, seed))
+    hashed = map_distinct(table["image_group"], lambda group: split_of(group, plan.config.split, plan.config.seed))
     splits = pc.coalesce(table["stated_split"], hashed)
     return with_reason(table.drop_columns(["stated_split"]).append_column("split", splits), [None] * table.num_rows)
 
 
-def judge_splits(table: pa.Table, plan: RunPlan) -> pa.Table:
-    """Split rows by the settings of a run; see `split_annotations`."""
-    return split_annotations(table, plan.config.split, plan.config.seed)
-
-
-STAGE = Stage("split", judge_splits, compare=find_stated_splits, adds=pa.schema([pa.field("stated_split", pa.string())]))
+STAGE = Stage("split", split_annotations, compare=find_stated_splits, adds=pa.schema({"stated_split": STRING}))

@@ -20,24 +20,23 @@ from pipeline.inference.queue import ask_all
 from pipeline.inference.verification import Check, build_all, checks_of, read_checks
 from pipeline.progress import Progress
 from pipeline.sources import find_source
-from pipeline.stages.base import AllRows, Comparison, RunPlan, Services, Stage, record_cost
+from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Services, Stage, record_cost
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
-from pipeline.tables import CHECK, VERIFIED
+from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, fields
 from pipeline.tasks import asks_about_decks
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
-CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), pa.field("alignment", pa.float64()), *VERIFIED])
+CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), pa.field("alignment", FLOAT64), *VERIFIED])
 ANNOTATION_COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "evidence_pages", "pages")
 JUDGED = pa.schema(
     [
-        pa.field("row", pa.int64()),
-        pa.field("is_caption", pa.bool_()),
-        *(pa.field(name, pa.string()) for name in ("style", "question", "answer", "answer_type")),
-        pa.field("agreement", pa.float64()),
-        *(pa.field(name, pa.bool_()) for name in ("answered_blind", "sufficient", "necessary")),
-        pa.field("alignment", pa.float64()),
+        ROW,
+        pa.field("is_caption", BOOL),
+        *fields(STRING, "style", "question", "answer", "answer_type"),
+        *VERIFIED,
+        pa.field("alignment", FLOAT64),
     ]
 )
 # Yes and no are right by luck half of the time: they are exempt from `blind`, and balanced later.
@@ -79,8 +78,7 @@ FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services) -> Iterator[pa.Table]:
     """Ask the checks of the settings about the annotations of a shard; yield these with the answers (CHECKED)."""
     config = plan.config
-    needed = [table.select(ANNOTATION_COLUMNS).to_pylist() for table in read_batches(path, ANNOTATION_COLUMNS)]
-    rows = [row for batch in needed for row in batch]
+    rows = [row for table in read_batches(path, ANNOTATION_COLUMNS) for row in table.to_pylist()]
     checks = [checks_of(row, config.verify) for row in rows]
     answers = _ask(shard, plan, services, rows, checks) if any(checks) else [[] for _ in rows]
     alignments = _alignments(shard, config, rows, services.progress)
@@ -108,19 +106,16 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     if not config.checks:
         return None
     load(comparison.db, "judged", _judged(comparison.rows), JUDGED)
-    settings = config.model_dump(include={"min_blind_frac", "max_answer_frequency", "lowest_alignment_frac"})
-    settings |= {"min_claims_supported": config.min_claims_supported}
-    settings["min_alignment"] = -1.0 if config.min_alignment is None else config.min_alignment
-    return comparison.db.sql(QUERY.format(**settings))
+    min_alignment = -1.0 if config.min_alignment is None else config.min_alignment
+    return comparison.db.sql(QUERY.format(**config.model_dump() | {"min_alignment": min_alignment}))
 
 
 def judge_verified(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Append the columns of CHECKED if nothing was asked; `reason` comes from the comparison."""
     if not plan.config.verify.checks:
-        no_checks = pa.array([[]], CHECKED.field("checks").type).take(pa.array([0] * table.num_rows, pa.int64()))
         for field in CHECKED:
-            column = no_checks if field.name == "checks" else pa.nulls(table.num_rows, field.type)
-            table = table.append_column(field, column)
+            values: list[Any] = [[] if field.name == "checks" else None]
+            table = table.append_column(field, pa.array(values * table.num_rows, field.type))
     return table
 
 
@@ -147,17 +142,13 @@ def _judge(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share(checks: Sequence[dict[str, str]], kind: str) -> float | None:
-    agree = [_agrees(check) for check in checks if check["kind"] == kind and check["answer"] is not None]
-    return sum(agree) / len(agree) if agree else None
+    pairs = [(check["answer"], check["expected"]) for check in checks if check["kind"] == kind and check["answer"] is not None]
+    return sum(normalize_answer(a) == normalize_answer(b) for a, b in pairs) / len(pairs) if pairs else None
 
 
 def _whether(checks: Sequence[dict[str, str]], kind: str) -> bool | None:
     share = _share(checks, kind)
     return None if share is None else share == 1
-
-
-def _agrees(check: dict[str, str]) -> bool:
-    return normalize_answer(check["answer"]) == normalize_answer(check["expected"])
 
 
 def _ask(
@@ -213,5 +204,5 @@ STAGE = Stage(
     prepare=ask_checks,
     is_prepared=lambda config: bool(config.verify.checks),
     compare=find_unconfirmed,
-    adds=pa.schema([pa.field("reason", pa.string())]),
+    adds=pa.schema({"reason": STRING}),
 )

@@ -17,14 +17,14 @@ from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
-from pipeline.stages.base import AllRows, RunPlan, collect_less_often, summarize_stage
+from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
-from pipeline.tables import LEDGER, SPLITS
+from pipeline.tables import LEDGER, SPLITS, STRING, fields
 
 NAME = "version"
-REJECTED = pa.schema([pa.field("sample_id", pa.string()), pa.field("reason", pa.string())])
-IMAGES = pa.schema([pa.field(name, pa.string()) for name in ("image_group", "sample_id")])
+REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
+IMAGES = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,7 @@ class WrittenRows:
 def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dict[str, Any]) -> WrittenRows:
     """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its stage files.
 
-    Args:
-        shard: the dataset folder of the shard.
-        path: the folder.
-        stages: the names of all stages before this one that reject rows.
-        source: what is known of the source.
+    `stages` are the names of all stages before this one that reject rows; `source` is its provenance.
     """
     rows, writer = Rows(), RowWriter(path)
     annotations = read_batches(shard.stage("review"))
@@ -80,15 +76,13 @@ def publish_shards(
     Args:
         dataset: the dataset folder.
         shards: the dataset folders of the shards.
-        written: the rows of each.
+        written: the rows of each, in files below `draft`.
         draft: the scratch folder beside the versions.
         plan: what the run did.
         funnel: what each stage did; this one is added here.
         check: raises where another command has taken over the dataset folder.
 
-    Raises:
-        TableError: no row is left, or shards do not fit together.
-        StoreError: there is a version of that name by now.
+    Raises TableError if no row is left or shards do not fit together, StoreError if there is a version of that name by now.
     """
     source, model = (read_json(dataset.provenance(stage)) for stage in ("source", "generate"))
     rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
@@ -104,15 +98,16 @@ def publish_shards(
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     all_rows = AllRows([shard.stage("review") for shard in shards])
     with open_database(dataset.path) as db:
-        load(db, "images", all_rows.batches(*IMAGES.names), pa.schema([pa.field("row", pa.int64()), *IMAGES]))
+        load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
         groups = "SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
         ((group_count,),) = db.sql(f"SELECT count(*) FROM ({groups})").fetchall()  # noqa: S608
         load(db, "digests", (part for shard in shards for part in read_batches(shard.stage(NAME, "digests"))), DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
     contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
-    provenance = describe_run(plan.config, source, model, funnel, statistics.result())
-    provenance["leakage"] = describe_decontamination(source, funnel, group_count, contaminated)
-    provenance["review"] = count_reviews(shards)
+    provenance = describe_run(plan.config, source, model, funnel, statistics.result()) | {
+        "leakage": describe_decontamination(source, funnel, group_count, contaminated),
+        "review": count_reviews(shards),
+    }
     content = Content(
         columns=list(columns.pop()) if columns else [],
         digests=digests,
