@@ -35,12 +35,8 @@ def generate_dataset(
 ) -> RunResult:
     """Run all stages in order and return the version that comes out. Raises SynthError; finished work stays on the disk.
 
-    Args:
-        config: what to make.
-        out: the dataset folder, on a cluster also one in an object store; default `data/<source>`.
-        from_stage: start at this stage from what the one before it left on the disk.
-        progress: receives updates about the slow stages.
-        cluster: how the run is spread over a Ray cluster; None: it runs in this process.
+    `out` is the dataset folder, with a `cluster` also one in an object store; default `data/<source>`. With `from_stage`, the
+    run starts at this stage from what the one before it left on the disk.
     """
     progress = progress or NullProgress()
     config = with_source_defaults(config)

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import datasets, generate, training
+from pipeline.cli import generate
+from pipeline.cli.datasets import diff, push, report, review_apply, versions
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
+from pipeline.cli.training import caption, evaluate, experiment, train
 from pipeline.errors import SynthError
 from pipeline.logs import show_log
 
@@ -27,20 +29,9 @@ review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a re
 app.add_typer(review, name="review")
 app.command(context_settings=VLLM_FLAGS)(generate.generate)
 app.command(context_settings=VLLM_FLAGS)(generate.serve)
-for command in (
-    generate.doctor,
-    generate.sources,
-    datasets.versions,
-    datasets.diff,
-    datasets.push,
-    training.train,
-    training.evaluate,
-    training.caption,
-    training.experiment,
-    datasets.report,
-):
+for command in (generate.doctor, generate.sources, versions, diff, push, train, evaluate, caption, experiment, report):
     app.command()(command)
-review.command("apply")(datasets.review_apply)
+review.command("apply")(review_apply)
 
 
 @app.callback()

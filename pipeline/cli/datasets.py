@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, BadParameter, Option, echo
 
-from pipeline.cli.options import AsJson, DataDir
+from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir
 from pipeline.cli.output import print_run_result, say, show
-from pipeline.storage.object_store import is_remote, parse_dataset_path, parse_local_path
+from pipeline.progress import show_progress
+from pipeline.storage.object_store import is_remote, parse_dataset_path
 
 if TYPE_CHECKING:
     from pipeline.dataset.version import Version
@@ -29,18 +30,19 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
     for row in rows:
         row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
     if as_json:
-        typer.echo(json.dumps(rows))
-    for row in rows if not as_json else []:
+        echo(json.dumps(rows))
+        return
+    for row in rows:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
         counts += f"  (from {row['parent'] or 'nothing'})"
-        typer.echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
+        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
         for repo in row["pushed"]:
-            typer.echo(f"          pushed to {repo}")
+            echo(f"          pushed to {repo}")
 
 
 def diff(
-    names: Annotated[list[str], typer.Argument(metavar="[DIR] V1 V2", help="Versions here, or ORG/NAME@VERSION on the Hub.")],
-    rows: Annotated[int, typer.Option(min=0, help="Show so many of the rows that differ.")] = 10,
+    names: Annotated[list[str], Argument(metavar="[DIR] V1 V2", help="Versions here, or ORG/NAME@VERSION on the Hub.")],
+    rows: Annotated[int, Option(min=0, help="Show so many of the rows that differ.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Say what changed from one version to another, field by field, and why."""
@@ -50,7 +52,7 @@ def diff(
 
     folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
     if len(names) != 2:
-        raise typer.BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
+        raise BadParameter("name two versions: [DIR] V1 V2", param_hint="V1 V2")
 
     def opened(name: str) -> "Version":
         if is_hub_name(name):
@@ -61,35 +63,30 @@ def diff(
 
     difference = diff_versions(*map(opened, names))
     if as_json:
-        typer.echo(json.dumps(asdict(difference) | {"counts": difference.counts(), "reasons": difference.reasons()}))
-    else:
-        for line in difference.lines(rows):
-            typer.echo(line)
+        echo(json.dumps(asdict(difference) | {"counts": difference.counts(), "reasons": difference.reasons()}))
+        return
+    for line in difference.lines(rows):
+        echo(line)
 
 
 def push(
     data: Annotated[
         Path | None,
-        typer.Argument(
-            parser=parse_dataset_path,
-            metavar="PATH",
-            help="Dataset folder, one of its versions, or a checkpoint.",
-            show_default="the last dataset made",
+        Argument(
+            **DATASET_PATH, help="Dataset folder, one of its versions, or a checkpoint.", show_default="the last dataset made"
         ),
     ] = None,
-    repo: Annotated[str, typer.Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
-    version: Annotated[str | None, typer.Option(help="Which version.", show_default="the newest")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+    repo: Annotated[str, Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
+    version: Annotated[str | None, Option(help="Which version.", show_default="the newest")] = None,
+    private: Annotated[bool, Option("--private", help="Create the repository private.")] = False,
     images: Annotated[
         bool | None,
-        typer.Option(
-            "--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"
-        ),
+        Option("--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"),
     ] = None,
     acknowledge: Annotated[
-        list[str] | None, typer.Option(help="A licence under which you hold the right to pass pixels on; the card says so.")
+        list[str] | None, Option(help="A licence under which you hold the right to pass pixels on; the card says so.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
@@ -122,12 +119,9 @@ def push(
 def report(
     data: DataDir = None,
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_local_path, metavar="PATH", help="Show this training.", show_default="the last one of the dataset"
-        ),
+        Path | None, Option(**LOCAL_PATH, help="Show this training.", show_default="the last one of the dataset")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
+    rows: Annotated[int, Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
 ) -> None:
     """Write a page that shows a dataset and how a captioner learned from it; above 500 images, a folder.
 
@@ -140,25 +134,18 @@ def report(
     version = open_or_download(data)
     folder = version.dataset_dir
     with translate_disk_errors(folder):
-        typer.echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
+        echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
 
 
 def review_apply(
-    marks: Annotated[list[Path], typer.Argument(help="Files of marks that a report exported; later ones win.")],
+    marks: Annotated[list[Path], Argument(help="Files of marks that a report exported; later ones win.")],
     data: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_dataset_path,
-            metavar="PATH",
-            help="Dataset folder that the report was made of.",
-            show_default="the last one made",
-        ),
+        Path | None, Option(**DATASET_PATH, help="Dataset folder that the report was made of.", show_default=LAST_MADE)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
     from pipeline.dataset.directory import DatasetDir, last_made
-    from pipeline.progress import show_progress
     from pipeline.run import apply_reviews
 
     with show_progress() as progress:
@@ -169,7 +156,6 @@ def review_apply(
 def send(package: "Package", repo: str, *, private: bool, dry_run: bool, as_json: bool) -> "PushResult | None":
     """Push a package and print where it is, or with `dry_run` only what would be sent."""
     from pipeline.hub.push import push_package
-    from pipeline.progress import show_progress
 
     sizes = package.bytes()
     say(f"{package.name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")

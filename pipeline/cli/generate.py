@@ -5,83 +5,73 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, BadParameter, Context, Option, echo
 
-from pipeline.cli.options import AsJson, read_pairs, vllm_flags
+from pipeline.cli.options import DATASET_PATH, AsJson, read_pairs, vllm_flags
 from pipeline.cli.output import print_prediction, print_run_result, show
-from pipeline.storage.object_store import is_remote, parse_dataset_path
+from pipeline.progress import show_progress
+from pipeline.storage.object_store import is_remote
 
 
 def generate(
-    context: typer.Context,
-    source: Annotated[str | None, typer.Option(help="Where the images come from; `synth sources` lists the names.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of the source to read, where it has some.")] = None,
+    context: Context,
+    source: Annotated[str | None, Option(help="Where the images come from; `synth sources` lists the names.")] = None,
+    split: Annotated[str | None, Option(help="Which split of the source to read, where it has some.")] = None,
     columns: Annotated[
-        str | None,
-        typer.Option(help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN."),
+        str | None, Option(help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN.")
     ] = None,
     allow_urls: Annotated[
-        bool | None, typer.Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.")
+        bool | None, Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.")
     ] = None,
     split_list: Annotated[
-        Path | None, typer.Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.")
+        Path | None, Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.")
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="SOURCE[#SPLIT]",
             help="Leave out the images of another source, such as flickr30k#test; may be given several times.",
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws scenes, samples replies and splits.", show_default="0")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="What to ask, with commas.", show_default="caption,qa; of decks deck_qa")
-    ] = None,
+    limit: Annotated[int | None, Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")] = None,
+    seed: Annotated[int | None, Option(help="Draws scenes, samples replies and splits.", show_default="0")] = None,
+    tasks: Annotated[str | None, Option(help="What to ask, with commas.", show_default="caption,qa; of decks deck_qa")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            parser=parse_dataset_path,
-            metavar="PATH",
+        Option(
+            **DATASET_PATH,
             help="Dataset folder; run again to continue it. On a cluster also s3://BUCKET/NAME or gs://BUCKET/NAME.",
             show_default="data/SOURCE",
         ),
     ] = None,
-    from_stage: Annotated[str | None, typer.Option(help="Start at this stage, from what the one before it left.")] = None,
+    from_stage: Annotated[str | None, Option(help="Start at this stage, from what the one before it left.")] = None,
     verify: Annotated[
         str | None,
-        typer.Option(
-            help="What to ask again: round_trip, claims, blind, evidence, alignment, with commas.", show_default="nothing"
-        ),
+        Option(help="What to ask again: round_trip, claims, blind, evidence, alignment, with commas.", show_default="nothing"),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto")
+        str | None, Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="by source and engine")
+        str | None, Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="by source and engine")
     ] = None,
     base_url: Annotated[
-        list[str] | None, typer.Option(help="A vLLM server that runs already, ending in /v1; may be given several times.")
+        list[str] | None, Option(help="A vLLM server that runs already, ending in /v1; may be given several times.")
     ] = None,
     executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="local: in this process; ray: on a Ray cluster, in shards.")
+        Literal["local", "ray"], Option(help="local: in this process; ray: on a Ray cluster, in shards.")
     ] = "local",
     ray_address: Annotated[
-        str | None, typer.Option(help="The Ray cluster.", show_default="one on this machine, for as long as the command runs")
+        str | None, Option(help="The Ray cluster.", show_default="one on this machine, for as long as the command runs")
     ] = None,
     shards: Annotated[
-        int | None, typer.Option(min=1, help="On a cluster, cut the data into so many parts.", show_default="16")
+        int | None, Option(min=1, help="On a cluster, cut the data into so many parts.", show_default="16")
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="On a cluster, so many ask at once.", show_default="one for each GPU, or CPU but one"),
+        int | None, Option(min=1, help="On a cluster, so many ask at once.", show_default="one for each GPU, or CPU but one")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with the same settings and more; flags win over it.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Ask about a few images, and say what all of them would take.")
-    ] = False,
+    config: Annotated[Path | None, Option(help="YAML file with the same settings and more; flags win over it.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Ask about a few images, and say what all of them would take.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
@@ -91,7 +81,6 @@ def generate(
     from pipeline.config import resolve
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions
-    from pipeline.progress import show_progress
     from pipeline.run import generate_dataset
 
     resolved = resolve(
@@ -112,11 +101,11 @@ def generate(
         server=vllm_flags(context),
     )
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
-        raise typer.BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
+        raise BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
     if executor == "ray" and (from_stage or dry_run):
-        raise typer.BadParameter("--from-stage and --dry-run go with --executor local", param_hint="--executor")
+        raise BadParameter("--from-stage and --dry-run go with --executor local", param_hint="--executor")
     if executor == "local" and out and is_remote(out):
-        raise typer.BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
+        raise BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
     if dry_run:
         with show_progress() as progress:
             prediction = predict_run(resolved, out, progress)
@@ -130,10 +119,10 @@ def generate(
 
 
 def serve(
-    context: typer.Context,
-    model: Annotated[str, typer.Option(help="A folder, a Hub id, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Listen here.", show_default="any free one")] = None,
-    log: Annotated[Path, typer.Option(help="Where the server's own output goes.")] = Path("vllm.log"),
+    context: Context,
+    model: Annotated[str, Option(help="A folder, a Hub id, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
+    port: Annotated[int | None, Option(min=1, max=65535, help="Listen here.", show_default="any free one")] = None,
+    log: Annotated[Path, Option(help="Where the server's own output goes.")] = Path("vllm.log"),
 ) -> None:
     """Run a vLLM server on this machine until Ctrl-C, for `synth generate --base-url`.
 
@@ -141,7 +130,6 @@ def serve(
     """
     from pipeline.config import ServerConfig
     from pipeline.inference.engines import serve_model
-    from pipeline.progress import show_progress
 
     server = ServerConfig(**(vllm_flags(context) or {}))
     with show_progress() as progress:
@@ -154,15 +142,16 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings]))
-    for finding in findings if not as_json else []:
-        typer.echo(f"{'ok  ' if finding.ok else 'no  '} {finding.what:<12} {finding.found}")
+        echo(json.dumps([asdict(finding) for finding in findings]))
+        return
+    for finding in findings:
+        echo(f"{'ok  ' if finding.ok else 'no  '} {finding.what:<12} {finding.found}")
         if finding.hint:
-            typer.echo(f"     {'':<12} {finding.hint}")
+            echo(f"     {'':<12} {finding.hint}")
 
 
 def sources(
-    name: Annotated[str | None, typer.Argument(help="Show all about this one.", show_default="list all")] = None,
+    name: Annotated[str | None, Argument(help="Show all about this one.", show_default="list all")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the sources that `synth generate` can read, or show one of them."""
@@ -170,10 +159,10 @@ def sources(
 
     if as_json:
         descriptions = [spec.describe() for spec in ([find_source(name)] if name else SOURCES)]
-        typer.echo(json.dumps(descriptions[0] if name else descriptions))
+        echo(json.dumps(descriptions[0] if name else descriptions))
     elif name:
         for field, value in find_source(name).describe().items():
-            typer.echo(f"{field:<8} {value}")
+            echo(f"{field:<8} {value}")
     else:
         for source in SOURCES:
-            typer.echo(f"{source.name:<14} {source.what}")
+            echo(f"{source.name:<14} {source.what}")

@@ -8,16 +8,6 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.executors.base import RunResult
-    from pipeline.inference.queue import RequestStats
-
-
-def print_request_stats(counts: "RequestStats") -> None:
-    """Print how many requests were sent, how many attempts they took, and the flaws of replies."""
-    say(f"asked the model {counts.asked} times for {counts.total} replies; the rest was in the journal")
-    if set(counts.attempts) - {1}:
-        say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
-    if counts.flaws:
-        say("not usable: " + ", ".join(f"{count} {flaw}" for flaw, count in counts.flaws.most_common()))
 
 
 def print_prediction(estimate: dict[str, Any]) -> None:
@@ -52,11 +42,16 @@ def say(text: str) -> None:
 
 
 def print_run_result(result: "RunResult", *, as_json: bool) -> None:
-    """Print what each stage did to stderr, and the resulting version to stdout."""
+    """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout."""
     for step in result.funnel:
         lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
         say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")
-    print_request_stats(result.stats)
+    counts = result.stats
+    say(f"asked the model {counts.asked} times for {counts.total} replies; the rest was in the journal")
+    if set(counts.attempts) - {1}:
+        say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
+    if counts.flaws:
+        say("not usable: " + ", ".join(f"{count} {flaw}" for flaw, count in counts.flaws.most_common()))
     name = result.version.name
     say(f"made {name}" if result.is_new else f"nothing new: {name} already holds exactly these rows")
     show({"version": name, "path": str(result.version.path), "digest": result.version.manifest["digest"]}, as_json, "path")

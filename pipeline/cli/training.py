@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, BadParameter, Option, echo
 
-from pipeline.cli.options import AsJson, Checkpoint, DataName, Images
+from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style
 from pipeline.cli.output import print_scores, say, show
-from pipeline.errors import ConfigError
-from pipeline.storage.object_store import parse_dataset_path, parse_local_path
+from pipeline.errors import ConfigError, TrainError
+from pipeline.progress import show_progress
+from pipeline.storage.object_store import parse_dataset_path
 
 if TYPE_CHECKING:
     from pipeline.dataset.version import Version
@@ -19,56 +20,40 @@ def train(
     data: DataName = None,
     images: Images = None,
     encoder: Annotated[
-        str, typer.Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
+        str, Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
     ] = "auto",
-    encoder_layer: Annotated[int | None, typer.Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
-    decoder: Annotated[str, typer.Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
+    encoder_layer: Annotated[int | None, Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
+    decoder: Annotated[str, Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
     text_source: Annotated[
-        str | None,
-        typer.Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic"),
+        str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic")
     ] = None,
     align_steps: Annotated[
-        int | None, typer.Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
+        int | None, Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Decides weights, dropout and the order of the data.", show_default="0")
-    ] = None,
+    steps: Annotated[int | None, Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
+    seed: Annotated[int | None, Option(help="Decides weights, dropout and the order of the data.", show_default="0")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML or train.json with the same settings and more; flags win over it.")
+        Path | None, Option(help="YAML or train.json with the same settings and more; flags win over it.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_local_path,
-            metavar="PATH",
-            help="Checkpoint folder.",
-            show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER",
-        ),
+        Path | None, Option(**LOCAL_PATH, help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on with a run that was interrupted.")] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write the curves for TensorBoard, too, into the checkpoint folder.")
+        bool, Option("--tensorboard", help="Write the curves for TensorBoard, too, into the checkpoint folder.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split."""
     from pipeline.dataset.paths import slugify
-    from pipeline.progress import show_progress
     from pipeline.storage.files import translate_disk_errors
     from trainer.config import has_other_settings, resolve
     from trainer.train import choose_encoder
     from trainer.train import train as train_captioner
 
     version = open_data(data, images)
-    flags = {
-        "encoder": encoder,
-        "encoder_layer": encoder_layer,
-        "decoder": decoder,
-        "text_source": text_source,
-        "align_steps": align_steps,
-    }
-    settings = resolve(config, **flags, steps=steps, seed=seed)
+    flags = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
+    settings = resolve(config, **flags, align_steps=align_steps, steps=steps, seed=seed)
     if encoder == "auto" and "encoder" not in settings.model_fields_set:
         settings = settings.model_copy(update={"encoder": choose_encoder(say)})
     say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
@@ -87,14 +72,14 @@ def evaluate(
     checkpoint: Checkpoint,
     data: DataName = None,
     images: Images = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    split: Annotated[str, Option(help="train, validation or test.")] = "test",
+    style: Style = None,
+    num_beams: NumBeams = 1,
     clip_score: Annotated[
-        str | None, typer.Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
+        str | None, Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
+        Path | None, Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,7 +89,7 @@ def evaluate(
     from trainer.evaluate import evaluate_version
 
     if split not in SPLITS:
-        raise typer.BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
     loaded = load_checkpoint(checkpoint)
     version = open_data(data, images)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
@@ -119,10 +104,10 @@ def evaluate(
 
 def caption(
     checkpoint: Checkpoint,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    style: Annotated[str | None, typer.Option(help="Which style to write.", show_default="brief")] = None,
-    question: Annotated[str, typer.Option(help="Answer this about each image instead.")] = "",
-    num_beams: Annotated[int, typer.Option(min=1, help="Candidates of the search; 1 is greedy.")] = 1,
+    images: Annotated[list[Path], Argument(help="Image files.")],
+    style: Style = None,
+    question: Annotated[str, Option(help="Answer this about each image instead.")] = "",
+    num_beams: NumBeams = 1,
     as_json: AsJson = False,
 ) -> None:
     """Write a caption for each image, or the answer to a question about it."""
@@ -133,27 +118,19 @@ def caption(
     written = describe_files(load_checkpoint(checkpoint), images, style, question, DecodingConfig(beams=num_beams))
     key = "answer" if question else "caption"
     for path, text in zip(images, written, strict=True):
-        typer.echo(json.dumps({"image": str(path), key: text}) if as_json else f"{path}: {text}")
+        echo(json.dumps({"image": str(path), key: text}) if as_json else f"{path}: {text}")
 
 
 def experiment(
-    file: Annotated[Path, typer.Argument(help="A YAML file; docs/experiment.yaml is one.")],
+    file: Annotated[Path, Argument(help="A YAML file; docs/experiment.yaml is one.")],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_local_path,
-            metavar="PATH",
-            help="Folder of the experiment.",
-            show_default="experiments/NAME OF THE FILE",
-        ),
+        Path | None, Option(**LOCAL_PATH, help="Folder of the experiment.", show_default="experiments/NAME OF THE FILE")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once.", show_default="GPUs, or cores")] = None,
+    jobs: Annotated[int | None, Option(min=1, help="Cells at once.", show_default="GPUs, or cores")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a grid of captioners, and say which data, encoder, decoder or alignment makes the better one."""
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.errors import TrainError
-    from pipeline.progress import show_progress
     from pipeline.storage.files import translate_disk_errors
     from trainer.experiment.grid import cells_of, read_experiment
     from trainer.experiment.report import markdown, write_result

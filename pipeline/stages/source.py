@@ -36,17 +36,15 @@ class DuplicateImages:
             self.kept[sample.id] = (sample.source_row, sample.split)
             return sample
         row, split = self.kept[sample.id]
-        rejected_row = max(row, sample.source_row)
+        changes: dict[str, Any] = {}
         if sample.source_row < row:
-            self._change(
-                sample.id, {name: value for name, value in asdict(sample).items() if name not in ("id", "images", "split")}
-            )
-        # A copy in a held-out split holds out all of them.
-        if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:
-            split = sample.split
-            self._change(sample.id, {"split": split})
+            changes = {name: value for name, value in asdict(sample).items() if name not in ("id", "images", "split")}
+        if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:  # a copy in a held-out split holds out all of them
+            split = changes["split"] = sample.split
+        if changes:
+            self.changes.setdefault(sample.id, {}).update(changes)
         self.kept[sample.id] = (min(row, sample.source_row), split)
-        return Rejected(source_row=rejected_row, reason="duplicate_image", detail=sample.id)
+        return Rejected(source_row=max(row, sample.source_row), reason="duplicate_image", detail=sample.id)
 
     def apply(self, batch: pa.RecordBatch) -> pa.Table:
         """Return samples (tables.SAMPLE) with the changes that their copies have led to."""
@@ -54,9 +52,6 @@ class DuplicateImages:
             return pa.Table.from_batches([batch])
         rows = [row | self.changes.get(row["sample_id"], {}) for row in batch.to_pylist()]
         return pa.Table.from_pylist(rows, schema=SAMPLE)
-
-    def _change(self, sample_id: str, values: dict[str, Any]) -> None:
-        self.changes.setdefault(sample_id, {}).update(values)
 
 
 def parse_exclusion(name: str) -> tuple[str, str | None]:

@@ -73,15 +73,8 @@ def publish_shards(
 ) -> tuple[Version, bool]:
     """Make one version of the rows of all shards, or return the newest one (and False) if that holds the very same rows.
 
-    Args:
-        dataset: the dataset folder.
-        shards: the dataset folders of the shards.
-        written: the rows of each, in files below `draft`.
-        draft: the scratch folder beside the versions.
-        plan: what the run did.
-        funnel: what each stage did; this one is added here.
-        check: raises where another command has taken over the dataset folder.
-
+    The rows that each shard has `written` lie in files below `draft`, a scratch folder beside the versions. The summary of this
+    stage is added to `funnel`. `check` raises where another command has taken over the dataset folder.
     Raises TableError if no row is left or shards do not fit together, StoreError if there is a version of that name by now.
     """
     source, model = (read_json(dataset.provenance(stage)) for stage in ("source", "generate"))
