@@ -109,8 +109,7 @@ VERIFIED = pa.schema(
 # Images and texts that must not be learned from, read once (sources/exclusions.py)
 EXCLUSIONS = pa.schema(
     [
-        pa.field("name", STRING, nullable=False),  # SOURCE#SPLIT
-        pa.field("image_id", STRING, nullable=False),
+        *fields(STRING, "name", "image_id", nullable=False),  # the name is SOURCE#SPLIT
         pa.field("pdq_hash", pa.binary(), nullable=False),
         pa.field("texts", pa.list_(STRING), nullable=False),
     ]

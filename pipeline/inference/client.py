@@ -133,17 +133,16 @@ class Client:
 
     async def _open(self) -> None:
         stack = self._stack
+        settings = self._config.server
         self._server = await stack.enter_async_context(Server(self._launch, self._progress)) if self._launch else None
         limit = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # shorter than the 5 s after which uvicorn closes
-        seconds = aiohttp.ClientTimeout(total=self._config.server.request_timeout_s, sock_connect=10)
+        seconds = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
         self._session = await stack.enter_async_context(aiohttp.ClientSession(connector=limit, timeout=seconds))
         if self._server and self._launch:
             endpoints = [Endpoint(f"{self._server.root}/v1", request_headers(self._launch.api_key))]
         else:
             endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in self._config.base_url]
-        settings = self._config.server
-        server = self._server
-        self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, lambda: server.failure if server else None)
+        self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
         context_tokens = self._launch.max_model_len if self._launch else await self._check_servers()
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
@@ -294,11 +293,7 @@ class Client:
                     pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
                     if not endpoint.is_up.is_set() or not await answers_200(endpoint.health, endpoint.headers):
-                        if self._endpoints.mark_down(endpoint):
-                            self._progress.message(f"{endpoint.url} does not answer; waiting for it")
-                            log.warning(
-                                "%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding
-                            )
+                        self._mark_down(endpoint)
                         deaths += 1
                         if deaths > MAX_CRASHES:
                             return request.reply(f"the server died each time: {fault}", SERVER_ERROR)
@@ -356,8 +351,16 @@ class Client:
 
     # --- the servers
 
+    def _failure(self) -> EngineError | None:
+        return self._server.failure if self._server else None
+
     def _outstanding(self) -> int:
         return sum(endpoint.outstanding for endpoint in self._endpoints)
+
+    def _mark_down(self, endpoint: Endpoint) -> None:
+        if self._endpoints.mark_down(endpoint):
+            self._progress.message(f"{endpoint.url} does not answer; waiting for it")
+            log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
 
     async def _poll(self) -> None:
         """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""

@@ -13,10 +13,8 @@ MOST_REQUESTS = 1024  # for each server
 class Concurrency:
     """The limit of requests in flight: the user's, if given, else adapted to the servers' queues and to busy answers.
 
-    Args:
-        servers: the number of servers.
-        fixed: the user's limit; a busy answer lowers it for a while.
-        server_requests: how many requests the server computes at once; None if we did not start it.
+    A busy answer lowers even a `fixed` limit of the user for a while. `server_requests` is how many requests the server
+    computes at once; None if we did not start it.
     """
 
     def __init__(self, servers: int, fixed: int | None, server_requests: int | None) -> None:
@@ -34,13 +32,10 @@ class Concurrency:
             self.limit = max(1, self.limit * 3 // 4)
 
     def follow(self, running: float, waiting: float, outstanding: int, most: int) -> None:
-        """Adapt the limit to the load of the servers.
+        """Adapt the limit to the load of the servers; `most` is another upper bound, such as by the memory of images.
 
-        Args:
-            running: requests that the servers compute, by their metrics; 0 if they have none.
-            waiting: requests in the servers' queues.
-            outstanding: requests that are sent and not answered.
-            most: another upper bound, such as by the memory of images.
+        By their metrics, the servers compute `running` requests, or 0 if they have no metrics, and `waiting` are in their
+        queues; `outstanding` are sent and not answered.
         """
         limit = self.limit
         if running and waiting > running and not self._fixed:

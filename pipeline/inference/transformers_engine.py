@@ -68,32 +68,25 @@ class EmbeddedEngine:
     def _answer(self, requests: list[Request]) -> list[Reply]:
         processor, model = self._loaded
         images = [[prepare_image(image, self._max_pixels) for image in request.images] for request in requests]
-        inputs = processor(
-            text=[self._chat(request) for request in requests],
-            images=images if any(images) else None,
-            padding=True,
-            return_tensors="pt",
-        ).to(model.device)
-        chooser = GrammarChooser(requests, self._grammars, model.config.text_config.vocab_size)
+        chats = [self._chat(request) for request in requests]
+        inputs = processor(text=chats, images=images if any(images) else None, padding=True, return_tensors="pt")
+        inputs = inputs.to(model.device)
+        chooser = LogitsProcessorList([GrammarChooser(requests, self._grammars, model.config.text_config.vocab_size)])
         max_tokens = requests[0].sampling.max_tokens
         with torch.inference_mode():
-            output = model.generate(
-                **inputs, max_new_tokens=max_tokens, do_sample=False, logits_processor=LogitsProcessorList([chooser])
-            )
+            output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, logits_processor=chooser)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         replies_BT = output[:, inputs["input_ids"].shape[1] :]
         replies = zip(requests, replies_BT.tolist(), prompt_tokens, strict=True)
         return [self._reply(request, ids, prompt) for request, ids, prompt in replies]
 
     def _chat(self, request: Request) -> str:
-        processor, _ = self._loaded
-        messages = Prompt(id=request.prompt_id, system=request.system, text=request.text).messages(
-            len(request.images), request.pages
-        )
+        prompt = Prompt(id=request.prompt_id, system=request.system, text=request.text)
+        messages = prompt.messages(len(request.images), request.pages)
         if request.failed:
             reply_text, feedback = request.failed
             messages += [{"role": "assistant", "content": reply_text}, {"role": "user", "content": feedback}]
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+        return str(self._loaded[0].apply_chat_template(messages, add_generation_prompt=True))
 
     def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
         tokenizer = self._loaded[0].tokenizer

@@ -85,10 +85,8 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
                 raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")
             if unread:
                 progress.message(f"exclude {label}: {unread} rows could not be read, and are not compared with")
-            texts = sum(len(row["texts"]) for row in rows)
-            described.append(
-                {"name": label, "revision": source.revision, "images": len(rows), "texts": texts, "unread": unread}
-            )
+            counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}
+            described.append({"name": label, "revision": source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)
 
     write_table(dataset.stage("source", "exclusions"), tables(), EXCLUSIONS)

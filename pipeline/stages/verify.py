@@ -28,16 +28,11 @@ from pipeline.tasks import asks_about_decks
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
-CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), pa.field("alignment", FLOAT64), *VERIFIED])
+ALIGNMENT = pa.field("alignment", FLOAT64)
+CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), ALIGNMENT, *VERIFIED])
 ANNOTATION_COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "evidence_pages", "pages")
 JUDGED = pa.schema(
-    [
-        ROW,
-        pa.field("is_caption", BOOL),
-        *fields(STRING, "style", "question", "answer", "answer_type"),
-        *VERIFIED,
-        pa.field("alignment", FLOAT64),
-    ]
+    [ROW, pa.field("is_caption", BOOL), *fields(STRING, "style", "question", "answer", "answer_type"), *VERIFIED, ALIGNMENT]
 )
 # Yes and no are right by luck half of the time: they are exempt from `blind`, and balanced later.
 QUERY = """
@@ -86,7 +81,7 @@ def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services)
     for table in read_batches(path):
         end = first + table.num_rows
         table = table.append_column(CHECKED.field("checks"), pa.array(answers[first:end], CHECKED.field("checks").type))
-        table = table.append_column(CHECKED.field("alignment"), pa.array(alignments[first:end], pa.float64()))
+        table = table.append_column(ALIGNMENT, pa.array(alignments[first:end], FLOAT64))
         yield judge_checks(table)
         first = end
 
