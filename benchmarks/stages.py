@@ -173,7 +173,7 @@ def compare_only(count: int) -> None:
             before = "verify"
             for stage in STAGES[3:]:
                 wall, cpu = time.monotonic(), time.process_time()
-                compare_stage(stage, [dataset], dataset, before, plan, NullProgress())
+                compare_stage(stage, [dataset], before, plan, NullProgress())
                 middle = time.process_time()
                 judge_stage(stage, dataset, before, plan)
                 kept = pq.ParquetFile(dataset.stage(stage.name)).metadata.num_rows

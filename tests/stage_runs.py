@@ -48,7 +48,7 @@ def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
 
 def run_on(stage: Stage, shards: Sequence[DatasetDir], plan: RunPlan, before: str) -> None:
     if stage.compare:
-        compare_stage(stage, shards, plan.dataset, before, plan, NullProgress())
+        compare_stage(stage, shards, before, plan, NullProgress())
     for shard in shards:
         judge_stage(stage, shard, before, plan)
 

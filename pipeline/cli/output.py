@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pipeline.progress import duration
+
 if TYPE_CHECKING:
     from pipeline.executors.base import RunResult
 
 
 def print_prediction(estimate: dict[str, Any]) -> None:
     """Print the predicted cost of a whole run."""
-    from pipeline.progress import duration
-
     low, high = estimate["invalid_share"]
     say(f"{estimate['sampled_images']} images took {estimate['sampled_seconds']:.1f} s, {estimate['asked']} requests sent")
     say(f"all {estimate['images']} images: {estimate['requests']} requests, {duration(3600 * estimate['hours'])}")

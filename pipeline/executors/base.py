@@ -80,29 +80,27 @@ def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: Ru
         before = stage.name
 
 
-def compare_rows(
-    executor: Executor, dataset: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, progress: Progress
-) -> None:
+def compare_rows(executor: Executor, stages: Sequence[Stage], before: str, plan: RunPlan, progress: Progress) -> None:
     """Run the stages from the first that compares rows: compare in this process, judge shard by shard."""
     for done, stage in enumerate(stages, start=1):
         if stage.compare:
-            compare_stage(stage, executor.shards, dataset, before, plan, progress)
+            compare_stage(stage, executor.shards, before, plan, progress)
         executor.map(partial(judge_stage, stage, before=before, plan=plan))
         progress("curate", done, len(stages), {"last": stage.name})
         before = stage.name
 
 
 def publish(
-    executor: Executor, dataset: DatasetDir, stages: Sequence[Stage], plan: RunPlan, check: Callable[[], None]
+    executor: Executor, stages: Sequence[Stage], plan: RunPlan, check: Callable[[], None]
 ) -> tuple[Version, bool, list[StageSummary]]:
     """Publish the rows that the shards hold as a version; see `stages.version.publish_shards`."""
     funnel = summarize_shards(executor, stages, plan)
-    source = read_json(dataset.provenance("source"))
+    source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
     check()
-    with scratch_folder(dataset.path / "versions") as draft:
+    with scratch_folder(plan.dataset.path / "versions") as draft:
         written = executor.map_with_scratch(partial(write_rows, stages=names, source=source), draft)
-        version, is_new = publish_shards(dataset, executor.shards, written, draft, plan, funnel, check)
+        version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
     return version, is_new, funnel
 
 

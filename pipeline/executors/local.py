@@ -78,8 +78,8 @@ def run_locally(
         judge_rows(dataset, todo, before, plan, services)
     executor = LocalExecutor(dataset)
     comparing = next((n for n, stage in enumerate(todo) if stage.compare), len(todo))
-    compare_rows(executor, dataset, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
-    version, is_new, funnel = publish(executor, dataset, stages, plan, lambda: None)
+    compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
+    version, is_new, funnel = publish(executor, stages, plan, lambda: None)
     return RunResult(version, is_new, stats, funnel)
 
 

@@ -11,18 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.config import Config, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError, one_line
+from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
+from pipeline.inference.vllm_server import Server
 from pipeline.progress import Progress
 from pipeline.sources import find_source
 from pipeline.tasks import TASKS, asks_about_decks
 from pipeline.types import Engine
-
-if TYPE_CHECKING:
-    from pipeline.inference.vllm_launch import VllmCommand
 
 TINY = "tiny"
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
@@ -195,8 +193,6 @@ def serve_model(
 
     Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
     """
-    from pipeline.inference.vllm_server import Server
-
     path = str(TINY_WEIGHTS) if model == TINY else model
     config = Config(source="none", tasks=tuple(TASKS), server=server)
     launch = replace(plan_server(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log), port=port)
@@ -212,10 +208,8 @@ def serve_model(
     asyncio.run(serve())
 
 
-def plan_server(path: str, revision: str, config: Config, log: Path) -> "VllmCommand":
+def plan_server(path: str, revision: str, config: Config, log: Path) -> VllmCommand:
     """Return the command that starts vLLM on this machine. Raises EngineError if it is not installed."""
-    from pipeline.inference.vllm_launch import plan_vllm_command
-
     python = vllm_python()
     if python is None:
         raise EngineError(

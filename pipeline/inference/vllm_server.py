@@ -44,11 +44,6 @@ class Server:
         """The address without `/v1`."""
         return f"http://127.0.0.1:{self._port}"
 
-    @property
-    def pid(self) -> int | None:
-        """The id of the server process, if it was started."""
-        return self._process.pid if self._process else None
-
     async def __aenter__(self) -> "Server":
         try:
             await self._start()
@@ -201,10 +196,8 @@ def _media_folder() -> Path:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # of another user
     return True
 
 

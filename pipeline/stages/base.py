@@ -96,7 +96,6 @@ class Comparison:
     db: duckdb.DuckDBPyConnection
     rows: AllRows
     shards: Sequence[DatasetDir]
-    dataset: DatasetDir
     plan: RunPlan
     progress: Progress
 
@@ -121,14 +120,12 @@ def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, s
         write_table(shard.stage(stage.name, "prepared"), chain([first], tables), first.schema)
 
 
-def compare_stage(
-    stage: Stage, shards: Sequence[DatasetDir], dataset: DatasetDir, before: str, plan: RunPlan, progress: Progress
-) -> None:
+def compare_stage(stage: Stage, shards: Sequence[DatasetDir], before: str, plan: RunPlan, progress: Progress) -> None:
     """Compare the rows of all shards, and write the findings about its rows to each. Raises TableError for an unknown row."""
     rows = AllRows([_input(stage, shard, before, plan) for shard in shards])
     assert stage.compare
-    with open_database(dataset.path) as db:
-        relation = stage.compare(Comparison(db, rows, shards, dataset, plan, progress))
+    with open_database(plan.dataset.path) as db:
+        relation = stage.compare(Comparison(db, rows, shards, plan, progress))
         schema = pa.schema([ROW, *stage.adds])
         ordered = read(relation.order("row")) if relation is not None else iter(())
         findings = _InOrder((table.select(schema.names).cast(schema) for table in ordered), schema)

@@ -106,7 +106,8 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
-    scores = [name for name in SCORES if name in rows.columns()]
+    available = rows.columns()
+    scores = [name for name in SCORES if name in available]
     for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", *scores):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         table = table.append_column("content_key", content_keys(texts))

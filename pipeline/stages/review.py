@@ -29,7 +29,7 @@ CLEANED = ("text", "question", "answer")  # whose final text is that of the stag
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return the reviewed rows with their review, and the rows whose pair a review has broken."""
-    path = comparison.dataset.reviews
+    path = comparison.plan.dataset.reviews
     reviews = {review.name: review for review in read_reviews(path)} if path.exists() else {}
     if not reviews:
         return None

@@ -63,7 +63,6 @@ def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dic
 
 
 def publish_shards(
-    dataset: DatasetDir,
     shards: Sequence[DatasetDir],
     written: Sequence[WrittenRows],
     draft: Path,
@@ -77,7 +76,7 @@ def publish_shards(
     stage is added to `funnel`. `check` raises where another command has taken over the dataset folder.
     Raises TableError if no row is left or shards do not fit together, StoreError if there is a version of that name by now.
     """
-    source, model = (read_json(dataset.provenance(stage)) for stage in ("source", "generate"))
+    source, model = (read_json(plan.dataset.provenance(stage)) for stage in ("source", "generate"))
     rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
     lost = sum(part.without_annotation for part in written)
     funnel.append(summarize_stage(NAME, "images", sum(rows.values()), {NO_ANNOTATION: lost} if lost else {}))
@@ -90,7 +89,7 @@ def publish_shards(
         raise TableError("some samples have columns that others have not", hint="a source fills a column always or never")
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     all_rows = AllRows([shard.stage("review") for shard in shards])
-    with open_database(dataset.path) as db:
+    with open_database(plan.dataset.path) as db:
         load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
         groups = "SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
         ((group_count,),) = db.sql(f"SELECT count(*) FROM ({groups})").fetchall()  # noqa: S608
@@ -110,7 +109,7 @@ def publish_shards(
         examples=[row for part in written for row in part.examples][:CARD_SAMPLES],
     )
     rejections = (table for shard in shards for table in read_batches(shard.stage(NAME, "rejections")))
-    return publish_version(dataset, draft, content, provenance, rejections, check)
+    return publish_version(plan.dataset, draft, content, provenance, rejections, check)
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:

@@ -130,8 +130,8 @@ def _finish(
     """Run the stages from index `first` on, and publish the version."""
     executor, dataset = RayExecutor(run), run.plan.dataset
     check()
-    compare_rows(executor, dataset, stages[first:], stages[first - 1].name, run.plan, progress)
-    version, is_new, funnel = publish(executor, dataset, stages, run.plan, check)
+    compare_rows(executor, stages[first:], stages[first - 1].name, run.plan, progress)
+    version, is_new, funnel = publish(executor, stages, run.plan, check)
     write_json(dataset.finished, {"version": version.name, "filled": run.filled})
     remove(dataset.path / "exchange")
     return RunResult(version, is_new, stats, funnel)

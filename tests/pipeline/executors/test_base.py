@@ -126,7 +126,7 @@ class World:
             write_table(shard.stage("verify", "prepared"), [texts], texts.schema)
 
     def compare(self) -> None:
-        compare_rows(ShardList(self.shards), self.dataset, STAGES[COMPARING:], "filter", self.plan, NullProgress())
+        compare_rows(ShardList(self.shards), STAGES[COMPARING:], "filter", self.plan, NullProgress())
 
     def rows(self, stage: str, which: str) -> list[dict[str, Any]]:
         rows = [row for shard in self.shards for row in read_table(shard.stage(stage, which)).to_pylist()]

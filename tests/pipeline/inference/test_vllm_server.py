@@ -137,8 +137,8 @@ def test_a_server_that_does_not_answer_is_stopped(tmp_path: Path) -> None:
 
     with pytest.raises(EngineError, match="did not start within 1 s"):
         asyncio.run(start())
-    pid = servers[0].pid
-    assert pid and not Path(f"/proc/{pid}").exists()
+    process = servers[0]._process
+    assert process and not Path(f"/proc/{process.pid}").exists()
     assert not servers[0].media.exists()
 
 

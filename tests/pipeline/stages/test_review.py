@@ -49,7 +49,7 @@ class Reviewed:
             all_reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
         write_text(self.dataset.reviews, format_reviews(all_reviews))
         plan = RunPlan(self.dataset, resolve(source="scenes"), "r", None, ())
-        compare_stage(STAGE, self.shards, self.dataset, BEFORE, plan, NullProgress())
+        compare_stage(STAGE, self.shards, BEFORE, plan, NullProgress())
         for shard in self.shards:
             judge_stage(STAGE, shard, BEFORE, plan)
         ids = [row["annotation_id"] for row in self.rows]
