@@ -207,14 +207,14 @@ def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: py
     assert time.time() - alive.stat().st_mtime < 60
 
 
-def test_a_server_and_its_engine_end_with_us_however_we_end() -> None:
+def test_a_server_and_its_engine_start_reaper_however_we_end() -> None:
     """Kill the server before the engine, which is its child, as Ray does to the children of a worker."""
     code = (
-        "import os, subprocess, sys; from pipeline.inference.vllm_server import _end_with_us;"
+        "import os, subprocess, sys; from pipeline.inference.vllm_server import _start_reaper;"
         "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"
         " stderr=subprocess.DEVNULL, start_new_session=True);"
         "print(server.stdout.readline().decode().strip(), flush=True);"
-        "leash = _end_with_us(server.pid);"
+        "leash = _start_reaper(server.pid);"
         "sys.argv[1] == 'called off' and os.write(leash, b'\\n');"
         "server.kill();"
         "os.kill(os.getpid(), 9)"
