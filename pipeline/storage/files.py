@@ -187,10 +187,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         except SynthError:
             raise
         except sqlite3.DatabaseError as error:
-            damaged = (
-                f"the journal is damaged: {error}",
-                "move the folder `journal` away to ask everything again",
-            )
+            damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
             problem, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
             raise StoreError(f"{gettempdir() if is_remote(path) else path}: {problem}", hint=hint) from None
         except OSError as error:
