@@ -54,15 +54,14 @@ def build_rows(
 ) -> Iterator[pa.Table]:
     """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (ROW_WITH_SPLIT).
 
+    Raise TableError if annotations belong to no sample, or are not in the order of the samples.
+
     Args:
         annotations: of all samples, in the order of the samples.
         samples: the samples, in batches.
         source: the name of the source.
         rows: receives the digests and statistics of the rows.
         decks: whether a sample is a document, though it may have one page only.
-
-    Raises:
-        TableError: annotations belong to no sample, or are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
     for batch in samples:
@@ -177,8 +176,7 @@ class RowWriter:
     def add(self, table: pa.Table) -> None:
         """Write rows (ROW_WITH_SPLIT) to the files of their `split`.
 
-        Raises:
-            TableError: some samples have a column that the first ones have not.
+        Raise TableError if some samples have a column that the first ones have not.
         """
         if not table.num_rows:
             return
@@ -229,6 +227,8 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
 
+    Raise TableError if no row is left; StoreError if a version of that name exists by now.
+
     Args:
         dataset: the dataset folder.
         draft: the scratch folder beside its versions.
@@ -236,10 +236,6 @@ def publish_version(
         provenance: the manifest's fields about the run; name, counts and digest are added here.
         rejections: the rows that every stage rejected (tables.LEDGER).
         check: raises if another command has taken over the folder.
-
-    Raises:
-        TableError: no row is left.
-        StoreError: a version of that name exists by now.
     """
     if not content.digests.num_rows:
         hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"

@@ -133,8 +133,7 @@ class DatasetDir:
 def open_dataset(path: Path | None, version: str | None = None) -> Version:
     """Open a version: that of a dataset folder or a version folder, or the last one made under `data/`.
 
-    Raises:
-        StoreError: the dataset or version does not exist.
+    Raise StoreError if the dataset or version does not exist.
     """
     if path is None:
         path = last_made()

@@ -37,8 +37,7 @@ def find_joined(version: Version, home: Path) -> Version | None:
 def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Version:
     """Write a copy of a version with its pixels under `home`, and return it; rows are in the order of the images.
 
-    Raises:
-        StoreError: images of some rows are missing.
+    Raise StoreError if images of some rows are missing.
     """
     texts = version.batches(version.manifest["columns"])
     rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}

@@ -131,15 +131,12 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
     """Move a draft to its final name: readers see a whole version or none.
 
     On a disk, the Parquet files join the others in `draft`, all are flushed, and the folder is renamed. Objects are moved one
-    by one, and the manifest last: a version is a folder that has a manifest.
+    by one, and the manifest last: a version is a folder that has a manifest. Raise StoreError if the version exists already.
 
     Args:
         draft: holds the ledger, the card and the manifest.
         final: the folder of the version.
         files: Parquet files that lie elsewhere, and the name of each.
-
-    Raises:
-        StoreError: the version exists already.
     """
     if is_remote(final):
         if (final / MANIFEST).exists():

@@ -49,14 +49,13 @@ def build_package(
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`; rewritten shards lie in a temporary folder that is removed afterwards.
 
+    Raise PushError if files of the version are missing, or `images` includes pixels that may not be redistributed.
+
     Args:
         version: the version to push.
         repo: the target repository, which the card names.
         images: whether to include pixels; None leaves out those that may not be redistributed.
         acknowledged: restrictive licenses under which the caller may redistribute pixels; the card says so.
-
-    Raises:
-        PushError: files of the version are missing, or `images` includes pixels that may not be redistributed.
     """
     missing = [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]
     if missing:
@@ -111,8 +110,7 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
 def build_checkpoint_package(folder: Path, repo: str) -> Package:
     """Return the package of a trained captioner; its tag is the version of the data and a digest of the files.
 
-    Raises:
-        PushError: the folder holds no finished training.
+    Raise PushError if the folder holds no finished training.
     """
     missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
     if missing:

@@ -87,10 +87,8 @@ def pull_version(name: str) -> Version:
 def open_or_download(path: Path | None, version: str | None = None) -> Version:
     """Open a version in a local folder, as `open_dataset` does, or in an object store: that is downloaded once and checked.
 
-    A download is kept in a dataset folder under `data/` that is named after its origin.
-
-    Raises:
-        StoreError: the dataset or version does not exist, it is damaged, or the store refuses.
+    A download is kept in a dataset folder under `data/` that is named after its origin. Raise StoreError if the dataset or
+    version does not exist, it is damaged, or the store refuses.
     """
     if path is None or not is_remote(path):
         return open_dataset(path, version)

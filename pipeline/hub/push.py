@@ -56,8 +56,7 @@ class PushResult:
 def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
     """Push a package and tag the commit with its name; a package that is there already is not pushed again.
 
-    Raises:
-        PushError: the token is missing or invalid, the name is taken, or the Hub refuses or does not answer.
+    Raise PushError if the token is missing or invalid, the name is taken, or the Hub refuses or does not answer.
     """
     api = HfApi()
     try:

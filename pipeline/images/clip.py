@@ -17,8 +17,7 @@ TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
 class ClipScorer:
     """Score images and texts with a CLIP, by name: clip, metaclip, tiny-clip, a folder, or an id of the Hub.
 
-    Raises:
-        EngineError: the model cannot be loaded, or torch or transformers is not installed.
+    Raise EngineError if the model cannot be loaded, or torch or transformers is not installed.
     """
 
     def __init__(self, name: str) -> None:

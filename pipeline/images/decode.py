@@ -41,8 +41,7 @@ class ImageInfo:
 def check_image(data: bytes) -> ImageInfo:
     """Decode an image in full, and return its id, size and PDQ hash.
 
-    Raises:
-        ImageError: the bytes are not an image of a known format, are truncated, or decode to too many pixels.
+    Raise ImageError if the bytes are not an image of a known format, are truncated, or decode to too many pixels.
     """
     image = prepare_image(data)
     return ImageInfo(hashlib.sha256(data).hexdigest(), image.width, image.height, pdq_hash(image))
@@ -62,8 +61,7 @@ def pdq_hash(image: Image.Image) -> bytes:
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
     """Decode to upright RGB, transparency over white, and scale down (never up) to at most `max_pixels`.
 
-    Raises:
-        ImageError: see `check_image`.
+    Raise ImageError as `check_image` does.
     """
     try:
         with warnings.catch_warnings():

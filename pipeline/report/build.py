@@ -39,15 +39,14 @@ Place = Callable[[str, int, bytes], str]  # (sample id, page, thumbnail) -> its 
 def write_report(version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = 10_000) -> Path:
     """Write `report.html` into the dataset folder, or `report/` if the version is large; return the path of the page.
 
+    Raise ConfigError if the checkpoint holds no training, or another file lies at the path of the report; StoreError if the
+    version or a stage file is damaged.
+
     Args:
         version: the version to show.
         folder: the dataset folder.
         checkpoint: the training to show, if any.
         max_rows: of a version with more images, those with the lowest ids are shown: digests, so a random sample.
-
-    Raises:
-        ConfigError: the checkpoint holds no training, or another file lies at the path of the report.
-        StoreError: the version or a stage file is damaged.
     """
     training = _training(checkpoint) if checkpoint else None
     report = _Report(version, folder, training, min(version.num_rows, max_rows))

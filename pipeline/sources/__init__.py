@@ -56,9 +56,8 @@ def is_divisible(config: Config) -> bool:
 def open_source(config: Config, part: SourceSlice = ALL) -> Source:
     """Open the source of a config, or one slice of it if it `is_divisible`.
 
-    Raises:
-        ConfigError: the name is unknown, or the source does not support an option or a task.
-        SourceError: the source cannot be read.
+    Raise ConfigError if the name is unknown, or the source does not support an option or a task; SourceError if the source
+    cannot be read.
     """
     spec, (_, _, argument) = find_source(config.source), config.source.partition(":")
     spec.check_options(config)

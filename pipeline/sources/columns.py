@@ -29,8 +29,7 @@ _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,refere
 def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str, *, allow_urls: bool = False) -> Source:
     """Return the rows of tables as the source `name`; a row without a usable image is rejected with a reason.
 
-    Raises:
-        SourceError: a mapped column or the split does not exist, or no image column can be guessed.
+    Raise SourceError if a mapped column or the split does not exist, or no image column can be guessed.
     """
     columns = read_mapping(tables.schema, mapping)
     if "split" not in columns:
@@ -55,8 +54,7 @@ def count_mapped(tables: Tables, columns: dict[str, list[str]], split: str | Non
 def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
     """Return the tables of a Parquet file, or of all Parquet files under a folder. A slice of them has an empty revision.
 
-    Raises:
-        SourceError: there is no Parquet file.
+    Raise SourceError if there is no Parquet file.
     """
     paths = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not paths:

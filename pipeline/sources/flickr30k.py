@@ -24,8 +24,7 @@ KARPATHY_SPLITS = ("train", "validation", "test")
 def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
     """Return a source of photos with their captions and true splits.
 
-    Raises:
-        SourceError: the tables lack the true split, and there is no split list.
+    Raise SourceError if the tables lack the true split, and there is no split list.
     """
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
     if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):

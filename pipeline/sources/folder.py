@@ -25,10 +25,7 @@ REFERENCE_NAMES = ("text", "caption", "captions", "description")
 def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
     """Return the image files under `root` as a source, sorted by path, or one slice of them. Broken images are rejected.
 
-    A slice has an empty revision.
-
-    Raises:
-        SourceError: `root` is not a folder, or holds no image file.
+    A slice has an empty revision. Raise SourceError if `root` is not a folder, or holds no image file.
     """
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
@@ -47,8 +44,7 @@ def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
 def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
     """Return the captions beside the images, by image path.
 
-    Raises:
-        SourceError: a metadata file cannot be read, or has a row without `file_name`.
+    Raise SourceError if a metadata file cannot be read, or has a row without `file_name`.
     """
     references: dict[Path, list[str]] = {}
     folders = sorted(

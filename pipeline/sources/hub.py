@@ -27,8 +27,7 @@ BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a sma
 def open_hub(name: str) -> Tables:
     """Return the tables of `ORG/NAME` or `ORG/NAME@REVISION`, pinned to a commit.
 
-    Raises:
-        SourceError: the data set does not exist, is not accessible or has no Parquet files, or the Hub is unreachable.
+    Raise SourceError if the data set does not exist, is not accessible or has no Parquet files, or the Hub is unreachable.
     """
     repo, _, revision = name.partition("@")
     api = HfApi()

@@ -34,8 +34,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
     """Return the bytes at an http or https URL.
 
-    Raises:
-        ImageError: the address is not public, or the response is an error, too large, too slow, or redirected too often.
+    Raise ImageError if the address is not public, or the response is an error, too large, too slow, or redirected too often.
     """
     deadline = time.monotonic() + MAX_SECONDS
     for _ in range(MAX_REDIRECTS + 1):

@@ -145,8 +145,7 @@ def is_list(kind: pa.DataType) -> bool:
 def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
     """Return the bytes of an image in a row, or those at its URL if URLs are allowed.
 
-    Raises:
-        ImageError: the row holds no bytes (a path is never opened), or the URL cannot be fetched.
+    Raise ImageError if the row holds no bytes (a path is never opened), or the URL cannot be fetched.
     """
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")

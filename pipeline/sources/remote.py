@@ -33,8 +33,7 @@ def is_remote(place: str) -> bool:
 def open_remote(url: str) -> Tables:
     """Return the tables of a Parquet file at a URL, or of all under it; the revision digests the store's metadata of each.
 
-    Raises:
-        SourceError: there is no Parquet file, the store refuses access, or its package is not installed.
+    Raise SourceError if there is no Parquet file, the store refuses access, or its package is not installed.
     """
     with translate_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale

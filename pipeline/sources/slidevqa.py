@@ -24,8 +24,7 @@ _TEXT_COLUMNS = ("deck_name", "question", "answer", "answer_type", "evidence_pag
 def open_slidevqa(tables: Tables, split: str | None) -> Source:
     """Return a source of decks with human-written questions.
 
-    Raises:
-        SourceError: a column is missing, or there is no such split.
+    Raise SourceError if a column is missing, or there is no such split.
     """
     tables.require("page_1", *_TEXT_COLUMNS)
     check_split(tables, split)

@@ -24,8 +24,7 @@ _TEXT_COLUMNS = ("image_id", "question", "answers", "answer_type")
 def open_vqav2(tables: Tables, split: str | None) -> Source:
     """Return a source of photos with human questions and answers, normalized as in the official evaluation.
 
-    Raises:
-        SourceError: a column is missing, or there is no such split.
+    Raise SourceError if a column is missing, or there is no such split.
     """
     tables.require("image", *_TEXT_COLUMNS)
     check_split(tables, split)

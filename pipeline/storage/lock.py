@@ -25,8 +25,8 @@ def lease(
     """Hold a lease exclusively: an object in a store, which heartbeats renew as long as its holder lives.
 
     A killed holder leaves the object behind. It is taken over if it has not changed for `seconds` of the local clock: machines
-    need not agree on the time. A store without conditional writes (`If-None-Match`) cannot keep out a second holder that
-    starts at the same moment.
+    need not agree on the time. A store without conditional writes (`If-None-Match`) cannot keep out a second holder that starts
+    at the same moment. Raise StoreError if another live holder has the lease.
 
     Args:
         path: of the object.
@@ -35,9 +35,6 @@ def lease(
 
     Yields:
         A check that raises StoreError if another holder has taken over the lease.
-
-    Raises:
-        StoreError: another live holder has the lease.
     """
     holder_id = uuid4().hex
     _take(path, holder_id, seconds, say)

@@ -29,8 +29,7 @@ STORE_ERRORS = (  # that are not OSError
 def parse_dataset_path(name: str) -> Path:
     """Return a local path, or for a URL a UPath into an object store, which has the methods of Path that are used here.
 
-    Raises:
-        ConfigError: the store or the name is not supported, or the store's package is not installed.
+    Raise ConfigError if the store or the name is not supported, or the store's package is not installed.
     """
     scheme, separator, key = name.partition("://")
     if not separator:

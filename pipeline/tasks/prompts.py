@@ -54,10 +54,8 @@ def page_label(number: int) -> str:
 def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
     """Render the prompt of a task; `values` are the variables of its template, such as `style`.
 
-    `folder` holds the user's templates, under the same names; the package has the missing ones.
-
-    Raises:
-        ConfigError: the template is invalid, or does not support a value, such as a style.
+    `folder` holds the user's templates, under the same names; the package has the missing ones. Raise ConfigError if the
+    template is invalid, or does not support a value, such as a style.
     """
     name = find_task(task).prompt
     try:
