@@ -23,8 +23,8 @@ FILES = {
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ guide pack train_clip train_teacher wording",
-    "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet remote scenes slidevqa
-        vqav2""",
+    "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet questions remote scenes
+        slidevqa vqav2""",
     "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",
     "pipeline/storage": "__init__ database files lock object_store",
     "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",

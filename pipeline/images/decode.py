@@ -23,6 +23,11 @@ MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
+def image_id(data: bytes) -> str:
+    """Return the id of an image: the sha256 of its file."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def deck_id(page_ids: Sequence[str]) -> str:
     """Return the id of a deck: the sha256 of its pages' ids, in order. A deck of one page has the id of that page."""
     return page_ids[0] if len(page_ids) == 1 else hashlib.sha256("".join(page_ids).encode()).hexdigest()
@@ -44,7 +49,7 @@ def check_image(data: bytes) -> ImageInfo:
     Raise ImageError if the bytes are not an image of a known format, are truncated, or decode to too many pixels.
     """
     image = prepare_image(data)
-    return ImageInfo(hashlib.sha256(data).hexdigest(), image.width, image.height, pdq_hash(image))
+    return ImageInfo(image_id(data), image.width, image.height, pdq_hash(image))
 
 
 def pdq_hash(image: Image.Image) -> bytes:

@@ -1,12 +1,14 @@
 """Specification of a source: its name, its description, and the function that opens it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ImageError
+from pipeline.images.decode import check_image, deck_id
 from pipeline.images.similarity import ImageKind
-from pipeline.types import Source, SourceSlice
+from pipeline.types import Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.
@@ -58,3 +60,23 @@ class SourceSpec:
         for name, (message, hint) in OPTIONS.items():
             if (value := getattr(config, name)) and name not in self.options:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
+
+
+def check_sample(name: str, images: Iterable[bytes], licence: str, split: str | None = None, **more: Any) -> Sample | Rejected:
+    """Return the sample of these images, or its rejection if one of them is unusable."""
+    try:
+        pages = tuple(images)
+        checked = [check_image(page) for page in pages]
+    except ImageError as error:
+        return Rejected(source_row=name, reason=error.reason, detail=str(error))
+    return Sample(
+        id=deck_id([page.id for page in checked]),
+        source_row=name,
+        images=pages,
+        pdq_hashes=tuple(page.pdq_hash for page in checked),
+        width_px=checked[0].width_px,
+        height_px=checked[0].height_px,
+        licence=licence,
+        split=split,
+        **more,
+    )

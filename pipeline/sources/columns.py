@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.digests import digest, file_digest
-from pipeline.errors import ImageError, SourceError
-from pipeline.images.decode import check_image, deck_id
-from pipeline.sources.base import SourceSpec
-from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, is_list, is_text, split_of_path
+from pipeline.errors import SourceError
+from pipeline.sources.base import SourceSpec, check_sample
+from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 
@@ -26,29 +25,41 @@ _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "ori
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
 
-def open_mapped(tables: Tables, mapping: dict[str, str], split: str | None, name: str, *, allow_urls: bool = False) -> Source:
-    """Return the rows of tables as the source `name`; a row without a usable image is rejected with a reason.
+def open_mapped(
+    tables: Tables,
+    columns: dict[str, list[str]],
+    split: str | None,
+    name: str,
+    names: dict[str, str] = SPLITS,
+    *,
+    allow_urls: bool = False,
+) -> Source:
+    """Return the rows of one split, or of all, as the source `name`; a row without a usable image is rejected with a reason.
 
-    Raise SourceError if a mapped column or the split does not exist, or no image column can be guessed.
+    `columns` are those of each role; `names` maps the values of a split column to train, validation or test. Raise SourceError
+    if the split does not exist.
     """
-    columns = read_mapping(tables.schema, mapping)
-    if "split" not in columns:
+    split_column = columns["split"][0] if "split" in columns else None
+    if not split_column:
         check_split(tables, split)
-    rows = mapped_rows(tables, columns, split, allow_urls=allow_urls)
-    return Source(
-        name=name,
-        revision=tables.revision,
-        rows=rows,
-        count=lambda: count_mapped(tables, columns, split),
-        decks="pages" in columns,
-    )
 
+    def count() -> int:
+        if split is None or not split_column:
+            return tables.count(split)
+        return sum(names.get(str(value)) == split for value in tables.values(split_column))
 
-def count_mapped(tables: Tables, columns: dict[str, list[str]], split: str | None, names: dict[str, str] = SPLITS) -> int:
-    """Return how many rows `mapped_rows` would yield."""
-    if split is None or "split" not in columns:
-        return tables.count(split)
-    return sum(names.get(str(value)) == split for value in tables.values(columns["split"][0]))
+    def rows() -> Iterator[Sample | Rejected]:
+        wanted = [column for role_columns in columns.values() for column in role_columns]
+        for row_name, file_split, row in tables.rows(wanted, None if split_column else split):
+            row_split = names.get(str(row[split_column])) if split_column else file_split
+            if row_split is None and split_column:
+                yield Rejected(source_row=row_name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
+            elif split in (None, row_split):
+                yield _mapped_sample(
+                    row_name, row, columns, tables.licence, stored_split(row_split, split), allow_urls=allow_urls
+                )
+
+    return Source(name=name, revision=tables.revision, rows=rows(), count=count, decks="pages" in columns)
 
 
 def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
@@ -60,11 +71,9 @@ def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
     if not paths:
         raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
     root = path.parent if path.is_file() else path
-    files: dict[str | None, list[str]] = {}
-    for file in paths:
-        files.setdefault(split_of_path(str(file.relative_to(root))), []).append(str(file.relative_to(root)))
-    revision = digest([[str(file.relative_to(root)), file_digest(file)] for file in paths]) if part == ALL else ""
-    return Tables(path.name, revision, "unknown", files, lambda name: (root / name).open("rb"), part=part)
+    names = [str(file.relative_to(root)) for file in paths]
+    revision = digest([[name, file_digest(root / name)] for name in names]) if part == ALL else ""
+    return Tables(path.name, revision, "unknown", group_by_split(names), lambda name: (root / name).open("rb"), part=part)
 
 
 def check_split(tables: Tables, split: str | None) -> None:
@@ -74,8 +83,8 @@ def check_split(tables: Tables, split: str | None) -> None:
 
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[str]]:
-    """Return the columns of each role: from `mapping`, else guessed from names and types."""
-    columns = {role: _named(schema, role, name) for role, name in mapping.items()}
+    """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
+    columns = {role: named_columns(schema, role, name) for role, name in mapping.items()}
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
     if "references" not in mapping:
@@ -86,7 +95,7 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[s
     return columns
 
 
-def _named(schema: pa.Schema, role: str, name: str) -> list[str]:
+def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
     """Return the columns that a mapped name matches; `*` stands for a number, by which they are sorted: `page_*`."""
     if role not in ROLES:
         raise SourceError(f"--columns knows no {role}", hint=f"it maps {', '.join(ROLES)}")
@@ -102,7 +111,7 @@ def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
     lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
     plain = [name for name in _IMAGE_NAMES if name in schema.names and _is_bytes(schema.field(name).type)]
     if len(images) > 1 and all(re.fullmatch(r"page_\d+", name) for name in images):
-        return {"pages": _named(schema, "pages", "page_*")}
+        return {"pages": named_columns(schema, "pages", "page_*")}
     if len(images) == 1 or "image" in images:
         return {"image": ["image" if "image" in images else images[0]]}
     if not images and len(lists) == 1:
@@ -125,42 +134,15 @@ def _is_text(kind: pa.DataType) -> bool:
     return is_text(kind) or (is_list(kind) and is_text(kind.value_type))
 
 
-def mapped_rows(
-    tables: Tables,
-    columns: dict[str, list[str]],
-    split: str | None,
-    names: dict[str, str] = SPLITS,
-    *,
-    allow_urls: bool = False,
-) -> Iterator[Sample | Rejected]:
-    """Yield the rows of one split, or of all. `names` maps the values of a split column to train, validation or test."""
-    wanted = [column for role_columns in columns.values() for column in role_columns]
-    split_columns = columns.get("split")
-    for name, file_split, row in tables.rows(wanted, None if split_columns else split):
-        row_split = names.get(str(row[split_columns[0]])) if split_columns else file_split
-        if row_split is None and split_columns:
-            yield Rejected(source_row=name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
-            continue
-        if split is not None and row_split != split:
-            continue
-        references = _texts(row[columns["references"][0]]) if columns.get("references") else ()
-        images = [image for column in columns.get("pages", columns.get("image", [])) for image in _images(row[column])]
-        if "pages" not in columns and len(images) > 1:
-            yield Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
-            continue
-        kept_split = stored_split(row_split, split)
-        yield build_sample(name, images, tables.licence, kept_split, allow_urls=allow_urls, references=references)
-
-
-def first_row_of_each(
-    tables: Tables, key: str, columns: Sequence[str], split: str | None
-) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """Yield (row name, split of its file, values) of the first row of each value of `key`, in each split."""
-    seen: set[tuple[str | None, Any]] = set()
-    for name, file_split, row in tables.rows((key, *columns), split):
-        if (file_split, row[key]) not in seen:
-            seen.add((file_split, row[key]))
-            yield name, file_split, row
+def _mapped_sample(
+    name: str, row: dict[str, Any], columns: dict[str, list[str]], licence: str, split: str | None, *, allow_urls: bool
+) -> Sample | Rejected:
+    references = _listed(row[columns["references"][0]]) if columns.get("references") else []
+    texts = tuple(text for text in references if isinstance(text, str) and text.strip())
+    images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
+    if "pages" not in columns and len(images) > 1:
+        return Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
+    return build_sample(name, images, licence, split, allow_urls=allow_urls, references=texts)
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
@@ -176,37 +158,20 @@ def build_sample(
         images = images[:-1]
     if len(images) > MAX_PAGES:
         return Rejected(source_row=name, reason="too_many_pages", detail=f"{len(images)} pages are more than {MAX_PAGES}")
-    try:
-        pages = [embedded_bytes(image, allow_urls=allow_urls) for image in images or [None]]
-        checked = [check_image(page) for page in pages]
-    except ImageError as error:
-        return Rejected(source_row=name, reason=error.reason, detail=str(error))
-    return Sample(
-        id=deck_id([page.id for page in checked]),
-        source_row=name,
-        images=tuple(pages),
-        pdq_hashes=tuple(page.pdq_hash for page in checked),
-        width_px=checked[0].width_px,
-        height_px=checked[0].height_px,
-        licence=licence,
-        split=split,
-        **more,
-    )
+    pages = (embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
+    return check_sample(name, pages, licence, split, **more)
 
 
-def _images(value: Any) -> list[Any]:
+def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip())
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     from pipeline.sources.remote import is_remote, open_remote  # fsspec is imported only when needed
 
     tables = replace(open_remote(path), part=part) if is_remote(path) else open_parquet(Path(path).expanduser(), part)
-    return open_mapped(tables, config.columns, config.source_split, "parquet", allow_urls=config.allow_urls)
+    columns = read_mapping(tables.schema, config.columns)
+    return open_mapped(tables, columns, config.source_split, "parquet", allow_urls=config.allow_urls)
 
 
 SPEC = SourceSpec(

@@ -4,7 +4,6 @@ Images are matched by their bytes or by their PDQ hashes. An equal text about an
 marked: "A man rides a bike." is true of many images.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.images.decode import image_id
 from pipeline.images.similarity import MAX_NEAR_BITS, Hashes, as_hashes, hamming_distances
 from pipeline.text.content_keys import content_words
 from pipeline.text.normalize import strip_opening, words_of
@@ -29,7 +29,7 @@ def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, A
         texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
         for n, image in enumerate(sample.images):
             pdq_hash = sample.pdq_hashes[n] if sample.pdq_hashes else b""
-            yield {"name": name, "image_id": _sha256(image), "pdq_hash": pdq_hash, "texts": texts if n == 0 else []}
+            yield {"name": name, "image_id": image_id(image), "pdq_hash": pdq_hash, "texts": texts if n == 0 else []}
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class ExclusionIndex:
     def find(self, sample: Sample) -> str | None:
         """Return the data set that has an image of this sample or a near-duplicate of it; None if no data set has."""
         for image in sample.images if self.ids else ():
-            if name := self.ids.get(_sha256(image)):
+            if name := self.ids.get(image_id(image)):
                 return name
         pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
         if not pdq_hashes or not len(self.hashes):
@@ -86,9 +86,9 @@ class TextIndex:
         """Return the data set that has a text: equal content words, or at least MIN_SHARE of its 5-grams; else None."""
         if (words := content_words(text)) and words in self.whole:
             return self.whole[words]
-        ngrams = _ngrams(text)
         if len(words_of(text)) < MIN_WORDS:
             return None
+        ngrams = _ngrams(text)
         shared = Counter(n for gram in ngrams for n in self.ngrams.get(gram, ()))
         best = min(shared.items(), key=lambda item: (-item[1], item[0]), default=None)
         return self.names[best[0]] if best and best[1] >= MIN_SHARE * len(ngrams) else None
@@ -97,7 +97,3 @@ class TextIndex:
 def _ngrams(text: str) -> set[tuple[str, ...]]:
     words = words_of(strip_opening(text))
     return {tuple(words[start : start + NGRAM_WORDS]) for start in range(len(words) - NGRAM_WORDS + 1)}
-
-
-def _sha256(image: bytes) -> str:
-    return hashlib.sha256(image).hexdigest()

@@ -12,33 +12,13 @@ from pipeline.config import Config
 from pipeline.dataset.licenses import FLICKR_TERMS
 from pipeline.errors import SourceError
 from pipeline.sources.base import SourceSpec
-from pipeline.sources.columns import check_split, count_mapped, mapped_rows, read_mapping
+from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.hub import open_hub
-from pipeline.sources.parquet import SPLITS, Tables
+from pipeline.sources.parquet import SPLITS
 from pipeline.types import Source, SourceSlice
 
 REPO = "nlphuji/flickr30k"
 KARPATHY_SPLITS = ("train", "validation", "test")
-
-
-def open_flickr30k(tables: Tables, split: str | None, split_list: Path | None) -> Source:
-    """Return a source of photos with their captions and true splits.
-
-    Raise SourceError if the tables lack the true split, and there is no split list.
-    """
-    columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
-    if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):
-        raise SourceError(
-            f"{tables.name} has lost which images are for testing: all are filed under {', '.join(map(str, tables.files))}",
-            hint=f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE",
-        )
-    if "split" not in columns:
-        check_split(tables, split)
-    names = read_split_list(split_list) if split_list else SPLITS
-    rows = mapped_rows(replace(tables, licence=FLICKR_TERMS), columns, split, names)
-    return Source(
-        name="flickr30k", revision=tables.revision, rows=rows, count=lambda: count_mapped(tables, columns, split, names)
-    )
 
 
 def read_split_list(path: Path) -> dict[str, str]:
@@ -52,9 +32,17 @@ def read_split_list(path: Path) -> dict[str, str]:
 
 
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
-    tables = replace(open_hub(repo or REPO), part=part)
-    source = open_flickr30k(tables, config.source_split, config.split_list)
-    return replace(source, name=config.source.partition("@")[0])  # the name of another copy is kept
+    """Open photos with their captions and true splits. Raise SourceError if the tables lack the split, and no list has it."""
+    tables = replace(open_hub(repo or REPO), part=part, licence=FLICKR_TERMS)
+    split, split_list = config.source_split, config.split_list
+    columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
+    if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):
+        raise SourceError(
+            f"{tables.name} has lost which images are for testing: all are filed under {', '.join(map(str, tables.files))}",
+            hint=f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE",
+        )
+    names = read_split_list(split_list) if split_list else SPLITS
+    return open_mapped(tables, columns, split, config.source.partition("@")[0], names)  # the name of another copy is kept
 
 
 SPEC = SourceSpec(

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.digests import digest, file_digest
-from pipeline.errors import ImageError, SourceError
-from pipeline.images.decode import check_image
-from pipeline.sources.base import SourceSpec
+from pipeline.errors import SourceError
+from pipeline.sources.base import SourceSpec, check_sample
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -35,8 +34,8 @@ def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
         raise SourceError(f"no image in {root}", hint=f"files that end in {suffixes} are read, in subfolders too")
     paths = paths[part.number :: part.of]
     references = read_references(root, paths)
-    contents = [[_row_name(path, root), _digest(path), references.get(path, ())] for path in paths] if part == ALL else None
-    revision = "" if contents is None else digest(contents)
+    contents = ([_row_name(path, root), _digest(path), references.get(path, ())] for path in paths)
+    revision = digest(list(contents)) if part == ALL else ""
     rows = (_read(path, root, references.get(path, ())) for path in paths)
     return Source(name="folder", revision=revision, rows=rows, count=lambda: len(paths))
 
@@ -47,10 +46,7 @@ def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]
     Raise SourceError if a metadata file cannot be read, or has a row without `file_name`.
     """
     references: dict[Path, list[str]] = {}
-    folders = sorted(
-        {folder for path in paths for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)}
-    )
-    for folder in folders:
+    for folder in sorted({folder for path in paths for folder in path.parents if folder.is_relative_to(root)}):
         for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
             if (folder / name).is_file():
                 for row in _metadata(folder / name, read):
@@ -58,8 +54,7 @@ def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]
                     captions = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
                     references.setdefault(folder / str(row["file_name"]), []).extend(str(text) for text in captions)
     for path in paths:
-        caption_file = path.with_suffix(".txt")
-        if caption_file.is_file():
+        if (caption_file := path.with_suffix(".txt")).is_file():
             lines = caption_file.read_text(encoding="utf-8", errors="replace").splitlines()
             references.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
     return {path: tuple(texts) for path, texts in references.items()}
@@ -72,9 +67,8 @@ def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[
             raise ValueError("a row has no file_name")
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         problem = "no column file_name" if isinstance(error, KeyError) else str(error)
-        raise SourceError(
-            f"cannot read {file}: {problem}", hint=f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}"
-        ) from None
+        hint = f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}"
+        raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
     return rows
 
 
@@ -111,23 +105,11 @@ def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejec
     name = _row_name(path, root)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ImageError("file_too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+            return Rejected(source_row=name, reason="file_too_large", detail=f"more than {MAX_FILE_BYTES:,} bytes")
         data = path.read_bytes()
-        checked = check_image(data)
-    except ImageError as error:
-        return Rejected(source_row=name, reason=error.reason, detail=str(error))
     except OSError as error:
         return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-    return Sample(
-        id=checked.id,
-        source_row=name,
-        images=(data,),
-        pdq_hashes=(checked.pdq_hash,),
-        width_px=checked.width_px,
-        height_px=checked.height_px,
-        licence="unknown",
-        references=references,
-    )
+    return check_sample(name, [data], "unknown", references=references)
 
 
 SPEC = SourceSpec(

@@ -16,8 +16,8 @@ from pipeline.config import Config
 from pipeline.dataset.licenses import GATED, UNDECLARED
 from pipeline.errors import SourceError, one_line
 from pipeline.sources.base import SourceSpec
-from pipeline.sources.columns import open_mapped
-from pipeline.sources.parquet import Tables, split_of_path
+from pipeline.sources.columns import open_mapped, read_mapping
+from pipeline.sources.parquet import Tables, group_by_split
 from pipeline.types import Source, SourceSlice
 
 CONVERSION_BRANCH = "refs/convert/parquet"
@@ -100,11 +100,8 @@ def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | Non
 
 def _parquet(api: HfApi, repo: str, commit: str) -> dict[str | None, list[str]]:
     """Return the Parquet files at a commit by split, sorted."""
-    files: dict[str | None, list[str]] = {}
-    for path in sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit)):
-        if path.endswith(".parquet"):
-            files.setdefault(split_of_path(path), []).append(path)
-    return files
+    paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
+    return group_by_split(path for path in paths if path.endswith(".parquet"))
 
 
 def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]:
@@ -119,7 +116,8 @@ def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]
 
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
     tables, name = replace(open_hub(repo), part=part), f"hub:{repo.partition('@')[0]}"
-    return open_mapped(tables, config.columns, config.source_split, name, allow_urls=config.allow_urls)
+    columns = read_mapping(tables.schema, config.columns)
+    return open_mapped(tables, columns, config.source_split, name, allow_urls=config.allow_urls)
 
 
 SPEC = SourceSpec(

@@ -4,7 +4,7 @@ A path in a row is never opened; a URL is fetched only if the user allows it (so
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -18,23 +18,14 @@ from pipeline.types import ALL, SourceSlice
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 1 << 20  # of each column stream: a row group of photos may be half a gigabyte
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "restval": "train",  # Karpathy's name for the rest of COCO's validation images, commonly used for training
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "testdev": "test",
-    "eval": "test",
-    "heldout": "test",
-    "holdout": "test",
+_SPLIT_WORDS = {
+    "train": "train training restval",  # restval: Karpathy's name for the rest of COCO's validation images
+    "validation": "validation valid val dev",
+    "test": "test testing testdev eval heldout holdout",
 }
+SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[a-z]+")
-_VARIANT = re.compile(r"(train|val|dev|test)[a-z]?")  # testA and testB of RefCOCO
+_VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # testA and testB of RefCOCO
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +43,22 @@ class Tables:
     @property
     def schema(self) -> pa.Schema:
         """The columns, read from the first file."""
-        first = next(path for paths in self.files.values() for path in paths)
-        with self.translate_errors(), translate_parquet_errors(first), self.open(first) as file:
+        _, first_path = self._files()[0]
+        with self._open_file(first_path) as file:
             return pq.read_schema(file)
 
     def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
         """Yield (row name, split of its file, values) of one split or of all, within `part`."""
-        files = [
-            (file_split, path) for file_split, paths in self.files.items() if split in (None, file_split) for path in paths
-        ]
+        files = self._files(split)
         by_file = len(files) >= self.part.of
         for file_index, (file_split, path) in enumerate(files):
             if by_file and not self._is_ours(file_index):
                 continue
-            with self.translate_errors(), translate_parquet_errors(path), self.open(path) as file:
+            with self._open_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-                missing = set(columns) - set(parquet.schema_arrow.names)
-                if missing:
-                    raise SourceError(
-                        f"{path} of {self.name} lacks the column {min(missing)}", hint="do its files belong together?"
-                    )
+                if missing := set(columns) - set(parquet.schema_arrow.names):
+                    message = f"{path} of {self.name} lacks the column {min(missing)}"
+                    raise SourceError(message, hint="do its files belong together?")
                 first_row = 0
                 for group in range(parquet.num_row_groups):
                     if by_file or self._is_ours(file_index + group):
@@ -83,11 +70,26 @@ class Tables:
     def _is_ours(self, number: int) -> bool:
         return number % self.part.of == self.part.number
 
+    def _files(self, split: str | None = None) -> list[tuple[str | None, str]]:
+        """Return (split, path) of the files of a split, or of all."""
+        return [(file_split, path) for file_split, paths in self.files.items() if split in (None, file_split) for path in paths]
+
+    @contextmanager
+    def _open_file(self, path: str) -> Iterator[BinaryIO]:
+        """Open a file; errors of its storage and of pyarrow become SourceError."""
+        with self.translate_errors():
+            try:
+                with self.open(path) as file:
+                    yield file
+            except (pa.ArrowException, EOFError) as error:
+                hint = "check that it is whole; then run the same command again"
+                raise SourceError(f"cannot read {path}: {one_line(error)}", hint=hint) from None
+
     def count(self, split: str | None = None) -> int:
         """Return the number of rows of a split, or of all, from the footers of the files."""
         total = 0
-        for path in (path for file_split, paths in self.files.items() if split in (None, file_split) for path in paths):
-            with self.translate_errors(), translate_parquet_errors(path), self.open(path) as file:
+        for _, path in self._files(split):
+            with self._open_file(path) as file:
                 total += pq.read_metadata(file).num_rows
         return total
 
@@ -95,27 +97,23 @@ class Tables:
         """Return one column of a split, or of all."""
         return [row[column] for _, _, row in self.rows((column,), split)]
 
-    def require(self, *columns: str) -> None:
-        """Raise SourceError if a column is missing."""
-        names = self.schema.names
-        missing = [column for column in columns if column not in names]
-        if missing:
+    def require(self, *columns: str) -> pa.Schema:
+        """Return the schema. Raise SourceError if one of these columns is missing."""
+        schema = self.schema
+        if missing := [column for column in columns if column not in schema.names]:
             raise SourceError(
-                f"{self.name} has no column {', '.join(missing)}; it has {', '.join(names)}",
+                f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}",
                 hint="use --source hub:ORG/NAME with --columns for a data set of another layout",
             )
+        return schema
 
 
-@contextmanager
-def translate_parquet_errors(path: str) -> Iterator[None]:
-    """Turn pyarrow's errors about a file into SourceError."""
-    try:
-        yield
-    except (pa.ArrowException, EOFError) as error:
-        message = one_line(error)
-        raise SourceError(
-            f"cannot read {path}: {message}", hint="check that it is whole; then run the same command again"
-        ) from None
+def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
+    """Return paths by the split that each names (`split_of_path`)."""
+    files: dict[str | None, list[str]] = {}
+    for path in paths:
+        files.setdefault(split_of_path(path), []).append(path)
+    return files
 
 
 def split_of_path(path: str) -> str | None:
@@ -123,11 +121,8 @@ def split_of_path(path: str) -> str | None:
 
     `data/validation-00000-of-00002.parquet` and `default/val/0000.parquet` are both validation.
     """
-    for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
-        variant = _VARIANT.fullmatch(word)
-        if word in SPLITS or variant:
-            return SPLITS[word if word in SPLITS else str(variant and variant[1])]
-    return None
+    words = reversed(_WORD.findall(path.lower().removesuffix(".parquet")))
+    return next((split for word in words if (split := SPLITS.get(word) or SPLITS.get(_VARIANT.sub(r"\1", word)))), None)
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -16,7 +16,7 @@ from fsspec.spec import AbstractFileSystem
 
 from pipeline.digests import digest
 from pipeline.errors import SourceError, one_line
-from pipeline.sources.parquet import BUFFER_BYTES, Tables, split_of_path
+from pipeline.sources.parquet import BUFFER_BYTES, Tables, group_by_split
 
 # Keys under which stores list a digest or a time of a file. Without any of them, the end of the file is hashed: it holds a
 # Parquet file's sizes and statistics.
@@ -48,14 +48,11 @@ def open_remote(url: str) -> Tables:
     if not paths:
         hint = "pass a file, or a folder of a store that lists them: --source parquet:s3://BUCKET/FOLDER"
         raise SourceError(f"no Parquet file at {url}", hint=hint)
-    files: dict[str | None, list[str]] = {}
-    for name in paths:
-        files.setdefault(split_of_path(name), []).append(name)
     return Tables(
         name=folder.rstrip("/").rpartition("/")[2] or folder,
         revision=digest(contents),
         licence="unknown",
-        files=files,
+        files=group_by_split(paths),
         open=lambda name: store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"),
         translate_errors=partial(translate_errors, url),
     )
@@ -86,11 +83,8 @@ def translate_errors(url: str) -> Iterator[None]:
         schemes = ", ".join(name for name in ("s3", "gs", "az", "hf", "https") if name in fsspec.available_protocols())
         raise SourceError(f"cannot read {url}: {error}", hint=f"known are {schemes}, and what fsspec knows besides") from None
     except FileNotFoundError:
-        raise SourceError(
-            f"nothing is found at {url}", hint="check the address, and which account or server is asked"
-        ) from None
+        hint = "check the address, and which account or server is asked"
+        raise SourceError(f"nothing is found at {url}", hint=hint) from None
     except Exception as error:  # noqa: BLE001  # each store's library raises errors of its own
-        message = one_line(error)
-        raise SourceError(
-            f"cannot read {url}: {message}", hint=f"check the address, the network and the keys of {scheme}"
-        ) from None
+        hint = f"check the address, the network and the keys of {scheme}"
+        raise SourceError(f"cannot read {url}: {one_line(error)}", hint=hint) from None

@@ -3,8 +3,9 @@
 import io
 import random
 from dataclasses import asdict, replace
+from typing import Any
 
-from pipeline.images.decode import check_image, deck_id
+from pipeline.images.decode import deck_id, image_id
 from pipeline.scenes.deck import sample_deck
 from pipeline.scenes.draw import SIDE_PX, draw
 from pipeline.scenes.facts import Scene, sample_scene
@@ -17,18 +18,12 @@ DEFAULT_LIMIT = 1000
 LICENCE = "cc0-1.0"
 
 
-def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL) -> Source:
-    """Return a source of `limit` scenes, or one slice of them. A longer run begins with the scenes of a shorter one."""
-    total = limit or DEFAULT_LIMIT
-    rows = (draw_sample(seed, index) for index in range(part.number, total, part.of))
-    return Source(name="scenes", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total)
-
-
-def open_decks(seed: int, limit: int | None, part: SourceSlice = ALL) -> Source:
-    """Return a source of `limit` decks of drawn pages, or one slice of them."""
-    total = limit or DEFAULT_LIMIT
-    rows = (draw_deck(seed, index) for index in range(part.number, total, part.of))
-    return Source(name="scenes-deck", revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=True)
+def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, decks: bool = False) -> Source:
+    """Return a source of `limit` scenes or decks, or one slice of them. A longer run begins with the rows of a shorter one."""
+    total, draw_row = limit or DEFAULT_LIMIT, draw_deck if decks else draw_sample
+    rows = (draw_row(seed, index) for index in range(part.number, total, part.of))
+    name = "scenes-deck" if decks else "scenes"
+    return Source(name=name, revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=decks)
 
 
 def draw_sample(seed: int, index: int) -> Sample:
@@ -36,16 +31,7 @@ def draw_sample(seed: int, index: int) -> Sample:
     rng = random.Random(f"{seed}:{index}")
     scene = sample_scene(rng)
     image = _png(scene, rng)
-    return Sample(
-        id=check_image(image).id,
-        source_row=f"{seed}/{index}",
-        images=(image,),
-        width_px=SIDE_PX,
-        height_px=SIDE_PX,
-        licence=LICENCE,
-        references=(caption(scene, "brief"),),
-        facts=asdict(scene),
-    )
+    return _sample(seed, index, (image,), references=(caption(scene, "brief"),), facts=asdict(scene))
 
 
 def draw_deck(seed: int, index: int) -> Sample:
@@ -53,14 +39,13 @@ def draw_deck(seed: int, index: int) -> Sample:
     rng = random.Random(f"deck:{seed}:{index}")
     deck = sample_deck(rng)
     pages = tuple(_png(scene, rng) for scene in deck)
+    return _sample(seed, index, pages, page_facts=tuple(asdict(scene) for scene in deck))
+
+
+def _sample(seed: int, index: int, images: tuple[bytes, ...], **more: Any) -> Sample:
+    sample_id = deck_id([image_id(image) for image in images])
     return Sample(
-        id=deck_id([check_image(page).id for page in pages]),
-        source_row=f"{seed}/{index}",
-        images=pages,
-        width_px=SIDE_PX,
-        height_px=SIDE_PX,
-        licence=LICENCE,
-        page_facts=tuple(asdict(scene) for scene in deck),
+        id=sample_id, source_row=f"{seed}/{index}", images=images, width_px=SIDE_PX, height_px=SIDE_PX, licence=LICENCE, **more
     )
 
 
@@ -88,6 +73,6 @@ DECKS = replace(
     name="scenes-deck",
     what="decks of four drawn pages, with known facts, for the tiny teacher or any other model",
     example="synth generate --source scenes-deck --limit 200",
-    open=lambda config, _, part: open_decks(config.seed, config.limit, part),
+    open=lambda config, _, part: open_scenes(config.seed, config.limit, part, decks=True),
     tasks=DECK_TASKS,
 )

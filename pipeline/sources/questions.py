@@ -1,0 +1,49 @@
+"""Tables that repeat an image, or a deck, with every question about it. One sample is one image or deck with its questions.
+
+They are read twice: first the text columns of all rows, then the first row of each image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.sources.columns import build_sample, check_split, stored_split
+from pipeline.sources.parquet import Tables
+from pipeline.types import ReferenceQA, Rejected, Sample, Source
+
+
+def open_questions(
+    config: Config,
+    tables: Tables,
+    key: str,
+    images: Sequence[str],
+    texts: Sequence[str],
+    read_question: Callable[[dict[str, Any]], ReferenceQA],
+    licence: str,
+    *,
+    decks: bool = False,
+) -> Source:
+    """Return a source of images with the questions of the rows that share their `key`. Raise SourceError for a missing split.
+
+    `images` are the columns of an image or of pages; `texts` those that `read_question` needs, and `key`.
+    """
+    split = config.source_split
+    check_split(tables, split)
+
+    def rows() -> Iterator[Sample | Rejected]:
+        questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
+        for _, file_split, row in tables.rows(texts, split):
+            questions.setdefault((file_split, row[key]), []).append(read_question(row))
+        for name, file_split, row in tables.rows((key, *images), split):
+            if reference_qa := questions.pop((file_split, row[key]), None):  # its first row
+                pages = [row[column] for column in images]
+                stored = stored_split(file_split, split)
+                yield build_sample(name, pages, licence, stored, reference_qa=tuple(reference_qa))
+
+    return Source(
+        name=config.source.partition("@")[0],
+        revision=tables.revision,
+        rows=rows(),
+        count=lambda: len(set(tables.values(key, split))),
+        decks=decks,
+    )
