@@ -17,8 +17,8 @@ from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.shards import SplitWriter
 from pipeline.dataset.statistics import DatasetStatistics
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish
-from pipeline.digests import canonical, digest, file_digest
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry, publish
+from pipeline.digests import canonical, digest
 from pipeline.errors import TableError
 from pipeline.storage.files import open_parquet, write_json, write_table, write_text
 from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, final_column
@@ -26,7 +26,7 @@ from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, 
 FIRST = "v1.0.0"
 NO_ANNOTATION = "no_annotation_left"
 ROW_WITH_SPLIT = ROW.append(pa.field("split", pa.string()))
-DIGESTS = pa.schema([pa.field("sample_id", pa.string()), pa.field("digest", pa.string())])
+DIGESTS = pa.schema({"sample_id": pa.string(), "digest": pa.string()})
 
 
 @dataclass(slots=True)
@@ -54,14 +54,8 @@ def build_rows(
 ) -> Iterator[pa.Table]:
     """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (ROW_WITH_SPLIT).
 
-    Raise TableError if annotations belong to no sample, or are not in the order of the samples.
-
-    Args:
-        annotations: of all samples, in the order of the samples.
-        samples: the samples, in batches.
-        source: the name of the source.
-        rows: receives the digests and statistics of the rows.
-        decks: whether a sample is a document, though it may have one page only.
+    `rows` receives digests and statistics. With `decks`, a sample is a document, though it may have one page only. Raise
+    TableError if annotations belong to no sample, or are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
     for batch in samples:
@@ -174,19 +168,17 @@ class RowWriter:
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
-        """Write rows (ROW_WITH_SPLIT) to the files of their `split`.
-
-        Raise TableError if some samples have a column that the first ones have not.
-        """
+        """Write rows (ROW_WITH_SPLIT). Raise TableError if some samples have a column that the first ones have not."""
         if not table.num_rows:
             return
         self.columns = self.columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
-        lost = [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]
-        if lost:
-            raise TableError(
-                f"some samples have {', '.join(lost)} and the first ones have not",
-                hint="a source fills such a column always or never",
-            )
+        if lost := [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]:
+            hint = "a source fills such a column always or never"
+            raise TableError(f"some samples have {', '.join(lost)} and the first ones have not", hint=hint)
+        self.write(table)
+
+    def write(self, table: pa.Table) -> None:
+        """Write the columns of rows (ROW_WITH_SPLIT) to the files of their `split`."""
         for split in SPLITS:
             of_split = table.filter(pc.equal(table["split"], split))
             if of_split.num_rows:
@@ -227,20 +219,14 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
 
-    Raise TableError if no row is left; StoreError if a version of that name exists by now.
-
-    Args:
-        dataset: the dataset folder.
-        draft: the scratch folder beside its versions.
-        content: the written rows.
-        provenance: the manifest's fields about the run; name, counts and digest are added here.
-        rejections: the rows that every stage rejected (tables.LEDGER).
-        check: raises if another command has taken over the folder.
+    `draft` is the scratch folder beside the versions, `provenance` the manifest's fields about the run, and `rejections` the
+    rows that every stage rejected (tables.LEDGER). `check` raises if another command has taken over the folder. Raise
+    TableError if no row is left; StoreError if a version of that name exists by now.
     """
     if not content.digests.num_rows:
         hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
         raise TableError("no row is left to make a version of", hint=hint)
-    parent = newest(dataset)
+    parent = next(reversed(dataset.versions()), None)
     pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
     content_digest = version_digest(pairs, content.columns)
     if parent is not None and parent.manifest["digest"] == content_digest:
@@ -268,12 +254,6 @@ def publish_version(
     return Version(final, manifest), True
 
 
-def newest(dataset: DatasetDir) -> Version | None:
-    """Return the newest version of a dataset folder, if there is one."""
-    versions = dataset.versions()
-    return versions[-1] if versions else None
-
-
 def row_schema(columns: list[str]) -> pa.Schema:
     """Return the schema of the rows of a version with these columns."""
     return pa.schema([ROW.field(name) for name in columns])
@@ -281,4 +261,4 @@ def row_schema(columns: list[str]) -> pa.Schema:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Return the manifest's entry of a Parquet file: sha256, bytes, rows."""
-    return {"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": open_parquet(path).metadata.num_rows}
+    return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}

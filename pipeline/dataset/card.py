@@ -24,12 +24,9 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
 
 
 def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
-    """Return README.md for a checkpoint.
+    """Return README.md for a checkpoint that is pushed to `repo`; `dataset` is the repository of its data, if known.
 
-    Args:
-        about: `config`, `train` and `metrics` as the checkpoint holds them, and the `digest` of its files.
-        repo: where the model is pushed to.
-        dataset: the repository of the data, if known.
+    `about` holds `config`, `train` and `metrics` of the checkpoint, and the `digest` of its files.
     """
     values = about | {"title": repo, "data": about["config"]["data"], "dataset": dataset}
     body = environment().from_string(read_template("model.md.j2")).render(values)

@@ -100,12 +100,11 @@ class DatasetDir:
 
     def version(self, name: str | None = None) -> Version:
         """Return the version of that name, or the newest. Raises StoreError if there is none."""
-        matches = [version for version in self.versions() if name in (None, version.name)]
+        versions = self.versions()
+        matches = [version for version in versions if name in (None, version.name)]
         if not matches:
-            names = ", ".join(version.name for version in self.versions()) or "none"
-            raise StoreError(
-                f"{self.path} has no version {name or ''}".rstrip(), hint=f"versions here: {names}; `synth generate` makes one"
-            )
+            hint = f"versions here: {', '.join(version.name for version in versions) or 'none'}; `synth generate` makes one"
+            raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=hint)
         return matches[-1]
 
     @contextmanager
@@ -124,19 +123,14 @@ class DatasetDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise StoreError(
-                    f"another process is writing to {self.path}", hint="wait for it, or choose another --out"
-                ) from None
+                hint = "wait for it, or choose another --out"
+                raise StoreError(f"another process is writing to {self.path}", hint=hint) from None
             yield lambda: None
 
 
 def open_dataset(path: Path | None, version: str | None = None) -> Version:
-    """Open a version: that of a dataset folder or a version folder, or the last one made under `data/`.
-
-    Raise StoreError if the dataset or version does not exist.
-    """
-    if path is None:
-        path = last_made()
+    """Open a version of a dataset or version folder, or the last made under `data/`. Raise StoreError if there is none."""
+    path = path or last_made()
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):

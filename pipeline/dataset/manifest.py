@@ -46,11 +46,7 @@ def describe_decontamination(
 ) -> dict[str, Any]:
     """Return the fields of a manifest about decontamination: near-duplicates of held-out images, and excluded data.
 
-    Args:
-        source: the provenance of the source.
-        funnel: the summaries of all stages.
-        groups: the number of groups of near-duplicate images.
-        contaminated: the number of texts that are also in a dataset of --exclude.
+    `groups` counts groups of near-duplicate images, `contaminated` texts that are also in a dataset of --exclude.
     """
     rejected = {summary.stage: summary.rejected for summary in funnel}
     return {

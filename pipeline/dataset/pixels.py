@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dataset.builder import ROW_WITH_SPLIT, RowWriter
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.shards import SplitWriter
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish, read_version
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import scratch_folder, write_json
-from pipeline.tables import PIXELS, ROW, SPLITS, features
+from pipeline.tables import PIXELS, ROW, features
 
 BATCH_ROWS = 64
 Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
@@ -44,13 +44,15 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
     count = len(rows)
     with scratch_folder(home) as draft:
         columns = {*version.manifest["columns"], *version.manifest["pixel_columns"]}
-        _write(draft, rows, images, pa.schema([field for field in ROW if field.name in columns]))
+        writer = RowWriter(draft, [name for name in ROW.names if name in columns])
+        for pending in _joined_rows(rows, images):
+            writer.write(pa.Table.from_pylist(pending, schema=ROW_WITH_SPLIT))
+        files = {name: {key: entry[key] for key in ("sha256", "bytes")} for name, entry in writer.close().items()}
         if rows:
             raise StoreError(
                 f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}",
                 hint="sample_id is the sha256 of an image's file: the very files are needed, unchanged",
             )
-        files = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size} for path in sorted(draft.iterdir())}
         schema = pq.read_schema(draft / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
         write_json(draft / MANIFEST, version.manifest | joined)
@@ -79,31 +81,17 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
             yield row["sample_id"], tuple(page["bytes"] for page in pages)
 
 
-def _write(folder: Path, rows: dict[str, dict[str, Any]], images: Iterable[Images], schema: pa.Schema) -> None:
-    """Write each row when its pixels arrive, and remove it from `rows`."""
-    writers: dict[str, SplitWriter] = {}
+def _joined_rows(rows: dict[str, dict[str, Any]], images: Iterable[Images]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows with their pixels in batches, in the order of the images, and remove them from `rows`."""
     pending: list[dict[str, Any]] = []
-
-    def flush() -> None:
-        for split in SPLITS:
-            split_rows = [row for row in pending if row["split"] == split]
-            if split_rows:
-                writer = writers.setdefault(split, SplitWriter(folder, split, schema))
-                writer.add(pa.Table.from_pylist(split_rows, schema=schema))
-        pending.clear()
-
     for sample_id, pages in images:
-        row = rows.pop(sample_id, None)
-        if row is None:
-            continue
-        pixels = [{"bytes": page, "path": None} for page in pages]
-        row |= {"pages": pixels} if len(pages) > 1 else {"image": pixels[0]}
-        pending.append(row)
+        if row := rows.pop(sample_id, None):
+            pixels = [{"bytes": page, "path": None} for page in pages]
+            pending.append(row | ({"pages": pixels} if len(pages) > 1 else {"image": pixels[0]}))
         if len(pending) == BATCH_ROWS:
-            flush()
-    flush()
-    for writer in writers.values():
-        writer.close()
+            yield pending
+            pending = []
+    yield pending
 
 
 def _place(version: Version, home: Path) -> Path:

@@ -57,6 +57,7 @@ class DatasetStatistics:
 
     def result(self) -> dict[str, Any]:
         """Return all statistics that have data, by name."""
+        answer_scores: list[tuple[str, Any]] = [*sorted(self.true_answers.items()), *sorted(self.decks.items())]
         parts: dict[str, Any] = {
             "captions": {style: {"count": n.count, "mean_words": n.value} for style, n in sorted(self.words.items())},
             "answers": {
@@ -71,13 +72,10 @@ class DatasetStatistics:
             },
             "true_answers": {
                 kind: {"accuracy": round(score.accuracy, 4), "majority": round(score.majority, 4)}
-                for kind, score in self._answer_scores()
+                for kind, score in answer_scores
             },
         }
         return {name: part for name, part in parts.items() if part}
-
-    def _answer_scores(self) -> list[tuple[str, AnswerScore | DeckScore]]:
-        return [*sorted(self.true_answers.items()), *sorted(self.decks.items())]
 
     def _against_references(self, row: dict[str, Any]) -> None:
         references = [_word_counts(text) for text in row["references"]]

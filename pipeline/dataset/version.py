@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.paths import dataset_folder
+from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import flush_folder, move, open_parquet, read_table, remove
 from pipeline.storage.object_store import is_remote
@@ -22,7 +23,7 @@ LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
-_VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
+VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 
 @total_ordering
@@ -103,10 +104,14 @@ def dataset_dir_of(version: Path) -> Path:
     return version.parent.parent if version.parent.name == "versions" else version.parent
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """Return the sha256 and the size of a file, as manifests hold them."""
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
 def parse_version(name: str) -> tuple[int, ...]:
     """Return the numbers of a name such as v1.2.3. Raises ConfigError if it is not a version name."""
-    match = _VERSION_NAME.fullmatch(name)
-    if not match:
+    if not (match := VERSION_NAME.fullmatch(name)):
         raise ConfigError(f"not a version: {name}", hint="versions are named like v1.0.0; `synth versions` lists them")
     return tuple(int(part) for part in match.groups())
 
@@ -128,23 +133,19 @@ def read_version(folder: Path) -> Version:
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft to its final name: readers see a whole version or none.
+    """Move a draft (ledger, card, manifest) to its final folder: readers see a whole version or none.
 
-    On a disk, the Parquet files join the others in `draft`, all are flushed, and the folder is renamed. Objects are moved one
-    by one, and the manifest last: a version is a folder that has a manifest. Raise StoreError if the version exists already.
-
-    Args:
-        draft: holds the ledger, the card and the manifest.
-        final: the folder of the version.
-        files: Parquet files that lie elsewhere, and the name of each.
+    On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
+    the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.
+    Raise StoreError if the version exists already.
     """
     if is_remote(final):
         if (final / MANIFEST).exists():
             raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
         remove(final)  # files that a killed command moved there
         move([(path, final / name) for path, name in files])
-        for names in ((LEDGER_FILE, CARD_FILE), (MANIFEST,)):
-            move([(draft / name, final / name) for name in names])
+        move([(draft / name, final / name) for name in (LEDGER_FILE, CARD_FILE)])
+        move([(draft / MANIFEST, final / MANIFEST)])
         return
     move([(path, draft / name) for path, name in files])
     for entry in draft.iterdir():

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from pipeline.dataset.card import CARD_SAMPLES, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.licenses import non_redistributable
-from pipeline.dataset.version import LEDGER_FILE, Version
-from pipeline.digests import digest, file_digest
+from pipeline.dataset.version import LEDGER_FILE, Version, file_entry
+from pipeline.digests import digest
 from pipeline.errors import PushError
 from pipeline.storage.files import read_json
 from pipeline.tables import PIXELS, ROW, features, with_features
@@ -49,16 +49,11 @@ def build_package(
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`; rewritten shards lie in a temporary folder that is removed afterwards.
 
-    Raise PushError if files of the version are missing, or `images` includes pixels that may not be redistributed.
-
-    Args:
-        version: the version to push.
-        repo: the target repository, which the card names.
-        images: whether to include pixels; None leaves out those that may not be redistributed.
-        acknowledged: restrictive licenses under which the caller may redistribute pixels; the card says so.
+    `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
+    licenses under which the caller may redistribute pixels; the card says so. Raise PushError if files of the version are
+    missing, or `images` includes pixels that may not be redistributed.
     """
-    missing = [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]
-    if missing:
+    if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
     restricted = non_redistributable(version.manifest["licences"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
@@ -86,8 +81,7 @@ def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
         with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
                 writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(schema))
-        size = (folder / name).stat().st_size
-        files[name] = entry | {"sha256": file_digest(folder / name), "bytes": size}
+        files[name] = entry | file_entry(folder / name)
     left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
     return version.manifest | {"columns": columns, "features": features(schema), "files": files} | left_out
 
@@ -108,18 +102,14 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
 
 
 def build_checkpoint_package(folder: Path, repo: str) -> Package:
-    """Return the package of a trained captioner; its tag is the version of the data and a digest of the files.
-
-    Raise PushError if the folder holds no finished training.
-    """
-    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
-    if missing:
+    """Return the package of a captioner, tagged by its data and a digest of its files. Raise PushError if it is not trained."""
+    if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         raise PushError(f"{folder} is no finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
         saved["train"][part] = Path(saved["train"][part]).name if Path(saved["train"][part]).is_dir() else saved["train"][part]
     train = _json(saved["train"])
-    files = {name: {"sha256": file_digest(folder / name), "bytes": (folder / name).stat().st_size} for name in CHECKPOINT_FILES}
+    files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
     files["train.json"] = {"sha256": hashlib.sha256(train).hexdigest(), "bytes": len(train)}
     content_digest = digest([files[name]["sha256"] for name in CHECKPOINT_FILES])
     data = saved["config"]["data"]

@@ -4,17 +4,8 @@ import re
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, errors, scan_cache_dir, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from pipeline.dataset.directory import DatasetDir, open_dataset
 from pipeline.dataset.paths import dataset_folder
@@ -22,6 +13,7 @@ from pipeline.dataset.version import (
     CARD_FILE,
     LEDGER_FILE,
     MANIFEST,
+    VERSION_NAME,
     Version,
     dataset_dir_of,
     parse_version,
@@ -29,7 +21,7 @@ from pipeline.dataset.version import (
     read_version,
 )
 from pipeline.digests import file_digest
-from pipeline.errors import ConfigError, StoreError, one_line
+from pipeline.errors import StoreError, one_line
 from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 
@@ -43,38 +35,34 @@ def is_hub_name(text: str) -> bool:
 
 
 def pull_version(name: str) -> Version:
-    """Download a version from the Hub into the Hub's cache, and check every file; a cached version needs no network.
+    """Download ORG/NAME@VERSION from the Hub into its cache, and check every file; a cached version needs no network.
 
-    Args:
-        name: ORG/NAME@VERSION, where a version is a tag, a branch or a commit; without one, the newest tag.
-
-    Raises:
-        StoreError: the version does not exist, is damaged, was not made by synth, or is not cached and the Hub does not answer.
+    VERSION is a tag, a branch or a commit; without one, the newest tag. Raise StoreError if the version does not exist, is
+    damaged, was not made by synth, or is not cached and the Hub does not answer.
     """
-    match = _NAME.fullmatch(name)
-    if not match:
+    if not (match := _NAME.fullmatch(name)):
         raise StoreError(f"not a dataset of the Hub: {name}", hint="it looks like ORG/NAME@v1.0.0")
     repo, requested = match[1], match[2]
     try:
-        revision = requested or _newest(_tags(repo))
+        revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
             raise StoreError(
                 f"{repo} is no folder here, and no version of it is known",
                 hint="`synth push` makes versions; or name a commit: ORG/NAME@COMMIT",
             )
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise StoreError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
-    except RevisionNotFoundError:
-        versions = ", ".join(sorted(_tags(repo), key=parse_version)) or "none"
+    except errors.RevisionNotFoundError:
+        versions = ", ".join(_tags(repo)) or "none"
         raise StoreError(f"{repo} has no version {requested}", hint=f"versions there: {versions}") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise StoreError(
             f"no folder and no dataset of the Hub: {name}", hint="check the name; a private one needs `hf auth login`"
         ) from None
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise StoreError(f"not a dataset of the Hub: {name} ({error})", hint="it looks like ORG/NAME@v1.0.0") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, httpx2.TransportError) as error:
+    except (OSError, httpx2.TransportError) as error:  # all errors of huggingface_hub are OSErrors
         raise StoreError(
             f"{name} is no folder here and not in the cache, and the Hub does not answer: {one_line(error)}",
             hint="check the network, then try again; what was fetched is kept",
@@ -122,27 +110,15 @@ def _require_origin(origin: str, home: DatasetDir) -> None:
 
 
 def _tags(repo: str) -> list[str]:
-    """Return the version tags of a dataset: those on the Hub, or if it does not answer those in the cache."""
+    """Return the version tags of a dataset in order: those on the Hub, or if it does not answer those in the cache."""
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
-    except (OfflineModeIsEnabled, httpx2.TransportError):
+    except (errors.OfflineModeIsEnabled, httpx2.TransportError):
         if not Path(HF_HUB_CACHE).is_dir():
             return []
         cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo and entry.repo_type == "dataset"]
         names = [name for entry in cached for name in entry.refs]
-    return [name for name in names if _is_version(name)]
-
-
-def _newest(names: list[str]) -> str | None:
-    return max(names, key=parse_version, default=None)
-
-
-def _is_version(name: str) -> bool:
-    try:
-        parse_version(name)
-    except ConfigError:
-        return False
-    return True
+    return sorted(filter(VERSION_NAME.fullmatch, names), key=parse_version)
 
 
 def _check(version: Version, name: str, hint: str) -> None:

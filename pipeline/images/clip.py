@@ -21,20 +21,21 @@ class ClipScorer:
     """
 
     def __init__(self, name: str) -> None:
-        hint = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
         try:
             import torch
             from transformers import CLIPModel, CLIPProcessor
             from transformers.utils.logging import disable_progress_bar
         except ModuleNotFoundError as error:
             raise EngineError(f"a CLIP needs the package {error.name}", hint="install synth with its extra `train`") from None
-        model_id = _resolve_model_id(name)
+        tiny_clip = str(Path(__file__).parents[1] / "scenes" / "weights" / "clip")
+        model_id = tiny_clip if name == TINY_CLIP else HUB.get(name, name)
         disable_progress_bar()
         try:
             self._model: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32).eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200]
+            hint = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
             raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None
         self._torch = torch
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,9 +75,3 @@ class ClipScorer:
         image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))
         values: list[float] = self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist()
         return values
-
-
-def _resolve_model_id(name: str) -> str:
-    if name == TINY_CLIP:
-        return str(Path(__file__).parents[1] / "scenes" / "weights" / "clip")
-    return HUB.get(name, name)

@@ -33,9 +33,7 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     Among copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id. A sample near
     a sample of a more held-out split is rejected, whatever its kind. The first id of a group is its name.
 
-    Args:
-        samples: with the columns `COMPARED_COLUMNS`.
-        kind: photos or graphics; only photos can be rejected as copies.
+    `samples` has the columns `COMPARED_COLUMNS`.
     """
     ids, splits, hashes, widths, heights = (samples[name].to_pylist() for name in COMPARED_COLUMNS)
     near: dict[int, dict[int, int]] = defaultdict(dict)
@@ -47,11 +45,8 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     kept: set[int] = set()
     for n in order:
         kept_neighbors = sorted(near[n].keys() & kept, key=lambda neighbor: ids[neighbor]) if n in near else []
-        more_held_out = [
-            neighbor
-            for neighbor in kept_neighbors
-            if SPLIT_RANK[splits[neighbor]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
-        ]
+        rank = max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
+        more_held_out = [neighbor for neighbor in kept_neighbors if SPLIT_RANK[splits[neighbor]] > rank]
         copies = [neighbor for neighbor in kept_neighbors if kind == "photos" and near[n][neighbor] <= MAX_COPY_BITS]
         if more_held_out or copies:
             reasons[n] = "near_held_out_image" if more_held_out else "near_duplicate_image"
@@ -66,11 +61,12 @@ def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iter
 
     The bits of two decks are those of the median page. An empty hash is near no other hash.
     """
-    owners, hashes = flatten_hashes(pdq_hashes)
+    owned = [(n, pdq_hash) for n, sample_hashes in enumerate(pdq_hashes) for pdq_hash in sample_hashes if pdq_hash]
+    hashes = as_hashes([pdq_hash for _, pdq_hash in owned])
     pages = [len(of_sample) for of_sample in pdq_hashes]
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
     for p, q, bits in near_hashes(hashes, MAX_NEAR_BITS[kind]):
-        a, b = owners[p], owners[q]
+        a, b = owned[p][0], owned[q][0]
         if a != b:
             for of_sample, page in zip(closest[a, b], (p, q), strict=True):
                 of_sample[page] = min(bits, of_sample.get(page, bits))
@@ -104,12 +100,6 @@ def hamming_distances(rows: Hashes, columns: Hashes) -> npt.NDArray[np.uint16]:
 def as_hashes(pdq_hashes: Sequence[bytes]) -> Hashes:
     """Return PDQ hashes, none of them empty, as rows of four 64-bit words, [P, 4]."""
     return np.frombuffer(b"".join(pdq_hashes), dtype=np.uint64).reshape(-1, 4)
-
-
-def flatten_hashes(pdq_hashes: Sequence[Sequence[bytes]]) -> tuple[list[int], Hashes]:
-    """Return (indices of samples, hashes) of all pages that have a hash."""
-    indexed = [(n, pdq_hash) for n, sample_hashes in enumerate(pdq_hashes) for pdq_hash in sample_hashes if pdq_hash]
-    return [n for n, _ in indexed], as_hashes([pdq_hash for _, pdq_hash in indexed])
 
 
 def _groups(ids: list[str], near: dict[int, dict[int, int]]) -> list[str]:

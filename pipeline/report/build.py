@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from heapq import nsmallest
 from importlib.resources import files
+from itertools import chain
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,9 @@ Place = Callable[[str, int, bytes], str]  # (sample id, page, thumbnail) -> its 
 def write_report(version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = 10_000) -> Path:
     """Write `report.html` into the dataset folder, or `report/` if the version is large; return the path of the page.
 
-    Raise ConfigError if the checkpoint holds no training, or another file lies at the path of the report; StoreError if the
-    version or a stage file is damaged.
-
-    Args:
-        version: the version to show.
-        folder: the dataset folder.
-        checkpoint: the training to show, if any.
-        max_rows: of a version with more images, those with the lowest ids are shown: digests, so a random sample.
+    Of a version with more than `max_rows` images, those with the lowest ids are shown: digests, so a random sample. Raise
+    ConfigError if the checkpoint holds no training, or another file lies at the path of the report; StoreError if the version
+    or a stage file is damaged.
     """
     training = _training(checkpoint) if checkpoint else None
     report = _Report(version, folder, training, min(version.num_rows, max_rows))
@@ -126,30 +122,27 @@ class _Report:
         """Yield batches of rows for the page, with the URLs of thumbnails instead of image bytes."""
         chosen_ids = None
         if self.shown < self.version.num_rows:
-            sample_ids = (
-                sample_id for _, batch in self.version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()
-            )
-            chosen_ids = set(nsmallest(self.shown, sample_ids))
+            batches = (batch["sample_id"].to_pylist() for _, batch in self.version.batches(["sample_id"]))
+            chosen_ids = set(nsmallest(self.shown, chain.from_iterable(batches)))
         with ThreadPoolExecutor(cpu_count()) as pool:
             for rows in read_rows(self.version, tuple(reversed(SPLITS)), chosen_ids, AT_ONCE):  # held-out splits first
                 yield list(pool.map(lambda row: _pictured(row, max_bytes, place), rows))
 
     def _page(self, place: Place, first: dict[str, str], data: list[str], parts: list[str]) -> str:
         """Render the page around its data: `data` are scripts within it, `parts` names of scripts beside it."""
-        version, manifest = self.version, self.version.manifest
-        of_stages = self.of_stages
+        manifest, of_stages = self.version.manifest, self.of_stages
         clusters = clusters_of(self.folder) if of_stages else {}
         members = {member["id"] for kind in clusters.values() for cluster in kind["shown"] for member in cluster["members"]}
         rejected = images_of(self.folder, members - first.keys())
         first = first | {sample_id: _place(sample_id, 0, image, THUMBNAIL_BYTES, place) for sample_id, image in rejected}
-        settings = {"digest": manifest["digest"], "version": version.name, "images": self.shown, "reasons": REASONS}
+        settings = {"digest": manifest["digest"], "version": self.version.name, "images": self.shown, "reasons": REASONS}
         script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
         scripts = [f"const report = {_literal(settings)};\n{script}", *data]
         return render_page(
             "pipeline.report",
             "report.html.j2",
             manifest=manifest,
-            images=version.num_rows,
+            images=self.version.num_rows,
             shown=self.shown,
             funnel=funnel_of(manifest),
             of_stages=of_stages,

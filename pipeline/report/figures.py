@@ -20,8 +20,8 @@ MAX_BARS = 15
 MAX_QUESTION_TYPES = 6
 WORDS_A_BAR = 5  # of the lengths of captions
 MAX_BAR_WORDS = 60  # longer captions share a bar
-_OF_CLUSTERS = ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer", "cluster", "duplicate_of")
-_OF_IMAGES = ("image_group", "image_reason")
+_TEXTS = ("clean_text", "clean_question", "clean_answer")
+_DEDUPED = ["annotation_id", "sample_id", *_TEXTS, "cluster", "duplicate_of", "image_group", "image_reason"]
 
 
 def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,21 +55,15 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     lengths, concepts = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     answers: tuple[dict[str, Counter[str]], ...] = (defaultdict(Counter), defaultdict(Counter))
     for paths, sides in ((kept, (0, 1)), (rejected, (0,))):  # kept rows count before and after
-        for row in _read(paths, ["clean_text", "clean_question", "clean_answer", "question_type"]):
+        for row in _read(paths, [*_TEXTS, "question_type"]):
             for side in sides:
                 if row["clean_text"] is not None:
                     lengths[side][_length(row["clean_text"])] += 1
                     concepts[side].update(set(content_words(row["clean_text"])))
                 else:
                     answers[side][row["question_type"]][row["clean_answer"].casefold()] += 1
-    tables = [
-        _table(
-            "Words of a caption",
-            "captions",
-            *lengths,
-            in_order=sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+"))),
-        )
-    ]
+    by_length = sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+")))
+    tables = [_table("Words of a caption", "captions", *lengths, in_order=by_length)]
     common = sorted(answers[0], key=lambda kind: (-answers[0][kind].total(), kind))[:MAX_QUESTION_TYPES]
     tables += [_table(f"Answers to {visible(kind)} …", "questions", answers[0][kind], answers[1][kind]) for kind in common]
     return [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
@@ -81,40 +75,35 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     For each kind, `found` is the number of clusters and `shown` lists the largest. Each member of a cluster has the `id` of
     its sample, its text (`said`), and whether it was `kept`.
     """
-    files = [DatasetDir(folder).stage_files("dedupe", which) for which in ("kept", "rejected")]
-    if not files[0]:
+    kept_files, rejected_files = (DatasetDir(folder).stage_files("dedupe", which) for which in ("kept", "rejected"))
+    if not kept_files:
         return {}
-    rejected = list(_read(files[1], [*_OF_CLUSTERS, *_OF_IMAGES, "reason"]))
-    groups = {row["image_group"] for row in _groups_of_images([*files[0], *files[1]])}
+    rejected = list(_read(rejected_files, [*_DEDUPED, "reason"]))
+    groups = _groups_of_images([*kept_files, *rejected_files])
     duplicated_ids = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
     repeated_clusters = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}
     images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     texts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     captions: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for kept, rows in ((True, _read(files[0], [*_OF_CLUSTERS, *_OF_IMAGES])), (False, iter(rejected))):
+    for kept, rows in ((True, _read(kept_files, _DEDUPED)), (False, iter(rejected))):
         for row in rows:
-            member = {"id": row["sample_id"], "said": _text_of(row), "kept": kept}
+            text = visible(" ".join(row[name] for name in _TEXTS if row[name]))
+            member = {"id": row["sample_id"], "said": text, "kept": kept}
             if row["image_group"] in groups:
                 reason = (row["image_reason"] or "").replace("_", " ")
                 images[row["image_group"]].setdefault(row["sample_id"], member | {"said": reason, "kept": not reason})
-            if (
-                row["annotation_id"] in duplicated_ids
-            ):  # the text that is kept, unless it is itself a caption of too many images
+            if row["annotation_id"] in duplicated_ids:  # it is kept, unless it is itself a caption of too many images
                 texts[row["annotation_id"]].insert(0, member)
             elif not kept and row["reason"] == "duplicate":
                 texts[row["duplicate_of"]].append(member)
-            if (
-                row["cluster"] in repeated_clusters
-                and row["clean_text"] is not None
-                and (kept or row["reason"] == "caption_of_many_images")
-            ):
+            is_repeated = row["cluster"] in repeated_clusters and row["clean_text"] is not None
+            if is_repeated and (kept or row["reason"] == "caption_of_many_images"):
                 captions[row["cluster"]].append(member)
-    by_title = {
-        "Images that look alike": (list(members.values()) for members in images.values()),
-        "Texts that say the same": texts.values(),
-        "Captions of too many images": captions.values(),
+    return {
+        "Images that look alike": _largest([list(members.values()) for members in images.values()]),
+        "Texts that say the same": _largest(list(texts.values())),
+        "Captions of too many images": _largest(list(captions.values())),
     }
-    return {title: _largest(list(clusters)) for title, clusters in by_title.items()}
 
 
 def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
@@ -129,22 +118,18 @@ def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
                 yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
 
 
-def _groups_of_images(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the groups of images that hold more than one sample."""
+def _groups_of_images(paths: Iterable[Path]) -> set[str]:
+    """Return the groups of images that hold more than one sample."""
     columns = ["image_group", "sample_id"]
     groups = pa.concat_tables([open_table(path, *columns).read(columns) for path in paths])
     counts = groups.group_by("image_group").aggregate([("sample_id", "count_distinct")])
-    yield from counts.filter(pc.greater(counts["sample_id_count_distinct"], 1)).to_pylist()
+    return set(counts.filter(pc.greater(counts["sample_id_count_distinct"], 1))["image_group"].to_pylist())
 
 
 def _read(paths: Iterable[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         for batch in open_table(path, *columns).iter_batches(columns=columns):
             yield from to_pylist(batch)
-
-
-def _text_of(row: dict[str, Any]) -> str:
-    return visible(" ".join(row[name] for name in ("clean_text", "clean_question", "clean_answer") if row[name]))
 
 
 def _largest(clusters: list[list[dict[str, Any]]]) -> dict[str, Any]:

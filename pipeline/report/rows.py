@@ -33,11 +33,7 @@ def visible(text: str) -> str:
 def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, at_once: int) -> Iterator[list[dict[str, Any]]]:
     """Yield rows of a version: `id`, `split`, `from` (its source), `images` (bytes), `small`, `references` and `texts`.
 
-    Args:
-        version: the version.
-        splits: the splits, in the order to read them.
-        chosen: the sample ids to include; None: all.
-        at_once: how many rows at a time.
+    `splits` are read in their order, `at_once` rows at a time; `chosen` are the ids of the samples to include, None: all.
     """
     for split, batch in version.batches(version.manifest["columns"], at_once, splits):
         if chosen is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -19,14 +20,13 @@ BATCH_ROWS = 65_536
 def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield an empty database that lies in `folder` while it is used, or, for an object store, in the temporary folder."""
     parent = None if is_remote(folder) else folder
-    with TemporaryDirectory(prefix=".compare-", dir=parent) as scratch:
-        settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": f"{MEMORY_BYTES // 2**20}MiB",
-            "threads": str(len(os.sched_getaffinity(0))),
-        }
-        with duckdb.connect(f"{scratch}/rows.duckdb", config=settings) as db:
-            db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
-            yield _quiet(db)
+    config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(len(os.sched_getaffinity(0)))}
+    with (
+        TemporaryDirectory(prefix=".compare-", dir=parent) as scratch,
+        duckdb.connect(f"{scratch}/rows.duckdb", config=config) as db,
+    ):
+        db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
+        yield _quiet(db)
 
 
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
@@ -44,10 +44,8 @@ def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], 
 
     What makes the tables may query the database through a cursor of its own only.
     """
-    reader = pa.RecordBatchReader.from_batches(
-        schema, (batch for table in batches for batch in table.cast(schema).to_batches())
-    )
-    db.register("incoming", reader)
+    cast_batches = (batch for table in batches for batch in table.cast(schema).to_batches())
+    db.register("incoming", pa.RecordBatchReader.from_batches(schema, cast_batches))
     db.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")  # noqa: S608  # a name of ours
     db.unregister("incoming")
 

@@ -25,7 +25,6 @@ from pipeline.storage.object_store import arrow_location, is_remote, move_all, r
 from pipeline.tables import current_names, old_name
 
 log = logging.getLogger(__name__)
-
 _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command: it goes on where it stopped"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, then run the same command: it goes on where it stopped"),
@@ -43,8 +42,6 @@ _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
-
-
 BATCH_ROWS = 16_384  # read at once
 
 
@@ -109,18 +106,15 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
     """Yield the rows of a stage's file in batches, under current column names; at least one table, which may be empty."""
     file = open_parquet(path)
     stored = file.schema_arrow.names
-    stored_columns = None if columns is None else [old_name(name, stored) for name in columns]
-    missing = sorted(set(stored_columns or ()) - set(stored))
-    if missing:
+    names = stored if columns is None else [old_name(name, stored) for name in columns]
+    if missing := sorted(set(names) - set(stored)):
         raise TableError(f"{path} lacks {', '.join(missing)}", hint="run without --from-stage")
-    names = stored if stored_columns is None else stored_columns
-    empty = file.schema_arrow.empty_table().select(names)
-    for batch_index, batch in enumerate(file.iter_batches(BATCH_ROWS, columns=stored_columns)):
-        empty = None if batch_index == 0 else empty
-        table = pa.Table.from_batches([batch]).select(names)
-        yield table.rename_columns(current_names(names))
-    if empty is not None:
-        yield empty.rename_columns(current_names(names))
+    table = None
+    for batch in file.iter_batches(BATCH_ROWS, columns=names):
+        table = pa.Table.from_batches([batch]).select(names).rename_columns(current_names(names))
+        yield table
+    if table is None:
+        yield file.schema_arrow.empty_table().select(names).rename_columns(current_names(names))
 
 
 @contextmanager
@@ -139,14 +133,14 @@ def remove(folder: Path) -> None:
     """Remove a folder with its content, if it exists."""
     if is_remote(folder):
         remove_folder(folder)
-    else:
-        try:
-            shutil.rmtree(folder)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.warning("%s is left behind: %s", folder, error)
-            shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s is left behind: %s", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def move(files: list[tuple[Path, Path]]) -> None:
@@ -169,18 +163,20 @@ def flush_folder(path: Path) -> None:
 
 def open_table(path: Path, *columns: str) -> pq.ParquetFile:
     """Open a Parquet file that a stage wrote. Raise StoreError if it is damaged or lacks a column."""
+    hint = "run `synth generate` again, without --from-stage"
     try:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
     except pa.ArrowInvalid as error:
-        raise StoreError(f"{path} is damaged: {error}", hint="run `synth generate` again, without --from-stage") from None
+        raise StoreError(f"{path} is damaged: {error}", hint=hint) from None
     if missing := set(columns) - set(file.schema_arrow.names):
-        raise StoreError(f"{path} has no column {min(missing)}", hint="run `synth generate` again, without --from-stage")
+        raise StoreError(f"{path} has no column {min(missing)}", hint=hint)
     return file
 
 
 @contextmanager
 def translate_disk_errors(path: Path) -> Iterator[None]:
     """Turn errors of a disk or an object store into StoreError, with the folder and a hint."""
+    folder = gettempdir() if is_remote(path) else path
     with translate_store_errors(path) if is_remote(path) else nullcontext():
         try:
             yield
@@ -189,11 +185,10 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         except sqlite3.DatabaseError as error:
             damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
             problem, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
-            raise StoreError(f"{gettempdir() if is_remote(path) else path}: {problem}", hint=hint) from None
+            raise StoreError(f"{folder}: {problem}", hint=hint) from None
         except OSError as error:
             is_disk_error = not is_remote(path) or error.errno in _DISK_ONLY_ERRORS or Path(str(error.filename)).is_absolute()
             if error.errno not in _DISK_ERRORS or not is_disk_error:
                 raise
             problem, hint = _DISK_ERRORS[error.errno]
-            location = error.filename or (gettempdir() if is_remote(path) else path)
-            raise StoreError(f"{location}: {problem}", hint=hint) from None
+            raise StoreError(f"{error.filename or folder}: {problem}", hint=hint) from None

@@ -28,13 +28,8 @@ def lease(
     need not agree on the time. A store without conditional writes (`If-None-Match`) cannot keep out a second holder that starts
     at the same moment. Raise StoreError if another live holder has the lease.
 
-    Args:
-        path: of the object.
-        seconds: without a heartbeat, after which a holder is presumed dead.
-        say: receives a message if the lease has to be waited for.
-
-    Yields:
-        A check that raises StoreError if another holder has taken over the lease.
+    `say` receives a message if the lease has to be waited for. The yielded function raises StoreError if another holder has
+    taken over the lease.
     """
     holder_id = uuid4().hex
     _take(path, holder_id, seconds, say)

@@ -68,10 +68,8 @@ def arrow_location(path: Path) -> dict[str, Any]:
 
 def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
     """Open an object for reads of ranges, with `ahead_bytes` of read-ahead."""
-    file: AbstractContextManager[Any] = filesystem_of(path).open(
-        key_of(path), "rb", block_size=ahead_bytes, cache_type="readahead"
-    )
-    return file
+    file = filesystem_of(path).open(key_of(path), "rb", block_size=ahead_bytes, cache_type="readahead")
+    return cast(AbstractContextManager[Any], file)
 
 
 def upload(file: Path, path: Path) -> None:
@@ -99,9 +97,8 @@ def local_copy(path: Path) -> Iterator[Path]:
 def upload_folder(folder: Path, path: Path) -> None:
     """Upload all files of a local folder to an object store, several at once."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    filesystem_of(path).put(
-        [str(file) for file in files], [key_of(path / file.relative_to(folder).as_posix()) for file in files]
-    )
+    keys = [key_of(path / file.relative_to(folder).as_posix()) for file in files]
+    filesystem_of(path).put([str(file) for file in files], keys)
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:
@@ -136,10 +133,8 @@ def translate_store_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, *store_error_types())):
             raise
-        message = one_line(error)
-        raise StoreError(
-            f"{path}: {message}", hint=f"check the address, the network and the keys of {scheme}; then run the same command"
-        ) from None
+        hint = f"check the address, the network and the keys of {scheme}; then run the same command"
+        raise StoreError(f"{path}: {one_line(error)}", hint=hint) from None
 
 
 def store_error_types() -> tuple[type[Exception], ...]:

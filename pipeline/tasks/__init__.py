@@ -17,8 +17,7 @@ ANSWER = answer.TASK.name  # the task of the stage verify
 def find_task(name: str) -> Task:
     """Return the task of a name. Raise ConfigError for an unknown name."""
     if name not in TASKS:
-        known = ", ".join(task for task in TASKS if task != ANSWER)
-        raise ConfigError(f"unknown task: {name}", hint=f"known tasks: {known}")
+        raise ConfigError(f"unknown task: {name}", hint=f"known tasks: {', '.join(task for task in TASKS if task != ANSWER)}")
     return TASKS[name]
 
 
@@ -28,13 +27,7 @@ def asks_about_decks(names: Iterable[str]) -> bool:
 
 
 def find_broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
-    """Return the first rule that an annotation breaks, as its rejection reason; None if it is valid.
-
-    Args:
-        name: of the task.
-        row: the columns of the annotation; further columns are ignored.
-        pages: number of pages of the annotated document.
-    """
+    """Return the first rule of a task that an annotation of a document breaks, as a rejection reason; None if it is valid."""
     task = find_task(name)
     try:
         task.row.model_validate(task.fields_of(row), context={"pages": pages})

@@ -10,6 +10,7 @@ from pipeline.text.refusals import is_refusal
 from pipeline.types import Reply, Request
 
 MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
+_COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression")
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
 
@@ -24,15 +25,9 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "style": request.style,
             "position": position,
             "prompt_id": request.prompt_id,
-            "text": values.get("text"),
-            "question": values.get("question"),
-            "answer": values.get("answer"),
-            "answer_type": values.get("answer_type"),
-            "evidence_pages": values.get("evidence_pages"),
-            "expression": values.get("expression"),
+            **{name: values.get(name) for name in _COLUMNS},
             "reply_error": error,
-            # An unreadable reply is kept for inspection.
-            "reply_text": reply.text if error else None,
+            "reply_text": reply.text if error else None,  # an unreadable reply is kept for inspection
         }
         for position, (values, error) in enumerate(_fields(request.task, reply))
     ]
@@ -53,26 +48,22 @@ def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
         value = json.loads(reply.text)
     except (ValueError, RecursionError):
         return [({}, "not_json")]
-    rows = find_task(task).rows_of(value)
-    if rows is None:
-        return [({}, "off_schema")]
-    return [(find_task(task).columns_of(row), _unusable(row)) if _is_readable(row) else ({}, "off_schema") for row in rows]
+    definition = find_task(task)
+    rows = definition.rows_of(value) or [None]
+    return [(definition.columns_of(row), _unusable(row)) if _is_readable(row) else ({}, "off_schema") for row in rows]
 
 
 def _unusable(item: dict[str, Any]) -> str | None:
-    texts = [value for value in item.values() if isinstance(value, str)]
-    if any(is_refusal(value, is_answer=name == "answer") for name, value in item.items() if isinstance(value, str)):
+    texts = {name: value for name, value in item.items() if isinstance(value, str)}
+    if any(is_refusal(text, is_answer=name == "answer") for name, text in texts.items()):
         return "refusal"
-    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts) else None
+    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts.values()) else None
 
 
 def _repeats(words: list[str]) -> bool:
     """Return True if the last one to eight words repeat MAX_REPEATS times in a row: the model is in a loop."""
-    for size in range(1, 9):
-        tail = words[-size:]
-        if len(words) >= size * MAX_REPEATS and words[-size * MAX_REPEATS :] == tail * MAX_REPEATS:
-            return True
-    return False
+    sizes = range(1, min(8, len(words) // MAX_REPEATS) + 1)
+    return any(words[-size * MAX_REPEATS :] == words[-size:] * MAX_REPEATS for size in sizes)
 
 
 def _is_readable(item: Any) -> bool:

@@ -18,18 +18,14 @@ def _iban(text: str) -> bool:
     return 15 <= len(letters) <= 34 and int("".join(str(int(letter, 36)) for letter in moved)) % 97 == 1
 
 
-def _always(_: str) -> bool:
-    return True
-
-
 def _phone(text: str) -> bool:
     return 9 <= sum(letter.isdigit() for letter in text) <= 15
 
 
-# Kinds are redacted in this order.
+# Kinds are redacted in this order, if the check of the matched text (bool: none) succeeds.
 _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
-    "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), _always),
-    "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+[^\s<>\"'.,;:!?)]", re.IGNORECASE), _always),
+    "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), bool),
+    "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+[^\s<>\"'.,;:!?)]", re.IGNORECASE), bool),
     "iban": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
     # A country code, an area code in brackets, a leading zero, or groups of 3, 3 and 4: other numbers are not phone numbers.
     "phone": (
@@ -42,8 +38,6 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     ),
     "card": (re.compile(r"(?<![\d+])\d(?:[ -]?\d){12,18}\b"), _luhn),
 }
-
-
 # Every kind has an at sign, a scheme, "www." or two digits beside each other or with one mark between them.
 _MAY_HOLD = re.compile(r"@|://|www\.|\d[ -]?\d", re.IGNORECASE)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.text.normalize import Indices
 from pipeline.text.wordnet import dictionary_words
 
-Indices = npt.NDArray[np.int64]
 BATCH = 10_000  # keys processed at once, to bound memory
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
@@ -112,18 +111,17 @@ def _split_at(key: str, position: int) -> tuple[str, str]:
 
 def _resolve_chains(corrections: dict[str, str]) -> dict[str, str]:
     """Return the end of each chain of corrections; each removes one misspelled word, so every chain ends."""
-    ends: dict[str, str] = {}
-    for key in corrections:
-        end = key
+    ends = dict(corrections)
+    for key, end in corrections.items():
         while end in corrections:
             end = corrections[end]
         ends[key] = end
     return ends
 
 
-def _variants(word: str) -> Sequence[str]:
+def _variants(word: str) -> set[str]:
     """Return the word and its forms with one letter removed; two words that are one edit apart share a form."""
-    return [word, *{word[:index] + word[index + 1 :] for index in range(len(word))}]
+    return {word, *(word[:index] + word[index + 1 :] for index in range(len(word)))}
 
 
 def is_unknown(word: str) -> bool:
@@ -148,10 +146,9 @@ def equal_but_for_spelling(key: str, other: str) -> bool:
 
 def _differs_by_spelling(words: list[str], other_words: list[str]) -> bool:
     differing = [(a, b) for a, b in zip(words, other_words, strict=True) if a != b]
-    return len(differing) == 1 and _is_misspelling(*differing[0])
-
-
-def _is_misspelling(a: str, b: str) -> bool:
+    if len(differing) != 1:
+        return False
+    ((a, b),) = differing
     return _may_be_misspelled(a) and _may_be_misspelled(b) and one_edit_apart(a, b) and _is_known(a) != _is_known(b)
 
 

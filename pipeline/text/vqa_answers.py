@@ -25,8 +25,7 @@ who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all
 
 
 def _misspelled(right: str) -> list[str]:
-    apostrophes = [index for index, letter in enumerate(right) if letter == "'"]
-    return [right[:index] + right[index + 1 :] for index in apostrophes]
+    return [right[: mark.start()] + right[mark.end() :] for mark in re.finditer("'", right)]
 
 
 _CONTRACTION_OF = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelled(right)} | {
