@@ -113,11 +113,9 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool)
         "qa": _group_annotations(annotations, owner, ~is_caption, count, QA),
         "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
     }
-    columns = []
-    for kind in ROW_WITH_SPLIT:
-        column = computed[kind.name] if kind.name in computed else final_column(samples, kind.name, kind.type)
-        columns.append(column.cast(kind.type))
-    return pa.table(columns, schema=ROW_WITH_SPLIT)
+    others = {kind.name: final_column(samples, kind.name, kind.type) for kind in ROW_WITH_SPLIT if kind.name not in computed}
+    columns = computed | others
+    return pa.table([columns[kind.name].cast(kind.type) for kind in ROW_WITH_SPLIT], schema=ROW_WITH_SPLIT)
 
 
 def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.StructType) -> pa.ListArray:
@@ -135,10 +133,7 @@ def row_digest(row: dict[str, Any]) -> str:
 
 
 def version_digest(rows: Iterable[tuple[str, str]], columns: list[str]) -> str:
-    """Return the digest of a version's content, from its columns and the digest of each row by sample, ordered by id.
-
-    It is the digest of [table version, columns, rows], computed row by row.
-    """
+    """Return the digest of [table version, columns, rows]; a row is a sample's id and its digest, ordered by id."""
     content = hashlib.sha256(canonical([TABLE_VERSION, columns])[:-1] + b",[")
     for n, row in enumerate(rows):
         content.update((b"," if n else b"") + canonical(row))

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -19,17 +18,12 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
     """Return README.md for a manifest and a few of its rows without pixels."""
-    body = environment().from_string(read_template("dataset.md.j2")).render(manifest=manifest, samples=samples, repo=repo)
-    return f"---\n{dump_header(metadata(manifest))}---\n\n{body.strip()}\n"
+    return _render("dataset.md.j2", metadata(manifest), manifest=manifest, samples=samples, repo=repo)
 
 
 def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
-    """Return README.md for a checkpoint that is pushed to `repo`; `dataset` is the repository of its data, if known.
-
-    `about` holds `config`, `train` and `metrics` of the checkpoint, and the `digest` of its files.
-    """
+    """Return README.md for a checkpoint (`about`: its config, train, metrics and digest); `dataset` is the data, if known."""
     values = about | {"title": repo, "data": about["config"]["data"], "dataset": dataset}
-    body = environment().from_string(read_template("model.md.j2")).render(values)
     header = {
         "language": ["en"],
         "license": "other",
@@ -37,7 +31,15 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> 
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
     }
-    return f"---\n{dump_header(header)}---\n\n{body.strip()}\n"
+    return _render("model.md.j2", header, **values)
+
+
+def _render(template: str, header: dict[str, Any], **values: Any) -> str:
+    """Return a card: a YAML header, and a template of `data_cards/`, which passes untrusted text through its filter `line`."""
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+    jinja.filters |= {"line": one_line, "as_json": lambda value: json.dumps(value, indent=1, ensure_ascii=False)}
+    body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
 
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     total = sum(manifest["rows"].values())
     splits = [split for split, count in manifest["rows"].items() if count]
     sizes = {split: _sizes(manifest, split) for split in splits}
+    data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
     upstream = re.search(r"[^:/\s]+/[^:/\s]+$", manifest["source"]["name"])  # the source is a repository of the Hub
     return {
         "pretty_name": f"synth {manifest['source']['name']} {manifest['version']}",
@@ -56,9 +59,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "language_creators": ["machine-generated"],
         "source_datasets": [upstream[0] if upstream else "original"],
         "tags": ["synthetic", "synth"],
-        "configs": [
-            {"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"} for split in splits]}
-        ],
+        "configs": [{"config_name": "default", "data_files": data_files}],
         "dataset_info": {
             "features": [{"name": name, **_feature(kind)} for name, kind in manifest["features"].items()],
             "splits": [{"name": split, "num_bytes": sizes[split], "num_examples": manifest["rows"][split]} for split in splits],
@@ -68,28 +69,10 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def environment() -> Environment:
-    """Return the Jinja environment of card templates; they pass untrusted text through its filter `line`."""
-    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-    jinja.filters |= {"line": one_line, "as_json": lambda value: json.dumps(value, indent=1, ensure_ascii=False)}
-    return jinja
-
-
 def one_line(text: Any) -> str:
     """Make model text harmless within a line of Markdown: no markup, no control characters, no line break."""
     flat = re.sub(r"[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(text))
     return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(flat, quote=False))
-
-
-def dump_header(values: dict[str, Any]) -> str:
-    """Return a card's YAML header, without its fences."""
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-@cache
-def read_template(name: str) -> str:
-    """Return a template of `data_cards/`."""
-    return (files("data_cards") / name).read_text(encoding="utf-8")
 
 
 def _license_fields(licenses: list[str]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from pipeline.tables import PIXELS, REVIEWED
 
 LISTS = ("captions", "qa")
 MAX_SHOWN = 160  # characters of a value
+Row = dict[str, Any]
+Settings = dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ
 
 
 @dataclass(slots=True)
@@ -35,7 +37,7 @@ class Diff:
     after: str
     same: int
     changes: list[Change]
-    settings: dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ
+    settings: Settings
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of rows that are the same, added, removed and changed."""
@@ -77,10 +79,7 @@ def _short(value: Any) -> str:
 
 
 def diff_versions(before: Version, after: Version) -> Diff:
-    """Compare two versions, from this machine or the Hub; pixels are compared by `sample_id`.
-
-    Memory holds a digest of each row, and the rows that differ.
-    """
+    """Compare two versions; pixels are compared by `sample_id`. Memory holds a digest of each row, and the rows that differ."""
     columns = [c for c in before.manifest["columns"] if c in after.manifest["columns"] and c not in PIXELS]
     old, new = _digests(before, columns), _digests(after, columns)
     differ = {sample_id for sample_id in old.keys() | new.keys() if old.get(sample_id) != new.get(sample_id)}
@@ -129,9 +128,7 @@ class _Ledger:
         return self.by_content.get((sample_id, annotation_digest(annotation)))
 
 
-def _changed(
-    old_row: dict[str, Any], new_row: dict[str, Any], old: _Ledger, new: _Ledger, settings: dict[str, tuple[Any, Any]]
-) -> Change:
+def _changed(old_row: Row, new_row: Row, old: _Ledger, new: _Ledger, settings: Settings) -> Change:
     change = Change(new_row["sample_id"], new_row["source_row"], "changed")
     for name in old_row:
         if old_row[name] == new_row[name]:
@@ -151,14 +148,7 @@ def _changed(
     return change
 
 
-def _why(
-    sample_id: str,
-    removed: list[dict[str, Any]],
-    added: list[dict[str, Any]],
-    old: _Ledger,
-    new: _Ledger,
-    settings: dict[str, tuple[Any, Any]],
-) -> list[str]:
+def _why(sample_id: str, removed: list[Row], added: list[Row], old: _Ledger, new: _Ledger, settings: Settings) -> list[str]:
     """Return why texts were removed and added: a stage rejected them, or another prompt, model or person wrote others."""
     reasons = [new.about(sample_id, item) for item in removed]
     reasons += [f"was rejected: {reason}" for item in added if (reason := old.about(sample_id, item))]
@@ -184,24 +174,17 @@ def _digests(version: Version, columns: list[str]) -> dict[str, str]:
 
 
 def _rows(version: Version, columns: list[str], sample_ids: set[str]) -> dict[str, dict[str, Any]]:
-    return {
-        row["sample_id"]: row | {"split": split}
-        for split, batch in version.batches(columns)
-        for row in (batch.to_pylist() if sample_ids else ())
-        if row["sample_id"] in sample_ids
-    }
+    batches = version.batches(columns) if sample_ids else ()
+    rows = (row | {"split": split} for split, batch in batches for row in batch.to_pylist())
+    return {row["sample_id"]: row for row in rows if row["sample_id"] in sample_ids}
 
 
-def _settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:
     """Return the inputs of the versions that differ: source, model, prompts, columns, and settings by name."""
     old, new = (
-        {
-            "source": manifest["source"],
-            "model": manifest["model"],
-            "prompts": sorted(manifest["prompts"]),
-            "columns": manifest["columns"],
-            **_flat(current_settings(manifest["config"])),
-        }
+        {name: manifest[name] for name in ("source", "model", "prompts", "columns")}
+        | {"prompts": sorted(manifest["prompts"])}
+        | _flat(current_settings(manifest["config"]))
         for manifest in (before, after)
     )
     return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}

@@ -79,19 +79,16 @@ class DatasetDir:
         """The cost of requests so far."""
         return self.path / "stages" / "generate" / "cost.json"
 
-    @property
-    def push_file(self) -> Path:
-        """The pushes of versions from here."""
-        return self.path / "pushed.json"
-
     def pushed(self) -> list[dict[str, str]]:
         """Return every push from here: version, repo and commit."""
-        return list(read_json(self.push_file)["pushed"]) if self.push_file.exists() else []
+        file = self.path / "pushed.json"
+        return list(read_json(file)["pushed"]) if file.exists() else []
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
         """Record a push; the same push is recorded once."""
         push = {"version": version, "repo": repo, "commit": commit}
-        write_json(self.push_file, {"pushed": [*(earlier for earlier in self.pushed() if earlier != push), push]})
+        earlier = [other for other in self.pushed() if other != push]
+        write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first."""

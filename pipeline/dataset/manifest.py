@@ -44,10 +44,7 @@ def describe_run(
 def describe_decontamination(
     source: dict[str, Any], funnel: list[StageSummary], groups: int, contaminated: int
 ) -> dict[str, Any]:
-    """Return the fields of a manifest about decontamination: near-duplicates of held-out images, and excluded data.
-
-    `groups` counts groups of near-duplicate images, `contaminated` texts that are also in a dataset of --exclude.
-    """
+    """Return the fields of a manifest about near-duplicates (in `groups` of images) and texts that are in excluded data."""
     rejected = {summary.stage: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],

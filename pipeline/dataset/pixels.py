@@ -35,10 +35,7 @@ def find_joined(version: Version, home: Path) -> Version | None:
 
 
 def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Version:
-    """Write a copy of a version with its pixels under `home`, and return it; rows are in the order of the images.
-
-    Raise StoreError if images of some rows are missing.
-    """
+    """Write a version with its pixels under `home`, in the order of the images. Raise StoreError if images are missing."""
     texts = version.batches(version.manifest["columns"])
     rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}
     count = len(rows)
@@ -49,10 +46,9 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
             writer.write(pa.Table.from_pylist(pending, schema=ROW_WITH_SPLIT))
         files = {name: {key: entry[key] for key in ("sha256", "bytes")} for name, entry in writer.close().items()}
         if rows:
-            raise StoreError(
-                f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}",
-                hint="sample_id is the sha256 of an image's file: the very files are needed, unchanged",
-            )
+            problem = f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}"
+            hint = "sample_id is the sha256 of an image's file: the very files are needed, unchanged"
+            raise StoreError(problem, hint=hint)
         schema = pq.read_schema(draft / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
         write_json(draft / MANIFEST, version.manifest | joined)

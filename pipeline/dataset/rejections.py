@@ -23,17 +23,5 @@ def list_rejections(stage: str, table: pa.Table) -> pa.Table:
     A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final text.
     The text itself may be the reason of the rejection, and is left out.
     """
-    return pa.Table.from_pylist(
-        [
-            {
-                "stage": stage,
-                "reason": row["reason"],
-                "source_row": row.get("source_row"),
-                "sample_id": row.get("sample_id"),
-                "task": row.get("task"),
-                "content_digest": annotation_digest(row) if "task" in row else None,
-            }
-            for row in table.to_pylist()
-        ],
-        schema=LEDGER,
-    )
+    digests = ((row, annotation_digest(row) if "task" in row else None) for row in table.to_pylist())
+    return pa.Table.from_pylist([row | {"stage": stage, "content_digest": digest} for row, digest in digests], schema=LEDGER)

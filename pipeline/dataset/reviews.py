@@ -21,6 +21,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
 EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
 CONTENT_HEX = 16  # digits of the digest of a text: enough to tell the texts of one sample apart
 TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
+Annotations = dict[TextName, dict[str, Any]]
 
 
 class Review(BaseModel):
@@ -81,10 +82,8 @@ def read_reviews(path: Path) -> list[Review]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ConfigError(
-                f"{path}, line {number} is no mark: {f'{where}: ' if where else ''}{first['msg']}",
-                hint="each line is one mark as a report exports it",
-            ) from None
+            problem = f"{path}, line {number} is no mark: {f'{where}: ' if where else ''}{first['msg']}"
+            raise ConfigError(problem, hint="each line is one mark as a report exports it") from None
     return reviews
 
 
@@ -94,18 +93,12 @@ def format_reviews(marks: Iterable[Review]) -> str:
     return "".join(f"{json.dumps(mark.model_dump(exclude_defaults=True))}\n" for mark in ordered)
 
 
-def merge_reviews(
-    before: Iterable[Review], new: Iterable[Review], rows: dict[TextName, dict[str, Any]]
-) -> dict[TextName, Review]:
+def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotations) -> dict[TextName, Review]:
     """Return all reviews by the name of their text; the last review of a text replaces earlier ones.
 
     A review of a text that an edit of `before` has written is stored under the name of the model's text, so that reviews
-    never have to be applied in sequence. All of `new` are about the texts as they are now.
-
-    Args:
-        before: reviews that are applied.
-        new: reviews made since.
-        rows: the annotations before the stage review, by name.
+    never have to be applied in sequence. All of `new` are about the texts as they are now; `rows` are the annotations before
+    the stage review, by name.
     """
     merged = {review.name: review for review in before}
     edited = {review.resulting_name: review.name for review in merged.values() if review.mark == "edited"}
@@ -115,25 +108,20 @@ def merge_reviews(
         if review.mark == "good" and review.name in edited:
             continue  # it approves the edit, which stays
         renamed = review.model_copy(update={"sample_id": name[0], "content": name[1]})
-        undone = (
-            name in rows
-            and review.mark == "edited"
-            and all(value == final_value(rows[name], key) for key, value in renamed.words)
-        )
+        is_edit = name in rows and review.mark == "edited"
+        undone = is_edit and all(value == final_value(rows[name], key) for key, value in renamed.words)
         merged[name] = Review(sample_id=name[0], content=name[1], mark="good") if undone else renamed
     return merged
 
 
-def check_edits(marks: dict[TextName, Review], rows: dict[TextName, dict[str, Any]]) -> dict[TextName, str]:
+def check_edits(marks: dict[TextName, Review], rows: Annotations) -> dict[TextName, str]:
     """Return the flaws of edits of existing texts: a rule of the task is broken, or another text says the same."""
     edits = {name: review for name, review in marks.items() if review.mark == "edited" and name in rows}
     flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name]))}
-    counts = Counter(
-        marks[name].resulting_name if name in edits else name for name in rows if name not in marks or marks[name].mark != "bad"
-    )
-    return flaws | {
-        name: "another text of this image says the same" for name, review in edits.items() if counts[review.resulting_name] > 1
-    }
+    kept = (name for name in rows if name not in marks or marks[name].mark != "bad")
+    counts = Counter(edits[name].resulting_name if name in edits else name for name in kept)
+    repeated = [name for name, review in edits.items() if counts[review.resulting_name] > 1]
+    return flaws | dict.fromkeys(repeated, "another text of this image says the same")
 
 
 def check_edit(mark: Review, row: dict[str, Any]) -> str | None:

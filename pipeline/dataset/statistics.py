@@ -39,8 +39,7 @@ class DatasetStatistics:
 
     words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # of each caption, by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
-    # by style; "references": one reference against the others
-    shared: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    shared: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style, and of "references" themselves
     captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
     true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
     decks: dict[str, DeckScore] = field(default_factory=lambda: defaultdict(DeckScore))

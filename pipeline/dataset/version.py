@@ -25,6 +25,8 @@ CARD_FILE = "README.md"
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
+SplitBatch = tuple[str, pa.RecordBatch]  # rows, and the split that they are in
+
 
 @total_ordering
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,7 @@ class Version:
         """Return the Parquet files of a split, in order."""
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
-    def batches(
-        self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS
-    ) -> Iterator[tuple[str, pa.RecordBatch]]:
+    def batches(self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS) -> Iterator[SplitBatch]:
         """Yield all rows with the split that they are in, a batch at a time. Raises StoreError if a shard is damaged."""
         for split in splits:
             for shard in self.shards(split):

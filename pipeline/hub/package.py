@@ -58,10 +58,8 @@ def build_package(
     restricted = non_redistributable(version.manifest["licences"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
-        raise PushError(
-            f"pixels under {', '.join(refused)} may not be passed on",
-            hint=f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it",
-        )
+        hint = f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it"
+        raise PushError(f"pixels under {', '.join(refused)} may not be passed on", hint=hint)
     has_pixels = bool(set(PIXELS) & set(version.manifest["columns"]))
     if has_pixels and (images is False or (images is None and restricted)):
         with tempfile.TemporaryDirectory() as folder:

@@ -46,10 +46,8 @@ def pull_version(name: str) -> Version:
     try:
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
-            raise StoreError(
-                f"{repo} is no folder here, and no version of it is known",
-                hint="`synth push` makes versions; or name a commit: ORG/NAME@COMMIT",
-            )
+            hint = "`synth push` makes versions; or name a commit: ORG/NAME@COMMIT"
+            raise StoreError(f"{repo} is no folder here, and no version of it is known", hint=hint)
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
     except errors.GatedRepoError:
         raise StoreError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
@@ -57,16 +55,13 @@ def pull_version(name: str) -> Version:
         versions = ", ".join(_tags(repo)) or "none"
         raise StoreError(f"{repo} has no version {requested}", hint=f"versions there: {versions}") from None
     except errors.RepositoryNotFoundError:
-        raise StoreError(
-            f"no folder and no dataset of the Hub: {name}", hint="check the name; a private one needs `hf auth login`"
-        ) from None
+        hint = "check the name; a private one needs `hf auth login`"
+        raise StoreError(f"no folder and no dataset of the Hub: {name}", hint=hint) from None
     except errors.HFValidationError as error:
         raise StoreError(f"not a dataset of the Hub: {name} ({error})", hint="it looks like ORG/NAME@v1.0.0") from None
     except (OSError, httpx2.TransportError) as error:  # all errors of huggingface_hub are OSErrors
-        raise StoreError(
-            f"{name} is no folder here and not in the cache, and the Hub does not answer: {one_line(error)}",
-            hint="check the network, then try again; what was fetched is kept",
-        ) from None
+        problem = f"{name} is no folder here and not in the cache, and the Hub does not answer: {one_line(error)}"
+        raise StoreError(problem, hint="check the network, then try again; what was fetched is kept") from None
     version = read_version(Path(folder))
     _check(version, name, f"fetch it again: remove {version.path}")
     return Version(version.path, version.manifest, repo)
@@ -126,6 +121,5 @@ def _check(version: Version, name: str, hint: str) -> None:
     for file, entry in files.items():
         path = version.path / file
         if not path.is_file() or file_digest(path) != entry.get("sha256"):
-            raise StoreError(
-                f"{file} of {name} is not what its manifest says", hint=f"{hint}; if that does not help, do not use the dataset"
-            )
+            hint = f"{hint}; if that does not help, do not use the dataset"
+            raise StoreError(f"{file} of {name} is not what its manifest says", hint=hint)

@@ -5,12 +5,12 @@ repository, and continues from where an interrupted attempt stopped.
 """
 
 import ctypes
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.hf_api import RepoFile
 
 from pipeline.dataset.version import LEDGER_FILE, parse_version
+from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, PushError, one_line
 from pipeline.hub.package import Package
 from pipeline.progress import NullProgress, Progress
@@ -54,10 +55,7 @@ class PushResult:
 
 
 def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
-    """Push a package and tag the commit with its name; a package that is there already is not pushed again.
-
-    Raise PushError if the token is missing or invalid, the name is taken, or the Hub refuses or does not answer.
-    """
+    """Push a package and tag its commit, once. Raise PushError if the Hub refuses, does not answer, or holds other content."""
     api = HfApi()
     try:
         return _retry(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
@@ -111,9 +109,8 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
     commit = _commit(api, package, repo, progress) if is_new else tags[name]
     _verify(api, package, repo, commit)
     if is_new:
-        api.create_tag(
-            repo, repo_type=package.kind, tag=name, revision=commit, tag_message=f"digest {package.manifest['digest']}"
-        )
+        message = f"digest {package.manifest['digest']}"
+        api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
     return PushResult(repo, str(created), commit, name, is_new)
 
 
@@ -127,10 +124,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
         _require_same(package, remote, repo)
         return head  # an earlier push was cut off between its commit and its tag
     if remote and package.kind == "dataset" and parse_version(remote["version"]) > parse_version(name):
-        raise PushError(
-            f"{repo} already holds {remote['version']}, which is newer than {name}",
-            hint="push the newest version, or an older one to a repository of its own",
-        )
+        hint = "push the newest version, or an older one to a repository of its own"
+        raise PushError(f"{repo} already holds {remote['version']}, which is newer than {name}", hint=hint)
     if not remote and files - {*NEW_REPO}:
         raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
     # Created anew in each attempt: an operation remembers the branch's files at its upload, and would be dropped from the
@@ -157,9 +152,8 @@ def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
     """Raise PushError if the Hub has other content under the name of this version."""
     name = package.name
     if remote.get("digest") != package.manifest["digest"]:
-        raise PushError(
-            f"{repo} already has another {name}", hint="a tag never moves: make a new version, or push to another repository"
-        )
+        hint = "a tag never moves: make a new version, or push to another repository"
+        raise PushError(f"{repo} already has another {name}", hint=hint)
     if remote.get("pixels") != package.manifest.get("pixels"):
         which = "without its images" if remote.get("pixels") else "with its images"
         raise PushError(f"{repo} already has {name} {which}", hint="a tag never moves: push to another repository")
@@ -189,15 +183,11 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
     actual: dict[str, str] = {}
     for entry in api.get_paths_info(repo, list(expected), repo_type=package.kind, revision=commit):
         if isinstance(entry, RepoFile):
-            actual[entry.path] = entry.lfs.sha256 if entry.lfs else _small_file_digest(package, repo, entry.path, commit)
+            fetch = partial(hf_hub_download, repo, entry.path, repo_type=package.kind, revision=commit)
+            actual[entry.path] = entry.lfs.sha256 if entry.lfs else file_digest(Path(fetch()))
     wrong = sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256)
     if wrong:
         raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
-
-
-def _small_file_digest(package: Package, repo: str, path: str, commit: str) -> str:
-    local = hf_hub_download(repo, path, repo_type=package.kind, revision=commit)
-    return hashlib.sha256(Path(local).read_bytes()).hexdigest()
 
 
 def _pause_seconds(error: Exception, tried: int) -> float:

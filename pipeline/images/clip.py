@@ -15,10 +15,7 @@ TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
 
 
 class ClipScorer:
-    """Score images and texts with a CLIP, by name: clip, metaclip, tiny-clip, a folder, or an id of the Hub.
-
-    Raise EngineError if the model cannot be loaded, or torch or transformers is not installed.
-    """
+    """Score images and texts with a CLIP: clip, metaclip, tiny-clip, a folder or a Hub id. Raise EngineError if unusable."""
 
     def __init__(self, name: str) -> None:
         try:
@@ -73,5 +70,4 @@ class ClipScorer:
         if not image_states:
             return []
         image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))
-        values: list[float] = self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist()
-        return values
+        return list(self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist())

@@ -44,10 +44,7 @@ class ImageInfo:
 
 
 def check_image(data: bytes) -> ImageInfo:
-    """Decode an image in full, and return its id, size and PDQ hash.
-
-    Raise ImageError if the bytes are not an image of a known format, are truncated, or decode to too many pixels.
-    """
+    """Decode an image in full, and return its id, size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
     image = prepare_image(data)
     return ImageInfo(image_id(data), image.width, image.height, pdq_hash(image))
 
@@ -64,10 +61,7 @@ def pdq_hash(image: Image.Image) -> bytes:
 
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
-    """Decode to upright RGB, transparency over white, and scale down (never up) to at most `max_pixels`.
-
-    Raise ImageError as `check_image` does.
-    """
+    """Decode to upright RGB over white, and scale down (never up) to `max_pixels`. Raise ImageError as `check_image` does."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about every odd tag
@@ -103,8 +97,7 @@ def _check_size(image: Image.Image) -> None:
 def _over_white(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode.startswith("I;16"):
         return image.convert("I").point(lambda level: level / 257).convert("L").convert("RGB")
     if image.mode in ("I", "F"):

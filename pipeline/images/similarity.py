@@ -31,9 +31,8 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     """Return the group of each sample, and the reason for its rejection, if any (tables.IMAGE_GROUPS).
 
     Among copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id. A sample near
-    a sample of a more held-out split is rejected, whatever its kind. The first id of a group is its name.
-
-    `samples` has the columns `COMPARED_COLUMNS`.
+    a sample of a more held-out split is rejected, whatever its kind. The first id of a group is its name. `samples` has the
+    columns COMPARED_COLUMNS.
     """
     ids, splits, hashes, widths, heights = (samples[name].to_pylist() for name in COMPARED_COLUMNS)
     near: dict[int, dict[int, int]] = defaultdict(dict)

@@ -1,7 +1,7 @@
 """Compute the figures of a report: the funnel, distributions before and after balance, and clusters of duplicates."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
                 else:
                     answers[side][row["question_type"]][row["clean_answer"].casefold()] += 1
     by_length = sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+")))
-    tables = [_table("Words of a caption", "captions", *lengths, in_order=by_length)]
+    tables = [_table("Words of a caption", "captions", *lengths, by_length)]
     common = sorted(answers[0], key=lambda kind: (-answers[0][kind].total(), kind))[:MAX_QUESTION_TYPES]
     tables += [_table(f"Answers to {visible(kind)} …", "questions", answers[0][kind], answers[1][kind]) for kind in common]
     return [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
@@ -146,9 +146,7 @@ def _length(text: str) -> str:
     return f"{first}-{first + WORDS_A_BAR - 1}"
 
 
-def _table(
-    title: str, are: str, before: Counter[str], after: Counter[str], in_order: list[str] | None = None
-) -> dict[str, Any]:
-    names = in_order or sorted(before, key=lambda name: (-before[name], name))[:MAX_BARS]
+def _table(title: str, are: str, before: Counter[str], after: Counter[str], names: Sequence[str] = ()) -> dict[str, Any]:
+    names = names or sorted(before, key=lambda name: (-before[name], name))[:MAX_BARS]
     rows = [(visible(name), before[name], after[name]) for name in names]
     return {"title": title, "are": are, "top": max((count for _, count, _ in rows), default=1), "rows": rows}

@@ -31,10 +31,7 @@ def visible(text: str) -> str:
 
 
 def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, at_once: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows of a version: `id`, `split`, `from` (its source), `images` (bytes), `small`, `references` and `texts`.
-
-    `splits` are read in their order, `at_once` rows at a time; `chosen` are the ids of the samples to include, None: all.
-    """
+    """Yield rows for the page, `at_once` at a time, of `splits` in their order; `chosen` are sample ids, None: all."""
     for split, batch in version.batches(version.manifest["columns"], at_once, splits):
         if chosen is not None:
             indices = [index for index, sample_id in enumerate(batch["sample_id"].to_pylist()) if sample_id in chosen]
@@ -117,9 +114,7 @@ def _row(row: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a text for the page: its name in reviews (`content`), its kind, its fields as shown, those that differ from what
-    is shown (`raw`), and whether any was `cut`.
-    """
+    """Return a text for the page: its name in reviews, kind, fields as shown, `raw` fields that differ, whether it is `cut`."""
     _, content = text_name(annotation | {"sample_id": row["sample_id"]})
     fields = {name: annotation[name] for name in (*_TEXT_FIELDS, "expression") if annotation.get(name)}
     shown = {name: visible(text) for name, text in fields.items()}

@@ -54,11 +54,7 @@ def is_divisible(config: Config) -> bool:
 
 
 def open_source(config: Config, part: SourceSlice = ALL) -> Source:
-    """Open the source of a config, or one slice of it if it `is_divisible`.
-
-    Raise ConfigError if the name is unknown, or the source does not support an option or a task; SourceError if the source
-    cannot be read.
-    """
+    """Open a source, or a slice if it `is_divisible`. Raise ConfigError if settings do not fit, SourceError if unreadable."""
     spec, (_, _, argument) = find_source(config.source), config.source.partition(":")
     spec.check_options(config)
     if ":" in spec.name and not argument:
@@ -66,11 +62,9 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
     source = spec.open(config, argument, part)
     tasks = with_source_defaults(config).tasks
     if source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1):
-        supported = "deck_qa" if source.decks else "caption,qa"
-        content = "decks of pages" if source.decks else "single images"
-        raise ConfigError(
-            f"{config.source} holds {content}, and cannot be asked for {', '.join(tasks)}", hint=f"pass --tasks {supported}"
-        )
+        content, supported = ("decks of pages", "deck_qa") if source.decks else ("single images", "caption,qa")
+        problem = f"{config.source} holds {content}, and cannot be asked for {', '.join(tasks)}"
+        raise ConfigError(problem, hint=f"pass --tasks {supported}")
     return source
 
 

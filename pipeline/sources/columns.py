@@ -19,26 +19,19 @@ from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_sp
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 
+Columns = dict[str, list[str]]  # of each role
 ROLES = ("image", "pages", "references", "split")
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
 
-def open_mapped(
-    tables: Tables,
-    columns: dict[str, list[str]],
-    split: str | None,
-    name: str,
-    names: dict[str, str] = SPLITS,
-    *,
-    allow_urls: bool = False,
-) -> Source:
-    """Return the rows of one split, or of all, as the source `name`; a row without a usable image is rejected with a reason.
+def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, names: dict[str, str] = SPLITS) -> Source:
+    """Return the rows of one split, or of all, as the source `name`. Raise SourceError if the split does not exist.
 
-    `columns` are those of each role; `names` maps the values of a split column to train, validation or test. Raise SourceError
-    if the split does not exist.
+    A row without a usable image is rejected. `names` maps the values of a split column to train, validation or test.
     """
+    split = config.source_split
     split_column = columns["split"][0] if "split" in columns else None
     if not split_column:
         check_split(tables, split)
@@ -52,21 +45,24 @@ def open_mapped(
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split):
             row_split = names.get(str(row[split_column])) if split_column else file_split
+            images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
             if row_split is None and split_column:
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
-            elif split in (None, row_split):
-                yield _mapped_sample(
-                    row_name, row, columns, tables.licence, stored_split(row_split, split), allow_urls=allow_urls
-                )
+            elif split not in (None, row_split):
+                continue
+            elif "pages" not in columns and len(images) > 1:
+                yield Rejected(source_row=row_name, reason="several_images", detail="map the column as pages, for a deck")
+            else:
+                texts = _listed(row[columns["references"][0]]) if columns.get("references") else []
+                references = tuple(text for text in texts if isinstance(text, str) and text.strip())
+                stored, allow_urls = stored_split(row_split, split), config.allow_urls
+                yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, references=references)
 
     return Source(name=name, revision=tables.revision, rows=rows(), count=count, decks="pages" in columns)
 
 
 def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
-    """Return the tables of a Parquet file, or of all Parquet files under a folder. A slice of them has an empty revision.
-
-    Raise SourceError if there is no Parquet file.
-    """
+    """Return the tables of a Parquet file, or of all under a folder; a slice has no revision. Raise SourceError for no file."""
     paths = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not paths:
         raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
@@ -82,7 +78,7 @@ def check_split(tables: Tables, split: str | None) -> None:
         raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(str(name) for name in tables.files)}")
 
 
-def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> dict[str, list[str]]:
+def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
     columns = {role: named_columns(schema, role, name) for role, name in mapping.items()}
     if "image" not in columns and "pages" not in columns:
@@ -106,7 +102,7 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
     return [column for _, column in sorted(numbered)]
 
 
-def _guess_images(schema: pa.Schema) -> dict[str, list[str]]:
+def _guess_images(schema: pa.Schema) -> Columns:
     images = [field.name for field in schema if _is_image(field.type)]
     lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
     plain = [name for name in _IMAGE_NAMES if name in schema.names and _is_bytes(schema.field(name).type)]
@@ -134,17 +130,6 @@ def _is_text(kind: pa.DataType) -> bool:
     return is_text(kind) or (is_list(kind) and is_text(kind.value_type))
 
 
-def _mapped_sample(
-    name: str, row: dict[str, Any], columns: dict[str, list[str]], licence: str, split: str | None, *, allow_urls: bool
-) -> Sample | Rejected:
-    references = _listed(row[columns["references"][0]]) if columns.get("references") else []
-    texts = tuple(text for text in references if isinstance(text, str) and text.strip())
-    images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
-    if "pages" not in columns and len(images) > 1:
-        return Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
-    return build_sample(name, images, licence, split, allow_urls=allow_urls, references=texts)
-
-
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
     """Return the split to store; None if only training rows were requested, because some of them will be held out."""
     return None if requested_split == "train" else row_split
@@ -167,11 +152,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    from pipeline.sources.remote import is_remote, open_remote  # fsspec is imported only when needed
+    if "://" in path:
+        from pipeline.sources.remote import open_remote  # fsspec is imported only when needed
 
-    tables = replace(open_remote(path), part=part) if is_remote(path) else open_parquet(Path(path).expanduser(), part)
-    columns = read_mapping(tables.schema, config.columns)
-    return open_mapped(tables, columns, config.source_split, "parquet", allow_urls=config.allow_urls)
+        tables = replace(open_remote(path), part=part)
+    else:
+        tables = open_parquet(Path(path).expanduser(), part)
+    return open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
 
 
 SPEC = SourceSpec(

@@ -37,12 +37,11 @@ def _open(config: Config, repo: str, part: SourceSlice) -> Source:
     split, split_list = config.source_split, config.split_list
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
     if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):
-        raise SourceError(
-            f"{tables.name} has lost which images are for testing: all are filed under {', '.join(map(str, tables.files))}",
-            hint=f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE",
-        )
+        files = ", ".join(map(str, tables.files))
+        hint = f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE"
+        raise SourceError(f"{tables.name} has lost which images are for testing: all are filed under {files}", hint=hint)
     names = read_split_list(split_list) if split_list else SPLITS
-    return open_mapped(tables, columns, split, config.source.partition("@")[0], names)  # the name of another copy is kept
+    return open_mapped(tables, columns, config, config.source.partition("@")[0], names)  # the name of another copy is kept
 
 
 SPEC = SourceSpec(

@@ -7,7 +7,7 @@ a column `file_name`, as in the imagefolder format of `datasets`.
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,7 @@ REFERENCE_NAMES = ("text", "caption", "captions", "description")
 
 
 def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
-    """Return the image files under `root` as a source, sorted by path, or one slice of them. Broken images are rejected.
-
-    A slice has an empty revision. Raise SourceError if `root` is not a folder, or holds no image file.
-    """
+    """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none."""
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
     paths = sorted(_image_files(root), key=lambda path: _row_name(path, root))
@@ -41,15 +38,12 @@ def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
 
 
 def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
-    """Return the captions beside the images, by image path.
-
-    Raise SourceError if a metadata file cannot be read, or has a row without `file_name`.
-    """
+    """Return the captions beside the images, by image path. Raise SourceError if a metadata file or a row of it is unusable."""
     references: dict[Path, list[str]] = {}
     for folder in sorted({folder for path in paths for folder in path.parents if folder.is_relative_to(root)}):
-        for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
+        for name in ("metadata.jsonl", "metadata.csv"):
             if (folder / name).is_file():
-                for row in _metadata(folder / name, read):
+                for row in _read_metadata(folder / name):
                     texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
                     captions = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
                     references.setdefault(folder / str(row["file_name"]), []).extend(str(text) for text in captions)
@@ -60,9 +54,13 @@ def read_references(root: Path, paths: list[Path]) -> dict[Path, tuple[str, ...]
     return {path: tuple(texts) for path, texts in references.items()}
 
 
-def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _read_metadata(file: Path) -> list[dict[str, Any]]:
     try:
-        rows = read(file)
+        with file.open(encoding="utf-8", newline="") as lines:
+            if file.suffix == ".csv":
+                rows: list[dict[str, Any]] = list(csv.DictReader(lines))
+            else:
+                rows = [json.loads(line) for line in lines.read().splitlines() if line.strip()]
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
@@ -72,21 +70,10 @@ def _metadata(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[
     return rows
 
 
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _read_csv(file: Path) -> list[dict[str, Any]]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
 def _image_files(root: Path) -> Iterator[Path]:
     # os.walk does not follow links to folders: a link to a parent would never end.
     for folder, _, names in os.walk(root):
-        for name in names:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(folder) / name
+        yield from (Path(folder) / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _row_name(path: Path, root: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import BinaryIO, cast
 
 import httpx2
 from huggingface_hub import HfApi, HfFileSystem
@@ -25,10 +26,7 @@ BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a sma
 
 
 def open_hub(name: str) -> Tables:
-    """Return the tables of `ORG/NAME` or `ORG/NAME@REVISION`, pinned to a commit.
-
-    Raise SourceError if the data set does not exist, is not accessible or has no Parquet files, or the Hub is unreachable.
-    """
+    """Return the tables of ORG/NAME or ORG/NAME@REVISION, pinned to a commit. Raise SourceError if they cannot be read."""
     repo, _, revision = name.partition("@")
     api = HfApi()
     with translate_errors(repo, api.endpoint):
@@ -37,24 +35,19 @@ def open_hub(name: str) -> Tables:
         if not files and not revision:
             commit, files = _converted(api, repo)
     if not files:
-        raise SourceError(
-            f"{repo} holds no Parquet files, nor has the Hub converted it",
-            hint="download it, and use --source folder:PATH or parquet:PATH",
-        )
+        hint = "download it, and use --source folder:PATH or parquet:PATH"
+        raise SourceError(f"{repo} holds no Parquet files, nor has the Hub converted it", hint=hint)
     files = _one_config(repo, files)
     card_license = info.card_data.get("license") if info.card_data else None
     licence = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
     filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
-    return Tables(
-        name=repo,
-        revision=commit,
-        licence=f"{GATED}, {licence}" if info.gated else licence,
-        files=files,
-        open=lambda path: filesystem.open(
-            f"datasets/{repo}@{commit}/{path}", "rb", block_size=BLOCK_BYTES, cache_type="readahead"
-        ),
-        translate_errors=partial(translate_errors, repo, api.endpoint),
-    )
+    licence = f"{GATED}, {licence}" if info.gated else licence
+
+    def open_file(path: str) -> BinaryIO:
+        name = f"datasets/{repo}@{commit}/{path}"
+        return cast(BinaryIO, filesystem.open(name, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
+
+    return Tables(repo, commit, licence, files, open_file, partial(translate_errors, repo, api.endpoint))
 
 
 @contextmanager
@@ -62,27 +55,24 @@ def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
     """Turn errors of the Hub's client into SourceError, one line with a hint."""
     try:
         yield
+        return
     except GatedRepoError:
-        raise SourceError(
-            f"{repo} is gated: its owner wants you to accept terms first",
-            hint=f"accept them at {endpoint}/datasets/{repo}, then `hf auth login` with the same account",
-        ) from None
+        problem = f"{repo} is gated: its owner wants you to accept terms first"
+        hint = f"accept them at {endpoint}/datasets/{repo}, then `hf auth login` with the same account"
     except RepositoryNotFoundError:
-        raise SourceError(
-            f"no data set {repo} at {endpoint}, or no access to it", hint="check the name; `hf auth login` if it is private"
-        ) from None
+        problem, hint = (
+            f"no data set {repo} at {endpoint}, or no access to it",
+            "check the name; `hf auth login` if it is private",
+        )
     except HFValidationError:
-        raise SourceError(f"not the name of a data set: {repo}", hint="it looks like ORG/NAME") from None
+        problem, hint = f"not the name of a data set: {repo}", "it looks like ORG/NAME"
     except HfHubHTTPError as error:
-        raise SourceError(
-            f"the Hub refused {repo} ({error.response.status_code}): {error.server_message or 'no message'}",
-            hint="check the name and the revision, or try again later",
-        ) from None
+        problem = f"the Hub refused {repo} ({error.response.status_code}): {error.server_message or 'no message'}"
+        hint = "check the name and the revision, or try again later"
     except (OSError, httpx2.TransportError) as error:
-        raise SourceError(
-            f"cannot reach the Hub at {endpoint}: {one_line(error)}",
-            hint="check the network; without one, --source scenes and folder:PATH work",
-        ) from None
+        problem = f"cannot reach the Hub at {endpoint}: {one_line(error)}"
+        hint = "check the network; without one, --source scenes and folder:PATH work"
+    raise SourceError(problem, hint=hint)
 
 
 def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | None, list[str]]:
@@ -91,9 +81,8 @@ def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | Non
     if len(folders) == 1:
         return files
     if "default" not in folders:
-        raise SourceError(
-            f"{repo} holds several tables: {', '.join(sorted(folders))}", hint="download the one you want, and use parquet:PATH"
-        )
+        hint = "download the one you want, and use parquet:PATH"
+        raise SourceError(f"{repo} holds several tables: {', '.join(sorted(folders))}", hint=hint)
     default_files = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
     return {split: paths for split, paths in default_files.items() if paths}
 
@@ -116,8 +105,7 @@ def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]
 
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
     tables, name = replace(open_hub(repo), part=part), f"hub:{repo.partition('@')[0]}"
-    columns = read_mapping(tables.schema, config.columns)
-    return open_mapped(tables, columns, config.source_split, name, allow_urls=config.allow_urls)
+    return open_mapped(tables, read_mapping(tables.schema, config.columns), config, name)
 
 
 SPEC = SourceSpec(

@@ -32,10 +32,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
-    """Return the bytes at an http or https URL.
-
-    Raise ImageError if the address is not public, or the response is an error, too large, too slow, or redirected too often.
-    """
+    """Return the bytes at an http or https URL. Raise ImageError if it is not public, an error, too large, or too slow."""
     deadline = time.monotonic() + MAX_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
         try:
@@ -66,9 +63,8 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
     try:
         secure = parts.scheme == "https"
         connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
-        connection.request(
-            "GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), headers={"Accept": "image/*"}
-        )
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", target, headers={"Accept": "image/*"})
         return _read(connection.getresponse(), host, deadline)
     finally:
         timer.cancel()

@@ -101,10 +101,8 @@ class Tables:
         """Return the schema. Raise SourceError if one of these columns is missing."""
         schema = self.schema
         if missing := [column for column in columns if column not in schema.names]:
-            raise SourceError(
-                f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}",
-                hint="use --source hub:ORG/NAME with --columns for a data set of another layout",
-            )
+            hint = "use --source hub:ORG/NAME with --columns for a data set of another layout"
+            raise SourceError(f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}", hint=hint)
         return schema
 
 
@@ -117,10 +115,7 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def split_of_path(path: str) -> str | None:
-    """Return the split that the last possible word of a path names; None if no word names one.
-
-    `data/validation-00000-of-00002.parquet` and `default/val/0000.parquet` are both validation.
-    """
+    """Return the split that the last possible word of a path names, as `val` in default/val/0000.parquet; else None."""
     words = reversed(_WORD.findall(path.lower().removesuffix(".parquet")))
     return next((split for word in words if (split := SPLITS.get(word) or SPLITS.get(_VARIANT.sub(r"\1", word)))), None)
 
@@ -138,10 +133,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
-    """Return the bytes of an image in a row, or those at its URL if URLs are allowed.
-
-    Raise ImageError if the row holds no bytes (a path is never opened), or the URL cannot be fetched.
-    """
+    """Return the bytes of an image in a row, or those at its URL if allowed. Raise ImageError if there are none."""
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")
     else:

@@ -37,8 +37,7 @@ def open_questions(
         for name, file_split, row in tables.rows((key, *images), split):
             if reference_qa := questions.pop((file_split, row[key]), None):  # its first row
                 pages = [row[column] for column in images]
-                stored = stored_split(file_split, split)
-                yield build_sample(name, pages, licence, stored, reference_qa=tuple(reference_qa))
+                yield build_sample(name, pages, licence, stored_split(file_split, split), reference_qa=tuple(reference_qa))
 
     return Source(
         name=config.source.partition("@")[0],

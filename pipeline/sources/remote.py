@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -25,16 +25,8 @@ _TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
 
 
-def is_remote(place: str) -> bool:
-    """Return True if `place` is a URL, not a path."""
-    return "://" in place
-
-
 def open_remote(url: str) -> Tables:
-    """Return the tables of a Parquet file at a URL, or of all under it; the revision digests the store's metadata of each.
-
-    Raise SourceError if there is no Parquet file, the store refuses access, or its package is not installed.
-    """
+    """Return the tables at or under a URL, with a digest of the metadata of each. Raise SourceError if they cannot be read."""
     with translate_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale
         infos: dict[str, dict[str, Any]] = {root: store.info(root)}
@@ -48,19 +40,17 @@ def open_remote(url: str) -> Tables:
     if not paths:
         hint = "pass a file, or a folder of a store that lists them: --source parquet:s3://BUCKET/FOLDER"
         raise SourceError(f"no Parquet file at {url}", hint=hint)
-    return Tables(
-        name=folder.rstrip("/").rpartition("/")[2] or folder,
-        revision=digest(contents),
-        licence="unknown",
-        files=group_by_split(paths),
-        open=lambda name: store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"),
-        translate_errors=partial(translate_errors, url),
-    )
+
+    def open_file(name: str) -> BinaryIO:
+        return cast(BinaryIO, store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"))
+
+    name = folder.rstrip("/").rpartition("/")[2] or folder
+    return Tables(name, digest(contents), "unknown", group_by_split(paths), open_file, partial(translate_errors, url))
 
 
 def _without_key(path: str) -> str:
     """Return a path without a URL's query and fragment, which may hold a signature."""
-    return urlsplit(path)._replace(query="", fragment="").geturl() if is_remote(path) else path
+    return urlsplit(path)._replace(query="", fragment="").geturl() if "://" in path else path
 
 
 def _content_of(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:

@@ -22,8 +22,8 @@ def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, decks:
     """Return a source of `limit` scenes or decks, or one slice of them. A longer run begins with the rows of a shorter one."""
     total, draw_row = limit or DEFAULT_LIMIT, draw_deck if decks else draw_sample
     rows = (draw_row(seed, index) for index in range(part.number, total, part.of))
-    name = "scenes-deck" if decks else "scenes"
-    return Source(name=name, revision=f"{REVISION}.{seed}", rows=rows, count=lambda: total, decks=decks)
+    name, revision = "scenes-deck" if decks else "scenes", f"{REVISION}.{seed}"
+    return Source(name=name, revision=revision, rows=rows, count=lambda: total, decks=decks)
 
 
 def draw_sample(seed: int, index: int) -> Sample:

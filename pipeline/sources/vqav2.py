@@ -18,9 +18,8 @@ _TEXT_COLUMNS = ("image_id", "question", "answers", "answer_type")
 
 
 def _question(row: dict[str, Any]) -> ReferenceQA:
-    texts = (
-        answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"] or ()
-    )  # the test split has none
+    given = row["answers"] or ()  # the test split has none
+    texts = (answer["answer"] if isinstance(answer, dict) else answer for answer in given)
     answers = tuple(normalize_answer(str(text)) for text in texts)  # as in the official evaluation
     return ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
 

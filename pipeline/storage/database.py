@@ -21,10 +21,7 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield an empty database that lies in `folder` while it is used, or, for an object store, in the temporary folder."""
     parent = None if is_remote(folder) else folder
     config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(len(os.sched_getaffinity(0)))}
-    with (
-        TemporaryDirectory(prefix=".compare-", dir=parent) as scratch,
-        duckdb.connect(f"{scratch}/rows.duckdb", config=config) as db,
-    ):
+    with TemporaryDirectory(prefix=".compare-", dir=parent) as home, duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
         db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
         yield _quiet(db)
 
@@ -40,10 +37,7 @@ def _quiet(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
 
 
 def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Make a table from Arrow tables of one schema; memory holds one of them.
-
-    What makes the tables may query the database through a cursor of its own only.
-    """
+    """Make a table from Arrow tables, one in memory at a time. Their maker may query the database by its own cursor only."""
     cast_batches = (batch for table in batches for batch in table.cast(schema).to_batches())
     db.register("incoming", pa.RecordBatchReader.from_batches(schema, cast_batches))
     db.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")  # noqa: S608  # a name of ours

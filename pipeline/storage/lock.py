@@ -26,10 +26,8 @@ def lease(
 
     A killed holder leaves the object behind. It is taken over if it has not changed for `seconds` of the local clock: machines
     need not agree on the time. A store without conditional writes (`If-None-Match`) cannot keep out a second holder that starts
-    at the same moment. Raise StoreError if another live holder has the lease.
-
-    `say` receives a message if the lease has to be waited for. The yielded function raises StoreError if another holder has
-    taken over the lease.
+    at the same moment. `say` receives a message if the lease has to be waited for. The yielded function raises StoreError if
+    another holder has taken over the lease. Raise StoreError if another live holder has it.
     """
     holder_id = uuid4().hex
     _take(path, holder_id, seconds, say)
@@ -89,10 +87,9 @@ def _renew(path: Path, holder_id: str, every_seconds: float, ended: threading.Ev
 def _holder(path: Path) -> list[Any]:
     """Return [holder id, number of its last heartbeat]; an empty list without a lease."""
     try:
-        holder: list[Any] = json.loads(path.read_bytes())
+        return list(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return []
-    return holder
 
 
 def _beat(holder_id: str, beats: int) -> bytes:

@@ -27,10 +27,7 @@ STORE_ERRORS = (  # that are not OSError
 
 
 def parse_dataset_path(name: str) -> Path:
-    """Return a local path, or for a URL a UPath into an object store, which has the methods of Path that are used here.
-
-    Raise ConfigError if the store or the name is not supported, or the store's package is not installed.
-    """
+    """Return a local path, or for a URL a UPath into a store, with the same methods. Raise ConfigError if none can be made."""
     scheme, separator, key = name.partition("://")
     if not separator:
         return parse_local_path(name)
@@ -127,13 +124,12 @@ def key_of(path: Path) -> str:
 @contextmanager
 def translate_store_errors(path: Path) -> Iterator[None]:
     """Turn errors of a store into StoreError. Other exceptions are our own bugs, and pass through."""
-    scheme = str(path).partition("://")[0]
     try:
         yield
     except Exception as error:
         if not isinstance(error, (OSError, *store_error_types())):
             raise
-        hint = f"check the address, the network and the keys of {scheme}; then run the same command"
+        hint = f"check the address, the network and the keys of {str(path).partition('://')[0]}; then run the same command"
         raise StoreError(f"{path}: {one_line(error)}", hint=hint) from None
 
 

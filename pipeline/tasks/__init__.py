@@ -40,5 +40,4 @@ def find_broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | No
 @cache
 def wire_schema(name: str) -> dict[str, Any]:
     """Return the JSON schema that the decoder enforces for a task. It is cached: do not change it."""
-    schema: dict[str, Any] = strip_schema(find_task(name).output.model_json_schema())
-    return schema
+    return dict(strip_schema(find_task(name).output.model_json_schema()))

@@ -36,10 +36,7 @@ class Prompt:
 
 
 def user_content(images: Sequence[Any], text: str, pages: Sequence[int] | None = None) -> list[Any]:
-    """Return the parts of the user's turn: the images, each of several after its page number, then the text.
-
-    `pages` are the page numbers of images that are an excerpt of a document, even of a single page.
-    """
+    """Return the user's turn: images, each after its page number if several or an excerpt (`pages`), then the text."""
     parts: list[Any] = []
     for number, image in zip(pages or range(1, len(images) + 1), images, strict=True):
         parts += [{"type": "text", "text": page_label(number)}, image] if len(images) > 1 or pages else [image]
@@ -62,10 +59,9 @@ def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
         text = _environment().from_string(template(name, folder)).render(values).strip()
     except TemplateError as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
-        raise ConfigError(
-            f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}",
-            hint=f"caption styles of this version: {', '.join(STYLES)}; others need your own template (generate.prompt_dir)",
-        ) from None
+        hint = f"caption styles of this version: {', '.join(STYLES)}; others need your own template (generate.prompt_dir)"
+        problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
+        raise ConfigError(problem, hint=hint) from None
     return Prompt(id=prompt_id(task, folder), system=template(SYSTEM, folder).strip(), text=text)
 
 

@@ -2,6 +2,7 @@
 with the reason in `reply_error`, so that no reply is lost between the journal and the tables."""
 
 import json
+import re
 from typing import Any
 
 from pipeline.digests import digest
@@ -9,6 +10,7 @@ from pipeline.tasks import find_broken_rule, find_task
 from pipeline.text.refusals import is_refusal
 from pipeline.types import Reply, Request
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one: JSON can escape it, but no table can hold it
 MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression")
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
@@ -68,16 +70,9 @@ def _repeats(words: list[str]) -> bool:
 
 def _is_readable(item: Any) -> bool:
     """Return True if a table can hold an item: texts, and small positive integers in `evidence_pages`."""
-    return isinstance(item, dict) and all(
-        _is_pages(value) if name == "evidence_pages" else isinstance(value, str) and _is_unicode(value)
-        for name, value in item.items()
-    )
-
-
-def _is_pages(value: Any) -> bool:
-    return isinstance(value, list) and all(type(page) is int and 0 < page < 2**31 for page in value)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return True if a text has no lone surrogates: JSON can escape them, but tables cannot hold them."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    if not isinstance(item, dict):
+        return False
+    pages = item.get("evidence_pages", [])
+    has_pages = isinstance(pages, list) and all(type(page) is int and 0 < page < 2**31 for page in pages)
+    texts = [value for name, value in item.items() if name != "evidence_pages"]
+    return has_pages and all(isinstance(text, str) and not _SURROGATE.search(text) for text in texts)

@@ -42,9 +42,6 @@ def content_key(text: str) -> str:
     if not words:
         return text_key(text) or text
     first = min(words)
-    if words.count(first) == 1:
-        start = words.index(first)
-        return " ".join(words[start:] + words[:start])
     return min(" ".join(words[start:] + words[:start]) for start, word in enumerate(words) if word == first)
 
 
@@ -70,9 +67,8 @@ def content_keys(texts: pa.Array) -> pa.Array:
     keys = pc.binary_join(_as_lists(words.vocabulary, words.numbers[rotated], words.offsets), " ")
     # Texts that are not ASCII, have several smallest words or no content word are left to `content_key`.
     is_irregular = pa.array(~words.is_plain | (times_smallest != 1))
-    return pc.replace_with_mask(
-        keys, is_irregular, pa.array(map(content_key, texts.filter(is_irregular).to_pylist()), pa.string())
-    )
+    irregular_keys = map(content_key, texts.filter(is_irregular).to_pylist())
+    return pc.replace_with_mask(keys, is_irregular, pa.array(irregular_keys, pa.string()))
 
 
 def content_word_lists(texts: pa.Array) -> pa.ListArray:

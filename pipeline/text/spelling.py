@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from pipeline.text.normalize import Indices
 from pipeline.text.wordnet import dictionary_words
 
+Hashes = npt.NDArray[np.uint64]
 BATCH = 10_000  # keys processed at once, to bound memory
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
@@ -35,21 +37,18 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     key with two possible corrections is left alone.
     """
     ordered = keys.take(pc.sort_indices(keys))
-    numbers = _WordHashes()
     wrong_keys: dict[tuple[str, str], set[str]] = defaultdict(set)
-    remainders: list[npt.NDArray[np.uint64]] = []
-    for batch in _slices(ordered):
-        key_of, position, unknown, remainder = numbers.words_of(batch)
+    remainders: list[Hashes] = [np.zeros(0, np.uint64)]
+    for batch, key_of, position, unknown, remainder in _batches_of_words(ordered):
         remainders.append(remainder[unknown])
         for n in np.flatnonzero(unknown).tolist():
             key = batch[key_of[n]].as_py()
             wrong, rest = _split_at(key, position[n])
             for variant in _variants(wrong):
                 wrong_keys[rest, variant].add(key)
-    wrong_remainders = np.unique(np.concatenate(remainders)) if remainders else np.zeros(0, np.uint64)
+    wrong_remainders = np.unique(np.concatenate(remainders))
     corrections: dict[str, set[str]] = defaultdict(set)
-    for batch in _slices(ordered):
-        key_of, position, unknown, remainder = numbers.words_of(batch)
+    for batch, key_of, position, unknown, remainder in _batches_of_words(ordered):
         for n in np.flatnonzero(~unknown & np.isin(remainder, wrong_remainders)).tolist():
             key = batch[key_of[n]].as_py()
             right, rest = _split_at(key, position[n])
@@ -59,48 +58,42 @@ def merge_misspelled(keys: pa.Array) -> dict[str, str]:
     return _resolve_chains({wrong: right.pop() for wrong, right in corrections.items() if len(right) == 1})
 
 
-def key_remainders(keys: pa.Array) -> npt.NDArray[np.uint64]:
+def key_remainders(keys: pa.Array) -> Hashes:
     """Return the remainders of keys with an unknown word, sorted; the key with the correct word has the same remainder."""
-    numbers, batches = _WordHashes(), [np.zeros(0, np.uint64)]
-    for batch in _slices(keys):
-        _, _, unknown, remainder = numbers.words_of(batch)
-        batches.append(np.unique(remainder[unknown]))
-    return np.unique(np.concatenate(batches))
+    batches = [np.unique(remainder[unknown]) for _, _, _, unknown, remainder in _batches_of_words(keys)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *batches]))
 
 
-def comparable_keys(keys: pa.Array, remainders: npt.NDArray[np.uint64]) -> pa.Array:
+def comparable_keys(keys: pa.Array, remainders: Hashes) -> pa.Array:
     """Return the keys that `merge_misspelled` needs, given the remainders of all keys; it would ignore the others."""
-    numbers, rows = _WordHashes(), [np.zeros(0, np.int64)]
-    for batch_index, batch in enumerate(_slices(keys)):
-        key_of, _, unknown, remainder = numbers.words_of(batch)
+    rows = [np.zeros(0, np.int64)]
+    for batch_index, (_, key_of, _, unknown, remainder) in enumerate(_batches_of_words(keys)):
         rows.append(batch_index * BATCH + np.unique(key_of[unknown | np.isin(remainder, remainders)]))
     return keys.take(pa.array(np.concatenate(rows)))
 
 
-def _slices(keys: pa.Array) -> list[pa.Array]:
-    return [keys.slice(start, BATCH) for start in range(0, len(keys), BATCH)]
+def _batches_of_words(keys: pa.Array) -> Iterator[tuple[pa.Array, Indices, Indices, npt.NDArray[np.bool_], Hashes]]:
+    """Yield keys in batches, and for each word the key's index, the position in it, whether it is unknown, and the remainder.
 
-
-class _WordHashes:
-    """Hashes of words, equal in every process; the remainder of a key is the sum of its hashes without that of one word."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[int, bool]] = {}
-
-    def words_of(self, keys: pa.Array) -> tuple[Indices, Indices, npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """Return, for each word of the keys: the key's index, the position in it, whether it is unknown, and the remainder."""
-        words = pc.split_pattern(keys, " ")
+    The remainder of a key is the sum of the hashes of its words without that of one word.
+    """
+    for batch_start in range(0, len(keys), BATCH):
+        batch = keys.slice(batch_start, BATCH)
+        words = pc.split_pattern(batch, " ")
         encoded = words.flatten().dictionary_encode()
-        for word in encoded.dictionary.to_pylist():
-            if word not in self._known:
-                word_hash = hashlib.blake2b(word.encode(), digest_size=8).digest()
-                self._known[word] = int.from_bytes(word_hash) >> 1, is_unknown(word)
-        entries = [self._known[word] for word in encoded.dictionary.to_pylist()]
+        entries = [_describe(word) for word in encoded.dictionary.to_pylist()]
         indices, starts = encoded.indices.to_numpy(), words.offsets.to_numpy() - words.offsets[0].as_py()
-        key = np.repeat(np.arange(len(keys)), np.diff(starts))
+        key = np.repeat(np.arange(len(batch)), np.diff(starts))
         number = np.array([number for number, _ in entries], np.uint64)[indices]
+        unknown = np.array([unknown for _, unknown in entries], bool)[indices]
         remainder = (np.add.reduceat(number, starts[:-1]) if len(number) else number)[key] - number
-        return key, np.arange(len(key)) - starts[key], np.array([unknown for _, unknown in entries], bool)[indices], remainder
+        yield batch, key, np.arange(len(key)) - starts[key], unknown, remainder
+
+
+@lru_cache(maxsize=1 << 17)
+def _describe(word: str) -> tuple[int, bool]:
+    """Return the hash of a word, equal in every process, and whether the word is unknown."""
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest()) >> 1, is_unknown(word)
 
 
 def _split_at(key: str, position: int) -> tuple[str, str]:
