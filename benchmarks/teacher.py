@@ -15,11 +15,11 @@ from typing import Any
 from pipeline.config import Config, resolve
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.requests import build_requests
-from pipeline.scenes.score import score_annotations, score_decks
 from pipeline.sources.scenes import draw_deck, draw_sample
 from pipeline.stages.source import BATCH_SAMPLES
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Request, Sample
+from tests.scene_data import score_annotations, score_decks
 
 REWORDED_SYSTEM = (
     "Someone who has lost their sight relies on you. Tell them plainly what this shows, as JSON, and be brief about it."

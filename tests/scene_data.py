@@ -12,7 +12,7 @@ from pipeline.config import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from pipeline.scenes.score import parse_scene
+from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
 from pipeline.scenes.text import STYLES, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
@@ -121,3 +121,27 @@ def content_of(writer: RowWriter, rows: Rows) -> Content:
     files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
     digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
     return Content(writer.columns, digests, writer.counts(), files, sorted(rows.licenses), rows.examples)
+
+
+def score_annotations(
+    annotations: Iterable[dict[str, Any]], facts: dict[str, dict[str, Any]]
+) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+    """Score rows of tables.ANNOTATION: captions by style and answers by type; `facts` are by sample id."""
+    captions: dict[str, CaptionScore] = {}
+    answers: dict[str, AnswerScore] = {}
+    for row in annotations:
+        scene = parse_scene(facts[row["sample_id"]])
+        if row["text"] is not None:
+            captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
+        else:
+            answers.setdefault(row["answer_type"] or "", AnswerScore()).add(row["question"] or "", row["answer"] or "", scene)
+    return captions, answers
+
+
+def score_decks(annotations: Iterable[dict[str, Any]], page_facts: dict[str, Sequence[dict[str, Any]]]) -> dict[str, DeckScore]:
+    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `page_facts` are by sample id."""
+    scores: dict[str, DeckScore] = {}
+    for row in annotations:
+        deck = tuple(parse_scene(page) for page in page_facts[row["sample_id"]])
+        scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, deck)
+    return scores

@@ -22,7 +22,7 @@ FILES = {
         transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ clip deck draw facts score teacher text",
-    "pipeline/scenes/training": "__init__ guide pack train_clip train_teacher wording",
+    "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
     "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet questions remote scenes
         slidevqa vqav2""",
     "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from pipeline.images.clip import ClipScorer
-from trainer.model.encoder import resolve_model_name
+from trainer.model.encoder import ENCODERS
 
 WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
@@ -25,7 +25,5 @@ def clip_scores(name: str, images: Iterable[Image], captions: Sequence[str], *or
 
 def is_same(name: str, made_from: dict[str, str]) -> bool:
     """Whether a CLIP is the captioner's own encoder, whose score would be biased."""
-    return resolve_model_name(made_from.get("name", "")) in (
-        resolve_model_name(name),
-        Path(name).name if Path(name).is_dir() else resolve_model_name(name),
-    )
+    own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
+    return ENCODERS.get(own_name, own_name) in (model_id, Path(name).name if Path(name).is_dir() else model_id)

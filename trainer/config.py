@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Section, read_yaml, validate
 
+Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
 DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
 
@@ -41,7 +42,7 @@ class TrainConfig(Section):
     decoder_heads: int = Field(default=6, ge=1)
     vocab_size: int = Field(default=4096, ge=300)  # an upper bound: small data has fewer tokens
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    text_source: Literal["synthetic", "human", "mixed"] = "synthetic"
+    text_source: Mixture = "synthetic"
     styles: tuple[str, ...] = ()  # caption styles to learn; empty: all
     source_in_prompt: bool = True  # whether prompts name the source: human or synthetic
     questions: bool = True  # whether to learn answers to questions

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from PIL import Image
@@ -14,12 +14,12 @@ from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.tables import PIXELS
+from trainer.config import Mixture
 from trainer.image_index import map_images
 from trainer.tokenizer import TargetText
 
 HUMAN_STYLE = "brief"  # the style of human captions
 ANY_SOURCE = "any"  # source in prompts that do not name one
-Mixture = Literal["synthetic", "human", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)

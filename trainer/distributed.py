@@ -3,16 +3,33 @@
 import os
 
 import torch.distributed
+from torch import Tensor, nn
 
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
-def all_reduce_sum(gradients: list[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over all processes."""
-    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
+    """Sum gradients and loss over all processes; small gradients share a message, since each message has a latency."""
+    loss_tensor = torch.tensor([loss], device=device)
+    gradients, pending = [loss_tensor], 1
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if pending + parameter.numel() > MESSAGE_VALUES:
+                _all_reduce_sum(gradients)
+                gradients, pending = [], 0
+            gradients.append(parameter.grad)
+            pending += parameter.numel()
+    _all_reduce_sum(gradients)
+    return loss_tensor.item()
+
+
+def _all_reduce_sum(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
     torch.distributed.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def join_processes() -> tuple[int, int]:

@@ -14,8 +14,8 @@ from pipeline.errors import TrainError
 from trainer.checkpoint import Checkpoint
 from trainer.clipscore import clip_scores, is_same
 from trainer.data import Example, examples_in
-from trainer.features import FeatureSource, OnlineFeatures
-from trainer.generate import BATCH_IMAGES, scored_prompt, write_captions
+from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures
+from trainer.generate import scored_prompt, write_captions
 from trainer.metrics import bootstrap, derangement, meteor, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.tokenizer import TargetText

@@ -18,11 +18,9 @@ import numpy as np
 import torch.distributed
 from torch import Tensor
 
-from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.storage.files import write_json
 from trainer.data import Example
-from trainer.model.captioner import Captioner
 from trainer.model.encoder import Encoder
 
 BATCH_IMAGES = 64
@@ -86,15 +84,5 @@ def cache_features(
             states.flush()  # before the JSON file counts the batch
             write_json(progress_file, {"done": start + len(batch), "shape": shape})
             progress("features", start + len(batch), len(ids))
-    return Features(
-        {sample_id: row for row, sample_id in enumerate(ids)}, np.memmap(file, dtype=np.int16, mode="r", shape=shape)
-    )
-
-
-def open_feature_source(
-    captioner: Captioner, version: Version, examples: list[Example], device: torch.device, progress: Progress
-) -> FeatureSource:
-    """Return a feature cache for a frozen encoder, else hidden states that are computed online."""
-    if not captioner.encoder.config.frozen:
-        return OnlineFeatures(captioner.encoder, device)
-    return cache_features(captioner.encoder, examples, version.dataset_dir / "features", device, progress)
+    row_of = {sample_id: row for row, sample_id in enumerate(ids)}
+    return Features(row_of, np.memmap(file, dtype=np.int16, mode="r", shape=shape))

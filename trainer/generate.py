@@ -10,11 +10,9 @@ from pipeline.errors import ImageError, TrainError
 from pipeline.images.decode import prepare_image
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example
-from trainer.features import FeatureSource
+from trainer.features import BATCH_IMAGES, FeatureSource
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.tokenizer import TargetText
-
-BATCH_IMAGES = 64
 
 
 def write_captions(

@@ -9,7 +9,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import nn
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import TrainError
+from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.storage.files import write_json
 from trainer.checkpoint import (
     Checkpoint,
@@ -36,19 +36,19 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, examples_in, limit_captions, limit_images
-from trainer.distributed import MESSAGE_VALUES, all_reduce_sum, join_processes
+from trainer.distributed import all_reduce_gradients, join_processes
 from trainer.evaluate import EvalOptions, evaluate
-from trainer.features import FeatureSource, OnlineFeatures, Progress, open_feature_source
+from trainer.features import FeatureSource, OnlineFeatures, Progress, cache_features
 from trainer.generate import scored_prompt
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
-from trainer.model.encoder import HUB, TINY_CLIP, load_encoder
+from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.optimizer import parameter_groups, set_stage
-from trainer.tokenizer import train_tokenizer
+from trainer.tokenizer import TextBatch, train_tokenizer
 
-CLIP = HUB["clip"]
+CLIP = CLIP_MODELS["clip"]
 SPIKE = 10.0  # times the median gradient norm: such a step is skipped
 SPIKE_STEPS = 64  # steps in the median
 GIVE_UP = 10  # skipped steps in a row
@@ -80,56 +80,59 @@ class Trainer:
         for indices in batches(len(self.train), size, self.config.seed, first_step):
             yield [self.train[index] for index in indices]
 
+    def train_step(self, optimizer: torch.optim.Optimizer, step: int, examples: list[Example]) -> tuple[dict[str, Any], int]:
+        """Train one step; return its stage, loss, gradient norm and learning rate, and its number of target tokens.
+
+        Raises TrainError after too many skipped steps in a row.
+        """
+        captioner = self.checkpoint.captioner.train()
+        if step == self.config.align_steps:
+            self.norms = []  # more parts are trained from here on: earlier norms do not apply
+        # Dropout depends on seed, step and rank only: no generator state is saved.
+        torch.manual_seed(int(digest([self.config.seed, step, self.rank])[:15], 16))
+        stage = set_stage(optimizer, self.config, step)
+        optimizer.zero_grad()
+        loss, tokens = self.step_loss(examples)
+        learning = [p for p in captioner.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
+        if self.should_step(loss, norm):
+            optimizer.step()
+        elif self.skipped_steps >= GIVE_UP:
+            raise TrainError(f"the loss is {loss} and the gradient {norm} at step {step}", hint="lower the rates")
+        return {
+            "stage": stage,
+            "loss": loss,
+            "norm": norm,
+            "rate": max(group["lr"] for group in optimizer.param_groups),
+        }, tokens
+
     def step_loss(self, examples: list[Example]) -> tuple[float, int]:
         """Accumulate the gradients of one step; return the mean loss per token, and the number of tokens.
 
         The mean is over the tokens of all images of the step, across micro-batches and processes.
         """
-        tokenizer, longest = self.checkpoint.words, self.config.max_caption_tokens
-        count = self.config.gradient_accumulation_steps * self.processes
+        captioner, micro_batches = self.checkpoint.captioner, self.config.gradient_accumulation_steps
+        count = micro_batches * self.processes
         # Parts of all processes: the mean needs their token counts. Images of other processes are not read.
-        parts = [examples[part::count] for part in range(count)]
-        texts = [tokenizer.collate([example.texts for example in part], longest) if part else None for part in parts]
-        tokens = sum(int(batch.learned_CT.sum()) for batch in texts if batch)
-        captioner, total = self.checkpoint.captioner, 0.0
-        for index in self._parts():
-            part, text_batch = parts[index], texts[index]
-            if text_batch is None:
+        parts = [examples[first::count] for first in range(count)]
+        texts = [self.collate(part) if part else None for part in parts]
+        tokens, total = sum(int(batch.learned_CT.sum()) for batch in texts if batch), 0.0
+        for index in range(self.rank * micro_batches, (self.rank + 1) * micro_batches):
+            if (text_batch := texts[index]) is None:
                 continue
             batch = text_batch.to(self.device)
-            with self._autocast():
-                states_BNV = self.features(part).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                states_BNV = self.features(parts[index]).to(self.device)
                 loss = captioner.loss(states_BNV, batch) / tokens
                 total += loss.item()
                 if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
                     loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, batch) / count
             loss.backward()
-        return self._all_reduce(total), tokens
+        return (all_reduce_gradients(captioner, total, self.device) if self.processes > 1 else total), tokens
 
-    def _parts(self) -> range:
-        first = self.rank * self.config.gradient_accumulation_steps
-        return range(first, first + self.config.gradient_accumulation_steps)
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
-
-    def _all_reduce(self, loss: float) -> float:
-        """Sum gradients and loss over all processes; small gradients share a message, since each message has a latency."""
-        if self.processes == 1:
-            return loss
-        loss_tensor = torch.tensor([loss], device=self.device)
-        gradients, pending = [loss_tensor], loss_tensor.numel()
-        for parameter in self.checkpoint.captioner.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                if pending + parameter.numel() > MESSAGE_VALUES:
-                    all_reduce_sum(gradients)
-                    gradients, pending = [], 0
-                gradients.append(parameter.grad)
-                pending += parameter.numel()
-        all_reduce_sum(gradients)
-        return loss_tensor.item()
+    def collate(self, examples: list[Example]) -> TextBatch:
+        """Return one batch of all texts of the examples."""
+        return self.checkpoint.words.collate([example.texts for example in examples], self.config.max_caption_tokens)
 
     def should_step(self, loss: float, norm: float) -> bool:
         """Return whether to apply a step: loss and gradient norm are finite, and the norm is no spike. Records the norm."""
@@ -139,6 +142,30 @@ class Trainer:
             self.norms = [*self.norms[1 - SPIKE_STEPS :], norm]
         self.skipped_steps = 0 if is_good else self.skipped_steps + 1
         return is_good
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Return the mean loss per token over the validation images that are used while training."""
+        captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
+        examples = [example for example in self.validation if example.texts]
+        for start in range(0, len(examples), self.config.batch_size):
+            part = examples[start : start + self.config.batch_size]
+            texts = self.collate(part)
+            total += captioner.loss(self.features(part).to(self.device), texts.to(self.device)).item()
+            tokens += int(texts.learned_CT.sum())
+        return total / max(1, tokens)
+
+    def validate(self, out: Path, log: Log, done: int, best: float) -> float:
+        """Score the validation split, save the captioner if it is the best so far, and return the best score."""
+        scored = evaluate(self.checkpoint, self.validation, self.eval_options, self.features)
+        cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
+        loss = self.validation_loss()
+        log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
+        # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
+        quality = cider_d if scored["images"] > 1 else -loss
+        if quality > best:
+            self.checkpoint.save(out)
+        return max(quality, best)
 
 
 def train(
@@ -151,14 +178,11 @@ def train(
     only: Container[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train a captioner on a version, and score it once on the test split.
+    """Train a captioner on a version, and score it once on the test split; return the content of metrics.json.
 
     Writes to `out`: config.json, model.safetensors and tokenizer.json of the checkpoint with the best CIDEr-D on the
     validation split, metrics.json, captions.jsonl (captions of the test images), log.jsonl, train.json (the settings) and,
     until done, resume.pt; with `tensorboard`, also the curves as event files. `only` limits the images to these sample ids.
-
-    Returns:
-        The content of metrics.json.
 
     Raises:
         StoreError: the version lacks a split.
@@ -172,45 +196,79 @@ def train(
     torch.manual_seed(config.seed)
     sets = {split: read_examples(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
-    test = sets["test"]
-    validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
     config = config.with_defaults(len(train_set))
     if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
         raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
     checkpoint = _build(version, config, train_set)
-    captioner = checkpoint.captioner.to(device)
+    encoder = checkpoint.captioner.to(device).encoder
     out.mkdir(parents=True, exist_ok=True)
-    features = open_feature_source(captioner, version, [*train_set, *sets["validation"], *test], device, report)
+    features: FeatureSource = OnlineFeatures(encoder, device)
+    if encoder.config.frozen:
+        cached = [*train_set, *sets["validation"], *sets["test"]]
+        features = cache_features(encoder, cached, version.dataset_dir / "features", device, report)
+    validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
     trainer = Trainer(checkpoint, config, train_set, validation, features, device, rank, processes)
-    settings = config.model_dump(mode="json")
     run = digest([config.digest_values(), version.manifest["digest"], processes, [example.sample_id for example in train_set]])
     state = load_resume(out, run) if resume else None
+    log = None
     if rank == 0:
         (out / "metrics.json").unlink(missing_ok=True)  # stale: the weights are about to change
-        write_json(out / "train.json", settings)
-    first_step = state["step"] if state else 0
-    log = Log(out / "log.jsonl", first_step, tensorboard=tensorboard) if rank == 0 else None
+        write_json(out / "train.json", config.model_dump(mode="json"))
+        log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
     best = _run(trainer, out, run, log, report, state)
-    metrics: dict[str, Any] = {}
-    if rank == 0:
-        chosen = load_checkpoint(out, device)
-        options = EvalOptions(trainer.eval_options.prompt, DecodingConfig(beams=config.num_beams), questions=True)
-        chosen_states = (
-            features if not isinstance(features, OnlineFeatures) else OnlineFeatures(chosen.captioner.encoder, device)
-        )
-        metrics = {
-            "data": captioner.config.data,
-            "split": "test",
-            "parameters": sum(p.numel() for p in captioner.parameters()),
-            "best_validation": best,
-            **evaluate(chosen, test, options, chosen_states),
-        }
-        write_captions(out / "captions.jsonl", metrics.pop("each"))
-        write_json(out / "metrics.json", metrics)
-        (out / "resume.pt").unlink(missing_ok=True)
+    metrics = _test(trainer, out, sets["test"], best) if rank == 0 else {}
     if processes > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    return metrics
+
+
+def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> float:
+    """Train to the last step; keep the checkpoint with the best validation score, and return that score."""
+    config, captioner = trainer.config, trainer.checkpoint.captioner
+    optimizer = torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
+    first_step, best = 0, -math.inf
+    if state:
+        captioner.load_state_dict(state["captioner"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
+    if config.compile:
+        learner = captioner.decoder
+        (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
+    total, started, images, tokens = config.align_steps + config.steps, time.monotonic(), 0, 0
+    for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
+        values, step_tokens = trainer.train_step(optimizer, step, examples)
+        if log is None:
+            continue
+        done, images, tokens, seconds = step + 1, images + len(examples), tokens + step_tokens, time.monotonic() - started
+        left = seconds / (done - first_step) * (total - done)
+        speed = {"seconds": seconds, "seconds_left": left, "images_per_s": images / seconds, "tokens_per_s": tokens / seconds}
+        log.write(step=done, **values, **speed, memory_mb=_memory_mb())
+        progress(values["stage"], done, total)
+        if done % config.evaluate_every == 0 or done in (config.align_steps, total):
+            best = trainer.validate(out, log, done, best)
+            state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
+            save_resume(out, state | {"norms": trainer.norms, "run": run})
+    return best
+
+
+def _test(trainer: Trainer, out: Path, examples: list[Example], best: float) -> dict[str, Any]:
+    """Score the saved captioner on the test split; write and return its metrics."""
+    captioner, features = trainer.checkpoint.captioner, trainer.features
+    chosen = load_checkpoint(out, trainer.device)
+    if not captioner.encoder.config.frozen:
+        features = OnlineFeatures(chosen.captioner.encoder, trainer.device)
+    options = EvalOptions(trainer.eval_options.prompt, DecodingConfig(beams=trainer.config.num_beams), questions=True)
+    metrics: dict[str, Any] = {
+        "data": captioner.config.data,
+        "split": "test",
+        "parameters": sum(p.numel() for p in captioner.parameters()),
+        "best_validation": best,
+        **evaluate(chosen, examples, options, features),
+    }
+    write_captions(out / "captions.jsonl", metrics.pop("each"))
+    write_json(out / "metrics.json", metrics)
+    (out / "resume.pt").unlink(missing_ok=True)
     return metrics
 
 
@@ -243,13 +301,9 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
     texts = [text for example in train_set for text in example.texts]
     if config.is_scratch:
         tokenizer = train_tokenizer(texts, config.vocab_size)
-        decoder: Any = DecoderConfig(
-            vocab_size=tokenizer.tokenizer.get_vocab_size(),
-            width=config.decoder_width,
-            depth=config.decoder_depth,
-            heads=config.decoder_heads,
-            dropout=config.dropout,
-        )
+        sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
+        vocab_size = tokenizer.tokenizer.get_vocab_size()
+        decoder: Any = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
     else:
         decoder, tokenizer = load_decoder(config.decoder)
     captioner = build_captioner(
@@ -268,91 +322,6 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
         },
     )
     return Checkpoint(captioner, tokenizer)
-
-
-def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> float:
-    """Train to the last step; keep the checkpoint with the best validation score, and return that score."""
-    config, captioner = trainer.config, trainer.checkpoint.captioner
-    optimizer = torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
-    first_step, best = 0, -math.inf
-    if state:
-        captioner.load_state_dict(state["captioner"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
-    if config.compile:
-        learner = captioner.decoder
-        (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
-    total, started, images, tokens_done = config.align_steps + config.steps, time.monotonic(), 0, 0
-    for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
-        captioner.train()
-        if step == config.align_steps:
-            trainer.norms = []  # more parts are trained from here on: earlier norms do not apply
-        # Dropout depends on seed, step and rank only: no generator state is saved.
-        torch.manual_seed(int(digest([config.seed, step, trainer.rank])[:15], 16))
-        stage = set_stage(optimizer, config, step)
-        optimizer.zero_grad()
-        loss, tokens = trainer.step_loss(examples)
-        learning = [p for p in captioner.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(learning, config.max_grad_norm))
-        if trainer.should_step(loss, norm):
-            optimizer.step()
-        elif trainer.skipped_steps >= GIVE_UP:
-            raise TrainError(f"the loss is {loss} and the gradient {norm} at step {step}", hint="lower the rates")
-        done, images, tokens_done = step + 1, images + len(examples), tokens_done + tokens
-        if log:
-            seconds = time.monotonic() - started
-            log.write(
-                step=done,
-                stage=stage,
-                loss=loss,
-                norm=norm,
-                rate=max(group["lr"] for group in optimizer.param_groups),
-                seconds=seconds,
-                seconds_left=seconds / (done - first_step) * (total - done),
-                images_per_s=images / seconds,
-                tokens_per_s=tokens_done / seconds,
-                memory_mb=_memory_mb(),
-            )
-            progress("align" if stage == "align" else "train", done, total)
-        if done % config.evaluate_every == 0 or done in (config.align_steps, total):
-            best = _check(trainer, out, log, done, best)
-            if log:
-                state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
-                save_resume(out, state | {"norms": trainer.norms, "run": run})
-    return best
-
-
-def _check(trainer: Trainer, out: Path, log: Log | None, done: int, best: float) -> float:
-    """Score the validation split, save the captioner if it is the best so far, and return the best score."""
-    if log is None:
-        return best
-    scored = evaluate(trainer.checkpoint, trainer.validation, trainer.eval_options, trainer.features)
-    cider_d = scored["scores"]["cider_d"]
-    loss = validation_loss(trainer)
-    log.write(
-        step=done,
-        validation_loss=loss,
-        validation_cider_d=cider_d,
-        validation_shuffled_cider_d=scored["shuffled_scores"]["cider_d"],
-    )
-    # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
-    quality = cider_d if scored["images"] > 1 else -loss
-    if quality > best:
-        trainer.checkpoint.save(out)
-    return max(quality, best)
-
-
-@torch.no_grad()
-def validation_loss(trainer: Trainer) -> float:
-    """Return the mean loss per token over the validation images that are used while training."""
-    captioner, total, tokens = trainer.checkpoint.captioner.eval(), 0.0, 0
-    examples = [example for example in trainer.validation if example.texts]
-    for start in range(0, len(examples), trainer.config.batch_size):
-        part = examples[start : start + trainer.config.batch_size]
-        texts = trainer.checkpoint.words.collate([e.texts for e in part], trainer.config.max_caption_tokens)
-        total += captioner.loss(trainer.features(part).to(trainer.device), texts.to(trainer.device)).item()
-        tokens += int(texts.learned_CT.sum())
-    return total / max(1, tokens)
 
 
 def _memory_mb() -> float:

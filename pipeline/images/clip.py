@@ -10,29 +10,36 @@ from PIL.Image import Image
 from pipeline.errors import EngineError
 
 BATCH = 32
-HUB = {"clip": "openai/clip-vit-base-patch32", "metaclip": "facebook/metaclip-b32-400m"}
 TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
+CLIP_MODELS = {  # short name -> id on the Hub, or folder
+    "clip": "openai/clip-vit-base-patch32",
+    "metaclip": "facebook/metaclip-b32-400m",
+    TINY_CLIP: str(Path(__file__).parents[1] / "scenes" / "weights" / "clip"),
+}
 
 
 class ClipScorer:
-    """Score images and texts with a CLIP: clip, metaclip, tiny-clip, a folder or a Hub id. Raise EngineError if unusable."""
+    """Score images and texts with a CLIP, by name: clip, metaclip, tiny-clip, a folder, or an id of the Hub.
+
+    Raises:
+        EngineError: the model cannot be loaded, or torch or transformers is not installed.
+    """
 
     def __init__(self, name: str) -> None:
+        hint = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
         try:
             import torch
             from transformers import CLIPModel, CLIPProcessor
             from transformers.utils.logging import disable_progress_bar
         except ModuleNotFoundError as error:
             raise EngineError(f"a CLIP needs the package {error.name}", hint="install synth with its extra `train`") from None
-        tiny_clip = str(Path(__file__).parents[1] / "scenes" / "weights" / "clip")
-        model_id = tiny_clip if name == TINY_CLIP else HUB.get(name, name)
+        model_id = CLIP_MODELS.get(name, name)
         disable_progress_bar()
         try:
             self._model: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32).eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200]
-            hint = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
             raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None
         self._torch = torch
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,4 +77,5 @@ class ClipScorer:
         if not image_states:
             return []
         image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))
-        return list(self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist())
+        values: list[float] = self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist()
+        return values

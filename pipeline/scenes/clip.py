@@ -5,8 +5,6 @@ Trained by scenes/training/train_clip.py.
 """
 
 from collections.abc import Iterable
-from importlib.resources import files
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
@@ -18,11 +16,6 @@ MAX_TOKENS = 64
 WIDTH, DEPTH = 160, 4  # of both towers
 START, END = "<|startoftext|>", "<|endoftext|>"
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of CLIP
-
-
-def weights_folder() -> Path:
-    """Return the folder of the trained model, which is package data."""
-    return Path(str(files("pipeline.scenes") / "weights" / "clip"))
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -7,16 +7,11 @@ SIZES = ("small", "large")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 PLACES = (  # in reading order: the index is row * 3 + column
-    "top left",
-    "top center",
-    "top right",
-    "middle left",
-    "center",
-    "middle right",
-    "bottom left",
-    "bottom center",
-    "bottom right",
-)
+    "top left", "top center", "top right",
+    "middle left", "center", "middle right",
+    "bottom left", "bottom center", "bottom right",
+)  # fmt: skip
+VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}  # of the attributes of a thing
 BACKGROUNDS = ("white", "gray", "beige", "mint")
 MAX_OBJECTS = 4
 

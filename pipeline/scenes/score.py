@@ -1,7 +1,6 @@
 """Score model outputs about scenes against the facts: captions phrase by phrase, and answers."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +45,7 @@ class CaptionScore:
 
 
 @dataclass(slots=True)
-class AnswerScore:
+class _Answers:
     """Answers of one type against the facts. A question that has no single true answer counts as answered wrongly."""
 
     asked: int = 0
@@ -64,79 +63,42 @@ class AnswerScore:
         """Return the accuracy of always giving the most frequent true answer of this type."""
         return max(self.truths.values(), default=0) / max(1, self.truths.total())
 
-    def add(self, question: str, given: str, scene: Scene) -> None:
-        """Count one answer."""
-        truth = answer(scene, question)
+    def _count(self, truth: str | None, given: str) -> None:
         self.asked += 1
         self.right += truth is not None and given.strip().lower() == truth
         self.unanswerable += truth is None
-        if truth is not None:
-            self.truths[truth] += 1
+        self.truths.update(() if truth is None else (truth,))
+
+
+class AnswerScore(_Answers):
+    """Answers to questions about single scenes."""
+
+    def add(self, question: str, given: str, scene: Scene) -> None:
+        """Count one answer."""
+        self._count(answer(scene, question), given)
 
 
 @dataclass(slots=True)
-class DeckScore:
-    """Answers to questions about decks, their evidence pages and their calculations, against the facts, by type."""
+class DeckScore(_Answers):
+    """Answers to questions about decks, with their evidence pages and calculations."""
 
-    asked: int = 0
-    answers_right: int = 0
     evidence_right: int = 0
     expressions_right: int = 0
-    unanswerable: int = 0
-    truths: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def accuracy(self) -> float:
-        """Return the share of right answers."""
-        return self.answers_right / max(1, self.asked)
 
     @property
     def evidence(self) -> float:
         """Return the share of questions whose evidence pages are exactly those that are needed."""
         return self.evidence_right / max(1, self.asked)
 
-    @property
-    def majority(self) -> float:
-        """Return the accuracy of always giving the most frequent true answer of this type."""
-        return max(self.truths.values(), default=0) / max(1, self.truths.total())
-
     def add(self, row: dict[str, Any], deck: tuple[Scene, ...]) -> None:
-        """Count one annotation; a question without a single true answer counts as answered wrongly."""
+        """Count one annotation."""
         truth = answer_deck(deck, row["question"] or "")
-        self.asked += 1
-        if truth is None:
-            self.unanswerable += 1
-            return
-        self.truths[truth.answer] += 1
-        self.answers_right += (row["answer"] or "").strip().lower() == truth.answer
-        self.evidence_right += tuple(row["evidence_pages"] or ()) == truth.evidence_pages
-        self.expressions_right += (row["expression"] or "") == truth.expression
-
-
-def score_decks(annotations: Iterable[dict[str, Any]], page_facts: dict[str, Sequence[dict[str, Any]]]) -> dict[str, DeckScore]:
-    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `page_facts` are by sample id."""
-    scores: dict[str, DeckScore] = {}
-    for row in annotations:
-        deck = tuple(parse_scene(page) for page in page_facts[row["sample_id"]])
-        scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, deck)
-    return scores
+        self._count(truth.answer if truth else None, row["answer"] or "")
+        if truth:
+            self.evidence_right += tuple(row["evidence_pages"] or ()) == truth.evidence_pages
+            self.expressions_right += (row["expression"] or "") == truth.expression
 
 
 def parse_scene(facts: dict[str, Any]) -> Scene:
     """Return the scene of a value of the column `facts`."""
     return Scene(facts["background"], tuple(Thing(**thing) for thing in facts["objects"]))
-
-
-def score_annotations(
-    annotations: Iterable[dict[str, Any]], facts: dict[str, dict[str, Any]]
-) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
-    """Score rows of tables.ANNOTATION: captions by style and answers by type; `facts` are by sample id."""
-    captions: dict[str, CaptionScore] = {}
-    answers: dict[str, AnswerScore] = {}
-    for row in annotations:
-        scene = parse_scene(facts[row["sample_id"]])
-        if row["text"] is not None:
-            captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
-        else:
-            answers.setdefault(row["answer_type"] or "", AnswerScore()).add(row["question"] or "", row["answer"] or "", scene)
-    return captions, answers

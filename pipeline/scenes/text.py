@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, Thing
+from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, VALUES, Scene, Thing
 from pipeline.tasks.qa import QAPair
 
 STYLES = ("brief", "detailed")
@@ -113,9 +113,6 @@ def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str,
     return {name: getattr(thing, name) for name in ("size", "color", "shape", "place") if name in chosen}
 
 
-_VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
-
-
 def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
     """Ask whether an object exists. Half of the answers are yes; for no, one or all attributes of an object are changed."""
     wanted = rng.choice(("yes", "no"))
@@ -123,7 +120,7 @@ def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
         attributes = _some(rng.choice(scene.objects), ("size", "color", "shape", "place"), rng)
         if wanted == "no":
             for name in [rng.choice(sorted(attributes))] if rng.random() < 0.6 else sorted(attributes):
-                attributes[name] = rng.choice([value for value in _VALUES[name] if value != attributes[name]])
+                attributes[name] = rng.choice([value for value in VALUES[name] if value != attributes[name]])
         text = _describe(attributes)
         question = f"Is there {'an' if text[0] in 'aeiou' else 'a'} {text}?"
         if answer(scene, question) == wanted:
@@ -139,7 +136,7 @@ def ask_number(scene: Scene, rng: random.Random) -> QAPair:
         names = ("size", "color", "shape") if draw < 0.6 else (rng.choice(("size", "color", "shape")),)
         attributes = _some(rng.choice(scene.objects), names, rng)
         if draw > 0.85:
-            attributes = {name: rng.choice(_VALUES[name]) for name in attributes}
+            attributes = {name: rng.choice(VALUES[name]) for name in attributes}
     question = f"How many {_describe(attributes, plural=True)} are there?"
     return QAPair(question=question, answer=answer(scene, question) or "", answer_type="number")
 

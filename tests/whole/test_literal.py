@@ -12,8 +12,8 @@ from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH
-from trainer.model.encoder import HUB
-from trainer.model.language_model import HUB as DECODERS
+from trainer.model.encoder import ENCODERS
+from trainer.model.language_model import DECODERS
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def hub(tmp_path: Path) -> Iterator[RunningHub]:
         datasets.seed_flickr30k(storage, 40)
         save_clip(tmp_path / "clip")
         save_language_model(tmp_path / "qwen3", "qwen3")
-        for name, folder in ((LARGE, TINY_WEIGHTS), (HUB["clip"], tmp_path / "clip"), (DECODERS["qwen3"], tmp_path / "qwen3")):
+        for name, folder in (
+            (LARGE, TINY_WEIGHTS),
+            (ENCODERS["clip"], tmp_path / "clip"),
+            (DECODERS["qwen3"], tmp_path / "qwen3"),
+        ):
             storage.seed("model", name, {path.name: path.read_bytes() for path in folder.iterdir()})
         yield running
 

@@ -17,8 +17,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.scenes.score import score_annotations
-from tests.scene_data import scene_samples
+from tests.scene_data import scene_samples, score_annotations
 from tests.whole.conftest import SYNTH, restore_sigint
 
 ROOT = Path(__file__).parents[2]

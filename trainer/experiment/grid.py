@@ -14,8 +14,7 @@ from pydantic import Field, model_validator
 from pipeline.config import Section, read_yaml, validate
 from pipeline.dataset.paths import slugify
 from pipeline.digests import digest
-from trainer.config import TrainConfig, resolve
-from trainer.data import Mixture
+from trainer.config import Mixture, TrainConfig, resolve
 
 Alignment = Literal["none", "connector", "contrast"]
 ALIGN_SHARE = 0.25  # fraction of all steps that align the connector first

@@ -5,7 +5,6 @@ Shapes: B images, N hidden states, V encoder width. ViT-B/16 at 224 px: N = 197;
 
 import hashlib
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionMo
 
 from pipeline.digests import canonical
 from pipeline.errors import TrainError
+from pipeline.images.clip import CLIP_MODELS
 from trainer.model.hf_config import settings_of, silence_transformers
 
-HUB = {
-    "vit": "google/vit-base-patch16-224-in21k",
-    "clip": "openai/clip-vit-base-patch32",
-    "metaclip": "facebook/metaclip-b32-400m",
-}
-TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
+ENCODERS = {"vit": "google/vit-base-patch16-224-in21k", **CLIP_MODELS}
 TINY_VIT = "tiny-vit"  # from scratch, trained along with the decoder
 # Patches of 14 px, as in the larger CLIP and DINO towers, in images of 84 px: 36 of them.
 TINY_VIT_CONFIG: dict[str, Any] = {
@@ -103,7 +98,7 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
         return Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), {"name": TINY_VIT}))
-    model_id = resolve_model_name(name)
+    model_id = ENCODERS.get(name, name)
     try:
         model_config = AutoConfig.from_pretrained(model_id)
         revision = getattr(model_config, "_commit_hash", None)
@@ -112,7 +107,7 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         options: dict[str, Any] = {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
         with silence_transformers():
             tower = _class_of(model_config).from_pretrained(model_id, dtype=torch.float32, **options)
-        shown = name if name in (TINY_CLIP, *HUB) else Path(model_id).name if Path(model_id).exists() else model_id
+        shown = name if name in ENCODERS else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         encoder = Encoder(EncoderConfig(settings_of(model_config), _plain(processor), layer, frozen is not False, made_from))
         encoder.tower.load_state_dict(tower.state_dict())
@@ -125,11 +120,6 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
     if not -layers - 1 <= layer <= layers:
         raise TrainError(f"{name} has no layer {layer}", hint=f"layers are 0 (the embeddings) to {layers}, or -1 for the last")
     return encoder
-
-
-def resolve_model_name(name: str) -> str:
-    """Return the folder or the Hub id of a model name."""
-    return str(files("pipeline.scenes") / "weights" / "clip") if name == TINY_CLIP else HUB.get(name, name)
 
 
 def _build(model_config: Any) -> nn.Module:

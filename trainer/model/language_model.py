@@ -21,7 +21,7 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import settings_of, silence_transformers
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
-HUB = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
+DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 HEAD_TOKENS = 1024  # whose logits are in memory at once
 
 
@@ -90,7 +90,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
     Raises:
         TrainError: the model does not exist, or its tokenizer has no end-of-text token.
     """
-    model_id = HUB.get(name, name)
+    model_id = DECODERS.get(name, name)
     try:
         with silence_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)

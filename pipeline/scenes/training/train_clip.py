@@ -19,23 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPModel
 
 from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
+from pipeline.scenes.facts import BACKGROUNDS, PLACES, VALUES, Scene, sample_scene
 from pipeline.scenes.text import STYLES, caption
+from pipeline.scenes.training import common
 
 SEED = "clip"  # sources seed scenes with a number, so these are never in a data set
 BATCH = 128
 VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
 HARD_NEGATIVES = 2  # hard negatives for each image: captions with one word changed
-SAVE_EVERY = 100
-PLAIN = ("size", "color", "shape", "background")  # the attributes in a brief caption
-VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
+PLAIN = ("size", "color", "shape", "background")  # what a brief caption says, and what the heads learn
 
 
 def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
@@ -75,31 +74,11 @@ def corpus() -> Iterator[str]:
         yield from (caption(scene, style) for style in STYLES)
 
 
-class PlaceHeads(nn.Module):
-    """Predict the facts of each place from the mean of its four patches; class 0 is an empty place."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        sizes = {"size": len(SIZES) + 1, "color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "background": len(BACKGROUNDS)}
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-
-    def forward(self, patches_BLD: Tensor, scenes: list[Scene]) -> Tensor:
-        """Return the sum of the losses of all heads."""
-        B, L, D = patches_BLD.shape
-        side = math.isqrt(L) // 3
-        cells_BPD = patches_BLD.view(B, 3, side, 3, side, D).mean((2, 4)).view(B, 9, D)
-        loss = patches_BLD.new_zeros(())
-        for name, head in self.heads.items():
-            targets_BP = torch.tensor([_facts(scene, name) for scene in scenes])
-            loss = loss + functional.cross_entropy(head(cells_BPD).flatten(0, 1), targets_BP.flatten())
-        return loss
-
-
-def _facts(scene: Scene, name: str) -> list[int]:
-    if name == "background":
-        return [BACKGROUNDS.index(scene.background)] * len(PLACES)
-    class_at = {thing.place: 1 + VALUES[name].index(getattr(thing, name)) for thing in scene.objects}
-    return [class_at.get(place, 0) for place in PLACES]
+def pool_cells(patches_BLD: Tensor) -> Tensor:
+    """Return the mean of the four patches of each place: (B, P, D)."""
+    B, L, D = patches_BLD.shape
+    side = math.isqrt(L) // 3
+    return patches_BLD.view(B, 3, side, 3, side, D).mean((2, 4)).view(B, 9, D)
 
 
 def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
@@ -120,67 +99,48 @@ def embed(model: CLIPModel, pixels_BCHW: Tensor, tokens: Any) -> tuple[Tensor, T
     return functional.normalize(image_BD, dim=-1), functional.normalize(text_TD, dim=-1)
 
 
-def learning_rate(step: int) -> float:
-    """Return the learning rate of a step: linear warm-up in each phase, then a cosine over the second."""
-    phase_step = step if step < VISION_STEPS else step - VISION_STEPS
-    if phase_step < WARMUP_STEPS:
-        return LEARNING_RATE * (phase_step + 1) / WARMUP_STEPS
-    progress = max(0, step - VISION_STEPS) / ALIGN_STEPS
-    return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def train(out: Path) -> None:
     """Train both phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "tokenizer").exists():
-        train_tokenizer(corpus()).save_pretrained(out / "tokenizer.tmp")
-        (out / "tokenizer.tmp").replace(out / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
-    processor, model = build_processor(tokenizer), build_model(tokenizer)
-    heads = PlaceHeads(WIDTH)
+    tokenizer = common.load_tokenizer(out / "tokenizer", train_tokenizer, corpus)
+    processor, model, heads = build_processor(tokenizer), build_model(tokenizer), common.VisionHeads(WIDTH, PLAIN)
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], weight_decay=0.02, betas=(0.9, 0.98))
-    checkpoint, first_step = out / "checkpoint.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-    started = time.monotonic()
+    parts = {"model": model, "heads": heads, "optimizer": optimizer}
+    checkpoint, started = out / "checkpoint.pt", time.monotonic()
+    first_step = common.load_checkpoint(checkpoint, parts).get("step", 0)
     for step in range(first_step, VISION_STEPS + ALIGN_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
         scenes, pixels, captions = step_data(step)
         pixels_BCHW = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
-        if step < VISION_STEPS:
-            loss = heads(model.vision_model(pixels_BCHW).last_hidden_state[:, 1:], scenes)
+        align_step = step - VISION_STEPS
+        if align_step < 0:
+            loss, _ = heads(pool_cells(model.vision_model(pixels_BCHW).last_hidden_state[:, 1:]), scenes)
             right = float("nan")
         else:
-            tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-            tokens.pop("token_type_ids", None)
-            with torch.autocast("cpu", torch.bfloat16):
-                image_BD, text_TD = embed(model, pixels_BCHW, tokens)
-            image_BD, text_TD = image_BD.float(), text_TD.float()
-            loss = align_loss(image_BD, text_TD, model.logit_scale)
-            own_B = (image_BD * text_TD[:BATCH]).sum(-1)
-            hard_BH = torch.einsum("bd,bhd->bh", image_BD, text_TD[BATCH:].view(BATCH, HARD_NEGATIVES, -1))
-            right = (own_B[:, None] > hard_BH).float().mean().item()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            loss, right = caption_loss(model, tokenizer, pixels_BCHW, captions)
+        phase_step = step if align_step < 0 else align_step
+        rate = common.learning_rate(LEARNING_RATE, phase_step, WARMUP_STEPS, max(0, align_step) / ALIGN_STEPS, lowest=0.02)
+        common.take_step(model, optimizer, loss, rate)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         if step % 20 == 0:
             seconds = (time.monotonic() - started) / (step - first_step + 1)
             print(f"{step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
-        if (step + 1) % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-    processor.save_pretrained(out / "model")
-    model.bfloat16().save_pretrained(out / "model")
+        if (step + 1) % common.SAVE_EVERY == 0:
+            common.save_checkpoint(checkpoint, parts, step=step + 1)
+    common.save_model(model, processor, out / "model")
+
+
+def caption_loss(model: CLIPModel, tokenizer: Any, pixels_BCHW: Tensor, captions: list[str]) -> tuple[Tensor, float]:
+    """Return the loss of a step's images and captions, and the share of hard negatives that score below the true caption."""
+    tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        image_BD, text_TD = embed(model, pixels_BCHW, tokens)
+    image_BD, text_TD = image_BD.float(), text_TD.float()
+    own_B = (image_BD * text_TD[:BATCH]).sum(-1)
+    hard_BH = torch.einsum("bd,bhd->bh", image_BD, text_TD[BATCH:].view(BATCH, HARD_NEGATIVES, -1))
+    return align_loss(image_BD, text_TD, model.logit_scale), (own_B[:, None] > hard_BH).float().mean().item()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ A killed run resumes from the last checkpoint with the same command, in the same
 """
 
 import argparse
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -23,15 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from pipeline.scenes.deck import ASK_DECK, END, Spot, answer_deck, decisive_spots, page_questions, sample_deck
 from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, sample_scene
+from pipeline.scenes.facts import PLACES, Scene, sample_scene
 from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.text import ASK, STYLES, answer, caption
+from pipeline.scenes.training import common
 from pipeline.scenes.training.guide import DeckExample, PageGuide
 from pipeline.scenes.training.pack import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate
 from pipeline.scenes.training.wording import sample_wording
@@ -43,7 +43,6 @@ from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
 SEED = "teacher"  # sources seed scenes with a number, so these are never in a data set
-SAVE_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,11 @@ class Phase:
     answers: int = 3  # to given questions, for each scene
     answer_weight: float = 1.0  # of a token of an answer; other tokens have weight 1
     decks: int = 0  # in one step, beside the scenes
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then a cosine to a twentieth."""
+        progress = (step - self.warmup_steps) / max(1, self.cosine_steps - self.warmup_steps)
+        return common.learning_rate(self.learning_rate, step, self.warmup_steps, progress, lowest=0.05)
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
@@ -170,43 +174,6 @@ def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
             yield task.reply
 
 
-class VisionHeads(nn.Module):
-    """Predict the facts of each place from its image token; class 0 of size, color and shape is an empty place."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        sizes = {
-            "size": len(SIZES) + 1,
-            "color": len(COLORS) + 1,
-            "shape": len(SHAPES) + 1,
-            "background": len(BACKGROUNDS),
-            "place": len(PLACES),
-        }
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-
-    def forward(self, x_BPD: Tensor, scenes: list[Scene]) -> tuple[Tensor, float]:
-        """Return the loss, and the share of places with all facts predicted correctly."""
-        targets = {name: torch.tensor([facts_at_places(scene)[name] for scene in scenes]) for name in self.heads}
-        right, loss = torch.ones(x_BPD.shape[:2], dtype=torch.bool), x_BPD.new_zeros(())
-        for name, head in self.heads.items():
-            logits_BPC = head(x_BPD)
-            loss = loss + functional.cross_entropy(logits_BPC.flatten(0, 1), targets[name].flatten())
-            right &= logits_BPC.argmax(-1) == targets[name]
-        return loss, right.float().mean().item()
-
-
-def facts_at_places(scene: Scene) -> dict[str, list[int]]:
-    """Return, for each attribute, its class at each of the nine places."""
-    thing_at = {thing.place: thing for thing in scene.objects}
-    return {
-        "size": [1 + SIZES.index(thing_at[place].size) if place in thing_at else 0 for place in PLACES],
-        "color": [1 + COLORS.index(thing_at[place].color) if place in thing_at else 0 for place in PLACES],
-        "shape": [1 + SHAPES.index(thing_at[place].shape) if place in thing_at else 0 for place in PLACES],
-        "background": [BACKGROUNDS.index(scene.background)] * len(PLACES),
-        "place": list(range(len(PLACES))),
-    }
-
-
 @dataclass(slots=True)
 class TeacherTraining:
     """The model, its processor and the training heads, with the losses of a step."""
@@ -214,7 +181,7 @@ class TeacherTraining:
     model: Qwen2_5_VLForConditionalGeneration
     processor: Qwen2_5_VLProcessor
     packer: Packer
-    heads: VisionHeads
+    heads: common.VisionHeads
     guide: PageGuide
 
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
@@ -274,83 +241,36 @@ class TeacherTraining:
         return tokens_BPD.view(len(pixels), VISION_TOKENS, -1)
 
 
-def learning_rate(phase: Phase, step: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine to a twentieth."""
-    if step < phase.warmup_steps:
-        return phase.learning_rate * (step + 1) / phase.warmup_steps
-    progress = (step - phase.warmup_steps) / max(1, phase.cosine_steps - phase.warmup_steps)
-    return phase.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
 def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
     """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`.
 
     `start` is a finished model to continue from; without it, training starts from scratch.
     """
     torch.manual_seed(0)
-    tokenizer = _tokenizer(start or out / "tokenizer")
+    tokenizer = common.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)
     model = build_model(tokenizer)
     if start:
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
-    heads, guide = VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
+    heads, guide = common.VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
     student = TeacherTraining(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
     parameters = [*model.parameters(), *heads.parameters(), *guide.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
-    checkpoint = out / "checkpoint.pt"
-    steps_done: dict[str, int] = {phase.name: 0 for phase in phases}
-    if checkpoint.exists():
-        steps_done |= _load(checkpoint, student, optimizer)
+    checkpoint, parts = out / "checkpoint.pt", {"model": model, "heads": heads, "guide": guide, "optimizer": optimizer}
+    steps_done: dict[str, int] = {phase.name: 0 for phase in phases} | common.load_checkpoint(checkpoint, parts).get("at", {})
     out.mkdir(parents=True, exist_ok=True)
     for phase in phases:
         loss_of = student.vision_loss if phase == VISION else partial(student.text_loss, phase)
         started, first_step = time.monotonic(), steps_done[phase.name]
         for step in range(first_step, phase.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(phase, step)
             loss, right = loss_of(step)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            common.take_step(model, optimizer, loss, phase.rate_at(step))
             if step % 20 == 0 or step == phase.steps - 1:
                 seconds = (time.monotonic() - started) / (step - first_step + 1)
                 print(f"{phase.name} {step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
-            if (step + 1) % SAVE_EVERY == 0 or step == phase.steps - 1:
-                _save(checkpoint, student, optimizer, steps_done | {phase.name: step + 1})
+            if (step + 1) % common.SAVE_EVERY == 0 or step == phase.steps - 1:
+                common.save_checkpoint(checkpoint, parts, at=steps_done | {phase.name: step + 1})
         steps_done[phase.name] = phase.steps
-    save_model(student, out / "model")
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Return the saved tokenizer, or train it once: checkpoints depend on it, and its corpus may be reworded later."""
-    if not folder.exists():
-        draft = folder.with_suffix(".tmp")
-        train_tokenizer(tokenizer_corpus()).save_pretrained(draft)
-        draft.replace(folder)
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
-    return tokenizer
-
-
-def save_model(student: TeacherTraining, folder: Path) -> None:
-    """Write the model as transformers and vLLM load it: weights in bfloat16, tokenizer, processor and chat template."""
-    student.processor.save_pretrained(folder)
-    student.model.bfloat16().save_pretrained(folder)
-
-
-def _save(path: Path, student: TeacherTraining, optimizer: torch.optim.Optimizer, steps_done: dict[str, int]) -> None:
-    state = {name: getattr(student, name).state_dict() for name in ("model", "heads", "guide")}
-    draft = path.with_suffix(".tmp")
-    torch.save({**state, "optimizer": optimizer.state_dict(), "at": steps_done}, draft)
-    draft.replace(path)
-
-
-def _load(path: Path, student: TeacherTraining, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    for name in ("model", "heads", "guide"):
-        getattr(student, name).load_state_dict(state[name])
-    optimizer.load_state_dict(state["optimizer"])
-    steps_done: dict[str, int] = state["at"]
-    return steps_done
+    common.save_model(model, student.processor, out / "model")
 
 
 if __name__ == "__main__":

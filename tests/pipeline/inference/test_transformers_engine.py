@@ -12,12 +12,12 @@ from pipeline.errors import EngineError
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
 from pipeline.inference.requests import build_requests
 from pipeline.inference.transformers_engine import EmbeddedEngine
-from pipeline.scenes.score import AnswerScore, CaptionScore, score_annotations, score_decks
+from pipeline.scenes.score import AnswerScore, CaptionScore
 from pipeline.sources.scenes import draw_deck
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
-from tests.scene_data import scene_samples
+from tests.scene_data import scene_samples, score_annotations, score_decks
 
 SEED = 8001  # no training set holds these scenes
 
@@ -92,7 +92,7 @@ def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -
     rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
     scores = score_decks(rows, {deck.id: deck.page_facts or () for deck in decks})
     assert set(scores) == {"span", "number", "arithmetic"}
-    assert sum(s.answers_right for s in scores.values()) > 0.8 * len(rows)
+    assert sum(s.right for s in scores.values()) > 0.8 * len(rows)
     assert sum(s.evidence_right for s in scores.values()) > 0.8 * len(rows)
 
 

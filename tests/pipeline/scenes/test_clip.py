@@ -1,31 +1,34 @@
 """Tiny CLIP: a true caption scores higher than one with a single wrong word, on scenes outside the training data."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer, weights_folder
+from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
+from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer
 from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.facts import VALUES, sample_scene
 from pipeline.scenes.text import caption
 from pipeline.scenes.training import train_clip
-from pipeline.scenes.training.train_clip import VALUES, PlaceHeads, align_loss, change_attribute, embed, step_data
+from pipeline.scenes.training.common import VisionHeads
+from pipeline.scenes.training.train_clip import PLAIN, align_loss, change_attribute, embed, pool_cells, step_data
 
 UNSEEN = 7002
+FOLDER = Path(CLIP_MODELS[TINY_CLIP])
 ATTRIBUTES = (*VALUES, "background")
 
 
 @pytest.fixture(scope="module")
 def clip() -> tuple[CLIPModel, CLIPProcessor]:
-    folder = weights_folder()
-    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(folder)
+    return CLIPModel.from_pretrained(FOLDER, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(FOLDER)
 
 
 def test_it_is_small() -> None:
-    assert sum(path.stat().st_size for path in weights_folder().iterdir()) < 10_000_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10_000_000
 
 
 def test_a_true_caption_fits_better_than_one_with_one_word_changed(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
@@ -81,7 +84,7 @@ def test_a_step_of_each_phase_can_be_learned_from(monkeypatch: pytest.MonkeyPatc
     tokenizer = train_tokenizer(captions)
     processor, model = build_processor(tokenizer), build_model(tokenizer)
     images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
-    PlaceHeads(WIDTH)(model.vision_model(images).last_hidden_state[:, 1:], scenes).backward()
+    VisionHeads(WIDTH, PLAIN)(pool_cells(model.vision_model(images).last_hidden_state[:, 1:]), scenes)[0].backward()
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     align_loss(*embed(model, images, tokens), model.logit_scale).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
