@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
 from pipeline.storage.files import remove, write_text
+from trainer.distributed import best_device
 from trainer.model.captioner import Captioner
 from trainer.tokenizer import CaptionTokenizer
 
@@ -40,11 +41,6 @@ class Checkpoint:
                 (Path(draft) / name).replace(folder / name)
 
 
-def best_device(rank: int = 0) -> torch.device:
-    """Return the GPU for a process rank, or the CPU if there is no GPU."""
-    return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
     """Load a checkpoint folder in evaluation mode. Raises TrainError if the folder holds no valid captioner."""
     folder = Path(folder)
@@ -56,11 +52,11 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
             captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # another kind of model, or a truncated file
         raise no_captioner from None
-    kind: Literal["scratch", "pretrained"] = "pretrained" if "language_model" in captioner.config.decoder else "scratch"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if kind == "scratch":
-        tokenizer.encode_special_tokens = True
-    return Checkpoint(captioner, CaptionTokenizer(tokenizer, kind, captioner.config.eos_id))
+    if "language_model" in captioner.config.decoder:
+        return Checkpoint(captioner, CaptionTokenizer(tokenizer, "pretrained", captioner.config.eos_id))
+    tokenizer.encode_special_tokens = True
+    return Checkpoint(captioner, CaptionTokenizer(tokenizer, "scratch", captioner.config.eos_id))
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
@@ -97,7 +93,13 @@ class Log:
 
     def __init__(self, path: Path, first_step: int, *, tensorboard: bool = False) -> None:
         self._path = path
-        self._curves = _tensorboard(path.with_name("tensorboard"), first_step) if tensorboard else None
+        self._curves: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            if first_step == 0:
+                remove(path.with_name("tensorboard"))  # a new run discards old curves
+            self._curves = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first_step + 1)
         kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -126,11 +128,3 @@ def require_tensorboard() -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise TrainError("TensorBoard is not installed", hint="pip install tensorboard") from None
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    if first_step == 0:
-        remove(folder)  # a new run discards old curves
-    return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -12,14 +12,10 @@ WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
 
 def clip_scores(name: str, images: Iterable[Image], captions: Sequence[str], *orders: Sequence[int]) -> list[list[float]]:
-    """Return, for each order, 2.5 x max(cosine, 0) of image i (RGB) and caption order[i], by this CLIP.
-
-    Raises:
-        EngineError: see images.clip.ClipScorer.
-    """
+    """Return, for each order, 2.5 x max(cosine, 0) of image i (RGB) and caption order[i], by this CLIP (ClipScorer)."""
     clip = ClipScorer(name)
     image_states, text_states = clip.image_states(images), clip.text_states(captions)
-    cosines = [clip.compare(image_states, [text_states[index] for index in order]) for order in orders]
+    cosines = (clip.compare(image_states, [text_states[index] for index in order]) for order in orders)
     return [[WEIGHT * max(cosine, 0.0) for cosine in order_cosines] for order_cosines in cosines]
 
 

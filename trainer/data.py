@@ -47,11 +47,9 @@ class Example:
 
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
-    """Return the examples of a split; images are slices of memory-mapped files. `options` are those of `read_examples`.
+    """Return the examples of a split, see `read_examples`; images are slices of memory-mapped files.
 
-    Raises:
-        StoreError: the version has no rows in this split.
-        TrainError: see `read_examples`.
+    Raises StoreError if the version has no rows in this split.
     """
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
@@ -67,18 +65,10 @@ def read_examples(
     styles: Sequence[str] = (),
     source_in_prompt: bool = True,
 ) -> list[Example]:
-    """Return one example per row of a version (tables.ROW) that has a text to learn.
+    """Return one example per row of a version (tables.ROW, one split, without pixels) that has a text to learn.
 
-    Args:
-        table: rows of one split, without pixels.
-        images: image bytes by sample id; None if the samples are decks.
-        mixture: source of the texts to learn: synthetic, human, or both.
-        questions: whether answers to questions are learned too.
-        styles: caption styles to learn; empty means all.
-        source_in_prompt: whether prompts distinguish human from synthetic texts.
-
-    Raises:
-        TrainError: the samples are decks, or no row has a text of that kind.
+    `images` are image bytes by sample id; None if the samples are decks. The options are those of TrainConfig.
+    Raises TrainError if the samples are decks, or if no row has a text of that kind.
     """
     if images is None:
         raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
+def best_device(rank: int = 0) -> torch.device:
+    """Return the GPU for a process rank, or the CPU if there is no GPU."""
+    return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
     """Sum gradients and loss over all processes; small gradients share a message, since each message has a latency."""
     loss_tensor = torch.tensor([loss], device=device)

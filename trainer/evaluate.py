@@ -51,19 +51,18 @@ def evaluate(
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     shuffled = [tokens[index] for index in derangement(len(tokens))]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
+    numbers = {
+        "cider_d": own_scores["cider_d"],
+        "shuffled_cider_d": shuffled_scores["cider_d"],
+        "rouge_l": own_scores["rouge_l"],
+    }
     per_image: list[dict[str, Any]] = [
-        {
-            "sample_id": example.sample_id,
-            "caption": hypotheses[index],
-            "references": [" ".join(reference) for reference in references[index]],
-            "cider_d": round(own_scores["cider_d"][index], 4),
-            "shuffled_cider_d": round(shuffled_scores["cider_d"][index], 4),
-            "rouge_l": round(own_scores["rouge_l"][index], 4),
-        }
+        {"sample_id": example.sample_id, "caption": hypotheses[index], "references": [" ".join(r) for r in references[index]]}
+        | {name: round(values[index], 4) for name, values in numbers.items()}
         for index, example in enumerate(examples)
     ]
-    ranked = sorted(range(len(per_image)), key=lambda index: -per_image[index]["cider_d"])
-    shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]
+    ranked = sorted(per_image, key=lambda row: -row["cider_d"])
+    shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]  # the best, then the worst
     lengths = [len(words) for words in tokens]
     result: dict[str, Any] = {
         "images": len(examples),
@@ -78,8 +77,7 @@ def evaluate(
             "different": len({word for words in tokens for word in words}),
             "of_references": round(statistics.fmean(len(r) for items in references for r in items), 2),
         },
-        # The best, then the worst.
-        "shown": [{**per_image[index], "references": per_image[index]["references"][:5]} for index in shown],
+        "shown": [row | {"references": row["references"][:5]} for row in shown],
         "each": per_image,
     }
     if options.thorough:
@@ -101,9 +99,7 @@ def evaluate_version(
 ) -> dict[str, Any]:
     """Score a captioner on a split of a version; see `evaluate`. `clip` names a CLIP for CLIPScore.
 
-    Raises:
-        TrainError: the CLIP is the captioner's own encoder.
-        EngineError: the CLIP cannot be loaded.
+    Raises TrainError if the CLIP is the captioner's own encoder, and EngineError if it cannot be loaded.
     """
     config = checkpoint.captioner.config
     if clip and is_same(clip, config.encoder["made_from"]):
@@ -120,8 +116,8 @@ def _references(examples: list[Example], style: str) -> tuple[str, list[Example]
     pairs = [(example, list(example.references)) for example in examples if example.references]
     if not pairs:
         against = "captions of the teacher"
-        pairs = [(example, [text.text for text in example.texts if text.style == style]) for example in examples]
-    pairs = [(example, texts) for example, texts in pairs if texts]
+        captions = ((example, [text.text for text in example.texts if text.style == style]) for example in examples)
+        pairs = [(example, texts) for example, texts in captions if texts]
     if not pairs:
         raise TrainError(f"no held-out image has a reference or a {style} caption", hint="choose another style")
     return against, [example for example, _ in pairs], [[tokenize(text) for text in texts] for _, texts in pairs]

@@ -56,8 +56,7 @@ def describe_files(
 ) -> list[str]:
     """Return a caption for each image file, or the answer to a question about it, in order.
 
-    Raises:
-        TrainError: a file cannot be read, or the captioner learned no such style or no answers.
+    Raises TrainError if a file cannot be read, or if the captioner learned no such style or no answers.
     """
     prompts, encoder = checkpoint.captioner.config.prompts, checkpoint.captioner.encoder
     source, prompt_style = answering_prompt(prompts) if question else scored_prompt(prompts, style)
@@ -80,8 +79,7 @@ def describe_files(
 def scored_prompt(prompts: list[tuple[str, str]], style: str | None = None) -> tuple[str, str]:
     """Return the (source, style) to prompt with: `style` or else brief, from the human source if it was learned.
 
-    Raises:
-        TrainError: the style was not learned.
+    Raises TrainError if the style was not learned.
     """
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
     chosen = style or ("brief" if "brief" in styles else styles[0])

@@ -33,8 +33,7 @@ def score(
 ) -> dict[str, float]:
     """Return all scores of a corpus; `per_image` is the result of `score_each`, if already computed.
 
-    Raises:
-        ValueError: the two lengths differ, there is no image, or an image has no reference.
+    Raises ValueError if the two lengths differ, there is no image, or an image has no reference.
     """
     if len(hypotheses) != len(references) or not hypotheses or not all(references):
         raise ValueError("a corpus needs one hypothesis and at least one reference for each of at least one image")

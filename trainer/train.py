@@ -24,19 +24,10 @@ from pipeline.digests import digest
 from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.storage.files import write_json
-from trainer.checkpoint import (
-    Checkpoint,
-    Log,
-    best_device,
-    load_checkpoint,
-    load_resume,
-    require_tensorboard,
-    save_resume,
-    write_captions,
-)
+from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, save_resume, write_captions
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, examples_in, limit_captions, limit_images
-from trainer.distributed import all_reduce_gradients, join_processes
+from trainer.distributed import all_reduce_gradients, best_device, join_processes
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import FeatureSource, OnlineFeatures, Progress, cache_features
 from trainer.generate import scored_prompt
@@ -184,9 +175,8 @@ def train(
     validation split, metrics.json, captions.jsonl (captions of the test images), log.jsonl, train.json (the settings) and,
     until done, resume.pt; with `tensorboard`, also the curves as event files. `only` limits the images to these sample ids.
 
-    Raises:
-        StoreError: the version lacks a split.
-        TrainError: there is nothing to learn from or to resume, a model is missing, or the loss diverges.
+    Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn from or to resume, a model is
+    missing, or the loss diverges.
     """
     if tensorboard:
         require_tensorboard()

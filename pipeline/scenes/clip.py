@@ -43,18 +43,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> CLIPProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """Return the untrained model for this tokenizer."""
-    shared = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 3 * WIDTH,
-        "num_attention_heads": WIDTH // 32,
-        "num_hidden_layers": DEPTH,
-    }
-    text = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH}
+    shared = {**sizes, "num_attention_heads": WIDTH // 32, "num_hidden_layers": DEPTH}
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, **special_ids}
     vision = {"image_size": SIDE_PX, "patch_size": PATCH_PX}
     return CLIPModel(CLIPConfig(text_config=shared | text, vision_config=shared | vision, projection_dim=256))

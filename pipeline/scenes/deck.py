@@ -6,7 +6,7 @@ that an answer by any model, with its pages and its arithmetic, can be checked a
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pipeline.scenes.facts import BACKGROUNDS, PLACES, Scene, sample_scene
 from pipeline.scenes.text import answer
@@ -124,10 +124,4 @@ ASK_DECK = {"span": ask_span, "number": ask_count, "arithmetic": ask_arithmetic}
 def _pair(deck: tuple[Scene, ...], kind: DeckAnswerType, question: str) -> DeckQAPair:
     truth = answer_deck(deck, question)
     assert truth is not None, question
-    return DeckQAPair(
-        answer_type=kind,
-        evidence_pages=truth.evidence_pages,
-        question=question,
-        expression=truth.expression,
-        answer=truth.answer,
-    )
+    return DeckQAPair(answer_type=kind, question=question, **asdict(truth))

@@ -25,16 +25,8 @@ CONTEXT_TOKENS = 2048
 VISION_WIDTH, VISION_DEPTH = 128, 4
 TEXT_WIDTH, TEXT_DEPTH, HEAD_WIDTH = 160, 4, 32
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES)
 # Qwen2's pre-tokenization: words with the space before them, single digits, punctuation.
 PRETOKENIZER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,19 +44,11 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on `texts`; any other text is encoded byte by byte."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    tokens, alphabet = list(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -91,8 +75,10 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """Return the untrained model for this tokenizer."""
-    token_id = {token: tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS}
+    token_id = {name: tokenizer.get_vocab()[token] for name, token in zip(_NAMES, SPECIAL_TOKENS, strict=True)}
+    ends = {"eos_token_id": token_id["im_end"], "pad_token_id": token_id["endoftext"]}
     half = HEAD_WIDTH // 2
+    mrope_section = [half // 4, (half - half // 4) // 2, (half - half // 4) // 2]  # time, height, width
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCAB_SIZE,
@@ -103,14 +89,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
             "num_key_value_heads": TEXT_WIDTH // HEAD_WIDTH,
             "max_position_embeddings": CONTEXT_TOKENS,
             "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [half // 4, (half - half // 4) // 2, (half - half // 4) // 2],  # time, height, width
-            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": mrope_section},
             "bos_token_id": None,
-            "eos_token_id": token_id["<|im_end|>"],
-            "pad_token_id": token_id["<|endoftext|>"],
+            **ends,
         },
         vision_config={
             "depth": VISION_DEPTH,
@@ -120,14 +101,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
             "out_hidden_size": TEXT_WIDTH,
             "fullatt_block_indexes": [VISION_DEPTH - 1],
         },
-        image_token_id=token_id["<|image_pad|>"],
-        video_token_id=token_id["<|video_pad|>"],
-        vision_start_token_id=token_id["<|vision_start|>"],
-        vision_end_token_id=token_id["<|vision_end|>"],
+        image_token_id=token_id["image_pad"],
+        video_token_id=token_id["video_pad"],
+        vision_start_token_id=token_id["vision_start"],
+        vision_end_token_id=token_id["vision_end"],
         tie_word_embeddings=True,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=token_id["<|im_end|>"], pad_token_id=token_id["<|endoftext|>"], do_sample=False
-    )
+    model.generation_config = GenerationConfig(**ends, do_sample=False)
     return model

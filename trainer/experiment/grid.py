@@ -84,15 +84,13 @@ class Experiment(Grid):
             raise ValueError(
                 f"settings.{clash[0]} of `also` must be that of the first grid, which has the same images and words"
             )
-        choices = [set(self.encoder).union(*(m.encoder or () for m in self.also))]
-        choices.append(set(self.decoder).union(*(m.decoder or () for m in self.also)))
-        for names in choices:
+        for factor in ("encoder", "decoder"):
+            names = set(getattr(self, factor)).union(*(getattr(more, factor) or () for more in self.also))
             if "auto" in names:
                 raise ValueError("an experiment names its encoders and decoders: auto is none")
             if len({Path(name).name for name in names}) < len(names):
                 raise ValueError("two encoders or decoders have the same last part of their name: rename a folder")
-        unknown = sorted({name for more in self.also for name in more.data or ()} - set(self.data))
-        if unknown:
+        if unknown := sorted({name for more in self.also for name in more.data or ()} - set(self.data)):
             raise ValueError(f"`also` names data that is not there: {unknown[0]}")
         return self
 
@@ -120,21 +118,14 @@ class Cell:
 
     def folder(self, *identity: Any) -> str:
         """Return a readable folder name, unique for the settings and for the data (`identity`)."""
-        images = str(self.train_images or "all")
-        name_part = slugify(
-            f"{self.data}-{Path(self.encoder).name}-{Path(self.decoder).name}-{self.alignment}-{images}-s{self.seed}"
-        )
-        return f"{name_part}-{digest([self.config.digest_values(), *identity])[:8]}"
+        models = f"{Path(self.encoder).name}-{Path(self.decoder).name}"
+        name = slugify(f"{self.data}-{models}-{self.alignment}-{self.train_images or 'all'}-s{self.seed}")
+        return f"{name}-{digest([self.config.digest_values(), *identity])[:8]}"
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Return the experiment of a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read, a key is unknown, or a value is invalid.
-    """
-    values = read_yaml(path, "docs/experiment.yaml")
-    experiment = validate(Experiment, values, where=f"{path}: ")
+    """Return the experiment of a YAML file. Raises ConfigError if it cannot be read, a key is unknown, or a value is invalid."""
+    experiment = validate(Experiment, read_yaml(path, "docs/experiment.yaml"), where=f"{path}: ")
     cells_of(experiment)  # invalid settings of a cell fail here, before anything runs
     return experiment
 
@@ -164,12 +155,8 @@ def _config(
 ) -> TrainConfig:
     """Return the settings of a cell: all cells of one grid train for the same number of steps, including alignment."""
     align = round(ALIGN_SHARE * settings["steps"]) if alignment != "none" else 0
-    chosen = {
-        "encoder": encoder,
-        "decoder": decoder,
-        "seed": seed,
-        "text_source": data.text_source,
-        "source_in_prompt": data.source_in_prompt,
-    }
+    models = {"encoder": encoder, "decoder": decoder, "seed": seed}
+    texts = {"text_source": data.text_source, "source_in_prompt": data.source_in_prompt}
     budget = {"train_images": images, "align_steps": align, "steps": settings["steps"] - align}
-    return resolve(None, **{**settings, **chosen, **budget, "contrastive_weight": CONTRAST if alignment == "contrast" else 0.0})
+    weight = CONTRAST if alignment == "contrast" else 0.0
+    return resolve(None, **{**settings, **models, **texts, **budget, "contrastive_weight": weight})

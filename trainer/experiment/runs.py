@@ -62,8 +62,7 @@ def plan(
 ) -> list[Run]:
     """Return the runs of all cells, with the same images and, with `match_words`, about as many caption words for all data.
 
-    Raises:
-        TrainError: the data have no images in common, or no common references.
+    Raises TrainError if the data have no images in common, or no common references.
     """
     used = {cell.data: cell.config for cell in cells}  # the examples of a version depend only on its kind of data
     versions = {name: open_data(data.data, data.images) for name, data in experiment.data.items() if name in used}

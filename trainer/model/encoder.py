@@ -89,10 +89,7 @@ class Encoder(nn.Module):
 def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> Encoder:
     """Load an encoder by name: vit, clip, metaclip, tiny-clip, tiny-vit (untrained), a folder, or an id of the Hub.
 
-    Every encoder but tiny-vit is frozen by default.
-
-    Raises:
-        TrainError: the model does not exist, is not a vision model, or lacks the layer.
+    Every encoder but tiny-vit is frozen by default. Raises TrainError if there is no such vision model, or it lacks the layer.
     """
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}

@@ -87,8 +87,7 @@ class PretrainedDecoder(nn.Module):
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
     """Load a language model by name (qwen3, smollm2), folder or Hub id, with its tokenizer.
 
-    Raises:
-        TrainError: the model does not exist, or its tokenizer has no end-of-text token.
+    Raises TrainError if the model does not exist, or its tokenizer has no end-of-text token.
     """
     model_id = DECODERS.get(name, name)
     try:

@@ -68,9 +68,7 @@ class PageGuide(nn.Module):
         for head, targets_BS in zip(heads, (*self._targets(examples, length), spot_BS), strict=True):
             loss = loss + _mean(_costs(head, words_BSD, targets_BS))
         # A page is identified by its number (after "pages [2]") or by its background (after "on the gray page").
-        by_number_N, by_ground_N = (
-            _costs(*item) for item in ((self.look_page, words_BSD, page_BS), (self.look_ground, words_BSD, ground_BS))
-        )
+        by_number_N, by_ground_N = _costs(self.look_page, words_BSD, page_BS), _costs(self.look_ground, words_BSD, ground_BS)
         loss = loss + _mean(torch.minimum(by_number_N, by_ground_N))
         ends_ED = words_BSD[ends_BS]  # the token after each page sums it up
         counts = torch.tensor([len(scene.objects) for item in examples for scene in item.deck])

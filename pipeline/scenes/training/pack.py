@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.scenes.deck import Spot
@@ -97,43 +98,33 @@ class Packer:
     def _image(self, packed: Packed, start: int) -> int:
         """Add the tokens of one image; return the position after it: one past the largest of any axis."""
         side = math.isqrt(VISION_TOKENS)
-        for row, column in itertools.product(range(side), repeat=2):
-            packed.ids.append(self.image_token_id)
-            packed.segments.append(0)
-            packed.positions.append((start, start + row, start + column))
-            packed.labels.append(-100)
-            packed.weights.append(1.0)
-            packed.decided_spans.append(())
+        positions = [(start, start + row, start + column) for row, column in itertools.product(range(side), repeat=2)]
+        _extend(packed, [self.image_token_id] * VISION_TOKENS, positions, segment=0)
         return start + side
 
     def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> int:
-        targets = [-100] * len(ids)
+        _extend(packed, ids, [(n, n, n) for n in range(start, start + len(ids))], segment=segment)
         if learn_from is not None:
-            targets[learn_from - 1 : -1] = ids[learn_from:]
-        packed.ids += ids
-        packed.segments += [segment] * len(ids)
-        packed.positions += [(start + n, start + n, start + n) for n in range(len(ids))]
-        packed.labels += targets
-        packed.weights += [1.0] * len(ids)
-        packed.decided_spans += [()] * len(ids)
+            packed.labels[learn_from - 1 - len(ids) : -1] = ids[learn_from:]
         return start + len(ids)
+
+
+def _extend(packed: Packed, ids: list[int], positions: list[tuple[int, int, int]], *, segment: int) -> None:
+    packed.ids += ids
+    packed.segments += [segment] * len(ids)
+    packed.positions += positions
+    packed.labels += [-100] * len(ids)
+    packed.weights += [1.0] * len(ids)
+    packed.decided_spans += [()] * len(ids)
 
 
 def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may attend), labels and weights [B, S]."""
-    length = max(len(row.ids) for row in rows)
-    ids_BS = torch.zeros(len(rows), length, dtype=torch.long)
-    labels_BS = torch.full((len(rows), length), -100)
-    weights_BS = torch.zeros(len(rows), length)
-    segments_BS = torch.full((len(rows), length), -1)
-    positions_3BS = torch.zeros(3, len(rows), length, dtype=torch.long)
-    for b, row in enumerate(rows):
-        n = len(row.ids)
-        ids_BS[b, :n] = torch.tensor(row.ids)
-        labels_BS[b, :n] = torch.tensor(row.labels)
-        weights_BS[b, :n] = torch.tensor(row.weights)
-        segments_BS[b, :n] = torch.tensor(row.segments)
-        positions_3BS[:, b, :n] = torch.tensor(row.positions).T
+
+    def pad(name: str, value: float) -> Tensor:
+        return pad_sequence([torch.tensor(getattr(row, name)) for row in rows], batch_first=True, padding_value=value)
+
+    ids_BS, labels_BS, weights_BS, segments_BS = pad("ids", 0), pad("labels", -100), pad("weights", 0), pad("segments", -1)
     visible_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
-    mask_BSS = visible_BSS & torch.ones(length, length, dtype=torch.bool).tril()
-    return ids_BS, positions_3BS, mask_BSS[:, None], labels_BS, weights_BS
+    mask_BSS = visible_BSS & torch.ones(visible_BSS.shape[1:], dtype=torch.bool).tril()
+    return ids_BS, pad("positions", 0).permute(2, 0, 1).contiguous(), mask_BSS[:, None], labels_BS, weights_BS
