@@ -19,20 +19,12 @@ class TrainConfig(Section):
     """
 
     OLD_KEYS: ClassVar = {
-        "layer": "encoder_layer",
-        "texts": "text_source",
-        "name_source": "source_in_prompt",
-        "caption_words": "caption_word_budget",
-        "align_rate": "align_lr",
-        "contrast": "contrastive_weight",
-        "connector_rate": "connector_lr",
-        "decoder_rate": "decoder_lr",
-        "encoder_rate": "encoder_lr",
-        "batch_images": "batch_size",
-        "accumulate": "gradient_accumulation_steps",
-        "clip_norm": "max_grad_norm",
+        "layer": "encoder_layer", "texts": "text_source", "name_source": "source_in_prompt",
+        "caption_words": "caption_word_budget", "align_rate": "align_lr", "contrast": "contrastive_weight",
+        "connector_rate": "connector_lr", "decoder_rate": "decoder_lr", "encoder_rate": "encoder_lr",
+        "batch_images": "batch_size", "accumulate": "gradient_accumulation_steps", "clip_norm": "max_grad_norm",
         "beams": "num_beams",
-    }
+    }  # fmt: skip
 
     encoder: str = "tiny-vit"
     encoder_layer: int = -1  # whose hidden states are used: -1 the last, -2 the one before
@@ -89,12 +81,8 @@ class TrainConfig(Section):
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return the settings with all defaults filled in, for training on this number of images."""
         steps = self.steps or -(-self.epochs * images // min(self.batch_size, images))
-        encoder_is_scratch = self.encoder == "tiny-vit"
-        rates = {
-            "connector_lr": 1e-3 if self.is_scratch else 2e-4,
-            "decoder_lr": 1e-3 if self.is_scratch else 2e-5,
-            "encoder_lr": 1e-3 if encoder_is_scratch else 0.0,
-        }
+        rates = {"connector_lr": 1e-3, "decoder_lr": 1e-3} if self.is_scratch else {"connector_lr": 2e-4, "decoder_lr": 2e-5}
+        rates["encoder_lr"] = 1e-3 if self.encoder == "tiny-vit" else 0.0
         defaults = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
         interval = self.evaluate_every or -(-(steps + self.align_steps) // 4)
         return self.model_copy(update={"steps": steps, "evaluate_every": interval, **defaults})

@@ -1,5 +1,6 @@
 """Turn rows of a version into examples, one per image with all its texts; batch order depends on seed and step only."""
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,9 +81,8 @@ def read_examples(
     if not source_in_prompt:
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     if not any(text.style for example in examples for text in example.texts):
-        raise TrainError(
-            f"no {mixture} captions to learn from", hint="generate with --tasks caption,qa, or choose --text-source"
-        )
+        hint = "generate with --tasks caption,qa, or choose --text-source"
+        raise TrainError(f"no {mixture} captions to learn from", hint=hint)
     return [example for example in examples if example.texts]
 
 
@@ -95,18 +95,10 @@ def _example(row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *
         texts += [TargetText("synthetic", answers[0], question=question) for question, answers, _ in synthetic if questions]
     if mixture != "synthetic":
         texts += [TargetText("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
-        texts += [
-            TargetText("human", most_common(answers), question=question)
-            for question, answers, _ in human
-            if questions and answers
-        ]
-    return Example(
-        sample_id=row["sample_id"],
-        image=image,
-        texts=tuple(texts),
-        references=tuple(row["references"]),
-        questions=tuple(Question(q, answers, kind or "other") for q, answers, kind in human or synthetic if answers),
-    )
+        answered = [(question, answers) for question, answers, _ in human if questions and answers]
+        texts += [TargetText("human", most_common(answers), question=question) for question, answers in answered]
+    asked = tuple(Question(question, answers, kind or "other") for question, answers, kind in human or synthetic if answers)
+    return Example(row["sample_id"], image, tuple(texts), tuple(row["references"]), asked)
 
 
 def limit_images(examples: list[Example], images: int) -> list[Example]:
@@ -160,11 +152,9 @@ def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[
 
     Every epoch visits each example once, in a new order.
     """
-    step = first_step
-    while True:
+    for step in itertools.count(first_step):
         positions = range(step * size, (step + 1) * size)
         yield [_order(count, seed, position // count)[position % count] for position in positions]
-        step += 1
 
 
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

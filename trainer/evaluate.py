@@ -51,14 +51,10 @@ def evaluate(
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     shuffled = [tokens[index] for index in derangement(len(tokens))]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
-    numbers = {
-        "cider_d": own_scores["cider_d"],
-        "shuffled_cider_d": shuffled_scores["cider_d"],
-        "rouge_l": own_scores["rouge_l"],
-    }
+    shown_scores = own_scores | {"shuffled_cider_d": shuffled_scores["cider_d"]}
     per_image: list[dict[str, Any]] = [
         {"sample_id": example.sample_id, "caption": hypotheses[index], "references": [" ".join(r) for r in references[index]]}
-        | {name: round(values[index], 4) for name, values in numbers.items()}
+        | {name: round(shown_scores[name][index], 4) for name in ("cider_d", "shuffled_cider_d", "rouge_l")}
         for index, example in enumerate(examples)
     ]
     ranked = sorted(per_image, key=lambda row: -row["cider_d"])

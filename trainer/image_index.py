@@ -20,7 +20,7 @@ SEARCHED_BYTES = 64_000_000  # search window behind an image: texts of a row gro
 def map_images(version: Version, split: str) -> dict[str, memoryview]:
     """Return the bytes of each image of a split, by sample id; reads the split once, a row group at a time.
 
-    An image that is not stored verbatim (in a shard of another writer) is kept in memory. Raises StoreError if a file is damaged.
+    An image that is not stored verbatim (in a shard of another writer) is kept in memory. Raises StoreError for a damaged file.
     """
     try:
         return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(shard)}

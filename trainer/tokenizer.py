@@ -51,6 +51,10 @@ class TextBatch:
         chunks = [self.only(chosen) for chosen in order_C.chunk(groups)]
         return [replace(group, ids_CT=group.ids_CT[:, : int(group.length_C.max())]) for group in chunks]
 
+    def last_token(self, states_CTD: Tensor) -> Tensor:
+        """Return the state of the last token of each text: (C, D)."""
+        return states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), self.length_C - 1]
+
     def to(self, device: torch.device) -> "TextBatch":
         """Move all tensors to a device."""
         return TextBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -112,12 +116,8 @@ def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionToke
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, ANSWER, *map(_token, names)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special, alphabet = [PAD, EOS, ANSWER, *map(_token, names)], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((part for text in texts for part in (text.question, text.text) if part), trainer)
     tokenizer.encode_special_tokens = True  # the text "<eos>" in a caption is not the EOS token
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)

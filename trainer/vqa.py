@@ -25,9 +25,8 @@ def evaluate_questions(
     pairs = [(example, question) for example in examples for question in example.questions]
     partner = {example.sample_id: examples[i] for example, i in zip(examples, derangement(len(examples)), strict=True)}
     answers = answer_questions(checkpoint, features, [(example, q.question) for example, q in pairs], source)
-    shuffled_answers = answer_questions(
-        checkpoint, features, [(partner[example.sample_id], q.question) for example, q in pairs], source
-    )
+    shuffled_pairs = [(partner[example.sample_id], question.question) for example, question in pairs]
+    shuffled_answers = answer_questions(checkpoint, features, shuffled_pairs, source)
     accuracies = [vqa_accuracy(answer, question) for answer, (_, question) in zip(answers, pairs, strict=True)]
     scores = {}
     for kind in sorted({question.answer_type for _, question in pairs}):

@@ -19,14 +19,10 @@ def caption(scene: Scene, style: str) -> str:
     """Describe the scene: `brief` is one sentence without places, `detailed` says where each object is."""
     names = [f"{thing.size} {thing.color} {thing.shape}" for thing in scene.objects]
     if style == "brief":
-        return f"{_capital(_list([f'a {name}' for name in names]))} on a {scene.background} background."
-    count = f"{_capital(NUMBER_WORDS[len(names)])} {'object' if len(names) == 1 else 'objects'}"
+        return f"{_list([f'a {name}' for name in names]).capitalize()} on a {scene.background} background."
+    count = f"{NUMBER_WORDS[len(names)].capitalize()} {'object' if len(names) == 1 else 'objects'}"
     sentences = [f"A {name} is at the {thing.place}." for name, thing in zip(names, scene.objects, strict=True)]
     return " ".join([f"{count} on a {scene.background} background.", *sentences])
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _list(parts: list[str]) -> str:
@@ -74,7 +70,14 @@ def answer(scene: Scene, question: str) -> str | None:
     if text == "what color is the background?":
         return scene.background
     kind, attributes = _parse_question(text)
-    return _answer(scene, kind, attributes) if kind else None
+    matching = [thing for thing in scene.objects if all(getattr(thing, name) == value for name, value in attributes)]
+    if kind == "exists":
+        return "yes" if matching else "no"
+    if kind == "count":
+        return str(len(matching))
+    if not kind or len(matching) != 1:
+        return None  # another question, or it fits no object, or several
+    return matching[0].place if kind == "where" else str(getattr(matching[0], kind))
 
 
 @lru_cache(4096)
@@ -85,17 +88,6 @@ def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
         if match:
             return kind, tuple((name, value) for name, value in match.groupdict().items() if value not in (None, "object"))
     return "", ()
-
-
-def _answer(scene: Scene, kind: str, attributes: tuple[tuple[str, str], ...]) -> str | None:
-    matching = [thing for thing in scene.objects if all(getattr(thing, name) == value for name, value in attributes)]
-    if kind == "exists":
-        return "yes" if matching else "no"
-    if kind == "count":
-        return str(len(matching))
-    if len(matching) != 1:
-        return None  # the question fits no object, or several
-    return matching[0].place if kind == "where" else str(getattr(matching[0], kind))
 
 
 def _describe(attributes: dict[str, str], *, plural: bool = False) -> str:

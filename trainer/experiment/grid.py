@@ -124,7 +124,7 @@ class Cell:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Return the experiment of a YAML file. Raises ConfigError if it cannot be read, a key is unknown, or a value is invalid."""
+    """Return the experiment of a YAML file. Raises ConfigError if it cannot be read or a key or value is invalid."""
     experiment = validate(Experiment, read_yaml(path, "docs/experiment.yaml"), where=f"{path}: ")
     cells_of(experiment)  # invalid settings of a cell fail here, before anything runs
     return experiment

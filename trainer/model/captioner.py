@@ -60,12 +60,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
             self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
 
     def loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods of all target tokens.
-
-        Args:
-            states_BNV: hidden states of each image.
-            texts: all texts about the images; no text attends to another.
-        """
+        """Return the sum of negative log-likelihoods of all target tokens; no text about an image attends to another."""
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts)
         return loss
 
@@ -77,8 +72,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         image_of_K, captions = texts.image_of_C[texts.caption_C], texts.only(texts.caption_C)
         if len(image_of_K) < 2 or len(states_BNV) < 2:
             return states_BNV.new_zeros(())
-        pooled_BD = self.connector(states_BNV).mean(1)
-        loss: Tensor = self.contrast(pooled_BD, self.decoder.read(captions), image_of_K)
+        loss: Tensor = self.contrast(self.connector(states_BNV).mean(1), self.decoder.read(captions), image_of_K)
         return loss
 
     @torch.inference_mode()
@@ -89,9 +83,8 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         """
         device = next(self.connector.parameters()).device  # cached features are on the CPU
         states_BNV, prompt_BT = states_BNV.to(device), prompt_BT.to(device)
-        return self.decoder.generate(
-            self.connector(states_BNV), prompt_BT, search, self.config.max_caption_tokens, self.config.eos_id
-        )
+        config, memory_BND = self.config, self.connector(states_BNV)
+        return self.decoder.generate(memory_BND, prompt_BT, search, config.max_caption_tokens, config.eos_id)
 
 
 class ContrastiveHead(nn.Module):

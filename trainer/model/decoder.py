@@ -85,9 +85,7 @@ class ScratchDecoder(nn.Module):
 
     def read(self, texts: TextBatch) -> Tensor:
         """Return the state of the last token of each text, without any image: (C, D)."""
-        states_CTD = self(texts.ids_CT, None, texts.image_of_C)
-        last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
-        return last
+        return texts.last_token(self(texts.ids_CT, None, texts.image_of_C))
 
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
@@ -104,13 +102,9 @@ class ScratchDecoder(nn.Module):
         return write(step, prompt_BT, search, max_tokens, eos_id)
 
     def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, image_of_C: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return states (C, T, D) that predict the token after each of `ids_CT`.
+        """Return states (C, T, D) that predict the token after each of `ids_CT`; with a cache, only of new tokens.
 
-        Args:
-            ids_CT: tokens; with a cache, only the new ones.
-            memory_BND: states of the images; not read again once the cache holds their keys and values. None: no image.
-            image_of_C: which image each text is about.
-            cache: kept between calls while generating; None while training.
+        `memory_BND` are states of the images (None: no image); not read again once the cache holds their keys and values.
         """
         start = cache.length if cache else 0
         if cache is not None:

@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         model_config = AutoConfig.for_model(**config.model)
-        self.tower = _build(model_config)
+        self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
         self.width: int = model_config.hidden_size
         kind = getattr(transformers, config.processor["image_processor_type"])
         self._processor = kind(**{name: value for name, value in config.processor.items() if not name.endswith("_type")})
@@ -101,9 +101,8 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)
         processor = AutoImageProcessor.from_pretrained(model_id).to_dict()
-        options: dict[str, Any] = {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
         with silence_transformers():
-            tower = _class_of(model_config).from_pretrained(model_id, dtype=torch.float32, **options)
+            tower = _class_of(model_config).from_pretrained(model_id, dtype=torch.float32, **_tower_options(model_config))
         shown = name if name in ENCODERS else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         encoder = Encoder(EncoderConfig(settings_of(model_config), _plain(processor), layer, frozen is not False, made_from))
@@ -119,14 +118,8 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
     return encoder
 
 
-def _build(model_config: Any) -> nn.Module:
-    model_class = _class_of(model_config)
-    built: nn.Module
-    if model_class is ViTModel:
-        built = ViTModel(model_config, add_pooling_layer=False)
-    else:
-        built = model_class(model_config) if model_class is CLIPVisionModel else AutoModel.from_config(model_config)
-    return built
+def _tower_options(model_config: Any) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
 
 
 def _class_of(model_config: Any) -> Any:

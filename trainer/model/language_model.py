@@ -58,9 +58,8 @@ class PretrainedDecoder(nn.Module):
         """Return the state of the last token of each text, without any image: (C, D)."""
         tokens_T = torch.arange(texts.ids_CT.shape[1], device=texts.ids_CT.device)
         mask_CT = (tokens_T < texts.length_C[:, None]).long()
-        states_CTD = self.model.get_decoder()(input_ids=texts.ids_CT, attention_mask=mask_CT, use_cache=False).last_hidden_state
-        last: Tensor = states_CTD[torch.arange(len(states_CTD), device=states_CTD.device), texts.length_C - 1]
-        return last
+        output = self.model.get_decoder()(input_ids=texts.ids_CT, attention_mask=mask_CT, use_cache=False)
+        return texts.last_token(output.last_hidden_state)
 
     def generate(
         self, prefix_BPD: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
@@ -111,15 +110,11 @@ def pack(texts: TextBatch, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
     Segment number and label are -1 for padding; the label is also -1 where the next token is not a target.
     """
-    learned_CT = texts.learned_CT.cpu()
     rows: list[list[tuple[int, int, int, int]]] = [[] for _ in range(images)]
-    counts = [0] * images
-    ids_CT = texts.ids_CT.tolist()
-    for c, (image, length) in enumerate(zip(texts.image_of_C.tolist(), texts.length_C.tolist(), strict=True)):
-        ids = ids_CT[c]
-        labels = [ids[t + 1] if learned_CT[c, t] else -1 for t in range(length - 1)]
-        rows[image] += [(ids[t], t, counts[image], labels[t]) for t in range(length - 1)]
-        counts[image] += 1
+    tensors = (texts.image_of_C, texts.length_C, texts.ids_CT, texts.learned_CT)
+    for image, length, ids, learned in zip(*(tensor.tolist() for tensor in tensors), strict=True):
+        segment = rows[image][-1][2] + 1 if rows[image] else 0
+        rows[image] += [(ids[t], t, segment, ids[t + 1] if learned[t] else -1) for t in range(length - 1)]
     S = max(map(len, rows))
     packed = torch.tensor([row + [(0, 0, -1, -1)] * (S - len(row)) for row in rows], device=texts.ids_CT.device)
     ids_BS, positions_BS, segments_BS, labels_BS = packed.unbind(-1)

@@ -88,12 +88,8 @@ SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
 def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Random]]:
     """Return the scenes of one step, their pixels, and the random generator for their tasks."""
-    drawn = []
-    for index in range(phase.scenes):
-        rng = random.Random(f"{SEED}:{phase.name}:{step}:{index}")
-        scene = sample_scene(rng)
-        drawn.append((scene, np.array(draw(scene, rng)), rng))
-    return drawn
+    rngs = [random.Random(f"{SEED}:{phase.name}:{step}:{index}") for index in range(phase.scenes)]
+    return [(scene := sample_scene(rng), np.array(draw(scene, rng)), rng) for rng in rngs]
 
 
 def pages_per_deck(step: int) -> int:
@@ -104,12 +100,9 @@ def pages_per_deck(step: int) -> int:
 
 def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndarray], random.Random]]:
     """Return the decks of one step, the pixels of their pages, and the random generator for their tasks."""
-    drawn = []
-    for index in range(phase.decks):
-        rng = random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}")
-        deck = sample_deck(rng)[: pages_per_deck(step)]
-        drawn.append((deck, [np.array(draw(page, rng)) for page in deck], rng))
-    return drawn
+    pages = pages_per_deck(step)
+    rngs = [random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}") for index in range(phase.decks)]
+    return [(deck := sample_deck(rng)[:pages], [np.array(draw(page, rng)) for page in deck], rng) for rng in rngs]
 
 
 def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
@@ -120,9 +113,7 @@ def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[Trai
         yield TrainingTask("Task: qa", dump(QASet(qa=[ask(scene, rng) for ask in ASK.values()])))
     for _ in range(phase.answers):
         pair = rng.choice(list(ASK.values()))(scene, rng)
-        yield TrainingTask(
-            f"Question: {pair.question}", dump(Answer(answer=answer(scene, pair.question) or "")), seldom_worded=True
-        )
+        yield _answer_task(pair.question, answer(scene, pair.question) or "")
 
 
 def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
@@ -143,12 +134,10 @@ def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Ite
         yield TrainingTask("Task: deck_qa", reply, words=words, decided_spans=tuple(_looks(reply, deck, pairs)))
 
 
-def _answer_task(question: str, answer: str, spots: tuple[Spot, ...]) -> TrainingTask:
-    reply = dump(Answer(answer=answer))
+def _answer_task(question: str, answer: str, spots: tuple[Spot, ...] = ()) -> TrainingTask:
     first = len('{"answer":"')
-    return TrainingTask(
-        f"Question: {question}", reply, seldom_worded=True, decided_spans=((first, first + len(answer), spots),)
-    )
+    spans = ((first, first + len(answer), spots),) if spots else ()
+    return TrainingTask(f"Question: {question}", dump(Answer(answer=answer)), seldom_worded=True, decided_spans=spans)
 
 
 def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[DecidedSpan]:

@@ -5,38 +5,26 @@ shuffled, mixed with other sentences, or replaced by random letters.
 """
 
 import random
+import re
 
 from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import SYSTEM, template
 
 MAX_WORDS = 200  # the longest of our prompts has 160
 
-SENTENCES = (
-    "Please look closely before you reply.",
-    "You are a careful assistant that writes short texts about pictures.",
-    "Use plain English and the present tense.",
-    "Do not guess; leave out what cannot be made out.",
-    "Return valid JSON without any explanation.",
-    "The output is parsed by a program, so keep to the format.",
-    "Mention colors, sizes and positions where they matter.",
-    "Several people will read this text later and compare it with the photo.",
-    "Keep it factual, neutral and concise.",
-    "Count with care: every item matters.",
-    "Never repeat yourself and never add a greeting.",
-    "Here is one more page from the collection.",
-    "Describe the scene for someone who cannot see it.",
-    "Think about what stands in the foreground and what lies behind it.",
-    "Avoid words such as maybe, probably or appears to be.",
-    "A good question has exactly one correct answer.",
-    "Each reply is checked against a schema by machine.",
-    "If there is text in the figure, ignore it unless told otherwise.",
-    "Your description should be between five and sixty words long.",
-    "Follow the task on the last line.",
-    "The user will upload many such files, one after another.",
-    "Numbers are written as digits and answers stay short.",
-    "Let the tone be calm, like a catalogue of a museum.",
-    "What would a child point at first?",
-)
+_TEXT = """
+Please look closely before you reply. You are a careful assistant that writes short texts about pictures. Use plain English
+and the present tense. Do not guess; leave out what cannot be made out. Return valid JSON without any explanation. The output
+is parsed by a program, so keep to the format. Mention colors, sizes and positions where they matter. Several people will read
+this text later and compare it with the photo. Keep it factual, neutral and concise. Count with care: every item matters.
+Never repeat yourself and never add a greeting. Here is one more page from the collection. Describe the scene for someone who
+cannot see it. Think about what stands in the foreground and what lies behind it. Avoid words such as maybe, probably or
+appears to be. A good question has exactly one correct answer. Each reply is checked against a schema by machine. If there is
+text in the figure, ignore it unless told otherwise. Your description should be between five and sixty words long. Follow the
+task on the last line. The user will upload many such files, one after another. Numbers are written as digits and answers stay
+short. Let the tone be calm, like a catalogue of a museum. What would a child point at first?
+"""
+SENTENCES = tuple(re.split(r"(?<=[.?]) ", " ".join(_TEXT.split())))
 
 
 def sample_wording(rng: random.Random) -> tuple[str, str]:
