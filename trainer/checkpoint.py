@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
-from pipeline.storage.files import remove, write_text
+from pipeline.storage.files import atomic_write, remove, write_text
 from trainer.distributed import best_device
 from trainer.model.captioner import Captioner
 from trainer.tokenizer import CaptionTokenizer
@@ -61,12 +60,8 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
     """Write the state that the next step depends on to resume.pt, atomically."""
-    draft = folder / ".resume.tmp"
-    with draft.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / "resume.pt")
+    with atomic_write(folder / "resume.pt") as draft:
+        torch.save(state, draft)
 
 
 def load_resume(folder: Path, run: str) -> dict[str, Any]:

@@ -107,9 +107,5 @@ def has_other_settings(folder: Path, config: TrainConfig) -> bool:
     except (OSError, ValueError):
         return True
     given = config.model_dump(exclude_unset=True)
-    defaults = TrainConfig().model_dump()
-    return any(
-        getattr(trained, name) != given.get(name, defaults[name])
-        for name in defaults
-        if name in given or name not in DERIVED_KEYS
-    )
+    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in DERIVED_KEYS} | given
+    return any(getattr(trained, name) != value for name, value in compared.items())

@@ -105,8 +105,7 @@ def limit_images(examples: list[Example], images: int) -> list[Example]:
     """Return `images` examples in their order, chosen by a hash of their ids: a smaller choice is part of a larger one."""
     if not images or images >= len(examples):
         return examples
-    chosen = sorted(examples, key=lambda example: hash_to_unit(example.sample_id))[:images]
-    kept = {example.sample_id for example in chosen}
+    kept = {e.sample_id for e in sorted(examples, key=lambda example: hash_to_unit(example.sample_id))[:images]}
     return [example for example in examples if example.sample_id in kept]
 
 

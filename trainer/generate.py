@@ -15,25 +15,15 @@ from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.tokenizer import TargetText
 
 
-def write_captions(
-    checkpoint: Checkpoint, states: Sequence[Tensor], prompt: TargetText, search: DecodingConfig = GREEDY
-) -> list[str]:
+def write_captions(checkpoint: Checkpoint, states: Sequence[Tensor], prompt: TargetText, search: DecodingConfig) -> list[str]:
     """Generate one text per image after a shared prompt, for batches of hidden states (B, N, V), in order."""
-    captioner, tokenizer = checkpoint.captioner.eval(), checkpoint.words
-    prompt_T = torch.tensor(tokenizer.prompt(prompt))
-    return [
-        tokenizer.decode(ids)
-        for states_BNV in states
-        for ids in captioner.generate(states_BNV, prompt_T.expand(len(states_BNV), -1), search)
-    ]
+    captioner, prompt_T = checkpoint.captioner.eval(), torch.tensor(checkpoint.words.prompt(prompt))
+    batches = [captioner.generate(states_BNV, prompt_T.expand(len(states_BNV), -1), search) for states_BNV in states]
+    return [checkpoint.words.decode(ids) for batch in batches for ids in batch]
 
 
 def answer_questions(
-    checkpoint: Checkpoint,
-    features: FeatureSource,
-    pairs: Sequence[tuple[Example, str]],
-    source: str,
-    search: DecodingConfig = GREEDY,
+    checkpoint: Checkpoint, features: FeatureSource, pairs: Sequence[tuple[Example, str]], source: str
 ) -> list[str]:
     """Answer one question per example, in order; prompts of the same length are batched together."""
     tokenizer = checkpoint.words
@@ -46,7 +36,7 @@ def answer_questions(
             with torch.inference_mode():
                 states_BNV = features([pairs[index][0] for index in batch])
             prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
-            for index, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, search), strict=True):
+            for index, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, GREEDY), strict=True):
                 answers[index] = tokenizer.decode(ids)
     return answers
 

@@ -17,10 +17,8 @@ def parameter_groups(captioner: Captioner, config: TrainConfig) -> list[dict[str
     rates |= {"contrast": config.connector_lr} if config.contrastive_weight else {}
     groups = []
     for part, rate in rates.items():
-        parameters = list(getattr(captioner, part).parameters())
         for decay, matrices in ((config.weight_decay, True), (0.0, False)):
-            members = [p for p in parameters if (p.ndim >= 2) == matrices]
-            if members:
+            if members := [p for p in getattr(captioner, part).parameters() if (p.ndim >= 2) == matrices]:
                 groups.append({"params": members, "weight_decay": decay, "part": part, "rate": rate or 0.0})
     return groups
 

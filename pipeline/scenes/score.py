@@ -33,13 +33,10 @@ class CaptionScore:
         """Count one caption; a brief one states no places."""
         with_place = style != "brief"
         named = [(p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text)]
-        remaining = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]
+        objects = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]
         self.num_phrases += len(named)
-        self.num_objects += len(remaining)
-        for phrase in named:
-            if phrase in remaining:
-                remaining.remove(phrase)
-                self.matched += 1
+        self.num_objects += len(objects)
+        self.matched += (Counter(named) & Counter(objects)).total()
         self.captions += 1
         self.backgrounds_right += background(text) == scene.background
 

@@ -23,7 +23,7 @@ UNMATCHED = 0.05  # fraction by which word counts may differ between kinds of da
 def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
     """Write experiment.json, experiment.md and experiment.html of finished runs; return the content of experiment.json."""
     arms = read_arms(runs)
-    sizes = {run.cell.arm: (run.train_images, run.train_tokenizer) for run in runs}
+    sizes = {run.cell.arm: (run.train_images, run.train_words) for run in runs}
     result: dict[str, Any] = {
         "arms": [summarise(arm, *sizes[arm.key]) for arm in arms],
         "differences": compare(arms),
@@ -50,10 +50,7 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the tables of a result as Markdown."""
-    lines = [
-        "| arm | seeds | CIDEr-D [95 %] | shuffled | length-matched | words | words learned |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| arm | seeds | CIDEr-D [95 %] | shuffled | length-matched | words | words learned |", "|---" * 7 + "|"]
     for arm in result["arms"]:
         low, high = arm["interval"]
         lines.append(
@@ -80,10 +77,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _words_differ(runs: Sequence[Run]) -> bool:
     """Whether runs with the same number of images differ clearly in caption words."""
-    of_size: dict[int, list[int]] = {}
-    for run in runs:
-        of_size.setdefault(run.train_images, []).append(run.train_tokenizer)
-    return any(max(words) > (1 + UNMATCHED) * min(words) for words in of_size.values())
+    counts = [[run.train_words for run in runs if run.train_images == images] for images in {run.train_images for run in runs}]
+    return any(max(words) > (1 + UNMATCHED) * min(words) for words in counts)
 
 
 def _cell(text: str) -> str:

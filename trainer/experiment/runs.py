@@ -39,22 +39,12 @@ class Run:
     folder: Path
     only: frozenset[str]  # sample ids of all splits
     train_images: int  # number of images to learn from
-    train_tokenizer: int  # number of caption words to learn from
+    train_words: int  # number of caption words to learn from
 
     @property
     def is_done(self) -> bool:
         """Whether the cell has been trained and scored."""
         return (self.folder / "metrics.json").exists() and (self.folder / "captions.jsonl").exists()
-
-
-@dataclass(frozen=True, slots=True)
-class CellProcess:
-    """A process that trains a cell in one of the parallel slots."""
-
-    process: SpawnProcess
-    run: Run
-    place: int
-    errors: Connection  # receives its error message
 
 
 def plan(
@@ -137,7 +127,8 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
     done = len(runs) - len(waiting)
     progress("cells", done, len(runs))
     jobs = max(1, min(jobs, len(waiting)))
-    slots, running, failed = list(range(jobs)), list[CellProcess](), list[str]()
+    slots, failed = list(range(jobs)), list[str]()
+    running: dict[SpawnProcess, tuple[Run, int, Connection]] = {}  # with its slot, and the pipe that receives its error message
     try:
         while waiting or running:
             while waiting and slots:
@@ -146,20 +137,20 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
                 process = CONTEXT.Process(target=_train, args=(run, max(1, cores() // jobs), _gpu(slot), os.getpid(), sender))
                 process.start()
                 sender.close()
-                running.append(CellProcess(process, run, slot, receiver))
-            multiprocessing.connection.wait([worker.process.sentinel for worker in running])
-            for worker in [worker for worker in running if not worker.process.is_alive()]:
-                running.remove(worker)
-                if code := worker.process.exitcode:
-                    reason = worker.errors.recv() if worker.errors.poll() else f"its process ended with exit code {code}"
-                    failed.append(f"{worker.run.folder.name}: {reason}")
-                slots.append(worker.place)
+                running[process] = run, slot, receiver
+            multiprocessing.connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if not process.is_alive()]:
+                run, slot, errors = running.pop(process)
+                if code := process.exitcode:
+                    reason = errors.recv() if errors.poll() else f"its process ended with exit code {code}"
+                    failed.append(f"{run.folder.name}: {reason}")
+                slots.append(slot)
                 done += 1
                 progress("cells", done, len(runs))
     finally:
-        for worker in running:
-            worker.process.terminate()
-            worker.process.join()
+        for process in running:
+            process.terminate()
+            process.join()
     return failed
 
 

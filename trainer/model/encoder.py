@@ -23,16 +23,10 @@ ENCODERS = {"vit": "google/vit-base-patch16-224-in21k", **CLIP_MODELS}
 TINY_VIT = "tiny-vit"  # from scratch, trained along with the decoder
 # Patches of 14 px, as in the larger CLIP and DINO towers, in images of 84 px: 36 of them.
 TINY_VIT_CONFIG: dict[str, Any] = {
-    "model_type": "vit",
-    "image_size": 84,
-    "patch_size": 14,
-    "hidden_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "intermediate_size": 576,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+    "model_type": "vit", "image_size": 84, "patch_size": 14,
+    "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 576,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +104,8 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         layers = model_config.num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
-        raise TrainError(
-            f"no encoder {name}: {reason}", hint="pass vit, clip, metaclip, tiny-clip, tiny-vit, or a folder"
-        ) from None
+        hint = "pass vit, clip, metaclip, tiny-clip, tiny-vit, or a folder"
+        raise TrainError(f"no encoder {name}: {reason}", hint=hint) from None
     if not -layers - 1 <= layer <= layers:
         raise TrainError(f"{name} has no layer {layer}", hint=f"layers are 0 (the embeddings) to {layers}, or -1 for the last")
     return encoder

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.scenes.facts import BACKGROUNDS, MAX_OBJECTS, Scene
@@ -57,7 +58,7 @@ class PageGuide(nn.Module):
         """
         pages = len(examples[0].deck)
         length = image_BS.shape[1]
-        ends_BS = self._ends(examples, length)
+        ends_BS = pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True) == self._end_id
         image_KD = output.hidden_states[PAGE_LAYER][image_BS | ends_BS]
         page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS + 1).repeat(len(examples))
         loss = functional.cross_entropy(self.page(image_KD), page_K)
@@ -78,13 +79,6 @@ class PageGuide(nn.Module):
         if output.attentions:
             loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS | ends_BS, examples)
         return loss
-
-    def _ends(self, examples: Sequence[DeckExample], length: int) -> Tensor:
-        """Return the mask of the tokens that end a page: (B, S)."""
-        ends_BS = torch.zeros(len(examples), length, dtype=torch.bool)
-        for b, example in enumerate(examples):
-            ends_BS[b, [s for s, token in enumerate(example.packed.ids) if token == self._end_id]] = True
-        return ends_BS
 
     def _targets(self, examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor]:
         """Return targets within tasks: the page at each background's name, and the background at each page number: (B, S)."""

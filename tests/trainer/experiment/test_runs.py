@@ -63,9 +63,9 @@ def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], cl
 def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     runs = planned(versions, clip, tmp_path)
     assert len({run.train_images for run in runs}) == 1
-    words = [run.train_tokenizer for run in runs]
+    words = [run.train_words for run in runs]
     assert max(words) - min(words) < 30  # less than two captions: short captions are preferred
-    unmatched = {run.cell.data: run.train_tokenizer for run in planned(versions, clip, tmp_path, match_words=False)}
+    unmatched = {run.cell.data: run.train_words for run in planned(versions, clip, tmp_path, match_words=False)}
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
@@ -74,7 +74,7 @@ def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: 
         examples = limit_images(read_examples(run.version, "train", run.config, run.only), run.config.train_images)
         learned = limit_captions(examples, run.config.caption_word_budget)
         assert len(learned) == run.train_images
-        assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_tokenizer
+        assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_words
         assert run.train_images == 10 or run.cell.train_images == 0
 
 

@@ -42,7 +42,7 @@ def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tu
     heads, packer = guide
     example = pack_example(packer, "Question: How many?", ((2, 4), (2, END)))
     ids, *_ = collate([example.packed])
-    visual_BS = (ids == packer.image_token_id) | heads._ends([example], ids.shape[1])
+    visual_BS = (ids == packer.image_token_id) | (ids == heads._end_id)
     spots = visual_BS[0].nonzero()[:, 0].view(PAGES, VISION_TOKENS + 1)
     losses = {}
     for page, spot in ((2, 4), (2, END), (2, 5), (1, 4), (3, END)):
