@@ -89,10 +89,7 @@ class TrainConfig(Section):
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
-    """Merge defaults, config file and flags, in this order; `auto` and None stand for the default.
-
-    Raises ConfigError if the file cannot be read, a key is unknown, or a value is invalid.
-    """
+    """Merge defaults, config file and flags (`auto` and None: the default). Raises ConfigError for an invalid key or value."""
     values = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values |= {name: value for name, value in flags.items() if value not in (None, "auto")}
     return validate(TrainConfig, {name: value for name, value in values.items() if value != "auto"})

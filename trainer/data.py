@@ -48,10 +48,7 @@ class Example:
 
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
-    """Return the examples of a split, see `read_examples`; images are slices of memory-mapped files.
-
-    Raises StoreError if the version has no rows in this split.
-    """
+    """Return the examples of a split, images in memory-mapped files (`read_examples`). Raises StoreError for an empty split."""
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
     return read_examples(version.read(split, columns), images, mixture, **options)
@@ -117,23 +114,20 @@ def limit_captions(examples: list[Example], words: int) -> list[Example]:
     """
     if not words:
         return examples
-    captions = [[n for n, text in enumerate(example.texts) if text.style] for example in examples]
-    for example, indices in zip(examples, captions, strict=True):
-        indices.sort(key=lambda n: hash_to_unit(example.sample_id, example.texts[n].text))
-    if sum(count_words(e.texts[indices[0]]) for e, indices in zip(examples, captions, strict=True) if indices) > words:
-        for example, indices in zip(examples, captions, strict=True):
-            indices.sort(key=lambda n: count_words(example.texts[n]))
-    kept = [set(indices[:1]) for indices in captions]
-    left = words - sum(count_words(e.texts[n]) for e, chosen in zip(examples, kept, strict=True) for n in chosen)
-    for turn in range(1, max(map(len, captions), default=0)):
-        for example, indices, chosen in zip(examples, captions, kept, strict=True):
-            if turn < len(indices) and (count := count_words(example.texts[indices[turn]])) <= left:
-                chosen.add(indices[turn])
-                left -= count
-    return [
-        replace(example, texts=tuple(text for n, text in enumerate(example.texts) if not text.style or n in chosen))
-        for example, chosen in zip(examples, kept, strict=True)
-    ]
+    captions = [[(n, count_words(text)) for n, text in enumerate(example.texts) if text.style] for example in examples]
+    for example, counts in zip(examples, captions, strict=True):
+        counts.sort(key=lambda item: hash_to_unit(example.sample_id, example.texts[item[0]].text))
+    if sum(counts[0][1] for counts in captions if counts) > words:
+        for counts in captions:
+            counts.sort(key=lambda item: item[1])
+    kept: list[set[int]] = [set() for _ in examples]
+    for turn in range(max(map(len, captions), default=0)):
+        for counts, chosen in zip(captions, kept, strict=True):
+            if turn < len(counts) and (turn == 0 or counts[turn][1] <= words):
+                chosen.add(counts[turn][0])
+                words -= counts[turn][1]
+    pairs = zip(examples, kept, strict=True)
+    return [replace(e, texts=tuple(t for n, t in enumerate(e.texts) if not t.style or n in chosen)) for e, chosen in pairs]
 
 
 def count_words(text: TargetText) -> int:
@@ -147,10 +141,7 @@ def most_common(answers: tuple[str, ...]) -> str:
 
 
 def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
-    """Yield example indices for each step from `first_step` on, without end: a pure function of seed and step.
-
-    Every epoch visits each example once, in a new order.
-    """
+    """Yield the example indices of each step from `first_step` on, without end; the order of an epoch depends on the seed."""
     for step in itertools.count(first_step):
         positions = range(step * size, (step + 1) * size)
         yield [_order(count, seed, position // count)[position % count] for position in positions]

@@ -7,7 +7,6 @@ Shapes: N hidden states of an image, V encoder width.
 """
 
 import fcntl
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import torch.distributed
 from torch import Tensor
 
 from pipeline.digests import digest
-from pipeline.storage.files import write_json
+from pipeline.storage.files import read_json, write_json
 from trainer.data import Example
 from trainer.model.encoder import Encoder
 
@@ -73,7 +72,7 @@ def cache_features(
     shape = (len(ids), *first_NV.shape)
     with (folder / f"{name}.lock").open("w") as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_EX)  # a second process waits here, then reuses the file
-        done = json.loads(progress_file.read_text(encoding="utf-8"))["done"] if progress_file.exists() and file.exists() else 0
+        done = read_json(progress_file)["done"] if progress_file.exists() and file.exists() else 0
         if not done:
             with file.open("wb") as whole:  # allocate all now: a full disk later would kill the process
                 os.posix_fallocate(whole.fileno(), 0, 2 * math.prod(shape))

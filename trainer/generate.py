@@ -44,10 +44,7 @@ def answer_questions(
 def describe_files(
     checkpoint: Checkpoint, paths: list[Path], style: str | None = None, question: str = "", search: DecodingConfig = GREEDY
 ) -> list[str]:
-    """Return a caption for each image file, or the answer to a question about it, in order.
-
-    Raises TrainError if a file cannot be read, or if the captioner learned no such style or no answers.
-    """
+    """Return a caption or answer for each file. Raises TrainError if a file is unreadable, or style or answers unknown."""
     prompts, encoder = checkpoint.captioner.config.prompts, checkpoint.captioner.encoder
     source, prompt_style = answering_prompt(prompts) if question else scored_prompt(prompts, style)
     prompt = TargetText(source, "", style=prompt_style, question=question)
@@ -67,10 +64,7 @@ def describe_files(
 
 
 def scored_prompt(prompts: list[tuple[str, str]], style: str | None = None) -> tuple[str, str]:
-    """Return the (source, style) to prompt with: `style` or else brief, from the human source if it was learned.
-
-    Raises TrainError if the style was not learned.
-    """
+    """Return the (source, style) to prompt with: `style` or brief, human if learned. Raises TrainError if it is not learned."""
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
     chosen = style or ("brief" if "brief" in styles else styles[0])
     sources = [source for source, learned in prompts if learned == chosen]

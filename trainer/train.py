@@ -8,7 +8,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,22 +60,8 @@ class Trainer:
     norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
 
-    @property
-    def eval_options(self) -> EvalOptions:
-        """Return the options of an evaluation on held-out images."""
-        return EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
-
-    def batches(self, first_step: int) -> Iterator[list[Example]]:
-        """Yield the examples of each step, without end."""
-        size = min(self.config.batch_size, len(self.train))
-        for indices in batches(len(self.train), size, self.config.seed, first_step):
-            yield [self.train[index] for index in indices]
-
     def train_step(self, optimizer: torch.optim.Optimizer, step: int, examples: list[Example]) -> tuple[dict[str, Any], int]:
-        """Train one step; return its stage, loss, gradient norm and learning rate, and its number of target tokens.
-
-        Raises TrainError after too many skipped steps in a row.
-        """
+        """Train one step; return its stage, loss, gradient norm and rate, and its tokens. Raises TrainError if it diverges."""
         captioner = self.checkpoint.captioner.train()
         if step == self.config.align_steps:
             self.norms = []  # more parts are trained from here on: earlier norms do not apply
@@ -98,10 +84,7 @@ class Trainer:
         }, tokens
 
     def step_loss(self, examples: list[Example]) -> tuple[float, int]:
-        """Accumulate the gradients of one step; return the mean loss per token, and the number of tokens.
-
-        The mean is over the tokens of all images of the step, across micro-batches and processes.
-        """
+        """Accumulate gradients; return the mean loss per token of the step, over all parts and processes, and its tokens."""
         captioner, micro_batches = self.checkpoint.captioner, self.config.gradient_accumulation_steps
         count = micro_batches * self.processes
         # Parts of all processes: the mean needs their token counts. Images of other processes are not read.
@@ -148,7 +131,8 @@ class Trainer:
 
     def validate(self, out: Path, log: Log, done: int, best: float) -> float:
         """Score the validation split, save the captioner if it is the best so far, and return the best score."""
-        scored = evaluate(self.checkpoint, self.validation, self.eval_options, self.features)
+        options = EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
+        scored = evaluate(self.checkpoint, self.validation, options, self.features)
         cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
         loss = self.validation_loss()
         log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
@@ -226,11 +210,12 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
         learner = captioner.decoder
         (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
     total, started, images, tokens = config.align_steps + config.steps, time.monotonic(), 0, 0
-    for step, examples in zip(range(first_step, total), trainer.batches(first_step), strict=False):
-        values, step_tokens = trainer.train_step(optimizer, step, examples)
+    order = batches(len(trainer.train), min(config.batch_size, len(trainer.train)), config.seed, first_step)
+    for step, indices in zip(range(first_step, total), order, strict=False):
+        values, step_tokens = trainer.train_step(optimizer, step, [trainer.train[index] for index in indices])
         if log is None:
             continue
-        done, images, tokens, seconds = step + 1, images + len(examples), tokens + step_tokens, time.monotonic() - started
+        done, images, tokens, seconds = step + 1, images + len(indices), tokens + step_tokens, time.monotonic() - started
         left = seconds / (done - first_step) * (total - done)
         speed = {"seconds": seconds, "seconds_left": left, "images_per_s": images / seconds, "tokens_per_s": tokens / seconds}
         log.write(step=done, **values, **speed, memory_mb=_memory_mb())
@@ -248,7 +233,8 @@ def _test(trainer: Trainer, out: Path, examples: list[Example], best: float) -> 
     chosen = load_checkpoint(out, trainer.device)
     if not captioner.encoder.config.frozen:
         features = OnlineFeatures(chosen.captioner.encoder, trainer.device)
-    options = EvalOptions(trainer.eval_options.prompt, DecodingConfig(beams=trainer.config.num_beams), questions=True)
+    search = DecodingConfig(beams=trainer.config.num_beams)
+    options = EvalOptions(scored_prompt(captioner.config.prompts), search, questions=True)
     metrics: dict[str, Any] = {
         "data": captioner.config.data,
         "split": "test",

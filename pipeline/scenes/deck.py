@@ -102,19 +102,16 @@ def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str,
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}
     places = re.findall(r"at the (.+) on the", pair.question)
-    decisions: list[tuple[str, str, tuple[Spot, ...]]] = []
-    for place in places:  # any place with an object could have been asked about
-        page = pair.evidence_pages[0]
-        decisions.append(("question", place, tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)))
-    for ground in grounds:  # which page has more is decided by both
-        compared = (
-            tuple(spot for background in grounds for spot in ends[background]) if "more" in pair.question else ends[ground]
-        )
-        decisions.append(("question", ground, compared if ground == grounds[0] else ends[ground]))
+    page = pair.evidence_pages[0]
+    occupied = tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)
+    decisions = [("question", place, occupied) for place in places]  # any place with an object could have been asked about
+    decisions += [("question", ground, ends[ground]) for ground in grounds]
+    if "more" in pair.question:  # which page has more is decided by both
+        decisions[0] = ("question", grounds[0], tuple(spot for ground in grounds for spot in ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]
         return decisions + [("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)]
-    answer_spots = ((pair.evidence_pages[0], PLACES.index(places[0])),) if places else ends[grounds[0]]
+    answer_spots = ((page, PLACES.index(places[0])),) if places else ends[grounds[0]]
     return [*decisions, ("answer", pair.answer, answer_spots)]
 
 

@@ -7,16 +7,8 @@ nine places; vLLM's CPU attention supports text heads of 32 features (and not of
 
 from collections.abc import Iterable
 
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
 
 from pipeline.scenes.draw import SIDE_PX
 
@@ -41,7 +33,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
     """Train a byte-level BPE on `texts`; any other text is encoded byte by byte."""
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
@@ -50,7 +42,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokens, alphabet = list(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",  # noqa: S106  # a token of text
         pad_token="<|endoftext|>",  # noqa: S106
@@ -62,24 +54,24 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
+def build_processor(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2_5_VLProcessor:
     """Return a processor that resizes every image to about the area of a scene, as in training."""
     pixels = {"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixels),
+        video_processor=transformers.Qwen2VLVideoProcessor(size=pixels),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2_5_VLForConditionalGeneration:
     """Return the untrained model for this tokenizer."""
     token_id = {name: tokenizer.get_vocab()[token] for name, token in zip(_NAMES, SPECIAL_TOKENS, strict=True)}
     ends = {"eos_token_id": token_id["im_end"], "pad_token_id": token_id["endoftext"]}
     half = HEAD_WIDTH // 2
     mrope_section = [half // 4, (half - half // 4) // 2, (half - half // 4) // 2]  # time, height, width
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCAB_SIZE,
             "hidden_size": TEXT_WIDTH,
@@ -107,6 +99,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
         vision_end_token_id=token_id["vision_end"],
         tie_word_embeddings=True,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(**ends, do_sample=False)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = transformers.GenerationConfig(**ends, do_sample=False)
     return model

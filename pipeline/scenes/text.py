@@ -59,7 +59,7 @@ _WHICH = rf"(?:(?P<size>{_SIZE}) )?(?:(?P<color>{_COLOR}) )?(?P<shape>{_SHAPE}|o
 _QUESTIONS = {
     "exists": re.compile(rf"is there an? {_WHICH}\?"),
     "count": re.compile(rf"how many {_WHICH.replace('|object)', '|object)(?:e?s)')} are there\?"),
-    "where": re.compile(rf"where is the {_WHICH}\?"),
+    "place": re.compile(rf"where is the {_WHICH}\?"),
     **{name: re.compile(rf"what {name} is the {_WHICH}\?") for name in ("size", "color", "shape")},
 }
 
@@ -77,15 +77,14 @@ def answer(scene: Scene, question: str) -> str | None:
         return str(len(matching))
     if not kind or len(matching) != 1:
         return None  # another question, or it fits no object, or several
-    return matching[0].place if kind == "where" else str(getattr(matching[0], kind))
+    return str(getattr(matching[0], kind))
 
 
 @lru_cache(4096)
 def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the kind of a question and the attributes of the objects that it is about; an empty kind for other questions."""
     for kind, pattern in _QUESTIONS.items():
-        match = pattern.fullmatch(text)
-        if match:
+        if match := pattern.fullmatch(text):
             return kind, tuple((name, value) for name, value in match.groupdict().items() if value not in (None, "object"))
     return "", ()
 
@@ -146,8 +145,7 @@ def ask_other(scene: Scene, rng: random.Random) -> QAPair:
             thing = rng.choice(scene.objects)
             text = _describe({name: getattr(thing, name) for name in rest})
             question = f"Where is the {text}?" if attribute == "place" else f"What {attribute} is the {text}?"
-        truth = answer(scene, question)
-        if truth is not None:
+        if (truth := answer(scene, question)) is not None:
             return QAPair(question=question, answer=truth, answer_type="other")
 
 

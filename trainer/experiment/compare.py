@@ -1,7 +1,4 @@
-"""Compare the arms of an experiment: means, intervals, and whether two arms differ.
-
-Shapes: S seeds, I test images, R draws of the bootstrap.
-"""
+"""Compare the arms of an experiment: means, intervals, verdicts. Shapes: S seeds, I test images, R draws of the bootstrap."""
 
 import itertools
 import json

@@ -97,10 +97,7 @@ class Experiment(Grid):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training run: its grid point, and its settings without the word budget.
-
-    `otherwise` names the settings that differ from the first grid.
-    """
+    """One training run, with settings without the word budget; `otherwise` names settings that differ from the first grid."""
 
     data: str
     encoder: str

@@ -1,6 +1,5 @@
 """Run the cells of an experiment, several at a time; an interruption loses only a few steps of the running cells."""
 
-import multiprocessing.connection
 import os
 import sys
 import threading
@@ -8,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
                 process.start()
                 sender.close()
                 running[process] = run, slot, receiver
-            multiprocessing.connection.wait([process.sentinel for process in running])
+            wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
                 run, slot, errors = running.pop(process)
                 if code := process.exitcode:

@@ -45,10 +45,7 @@ def slice_of(word: str) -> str | None:
 
 
 def slice_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float | None]:
-    """Return F1 of the distinct words of each slice, over all images; None if captions and references have none.
-
-    For each image and slice, the reference with the highest F1 counts.
-    """
+    """Return F1 of the distinct words of each slice, each image against its best reference; None if there are no such words."""
     counts = {name: [0, 0, 0] for name in SLICES}  # matching, in captions, in references
     for hypothesis, refs in zip(hypotheses, references, strict=True):
         caption = _by_slice(hypothesis)

@@ -23,7 +23,6 @@ class CaptionerConfig:
     """Everything needed to rebuild the model; `data` records the training data.
 
     `prompts` are the learned pairs of source and style; the style of an answer is empty.
-
     `decoder` holds the fields of DecoderConfig for a decoder from scratch, or `{"language_model": {...}}` for a pretrained one.
     """
 
@@ -65,10 +64,7 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the contrastive loss of pooled images and captions; 0 with fewer than two of either.
-
-        The captions are encoded without the image.
-        """
+        """Return the contrastive loss of pooled images and captions read without an image; 0 with fewer than two of either."""
         image_of_K, captions = texts.image_of_C[texts.caption_C], texts.only(texts.caption_C)
         if len(image_of_K) < 2 or len(states_BNV) < 2:
             return states_BNV.new_zeros(())

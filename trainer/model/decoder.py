@@ -126,8 +126,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.attend_words = Attention(config)
-        self.attend_image = Attention(config)
+        self.attend_words, self.attend_image = Attention(config), Attention(config)
         self.norm_words, self.norm_image, self.norm_mlp = (nn.RMSNorm(config.width) for _ in range(3))
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
@@ -138,8 +137,7 @@ class Block(nn.Module):
         x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), start, cache))
         if memory_BND is not None:
             x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, image_of_C, cache))
-        mlp_CTD = self.down(functional.gelu(self.up(self.norm_mlp(x_CTD))))
-        out_CTD: Tensor = x_CTD + self.dropout(mlp_CTD)
+        out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
     def _words(self, x_CTD: Tensor, start: int, cache: BlockCache | None) -> Tensor:
@@ -149,8 +147,7 @@ class Block(nn.Module):
         k_CHSK = apply_rope(k_CHSK, start)
         if cache is not None:
             if cache.words is not None:
-                k_CHSK = torch.cat([cache.words[0], k_CHSK], 2)
-                v_CHSK = torch.cat([cache.words[1], v_CHSK], 2)
+                k_CHSK, v_CHSK = (torch.cat(pair, 2) for pair in zip(cache.words, (k_CHSK, v_CHSK), strict=True))
             cache.words = k_CHSK, v_CHSK
         T, S = q_CHTK.shape[2], k_CHSK.shape[2]
         # New token t has position S - T + t, and attends to itself and all tokens before it.

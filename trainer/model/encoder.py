@@ -94,12 +94,15 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         model_config = AutoConfig.from_pretrained(model_id)
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)
-        processor = AutoImageProcessor.from_pretrained(model_id).to_dict()
+        tower_class: Any = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(model_config.model_type, AutoModel)
+        saved = AutoImageProcessor.from_pretrained(model_id).to_dict()
+        # What JSON can hold, and no path of this machine.
+        processor = {name: value for name, value in saved.items() if isinstance(value, str | int | float | bool | list | dict)}
         with silence_transformers():
-            tower = _class_of(model_config).from_pretrained(model_id, dtype=torch.float32, **_tower_options(model_config))
+            tower = tower_class.from_pretrained(model_id, dtype=torch.float32, **_tower_options(model_config))
         shown = name if name in ENCODERS else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
-        encoder = Encoder(EncoderConfig(settings_of(model_config), _plain(processor), layer, frozen is not False, made_from))
+        encoder = Encoder(EncoderConfig(settings_of(model_config), processor, layer, frozen is not False, made_from))
         encoder.tower.load_state_dict(tower.state_dict())
         layers = model_config.num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -113,12 +116,3 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
 
 def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
-
-
-def _class_of(model_config: Any) -> Any:
-    return {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(model_config.model_type, AutoModel)
-
-
-def _plain(processor: dict[str, Any]) -> dict[str, Any]:
-    """Keep what JSON can hold, and no path of this machine."""
-    return {name: value for name, value in processor.items() if isinstance(value, str | int | float | bool | list | dict)}

@@ -84,18 +84,14 @@ class PretrainedDecoder(nn.Module):
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
-    """Load a language model by name (qwen3, smollm2), folder or Hub id, with its tokenizer.
-
-    Raises TrainError if the model does not exist, or its tokenizer has no end-of-text token.
-    """
+    """Load a language model and its tokenizer by name (qwen3, smollm2), folder or Hub id. Raises TrainError if it fails."""
     model_id = DECODERS.get(name, name)
     try:
         with silence_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model_id)
-            caption_tokenizer = CaptionTokenizer(
-                Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), "pretrained", int(tokenizer.eos_token_id)
-            )
+            backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            caption_tokenizer = CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"

@@ -52,10 +52,7 @@ class PageGuide(nn.Module):
         self._number_of_id = {tokenizer(str(number))["input_ids"][-1]: number for number in range(1, classes + 1)}
 
     def forward(self, output: Any, image_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
-        """Return the sum of all losses; `output` is the language model's, with hidden states and optional attentions.
-
-        All decks must have the same number of pages.
-        """
+        """Return the sum of all losses, for decks of as many pages; `output` has hidden states, and attentions if guided."""
         pages = len(examples[0].deck)
         length = image_BS.shape[1]
         ends_BS = pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True) == self._end_id

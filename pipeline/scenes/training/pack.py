@@ -80,15 +80,11 @@ class Packer:
             reply_ids = self._ids(f"{task.reply}<|im_end|>")
             self._text(packed, prompt_ids + reply_ids, segment=segment, start=start, learn_from=len(prompt_ids))
             offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
-            token_spots = [
-                next((spots for a, b, spots in task.decided_spans if a < stop and first < b), ()) for first, stop in offsets
-            ]
             answers = [match.span(1) for match in DECIDED.finditer(task.reply)]
-            is_decided = [any(a < stop and first < b for a, b in answers) for first, stop in offsets]
-            packed.decided_spans[-len(reply_ids) - 1 : -1] = token_spots
-            packed.weights[-len(reply_ids) - 1 : -1] = [
-                answer_weight if decided or spots else 1.0 for decided, spots in zip(is_decided, token_spots, strict=True)
-            ]
+            for index, (first, stop) in enumerate(offsets, -len(reply_ids) - 1):  # at the token before each
+                spots = next((spots for a, b, spots in task.decided_spans if a < stop and first < b), ())
+                packed.decided_spans[index] = spots
+                packed.weights[index] = answer_weight if spots or any(a < stop and first < b for a, b in answers) else 1.0
         return packed
 
     def _ids(self, text: str) -> list[int]:

@@ -41,13 +41,11 @@ def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
     """Return a scene that differs in one attribute of one object, or in its background."""
     if attribute == "background":
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
-    index = rng.randrange(len(scene.objects))
-    thing = scene.objects[index]
+    objects = list(scene.objects)
+    thing = objects.pop(rng.randrange(len(objects)))
     excluded = {occupant.place for occupant in scene.objects} if attribute == "place" else {getattr(thing, attribute)}
-    value = rng.choice([value for value in VALUES[attribute] if value not in excluded])
-    objects = [*scene.objects[:index], replace(thing, **{attribute: value}), *scene.objects[index + 1 :]]
-    objects.sort(key=lambda thing: PLACES.index(thing.place))
-    return Scene(scene.background, tuple(objects))
+    objects.append(replace(thing, **{attribute: rng.choice([v for v in VALUES[attribute] if v not in excluded])}))
+    return Scene(scene.background, tuple(sorted(objects, key=lambda thing: PLACES.index(thing.place))))
 
 
 def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
