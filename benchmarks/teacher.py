@@ -1,4 +1,4 @@
-"""Measure the accuracy and speed of the tiny teacher: `python benchmarks/teacher.py [--scenes 1000] [--seed 7001]`.
+"""Measure accuracy and speed of the tiny teacher: `PYTHONPATH=. python benchmarks/teacher.py [--scenes 1000] [--seed 7001]`.
 
 Draws scenes that are in no training data, runs all default tasks in process, and scores the replies against the facts; then
 repeats it with every sentence of the prompts but the task line reworded.

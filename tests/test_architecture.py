@@ -30,7 +30,7 @@ FILES = {
     "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",
     "pipeline/text": "__init__ claims content_keys normalize pii refusals spelling vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ checkpoint clipscore config data distributed evaluate features generate image_index metrics
+    "trainer": """__init__ checkpoint config data distributed evaluate features generate image_index metrics
         optimizer tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model",

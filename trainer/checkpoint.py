@@ -102,19 +102,17 @@ class Log:
         """Append one line, and a point to each TensorBoard curve; each stage has its own curves."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        if self._curves is None:
-            return
-        for name, value in values.items():
-            if name != "step" and not isinstance(value, str):
-                self._curves.add_scalar(f"{values.get('stage', 'validation')}/{name}", value, values["step"])
-        self._curves.flush()
+        if self._curves:
+            for name, value in values.items():
+                if name != "step" and not isinstance(value, str):
+                    self._curves.add_scalar(f"{values.get('stage', 'validation')}/{name}", value, values["step"])
+            self._curves.flush()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a log, or an empty list if the file does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def require_tensorboard() -> None:

@@ -4,24 +4,29 @@ A captioner that ignores its image scores the same on another image, which the s
 """
 
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
+from pipeline.images.clip import ClipScorer
 from trainer.checkpoint import Checkpoint
-from trainer.clipscore import clip_scores, is_same
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures
 from trainer.generate import scored_prompt, write_captions
 from trainer.metrics import bootstrap, derangement, meteor, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.encoder import ENCODERS
 from trainer.tokenizer import TargetText
 from trainer.vqa import evaluate_questions
 
 SHOWN = 12
+CLIPSCORE_WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,20 @@ def evaluate_version(
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     options = EvalOptions(scored_prompt(config.prompts, style), DecodingConfig(beams=beams), questions=True, thorough=True)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
+
+
+def clip_scores(name: str, images: Iterable[Image.Image], captions: Sequence[str], *orders: Sequence[int]) -> list[list[float]]:
+    """Return CLIPScore (Hessel et al., 2021) for each order: 2.5 x max(cosine, 0) of image i (RGB) and caption order[i]."""
+    clip = ClipScorer(name)
+    image_states, text_states = clip.image_states(images), clip.text_states(captions)
+    cosines = (clip.compare(image_states, [text_states[index] for index in order]) for order in orders)
+    return [[CLIPSCORE_WEIGHT * max(cosine, 0.0) for cosine in order_cosines] for order_cosines in cosines]
+
+
+def is_same(name: str, made_from: dict[str, str]) -> bool:
+    """Whether a CLIP is the captioner's own encoder, whose score would be biased."""
+    own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
+    return ENCODERS.get(own_name, own_name) in (model_id, Path(name).name if Path(name).is_dir() else model_id)
 
 
 def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[list[str]]]]:

@@ -26,8 +26,7 @@ def answer_questions(
     checkpoint: Checkpoint, features: FeatureSource, pairs: Sequence[tuple[Example, str]], source: str
 ) -> list[str]:
     """Answer one question per example, in order; prompts of the same length are batched together."""
-    tokenizer = checkpoint.words
-    prompts = [tokenizer.prompt(TargetText(source, "", question=question)) for _, question in pairs]
+    prompts = [checkpoint.words.prompt(TargetText(source, "", question=question)) for _, question in pairs]
     answers = [""] * len(pairs)
     for length in sorted({len(prompt) for prompt in prompts}):
         indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
@@ -37,7 +36,7 @@ def answer_questions(
                 states_BNV = features([pairs[index][0] for index in batch])
             prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
             for index, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, GREEDY), strict=True):
-                answers[index] = tokenizer.decode(ids)
+                answers[index] = checkpoint.words.decode(ids)
     return answers
 
 

@@ -96,8 +96,7 @@ class CaptionTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
-        decoded: str = self.tokenizer.decode(list(ids))
-        return decoded.strip()
+        return str(self.tokenizer.decode(list(ids))).strip()
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -12,7 +12,7 @@ from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
-from trainer.clipscore import clip_scores, is_same
+from trainer.evaluate import clip_scores, is_same
 
 SCENES = [sample_scene(random.Random(seed)) for seed in range(5)]
 TEXTS = [caption(scene, "detailed") for scene in SCENES]

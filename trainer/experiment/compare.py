@@ -63,6 +63,7 @@ def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
     references = tuple(tuple(row["references"]) for row in rows[0])
     tokens = [[reference.split(" ") for reference in group] for group in references]
     lengths = [round(float(np.mean([len(reference) for reference in group]))) for group in tokens]
+    matched = [cider_d([tokenize(row["caption"])[:n] for row, n in zip(group, lengths, strict=True)], tokens) for group in rows]
     return Arm(
         key=key,
         seeds=tuple(run.cell.seed for run in runs),
@@ -71,9 +72,7 @@ def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
         captions=tuple(tuple(row["caption"] for row in group) for group in rows),
         cider_d_SI=np.array([[row["cider_d"] for row in group] for group in rows]),
         shuffled_SI=np.array([[row["shuffled_cider_d"] for row in group] for group in rows]),
-        matched_SI=np.array(
-            [cider_d([tokenize(a["caption"])[:n] for a, n in zip(group, lengths, strict=True)], tokens) for group in rows]
-        ),
+        matched_SI=np.array(matched),
         metrics=tuple(read_json(run.folder / "metrics.json") for run in runs),
         curves=tuple(read_log(run.folder / "log.jsonl") for run in runs),
     )

@@ -62,11 +62,8 @@ def _f1(matching: int, in_caption: int, in_reference: int) -> float:
 
 
 def _by_slice(tokens: Tokens) -> dict[str, set[str]]:
-    words_by_slice: dict[str, set[str]] = {name: set() for name in SLICES}
-    for word in tokens:
-        if name := slice_of(word):
-            words_by_slice[name].add(word)
-    return words_by_slice
+    slices = {word: slice_of(word) for word in tokens}
+    return {name: {word for word, slice_name in slices.items() if slice_name == name} for name in SLICES}
 
 
 @cache

@@ -119,8 +119,7 @@ def pack(texts: TextBatch, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def seen(prefix: int, segments_BS: Tensor) -> Tensor:
     """Return the attention mask: (B, L, L), True where attention is allowed. The prefix itself is causal."""
-    S = segments_BS.shape[1]
     order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, visible to all texts
     same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
     visible_BLL = same_BLL | (order_BL == -2)[:, None, :]
-    return visible_BLL & torch.ones(prefix + S, prefix + S, dtype=torch.bool, device=segments_BS.device).tril()
+    return visible_BLL & torch.ones(same_BLL.shape[1:], dtype=torch.bool, device=segments_BS.device).tril()

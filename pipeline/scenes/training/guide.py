@@ -53,8 +53,7 @@ class PageGuide(nn.Module):
 
     def forward(self, output: Any, image_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
         """Return the sum of all losses, for decks of as many pages; `output` has hidden states, and attentions if guided."""
-        pages = len(examples[0].deck)
-        length = image_BS.shape[1]
+        pages, length = len(examples[0].deck), image_BS.shape[1]
         ends_BS = pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True) == self._end_id
         image_KD = output.hidden_states[PAGE_LAYER][image_BS | ends_BS]
         page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS + 1).repeat(len(examples))
