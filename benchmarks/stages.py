@@ -134,7 +134,8 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
     query = f"""
     WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp','street'] AS w,
                           ['red','blue','old','small','wooden','bright','dark','round'] AS a),
-    drawn AS (SELECT range AS n, range // 5 AS image, range % 5 AS position, (hash(range) >> 1)::BIGINT AS h FROM range({count}))
+    drawn AS (SELECT range AS n, range // 5 AS image, range % 5 AS position, (hash(range) >> 1)::BIGINT AS h
+              FROM range({count}))
     SELECT sha256('a' || n) AS annotation_id, sha256('s' || image) AS sample_id,
            CASE WHEN position = 0 THEN 'caption' ELSE 'qa' END AS task,
            CASE WHEN position = 0 THEN 'brief' ELSE '' END AS style,
