@@ -203,11 +203,11 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config file {path}: {error}", hint=f"pass a YAML file, such as {example}") from None
+        raise ConfigError(f"cannot read config file {path}: {error}", hint=f"pass a YAML file, with {example}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"such as {example}") from None
+        raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"it may hold {example}") from None
     if not isinstance(values or {}, dict):
-        raise ConfigError(f"config file {path} must hold keys and values", hint=f"for example: {example}")
+        raise ConfigError(f"config file {path} must hold keys and values", hint=f"such as {example}")
     return values or {}
 
 

@@ -102,7 +102,8 @@ def push(
     chosen_version = open_or_download(data, version)
     restricted = non_redistributable(chosen_version.manifest["licences"])
     with build_package(chosen_version, repo, images=images, acknowledged=acknowledge or ()) as package:
-        say(f"licence of the images: {', '.join(chosen_version.manifest['licences'])}")
+        say(f"version: {chosen_version.path}")
+        say(f"license of the images: {', '.join(chosen_version.manifest['licences'])}")
         if package.manifest.get("acknowledged"):
             say(f"note: pixels under {', '.join(restricted)} are pushed, and the card says that you acknowledged their terms")
         elif restricted and images is None:

@@ -47,7 +47,8 @@ def print_run_result(result: "RunResult", *, as_json: bool) -> None:
         lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
         say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")
     counts = result.stats
-    say(f"asked the model {counts.asked} times for {counts.total} replies; the rest was in the journal")
+    known = "; the rest was in the journal" if counts.asked < counts.total else ""
+    say(f"asked the model {counts.asked} times for {counts.total} replies{known}")
     if set(counts.attempts) - {1}:
         say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
     if counts.flaws:

@@ -88,7 +88,7 @@ class Version:
         """Read the rows of a split. Raises StoreError if the split is empty."""
         shards = self.shards(split)
         if not shards:
-            raise StoreError(f"{self.name} has no rows in its {split} split", hint="make more samples, or choose another split")
+            raise StoreError(f"{self.name} has no rows in its {split} split", hint="use more images, or raise split.test_frac")
         try:
             return pa.concat_tables([read_table(shard, columns) for shard in shards])
         except (OSError, pa.ArrowInvalid) as error:

@@ -46,7 +46,7 @@ def pull_version(name: str) -> Version:
     try:
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
-            hint = "`synth push` makes versions; or name a commit: ORG/NAME@COMMIT"
+            hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
             raise StoreError(f"{repo} is no folder here, and no version of it is known", hint=hint)
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
     except errors.GatedRepoError:

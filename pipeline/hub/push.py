@@ -25,19 +25,6 @@ from pipeline.errors import ConfigError, PushError, one_line
 from pipeline.hub.package import Package
 from pipeline.progress import NullProgress, Progress
 
-# These settings bound the memory of a Xet upload: one block of 64 MB is uploaded while the next is filled.
-# 2 GB took 360 MB without these settings and 270 MB with them, in the same time (benchmarks/push.py on loopback).
-for _name, _value in (
-    ("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1"),
-    ("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1"),
-    ("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb"),
-):
-    os.environ.setdefault(_name, _value)
-# With glibc: threads share one heap, and large allocations are returned to the system when freed.
-if _mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-    _mallopt(-8, 1)  # M_ARENA_MAX
-    _mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-
 MAX_ATTEMPTS = 6
 RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
 NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
@@ -54,8 +41,23 @@ class PushResult:
     is_new: bool
 
 
+def bound_memory() -> None:
+    """Bound the memory of uploads of this process: by Xet, one block of 64 MB is uploaded while the next is filled.
+
+    2 GB took 360 MB without these settings and 270 MB with them, in the same time (benchmarks/push.py on loopback).
+    """
+    os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
+    os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1")
+    os.environ.setdefault("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb")
+    # With glibc: threads share one heap, and large allocations are returned to the system when freed.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-8, 1)  # M_ARENA_MAX
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
 def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
     """Push a package and tag its commit, once. Raise PushError if the Hub refuses, does not answer, or holds other content."""
+    bound_memory()
     api = HfApi()
     try:
         return _retry(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
