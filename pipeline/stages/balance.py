@@ -120,7 +120,7 @@ def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
 
 def _match_all(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
     tables = read(db.sql("FROM ordered ORDER BY key, words, annotation_id"))
-    for groups in _whole_groups(tables, "key", MATCHED_QUESTIONS):
+    for groups in whole_groups(tables, "key", MATCHED_QUESTIONS):
         a, b = match_questions(groups)
         row = groups["row"].to_numpy()
         yield pa.table({"row": np.r_[row[a], row[b]], "partner": np.r_[row[b], row[a]]}, schema=PAIRS)
@@ -184,7 +184,7 @@ def _neighbours(groups: pa.Table) -> tuple[Indices, Indices, npt.NDArray[np.floa
     return tuple(np.concatenate(part) for part in zip(*pairs, strict=True))  # type: ignore[return-value]
 
 
-def _whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
+def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
     """Regroup tables that are ordered by a column: no value is in two of them, and all but the last have `min_rows` rows."""
     waiting: list[pa.Table] = []
     for table in tables:

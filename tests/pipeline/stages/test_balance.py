@@ -20,6 +20,7 @@ from pipeline.stages.balance import (
     largest_count,
     match_entries,
     read_entries,
+    whole_groups,
 )
 from pipeline.text.wordnet import names
 from tests.stage_runs import run_stage
@@ -274,3 +275,15 @@ def test_questions_of_a_pair_stay_rather_than_others_and_a_broken_pair_is_none()
     rows += [{"clean_question": f"Is it {n}?", "clean_answer": "maybe"} for n in range(50)]
     remaining = balance_rows(table(*rows), max_yes_no_frac=0.5, min_questions_per_type=1)
     assert all(count == 2 for count in Counter(row["pair_id"] for row in remaining if row["pair_id"]).values())
+
+
+@pytest.mark.parametrize("rows_a_table", [1, 2, 3, 100])
+@pytest.mark.parametrize("min_rows", [1, 3, 100])
+def test_regrouped_tables_cut_no_group(rows_a_table: int, min_rows: int) -> None:
+    keys = list("aabbbbbcddefgggh")
+    whole = pa.table({"key": keys})
+    tables = [whole.slice(n, rows_a_table) for n in range(0, len(keys), rows_a_table)]
+    regrouped = [part["key"].to_pylist() for part in whole_groups(tables, "key", min_rows)]
+    assert [key for part in regrouped for key in part] == keys
+    assert sum(len(set(part)) for part in regrouped) == len(set(keys))
+    assert all(len(part) >= min_rows for part in regrouped[:-1])

@@ -146,3 +146,29 @@ def test_no_row_is_added_lost_or_reordered() -> None:
     marked = filter_annotations(rows, FilterConfig())
     assert marked["annotation_id"].to_pylist() == rows["annotation_id"].to_pylist()
     assert set(marked["reason"].to_pylist()) - {None} <= set(RULES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The IMAGE above the two dogs... no, the image above, shows a cat and more.",
+        "The text below says that a dog runs on the beach.",
+        "The photo provided has a man and a bike in it.",
+        "As in the above image, a man rides a bike here.",
+        "In the following caption a man rides a red bike.",
+        "The preceding sentence is about a man on a bike.",
+        "A man on the bike that was mentioned earlier in it.",
+        "The dog described previously runs on the beach now.",
+        "A dog, according to the passage, runs on the beach.",
+        "A dog as in the prompt runs on the beach today.",
+        "A dog as in the de\u017fcription runs on the beach.",
+    ],
+)
+def test_each_reference_to_another_text_has_a_word_that_is_searched_first(text: str) -> None:
+    assert reasons(text) == ["speaks_of_elsewhere"]
+
+
+def test_results_are_remembered_for_one_setting_only() -> None:
+    assert reasons("A man rides a bike.") == [None]
+    assert reasons("A man rides a bike.", min_caption_words=9) == ["too_short"]
+    assert reasons("A man rides a bike.") == [None]

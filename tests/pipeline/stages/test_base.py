@@ -1,0 +1,76 @@
+"""Tests of pipeline/stages/base.py."""
+
+import gc
+from collections.abc import Callable
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import TableError
+from pipeline.stages import base
+from pipeline.stages.base import Comparison, RunPlan, Stage, collect_less_often
+from tests.stage_runs import run_stage
+
+ADDS = pa.schema([pa.field("label", pa.string()), pa.field("reason", pa.string())])
+
+
+def numbers(count: int) -> pa.Table:
+    return pa.table({"annotation_id": [f"a{n}" for n in range(count)], "number": pa.array(range(count), pa.int64())})
+
+
+def comparing(query: str) -> Stage:
+    def compare(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+        return comparison.db.sql(query)
+
+    return Stage("compared", judge=lambda table, plan: table, compare=compare, adds=ADDS)
+
+
+def judging(judge: Callable[[pa.Table], pa.Table]) -> Stage:
+    def with_plan(table: pa.Table, _: RunPlan) -> pa.Table:
+        return judge(table)
+
+    return Stage("judged", judge=with_plan)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_findings_reach_their_rows_in_every_shard_whatever_their_order(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "BATCH_ROWS", 4)
+    query = "SELECT range AS row, 'm' || range AS label, CASE WHEN range % 2 = 0 THEN 'even' END AS reason FROM range(0, 50, 3)"
+    rows = run_stage(comparing(query + " ORDER BY hash(range)"), numbers(50), shards).to_pylist()
+    assert [row["label"] for row in rows] == [f"m{n}" if n % 3 == 0 else None for n in range(50)]
+    assert [row["reason"] for row in rows] == ["even" if n % 6 == 0 else None for n in range(50)]
+
+
+@pytest.mark.parametrize(("rows", "message"), [("(3), (3)", "twice"), ("(5), (60)", "not there"), ("(50)", "not there")])
+def test_a_comparison_that_names_a_row_twice_or_a_missing_row_is_an_error(rows: str, message: str) -> None:
+    query = f"SELECT col0::BIGINT AS row, 'm' AS label, 'bad' AS reason FROM (VALUES {rows})"
+    with pytest.raises(TableError, match=message):
+        run_stage(comparing(query), numbers(50), 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.slice(1),
+        lambda table: pa.concat_tables([table, table]),
+        lambda table: table.take(pa.array(range(table.num_rows)[::-1])),
+    ],
+)
+def test_a_stage_that_loses_adds_or_reorders_rows_is_an_error(change: Callable[[pa.Table], pa.Table]) -> None:
+    stage = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
+    with pytest.raises(TableError, match="stage judged was given"):
+        run_stage(stage, numbers(10))
+
+
+def test_a_stage_without_reasons_is_an_error() -> None:
+    with pytest.raises(TableError, match="missing column"):
+        run_stage(judging(lambda table: table), numbers(10))
+
+
+def test_the_garbage_collector_runs_as_before_afterwards() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(ZeroDivisionError), collect_less_often():
+        assert gc.get_threshold()[0] > before[0]
+        raise ZeroDivisionError
+    assert gc.get_threshold() == before
