@@ -36,6 +36,7 @@ from pipeline.text.wordnet import names
 RARE = "(rare)"  # questions whose own type is too rare are balanced together
 NEIGHBOURS = 24  # images searched for a partner, as many as VQAv2's annotators were shown
 MATCHED_QUESTIONS = 65_536  # matched at once, or those of one key where they are more
+GROUPED_CAPTIONS = 1_000_000  # whose words are collected by sample at once
 BLOCK_ROWS = 1024  # whose words are compared at once
 QUESTIONS = pa.schema([ROW, *fields(STRING, "annotation_id", "sample_id", "image", "key", "prefix", "answer")])
 CAPTION_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
@@ -106,14 +107,20 @@ def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
         "(SELECT key FROM questions GROUP BY key HAVING count(DISTINCT answer) > 1 AND count(DISTINCT image) > 1) USING (key)"
     )
     load(db, "caption_words", _caption_words(rows), CAPTION_WORDS)
+    ((captions,),) = db.sql("SELECT count(*) FROM caption_words").fetchall()
+    parts = -(-captions // GROUPED_CAPTIONS)  # lists that are being collected stay in memory
+    db.execute("CREATE TABLE sample_words AS FROM caption_words LIMIT 0")
+    for part in range(parts):
+        db.execute(
+            f"""
+            INSERT INTO sample_words SELECT sample_id, list_sort(list_distinct(flatten(list(words))))
+            FROM caption_words SEMI JOIN candidates USING (sample_id)
+            WHERE hash(sample_id) % {parts} = {part} GROUP BY sample_id
+            """  # noqa: S608
+        )
     db.execute(
-        """
-        CREATE TABLE ordered AS SELECT row, annotation_id, key, image, answer, coalesce(words, []) AS words
-        FROM candidates LEFT JOIN (
-            SELECT sample_id, list_sort(list_distinct(flatten(list(words)))) AS words
-            FROM caption_words SEMI JOIN candidates USING (sample_id) GROUP BY sample_id
-        ) USING (sample_id)
-        """
+        "CREATE TABLE ordered AS SELECT row, annotation_id, key, image, answer, coalesce(words, []) AS words "
+        "FROM candidates LEFT JOIN sample_words USING (sample_id)"
     )
     load(db, "pairs", _match_all(open_cursor(db)), PAIRS)
 
@@ -201,11 +208,10 @@ def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iter
 
 
 def _questions(rows: AllRows) -> Iterator[pa.Table]:
-    group = "image_group" if "image_group" in rows.columns() else "sample_id"
-    for table in rows.batches("annotation_id", "sample_id", group, "clean_question", "clean_answer"):
+    for table in rows.batches("annotation_id", "sample_id", "image_group", "clean_question", "clean_answer"):
         table = table.filter(pc.is_valid(table["clean_question"])).combine_chunks()
         columns = {
-            "image": table[group],
+            "image": table["image_group"],
             "key": map_distinct(table["clean_question"], text_key),
             "prefix": map_distinct(table["clean_question"], question_prefix),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
