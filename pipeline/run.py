@@ -108,7 +108,7 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
     try:
         before = dataset.settings()
         source = before["source"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{dataset.run_file} is not ours", hint="choose another folder: --out DIR") from None
     if source != config.source:
         raise ConfigError(

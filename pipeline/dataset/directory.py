@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
-from pipeline.config import Config
+from pipeline.config import Config, current_settings
 from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError
@@ -37,8 +38,12 @@ class DatasetDir:
         return self.path / "run.json"
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run, under today's names. Raises ValueError if the file holds none."""
-        return Config.model_validate(read_json(self.run_file)).model_dump(mode="json")
+        """Return the settings of the last run, under today's names; of another release, as they are."""
+        values = current_settings(read_json(self.run_file))
+        try:
+            return Config.model_validate(values).model_dump(mode="json")
+        except ValidationError:
+            return values
 
     @property
     def journal(self) -> Path:

@@ -86,6 +86,8 @@ def compare_rows(executor: Executor, stages: Sequence[Stage], before: str, plan:
         if stage.compare:
             compare_stage(stage, executor.shards, before, plan, progress)
         executor.map(partial(judge_stage, stage, before=before, plan=plan))
+        for shard in executor.shards if stage.compare else ():  # only now: a worker may be lost, and its shard judged again
+            shard.stage(stage.name, "compared").unlink(missing_ok=True)
         progress("curate", done, len(stages), {"last": stage.name})
         before = stage.name
 

@@ -80,7 +80,7 @@ def push_package(package: Package, repo: str, *, private: bool = False, progress
 
 
 def _retry(attempt: Callable[[], PushResult]) -> PushResult:
-    """Retry while the Hub is busy, another push came first, or a connection broke; TRIES attempts in all."""
+    """Retry while the Hub is busy, another push came first, or a connection broke; MAX_ATTEMPTS attempts in all."""
     for tried in range(1, MAX_ATTEMPTS):
         try:
             return attempt()

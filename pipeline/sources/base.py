@@ -52,8 +52,8 @@ class SourceSpec:
     def describe(self) -> dict[str, str]:
         """Return the description of the source, as `synth sources NAME` prints it."""
         tasks = ", ".join(self.tasks) + ("; deck_qa where pages are mapped" if "columns" in self.options else "")
-        names = ("splits", "size", "license", "needs", "example")
-        return {"name": self.name, "what": self.what, "tasks": tasks} | {name: str(getattr(self, name)) for name in names}
+        more = {"splits": self.splits, "size": self.size, "licence": self.license, "needs": self.needs, "example": self.example}
+        return {"name": self.name, "what": self.what, "tasks": tasks, **more}
 
     def check_options(self, config: Config) -> None:
         """Raise ConfigError for an option that this source does not support."""

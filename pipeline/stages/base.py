@@ -2,7 +2,7 @@
 
 From validate to review a row is one annotation. A stage may do three things, each optional, in this order:
 
-prepare   has effects, such as asking a model about the rows of one shard; adds columns
+prepare   has effects, such as asking a model about the rows of one shard; adds columns; not after the first stage that compares
 compare   queries the rows of all shards together, by a few narrow columns in DuckDB; adds columns to the rows it names
 judge     sees one batch of rows, as an Arrow table; adds columns and `reason`: null keeps a row
 
@@ -156,7 +156,6 @@ def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> 
 
     with collect_less_often():
         write_stage_output(shard, stage.name, judged())
-    compared.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -41,13 +41,13 @@ WITH answers_to_question AS (
     FROM judged WHERE question IS NOT NULL GROUP BY question, answer
 ), answerable_blind AS (  -- most images that are asked the same have this answer
     SELECT question, answer FROM answers_to_question
-    WHERE answer NOT IN ('yes', 'no') AND times >= {min_blind_frac} * asked
+    WHERE answer NOT IN ('yes', 'no') AND times >= {min_blind_frac}::DOUBLE * asked
 ), answers_of_type AS (
     SELECT answer_type, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY answer_type) AS asked
     FROM judged WHERE question IS NOT NULL GROUP BY answer_type, answer
 ), frequent_answers AS (  -- other questions of that type often have this answer, so that it may be right without the pages
     SELECT answer_type, answer FROM answers_of_type
-    WHERE answer IN ('yes', 'no') OR times - 1 > {max_answer_frequency} * (asked - 1)
+    WHERE answer IN ('yes', 'no') OR times - 1 > {max_answer_frequency}::DOUBLE * (asked - 1)
 ), ranked AS (
     SELECT style, alignment, row_number() OVER (PARTITION BY style ORDER BY alignment) AS place,
            count(*) OVER (PARTITION BY style) AS count

@@ -10,20 +10,32 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipeline.errors import StoreError, one_line
+from pipeline.storage.files import remove
 from pipeline.storage.object_store import is_remote
 
 MEMORY_BYTES = 1_500_000_000  # of DuckDB; the rest of a query lies on the disk
 BATCH_ROWS = 65_536
+PREFIX = ".compare-"  # of the folder of a database
 
 
 @contextmanager
 def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield an empty database that lies in `folder` while it is used, or, for an object store, in the temporary folder."""
+    """Yield an empty database in `folder`, whose lock the caller holds, or, for an object store, in the temporary folder.
+
+    Raises StoreError if the disk or the memory is full.
+    """
     parent = None if is_remote(folder) else folder
     config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(len(os.sched_getaffinity(0)))}
-    with TemporaryDirectory(prefix=".compare-", dir=parent) as home, duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
+    for abandoned in parent.glob(f"{PREFIX}*") if parent else ():  # of a command that was killed
+        remove(abandoned)
+    with TemporaryDirectory(prefix=PREFIX, dir=parent) as home, duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
         db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
-        yield _quiet(db)
+        try:
+            yield _quiet(db)
+        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            hint = "free some disk space or memory, then run the same command"
+            raise StoreError(f"{folder}: {one_line(error)}", hint=hint) from None
 
 
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:

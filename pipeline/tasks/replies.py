@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.digests import digest
 from pipeline.tasks import find_broken_rule, find_task
-from pipeline.text.refusals import is_refusal
+from pipeline.text.refusals import is_declined
 from pipeline.types import Reply, Request
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one: JSON can escape it, but no table can hold it
@@ -56,10 +56,10 @@ def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
 
 
 def _unusable(item: dict[str, Any]) -> str | None:
-    texts = {name: value for name, value in item.items() if isinstance(value, str)}
-    if any(is_refusal(text, is_answer=name == "answer") for name, text in texts.items()):
+    texts = [value for value in item.values() if isinstance(value, str)]
+    if any(map(is_declined, texts)):
         return "refusal"
-    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts.values()) else None
+    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts) else None
 
 
 def _repeats(words: list[str]) -> bool:

@@ -2,15 +2,19 @@
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pytest
 
+from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
+from pipeline.progress import NullProgress
 from pipeline.stages import base
 from pipeline.stages.base import Comparison, RunPlan, Stage, collect_less_often
-from tests.stage_runs import run_stage
+from pipeline.storage.files import read_table, write_table
+from tests.stage_runs import plan_of, run_stage
 
 ADDS = pa.schema([pa.field("label", pa.string()), pa.field("reason", pa.string())])
 
@@ -66,6 +70,18 @@ def test_a_stage_that_loses_adds_or_reorders_rows_is_an_error(change: Callable[[
 def test_a_stage_without_reasons_is_an_error() -> None:
     with pytest.raises(TableError, match="missing column"):
         run_stage(judging(lambda table: table), numbers(10))
+
+
+def test_a_shard_may_be_judged_again_after_a_worker_was_lost(tmp_path: Path) -> None:
+    shard, plan = DatasetDir(tmp_path), plan_of(tmp_path)
+    write_table(shard.stage("before"), [numbers(9)], numbers(9).schema)
+    stage = comparing("SELECT 3::BIGINT AS row, 'm' AS label, 'bad' AS reason")
+    base.compare_stage(stage, [shard], "before", plan, NullProgress())
+    kept = []
+    for _ in range(2):
+        base.judge_stage(stage, shard, "before", plan)
+        kept.append(read_table(shard.stage("compared")))
+    assert kept[0].num_rows == 8 and kept[0].equals(kept[1])
 
 
 def test_the_garbage_collector_runs_as_before_afterwards() -> None:

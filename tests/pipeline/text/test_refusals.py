@@ -1,0 +1,30 @@
+"""Tests of pipeline/text/refusals.py."""
+
+import pytest
+
+from pipeline.text.refusals import is_declined, is_refusal
+
+
+@pytest.mark.parametrize(
+    ("text", "declined", "refusal"),
+    [
+        ("I am sorry, but I cannot see it.", True, True),
+        ("Sorry, there is no image.", False, True),
+        ("I cannot help with that.", True, True),
+        ("As an AI, I have no eyes.", True, True),
+        ("I won't stop.", True, False),
+        ("It is not possible to tell.", False, True),
+        ("Unable to fly, the penguin walks.", False, True),
+        ("No image provided.", False, True),
+        ("I am afraid of dogs.", False, True),
+        ("A sorry sight: a dog in the rain.", False, False),
+    ],
+)
+def test_fewer_texts_are_asked_again_than_are_rejected(text: str, *, declined: bool, refusal: bool) -> None:
+    assert (is_declined(text), is_refusal(text)) == (declined, refusal)
+
+
+def test_an_answer_may_quote_a_sign() -> None:
+    assert is_refusal("Sorry, we are closed")
+    assert not is_refusal(" Sorry, we are closed", is_answer=True)
+    assert is_refusal("I cannot see it", is_answer=True)
