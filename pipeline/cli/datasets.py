@@ -84,7 +84,7 @@ def push(
         Option("--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"),
     ] = None,
     acknowledge: Annotated[
-        list[str] | None, Option(help="A licence under which you hold the right to pass pixels on; the card says so.")
+        list[str] | None, Option(help="A license under which you hold the right to pass pixels on; the card says so.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: AsJson = False,
