@@ -18,7 +18,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         (["generate", "--source", "folder:empty"], "no image in empty"),
         (["generate", "--source", "scenes", "--split", "train"], "source scenes has no splits"),
         (["generate", "--source", "scenes", "--config", "bad.yaml"], "unknown config key: colour"),
-        (["generate", "--source", "scenes", "--tasks", "poem"], "bad value for tasks.0"),
+        (["generate", "--source", "scenes", "--tasks", "poem"], "unknown task: poem"),
         (["generate", "--source", "scenes", "--engine", "warp"], "bad value for engine"),
         (
             ["generate", "--source", "scenes", "--config", "sonnet.yaml"],
