@@ -24,12 +24,14 @@ def log_to(folder: Path) -> Iterator[None]:
     """Append log records to a file in a local folder within the context; the first record creates the file."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / FILE, encoding="utf-8", delay=True)
+    levels = [root.level for root in _ROOTS]
     _add(handler, logging.INFO)
     try:
         yield
     finally:
-        for root in _ROOTS:
+        for root, level in zip(_ROOTS, levels, strict=True):
             root.removeHandler(handler)
+            root.setLevel(level)
         handler.close()
 
 
@@ -47,4 +49,3 @@ def _add(handler: logging.Handler, level: int) -> None:
     for root in _ROOTS:
         root.setLevel(min(level, root.level or level))
         root.addHandler(handler)
-        root.propagate = False

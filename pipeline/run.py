@@ -18,12 +18,12 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.sources import open_source, with_source_defaults
 from pipeline.stages import balance, dedupe, review, split, validate, verify
 from pipeline.stages import filter as filter_
-from pipeline.stages.base import AllRows
+from pipeline.stages.base import AllRows, step_order
 from pipeline.stages.review import read_texts
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
 STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
-ORDER = ("source", "generate", *(stage.name for stage in STAGES), "version")
+ORDER = step_order(STAGES)
 
 
 def generate_dataset(

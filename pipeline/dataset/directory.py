@@ -19,7 +19,7 @@ from pipeline.config import Config, current_settings
 from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import open_parquet, read_json, read_table, write_json
+from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease
 from pipeline.storage.object_store import is_remote
 from pipeline.tables import current_names, old_name
@@ -160,7 +160,7 @@ def read_exclusions(dataset: DatasetDir) -> pa.Table:
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the samples (tables.SAMPLE) as they were written: one row group a batch."""
-    file = open_parquet(shard.stage("source"))
+    file = open_table(shard.stage("source"))
     file_columns = file.schema_arrow.names
     selected = None if columns is None else [old_name(name, file_columns) for name in columns]
     for group in range(file.num_row_groups):

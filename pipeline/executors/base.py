@@ -28,6 +28,7 @@ from pipeline.stages.base import (
     judge_stage,
     prepare_stage,
     require_stage,
+    step_order,
     summarize_stage,
 )
 from pipeline.stages.version import WrittenRows, publish_shards, write_rows
@@ -112,7 +113,7 @@ def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan)
     Raises ConfigError if not every image has its requests answered, TableError if a stage did not read all rows that the stage
     before it kept.
     """
-    names = ("source", "generate", *(stage.name for stage in stages))
+    names = step_order(stages)[:-1]
     counts = executor.map(partial(_count_rows, names=names))
     funnel: list[StageSummary] = []
     for name in names:

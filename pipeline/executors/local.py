@@ -17,9 +17,9 @@ from pipeline.inference.requests import requests_per_sample
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.base import RunPlan, Services, Stage
+from pipeline.stages.base import RunPlan, Services, Stage, step_order
 from pipeline.stages.generate import generate_annotations
-from pipeline.stages.source import write_exclusions, write_source
+from pipeline.stages.source import describe_source, write_exclusions, write_source
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, write_json
 from pipeline.types import Source
@@ -51,7 +51,7 @@ def run_locally(
     The caller holds the lock of the dataset folder, which has the files of the stage before `start`. `stages` are all between
     generate and version, in order. `source` is None if it was read by an earlier run.
     """
-    order = ("source", "generate", *(stage.name for stage in stages), "version")
+    order = step_order(stages)
     position = order.index(start)
     asks = position <= order.index("generate")
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
@@ -108,8 +108,7 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
     excluded = write_exclusions(dataset, config, progress)
     kind = choose_image_kind(config)
     write_source(dataset, source.rows, ExclusionIndex.of(read_exclusions(dataset), kind), config.limit, progress)
-    described = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": excluded}
-    write_json(dataset.provenance("source"), described | {"compared_as": kind})
+    write_json(dataset.provenance("source"), describe_source(source, excluded, kind))
 
 
 def _read_provenance(dataset: DatasetDir, stage: str) -> dict[str, Any]:

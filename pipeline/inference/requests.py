@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from pipeline.config import Config, GenerateConfig
@@ -55,7 +55,7 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
     return replace(request, attempt=attempt, sampling=sampling, failed=(reply.text, feedback) if show else None)
 
 
-@cache
+@lru_cache(maxsize=1 << 14)  # of `answer`, a prompt for each question
 def shared_fields(
     task: str, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: str
 ) -> tuple[dict[str, Any], str]:

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import BinaryIO, cast
-
-import httpx2
-from huggingface_hub import HfApi, HfFileSystem
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import GATED, UNDECLARED
@@ -21,12 +17,17 @@ from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.parquet import Tables, group_by_split
 from pipeline.types import Source, SourceSlice
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 CONVERSION_BRANCH = "refs/convert/parquet"
 BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a small --limit needs in all
 
 
 def open_hub(name: str) -> Tables:
     """Return the tables of ORG/NAME or ORG/NAME@REVISION, pinned to a commit. Raise SourceError if they cannot be read."""
+    from huggingface_hub import HfApi, HfFileSystem  # half of the time in which a command starts that does not need them
+
     repo, _, revision = name.partition("@")
     api = HfApi()
     with translate_errors(repo, api.endpoint):
@@ -53,6 +54,9 @@ def open_hub(name: str) -> Tables:
 @contextmanager
 def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
     """Turn errors of the Hub's client into SourceError, one line with a hint."""
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
     try:
         yield
         return
@@ -87,13 +91,15 @@ def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | Non
     return {split: paths for split, paths in default_files.items() if paths}
 
 
-def _parquet(api: HfApi, repo: str, commit: str) -> dict[str | None, list[str]]:
+def _parquet(api: "HfApi", repo: str, commit: str) -> dict[str | None, list[str]]:
     """Return the Parquet files at a commit by split, sorted."""
     paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
     return group_by_split(path for path in paths if path.endswith(".parquet"))
 
 
-def _converted(api: HfApi, repo: str) -> tuple[str, dict[str | None, list[str]]]:
+def _converted(api: "HfApi", repo: str) -> tuple[str, dict[str | None, list[str]]]:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
     try:
         commit = str(api.dataset_info(repo, revision=CONVERSION_BRANCH).sha)
     except GatedRepoError:

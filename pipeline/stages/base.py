@@ -34,7 +34,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.storage.database import open_database, read
-from pipeline.storage.files import atomic_write, open_parquet, read_batches, read_json, read_table, write_json, write_table
+from pipeline.storage.files import atomic_write, open_table, read_batches, read_json, read_table, write_json, write_table
 from pipeline.tables import current_names, require_columns
 from pipeline.types import Engine
 
@@ -73,7 +73,7 @@ class AllRows:
     @cached_property
     def bounds(self) -> list[int]:
         """The number of the first row of each file, and the count of all rows."""
-        counts = [open_parquet(path).metadata.num_rows for path in self.files]
+        counts = [open_table(path).metadata.num_rows for path in self.files]
         return [0, *np.cumsum(counts).tolist()]
 
     def batches(self, *columns: str) -> Iterator[pa.Table]:
@@ -86,7 +86,7 @@ class AllRows:
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
-        return current_names(open_parquet(self.files[0]).schema_arrow.names)
+        return current_names(open_table(self.files[0]).schema_arrow.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,11 @@ class Stage:
     is_prepared: Callable[[Config], bool] = lambda config: False  # whether these settings want it
     compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
     adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
+
+
+def step_order(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """Return the names of all steps of a run in order: source and generate, the stages, and version."""
+    return ("source", "generate", *(stage.name for stage in stages), "version")
 
 
 def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, services: Services) -> None:
@@ -190,7 +195,7 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
 
 def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
     """Return the number of rows that a stage kept, and of those that it rejected by reason."""
-    kept = open_parquet(require_file(shard.stage(name))).metadata.num_rows
+    kept = open_table(require_file(shard.stage(name))).metadata.num_rows
     reasons = read_table(require_file(shard.stage(name, "rejected")), columns=["reason"])["reason"]
     counts = Counter({row["values"]: row["counts"] for row in reasons.value_counts().to_pylist()})
     return kept, dict(counts.most_common())

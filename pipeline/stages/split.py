@@ -16,7 +16,7 @@ from pipeline.tables import SPLIT_RANK, SPLITS, STRING, fields, require_columns,
 from pipeline.text.normalize import map_distinct
 
 STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
-RANKS = pa.table({"source_split": SPLITS, "rank": [SPLIT_RANK[split] for split in SPLITS]})
+RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
 
 
 def split_of(group: str, config: SplitConfig, seed: int) -> str:
@@ -31,7 +31,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return the split that the source states for each row, or for another image of its group: the most held-out one."""
     db = comparison.db
     load(db, "stated", comparison.rows.batches("image_group", "source_split"), STATED)
-    load(db, "ranks", [RANKS], RANKS.schema)
+    load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[split] for split in SPLITS]], schema=RANKS)], RANKS)
     return db.sql(
         """
         SELECT row, coalesce(stated.source_split, groups.source_split) AS stated_split

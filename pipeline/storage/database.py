@@ -29,10 +29,11 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(len(os.sched_getaffinity(0)))}
     for abandoned in parent.glob(f"{PREFIX}*") if parent else ():  # of a command that was killed
         remove(abandoned)
-    with TemporaryDirectory(prefix=PREFIX, dir=parent) as home, duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
-        db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
+    with TemporaryDirectory(prefix=PREFIX, dir=parent) as home:
         try:
-            yield _quiet(db)
+            with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
+                db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
+                yield _quiet(db)
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
             hint = "free some disk space or memory, then run the same command"
             raise StoreError(f"{folder}: {one_line(error)}", hint=hint) from None
@@ -49,11 +50,29 @@ def _quiet(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
 
 
 def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Make a table from Arrow tables, one in memory at a time. Their maker may query the database by its own cursor only."""
-    cast_batches = (batch for table in batches for batch in table.cast(schema).to_batches())
-    db.register("incoming", pa.RecordBatchReader.from_batches(schema, cast_batches))
-    db.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")  # noqa: S608  # a name of ours
-    db.unregister("incoming")
+    """Make a table from Arrow tables, one in memory at a time. Their maker may query the database by its own cursor only.
+
+    Errors of the maker are raised as they are: DuckDB would hide them within errors of its own.
+    """
+    raised: list[Exception] = []
+
+    def cast_batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for table in batches:
+                yield from table.cast(schema).to_batches()
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    db.register("incoming", pa.RecordBatchReader.from_batches(schema, cast_batches()))
+    try:
+        db.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")  # noqa: S608  # a name of ours
+    except duckdb.Error:
+        if raised:
+            raise raised[0] from None
+        raise
+    finally:
+        db.unregister("incoming")
 
 
 def read(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:

@@ -103,7 +103,7 @@ def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> No
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Yield the rows of a stage's file in batches, under current column names; at least one table, which may be empty."""
-    file = open_parquet(path)
+    file = open_table(path)
     stored = file.schema_arrow.names
     names = stored if columns is None else [old_name(name, stored) for name in columns]
     if missing := sorted(set(names) - set(stored)):

@@ -27,8 +27,8 @@ from pipeline.inference.requests import requests_per_sample
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
-from pipeline.stages.base import RunPlan, Stage
-from pipeline.stages.source import write_exclusions
+from pipeline.stages.base import RunPlan, Stage, step_order
+from pipeline.stages.source import describe_source, write_exclusions
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
@@ -81,7 +81,7 @@ def run_on_cluster(
         workers = plan_workers(options.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         write_json(dataset.run_file, config.model_dump(mode="json"))
-        _forget_local_run(dataset, ("source", "generate", *(stage.name for stage in stages), "version"))
+        _forget_local_run(dataset, step_order(stages))
         plan = RunPlan(dataset, config, choice.revision, choose_image_kind(config), requests_per_sample(config))
         readers = shard_count if is_divisible(config) else 1
         files = digest(named_files(config))
@@ -90,8 +90,7 @@ def run_on_cluster(
         (excluded,) = map_on_cluster(1, partial(_write_exclusions, run))
         for text in excluded.messages:
             progress.message(text)
-        described = {"name": source.name, "revision": source.revision, "decks": source.decks, "never": excluded.described}
-        described |= {"compared_as": plan.image_kind}
+        described = describe_source(source, excluded.described, plan.image_kind)
         model = {"name": public_name(choice.model), "revision": choice.revision}
         write_json(dataset.provenance("source"), described)
         write_json(dataset.provenance("generate"), model)

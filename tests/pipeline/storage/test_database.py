@@ -1,5 +1,6 @@
 """Tests of pipeline/storage/database.py."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.digests import hash_to_unit
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, TableError
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database, read
 
 NUMBERS = pa.schema([pa.field("number", pa.int64()), pa.field("name", pa.string())])
@@ -61,3 +62,22 @@ def test_a_full_disk_or_memory_is_one_error_with_a_hint(kind: type[duckdb.Error]
     with pytest.raises(StoreError, match="No space left") as caught, open_database(tmp_path):
         raise kind("IO Error:\nNo space left on device")
     assert "free some disk space" in caught.value.hint
+
+
+def test_an_error_of_whoever_makes_the_rows_is_raised_as_it_is(tmp_path: Path) -> None:
+    def rows() -> Iterator[pa.Table]:
+        yield numbers(0, 10)
+        raise TableError("column without name", hint="run without --from-stage")
+
+    with open_database(tmp_path) as db, pytest.raises(TableError, match="column without name") as caught:
+        load(db, "numbers", rows(), NUMBERS)
+    assert caught.value.hint == "run without --from-stage"
+
+
+def test_a_folder_without_room_for_a_database_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise duckdb.IOException("IO Error: No space left on device")
+
+    monkeypatch.setattr(duckdb, "connect", refuse)
+    with pytest.raises(StoreError, match="No space left"), open_database(tmp_path):
+        pass

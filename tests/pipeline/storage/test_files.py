@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import StoreError
 from pipeline.storage import files
 
 
@@ -20,3 +21,10 @@ def test_a_folder_that_cannot_be_removed_is_in_the_log(
     assert "held is left behind" in caplog.text
     files.remove(tmp_path / "held")
     assert not (tmp_path / "held").exists()
+
+
+def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "kept.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
+        next(files.read_batches(tmp_path / "kept.parquet"))
+    assert "without --from-stage" in caught.value.hint
