@@ -154,6 +154,12 @@ class Config(Section):
 
     source: str
     source_split: Literal["train", "validation", "test"] | None = None
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$", max_length=100)] | None = (
+        None  # of one's own images
+    )
+    title: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", min_length=1, max_length=200)] | None = (
+        None  # of the dataset's card
+    )
     columns: dict[str, str] = {}  # role -> column, for tables with other column names
     allow_urls: bool = False  # fetch images that rows name by URL
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it

@@ -12,6 +12,7 @@ from pipeline.config import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
+from pipeline.images.metadata import REMOVED
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
 from pipeline.scenes.text import STYLES, caption
 from pipeline.sources.scenes import draw_sample
@@ -28,6 +29,7 @@ PROVENANCE: dict[str, Any] = {
     "config": {"tasks": ["caption"]},
     "funnel": [],
     "measured": {},
+    "image_metadata": REMOVED,
 }
 
 

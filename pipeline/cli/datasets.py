@@ -78,7 +78,14 @@ def push(
     ] = None,
     repo: Annotated[str, Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
     version: Annotated[str | None, Option(help="Which version.", show_default="the newest")] = None,
-    private: Annotated[bool, Option("--private", help="Create the repository private.")] = False,
+    private: Annotated[
+        bool | None,
+        Option(
+            "--private/--public",
+            help="Who may see the repository.",
+            show_default="private with images of unknown license, else public",
+        ),
+    ] = None,
     images: Annotated[
         bool | None,
         Option("--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"),
@@ -86,24 +93,39 @@ def push(
     acknowledge: Annotated[
         list[str] | None, Option(help="A license under which you hold the right to pass pixels on; the card says so.")
     ] = None,
+    license_: Annotated[
+        str | None, Option("--license", help="The license of images whose license is unknown, such as cc-by-4.0, for the card.")
+    ] = None,
+    title: Annotated[str | None, Option(help="The title of the card.", show_default="named after the source")] = None,
+    language: Annotated[
+        str | None, Option(help="The language of the texts, for the card: en, de, ...", show_default="that of the run")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
+    from pipeline.dataset.card import card_licenses
     from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.licenses import non_redistributable
+    from pipeline.dataset.manifest import describe_data
     from pipeline.hub.package import build_checkpoint_package, build_package
     from pipeline.hub.pull import open_or_download
     from pipeline.storage.files import translate_disk_errors
 
     if data and not is_remote(data) and (data / "train.json").exists():
+        if license_ or title or language:
+            raise BadParameter("--license, --title and --language go with datasets", param_hint="PATH")
+        say(f"captioner: {data}")
         send(build_checkpoint_package(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
         return
     chosen_version = open_or_download(data, version)
     restricted = non_redistributable(chosen_version.manifest["licences"])
-    with build_package(chosen_version, repo, images=images, acknowledged=acknowledge or ()) as package:
-        say(f"version: {chosen_version.path}")
-        say(f"license of the images: {', '.join(chosen_version.manifest['licences'])}")
+    stated = describe_data(license_, title, language)
+    with build_package(chosen_version, repo, images=images, acknowledged=acknowledge or (), stated=stated) as package:
+        rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
+        say(f"dataset: {chosen_version.dataset_dir}{'' if data else ' (the last one made; name another one as PATH)'}")
+        say(f"version: {chosen_version.name}, {rows}")
+        say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):
             say(f"note: pixels under {', '.join(restricted)} are pushed, and the card says that you acknowledged their terms")
         elif restricted and images is None:
@@ -154,12 +176,15 @@ def review_apply(
     print_run_result(result, as_json=as_json)
 
 
-def send(package: "Package", repo: str, *, private: bool, dry_run: bool, as_json: bool) -> "PushResult | None":
-    """Push a package and print where it is, or with `dry_run` only what would be sent."""
+def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool) -> "PushResult | None":
+    """Print what is sent where, push it, and print where it is; with `dry_run` nothing is sent."""
     from pipeline.hub.push import push_package
 
-    sizes = package.bytes()
-    say(f"{package.name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    sizes, is_unknown = package.bytes(), package.has_unknown_pixels()
+    reason = "" if private is not None or not is_unknown else ", as nobody has stated the license of the images (--license)"
+    private = is_unknown if private is None else private
+    say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
+    say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     if dry_run:
         show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None

@@ -36,6 +36,11 @@ def generate(
     limit: Annotated[int | None, Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")] = None,
     seed: Annotated[int | None, Option(help="Draws scenes, samples replies and splits.", show_default="0")] = None,
     tasks: Annotated[str | None, Option(help="What to ask, with commas.", show_default="caption,qa; of decks deck_qa")] = None,
+    language: Annotated[
+        str | None, Option(help="The language of the texts: others are rejected; any keeps all.", show_default="en")
+    ] = None,
+    license_: Annotated[str | None, Option("--license", help="The license of your own images, such as cc-by-4.0.")] = None,
+    title: Annotated[str | None, Option(help="The title of the dataset's card.", show_default="named after the source")] = None,
     out: Annotated[
         Path | None,
         Option(
@@ -94,7 +99,10 @@ def generate(
         limit=limit,
         seed=seed,
         tasks=tasks.split(",") if tasks else None,
+        license=license_,
+        title=title,
         verify={"checks": verify.split(",")} if verify else None,
+        filter={"language": None if language == "any" else language} if language else None,
         engine=engine,
         model=model,
         base_url=base_url or None,

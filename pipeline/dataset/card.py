@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from pipeline.dataset.licenses import UNKNOWN
 from pipeline.tasks import find_task
 
 CARD_SAMPLES = 5
@@ -18,7 +19,9 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
     """Return README.md for a manifest and a few of its rows without pixels."""
-    return _render("dataset.md.j2", metadata(manifest), manifest=manifest, samples=samples, repo=repo)
+    return _render(
+        "dataset.md.j2", metadata(manifest), manifest=manifest, licenses=card_licenses(manifest), samples=samples, repo=repo
+    )
 
 
 def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
@@ -50,9 +53,9 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
     upstream = re.search(r"[^:/\s]+/[^:/\s]+$", manifest["source"]["name"])  # the source is a repository of the Hub
     return {
-        "pretty_name": f"synth {manifest['source']['name']} {manifest['version']}",
-        **_license_fields(manifest["licences"]),
-        "language": ["en"],
+        "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
+        **_license_fields(card_licenses(manifest)),
+        **({"language": [language]} if (language := _language(manifest)) else {}),
         "task_categories": [category for task in manifest["config"]["tasks"] if (category := find_task(task).card_category)],
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
         "annotations_creators": ["machine-generated"],
@@ -73,6 +76,18 @@ def one_line(text: Any) -> str:
     """Make model text harmless within a line of Markdown: no markup, no control characters, no line break."""
     flat = re.sub(r"[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(text))
     return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(flat, quote=False))
+
+
+def card_licenses(manifest: dict[str, Any]) -> list[str]:
+    """Return the licenses that a card names: those of the images, and for images of no known one what the user has stated."""
+    stated = manifest.get("license")
+    return sorted({stated if stated and name == UNKNOWN else name for name in manifest["licences"]})
+
+
+def _language(manifest: dict[str, Any]) -> str | None:
+    """Return the language of the texts, in ISO 639; None if it is not known."""
+    language: str | None = manifest.get("language") or manifest["config"].get("filter", {"language": "en"})["language"]
+    return language
 
 
 def _license_fields(licenses: list[str]) -> dict[str, str]:

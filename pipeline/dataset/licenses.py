@@ -1,5 +1,9 @@
-"""Licenses of images. A version lists those of its images; `push` redistributes pixels only if they allow it."""
+"""Licenses of images. A version lists those of its images; `push` redistributes pixels only if they allow it.
 
+Pixels whose license nobody has stated are pushed to a private repository, unless the user says that they are public.
+"""
+
+UNKNOWN = "unknown"  # files of a user, of which no license was stated
 FLICKR_TERMS = "flickr-terms"  # photos of Flickr: research and education, no redistribution
 NTT_EVALUATION = "ntt-evaluation"  # SlideVQA: internal evaluation only
 GATED = "gated"  # on the Hub, with access granted by the owner to each user

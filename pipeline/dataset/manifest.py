@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import file_digest, public_name
+from pipeline.images.metadata import REMOVED
 from pipeline.tasks import ANSWER, wire_schema
 from pipeline.tasks.prompts import prompt_texts
 
@@ -38,7 +39,15 @@ def describe_run(
         "config": publishable_settings(config, source["name"], model["name"]),
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics,
+        "image_metadata": REMOVED,
+        **describe_data(config.license, config.title, config.filter.language),
     }
+
+
+def describe_data(license_name: str | None, title: str | None, language: str | None) -> dict[str, str]:
+    """Return the fields of a manifest that a user has stated about the data: what the card says of it."""
+    stated = {"license": license_name, "title": title, "language": language}
+    return {name: value for name, value in stated.items() if value is not None}
 
 
 def describe_decontamination(

@@ -13,6 +13,7 @@ from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish, read_version
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
+from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import scratch_folder, write_json
 from pipeline.tables import PIXELS, ROW, features
 
@@ -51,6 +52,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
             raise StoreError(problem, hint=hint)
         schema = pq.read_schema(draft / next(iter(files)))
         joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
+        joined["image_metadata"] = REMOVED
         write_json(draft / MANIFEST, version.manifest | joined)
         for name in (LEDGER_FILE, CARD_FILE):
             shutil.copy(version.path / name, draft / name)
@@ -82,7 +84,7 @@ def _joined_rows(rows: dict[str, dict[str, Any]], images: Iterable[Images]) -> I
     pending: list[dict[str, Any]] = []
     for sample_id, pages in images:
         if row := rows.pop(sample_id, None):
-            pixels = [{"bytes": page, "path": None} for page in pages]
+            pixels = [{"bytes": strip_metadata(page), "path": None} for page in pages]
             pending.append(row | ({"pages": pixels} if len(pages) > 1 else {"image": pixels[0]}))
         if len(pending) == BATCH_ROWS:
             yield pending

@@ -59,7 +59,7 @@ class SplitWriter:
         if group is not None and group.num_rows:
             if self._writer is None:
                 path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
-                self._writer = pq.ParquetWriter(path, self.schema, **_writer_options(self.schema))
+                self._writer = pq.ParquetWriter(path, self.schema, **writer_options(self.schema))
                 self._shards, self._bytes = self._shards + 1, 0
             self._writer.write_table(group.combine_chunks())
             self._bytes += group.nbytes
@@ -69,7 +69,7 @@ class SplitWriter:
             self._writer = None
 
 
-def _writer_options(schema: pa.Schema) -> dict[str, object]:
+def writer_options(schema: pa.Schema) -> dict[str, object]:
     """Return the Parquet options of the columns: texts are compressed, and only they have dictionaries and statistics."""
     leaves = [path for field in schema for path in _leaves(field.name, field.type)]
     texts = [path for path in leaves if path.split(".")[0] not in PIXELS]

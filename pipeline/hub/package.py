@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.card import CARD_SAMPLES, render_card, render_model_card
+from pipeline.dataset.card import CARD_SAMPLES, card_licenses, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.licenses import non_redistributable
+from pipeline.dataset.licenses import UNKNOWN, non_redistributable
+from pipeline.dataset.shards import writer_options
 from pipeline.dataset.version import LEDGER_FILE, Version, file_entry
 from pipeline.digests import digest
 from pipeline.errors import PushError
+from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import read_json
 from pipeline.tables import PIXELS, ROW, features, with_features
 
@@ -42,16 +44,27 @@ class Package:
         """Return the size of each file."""
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()}
 
+    def has_unknown_pixels(self) -> bool:
+        """Return whether it holds images whose license nobody has stated."""
+        has_pixels = bool(set(PIXELS) & set(self.manifest.get("columns", ())))
+        return has_pixels and UNKNOWN in card_licenses(self.manifest)
+
 
 @contextmanager
 def build_package(
-    version: Version, repo: str, *, images: bool | None = None, acknowledged: Sequence[str] = ()
+    version: Version,
+    repo: str,
+    *,
+    images: bool | None = None,
+    acknowledged: Sequence[str] = (),
+    stated: dict[str, str] | None = None,
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`; rewritten shards lie in a temporary folder that is removed afterwards.
 
     `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
-    licenses under which the caller may redistribute pixels; the card says so. Raise PushError if files of the version are
-    missing, or `images` includes pixels that may not be redistributed.
+    licenses under which the caller may redistribute pixels; the card says so. `stated` is what the caller says of the data
+    (dataset.manifest.describe_data). No image leaves with its metadata. Raise PushError if files of the version are missing,
+    or `images` includes pixels that may not be redistributed.
     """
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
@@ -60,28 +73,57 @@ def build_package(
     if images and refused:
         hint = f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it"
         raise PushError(f"pixels under {', '.join(refused)} may not be passed on", hint=hint)
-    has_pixels = bool(set(PIXELS) & set(version.manifest["columns"]))
-    if has_pixels and (images is False or (images is None and restricted)):
-        with tempfile.TemporaryDirectory() as folder:
-            yield _pack(version, repo, without_pixels(version, Path(folder)), Path(folder))
-    else:
-        acknowledgement = {"acknowledged": restricted} if has_pixels and restricted else {}
-        yield _pack(version, repo, version.manifest | acknowledgement, version.path)
+    pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
+    with tempfile.TemporaryDirectory() as folder:
+        if pixel_columns and (images is False or (images is None and restricted)):
+            yield _pack(version, repo, without_pixels(version, Path(folder)) | (stated or {}), Path(folder))
+            return
+        acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
+        manifest, files = version.manifest | acknowledgement | (stated or {}), version.path
+        if pixel_columns and manifest.get("image_metadata") != REMOVED:  # made by an earlier release
+            entries = _copy_shards(version, Path(folder), version.manifest["columns"], _without_metadata)
+            manifest, files = manifest | {"files": entries, "image_metadata": REMOVED}, Path(folder)
+        yield _pack(version, repo, manifest, files)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     """Write a copy of each shard without pixels; return the manifest that goes with them."""
-    files = {}
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
+    files = _copy_shards(version, folder, columns, lambda table: table)
+    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
+    schema = pa.schema([ROW.field(column) for column in columns])
+    return version.manifest | {"columns": columns, "features": features(schema), "files": files} | left_out
+
+
+def _copy_shards(
+    version: Version, folder: Path, columns: Sequence[str], change: Callable[[pa.Table], pa.Table]
+) -> dict[str, Any]:
+    """Write a changed copy of some columns of each shard; return the manifest's entries of the files."""
+    files = {}
     schema = with_features(pa.schema([ROW.field(column) for column in columns]))
     for name, entry in version.manifest["files"].items():
         source = pq.ParquetFile(version.path / name)
-        with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(folder / name, schema, **writer_options(schema)) as writer:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
-                writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(schema))
+                writer.write_table(change(source.read_row_group(group, columns=columns).select(columns)).cast(schema))
         files[name] = entry | file_entry(folder / name)
-    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
-    return version.manifest | {"columns": columns, "features": features(schema), "files": files} | left_out
+    return files
+
+
+def _without_metadata(table: pa.Table) -> pa.Table:
+    """Return rows whose images have lost their metadata."""
+    for index, name in enumerate(table.column_names):
+        if name in PIXELS:
+            cells = [_strip(cell) for cell in table[name].to_pylist()]
+            table = table.set_column(index, table.schema.field(index), pa.array(cells, table.schema.field(index).type))
+    return table
+
+
+def _strip(cell: Any) -> Any:
+    """Return an image, or a list of images, as `datasets` stores them, without metadata."""
+    if cell is None or isinstance(cell, list):
+        return cell and [_strip(image) for image in cell]
+    return {"bytes": strip_metadata(cell["bytes"]), "path": None}
 
 
 def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:

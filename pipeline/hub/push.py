@@ -105,7 +105,8 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
     created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True)
     repo, name = created.repo_id, package.name
     if private and not api.repo_info(repo, repo_type=package.kind).private:
-        raise PushError(f"{repo} exists and is public", hint="make it private in its settings, or choose another name")
+        hint = "make it private in its settings, choose another name, or pass --public if everyone may see the images"
+        raise PushError(f"{repo} exists and is public", hint=hint)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=package.kind).tags}
     is_new = name not in tags
     commit = _commit(api, package, repo, progress) if is_new else tags[name]

@@ -6,8 +6,10 @@ Training, every engine and the report use `prepare_image`, so that models always
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pdqhash
@@ -15,7 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import ImageError, one_line
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+ORIENTATION = 0x0112  # a tag of EXIF
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 HASH_SIDE_PX = 64
@@ -35,18 +39,17 @@ def deck_id(page_ids: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Facts of an image that decodes in full: its sha256, its upright size, and its PDQ hash (`pdq_hash`)."""
+    """Facts of an image that decodes in full: its upright size, and its PDQ hash (`pdq_hash`)."""
 
-    id: str
     width_px: int
     height_px: int
     pdq_hash: bytes
 
 
 def check_image(data: bytes) -> ImageInfo:
-    """Decode an image in full, and return its id, size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
+    """Decode an image in full, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
     image = prepare_image(data)
-    return ImageInfo(image_id(data), image.width, image.height, pdq_hash(image))
+    return ImageInfo(image.width, image.height, pdq_hash(image))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
@@ -62,28 +65,56 @@ def pdq_hash(image: Image.Image) -> bytes:
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
     """Decode to upright RGB over white, and scale down (never up) to `max_pixels`. Raise ImageError as `check_image` does."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about every odd tag
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image)
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError("unreadable_image", "not an image of a known format") from None
-    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
-        raise ImageError("unreadable_image", one_line(error)) from None
+    with open_image(data) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
     rgb = _over_white(upright)
     if max_pixels and rgb.width * rgb.height > max_pixels:
         scale = (max_pixels / (rgb.width * rgb.height)) ** 0.5
         size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     return rgb
+
+
+@contextmanager
+def open_image(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError."""
+    formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about every odd tag
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=formats) as image:
+                _check_size(image)
+                if image.mode in ("I", "F"):
+                    raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
+                yield image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        if is_heic(data) and not has_heif():
+            raise ImageError("unsupported_format", "HEIC needs the package pillow-heif") from None
+        raise ImageError("unreadable_image", "not an image of a known format") from None
+    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
+        raise ImageError("unreadable_image", one_line(error)) from None
+
+
+def is_heic(data: bytes | memoryview) -> bool:
+    """Return whether a file claims to be HEIC, the format of photos of many phones."""
+    return bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in HEIC_BRANDS
+
+
+@cache
+def has_heif() -> bool:
+    """Return whether HEIC can be read: by the package pillow-heif, which is registered."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def _check_size(image: Image.Image) -> None:
@@ -100,6 +131,4 @@ def _over_white(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode.startswith("I;16"):
         return image.convert("I").point(lambda level: level / 257).convert("L").convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
     return image.convert("RGB")

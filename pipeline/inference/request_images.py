@@ -8,15 +8,13 @@ import json
 from concurrent.futures import Executor
 from pathlib import Path
 
-from PIL import Image
-
-from pipeline.images.decode import prepare_image
+from pipeline.images.decode import ORIENTATION, open_image, prepare_image
+from pipeline.images.metadata import strip_metadata
 from pipeline.tasks.prompts import user_content
 
 MAX_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
 QUALITY = 92
 _SENDABLE_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION = 0x0112  # EXIF
 
 
 class RequestImages:
@@ -66,7 +64,7 @@ class RequestImages:
         return joined
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> bytes:
-        data, kind = image, sendable_format(image, bound)
+        data, kind = strip_metadata(image), sendable_format(image, bound)  # of releases that kept it in the source's file
         if kind is None:
             loop = asyncio.get_running_loop()
             data, kind = await loop.run_in_executor(self._pool, reencode, image, bound), "jpeg"
@@ -87,10 +85,10 @@ class RequestImages:
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
     """Return the format of an image that can be sent unchanged, from its header alone; None if it must be re-encoded."""
-    with Image.open(io.BytesIO(image)) as header:
+    with open_image(image) as header:
         kind = _SENDABLE_FORMATS.get(header.format or "")
         plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
-        turned = "exif" in header.info and header.getexif().get(_ORIENTATION, 1) != 1
+        turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1
         moving = getattr(header, "is_animated", False)
         small = len(image) <= MAX_BYTES and (max_pixels is None or header.width * header.height <= max_pixels)
         return kind if plain and small and not turned and not moving and "transparency" not in header.info else None

@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ImageError
-from pipeline.images.decode import check_image, deck_id
+from pipeline.images.decode import check_image, deck_id, image_id
+from pipeline.images.metadata import strip_metadata
 from pipeline.images.similarity import ImageKind
 from pipeline.types import Rejected, Sample, Source, SourceSlice
 
@@ -16,6 +17,10 @@ OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
     "columns": ("knows its columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
     "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
+    "license": (
+        "states the license of its images, but --license was given",
+        "--license goes with folder:PATH and parquet:PATH",
+    ),
     "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
 }
 
@@ -63,14 +68,18 @@ class SourceSpec:
 
 
 def check_sample(name: str, images: Iterable[bytes], licence: str, split: str | None = None, **more: Any) -> Sample | Rejected:
-    """Return the sample of these images, or its rejection if one of them is unusable."""
+    """Return the sample of these images, or its rejection if one of them is unusable.
+
+    The id is that of the images as they are; the sample holds them without their metadata, which may say who took them where.
+    """
     try:
-        pages = tuple(images)
+        originals = tuple(images)
+        pages = tuple(map(strip_metadata, originals))
         checked = [check_image(page) for page in pages]
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))
     return Sample(
-        id=deck_id([page.id for page in checked]),
+        id=deck_id(list(map(image_id, originals))),
         source_row=name,
         images=pages,
         pdq_hashes=tuple(page.pdq_hash for page in checked),

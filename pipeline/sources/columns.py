@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Config
+from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, file_digest
 from pipeline.errors import SourceError
 from pipeline.sources.base import SourceSpec, check_sample
@@ -69,7 +70,7 @@ def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
     root = path.parent if path.is_file() else path
     names = [str(file.relative_to(root)) for file in paths]
     revision = digest([[name, file_digest(root / name)] for name in names]) if part == ALL else ""
-    return Tables(path.name, revision, "unknown", group_by_split(names), lambda name: (root / name).open("rb"), part=part)
+    return Tables(path.name, revision, UNKNOWN, group_by_split(names), lambda name: (root / name).open("rb"), part=part)
 
 
 def check_split(tables: Tables, split: str | None) -> None:
@@ -158,6 +159,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
         tables = replace(open_remote(path), part=part)
     else:
         tables = open_parquet(Path(path).expanduser(), part)
+    tables = replace(tables, licence=config.license or UNKNOWN)
     return open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
 
 
@@ -166,9 +168,9 @@ SPEC = SourceSpec(
     what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
     splits="as the file names say, else by hash",
     size="yours",
-    license="unknown: say it in the card",
+    license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open,
-    options=frozenset({"source_split", "columns", "allow_urls"}),
+    options=frozenset({"source_split", "columns", "allow_urls", "license"}),
 )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, file_digest
 from pipeline.errors import SourceError
 from pipeline.sources.base import SourceSpec, check_sample
@@ -21,7 +22,7 @@ MAX_FILE_BYTES = 100_000_000
 REFERENCE_NAMES = ("text", "caption", "captions", "description")
 
 
-def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
+def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN) -> Source:
     """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none."""
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
@@ -33,7 +34,7 @@ def open_folder(root: Path, part: SourceSlice = ALL) -> Source:
     references = read_references(root, paths)
     contents = ([_row_name(path, root), _digest(path), references.get(path, ())] for path in paths)
     revision = digest(list(contents)) if part == ALL else ""
-    rows = (_read(path, root, references.get(path, ())) for path in paths)
+    rows = (_read(path, root, licence, references.get(path, ())) for path in paths)
     return Source(name="folder", revision=revision, rows=rows, count=lambda: len(paths))
 
 
@@ -88,7 +89,7 @@ def _digest(path: Path) -> str:
         return "unreadable"
 
 
-def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejected:
+def _read(path: Path, root: Path, licence: str, references: tuple[str, ...]) -> Sample | Rejected:
     name = _row_name(path, root)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -96,7 +97,7 @@ def _read(path: Path, root: Path, references: tuple[str, ...]) -> Sample | Rejec
         data = path.read_bytes()
     except OSError as error:
         return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-    return check_sample(name, [data], "unknown", references=references)
+    return check_sample(name, [data], licence, references=references)
 
 
 SPEC = SourceSpec(
@@ -104,8 +105,9 @@ SPEC = SourceSpec(
     what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv beside them",
     splits="by hash",
     size="yours",
-    license="unknown: say it in the card",
+    license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
-    open=lambda _, path, part: open_folder(Path(path).expanduser(), part),
+    open=lambda config, path, part: open_folder(Path(path).expanduser(), part, config.license or UNKNOWN),
+    options=frozenset({"license"}),
 )

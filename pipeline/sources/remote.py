@@ -14,6 +14,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
+from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError, one_line
 from pipeline.sources.parquet import BUFFER_BYTES, Tables, group_by_split
@@ -45,7 +46,7 @@ def open_remote(url: str) -> Tables:
         return cast(BinaryIO, store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"))
 
     name = folder.rstrip("/").rpartition("/")[2] or folder
-    return Tables(name, digest(contents), "unknown", group_by_split(paths), open_file, partial(translate_errors, url))
+    return Tables(name, digest(contents), UNKNOWN, group_by_split(paths), open_file, partial(translate_errors, url))
 
 
 def _without_key(path: str) -> str:

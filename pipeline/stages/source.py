@@ -9,12 +9,14 @@ import pyarrow as pa
 from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir, read_samples
 from pipeline.errors import SourceError
+from pipeline.images.metadata import REMOVED
+from pipeline.images.similarity import ImageKind
 from pipeline.progress import Progress
 from pipeline.sources import find_source, open_source
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.storage.files import write_table
 from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
-from pipeline.types import Rejected, Sample
+from pipeline.types import Rejected, Sample, Source
 
 BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
 BATCH_BYTES = 16_000_000
@@ -91,6 +93,18 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
 
     write_table(dataset.stage("source", "exclusions"), tables(), EXCLUSIONS)
     return described
+
+
+def describe_source(source: Source, excluded: list[dict[str, Any]], kind: ImageKind | None) -> dict[str, Any]:
+    """Return the provenance of a source, whose images were compared as `kind` with those that are `excluded`."""
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "decks": source.decks,
+        "never": excluded,
+        "compared_as": kind,
+        "image_metadata": REMOVED,
+    }
 
 
 def write_source(

@@ -17,6 +17,7 @@ from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
+from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
@@ -47,9 +48,11 @@ def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dic
     `stages` are the names of all stages before this one that reject rows; `source` is its provenance.
     """
     rows, writer = Rows(), RowWriter(path)
-    annotations = read_batches(shard.stage("review"))
+    annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
+    if source.get("image_metadata") != REMOVED:  # read by an earlier release
+        samples = map(_without_metadata, samples)
     with collect_less_often():
-        for table in build_rows(annotations, read_samples(shard), source["name"], rows, decks=bool(source.get("decks"))):
+        for table in build_rows(annotations, samples, source["name"], rows, decks=bool(source.get("decks"))):
             writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
@@ -60,6 +63,13 @@ def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dic
     return WrittenRows(
         path, writer.columns, writer.counts(), files, sorted(rows.licenses), len(rows.rejected), rows.statistics, rows.examples
     )
+
+
+def _without_metadata(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return samples (tables.SAMPLE) whose images have lost their metadata."""
+    index = batch.schema.get_field_index("images")
+    images = [list(map(strip_metadata, pages)) for pages in batch["images"].to_pylist()]
+    return batch.set_column(index, batch.schema.field(index), pa.array(images, batch.schema.field(index).type))
 
 
 def publish_shards(

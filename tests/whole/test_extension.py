@@ -99,7 +99,7 @@ import io
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.images.decode import check_image
+from pipeline.images.decode import image_id
 from pipeline.sources.base import SourceSpec
 from pipeline.types import Sample, Source, SourceSlice
 
@@ -118,7 +118,7 @@ def draw_stripes(number: int) -> Sample:
     image.save(file, "PNG")
     data = file.getvalue()
     return Sample(
-        id=check_image(data).id, source_row=str(number), images=(data,), width_px=64, height_px=64, licence="cc0-1.0"
+        id=image_id(data), source_row=str(number), images=(data,), width_px=64, height_px=64, licence="cc0-1.0"
     )
 
 

@@ -9,9 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.version import Version
+from pipeline.digests import file_digest
 from pipeline.errors import PushError
 from pipeline.hub.package import build_package
-from tests.scene_data import make_version, scene_samples, true_captions
+from pipeline.images.metadata import strip_metadata
+from tests.pipeline.images.test_metadata import jpeg, leaked
+from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
 
 REPO = "me/scenes"
 
@@ -73,6 +76,33 @@ def test_an_acknowledgement_is_recorded_in_card_and_manifest(restricted: Version
 def test_an_acknowledgement_alone_publishes_nothing(restricted: Version) -> None:
     with build_package(restricted, REPO, acknowledged=["flickr-terms"]) as package:
         assert "image" not in package.manifest["columns"]
+
+
+def test_images_of_an_earlier_release_lose_their_metadata_on_the_way(tmp_path: Path) -> None:
+    samples = [replace(sample, images=(jpeg(6),)) for sample in scene_samples(20)]
+    provenance = {name: value for name, value in PROVENANCE.items() if name != "image_metadata"}
+    version, _ = make_version(tmp_path, samples, true_captions(samples), provenance=provenance)
+    assert leaked((version.path / "train-00000.parquet").read_bytes())
+    with build_package(version, REPO) as package:
+        path = package.files["train-00000.parquet"]
+        assert isinstance(path, Path)
+        assert leaked(path.read_bytes()) == []
+        packaged, original = pq.read_table(path), version.read("train")
+        assert packaged.drop_columns(["image"]).to_pylist() == original.drop_columns(["image"]).to_pylist()
+        assert {cell["bytes"] for cell in packaged["image"].to_pylist()} == {strip_metadata(jpeg(6))}
+        assert package.manifest["image_metadata"] == "removed"
+        assert package.manifest["files"]["train-00000.parquet"]["sha256"] == file_digest(path)
+        assert package.manifest["digest"] == version.manifest["digest"]
+
+
+def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:
+    samples = [replace(sample, licence="unknown") for sample in scene_samples(5)]
+    version, _ = make_version(tmp_path, samples, true_captions(samples))
+    for images, stated, is_unknown in ((None, {}, True), (False, {}, False), (None, {"license": "cc-by-4.0"}, False)):
+        with build_package(version, REPO, images=images, stated=stated) as package:
+            assert package.has_unknown_pixels() == is_unknown
+    with build_package(free, REPO) as package:
+        assert not package.has_unknown_pixels()
 
 
 def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import check_image, prepare_image
+from pipeline.images.decode import check_image, image_id, prepare_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -99,4 +99,4 @@ def test_no_damage_raises_anything_else(seed: int) -> None:
 
 def test_the_id_is_the_digest_of_the_bytes() -> None:
     assert check_image(GOOD) == check_image(bytes(GOOD))
-    assert len(check_image(GOOD).id) == 64
+    assert len(image_id(GOOD)) == 64

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.images.decode import check_image
+from pipeline.images.decode import check_image, image_id
 from pipeline.sources.exclusions import ExclusionIndex, TextIndex, exclusion_rows
 from pipeline.stages.source import parse_exclusion
 from pipeline.tables import EXCLUSIONS
@@ -27,7 +27,7 @@ def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
     checked = [check_image(data) for data in encoded]
     defaults: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "licence": "unknown"}
     return Sample(
-        id=checked[0].id, images=tuple(encoded), pdq_hashes=tuple(page.pdq_hash for page in checked), **(defaults | more)
+        id=image_id(encoded[0]), images=tuple(encoded), pdq_hashes=tuple(page.pdq_hash for page in checked), **(defaults | more)
     )
 
 

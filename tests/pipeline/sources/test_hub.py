@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from pipeline.config import resolve
 from pipeline.dataset.licenses import non_redistributable
 from pipeline.errors import ConfigError, SourceError
-from pipeline.images.decode import check_image, deck_id
+from pipeline.images.decode import deck_id, image_id
 from pipeline.sources import open_source
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 from tests.hub import datasets
@@ -149,7 +149,7 @@ def test_slidevqa_is_one_sample_a_deck_with_its_pages_in_order(hub: RunningHub) 
     assert [len(sample.images) for sample in samples] == [20, 20]
     first = samples[0]
     assert first.images == tuple(datasets.photo(10_000 + n) for n in range(1, 21))
-    assert first.id == deck_id([check_image(page).id for page in first.images])
+    assert first.id == deck_id([image_id(page) for page in first.images])
     assert first.reference_qa == (
         ReferenceQA(
             question="How much more is number 0 than the other?",

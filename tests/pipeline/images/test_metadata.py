@@ -1,0 +1,208 @@
+"""Tests of pipeline/images/metadata.py: nothing but pixels, color profile and orientation is left, and pixels are the same."""
+
+import io
+import random
+import struct
+from collections.abc import Callable
+
+import pytest
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
+
+from pipeline.errors import ImageError
+from pipeline.images.decode import ORIENTATION, check_image, has_heif, prepare_image
+from pipeline.images.metadata import strip_metadata
+from pipeline.images.similarity import as_hashes, hamming_distances
+from tests.pipeline.images.test_similarity import photo
+
+GPS = 0x8825
+SECRETS = (b"52.5200", b"PhotoSerial-4711", b"Ada Example", b"a private remark", b"ns.adobe.com/xap", b"8BIM", b"THUMBNAIL")
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:xap="http://ns.adobe.com/xap/1.0/">52.5200 13.4000'
+    b"</rdf:Description></x:xmpmeta>"
+)
+
+
+def exif_of(orientation: int = 1) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x013B], exif[0x010E] = "PhotoSerial-4711", "Ada Example", "a private remark"
+    if orientation != 1:
+        exif[ORIENTATION] = orientation
+    exif.get_ifd(GPS)[2] = (52.0, 31.0, 12.0)
+    exif.get_ifd(GPS)[29] = "52.5200"
+    return exif
+
+
+def encoded(kind: str, image: Image.Image | None = None, **more: object) -> bytes:
+    out = io.BytesIO()
+    (image or photo(1)).save(out, kind, **more)
+    return out.getvalue()
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def jpeg(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
+    """Return a photo as a phone writes it: EXIF, XMP, IPTC, thumbnails, a comment, and a second picture behind it."""
+    plain = encoded("JPEG", image, exif=exif_of(orientation), icc_profile=PROFILE, comment=b"a private remark", **more)
+    jfif = segment(0xE0, b"JFIF\0\x01\x02\0\0\1\0\1\1\1" + b"TNL") + segment(0xE0, b"JFXX\0\x10THUMBNAIL")
+    apps = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + segment(0xED, b"Photoshop 3.0\0" + b"8BIM" + b"Ada Example")
+    multi_picture = segment(0xE2, b"MPF\0PhotoSerial-4711")
+    body = plain[2:]
+    if body.startswith(b"\xff\xe0"):
+        body = body[2 + struct.unpack(">H", body[2:4])[0] :]
+    return b"\xff\xd8" + jfif + apps + multi_picture + body + b"THUMBNAIL" + encoded("JPEG", photo(2))
+
+
+def png(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "a private remark")
+    info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    return encoded("PNG", image, exif=exif_of(orientation), pnginfo=info, icc_profile=PROFILE, **more) + b"THUMBNAIL"
+
+
+def webp(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
+    return encoded("WEBP", image, exif=exif_of(orientation), xmp=XMP, icc_profile=PROFILE, **more) + b"THUMBNAIL"
+
+
+def gif(image: Image.Image | None = None, **more: object) -> bytes:
+    plain = encoded("GIF", (image or photo(1)).quantize(64), comment=b"a private remark", **more)
+    extension = b"\x21\xff\x0bXMP DataXMP" + bytes([len(XMP)]) + XMP + b"\0" + b"\x21\x01\x02a\x00\x00"
+    header = 13 + (3 << (plain[10] & 7) + 1 if plain[10] & 0x80 else 0)
+    return plain[:header] + extension + plain[header:] + b"THUMBNAIL"
+
+
+def tiff(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
+    return encoded("TIFF", image, exif=exif_of(orientation), description="a private remark", **more) + b"THUMBNAIL"
+
+
+def avif(orientation: int = 1) -> bytes:
+    return encoded("AVIF", exif=exif_of(orientation), xmp=XMP)
+
+
+Maker = Callable[..., bytes]
+
+
+def leaked(data: bytes) -> list[bytes]:
+    return [secret for secret in SECRETS if secret in data]
+
+
+def bits_apart(data: bytes, other: bytes) -> int:
+    hashes = [as_hashes([check_image(image).pdq_hash]) for image in (data, other)]
+    return int(hamming_distances(*hashes)[0, 0])
+
+
+@pytest.mark.parametrize("make", [jpeg, png, webp, gif, tiff, avif])
+def test_no_byte_of_the_metadata_is_left_and_no_pixel_changes(make: Maker) -> None:
+    data = make()
+    assert leaked(data)
+    clean = strip_metadata(data)
+    assert leaked(clean) == []
+    with Image.open(io.BytesIO(clean)) as image:
+        assert not image.getexif()
+        assert {"exif", "xmp", "comment", "photoshop"} & image.info.keys() == set()
+        if make not in (gif, avif, tiff):
+            assert image.info["icc_profile"] == PROFILE
+    if make is not avif:  # which is encoded anew, with loss
+        assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
+    assert strip_metadata(clean) == clean
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("make", [jpeg, png, webp, tiff, avif])
+def test_every_orientation_stays_right(make: Maker, orientation: int) -> None:
+    data = make(orientation)
+    clean = strip_metadata(data)
+    assert leaked(clean) == []
+    with Image.open(io.BytesIO(clean)) as image:
+        assert set(image.getexif()) <= {ORIENTATION}
+        upright = ImageOps.exif_transpose(image).convert("RGB")  # as `datasets` decodes
+    expected = prepare_image(data)
+    assert upright.size == expected.size
+    if make is avif:
+        assert bits_apart(clean, data) <= 8
+    else:
+        assert upright.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        encoded("JPEG"),
+        encoded("JPEG", progressive=True),
+        encoded("JPEG", photo(1).convert("L")),
+        encoded("JPEG", photo(1).convert("CMYK")),
+        encoded("JPEG", icc_profile=PROFILE * 40),  # over several segments
+        encoded("PNG"),
+        encoded("PNG", photo(1).convert("RGBA")),
+        encoded("WEBP", lossless=True),
+        encoded("WEBP"),
+        encoded("GIF", photo(1).quantize(16)),
+    ],
+)
+def test_a_file_without_metadata_stays_as_it_is(plain: bytes) -> None:
+    assert strip_metadata(plain) == plain
+
+
+def test_scans_and_restart_markers_of_a_jpeg_are_kept() -> None:
+    for more in ({"progressive": True}, {"restart_marker_rows": 1}, {"quality": 100, "subsampling": 0}):
+        data = jpeg(6, **more)
+        clean = strip_metadata(data)
+        assert leaked(clean) == []
+        assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_all_frames_of_an_animation_are_kept(kind: str) -> None:
+    frames = [photo(n).quantize(32) if kind == "GIF" else photo(n) for n in (1, 2, 3)]
+    more = {"comment": b"a private remark"} if kind == "GIF" else {"exif": exif_of()}
+    if kind == "WEBP":
+        more |= {"lossless": True}
+    data = encoded(kind, frames[0], save_all=True, append_images=frames[1:], duration=50, loop=0, **more)
+    clean = strip_metadata(data)
+    assert leaked(data) and leaked(clean) == []
+    with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(clean)) as after:
+        pairs = zip(ImageSequence.Iterator(before), ImageSequence.Iterator(after), strict=True)
+        assert all(old.convert("RGB").tobytes() == new.convert("RGB").tobytes() for old, new in pairs)
+        assert after.n_frames == 3 and after.info.get("loop") == before.info.get("loop")
+
+
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (tiff(image=photo(1).convert("CMYK")), "RGB"),
+        (tiff(image=photo(1).convert("RGBA")), "RGBA"),
+        (tiff(image=Image.new("I;16", (40, 30), 40_000)), "I;16"),
+        (encoded("BMP"), "RGB"),
+    ],
+)
+def test_formats_that_keep_metadata_between_pixels_become_png(data: bytes, mode: str) -> None:
+    clean = strip_metadata(data)
+    with Image.open(io.BytesIO(clean)) as image:
+        assert (image.format, image.mode) == ("PNG", mode)
+    assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
+
+
+@pytest.mark.skipif(not has_heif(), reason="needs pillow-heif, of the extra heic")
+def test_a_photo_of_a_phone_becomes_jpeg() -> None:
+    data = encoded("HEIF", exif=exif_of(), xmp=XMP)
+    assert leaked(data)
+    clean = strip_metadata(data)
+    assert leaked(clean) == []
+    assert clean.startswith(b"\xff\xd8")
+    assert bits_apart(clean, data) <= 8
+
+
+@pytest.mark.parametrize("make", [jpeg, png, webp, gif, tiff])
+def test_a_damaged_file_is_cleaned_or_refused_and_never_leaks(make: Maker) -> None:
+    data, draw = make(), random.Random(7)
+    for _ in range(150):
+        damaged = bytearray(data[: draw.choice([len(data), draw.randrange(20, len(data))])])
+        for _ in range(draw.randrange(1, 6)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        try:
+            clean = strip_metadata(bytes(damaged))
+        except ImageError:
+            continue
+        assert [secret for secret in leaked(clean) if secret not in (b"52.5200",)] == []

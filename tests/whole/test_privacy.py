@@ -1,0 +1,141 @@
+"""Photos with private metadata, from a folder to the Hub and back: nothing of it is in any byte that was sent."""
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.images.decode import image_id, prepare_image
+from tests.chat.server import Act, ChatServer, running_chat
+from tests.hub.server import RunningHub, running_hub
+from tests.hub.storage import File
+from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import SYNTH
+
+PHOTOS = {  # no two look alike
+    "upright.jpg": jpeg(),
+    "turned.jpg": jpeg(6, image=photo(4)),
+    "screen.png": png(3, image=photo(5)),
+    "web.webp": webp(image=photo(6)),
+    "moving.gif": gif(photo(7)),
+    "scan.tif": tiff(8, image=photo(8)),
+}
+LOAD = """
+import json, sys
+from datasets import load_dataset
+rows = [row for split in load_dataset(sys.argv[1], revision="v1.0.0").values() for row in split]
+print(json.dumps([
+    [row["sample_id"], row["image"].size, len(row["image"].getexif()), row["image"].convert("RGB").tobytes().hex()[:300]]
+    for row in rows
+]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ChatServer]:
+    numbers = count()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        is_caption = body["response_format"]["json_schema"]["name"] == "caption"
+        text = f"A view of place number {next(numbers)} with trees near a lake."
+        return Act(json.dumps({"caption": text})) if is_caption else None
+
+    with running_chat(ChatServer(script)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def home(hub: RunningHub, server: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which photos were captioned."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "photos").mkdir()
+    for name, data in PHOTOS.items():
+        (folder / "photos" / name).write_bytes(data)
+    run(hub, folder, "generate", "--source", "folder:photos", "--base-url", server.url)
+    return folder
+
+
+def run(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = hub.env(folder / "home")
+    done = subprocess.run([SYNTH, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read(hub: RunningHub, file: File) -> bytes:
+    return hub.hub.storage.path(file.sha256).read_bytes()
+
+
+def test_the_model_gets_pixels_alone(home: Path, server: ChatServer) -> None:
+    urls = [
+        part["image_url"]["url"]
+        for body in server.bodies
+        for message in body["messages"]
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+    assert len(urls) >= len(PHOTOS)
+    assert [leaked(base64.b64decode(url.partition(",")[2])) for url in urls] == [[]] * len(urls)
+
+
+def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path, hub: RunningHub) -> None:
+    message = run(hub, home, "push", "--repo", "me/photos").stderr
+    assert "repository: me/photos, private, as nobody has stated the license of the images (--license)" in message
+    assert "dataset: data/folder-photos (the last one made" in message
+    assert "license of the images: unknown" in message
+    repo = hub.hub.storage.repos["dataset", "me/photos"]
+    assert repo.private
+    sent = [read(hub, file) for file in repo.commits[repo.tags["v1.0.0"]].files.values()]
+    assert [leaked(data) for data in sent] == [[]] * len(sent)
+    env = hub.env(home / "reader")
+    loaded = subprocess.run([sys.executable, "-c", LOAD, "me/photos"], env=env, capture_output=True, text=True, check=True)
+    rows = {row[0]: row[1:] for row in json.loads(loaded.stdout)}
+    assert set(rows) == {image_id(data) for data in PHOTOS.values()}
+    for data in PHOTOS.values():
+        upright = prepare_image(data)
+        size, tags, start = rows[image_id(data)]
+        assert tuple(size) == upright.size
+        assert start == upright.tobytes().hex()[:300]
+        assert tags == 0
+
+
+def test_the_user_says_whose_the_data_is(home: Path, hub: RunningHub) -> None:
+    stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
+    message = run(hub, home, "push", "--repo", "me/lakes", *stated).stderr
+    assert "repository: me/lakes, public" in message
+    repo = hub.hub.storage.repos["dataset", "me/lakes"]
+    assert not repo.private
+    files = repo.commits[repo.tags["v1.0.0"]].files
+    card, manifest = (read(hub, files[name]).decode() for name in ("README.md", "manifest.json"))
+    assert "license: cc-by-4.0" in card and "- de" in card and "# My lakes" in card and "pretty_name: My lakes" in card
+    assert {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}.items() <= json.loads(manifest).items()
+
+
+def test_public_is_said_aloud(home: Path, hub: RunningHub) -> None:
+    assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
+    assert not hub.hub.storage.repos["dataset", "me/open"].private
+    assert "me/texts, public" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+
+
+def test_a_license_stated_at_generation_is_that_of_the_rows(home: Path, hub: RunningHub, server: ChatServer) -> None:
+    asked = len(server.bodies)
+    data = ("--source", "folder:photos", "--base-url", server.url, "--license", "cc-by-4.0", "--title", "Lakes")
+    made = json.loads(run(hub, home, "generate", *data, "--json").stdout)
+    assert len(server.bodies) == asked  # nothing is asked twice
+    manifest = json.loads((home / made["path"] / "manifest.json").read_text())
+    assert (manifest["licences"], manifest["title"]) == (["cc-by-4.0"], "Lakes")
+    assert "# Lakes" in (home / made["path"] / "README.md").read_text()
