@@ -1,16 +1,28 @@
 """Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigError, one_line
+from pipeline.errors import ConfigError, did_you_mean, one_line
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Task = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # defined in pipeline/tasks
 Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt template decides which exist
+MAX_SHOWN_CHARACTERS = 80
+LANGUAGE = r"^[a-z]{2,3}$"
+BASE_URL = r"^https?://[^/\s]+/.*v1/?$"
+LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
+PATTERNS = {  # what a value that does not match should be
+    LANGUAGE: "a language of two or three letters, such as de",
+    BASE_URL: "an address that ends in /v1, such as http://HOST:8000/v1",
+    LICENSE: "the name of a license, such as cc-by-4.0",
+}
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,6 +79,14 @@ class ServerConfig(Section):
     max_restarts: int = Field(default=3, ge=0)  # of a server that dies
     request_timeout_s: float = Field(default=600, gt=0)  # for one reply
     concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: adapts to the server
+    price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; for the display only
+    price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
+
+    def price(self, prompt_tokens: float, reply_tokens: float) -> float | None:
+        """Return what so many tokens cost; None if no price is known."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        return (prompt_tokens * (self.price_in or 0) + reply_tokens * (self.price_out or 0)) / 1e6
 
 
 class FilterConfig(Section):
@@ -85,7 +105,7 @@ class FilterConfig(Section):
     max_answer_words: int = Field(default=10, ge=1)
     max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
     min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
-    language: Annotated[str, Field(pattern=r"^[a-z]{2,3}$")] | None = "en"  # ISO 639; None: any
+    language: Annotated[str, Field(pattern=LANGUAGE)] | None = "en"  # ISO 639; None: any
     min_language_score: float = Field(default=0.8, ge=0, le=1)  # confidence of the detector that rejects another language
     max_non_latin_frac: float = Field(default=0.1, ge=0, le=1)  # share of non-Latin letters, if the language is Latin
 
@@ -154,9 +174,7 @@ class Config(Section):
 
     source: str
     source_split: Literal["train", "validation", "test"] | None = None
-    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$", max_length=100)] | None = (
-        None  # of one's own images
-    )
+    license: Annotated[str, Field(pattern=LICENSE, max_length=100)] | None = None  # of one's own images
     title: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", min_length=1, max_length=200)] | None = (
         None  # of the dataset's card
     )
@@ -169,7 +187,7 @@ class Config(Section):
     tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
-    base_url: Distinct[Annotated[str, Field(pattern=r"^https?://[^/\s]+/.*v1/?$")]] = ()
+    base_url: Distinct[Annotated[str, Field(pattern=BASE_URL)]] = ()
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
     filter: FilterConfig = FilterConfig()
@@ -191,9 +209,7 @@ def current_settings(values: dict[str, Any], section: type[Section] = Config) ->
 
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     """Merge defaults, the file and the flags that are not None, in this order. Raises ConfigError for a bad key or value."""
-    values = read_yaml(config_file, "a line such as `limit: 100`") if config_file else {}
-    if "config" in values and "version" in values:  # the manifest of a version
-        values = values["config"]
+    values = _settings_of_file(config_file) if config_file else {}
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file
@@ -223,9 +239,72 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
         return section.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        flaw = f"unknown config key: {key}" if first["type"] == "extra_forbidden" else f"bad value for {key}: {first['msg']}"
-        raise ConfigError(f"{where}{flaw}", hint=f"known keys: {', '.join(_keys(section))}") from None
+        key, known = ".".join(str(part) for part in first["loc"]), _keys(section)
+        if first["type"] == "extra_forbidden":
+            if is_section := key in {name.partition(".")[0] for name in known}:
+                known = [name for name in known if name.startswith(f"{key}.")]
+            elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+            hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else "")
+            hint = hint if hint and not is_section else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
+        problem = f"{where}bad value for {key}: {_flaw(first)}"
+        raise ConfigError(problem, hint=f"`synth config --all` shows all settings; docs/settings.md explains {key}") from None
+
+
+def _flaw(error: "ErrorDetails") -> str:
+    """Return what is wrong with a value, in our words."""
+    value, context = error["input"], error.get("ctx", {})
+    shown = repr(value) if len(repr(value)) <= MAX_SHOWN_CHARACTERS else f"{repr(value)[:MAX_SHOWN_CHARACTERS]}..."
+    wanted = {
+        "tuple_type": "a list, such as [a, b]",
+        "list_type": "a list, such as [a, b]",
+        "dict_type": "keys and values",
+        "model_type": "keys and values, indented below it",
+        "model_attributes_type": "keys and values, indented below it",
+        "string_type": "a text",
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "path_type": "a path",
+        "literal_error": f"one of {context.get('expected')}",
+        "greater_than": f"more than {context.get('gt')}",
+        "greater_than_equal": f"{context.get('ge')} or more",
+        "less_than": f"less than {context.get('lt')}",
+        "less_than_equal": f"{context.get('le')} or less",
+        "too_short": "at least one item",
+        "string_too_short": "at least one character",
+        "string_too_long": f"at most {context.get('max_length')} characters",
+    }.get(error["type"])
+    if error["type"] == "string_pattern_mismatch":
+        wanted = PATTERNS.get(str(context.get("pattern")), f"a text that matches {context.get('pattern')}")
+    if wanted is None:  # a rule of our own
+        return f"{error['msg'].removeprefix('Value error, ')} ({shown})"
+    return f"{shown} is not {wanted}"
+
+
+def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Return (key, value as YAML, origin) of every setting; an origin is an option, the file, or `default`."""
+    values = config.model_dump(mode="json")
+    in_file = current_settings(_settings_of_file(file)) if file else {}
+    rows = []
+    for key in _keys(Config):
+        section, _, name = key.partition(".")
+        value = values[section][name] if name else values[section]
+        is_in_file = name in (in_file.get(section) or {}) if name else section in in_file
+        origin = options.get(key) or (str(file) if is_in_file else "default")
+        shown = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+        rows.append((key, shown, origin))
+    return rows
+
+
+def _settings_of_file(file: Path) -> dict[str, Any]:
+    values = read_yaml(file, "a line such as `limit: 100`")
+    is_manifest = "config" in values and "version" in values
+    return dict(values["config"]) if is_manifest else values
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

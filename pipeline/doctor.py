@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.inference.engines import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
 from pipeline.sources import find_source
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
@@ -33,7 +35,25 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Run all checks, and return the findings in the order in which to fix them."""
-    return [*(_extra(name) for name in EXTRAS), _vllm(), _gpu(), _engine("scenes"), _engine("folder:PATH"), _hub(), _disk()]
+    return [
+        _package(),
+        *(_extra(name) for name in EXTRAS),
+        _vllm(),
+        _gpu(),
+        _engine("scenes"),
+        _engine("folder:PATH"),
+        _hub(),
+        _disk(),
+    ]
+
+
+def _package() -> Finding:
+    """Return whether the modules that run are those of this package."""
+    try:
+        check_packages()
+    except ConfigError as error:
+        return Finding("synth", False, str(error), error.hint)
+    return Finding("synth", True, f"{DISTRIBUTION} {installed_version()}")
 
 
 def _extra(name: str) -> Finding:
@@ -43,7 +63,7 @@ def _extra(name: str) -> Finding:
             installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
-    hint = f"pip install 'synth[{name}]' from the folder of synth" if missing else ""
+    hint = install_command(name) if missing else ""
     lack = f"missing: {', '.join(missing)}; " if missing else ""
     return Finding(name, not missing, lack + ", ".join(installed), hint)
 

@@ -1,30 +1,41 @@
-"""`synth generate --dry-run`: annotate a few images, and predict the cost of all. The replies are kept."""
+"""`synth generate --dry-run`: run all stages on a few images, and predict what the whole run costs and keeps.
+
+The images go through the stages in a folder of their own; their replies stay in the journal for the real run.
+"""
 
 import time
+from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.paths import dataset_folder
-from pipeline.inference.engines import choose_engine, open_engine
+from pipeline.errors import TableError
+from pipeline.executors.base import summarize_shards
+from pipeline.executors.local import LocalExecutor, run_locally
+from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample
 from pipeline.progress import NullProgress, Progress
-from pipeline.sources import open_source, with_source_defaults
-from pipeline.stages.validate import validate_annotations
-from pipeline.storage.files import translate_disk_errors
-from pipeline.types import Reply, Sample
+from pipeline.run import STAGES
+from pipeline.sources import choose_image_kind, open_source, with_source_defaults
+from pipeline.stages.base import RunPlan
+from pipeline.storage.files import read_batches, remove, translate_disk_errors
+from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
+SHOWN_TEXTS = 5
+FOLDER = ".dry-run"  # within the dataset folder
 
 
 def predict_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Return hours, tokens, bytes and the share of invalid annotations that a run with this config is likely to have.
+    """Return hours, requests, tokens, money, bytes and kept rows that a run with this config is likely to have.
 
-    Images whose replies are in the journal are skipped: only a request that is sent can be timed.
+    Images whose replies are in the journal come last: only a request that is sent can be timed.
     Raises SynthError as `generate_dataset` does.
     """
     config = with_source_defaults(config)
@@ -32,61 +43,101 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)
-    choice = choose_engine(config, folder.server_log, progress)
+    for text in source.messages:
+        progress.message(text)
+    revision = choose_engine(config, folder.server_log, progress).revision
+    trial = DatasetDir(folder.path / FOLDER)
     stats = RequestStats()
-    samples: list[Sample] = []
-    with (
-        translate_disk_errors(folder.path),
-        folder.lock(),
-        Journal(folder.journal) as journal,
-        open_engine(lambda: choice) as engine,
-    ):
-        seen: set[str] = set()
-        for row in source.rows:
-            if isinstance(row, Sample) and row.id not in seen:
-                seen.add(row.id)
-                samples += [row] if None in _last_replies(row, config, choice.revision, journal) else []
-            if len(samples) == SAMPLED_IMAGES or len(seen) == config.limit:
-                break
-
-        if samples:
-            engine()
+    with translate_disk_errors(folder.path), folder.lock():
+        remove(trial.path)
+        trial.path.mkdir(parents=True)
+        with Journal(folder.journal) as journal:
+            rows = _sample(source, config, revision, journal)
+        trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
+        # Excluded images are not looked for: their source may be large, and the real run reads it once.
+        sampled = config.model_copy(update={"exclude": (), "limit": None})
+        read = Source(name=source.name, revision=source.revision, rows=iter(rows), decks=source.decks)
         started = time.monotonic()
-        chunks = iter([[(sample.id, sample.images) for sample in samples]])
-        for ready in ask_about(chunks, config, choice.revision, engine, journal, stats):
-            progress("dry run", stats.done, len(samples) * len(requests_per_sample(config)), ready.metrics())
-        seconds = time.monotonic() - started
-        limits = [limit for limit in (source.count(), config.limit) if limit is not None]
-        return _estimate(samples, min(limits, default=None), seconds, config, choice.revision, journal, stats.asked)
+        try:
+            funnel = run_locally(sampled, trial, STAGES, "source", read, progress, stats).funnel
+        except TableError:  # no row is left
+            plan = RunPlan(trial, sampled, revision, choose_image_kind(sampled), requests_per_sample(sampled))
+            funnel = summarize_shards(LocalExecutor(trial), STAGES, plan)
+        curated_s = time.monotonic() - started
+        texts = _first_texts(trial)
+        remove(trial.path)
+    limits = [limit for limit in (source.count(), config.limit) if limit is not None]
+    samples = [row for row in rows if isinstance(row, Sample)]
+    return _predict(samples, funnel, min(limits, default=None), curated_s, config, stats) | {"texts": texts}
 
 
-def _last_replies(sample: Sample, config: Config, revision: str, journal: Journal) -> list[Reply | None]:
-    """Return the reply to each request about a sample; None if the journal has none."""
-    entries = [journal.last(request.id) for request in build_requests(sample.id, (), config, revision)]
-    return [entry and entry[0] for entry in entries]
+def _sample(source: Source, config: Config, revision: str, journal: Journal) -> list[Sample | Rejected]:
+    """Return the first rows of a source with SAMPLED_IMAGES images that were not asked about, else with images that were."""
+    new: list[Sample | Rejected] = []
+    answered: list[Sample] = []
+    ids: set[str] = set()
+    for row in source.rows:
+        if isinstance(row, Rejected) or row.id in ids:
+            new.append(row)
+            continue
+        ids.add(row.id)
+        if all(journal.last(request.id) for request in build_requests(row.id, (), config, revision)):
+            answered = [*answered, row] if len(answered) < SAMPLED_IMAGES else answered
+        else:
+            new.append(row)
+        if sum(isinstance(row, Sample) for row in new) == SAMPLED_IMAGES or len(ids) == config.limit:
+            break
+    missing = SAMPLED_IMAGES - sum(isinstance(row, Sample) for row in new)
+    return [*new, *answered[:missing]]
 
 
-def _estimate(
-    samples: list[Sample], total: int | None, seconds: float, config: Config, revision: str, journal: Journal, asked: int
+def _first_texts(dataset: DatasetDir) -> list[str]:
+    """Return the first texts that all stages kept."""
+
+    def texts() -> Iterator[str]:
+        for table in read_batches(dataset.stage("review"), ["text", "question", "answer"]):
+            for row in table.to_pylist():
+                yield row["text"] or f"{row['question']} {row['answer']}"
+
+    return [text for text, _ in zip(texts(), range(SHOWN_TEXTS), strict=False)] if dataset.stage("review").exists() else []
+
+
+def _predict(
+    samples: list[Sample], funnel: list[StageSummary], total: int | None, seconds: float, config: Config, stats: RequestStats
 ) -> dict[str, Any]:
-    replies = [reply for sample in samples for reply in _last_replies(sample, config, revision, journal) if reply]
+    of_stage = {summary.stage: summary for summary in funnel}
+    read, written = of_stage["source"], of_stage["validate"].input
+    rows = len(samples) + sum(read.rejected.values()) if not samples else read.input
+    images = rows if total is None else total
+    scale = images / rows if rows else 0.0
+    per_sample = len(requests_per_sample(config))
+    asked_first = read.kept * per_sample
+    kept_annotations = of_stage["review"].kept
+    kept_images = of_stage["version"].kept if "version" in of_stage else 0
     image_bytes = sum(len(image) for sample in samples for image in sample.images)
-    described = [(sample.id, len(sample.images), sample.split) for sample in samples]
-    (table,) = read_annotations([described], config, revision, journal)  # asserts that each request has its reply
-    reasons = validate_annotations(table)["reason"]
-    images = len(samples) if total is None else total
-    scale = images / len(samples) if samples else 0.0
+    prompt_tokens, reply_tokens = round(stats.prompt_tokens * scale), round(stats.reply_tokens * scale)
+    asking_s = stats.asking_s or 0.0
     return {
-        "sampled_images": len(samples),
-        "sampled_seconds": round(seconds, 2),
-        "asked": asked,
+        "sampled_images": len({sample.id for sample in samples}),
+        "sampled_seconds": round(asking_s, 2),
+        "asked": stats.asked,
         "images": images,
-        "requests": images * len(requests_per_sample(config)),
-        "hours": seconds * scale / 3600,
-        "prompt_tokens": round(sum(reply.prompt_tokens for reply in replies) * scale),
-        "reply_tokens": round(sum(reply.reply_tokens for reply in replies) * scale),
-        "bytes": round((image_bytes + sum(len(reply.text.encode()) for reply in replies)) * scale),
-        "invalid_share": wilson_interval(len(reasons) - reasons.null_count, len(reasons)),
+        "requests": round(asked_first * scale),
+        "verify_requests": round((stats.total - asked_first) * scale),
+        "retries": round((stats.asked - sum(stats.attempts.values())) * scale) if stats.asked else 0,
+        "hours": (asking_s + max(0.0, seconds - stats.engine_s - asking_s)) * scale / 3600,
+        "prompt_tokens": prompt_tokens,
+        "reply_tokens": reply_tokens,
+        "cost": config.server.price(prompt_tokens, reply_tokens),
+        "bytes": round((image_bytes + 4 * stats.reply_tokens) * scale),
+        "annotations": round(written * scale),
+        "kept_annotations": round(kept_annotations * scale),
+        "kept_images": round(kept_images * scale),
+        "lost_share": wilson_interval(written - kept_annotations, written),
+        "lost_by": {
+            f"{summary.stage}: {reason}": count for summary in funnel[2:] for reason, count in summary.rejected.items()
+        },
+        "invalid_share": wilson_interval(sum(of_stage["validate"].rejected.values()), written),
     }
 
 

@@ -1,4 +1,7 @@
-"""All errors that this project raises for users. This module imports nothing."""
+"""All errors that this project raises for users. This module imports nothing of the project."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class SynthError(Exception):
@@ -55,3 +58,9 @@ class TrainError(SynthError):
 def one_line(error: BaseException, max_characters: int = 200) -> str:
     """Return the text of an error on one line, cut to a length; its type where it has no text."""
     return " ".join(str(error).split())[:max_characters] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names what is spelled much like `name`; empty if nothing is."""
+    close = get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(close)}?" if close else ""

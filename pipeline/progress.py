@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LINE_SECONDS = 10.0
+WARNING, LOSS = "yellow", "red"  # styles of rich, which leaves colors out where NO_COLOR is set
 
 
 @contextmanager
@@ -50,8 +51,13 @@ class LineProgress:
             self.last = time.monotonic()
             self.line(text)
 
-    def line(self, text: str) -> None:
-        """Print a line."""
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        self.line(f"warning: {text}", WARNING)
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line; `style` is one of rich, and shown on terminals only."""
+        del style
         print(text, file=sys.stderr, flush=True)
 
     def speed(self, done: int, total: int | None) -> tuple[float, str]:
@@ -93,9 +99,9 @@ class LiveProgress(LineProgress):
         else:
             self.line(text)
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, style: str = "") -> None:
         """Print a line above the panel."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, style=style)
 
     def panel(self) -> "RenderableType":
         """Draw the stage with its bar, and its metrics below."""
@@ -109,9 +115,10 @@ class LiveProgress(LineProgress):
             done, total, metrics = self.now
             rate, left = self.speed(done, total)
             grid = Table.grid(padding=(0, 2))
-            bar = ProgressBar(total=total, completed=done, width=30, pulse=total is None)
+            bar = ProgressBar(total=total, completed=done, width=24, pulse=total is None)
             count, speed = f"{done:,}{f' of {total:,}' if total else ''}", f"{rate:.1f}/s" if rate else ""
-            grid.add_row(Text(self.stage, "bold"), bar, count, speed, left)
+            elapsed = duration(time.monotonic() - self.started)
+            grid.add_row(Text(self.stage, "bold"), bar, count, speed, Text(elapsed, "dim"), left)
             rows.append(grid)
             if metrics:
                 rows.append(Text(" · ".join(f"{name} {value}" for name, value in metrics.items()), "dim"))
@@ -150,6 +157,9 @@ class Progress(Protocol):
     def message(self, text: str, *, transient: bool = False) -> None:
         """Show a message; a `transient` one is repeated soon."""
 
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+
 
 class NullProgress:
     """A Progress that shows nothing."""
@@ -158,4 +168,7 @@ class NullProgress:
         """See Progress."""
 
     def message(self, text: str, *, transient: bool = False) -> None:
+        """See Progress."""
+
+    def warn(self, text: str) -> None:
         """See Progress."""

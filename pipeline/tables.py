@@ -125,6 +125,8 @@ IMAGE_GROUPS = pa.schema(
     ]
 )
 
+NEAR_DUPLICATE = pa.schema([*SAMPLE, *list(IMAGE_GROUPS)[1:]])  # a sample that was rejected before it was asked about
+
 # dedupe: IMAGE_GROUPS without the id, and duplicate texts
 DEDUPED = pa.schema(
     [

@@ -58,6 +58,7 @@ class Source:
     revision: str
     rows: Iterator[Sample | Rejected]
     count: Callable[[], int | None] = lambda: None  # number of rows, if it is known without reading all
+    messages: tuple[str, ...] = ()  # what a user should know before the run: files that are not read, captions that were found
     decks: bool = False  # whether its samples are documents of several pages
 
 
@@ -120,6 +121,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
+    seconds: float = 0.0  # from sending it to the reply; not in the journal
 
 
 # synth's own finish reasons, if no model answered; `text` is the server's message. A later run retries.

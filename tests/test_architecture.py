@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    "pipeline": "__init__ config digests doctor dry_run errors logs progress run tables types",
-    "pipeline/cli": "__init__ __main__ datasets generate options output training",
+    "pipeline": "__init__ __main__ config digests doctor dry_run errors install logs preview progress project run tables types",
+    "pipeline/cli": "__init__ __main__ datasets generate options output run_options training",
     "pipeline/dataset": """__init__ builder card diff directory licenses manifest paths pixels rejections reviews shards
         statistics version""",
     "pipeline/executors": "__init__ base local",
@@ -37,8 +37,10 @@ FILES = {
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (
+    ("pipeline.__main__",),
     ("pipeline.cli",),
-    ("pipeline.run", "pipeline.dry_run", "pipeline.doctor", "trainer"),
+    ("pipeline.dry_run", "pipeline.doctor", "pipeline.preview", "pipeline.project", "trainer"),
+    ("pipeline.run",),
     ("pipeline.executors",),
     ("pipeline.stages",),
     ("pipeline.inference",),
@@ -49,7 +51,7 @@ LAYERS = (
     ("pipeline.images", "pipeline.storage"),
     ("pipeline.digests",),
     ("pipeline.config", "pipeline.tables"),
-    ("pipeline.text", "pipeline.types", "pipeline.progress", "pipeline.logs"),
+    ("pipeline.text", "pipeline.types", "pipeline.progress", "pipeline.logs", "pipeline.install"),
     ("pipeline.errors",),
 )
 TRAINER_IMPORTS = (

@@ -4,7 +4,8 @@ Commands parse their options, call one function and print its result; decisions 
 commands: `synth --help` must not load torch, transformers or datasets.
 """
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -14,30 +15,77 @@ from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.training import caption, evaluate, experiment, train
 from pipeline.errors import SynthError
+from pipeline.install import check_packages, extra_of, installed_version
 from pipeline.logs import show_log
+from pipeline.progress import LOSS
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
+MAKE, USE, TRAIN, HELP = "Make a dataset", "Look at it and publish it", "Train a captioner", "Set up"  # groups of commands
+EXAMPLES = {  # by command, shown below its options
+    "generate": (
+        "synth generate --source folder:photos --base-url http://localhost:8000/v1",
+        "synth generate --config synth.yaml --dry-run",
+    ),
+    "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
+    "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
+    "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
+    "caption": ("synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photo.jpg",),
+    "config": ("synth config --config synth.yaml --limit 100",),
+    "init": ("synth init my-captions",),
+}
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"token_normalize_func": lambda name: OLD_OPTIONS.get(name, name)},
+    context_settings={
+        "token_normalize_func": lambda name: OLD_OPTIONS.get(name, name),
+        "help_option_names": ["-h", "--help"],
+    },
 )
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
-app.add_typer(review, name="review")
-app.command(context_settings=VLLM_FLAGS)(generate.generate)
-app.command(context_settings=VLLM_FLAGS)(generate.serve)
-for command in (generate.doctor, generate.sources, versions, diff, push, train, evaluate, caption, experiment, report):
-    app.command()(command)
+
+
+def add(command: Callable[..., None], group: str, **more: Any) -> None:
+    """Add a command to the application, in a group of its help, with its examples."""
+    name = command.__name__
+    examples = EXAMPLES.get(name, ())
+    epilog = "\n\n".join([f"Example: {example}" for example in examples]) or None
+    app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
+
+
+add(generate.generate, MAKE, context_settings=VLLM_FLAGS)
+add(generate.preview, MAKE, context_settings=VLLM_FLAGS)
+add(generate.serve, MAKE, context_settings=VLLM_FLAGS)
+add(versions, USE)
+add(diff, USE)
+add(push, USE)
+add(report, USE)
+app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("apply")(review_apply)
+add(train, TRAIN)
+add(evaluate, TRAIN)
+add(caption, TRAIN)
+add(experiment, TRAIN)
+add(generate.init, HELP)
+add(generate.config, HELP, context_settings=VLLM_FLAGS)
+add(generate.doctor, HELP)
+add(generate.sources, HELP)
+
+
+def print_version(value: bool) -> None:
+    """Print the version, and exit."""
+    if value:
+        typer.echo(f"synth {installed_version()}")
+        raise typer.Exit
 
 
 @app.callback()
 def synth(
     is_verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also print the log: what happens in the background, and why.")
+    ] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and exit.")
     ] = False,
 ) -> None:
     """Make a vision-language dataset, publish it, and train a captioner on it."""
@@ -48,17 +96,19 @@ def synth(
 def main() -> None:
     """Run the command line; print a SynthError as one line with a hint, and let unknown errors raise."""
     try:
+        check_packages()
         app()
     except SynthError as error:
-        say(f"synth: {error}")
+        say(f"synth: {error}", LOSS)
         if error.hint:
             say(f"  hint: {error.hint}")
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("pipeline", "trainer", "prompts", "data_cards"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("pipeline", "trainer", "prompts", "data_cards"):
             raise
-        say(f"synth: this command needs the package {error.name}")
-        say("  hint: install synth with its extras `embedded` and `train`")
+        say(f"synth: this command needs the package {package}", LOSS)
+        say(f"  hint: {extra_of(package)}")
         raise SystemExit(1) from None
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:

@@ -169,11 +169,11 @@ def review_apply(
 ) -> None:
     """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
     from pipeline.dataset.directory import DatasetDir, last_made
-    from pipeline.run import apply_reviews
+    from pipeline.run import apply_reviews, describe_losses
 
     with show_progress() as progress:
         result = apply_reviews(DatasetDir(data or last_made()), marks, progress)
-    print_run_result(result, as_json=as_json)
+    print_run_result(result, list(describe_losses(result.funnel)), as_json=as_json)
 
 
 def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool) -> "PushResult | None":

@@ -1,4 +1,4 @@
-"""Commands that make a dataset: generate, serve, doctor, sources."""
+"""Commands that make a dataset: generate, preview, config, init, serve, doctor, sources."""
 
 import json
 from dataclasses import asdict
@@ -7,107 +7,71 @@ from typing import Annotated, Literal
 
 from typer import Argument, BadParameter, Context, Option, echo
 
-from pipeline.cli.options import DATASET_PATH, AsJson, read_pairs, vllm_flags
-from pipeline.cli.output import print_prediction, print_run_result, show
+from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, vllm_flags
+from pipeline.cli.output import print_prediction, print_preview, print_run_result, say, show
+from pipeline.cli.run_options import CLUSTER, DATASET, RunSettings, with_run_settings
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote
 
 
+@with_run_settings
 def generate(
-    context: Context,
-    source: Annotated[str | None, Option(help="Where the images come from; `synth sources` lists the names.")] = None,
-    split: Annotated[str | None, Option(help="Which split of the source to read, where it has some.")] = None,
-    columns: Annotated[
-        str | None, Option(help="Which column is what: image=COLUMN,references=COLUMN,pages=COLUMN,split=COLUMN.")
-    ] = None,
-    allow_urls: Annotated[
-        bool | None, Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.")
-    ] = None,
-    split_list: Annotated[
-        Path | None, Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        Option(
-            metavar="SOURCE[#SPLIT]",
-            help="Leave out the images of another source, such as flickr30k#test; may be given several times.",
-        ),
-    ] = None,
-    limit: Annotated[int | None, Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000")] = None,
-    seed: Annotated[int | None, Option(help="Draws scenes, samples replies and splits.", show_default="0")] = None,
-    tasks: Annotated[str | None, Option(help="What to ask, with commas.", show_default="caption,qa; of decks deck_qa")] = None,
-    language: Annotated[
-        str | None, Option(help="The language of the texts: others are rejected; any keeps all.", show_default="en")
-    ] = None,
-    license_: Annotated[str | None, Option("--license", help="The license of your own images, such as cc-by-4.0.")] = None,
-    title: Annotated[str | None, Option(help="The title of the dataset's card.", show_default="named after the source")] = None,
+    settings: RunSettings,
     out: Annotated[
         Path | None,
         Option(
             **DATASET_PATH,
             help="Dataset folder; run again to continue it. On a cluster also s3://BUCKET/NAME or gs://BUCKET/NAME.",
             show_default="data/SOURCE",
+            rich_help_panel=DATASET,
         ),
     ] = None,
-    from_stage: Annotated[str | None, Option(help="Start at this stage, from what the one before it left.")] = None,
-    verify: Annotated[
+    from_stage: Annotated[
         str | None,
-        Option(help="What to ask again: round_trip, claims, blind, evidence, alignment, with commas.", show_default="nothing"),
+        Option(
+            metavar="STAGE",
+            help="Start at a stage, from what the one before it left: source, generate, validate, filter, verify, dedupe, "
+            "balance, split, review, version.",
+            rich_help_panel=DATASET,
+        ),
     ] = None,
-    engine: Annotated[
-        str | None, Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto")
-    ] = None,
-    model: Annotated[
-        str | None, Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="by source and engine")
-    ] = None,
-    base_url: Annotated[
-        list[str] | None, Option(help="A vLLM server that runs already, ending in /v1; may be given several times.")
-    ] = None,
+    dry_run: Annotated[
+        bool,
+        Option(
+            "--dry-run",
+            help="Ask about a few images, and predict hours, tokens, money and kept rows of all.",
+            rich_help_panel=DATASET,
+        ),
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON to stdout.", rich_help_panel=DATASET)] = False,
     executor: Annotated[
-        Literal["local", "ray"], Option(help="local: in this process; ray: on a Ray cluster, in shards.")
+        Literal["local", "ray"],
+        Option(help="local: in this process; ray: on a Ray cluster, in shards.", rich_help_panel=CLUSTER),
     ] = "local",
     ray_address: Annotated[
-        str | None, Option(help="The Ray cluster.", show_default="one on this machine, for as long as the command runs")
+        str | None,
+        Option(
+            help="The Ray cluster.",
+            show_default="one on this machine, for as long as the command runs",
+            rich_help_panel=CLUSTER,
+        ),
     ] = None,
     shards: Annotated[
-        int | None, Option(min=1, help="On a cluster, cut the data into so many parts.", show_default="16")
+        int | None, Option(min=1, help="Cut the data into so many parts.", show_default="16", rich_help_panel=CLUSTER)
     ] = None,
     workers: Annotated[
-        int | None, Option(min=1, help="On a cluster, so many ask at once.", show_default="one for each GPU, or CPU but one")
+        int | None,
+        Option(min=1, help="So many ask at once.", show_default="one for each GPU, or CPU but one", rich_help_panel=CLUSTER),
     ] = None,
-    config: Annotated[Path | None, Option(help="YAML file with the same settings and more; flags win over it.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Ask about a few images, and say what all of them would take.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
 
     What stands after -- goes to the vLLM server that is started: synth generate --engine vllm -- --max-num-seqs 64
     """
-    from pipeline.config import resolve
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions
-    from pipeline.run import generate_dataset
+    from pipeline.run import describe_losses, generate_dataset
 
-    resolved = resolve(
-        config,
-        source=source,
-        source_split=split,
-        columns=read_pairs(columns, "--columns") if columns else None,
-        allow_urls=allow_urls,
-        split_list=split_list,
-        exclude=exclude or None,
-        limit=limit,
-        seed=seed,
-        tasks=tasks.split(",") if tasks else None,
-        license=license_,
-        title=title,
-        verify={"checks": verify.split(",")} if verify else None,
-        filter={"language": None if language == "any" else language} if language else None,
-        engine=engine,
-        model=model,
-        base_url=base_url or None,
-        server=vllm_flags(context),
-    )
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
         raise BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
     if executor == "ray" and (from_stage or dry_run):
@@ -116,14 +80,72 @@ def generate(
         raise BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
     if dry_run:
         with show_progress() as progress:
-            prediction = predict_run(resolved, out, progress)
+            prediction = predict_run(settings.config, out, progress)
         print_prediction(prediction)
         show(prediction, as_json, "hours")
         return
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
-        result = generate_dataset(resolved, out, from_stage, progress, cluster)
-    print_run_result(result, as_json=as_json)
+        result = generate_dataset(settings.config, out, from_stage, progress, cluster)
+    print_run_result(result, list(describe_losses(result.funnel)), as_json=as_json)
+
+
+@with_run_settings
+def preview(
+    settings: RunSettings,
+    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Ask about so many images.")] = 4,
+    page: Annotated[
+        Path | None, Option(**LOCAL_PATH, help="Where the page goes.", show_default="preview.html in data/SOURCE")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(**DATASET_PATH, help="Dataset folder that keeps the replies for `synth generate`.", show_default="data/SOURCE"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask about a few images, and show them with their texts here and on a small page. The replies are kept.
+
+    What stands after -- goes to the vLLM server that is started.
+    """
+    from pipeline.preview import preview_run, write_preview
+
+    with show_progress() as progress:
+        result = preview_run(settings.config, number, out, progress)
+    path = write_preview(result, page)
+    if as_json:
+        echo(json.dumps(result.describe() | {"page": str(path)}))
+        return
+    print_preview(result)
+    echo(path)
+
+
+@with_run_settings
+def config(
+    settings: RunSettings,
+    show_all: Annotated[bool, Option("--all", help="Show the defaults, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which settings a run would have, and where each comes from."""
+    from pipeline.config import describe_settings
+
+    lines = describe_settings(settings.config, settings.file, settings.options)
+    if as_json:
+        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in lines}))
+        return
+    for key, value, origin in lines:
+        if show_all or origin != "default":
+            echo(f"{key}: {value}  # {origin}")
+
+
+def init(
+    folder: Annotated[Path, Argument(**LOCAL_PATH, help="Folder to write to.", show_default="here")] = Path(),
+) -> None:
+    """Write a commented synth.yaml and a folder of prompts to change."""
+    from pipeline.project import write_project
+
+    for path in write_project(folder):
+        echo(path)
+    say(f"next: edit them, then run: synth preview --config {folder / 'synth.yaml'}")
 
 
 def serve(

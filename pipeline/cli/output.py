@@ -1,25 +1,81 @@
 """Print the output of commands: data to stdout, messages to stderr."""
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.progress import duration
+from pipeline.progress import LOSS, WARNING, duration
 
 if TYPE_CHECKING:
     from pipeline.executors.base import RunResult
+    from pipeline.preview import Preview
+
+PICTURE_COLUMNS = 48  # of a terminal
+PICTURE_PIXELS = 480 * 360
 
 
-def print_prediction(estimate: dict[str, Any]) -> None:
-    """Print the predicted cost of a whole run."""
-    low, high = estimate["invalid_share"]
-    say(f"{estimate['sampled_images']} images took {estimate['sampled_seconds']:.1f} s, {estimate['asked']} requests sent")
-    say(f"all {estimate['images']} images: {estimate['requests']} requests, {duration(3600 * estimate['hours'])}")
-    say(f"tokens: {estimate['prompt_tokens']:,} read, {estimate['reply_tokens']:,} written")
-    say(f"dataset: about {estimate['bytes']:,} bytes")
-    say(f"annotations that would be rejected: {low:.1%} to {high:.1%} (95 % interval)")
+def print_prediction(prediction: dict[str, Any]) -> None:
+    """Print the predicted cost and yield of a whole run."""
+    p = prediction
+    say(f"{p['sampled_images']} images took {p['sampled_seconds']:.1f} s, {p['asked']} requests sent; their replies are kept")
+    if not p["asked"]:
+        say("nothing was asked: the replies about these images were there; the run asks about the others only")
+    verify = f" and {p['verify_requests']:,} of verify" if p["verify_requests"] else ""
+    retries = f", and {p['retries']:,} retries" if p["retries"] else ""
+    say(f"all {p['images']:,} images: {p['requests']:,} requests{verify}{retries}, {duration(3600 * p['hours'])}")
+    say(f"tokens: {p['prompt_tokens']:,} read, {p['reply_tokens']:,} written")
+    if p["cost"] is not None:
+        say(f"cost: {p['cost']:,.2f}")
+    low, high = p["lost_share"]
+    say(
+        f"kept: {p['kept_images']:,} images with {p['kept_annotations']:,} of {p['annotations']:,} annotations; "
+        f"{low:.0%} to {high:.0%} are rejected (95 % interval), and more of a larger set, whose rows repeat each other"
+    )
+    lost = ", ".join(
+        f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(p["lost_by"].items(), key=lambda i: -i[1])
+    )
+    if lost:
+        say(f"rejected of this sample: {lost}", LOSS)
+    say(f"dataset: about {p['bytes']:,} bytes")
+    for text in p["texts"]:
+        say(f"  {text}")
+
+
+def print_preview(preview: "Preview") -> None:
+    """Print pictures and texts: pictures by the terminal's own protocol or as half blocks, on terminals only."""
+    for image in preview.images:
+        say(f"\n{image.name}  {image.width_px} x {image.height_px} px")
+        show_picture(image.image)
+        for reply in image.replies:
+            took = "kept from before" if reply.seconds is None else f"{reply.seconds:.1f} s"
+            say(
+                f"  {reply.task} {reply.style}".rstrip()
+                + f" ({reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {took})",
+                "dim",
+            )
+            for text, reason in reply.texts:
+                say(f"    {text}")
+                if reason:
+                    say(f"      would be rejected: {reason.replace('_', ' ')}", LOSS)
+    for text in preview.skipped:
+        say(f"not usable: {text}", WARNING)
+    say(f"\nmodel: {preview.model} ({preview.engine}); prompts: {preview.prompt_sources}", "dim")
+
+
+def show_picture(image: bytes) -> None:
+    """Draw an image on a terminal: by sixels or the Kitty protocol where the terminal knows one, else as half blocks."""
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return
+    from rich.console import Console
+    from textual_image.renderable import Image
+
+    from pipeline.images.decode import prepare_image
+
+    Console(stderr=True).print(Image(prepare_image(image, PICTURE_PIXELS), width=PICTURE_COLUMNS, height="auto"))
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
@@ -36,26 +92,45 @@ def print_scores(metrics: dict[str, Any]) -> None:
         )
 
 
-def say(text: str) -> None:
-    """Print a message to stderr."""
+def say(text: str, style: str = "") -> None:
+    """Print a message to stderr, on terminals in a style of rich; rich leaves colors out where NO_COLOR is set."""
+    if style and sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print(text, style=style, markup=False, soft_wrap=True)
+        return
     print(text, file=sys.stderr)
 
 
-def print_run_result(result: "RunResult", *, as_json: bool) -> None:
+def print_run_result(result: "RunResult", warnings: Sequence[str] = (), *, as_json: bool) -> None:
     """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout."""
     for step in result.funnel:
-        lost = ", ".join(f"{count} {reason}" for reason, count in step.rejected.items())
-        say(f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}")
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in step.rejected.items())
+        text = f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}"
+        say(text, LOSS if 2 * step.kept < step.input else "")
     counts = result.stats
-    known = "; the rest was in the journal" if counts.asked < counts.total else ""
+    retries = counts.asked - sum(counts.attempts.values())
+    known = f"; {counts.total - sum(counts.attempts.values()):,} were in the journal" if counts.asked < counts.total else ""
+    known += f"; {retries:,} were sent again" if retries > 0 else ""
     say(f"asked the model {counts.asked} times for {counts.total} replies{known}")
     if set(counts.attempts) - {1}:
         say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
     if counts.flaws:
         say("not usable: " + ", ".join(f"{count} {flaw}" for flaw, count in counts.flaws.most_common()))
-    name = result.version.name
-    say(f"made {name}" if result.is_new else f"nothing new: {name} already holds exactly these rows")
-    show({"version": name, "path": str(result.version.path), "digest": result.version.manifest["digest"]}, as_json, "path")
+    for text in warnings:
+        say(f"warning: {text}", WARNING)
+    version = result.version
+    say(f"made {version.name}" if result.is_new else f"nothing new: {version.name} already holds exactly these rows")
+    folder = version.dataset_dir
+    say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME, synth train --data {folder}", "dim")
+    stages = {step.stage: {"input": step.input, "kept": step.kept, "rejected": step.rejected} for step in result.funnel}
+    described = {"version": version.name, "path": str(version.path), "digest": version.manifest["digest"]}
+    requests = {"asked": counts.asked, "total": counts.total, "flaws": dict(counts.flaws)}
+    show(
+        {**described, "is_new": result.is_new, "stages": stages, "requests": requests, "warnings": list(warnings)},
+        as_json,
+        "path",
+    )
 
 
 def show(values: dict[str, Any], as_json: bool, key: str) -> None:

@@ -25,6 +25,8 @@ from pipeline.storage.object_store import is_remote
 from pipeline.tables import current_names, old_name
 from pipeline.types import SampleBatch
 
+IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
+
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:

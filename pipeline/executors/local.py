@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir, read_exclusions, require_file
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir, read_exclusions, require_file
 from pipeline.digests import public_name
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.executors.base import RunResult, T, compare_rows, judge_rows, publish
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
@@ -17,9 +17,9 @@ from pipeline.inference.requests import requests_per_sample
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.base import RunPlan, Services, Stage, step_order
+from pipeline.stages.base import RunPlan, Services, Stage, require_stage, step_order
 from pipeline.stages.generate import generate_annotations
-from pipeline.stages.source import describe_source, write_exclusions, write_source
+from pipeline.stages.source import describe_rejected, describe_source, reject_near_duplicates, write_exclusions, write_source
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, write_json
 from pipeline.types import Source
@@ -44,12 +44,18 @@ class LocalExecutor:
 
 
 def run_locally(
-    config: Config, dataset: DatasetDir, stages: Sequence[Stage], start: str, source: Source | None, progress: Progress
+    config: Config,
+    dataset: DatasetDir,
+    stages: Sequence[Stage],
+    start: str,
+    source: Source | None,
+    progress: Progress,
+    stats: RequestStats | None = None,
 ) -> RunResult:
     """Run all stages from `start` on, and return the new version. Raises SynthError; finished work stays on the disk.
 
     The caller holds the lock of the dataset folder, which has the files of the stage before `start`. `stages` are all between
-    generate and version, in order. `source` is None if it was read by an earlier run.
+    generate and version, in order. `source` is None if it was read by an earlier run. `stats` counts requests.
     """
     order = step_order(stages)
     position = order.index(start)
@@ -60,13 +66,11 @@ def run_locally(
     _forget_other_settings(dataset, config, order[position:])
     if source is not None:
         _read_source(dataset, config, source, progress)
-    elif config.exclude and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config):
-        raise ConfigError(
-            "dedupe.images has changed since images were compared with --exclude", hint="run without --from-stage"
-        )
+    elif _was_compared(dataset, config) and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config):
+        raise ConfigError("dedupe.images has changed since the source was read", hint="run without --from-stage")
     revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
     plan = RunPlan(dataset, config, revision, choose_image_kind(config), requests_per_sample(config))
-    stats = RequestStats()
+    stats = stats or RequestStats()
     todo = [stage for stage in stages if order.index(stage.name) >= position]
     with open_engine(partial(_require_model, choose, revision)) as engine:
         services = Services(engine, stats, progress)
@@ -107,8 +111,22 @@ def _forget_other_settings(dataset: DatasetDir, config: Config, stages: Sequence
 def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
     excluded = write_exclusions(dataset, config, progress)
     kind = choose_image_kind(config)
+    dataset.stage("source", IMAGE_GROUPS_FILE).unlink(missing_ok=True)
     write_source(dataset, source.rows, ExclusionIndex.of(read_exclusions(dataset), kind), config.limit, progress)
+    if kind is not None:
+        reject_near_duplicates(dataset, kind)
+    described = list(describe_rejected(dataset))
+    for text in described:
+        progress.message(text)
+    if not require_stage(dataset, "source")[0]:
+        hint = "mend the files or --columns, or choose another source; stages/source/rejected.parquet names every row"
+        raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
     write_json(dataset.provenance("source"), describe_source(source, excluded, kind))
+
+
+def _was_compared(dataset: DatasetDir, config: Config) -> bool:
+    """Return whether the stage source has compared its images: with excluded ones, or with each other."""
+    return bool(config.exclude) or dataset.stage("source", IMAGE_GROUPS_FILE).exists()
 
 
 def _read_provenance(dataset: DatasetDir, stage: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 
@@ -22,7 +22,9 @@ from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency
 from pipeline.inference.endpoints import (
+    BUSY_STATUSES,
     CONNECTION_ERRORS,
+    BusyTime,
     Endpoint,
     Endpoints,
     ServerBusyError,
@@ -92,6 +94,7 @@ class Client:
         self._answered = self._refused = self._retried = 0
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._suspects = asyncio.Lock()
+        self._busy = BusyTime()
 
     def __enter__(self) -> "Client":
         self._runner = asyncio.Runner()
@@ -177,7 +180,7 @@ class Client:
             raise no_server(self._endpoints)
         for endpoint in self._endpoints:
             if not endpoint.is_up.is_set():
-                self._progress.message(f"{endpoint.url} does not answer; going on without it")
+                self._progress.warn(f"{endpoint.url} does not answer; going on without it")
         return min((length for length in lengths if length), default=None)
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
@@ -193,19 +196,29 @@ class Client:
 
     async def _require_schemas(self, endpoint: Endpoint) -> None:
         """Send `chat_api.probe`, again while the server is busy. Raises EngineError if it does not enforce schemas."""
-        for attempt in range(1, MAX_FAULTS + 1):
+        faults, busy, busy_until = 0, 0, time.monotonic() + self._config.server.startup_timeout_s
+        while True:
             try:
                 async with self._session.post(
                     f"{endpoint.url}/chat/completions", json=chat_api.probe(self._name), headers=endpoint.headers
                 ) as answer:
                     text = await answer.read()
                     raise_for_access(answer.status, endpoint, text)
-                    if answer.status not in (429, 503):
+                    if answer.status not in BUSY_STATUSES:
                         break
+                busy += 1
+                self._busy.start(answer.status)
+                if warning := self._busy.warning(endpoint.url):
+                    self._progress.warn(warning)
+                if time.monotonic() > busy_until:
+                    hint = "wait until it is ready, or look at its log and your quota there; then run the same command"
+                    raise EngineError(f"{endpoint.url} answers {answer.status} to every request", hint=hint)
             except CONNECTION_ERRORS as error:
-                if attempt == MAX_FAULTS:
+                faults += 1
+                if faults == MAX_FAULTS:
                     raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
-            await asyncio.sleep(FIRST_BACKOFF_SECONDS * 2**attempt)
+            await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (faults + min(busy, 3)), LONGEST_BACKOFF_SECONDS))
+        self._busy.end()
         if answer.status != 200 or not chat_api.proves_schemas(text):
             raise EngineError(
                 f"{endpoint.url} does not enforce JSON schemas, so no reply of it can be trusted",
@@ -290,7 +303,7 @@ class Client:
                     self._concurrency.slow_down()
                     self._keep_images()
                     busy += 1
-                    pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
+                    pause = float(complaint.seconds or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
                     if not endpoint.is_up.is_set() or not await answers_200(endpoint.health, endpoint.headers):
                         self._mark_down(endpoint)
@@ -313,14 +326,17 @@ class Client:
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         images = await self._images.parts(request.shown, request.images, request.pages)
         body = chat_api.body(request, images, self._name)
+        sent = time.monotonic()
         try:
             async with self._session.post(f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers) as answer:
                 text = await answer.read()
         except CONNECTION_ERRORS as error:
             raise ServerFaultError(one_line(error, 1000)) from None
-        if answer.status in (429, 503):
+        if answer.status in BUSY_STATUSES:
             seconds = answer.headers.get("Retry-After", "")
-            raise ServerBusyError(float(seconds) if seconds.isdigit() else None)
+            self._busy.start(answer.status)
+            raise ServerBusyError(answer.status, float(seconds) if seconds.isdigit() else None)
+        self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
         raise_for_access(answer.status, endpoint, text)
@@ -332,7 +348,7 @@ class Client:
             raise ServerFaultError(str(bad)) from None
         self._answered += 1
         self._count_tokens(reply.reply_tokens)
-        return reply
+        return replace(reply, seconds=time.monotonic() - sent)
 
     def _refuse(self, request: Request, endpoint: Endpoint, answer: bytes, in_flight: InFlight) -> Reply:
         message = chat_api.error_message(answer)
@@ -359,13 +375,15 @@ class Client:
 
     def _mark_down(self, endpoint: Endpoint) -> None:
         if self._endpoints.mark_down(endpoint):
-            self._progress.message(f"{endpoint.url} does not answer; waiting for it")
+            self._progress.warn(f"{endpoint.url} does not answer; waiting for it")
             log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
 
     async def _poll(self) -> None:
         """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
+            if warning := self._busy.warning(", ".join(endpoint.url for endpoint in self._endpoints)):
+                self._progress.warn(warning)
             await self._endpoints.read_metrics(self._session)
             self._concurrency.follow(
                 running=sum(endpoint.running for endpoint in self._endpoints),

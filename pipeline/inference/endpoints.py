@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.vllm_server import answers_200
 
 KEY = "SYNTH_API_KEY"
+BUSY_STATUSES = (429, 503)
+BUSY_WARNING_SECONDS = 30.0
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 _METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
 log = logging.getLogger(__name__)
@@ -27,7 +30,39 @@ class ServerFaultError(Exception):
 
 
 class ServerBusyError(Exception):
-    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
+    """Raised when a server asks to wait: with its HTTP status, and the number of seconds, or None."""
+
+    def __init__(self, status: int, seconds: float | None) -> None:
+        super().__init__(status, seconds)
+        self.status, self.seconds = status, seconds
+
+
+@dataclass(slots=True)
+class BusyTime:
+    """How long servers have answered nothing but "too busy", and when that is worth a warning."""
+
+    since: float | None = None
+    status: int = 0
+    _warned: float = 0.0
+
+    def start(self, status: int) -> None:
+        """Note that a server is busy."""
+        self.since, self.status = self.since or time.monotonic(), status
+
+    def end(self) -> None:
+        """Note that a server has answered."""
+        self.since = None
+
+    def warning(self, urls: str) -> str | None:
+        """Return a warning if all answers of BUSY_WARNING_SECONDS were "too busy", and none was returned in that time."""
+        now = time.monotonic()
+        if self.since is None or now - max(self.since, self._warned) < BUSY_WARNING_SECONDS:
+            return None
+        self._warned = now
+        return (
+            f"{urls} has answered {self.status} to every request for {now - self.since:.0f} s: it is overloaded, still "
+            "loads its model, or a quota is used up. Look at its log or your limits; synth tries on, and Ctrl-C loses nothing"
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -1,12 +1,13 @@
 """Send the requests that the journal has no reply to, and journal each reply; then read all replies back."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.config import Config
+from pipeline.config import Config, ServerConfig
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests, build_retry
 from pipeline.tables import ANNOTATION
@@ -23,6 +24,27 @@ class RequestStats:
     asked: int = 0
     attempts: Counter[int] = field(default_factory=Counter)  # attempt -> requests answered at it, in this run
     flaws: Counter[str] = field(default_factory=Counter)  # flaw -> unusable replies of this run
+    prompt_tokens: int = 0  # of the replies of this run
+    reply_tokens: int = 0
+    engine_s: float = 0.0  # seconds until the engine was ready
+    asking_s: float = 0.0  # seconds in which it was asked
+    seconds: dict[str, float] | None = None  # by request id, how long its last reply took; counted only where it is a dict
+
+    def add_reply(self, reply: Reply) -> None:
+        """Count the tokens of a reply that came now."""
+        self.prompt_tokens += reply.prompt_tokens
+        self.reply_tokens += reply.reply_tokens
+        if self.seconds is not None:
+            self.seconds[reply.request_id] = reply.seconds
+
+    def metrics(self, server: ServerConfig) -> dict[str, str]:
+        """Return metrics for the progress display: tokens and their price, retries, replies that were not usable."""
+        cost = server.price(self.prompt_tokens, self.reply_tokens)
+        return {
+            "tokens": f"{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
+            **({"cost": f"{cost:,.2f}"} if cost is not None else {}),
+            **({"not usable": f"{sum(self.flaws.values()):,}"} if self.flaws else {}),
+        }
 
 
 class RequestQueue:
@@ -75,6 +97,7 @@ class RequestQueue:
         judged = [(request, reply, find_flaw(request, reply)) for request, reply in pairs]
         self._journal.keep(judged)
         for request, reply, flaw in judged:
+            self._counts.add_reply(reply)
             self._answered = self._answered or reply.finish_reason not in UNANSWERED
             if flaw:
                 self._counts.flaws[flaw] += 1
@@ -123,10 +146,14 @@ def ask_all(
     """Send requests until each has a usable reply in the journal or `attempts` unusable ones; yield as `ask_about` does."""
     queue = RequestQueue(chunks, attempts, journal, counts)
     while queue.has_work():
+        started = time.monotonic()
         ready = engine()
+        counts.engine_s += time.monotonic() - started
+        started = time.monotonic()
         for replies in ready.ask(queue):
             queue.keep(replies)
             yield ready
+        counts.asking_s += time.monotonic() - started
 
 
 def read_annotations(samples: Iterable[SampleInfo], config: Config, revision: str, journal: Journal) -> Iterator[pa.Table]:

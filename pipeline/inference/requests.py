@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
 from pipeline.tasks import ANSWER, find_task, wire_schema
-from pipeline.tasks.prompts import render
+from pipeline.tasks.prompts import check_prompt_dir, render
 from pipeline.types import Reply, Request, Sampling
 
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
@@ -27,6 +27,8 @@ def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, re
 
 def check_prompts(config: Config) -> None:
     """Render every prompt once: a broken template is a ConfigError before anything is written."""
+    if config.generate.prompt_dir:
+        check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *([ANSWER] if config.verify.checks else [])))
     for task, style in requests_per_sample(config):
         render(task, config.generate.prompt_dir, style=style)
     if config.verify.checks:

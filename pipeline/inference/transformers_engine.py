@@ -5,7 +5,9 @@ a reply does not depend on the rest of its batch, except for floating-point roun
 """
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
@@ -59,7 +61,8 @@ class EmbeddedEngine:
             size = self._batch_size // MAX_PAGES if any(len(request.images) > 1 for request in requests) else self._batch_size
             for group in groups(requests, max(1, size)):
                 work.sending(group)
-                yield self._answer(group)
+                started = time.monotonic()
+                yield [replace(reply, seconds=time.monotonic() - started) for reply in self._answer(group)]
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""

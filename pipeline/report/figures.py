@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.report.rows import to_pylist, visible
 from pipeline.storage.files import open_table
 from pipeline.text.content_keys import content_words
@@ -79,7 +79,8 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     if not kept_files:
         return {}
     rejected = list(_read(rejected_files, [*_DEDUPED, "reason"]))
-    groups = _groups_of_images([*kept_files, *rejected_files])
+    unasked_files = DatasetDir(folder).stage_files("source", NEAR_DUPLICATES_FILE)
+    groups = _groups_of_images([*kept_files, *rejected_files, *unasked_files])
     duplicated_ids = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
     repeated_clusters = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}
     images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -99,6 +100,9 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
             is_repeated = row["cluster"] in repeated_clusters and row["clean_text"] is not None
             if is_repeated and (kept or row["reason"] == "caption_of_many_images"):
                 captions[row["cluster"]].append(member)
+    for row in _read(unasked_files, ["sample_id", "image_group", "image_reason"]):
+        reason = row["image_reason"].replace("_", " ")
+        images[row["image_group"]].setdefault(row["sample_id"], {"id": row["sample_id"], "said": reason, "kept": False})
     return {
         "Images that look alike": _largest([list(members.values()) for members in images.values()]),
         "Texts that say the same": _largest(list(texts.values())),
@@ -108,7 +112,8 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (sample id, first image as the source encodes it) of samples, which need not be in a version."""
-    for path in DatasetDir(folder).stage_files("source") if wanted else ():
+    dataset = DatasetDir(folder)
+    for path in [*dataset.stage_files("source"), *dataset.stage_files("source", NEAR_DUPLICATES_FILE)] if wanted else ():
         file = open_table(path, "sample_id", "images")
         for group in range(file.num_row_groups):
             ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]

@@ -1,9 +1,10 @@
 """Sources of images, by name. A source yields samples and rejected rows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipeline.config import Config, resolve
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.images.similarity import ImageKind
 from pipeline.sources import columns, flickr30k, folder, hub, scenes, slidevqa, vqav2
 from pipeline.sources.base import SourceSpec
@@ -27,7 +28,14 @@ def find_source(name: str) -> SourceSpec:
     for spec in SOURCES:
         if spec.kind == name.partition(":")[0]:
             return spec
-    raise ConfigError(f"unknown source: {name}", hint=f"known sources: {', '.join(spec.name for spec in SOURCES)}")
+    known = f"known sources: {', '.join(spec.name for spec in SOURCES)}"
+    if Path(name).is_dir():
+        hint = f"did you mean folder:{name}?"
+    elif Path(name).is_file():
+        hint = f"did you mean parquet:{name}?" if name.endswith(".parquet") else f"did you mean folder:{Path(name).parent}?"
+    else:
+        hint = did_you_mean(name, [spec.kind for spec in SOURCES]) or known
+    raise ConfigError(f"unknown source: {name}", hint=hint)
 
 
 def with_source_defaults(config: Config) -> Config:

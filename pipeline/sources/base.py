@@ -1,6 +1,6 @@
 """Specification of a source: its name, its description, and the function that opens it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from pipeline.images.similarity import ImageKind
 from pipeline.types import Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
+NAMED_ROWS = 3  # of those that a message counts
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
@@ -89,3 +90,8 @@ def check_sample(name: str, images: Iterable[bytes], licence: str, split: str | 
         split=split,
         **more,
     )
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the names of the first few files or rows, for a message."""
+    return ", ".join(names[:NAMED_ROWS]) + (", ..." if len(names) > NAMED_ROWS else "")

@@ -336,4 +336,13 @@ def _automaton(entries: tuple[str, ...]) -> Any:
     return automaton
 
 
-STAGE = Stage("balance", judge=lambda table, plan: table, compare=balance, adds=ADDS)
+STAGE = Stage(
+    "balance",
+    judge=lambda table, plan: table,
+    compare=balance,
+    adds=ADDS,
+    advice={
+        "answer_too_common": "raise balance.max_answer_frac or balance.max_yes_no_frac",
+        "concepts_too_common": "raise balance.tail_frac, or leave it out",
+    },
+)

@@ -12,9 +12,9 @@ A shard is a dataset folder that holds some of the samples with all of their ann
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -110,6 +110,7 @@ class Stage:
     is_prepared: Callable[[Config], bool] = lambda config: False  # whether these settings want it
     compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
     adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
+    advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
 
 
 def step_order(stages: Sequence[Stage]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read
@@ -78,11 +78,15 @@ def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 
 def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
-    """Return the samples with near-duplicates (tables.IMAGE_GROUPS)."""
+    """Return the samples with near-duplicates (tables.IMAGE_GROUPS), as the stage source found them; on a cluster, now."""
     if kind is None:
         return IMAGE_GROUPS.empty_table()
-    samples = pa.concat_tables([table for shard in shards for table in read_batches(shard.stage("source"), COMPARED_COLUMNS)])
-    groups = compare_samples(samples, kind)
+    files = [shard.stage("source", IMAGE_GROUPS_FILE) for shard in shards]
+    if len(files) == 1 and files[0].exists():
+        groups = pa.concat_tables(read_batches(files[0]))
+    else:
+        tables = (table for shard in shards for table in read_batches(shard.stage("source"), COMPARED_COLUMNS))
+        groups = compare_samples(pa.concat_tables(tables), kind)
     alone = pc.and_(pc.equal(groups["sample_id"], groups["image_group"]), pc.is_null(groups["image_reason"]))
     in_group = pc.is_in(groups["sample_id"], groups.filter(pc.invert(alone))["image_group"])
     return groups.filter(pc.or_(pc.invert(alone), in_group))
@@ -124,4 +128,15 @@ def judge_duplicates(table: pa.Table, _: RunPlan) -> pa.Table:
     return table
 
 
-STAGE = Stage("dedupe", judge_duplicates, compare=find_duplicates, adds=pa.schema([*DEDUPED, pa.field("reason", STRING)]))
+STAGE = Stage(
+    "dedupe",
+    judge_duplicates,
+    compare=find_duplicates,
+    adds=pa.schema([*DEDUPED, pa.field("reason", STRING)]),
+    advice={
+        "caption_of_many_images": "raise dedupe.max_images_per_caption, or ask for captions of what sets images apart",
+        "duplicate": "ask for fewer caption styles, or for styles that differ: generate.caption_styles",
+        "near_duplicate_image": "dedupe.images: none keeps images that look alike",
+        "near_held_out_image": "dedupe.images: none keeps images that look alike",
+    },
+)

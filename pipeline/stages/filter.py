@@ -250,4 +250,18 @@ def _non_latin_frac(text: str) -> float:
     return len(non_latin) / len(letters) if letters else 0.0
 
 
-STAGE = Stage("filter", judge_texts, prepare=find_contaminated, is_prepared=lambda config: bool(config.exclude))
+STAGE = Stage(
+    "filter",
+    judge_texts,
+    prepare=find_contaminated,
+    is_prepared=lambda config: bool(config.exclude),
+    advice={
+        "other_language": "say which language the texts are in: --language (filter.language)",
+        "too_short": "lower filter.min_caption_words or filter.min_question_words",
+        "too_long": "raise filter.max_caption_words, filter.max_question_words or filter.max_answer_words",
+        "repetitive": "raise filter.max_duplicate_trigram_frac or lower filter.min_distinct_word_frac",
+        "refusal": "the model refuses: look at its replies with `synth preview`",
+        "unanswerable": "ask for answers that the image shows: generate.prompt_dir",
+        "answer_in_question": "ask otherwise: generate.prompt_dir",
+    },
+)

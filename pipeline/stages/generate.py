@@ -25,8 +25,8 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
             return engine
 
         for engine in ask_about(sample_batches(shard), plan.config, plan.revision, start_engine, journal, stats):
-            unusable = {"not usable": f"{sum(stats.flaws.values()):,}"} if stats.flaws else {}
-            progress("generate", stats.done // requests, samples, engine.metrics() | unusable)
+            metrics = engine.metrics() | stats.metrics(plan.config.server)
+            progress("generate", stats.done // requests, samples, metrics)
         progress("generate", samples, samples)
         annotations = read_annotations(_sample_infos(shard), plan.config, plan.revision, journal)
         write_table(shard.stage("generate"), annotations, ANNOTATION)

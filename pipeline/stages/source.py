@@ -5,21 +5,41 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import Config, resolve
-from pipeline.dataset.directory import DatasetDir, read_samples
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_samples
 from pipeline.errors import SourceError
 from pipeline.images.metadata import REMOVED
-from pipeline.images.similarity import ImageKind
+from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.progress import Progress
 from pipeline.sources import find_source, open_source
+from pipeline.sources.base import first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
-from pipeline.storage.files import write_table
-from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
+from pipeline.storage.files import read_batches, read_table, write_table
+from pipeline.tables import EXCLUSIONS, IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample, Source
 
 BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
 BATCH_BYTES = 16_000_000
+ADVICE = {  # by reason: what to change if it rejects too many rows
+    "image_not_embedded": "the column names its images: --allow-urls fetches them",
+    "unsupported_format": "convert the files to JPEG; HEIC is read with the package pillow-heif (extra `heic`)",
+    "several_images": "--columns pages=COLUMN reads them as a deck",
+    "too_many_pages": "split the decks",
+    "unknown_split": "leave split= out of --columns",
+    "near_duplicate_image": "dedupe.images: none keeps images that look alike",
+    "near_held_out_image": "dedupe.images: none keeps images that look alike",
+    "banned_image": "they are in a data set of --exclude",
+    "url_unreachable": "check the network, and run the same command again",
+    "unreadable_folder": "change the permissions of the folders",
+}
+_REJECTED_FOR_ANOTHER_IMAGE = (
+    "duplicate_image",
+    "near_duplicate_image",
+    "near_held_out_image",
+    "banned_image",
+)  # detail: which
 
 
 @dataclass(slots=True)
@@ -86,7 +106,7 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
             if not rows:
                 raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")
             if unread:
-                progress.message(f"exclude {label}: {unread} rows could not be read, and are not compared with")
+                progress.warn(f"exclude {label}: {unread} rows could not be read, and are not compared with")
             counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}
             described.append({"name": label, "revision": source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)
@@ -136,5 +156,51 @@ def write_source(
     write_table(shard.stage("source"), tables(), SAMPLE)
     if images.changes:
         write_table(shard.stage("source"), map(images.apply, read_samples(shard)), SAMPLE)
-    rejected.sort(key=lambda row: row["source_row"])
-    write_table(shard.stage("source", "rejected"), [pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)], SOURCE_REJECTED)
+    _write_rejected(shard, rejected)
+
+
+def _write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
+    ordered = pa.Table.from_pylist(sorted(rows, key=lambda row: row["source_row"]), schema=SOURCE_REJECTED)
+    write_table(shard.stage("source", "rejected"), [ordered], SOURCE_REJECTED)
+
+
+def reject_near_duplicates(dataset: DatasetDir, kind: ImageKind) -> None:
+    """Reject the samples that look like another one, before a model is asked about them.
+
+    `dataset` holds all samples. The groups of near-duplicates stay in a file for dedupe and split, the rejected samples in
+    another one for the report.
+    """
+    samples = pa.concat_tables(read_batches(dataset.stage("source"), COMPARED_COLUMNS))
+    groups = compare_samples(samples, kind)
+    write_table(dataset.stage("source", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
+    of_rejected = {row["sample_id"]: row for row in groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()}
+    ids = pa.array(of_rejected, pa.string())
+    rows: list[dict[str, str]] = []
+
+    def near_duplicates() -> Iterator[pa.Table]:
+        for batch in read_samples(dataset):
+            for sample in batch.filter(pc.is_in(batch["sample_id"], ids)).to_pylist():
+                group = of_rejected[sample["sample_id"]]
+                source_row, detail = sample["source_row"], group["near_duplicate_of"]
+                rows.append({"source_row": source_row, "reason": group["image_reason"], "detail": detail})
+                yield pa.Table.from_pylist([{**sample, **group}], schema=NEAR_DUPLICATE)
+
+    write_table(dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
+    if rows:
+        kept = (
+            pa.Table.from_batches([batch.filter(pc.invert(pc.is_in(batch["sample_id"], ids)))])
+            for batch in read_samples(dataset)
+        )
+        write_table(dataset.stage("source"), kept, SAMPLE)
+        _write_rejected(dataset, [*read_table(dataset.stage("source", "rejected")).to_pylist(), *rows])
+
+
+def describe_rejected(shard: DatasetDir) -> Iterator[str]:
+    """Yield how many rows of the source were rejected for each reason, with the names of the first and a detail."""
+    table = read_table(shard.stage("source", "rejected"))
+    for row in sorted(table["reason"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"])):
+        of_reason = table.filter(pc.equal(table["reason"], row["values"]))
+        names = first_names(of_reason["source_row"].to_pylist())
+        is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
+        detail = "" if is_id else f": {of_reason['detail'][0]}"
+        yield f"source: {row['counts']:,} {row['values']}{detail} ({names})"

@@ -21,4 +21,11 @@ def _reason(row: dict[str, Any]) -> str | None:
     return row["reply_error"] or find_broken_rule(row["task"], row, row["pages"])
 
 
-STAGE = Stage("validate", judge=lambda table, plan: validate_annotations(table))
+STAGE = Stage(
+    "validate",
+    judge=lambda table, plan: validate_annotations(table),
+    advice={
+        "cut_short": "raise generate.max_tokens",
+        "answer_not_yes_or_no": "prompts in another language than English need a task of their own; ask with --tasks caption",
+    },
+)

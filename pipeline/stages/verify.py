@@ -200,4 +200,12 @@ STAGE = Stage(
     is_prepared=lambda config: bool(config.verify.checks),
     compare=find_unconfirmed,
     adds=pa.schema({"reason": STRING}),
+    advice={
+        "answer_not_confirmed": "ask a stronger model, or leave round_trip out of --verify",
+        "claims_not_confirmed": "lower verify.min_claims_supported, or leave claims out of --verify",
+        "answerable_without_image": "raise verify.min_blind_frac, or leave blind out of --verify",
+        "evidence_not_sufficient": "leave evidence out of --verify",
+        "evidence_not_necessary": "leave evidence out of --verify",
+        "low_alignment": "lower verify.min_alignment, or name a CLIP that knows such images: verify.clip_model",
+    },
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import answer, caption, deck_qa, qa
 from pipeline.tasks.base import Task, strip_schema
 
@@ -17,7 +17,8 @@ ANSWER = answer.TASK.name  # the task of the stage verify
 def find_task(name: str) -> Task:
     """Return the task of a name. Raise ConfigError for an unknown name."""
     if name not in TASKS:
-        raise ConfigError(f"unknown task: {name}", hint=f"known tasks: {', '.join(task for task in TASKS if task != ANSWER)}")
+        known = [task for task in TASKS if task != ANSWER]
+        raise ConfigError(f"unknown task: {name}", hint=did_you_mean(name, known) or f"known tasks: {', '.join(known)}")
     return TASKS[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from pipeline.errors import ConfigError
-from pipeline.tasks import find_task
+from pipeline.tasks import TASKS, find_task
 
 SYSTEM = "system/v1"
 STYLES = ("brief", "detailed", "plain", "alt")  # of caption/v1
@@ -88,6 +88,30 @@ def template(name: str, folder: Path | None = None) -> str:
 def _environment() -> Environment:
     # Prompts are plain text for a model: nothing to escape.
     return Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False)  # noqa: S701
+
+
+def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:
+    """Raise ConfigError if a folder of prompts does not exist, holds none that is used, or holds files that none will be."""
+    if not folder.is_dir():
+        raise ConfigError(f"no folder of prompts at {folder}", hint="mend generate.prompt_dir, or leave it out")
+    known = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in TASKS.values()))}
+    used = {f"{name}.j2" for name in (SYSTEM, *(find_task(task).prompt for task in tasks))}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
+    if unknown := sorted(found - known):
+        hint = f"a prompt is named {', '.join(sorted(used))}"
+        raise ConfigError(f"{folder / unknown[0]} is no prompt that is used", hint=hint)
+    if not found & used:
+        hint = f"it may hold {', '.join(sorted(used))}; `synth init` writes them"
+        raise ConfigError(f"{folder} holds no prompt of {', '.join(tasks)}", hint=hint)
+
+
+def describe_prompts(tasks: Sequence[str], folder: Path | None) -> str:
+    """Return where the prompts come from, for people: `caption from prompts/caption/v1.j2; qa built in`."""
+    sources = {name: folder and (folder / f"{find_task(name).prompt}.j2") for name in tasks}
+    sources |= {"system": folder / f"{SYSTEM}.j2"} if folder and (folder / f"{SYSTEM}.j2").exists() else {}
+    own = [f"{name} from {path}" for name, path in sources.items() if path and path.exists()]
+    built_in = [name for name, path in sources.items() if not (path and path.exists())]
+    return "; ".join([*own, *([f"{', '.join(built_in)} built in"] if built_in else [])])
 
 
 def prompt_texts(tasks: Iterable[str], folder: Path | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ a near-duplicate, an excluded image and reviews; `ray` holds the shard journals 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def funnel(folder: Path) -> list[dict[str, object]]:
+def funnel(folder: Path) -> list[dict[str, Any]]:
     manifest = json.loads((folder / "manifest.json").read_text())
     return [{key: step[key] for key in ("stage", "input", "kept", "rejected")} for step in manifest["funnel"]]
 
@@ -48,7 +49,12 @@ def test_the_recorded_replies_make_the_recorded_version(synth: Run, recorded: Pa
     done = synth("generate", *COMMANDS[name], "--out", "new", "--json")
     assert "asked the model 0 times" in done.stderr, done.stderr
     assert json.loads(done.stdout)["digest"].startswith(DIGESTS[name, version])
-    assert funnel(recorded / "new/versions/v1.0.0") == funnel(recorded / name / "versions" / version)
+    new, old = funnel(recorded / "new/versions/v1.0.0"), funnel(recorded / name / "versions" / version)
+    if name == "photos":  # a copy of a photo was asked about, and rejected by dedupe; now it is rejected before
+        assert new[0]["rejected"] == {**old[0]["rejected"], "near_duplicate_image": 1}
+        assert new[5]["kept"] == old[5]["kept"]
+        new, old = new[6:-1], old[6:-1]
+    assert new == old
 
 
 @pytest.mark.parametrize("shards", [1, 3, 8])

@@ -20,7 +20,7 @@ def test_a_wheel_generates_from_another_folder(tmp_path: Path) -> None:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([*build, "--wheel-dir", str(tmp_path / "dist"), str(source)], check=True)
-    (wheel,) = (tmp_path / "dist").glob("synth-*.whl")
+    (wheel,) = (tmp_path / "dist").glob("synth_captioner-*.whl")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "installed")]
     subprocess.run([*install, str(wheel)], check=True)
     elsewhere = tmp_path / "elsewhere"

@@ -7,7 +7,6 @@ failure. Answered requests are in the journals of the shards, and are never sent
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +23,7 @@ from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import requests_per_sample
+from pipeline.install import installed_version
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
@@ -75,6 +75,8 @@ def run_on_cluster(
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
     source = open_source(config)
+    for text in source.messages:
+        progress.message(text)
     locked = dataset.lock(say=progress.message)
     logged = log_to(scratch_root(dataset.path))
     with open_cluster(options.address), translate_disk_errors(dataset.path), locked as check, logged:
@@ -230,6 +232,10 @@ class RecordingProgress(NullProgress):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
+    def warn(self, text: str) -> None:
+        """See Progress."""
+        self.messages.append(f"warning: {text}")
+
     def message(self, text: str, *, transient: bool = False) -> None:
         """See Progress."""
         if not transient:
@@ -239,12 +245,13 @@ class RecordingProgress(NullProgress):
 def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any]) -> str:
     """Return the digest of everything that decides the content of filled shards."""
     config = run.config
-    later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split"}
+    later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split", "title"}
+    later |= set() if config.license else {"license"}  # earlier releases had no such setting
     settings = config.model_dump(mode="json", exclude=later)
     files = named_files(config)
     del files["entries"]  # of balance
     exclusions = file_digest(run.plan.dataset.stage("source", "exclusions"))
-    return digest([installed_version("synth"), settings, source, model, files, exclusions, run.shard_count])
+    return digest([installed_version(), settings, source, model, files, exclusions, run.shard_count])
 
 
 def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:

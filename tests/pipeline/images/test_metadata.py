@@ -4,6 +4,7 @@ import io
 import random
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
@@ -156,7 +157,7 @@ def test_scans_and_restart_markers_of_a_jpeg_are_kept() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_all_frames_of_an_animation_are_kept(kind: str) -> None:
     frames = [photo(n).quantize(32) if kind == "GIF" else photo(n) for n in (1, 2, 3)]
-    more = {"comment": b"a private remark"} if kind == "GIF" else {"exif": exif_of()}
+    more: dict[str, Any] = {"comment": b"a private remark"} if kind == "GIF" else {"exif": exif_of()}
     if kind == "WEBP":
         more |= {"lossless": True}
     data = encoded(kind, frames[0], save_all=True, append_images=frames[1:], duration=50, loop=0, **more)
@@ -165,7 +166,7 @@ def test_all_frames_of_an_animation_are_kept(kind: str) -> None:
     with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(clean)) as after:
         pairs = zip(ImageSequence.Iterator(before), ImageSequence.Iterator(after), strict=True)
         assert all(old.convert("RGB").tobytes() == new.convert("RGB").tobytes() for old, new in pairs)
-        assert after.n_frames == 3 and after.info.get("loop") == before.info.get("loop")
+        assert getattr(after, "n_frames", 1) == 3 and after.info.get("loop") == before.info.get("loop")
 
 
 @pytest.mark.parametrize(

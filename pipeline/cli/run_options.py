@@ -1,0 +1,164 @@
+"""The options of a run, defined once: `generate`, `preview` and `config` take all of them."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Context, Option
+
+from pipeline.cli.options import read_pairs, vllm_flags
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+IMAGES, TEXTS, MODEL, DATASET, CLUSTER = "Images", "What to ask", "Model", "Dataset", "Cluster"  # groups of options in --help
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The settings of a run, with the file and the options (by config key) that they come from."""
+
+    config: "Config"
+    file: Path | None
+    options: dict[str, str]  # the option that set a key; keys of sections as `generate.max_tokens`
+
+
+def run_settings(
+    context: Context,
+    source: Annotated[
+        str | None, Option(help="Where the images come from; `synth sources` lists the names.", rich_help_panel=IMAGES)
+    ] = None,
+    split: Annotated[
+        str | None, Option(help="Read this split of the source only: train, validation or test.", rich_help_panel=IMAGES)
+    ] = None,
+    columns: Annotated[
+        str | None,
+        Option(
+            metavar="ROLE=COLUMN,...",
+            help="Which column of a table is what: image, references, pages or split.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    allow_urls: Annotated[
+        bool | None,
+        Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.", rich_help_panel=IMAGES),
+    ] = None,
+    split_list: Annotated[
+        Path | None,
+        Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.", rich_help_panel=IMAGES),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        Option(
+            metavar="SOURCE[#SPLIT]",
+            help="Leave out the images of another source, such as flickr30k#test; may be given several times.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000", rich_help_panel=IMAGES),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        Option("--license", metavar="NAME", help="The license of your own images, such as cc-by-4.0.", rich_help_panel=IMAGES),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        Option(help="What to ask: caption, qa, deck_qa.", show_default="caption,qa; decks: deck_qa", rich_help_panel=TEXTS),
+    ] = None,
+    language: Annotated[
+        str | None,
+        Option(
+            help="The language of the texts; others are rejected; `any` keeps all.", show_default="en", rich_help_panel=TEXTS
+        ),
+    ] = None,
+    verify: Annotated[
+        str | None,
+        Option(
+            help="What to ask again: round_trip, claims, blind, evidence, alignment.",
+            show_default="nothing",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, Option(help="Draws scenes, samples replies and splits.", show_default="0", rich_help_panel=TEXTS)
+    ] = None,
+    engine: Annotated[
+        str | None,
+        Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto", rich_help_panel=MODEL),
+    ] = None,
+    model: Annotated[
+        str | None,
+        Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="by source and engine", rich_help_panel=MODEL),
+    ] = None,
+    base_url: Annotated[
+        list[str] | None,
+        Option(help="A server that runs already, ending in /v1; may be given several times.", rich_help_panel=MODEL),
+    ] = None,
+    price_in: Annotated[
+        float | None,
+        Option(metavar="PRICE", min=0, help="Price of a million tokens that the model reads.", rich_help_panel=MODEL),
+    ] = None,
+    price_out: Annotated[
+        float | None,
+        Option(metavar="PRICE", min=0, help="Price of a million tokens that the model writes.", rich_help_panel=MODEL),
+    ] = None,
+    title: Annotated[
+        str | None,
+        Option(help="The title of the dataset's card.", show_default="named after the source", rich_help_panel=DATASET),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        Option(help="YAML file with these and more settings; options win over it.", rich_help_panel=DATASET),
+    ] = None,
+) -> RunSettings:
+    """Return the settings that options, file and defaults come to. Raises ConfigError."""
+    from pipeline.config import resolve
+
+    server = (vllm_flags(context) or {}) | {"price_in": price_in, "price_out": price_out}
+    server = {name: value for name, value in server.items() if value is not None}
+    given: dict[str, tuple[str, Any]] = {  # config key -> (option, value)
+        "source": ("--source", source),
+        "source_split": ("--split", split),
+        "columns": ("--columns", read_pairs(columns, "--columns") if columns else None),
+        "allow_urls": ("--allow-urls", allow_urls),
+        "split_list": ("--split-list", split_list),
+        "exclude": ("--exclude", exclude or None),
+        "limit": ("--limit", limit),
+        "license": ("--license", license_),
+        "tasks": ("--tasks", tasks.split(",") if tasks else None),
+        "filter": ("--language", {"language": None if language == "any" else language} if language else None),
+        "verify": ("--verify", {"checks": verify.split(",")} if verify else None),
+        "seed": ("--seed", seed),
+        "engine": ("--engine", engine),
+        "model": ("--model", model),
+        "base_url": ("--base-url", base_url or None),
+        "server": ("--price-in, --price-out, or what stands after --", server or None),
+        "title": ("--title", title),
+    }
+    options = {
+        f"{key}.{name}" if isinstance(value, dict) and key != "columns" else key: option
+        for key, (option, value) in given.items()
+        if value is not None
+        for name in (value if isinstance(value, dict) else ("",))
+    }
+    return RunSettings(resolve(config, **{key: value for key, (_, value) in given.items()}), config, options)
+
+
+def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the options of `run_settings` before its own; it receives what they come to as `settings`."""
+    shared = inspect.signature(run_settings).parameters
+    own = {name: value for name, value in inspect.signature(command).parameters.items() if name != "settings"}
+
+    def run(**values: Any) -> None:
+        settings = run_settings(**{name: values[name] for name in shared})
+        command(settings=settings, **{name: values[name] for name in own})
+
+    parameters = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in (*shared.values(), *own.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run

@@ -1,0 +1,58 @@
+"""The installed package: its name and version, its extras, and whether its modules are really its own."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+
+DISTRIBUTION = "synth-captioner"  # the name `synth` on PyPI is somebody else's
+MODULES = ("pipeline", "trainer", "prompts", "data_cards")  # top-level packages that this distribution installs
+ROOT = Path(__file__).parents[1]
+
+
+def installed_version() -> str:
+    """Return the version of this package; `unknown` where it runs from a folder without being installed."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def check_packages() -> None:
+    """Raise ConfigError if one of our top-level packages would be imported from elsewhere: others have the same names."""
+    for name in MODULES:
+        spec = find_spec(name)
+        origin = Path(spec.origin).parent if spec and spec.origin else None
+        if origin is None or origin.parent != ROOT:
+            owner = f"{origin}, which is another package of that name" if origin else "nowhere: it is not installed"
+            hint = f"install synth into an environment of its own: {install_command()}"
+            raise ConfigError(f"the package `{name}` comes from {owner}; synth is at {ROOT}", hint=hint)
+
+
+def install_command(extra: str = "") -> str:
+    """Return the command that installs this package with an extra: from its folder where it runs from one, else by name."""
+    extras = f"[{extra}]" if extra else ""
+    if (ROOT / "pyproject.toml").exists():
+        return f"pip install '{ROOT}{extras}'"
+    return f"pip install '{DISTRIBUTION}{extras}'"
+
+
+def extra_of(package: str) -> str:
+    """Return the command that installs a missing package: by the extra that brings it, where one does."""
+    try:
+        extras = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+        requirements = [line for line in requires(DISTRIBUTION) or [] if _names(line, package)]
+    except PackageNotFoundError:
+        return f"pip install {package}"
+    for extra in extras:
+        if any(f'extra == "{extra}"' in line for line in requirements):
+            return install_command(extra)
+    return install_command() if requirements else f"{sys.executable} -m pip install {package}"
+
+
+def _names(requirement: str, package: str) -> bool:
+    """Return whether a requirement is of a package, by the name under which it is imported or distributed."""
+    start = requirement.lower().replace("-", "_")
+    return start.startswith(package.lower().replace("-", "_"))

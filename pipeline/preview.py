@@ -1,0 +1,179 @@
+"""`synth preview`: ask about a few images, and show them with their texts. The replies stay in the journal for the run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.paths import dataset_folder
+from pipeline.digests import public_name
+from pipeline.errors import SourceError
+from pipeline.inference.engines import choose_engine, open_engine
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.requests import build_requests, check_prompts
+from pipeline.progress import NullProgress, Progress
+from pipeline.report.html import data_uri, render_page, thumbnail
+from pipeline.report.rows import visible
+from pipeline.sources import open_source, with_source_defaults
+from pipeline.stages.filter import filter_annotations
+from pipeline.stages.validate import validate_annotations
+from pipeline.storage.files import translate_disk_errors, write_text
+from pipeline.tasks.prompts import describe_prompts
+from pipeline.types import Rejected, Sample
+
+THUMBNAIL_BYTES = 40_000
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewReply:
+    """A reply to one request about an image: its texts, each with the reason for which a run would reject it, or None."""
+
+    task: str
+    style: str
+    texts: list[tuple[str, str | None]]
+    prompt_tokens: int
+    reply_tokens: int
+    seconds: float | None  # None: the reply was in the journal
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewImage:
+    """One image with the replies about it."""
+
+    name: str
+    image: bytes
+    width_px: int
+    height_px: int
+    replies: list[PreviewReply]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a model says about a few images, and what it was asked."""
+
+    source: str
+    model: str
+    engine: str
+    prompt_sources: str
+    prompts: dict[str, tuple[str, str]]  # `task style` -> system text, text
+    images: list[PreviewImage]
+    folder: Path
+    skipped: list[str] = field(default_factory=list)  # rows that cannot be used, with the reason
+
+    def describe(self) -> dict[str, Any]:
+        """Return the preview as JSON values, without pictures."""
+        return {
+            "source": self.source,
+            "model": self.model,
+            "images": [
+                {
+                    "name": image.name,
+                    "replies": [
+                        {
+                            "task": reply.task,
+                            "style": reply.style,
+                            "texts": [{"text": text, "rejected": reason} for text, reason in reply.texts],
+                            "prompt_tokens": reply.prompt_tokens,
+                            "reply_tokens": reply.reply_tokens,
+                            "seconds": reply.seconds,
+                        }
+                        for reply in image.replies
+                    ],
+                }
+                for image in self.images
+            ],
+            "skipped": self.skipped,
+        }
+
+
+def preview_run(config: Config, number: int, out: Path | None = None, progress: Progress | None = None) -> Preview:
+    """Ask about the first `number` images of a source, and return what the model says about each.
+
+    Raises SynthError as `run.generate_dataset` does; SourceError if the source holds no usable image.
+    """
+    config = with_source_defaults(config)
+    progress = progress or NullProgress()
+    folder = DatasetDir(out or dataset_folder(config.source))
+    check_prompts(config)
+    source = open_source(config)
+    for text in source.messages:
+        progress.message(text)
+    choice = choose_engine(config, folder.server_log, progress)
+    samples: dict[str, Sample] = {}
+    skipped: list[str] = []
+    for row in source.rows:
+        if isinstance(row, Rejected):
+            skipped.append(f"{row.source_row}: {row.reason.replace('_', ' ')} ({row.detail})")
+        else:
+            samples.setdefault(row.id, row)
+        if len(samples) == number:
+            break
+    if not samples:
+        raise SourceError(f"no image of {config.source} can be used; {'; '.join(skipped[:3])}", hint="choose another source")
+    stats = RequestStats(seconds={})
+    with (
+        translate_disk_errors(folder.path),
+        folder.lock(),
+        Journal(folder.journal) as journal,
+        open_engine(lambda: choice) as start,
+    ):
+        chunk = [(sample.id, sample.images) for sample in samples.values()]
+        for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats):
+            progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
+        images = [_read(sample, config, choice.revision, journal, stats.seconds or {}) for sample in samples.values()]
+    first = next(iter(samples))
+    prompts = {
+        f"{request.task} {request.style}".strip(): (request.system, request.text)
+        for request in build_requests(first, (), config, choice.revision)
+    }
+    described = describe_prompts(config.tasks, config.generate.prompt_dir)
+    name = public_name(choice.model)
+    return Preview(config.source, name, choice.name, described, prompts, images, folder.path, skipped)
+
+
+def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
+    replies = []
+    (table,) = read_annotations([[(sample.id, len(sample.images), sample.split)]], config, revision, journal)
+    texts = dict(_judged_texts(table, config))
+    for request in build_requests(sample.id, (), config, revision):
+        last = journal.last(request.id)
+        assert last is not None
+        reply = last[0]
+        replies.append(
+            PreviewReply(
+                request.task,
+                request.style,
+                texts[request.id],
+                reply.prompt_tokens,
+                reply.reply_tokens,
+                seconds.get(request.id),
+            )
+        )
+    return PreviewImage(sample.source_row, sample.images[0], sample.width_px, sample.height_px, replies)
+
+
+def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """Yield, for each request, its texts with the reason for which validate or filter rejects them."""
+    validated = validate_annotations(table)
+    reasons = validated["reason"].to_pylist()
+    filtered = filter_annotations(validated.drop_columns(["reason"]), config.filter)["reason"].to_pylist()
+    texts: dict[str, list[tuple[str, str | None]]] = {}
+    for row, invalid, unfit in zip(table.to_pylist(), reasons, filtered, strict=True):
+        text = row["text"] or " ".join(filter(None, (row["question"], row["answer"]))) or row["reply_text"] or ""
+        texts.setdefault(row["request_id"], []).append((visible(text), invalid or unfit))
+    yield from texts.items()
+
+
+def write_preview(preview: Preview, path: Path | None = None) -> Path:
+    """Write a preview as one HTML page, and return its path; it replaces an earlier one."""
+    path = path or preview.folder / "preview.html"
+    pictures = [data_uri(thumbnail(image.image, THUMBNAIL_BYTES)) for image in preview.images]
+    page = render_page("pipeline.report", "preview.html.j2", preview=preview, pictures=pictures)
+    with translate_disk_errors(path.parent):
+        write_text(path, page)
+    return path

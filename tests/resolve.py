@@ -1,0 +1,65 @@
+"""Resolve the dependencies of all extras beside vLLM, oldest and newest, for each Python: metadata only, nothing is installed.
+
+`make resolve` prints the table of docs/install.md; tests/whole/test_install.py fails where nothing resolves.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+UV = Path(sys.executable).with_name("uv")
+PYTHONS = ("3.11", "3.12", "3.13")
+RESOLUTIONS = ("highest", "lowest-direct")
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,s3")  # core, without vLLM, and everything
+SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
+PLATFORM = "x86_64-manylinux_2_31"  # of the wheels of llguidance
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The versions that one set of extras resolves to; none, with the reason, if there is no solution."""
+
+    extras: str
+    python: str
+    resolution: str
+    versions: dict[str, str]
+    error: str = ""
+
+
+def resolve(extras: str, python: str, resolution: str) -> Resolved:
+    """Resolve this project with some extras, as uv does."""
+    requirement = f"synth-captioner[{extras}] @ {ROOT.as_uri()}" if extras else f"synth-captioner @ {ROOT.as_uri()}"
+    command = [str(UV), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
+    command += ["--python-platform", PLATFORM, "--resolution", resolution, "-"]
+    done = subprocess.run(command, input=requirement, capture_output=True, text=True, cwd=ROOT.parent)
+    versions = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", done.stdout, re.MULTILINE))
+    return Resolved(extras, python, resolution, versions, done.stderr.strip() if done.returncode else "")
+
+
+def resolve_all() -> Iterator[Resolved]:
+    """Resolve every combination."""
+    for extras, resolution, python in product(EXTRAS, RESOLUTIONS, PYTHONS):
+        yield resolve(extras, python, resolution)
+
+
+def main() -> None:
+    """Print a table in Markdown; exit with 1 if a combination does not resolve."""
+    print("| extras | resolution | Python |", " | ".join(SHOWN), "|")
+    print("|---|---|---|" + "---|" * len(SHOWN))
+    failed = []
+    for found in resolve_all():
+        cells = [found.versions.get(name, "-") for name in SHOWN] if not found.error else ["**none**"] * len(SHOWN)
+        print(f"| {found.extras or 'core'} | {found.resolution} | {found.python} |", " | ".join(cells), "|", flush=True)
+        failed += [found] if found.error else []
+    for found in failed:
+        print(f"\n{found.extras or 'core'}, {found.resolution}, Python {found.python}:\n{found.error}", file=sys.stderr)
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
