@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipeline.config import Config, resolve
 from pipeline.inference.client import Client
-from pipeline.inference.engines import TINY_WEIGHTS, plan_server
+from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests
@@ -88,7 +88,7 @@ def scenes(seed: int, count: int) -> Images:
 @contextmanager
 def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
     """Run a server; yield its URL without /v1, and its model name. Sets SYNTH_API_KEY in the environment."""
-    command = plan_server(model, REVISION, config, log)
+    (command,) = plan_servers(model, REVISION, config, log)
     os.environ["SYNTH_API_KEY"] = command.api_key
     server = Server(command, NullProgress())
     with asyncio.Runner() as runner:

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -37,7 +37,7 @@ from pipeline.inference.endpoints import (
 )
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
-from pipeline.inference.vllm_server import Server, answers_200, status_of
+from pipeline.inference.vllm_server import Server, answers_200, run_servers, status_of
 from pipeline.progress import NullProgress, Progress
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
@@ -70,7 +70,7 @@ class InFlight:
 
 
 class Client:
-    """Answers requests through the servers of `config.base_url`, or through one that it starts from `launch`.
+    """Answers requests through the servers of `config.base_url`, or through those that it starts from `launches`.
 
     Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
@@ -80,17 +80,18 @@ class Client:
         model: str,
         revision: str,
         config: Config,
-        launch: VllmCommand | None = None,
+        launches: Sequence[VllmCommand] = (),
         max_pixels: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self._config = config
-        self._launch = launch
+        self._launches = launches
+        self._servers: list[Server] = []
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
-        self._name = launch.name if launch else model
+        self._name = launches[0].name if launches else model
         self._answered = self._refused = self._retried = 0
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._suspects = asyncio.Lock()
@@ -137,22 +138,23 @@ class Client:
     async def _open(self) -> None:
         stack = self._stack
         settings = self._config.server
-        self._server = await stack.enter_async_context(Server(self._launch, self._progress)) if self._launch else None
+        if self._launches:
+            self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress))
         limit = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # shorter than the 5 s after which uvicorn closes
         seconds = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
         self._session = await stack.enter_async_context(aiohttp.ClientSession(connector=limit, timeout=seconds))
-        if self._server and self._launch:
-            endpoints = [Endpoint(f"{self._server.root}/v1", request_headers(self._launch.api_key))]
+        if self._servers:
+            endpoints = [Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key)) for server in self._servers]
         else:
             endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in self._config.base_url]
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
-        context_tokens = self._launch.max_model_len if self._launch else await self._check_servers()
+        context_tokens = self._launches[0].max_model_len if self._launches else await self._check_servers()
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
-        media = self._server.media if self._server else None
+        media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
-        at_once = self._launch.max_num_seqs if self._launch else None
+        at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once)
         self._keep_images()
         for endpoint in self._endpoints:
@@ -368,7 +370,9 @@ class Client:
     # --- the servers
 
     def _failure(self) -> EngineError | None:
-        return self._server.failure if self._server else None
+        """Return the error of a server that was started by us and cannot be kept alive, if none of the others is."""
+        failures = [server.failure for server in self._servers]
+        return failures[-1] if failures and all(failures) else None
 
     def _outstanding(self) -> int:
         return sum(endpoint.outstanding for endpoint in self._endpoints)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,8 +14,9 @@ from pathlib import Path
 from pipeline.config import Config, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError, one_line
+from pipeline.inference.gpus import group_gpus, visible_gpus
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
-from pipeline.inference.vllm_server import Server
+from pipeline.inference.vllm_server import run_servers
 from pipeline.progress import Progress
 from pipeline.sources import find_source
 from pipeline.tasks import TASKS, asks_about_decks
@@ -108,8 +108,7 @@ def vllm_python() -> str | None:
 
 def has_gpu() -> bool:
     """Return whether an NVIDIA GPU is usable, without torch, whose import takes seconds."""
-    cards = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]  # a container may have any one of them
-    return bool(cards) and shutil.which("nvidia-smi") is not None
+    return bool(visible_gpus())
 
 
 def max_pixels(path: str, revision: str | None = None) -> int | None:
@@ -183,42 +182,58 @@ def _managed(model: str, path: str, revision: str, config: Config, log: Path, pr
     from pipeline.inference.client import Client
 
     bound = max_pixels(path, revision.partition("+")[0])
-    return Client(model, revision, config, plan_server(path, revision, config, log), bound, progress)
+    return Client(model, revision, config, plan_servers(path, revision, config, log), bound, progress)
 
 
 def serve_model(
     model: str, server: ServerConfig, port: int | None, log: Path, progress: Progress, ready: Callable[[dict[str, str]], None]
 ) -> None:
-    """Run a server until the process is interrupted; `ready` receives its address and key once it answers.
+    """Run a server on each GPU, or one on the CPU, until the process is interrupted; `ready` receives addresses and key.
 
-    Raises EngineError if vLLM is not installed, cannot be started, or dies more than `max_restarts` times.
+    The servers listen on `port` and those after it. Raises EngineError if vLLM is not installed, cannot be started, or a
+    server dies more than `max_restarts` times.
     """
     path = str(TINY_WEIGHTS) if model == TINY else model
     config = Config(source="none", tasks=tuple(TASKS), server=server)
-    launch = replace(plan_server(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log), port=port)
+    launches = plan_servers(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log)
+    launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:
-        async with Server(launch, progress) as running:
-            progress.message(f"serving {launch.name}; use it with:\n  export SYNTH_API_KEY={launch.api_key}")
-            progress.message(f"  synth generate --base-url {running.root}/v1 --source ...")
-            ready({"url": f"{running.root}/v1", "key": launch.api_key})
-            await running.gave_up.wait()
-            raise running.failure or EngineError("the server has ended", hint=f"its log: {log}")
+        async with run_servers(launches, progress) as running:
+            urls = [f"{one.root}/v1" for one in running]
+            options = " ".join(f"--base-url {url}" for url in urls)
+            progress.message(f"serving {launches[0].name}; use it with:\n  export SYNTH_API_KEY={launches[0].api_key}")
+            progress.message(f"  synth generate {options} --source ...")
+            ready({"url": "\n".join(urls), "key": launches[0].api_key})
+            ends = [asyncio.ensure_future(one.gave_up.wait()) for one in running]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            failure = next((one.failure for one in running if one.failure), None)
+            raise failure or EngineError("the server has ended", hint=f"its log: {log}")
 
     asyncio.run(serve())
 
 
-def plan_server(path: str, revision: str, config: Config, log: Path) -> VllmCommand:
-    """Return the command that starts vLLM on this machine. Raises EngineError if it is not installed."""
+def plan_servers(path: str, revision: str, config: Config, log: Path) -> list[VllmCommand]:
+    """Return the commands that start vLLM on this machine: one for each visible GPU, or for as many as the flags give to one.
+
+    Independent servers rather than vLLM's data parallelism: one that dies is restarted alone, and all requests about an image
+    go to the server that has it in its cache. Raises EngineError if vLLM is not installed.
+    """
     python = vllm_python()
     if python is None:
         raise EngineError(
             "vLLM is not installed here",
             hint=f"pip install vllm; or let {VLLM_PYTHON} name an interpreter that has it; or name a server: --base-url",
         )
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0))
-    return plan_vllm_command(python, path, revision, config, log, gpu=has_gpu(), cores=cores, memory_gib=memory_gib)
+    groups = group_gpus(visible_gpus(), config.server.flags)
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(groups)
+    cores = max(1, len(os.sched_getaffinity(0)) // len(groups))
+    logs = [log if n == 0 else log.with_name(f"{log.stem}-{n + 1}{log.suffix}") for n in range(len(groups))]
+    commands = [
+        plan_vllm_command(python, path, revision, config, file, gpus=gpus, cores=cores, memory_gib=memory_gib)
+        for gpus, file in zip(groups, logs, strict=True)
+    ]
+    return [replace(command, api_key=commands[0].api_key) for command in commands]
 
 
 @contextmanager

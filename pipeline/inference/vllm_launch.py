@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,14 +41,18 @@ class VllmCommand:
 
 
 def plan_vllm_command(
-    python: str, model: str, revision: str, config: Config, log: Path, *, gpu: bool, cores: int, memory_gib: float
+    python: str, model: str, revision: str, config: Config, log: Path, *, gpus: Sequence[str], cores: int, memory_gib: float
 ) -> VllmCommand:
-    """Choose flags for a model (a folder or a Hub id) on this machine; the user's flags come last and override these."""
+    """Choose flags for a model (a folder or a Hub id) on this machine; the user's flags come last and override these.
+
+    `gpus` are those of this server, as CUDA_VISIBLE_DEVICES names them; none for a server on CPUs. `cores` and `memory_gib` are
+    its share of the machine's.
+    """
     server = config.server
     decks = asks_about_decks(config.tasks)
     name = f"{Path(model).name}@{revision}"
     length = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
-    seqs = 256 if gpu else 32
+    seqs = 256 if gpus else 32
     options: dict[str, str] = {
         "--served-model-name": name,
         "--dtype": "bfloat16",
@@ -65,7 +70,8 @@ def plan_vllm_command(
         model = str(Path(model).absolute())
     else:
         options["--revision"] = revision.partition("+")[0]
-    if gpu:
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         # Each API server prepares images on one thread, which for a small model is the bottleneck, not the GPU.
         options |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
         options["--api-server-count"] = str(max(1, min(4, cores // 4)))

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import EngineError
@@ -26,14 +27,16 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are passed in memory i
 class Server:
     """A running vLLM: an async context manager, ready when entered."""
 
-    def __init__(self, launch: VllmCommand, progress: Progress) -> None:
+    def __init__(self, launch: VllmCommand, progress: Progress, media: Path | None = None, port: int | None = None) -> None:
+        """Prepare a server; several may share `media`, a folder for images in flight, which the caller then removes."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why it cannot be kept alive
         self.gave_up = asyncio.Event()
-        self.media = _media_folder()
+        self._owns_media = media is None
+        self.media = media or make_media_folder()
         self._progress = progress
-        self._port = launch.port or _free_port()
+        self._port = launch.port or port or free_ports(1)[0]
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._reaper_pipe: int | None = None
@@ -122,7 +125,8 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         await self._kill()
-        remove(self.media)
+        if self._owns_media:
+            remove(self.media)
 
     async def _kill(self) -> None:
         """Kill the server's process group, which includes vLLM's engine process."""
@@ -177,13 +181,39 @@ def _advice(log: str) -> str:
     return ""
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return different free ports; all are held until all are found, so that none is found twice."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [int(free.getsockname()[1]) for free in sockets]
 
 
-def _media_folder() -> Path:
+@contextlib.asynccontextmanager
+async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> AsyncIterator[list[Server]]:
+    """Start servers at once, and stop them at the end; they share one folder for images in flight.
+
+    Raises EngineError if one of them cannot be started.
+    """
+    media = make_media_folder()
+    try:
+        ports = free_ports(len(launches))
+        servers = [Server(launch, progress, media, port) for launch, port in zip(launches, ports, strict=True)]
+        async with contextlib.AsyncExitStack() as stack:
+            starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
+            try:
+                await asyncio.gather(*starts)
+            finally:
+                for start in starts:
+                    start.cancel()  # of the others, where one cannot be started
+                await asyncio.gather(*starts, return_exceptions=True)
+            yield servers
+    finally:
+        remove(media)
+
+
+def make_media_folder() -> Path:
     """Make a folder for images in flight, and remove the folders of dead processes."""
     home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     for old in home.glob("synth-*-media-*"):

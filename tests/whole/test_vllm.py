@@ -14,10 +14,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.vllm_launch import plan_vllm_command
 from tests.scene_data import scene_samples, score_annotations
+from tests.vllm_flags import parse_with
 from tests.whole.conftest import SYNTH, restore_sigint
 
 ROOT = Path(__file__).parents[2]
@@ -259,3 +262,12 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
     assert f"asked the model {scenes * 3 - before} times" in done.stderr  # answered requests are not sent again
+
+
+@pytest.mark.parametrize("gpus", [(), ("0",)])
+def test_its_own_parser_takes_all_our_flags_and_values(tmp_path: Path, gpus: tuple[str, ...]) -> None:
+    config = resolve(source="scenes")
+    command = plan_vllm_command("python", str(TINY_WEIGHTS), "r", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64)
+    arguments = [str(TINY_WEIGHTS), *command.command(8000, tmp_path)]
+    start = next(n for n, word in enumerate(arguments) if word.startswith("--") and word != "--model")
+    assert parse_with(PYTHON, [str(TINY_WEIGHTS), *arguments[start:]]) == "accepted"

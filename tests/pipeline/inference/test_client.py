@@ -400,7 +400,7 @@ def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
         with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as client:
-            client._server = SimpleNamespace(failure=EngineError("vLLM died 4 times"))  # type: ignore[assignment]
+            client._servers = [SimpleNamespace(failure=EngineError("vLLM died 4 times"))]  # type: ignore[list-item]
             later(0.2, stack.pop_all().close)
             with pytest.raises(EngineError, match="vLLM died 4 times"):
                 for _ in ask_about(chunks, config, "r", lambda: client, journal, RequestStats()):

@@ -16,15 +16,17 @@ import pytest
 from pipeline.config import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import vllm_server
-from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
-from pipeline.inference.vllm_server import Server
+from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress
+from tests.vllm_flags import FLAGS_OF_NEWEST
 
 
 def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any) -> VllmCommand:
     config = resolve(source="scenes", server={"flags": flags, **settings})
-    return plan_vllm_command("python", model, "c0ffee", config, tmp_path / "log", gpu=gpu, cores=16, memory_gib=64)
+    gpus = ("3",) if gpu else ()
+    return plan_vllm_command("python", model, "c0ffee", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64)
 
 
 def value_of(command: VllmCommand, flag: str) -> str:
@@ -157,6 +159,40 @@ def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path:
     assert "died 3 times, the last with exit code 7" in failure
 
 
+def test_servers_that_run_together_have_ports_of_their_own_and_one_folder(tmp_path: Path) -> None:
+    async def serve() -> None:
+        async with run_servers([stub(tmp_path, SERVES)] * 2, NullProgress()) as (first, second):
+            assert first.root != second.root
+            assert first.media == second.media
+            assert await vllm_server.answers_200(f"{first.root}/health")
+            assert await vllm_server.answers_200(f"{second.root}/health")
+            await vllm_server.answers_200(f"{first.root}/die")
+            while not first.restarted:
+                await asyncio.sleep(0.05)
+            assert await vllm_server.answers_200(f"{second.root}/health")
+            assert second.restarted == 0
+            media.append(first.media)
+        assert not first.media.exists()
+
+    media: list[Path] = []
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert not media[0].exists()
+
+
+def test_one_server_that_cannot_start_stops_the_others(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    broken = stub(other, "raise SystemExit(3)")
+
+    async def serve() -> None:
+        async with run_servers([stub(tmp_path, "import time; time.sleep(60)"), broken], NullProgress()):
+            pass
+
+    with pytest.raises(EngineError, match="exit code 3"):
+        asyncio.run(asyncio.wait_for(serve(), 30))
+    assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
+
+
 def test_an_interpreter_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
     async def start() -> None:
         async with Server(replace(stub(tmp_path, ""), python="/does/not/exist"), NullProgress()):
@@ -184,6 +220,14 @@ def test_numbers_that_only_vllm_understands_are_left_to_it(tmp_path: Path, value
     assert plan(tmp_path, "--max-model-len", value).max_model_len == 2048
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_flags_are_known_to_the_newest_vllm(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
+    """Those of 0.33.0, as `tests/vllm_flags.py` reads them from its wheel; test_vllm.py asks the parser of 0.32 itself."""
+    known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
+    assert {word for word in plan(tmp_path, gpu=gpu).command(1, tmp_path) if word.startswith("--")} <= known
+    assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # of older ones
+
+
 def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) -> None:
     assert plan(tmp_path).name == "teacher@c0ffee"
     assert value_of(plan(tmp_path, model="me/model"), "--served-model-name") == "model@c0ffee"
@@ -191,7 +235,7 @@ def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) 
 
 def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
     config = resolve(source="scenes-deck", tasks=["deck_qa"])
-    command = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpu=False, cores=2, memory_gib=8)
+    command = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpus=(), cores=2, memory_gib=8)
     assert json.loads(value_of(command, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
     assert command.max_model_len == 16_384
 
@@ -200,9 +244,9 @@ def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
     dead = tmp_path / "synth-999999999-media-x"
     dead.mkdir()
-    alive = vllm_server._media_folder()
+    alive = vllm_server.make_media_folder()
     assert not dead.exists()
-    assert vllm_server._media_folder().parent == alive.parent
+    assert vllm_server.make_media_folder().parent == alive.parent
     assert alive.exists()
     assert time.time() - alive.stat().st_mtime < 60
 
