@@ -17,11 +17,10 @@ from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
 from pipeline.storage.files import atomic_write, remove, write_text
+from trainer.config import CAPTIONER_FILES, no_captioner, require_checkpoint
 from trainer.distributed import best_device
 from trainer.model.captioner import Captioner
 from trainer.tokenizer import CaptionTokenizer
-
-FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +35,19 @@ class Checkpoint:
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             self.captioner.save_pretrained(draft)
             self.words.tokenizer.save(str(Path(draft) / "tokenizer.json"))
-            for name in FILES:
+            for name in CAPTIONER_FILES:
                 (Path(draft) / name).replace(folder / name)
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
     """Load a checkpoint folder in evaluation mode. Raises TrainError if the folder holds no valid captioner."""
     folder = Path(folder)
-    no_captioner = TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
-    if not all((folder / name).exists() for name in FILES):
-        raise no_captioner
+    require_checkpoint(folder)
     try:
         with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
             captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # another kind of model, or a truncated file
-        raise no_captioner from None
+        raise no_captioner(folder) from None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if "language_model" in captioner.config.decoder:
         return Checkpoint(captioner, CaptionTokenizer(tokenizer, "pretrained", captioner.config.eos_id))

@@ -6,7 +6,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import Section, read_yaml, validate
+from pipeline.errors import TrainError
 
+CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
 DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
@@ -93,6 +95,17 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     values = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values |= {name: value for name, value in flags.items() if value not in (None, "auto")}
     return validate(TrainConfig, {name: value for name, value in values.items() if value != "auto"})
+
+
+def no_captioner(folder: Path) -> TrainError:
+    """Return the error that a folder holds no captioner."""
+    return TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raise TrainError if a folder lacks a file of a captioner. Nothing is loaded: the import of torch alone takes a second."""
+    if not all((folder / name).is_file() for name in CAPTIONER_FILES):
+        raise no_captioner(folder)
 
 
 def has_other_settings(folder: Path, config: TrainConfig) -> bool:

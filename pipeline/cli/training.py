@@ -1,6 +1,8 @@
 """Commands about captioners: train, evaluate, caption, experiment."""
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,15 +47,18 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split."""
+    from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.paths import slugify
     from pipeline.storage.files import translate_disk_errors
     from trainer.config import has_other_settings, resolve
-    from trainer.train import choose_encoder
-    from trainer.train import train as train_captioner
 
-    version = open_data(data, images)
     flags = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
     settings = resolve(config, **flags, align_steps=align_steps, steps=steps, seed=seed)
+    version = open_data(data, images)
+
+    from trainer.train import choose_encoder  # torch takes seconds to import: only once paths and settings are right
+    from trainer.train import train as train_captioner
+
     if encoder == "auto" and "encoder" not in settings.model_fields_set:
         settings = settings.model_copy(update={"encoder": choose_encoder(say)})
     say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
@@ -61,7 +66,9 @@ def train(
     folder = out or version.dataset_dir / "checkpoints" / name
     if not resume and has_other_settings(folder, settings):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
-    with show_progress() as progress, translate_disk_errors(folder):
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
+    lock = DatasetDir(folder).lock() if is_first else nullcontext()
+    with show_progress() as progress, translate_disk_errors(folder), lock:
         metrics = train_captioner(version, settings, folder, resume=resume, tensorboard=tensorboard, progress=progress)
     if metrics:  # only the first of several processes has them
         print_scores(metrics)
@@ -85,13 +92,18 @@ def evaluate(
 ) -> None:
     """Score a captioner, on its images and on shuffled ones."""
     from pipeline.tables import SPLITS
-    from trainer.checkpoint import load_checkpoint, write_captions
-    from trainer.evaluate import evaluate_version
 
     if split not in SPLITS:
         raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
-    loaded = load_checkpoint(checkpoint)
+    from trainer.config import require_checkpoint
+
+    require_checkpoint(checkpoint)
     version = open_data(data, images)
+
+    from trainer.checkpoint import load_checkpoint, write_captions  # see train
+    from trainer.evaluate import evaluate_version
+
+    loaded = load_checkpoint(checkpoint)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
     metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score)
@@ -111,7 +123,15 @@ def caption(
     as_json: AsJson = False,
 ) -> None:
     """Write a caption for each image, or the answer to a question about it."""
-    from trainer.checkpoint import load_checkpoint
+    from trainer.config import require_checkpoint
+
+    require_checkpoint(checkpoint)
+    for path in images:
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise TrainError(f"{path} {problem}", hint="pass image files, such as photos/*.jpg")
+
+    from trainer.checkpoint import load_checkpoint  # see train
     from trainer.generate import describe_files
     from trainer.model.decoding import DecodingConfig
 
@@ -133,10 +153,12 @@ def experiment(
     from pipeline.dataset.directory import DatasetDir
     from pipeline.storage.files import translate_disk_errors
     from trainer.experiment.grid import cells_of, read_experiment
-    from trainer.experiment.report import markdown, write_result
-    from trainer.experiment.runs import default_jobs, plan, run_cells
 
     spec = read_experiment(file)
+
+    from trainer.experiment.report import markdown, write_result  # see train
+    from trainer.experiment.runs import default_jobs, plan, run_cells
+
     folder = out or Path("experiments") / file.stem
     with translate_disk_errors(folder), DatasetDir(folder).lock():
         runs = plan(spec, cells_of(spec), open_data, folder)
