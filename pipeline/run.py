@@ -1,13 +1,12 @@
 """A run: its stages in order, the checks before it begins, and the two ways to start one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.errors import ConfigError, SynthError, did_you_mean
@@ -21,7 +20,6 @@ from pipeline.stages import balance, dedupe, review, split, validate, verify
 from pipeline.stages import filter as filter_
 from pipeline.stages.base import AllRows, step_order
 from pipeline.stages.review import read_texts
-from pipeline.stages.source import ADVICE
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
 STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
@@ -104,18 +102,6 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             except SynthError:
                 write_text(dataset.reviews, format_reviews(before))
                 raise
-
-
-def describe_losses(funnel: Sequence[StageSummary]) -> Iterator[str]:
-    """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change."""
-    advice = {"source": ADVICE} | {stage.name: stage.advice for stage in STAGES}
-    for summary in funnel:
-        lost = sum(summary.rejected.values())
-        if 2 * lost > summary.input:
-            reason, count = max(summary.rejected.items(), key=lambda item: item[1])
-            hint = advice.get(summary.stage, {}).get(reason, "`synth report` shows them")
-            share = f"{lost:,} of {summary.input:,} {summary.unit}"
-            yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
 def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> None:

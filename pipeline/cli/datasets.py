@@ -169,11 +169,12 @@ def review_apply(
 ) -> None:
     """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
     from pipeline.dataset.directory import DatasetDir, last_made
-    from pipeline.run import apply_reviews, describe_losses
+    from pipeline.executors.base import describe_losses
+    from pipeline.run import STAGES, apply_reviews
 
     with show_progress() as progress:
         result = apply_reviews(DatasetDir(data or last_made()), marks, progress)
-    print_run_result(result, list(describe_losses(result.funnel)), as_json=as_json)
+    print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
 
 
 def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool) -> "PushResult | None":

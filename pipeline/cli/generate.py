@@ -69,8 +69,8 @@ def generate(
     What stands after -- goes to the vLLM server that is started: synth generate --engine vllm -- --max-num-seqs 64
     """
     from pipeline.dry_run import predict_run
-    from pipeline.executors.base import ClusterOptions
-    from pipeline.run import describe_losses, generate_dataset
+    from pipeline.executors.base import ClusterOptions, describe_losses
+    from pipeline.run import STAGES, generate_dataset
 
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
         raise BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
@@ -87,7 +87,7 @@ def generate(
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, from_stage, progress, cluster)
-    print_run_result(result, list(describe_losses(result.funnel)), as_json=as_json)
+    print_run_result(result, list(describe_losses(STAGES, result.funnel)), settings.config.server, as_json=as_json)
 
 
 @with_run_settings

@@ -11,6 +11,7 @@ import typer
 from pipeline.progress import LOSS, WARNING, duration
 
 if TYPE_CHECKING:
+    from pipeline.config import ServerConfig
     from pipeline.executors.base import RunResult
     from pipeline.preview import Preview
 
@@ -102,7 +103,9 @@ def say(text: str, style: str = "") -> None:
     print(text, file=sys.stderr)
 
 
-def print_run_result(result: "RunResult", warnings: Sequence[str] = (), *, as_json: bool) -> None:
+def print_run_result(
+    result: "RunResult", warnings: Sequence[str] = (), server: "ServerConfig | None" = None, *, as_json: bool
+) -> None:
     """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout."""
     for step in result.funnel:
         lost = ", ".join(f"{count:,} {reason}" for reason, count in step.rejected.items())
@@ -113,6 +116,10 @@ def print_run_result(result: "RunResult", warnings: Sequence[str] = (), *, as_js
     known = f"; {counts.total - sum(counts.attempts.values()):,} were in the journal" if counts.asked < counts.total else ""
     known += f"; {retries:,} were sent again" if retries > 0 else ""
     say(f"asked the model {counts.asked} times for {counts.total} replies{known}")
+    if counts.asked:
+        cost = server.price(counts.prompt_tokens, counts.reply_tokens) if server else None
+        paid = f"; cost: {cost:,.2f}" if cost is not None else ""
+        say(f"tokens: {counts.prompt_tokens:,} read, {counts.reply_tokens:,} written{paid}")
     if set(counts.attempts) - {1}:
         say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
     if counts.flaws:

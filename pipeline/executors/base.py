@@ -5,7 +5,7 @@ Stages that compare rows run in the process of the command, over the shards' fil
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,10 +14,13 @@ from typing import Protocol, TypeVar
 
 import pyarrow.compute as pc
 
+from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.version import Version
+from pipeline.digests import public_name
 from pipeline.errors import ConfigError, TableError
+from pipeline.inference.engines import EngineChoice
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.stages.base import (
@@ -31,8 +34,10 @@ from pipeline.stages.base import (
     step_order,
     summarize_stage,
 )
+from pipeline.stages.source import ADVICE
 from pipeline.stages.version import WrittenRows, publish_shards, write_rows
 from pipeline.storage.files import read_batches, read_json, scratch_folder
+from pipeline.tasks.prompts import describe_prompts
 
 T = TypeVar("T")
 UNITS = {"source": "images", "generate": "requests"}  # of all other stages: annotations
@@ -71,6 +76,14 @@ class Executor(Protocol):
         """Apply a function to every shard and a new empty folder, whose files end up below `draft`."""
 
 
+def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
+    """Return the opening line of a run: what is asked of which model, with which prompts, and where it goes."""
+    where = ", ".join(config.base_url) or {"vllm": "vLLM, started here"}.get(choice.name, "in this process")
+    asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({where})"
+    prompts = describe_prompts(config.tasks, config.generate.prompt_dir)
+    return f"{config.source} to {dataset.path}: asks {asked}; prompts: {prompts}"
+
+
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
     """Run the stages of a shard up to the first that compares rows of all shards; of that stage, only prepare."""
     for stage in stages:
@@ -98,6 +111,10 @@ def publish(
 ) -> tuple[Version, bool, list[StageSummary]]:
     """Publish the rows that the shards hold as a version; see `stages.version.publish_shards`."""
     funnel = summarize_shards(executor, stages, plan)
+    if not funnel[-1].kept:
+        losses = "; ".join(describe_losses(stages, funnel)) or "every stage rejected some"
+        hint = "change that, then run the same command; stages/*/rejected.parquet hold every row, review/ people's marks"
+        raise TableError(f"no row is left to make a version of: {losses}", hint=hint)
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
     check()
@@ -105,6 +122,18 @@ def publish(
         written = executor.map_with_scratch(partial(write_rows, stages=names, source=source), draft)
         version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
     return version, is_new, funnel
+
+
+def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary]) -> Iterator[str]:
+    """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change."""
+    advice = {"source": ADVICE} | {stage.name: stage.advice for stage in stages}
+    for summary in funnel:
+        lost = sum(summary.rejected.values())
+        if 2 * lost > summary.input:
+            reason, count = max(summary.rejected.items(), key=lambda item: item[1])
+            hint = advice.get(summary.stage, {}).get(reason, "`synth report` shows them")
+            share = f"{lost:,} of {summary.input:,} {summary.unit}"
+            yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
 def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan) -> list[StageSummary]:

@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir, read_exclusions, require_file
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, SourceError
-from pipeline.executors.base import RunResult, T, compare_rows, judge_rows, publish
+from pipeline.executors.base import RunResult, T, compare_rows, describe_start, judge_rows, publish
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
@@ -19,7 +19,14 @@ from pipeline.sources import choose_image_kind
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import RunPlan, Services, Stage, require_stage, step_order
 from pipeline.stages.generate import generate_annotations
-from pipeline.stages.source import describe_rejected, describe_source, reject_near_duplicates, write_exclusions, write_source
+from pipeline.stages.source import (
+    ADVICE,
+    describe_rejected,
+    describe_source,
+    reject_near_duplicates,
+    write_exclusions,
+    write_source,
+)
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, write_json
 from pipeline.types import Source
@@ -62,7 +69,7 @@ def run_locally(
     asks = position <= order.index("generate")
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
-        choose()  # before anything is written
+        progress.message(describe_start(config, choose(), dataset))  # before anything is written
     _forget_other_settings(dataset, config, order[position:])
     if source is not None:
         _read_source(dataset, config, source, progress)
@@ -118,8 +125,10 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
     described = list(describe_rejected(dataset))
     for text in described:
         progress.message(text)
-    if not require_stage(dataset, "source")[0]:
-        hint = "mend the files or --columns, or choose another source; stages/source/rejected.parquet names every row"
+    kept, rejected = require_stage(dataset, "source")
+    if not kept:
+        files = "mend the files, or choose another source; stages/source/rejected.parquet names every row"
+        hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
         raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
     write_json(dataset.provenance("source"), describe_source(source, excluded, kind))
 

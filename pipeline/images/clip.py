@@ -8,6 +8,7 @@ from typing import Any
 from PIL.Image import Image
 
 from pipeline.errors import EngineError
+from pipeline.install import install_command
 
 BATCH = 32
 TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
@@ -32,7 +33,7 @@ class ClipScorer:
             from transformers import CLIPModel, CLIPProcessor
             from transformers.utils.logging import disable_progress_bar
         except ModuleNotFoundError as error:
-            raise EngineError(f"a CLIP needs the package {error.name}", hint="install synth with its extra `train`") from None
+            raise EngineError(f"a CLIP needs the package {error.name}", hint=install_command("train")) from None
         model_id = CLIP_MODELS.get(name, name)
         disable_progress_bar()
         try:

@@ -218,7 +218,8 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
 def raise_for_access(status: int, endpoint: Endpoint, answer: bytes) -> None:
     """Raise EngineError for answers that every request would get: the key is refused, or the address does not exist."""
     if status in (401, 403):
-        raise EngineError(f"{endpoint.url} wants another key", hint=f"put it into the environment: {KEY}=...")
+        wants = "wants another key" if "Authorization" in endpoint.headers else "wants a key, and none is set"
+        raise EngineError(f"{endpoint.url} {wants}", hint=f"put it into the environment: {KEY}=...")
     if status == 404:
         raise EngineError(f"{endpoint.url}: {chat_api.error_message(answer)}", hint="check --base-url and --model")
 

@@ -17,6 +17,7 @@ from pipeline.errors import EngineError, one_line
 from pipeline.inference.gpus import group_gpus, visible_gpus
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
 from pipeline.inference.vllm_server import run_servers
+from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.sources import find_source
 from pipeline.tasks import TASKS, asks_about_decks
@@ -26,6 +27,7 @@ TINY = "tiny"
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
+NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
@@ -162,19 +164,22 @@ def _hub_revision(model: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    api = HfApi()
     try:
-        return str(HfApi().model_info(model).sha)
-    except (HfHubHTTPError, HFValidationError, OSError, httpx2.TransportError) as error:
+        return str(api.model_info(model).sha)
+    except (HfHubHTTPError, HFValidationError) as error:
         raise EngineError(f"no model {model}: {one_line(error)}", hint=HOW_TO_CHOOSE) from None
+    except (OSError, httpx2.TransportError) as error:
+        hint = f"check the network, or name a model folder: --model FOLDER; a server: --base-url{'' if has_gpu() else NO_GPU}"
+        raise EngineError(f"cannot reach {api.endpoint} for the model {model}: {one_line(error)}", hint=hint) from None
 
 
 def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:
     try:
         from pipeline.inference.transformers_engine import EmbeddedEngine
     except ModuleNotFoundError as error:
-        raise EngineError(
-            f"the embedded engine needs the package {error.name}", hint="install synth with its extra `embedded`"
-        ) from None
+        hint = install_command("embedded")
+        raise EngineError(f"the embedded engine needs the package {error.name}", hint=hint) from None
     return EmbeddedEngine(model, path, revision, config.generate)
 
 

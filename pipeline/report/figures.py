@@ -126,7 +126,8 @@ def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
 def _groups_of_images(paths: Iterable[Path]) -> set[str]:
     """Return the groups of images that hold more than one sample."""
     columns = ["image_group", "sample_id"]
-    groups = pa.concat_tables([open_table(path, *columns).read(columns) for path in paths])
+    tables = [open_table(path, *columns).read(columns) for path in paths]
+    groups = pa.concat_tables(tables, promote_options="permissive")  # one of them allows no null
     counts = groups.group_by("image_group").aggregate([("sample_id", "count_distinct")])
     return set(counts.filter(pc.greater(counts["sample_id_count_distinct"], 1))["image_group"].to_pylist())
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.errors import ClusterError, SynthError, one_line
+from pipeline.install import install_command
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10
@@ -40,7 +41,7 @@ def open_cluster(address: str | None) -> Iterator[None]:
         ClusterError: Ray is not installed, or there is no cluster at the address.
     """
     if find_spec("ray") is None:
-        raise ClusterError("--executor ray needs the package ray", hint="install synth with its extra `ray`")
+        raise ClusterError("--executor ray needs the package ray", hint=install_command("ray"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # no messages about actors that may restart

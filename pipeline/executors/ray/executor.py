@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest, file_digest, public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, publish
+from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, describe_start, publish
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_result, read_slice, sum_fill_results
@@ -75,7 +75,7 @@ def run_on_cluster(
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
     source = open_source(config)
-    for text in source.messages:
+    for text in (describe_start(config, choice, dataset), *source.messages):
         progress.message(text)
     locked = dataset.lock(say=progress.message)
     logged = log_to(scratch_root(dataset.path))

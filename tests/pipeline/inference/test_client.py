@@ -20,6 +20,7 @@ from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.progress import NullProgress
 from pipeline.types import Sample
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.scene_data import scene_samples
@@ -287,7 +288,7 @@ def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest
     chat = ChatServer()
     chat.key = "sesame-7"
     with running_chat(chat):
-        with pytest.raises(EngineError, match="wants another key") as caught:
+        with pytest.raises(EngineError, match="wants a key, and none is set") as caught:
             run(tmp_path / "j", chat.url)
         assert "SYNTH_API_KEY" in caught.value.hint
         monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
@@ -414,3 +415,45 @@ def test_the_window_follows_the_queue_of_the_server(tmp_path: Path, waiting: int
     with running_chat(chat):
         run(tmp_path / "j", chat.url, samples=scene_samples(80))
     assert (chat.max_in_flight > START_REQUESTS) == grows
+
+
+def test_a_server_that_is_busy_with_everything_is_reported_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "BUSY_WARNING_SECONDS", 0.5)
+    warnings: list[str] = []
+
+    class Listener(NullProgress):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    chat = ChatServer(lambda times, body: Act(status=503) if len(warnings) < 2 else None)
+    config = resolve(source="scenes", model="model", tasks=["caption"])
+    samples = [(sample.id, sample.images) for sample in scene_samples(2)]
+    with ExitStack() as stack, Journal(tmp_path / "j") as journal:
+        chat = stack.enter_context(running_chat(chat))
+        config = config.model_copy(update={"base_url": (chat.url,)})
+        asked = stack.enter_context(Client("model", "r", config, progress=Listener()))
+        stats = RequestStats()
+        for _ in ask_about(iter([samples]), config, "r", lambda: asked, journal, stats):
+            pass
+    assert (len(warnings), stats.done) == (2, 4)
+    assert all(text.startswith(f"{chat.url} has answered 503 to every request for ") for text in warnings)
+    assert "quota" in warnings[0]
+
+
+def test_replies_say_how_long_they_took_and_what_they_cost(tmp_path: Path) -> None:
+    stats = RequestStats(seconds={})
+    config = resolve(source="scenes", model="model", tasks=["caption"], server={"price_in": 1.0, "price_out": 3.0})
+    with ExitStack() as stack, Journal(tmp_path / "j") as journal:
+        chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.1))))
+        config = config.model_copy(update={"base_url": (chat.url,)})
+        asked = stack.enter_context(Client("model", "r", config))
+        samples = [(sample.id, sample.images) for sample in scene_samples(2)]
+        for _ in ask_about(iter([samples]), config, "r", lambda: asked, journal, stats):
+            pass
+    assert stats.seconds and len(stats.seconds) == 4 and min(stats.seconds.values()) >= 0.1
+    assert (stats.prompt_tokens, stats.reply_tokens) == (160, 48)
+    assert stats.metrics(config.server)["tokens"] == "160 read, 48 written"
+    assert config.server.price(1_000_000, 2_000_000) == 7.0
+    assert stats.asking_s > 0.1

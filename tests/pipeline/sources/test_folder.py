@@ -1,11 +1,14 @@
 """Folder: files are read recursively in sorted order, and a broken file is rejected with a reason."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
+from pipeline.images import decode
 from pipeline.sources.folder import open_folder
 from pipeline.types import Rejected, Sample
 
@@ -49,3 +52,64 @@ def test_a_folder_without_images_and_no_folder_are_errors(tmp_path: Path) -> Non
         open_folder(tmp_path)
     with pytest.raises(SourceError, match="not a folder"):
         open_folder(tmp_path / "none")
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
+    fill(tmp_path)
+    for name in ("x.jp2", "b/y.CR2", "clip.mp4", "b/other.mp4", "._a.JPG"):
+        (tmp_path / name).write_bytes(b"x")
+    source = open_folder(tmp_path)
+    rejected = {row.source_row: row.reason for row in source.rows if isinstance(row, Rejected)}
+    assert rejected == {"x.jp2": "unsupported_format", "b/y.CR2": "unsupported_format", "b/broken.png": "unreadable_image"}
+    assert source.messages == ("not read: 2 .mp4 (other.mp4, clip.mp4), 1 ._* (._a.JPG), 1 .txt (notes.txt)",)
+
+
+def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    listing = os.scandir
+
+    def scandir(path: str) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith("c"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = open_folder(tmp_path)
+    assert "folders that cannot be read: 1 (b/c)" in source.messages
+    assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_folder", "unreadable_image"]
+
+
+def test_an_avif_is_read(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.avif")
+    (row,) = open_folder(tmp_path).rows
+    assert isinstance(row, Sample)
+    assert row.images[0].startswith(b"\xff\xd8")  # every reader knows JPEG
+
+
+def test_a_photo_of_a_phone_is_read_with_pillow_heif_and_counted_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert decode.has_heif(), "pillow-heif is in the extra `dev`"
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.heic", "HEIF")
+    (row,) = open_folder(tmp_path).rows
+    assert isinstance(row, Sample)
+    monkeypatch.setattr(decode, "has_heif", lambda: False)
+    (row,) = open_folder(tmp_path).rows
+    assert isinstance(row, Rejected)
+    assert (row.reason, "pillow-heif" in row.detail) == ("unsupported_format", True)
+
+
+def test_captions_beside_images_are_counted(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "a.txt").write_text("One caption.\n\nAnother one.\n")
+    (tmp_path / "b" / "metadata.csv").write_text("\ufefffile_name;caption;title\nc/z.png;A red square.;x\ngone.png;y;z\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.JPG", "title": "Blue"}\n')
+    source = open_folder(tmp_path)
+    assert source.messages[:3] == (
+        "captions beside images: 3 for 2 of 3 images",
+        f"{tmp_path}/metadata.jsonl gives no captions: they stand in text, caption, captions, description, "
+        "and it has file_name, title",
+        f"{tmp_path}/b/metadata.csv names 1 images that are not here: gone.png",
+    )
+    references = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
+    assert references == {"a.JPG": ("One caption.", "Another one."), "b/c/z.png": ("A red square.",)}

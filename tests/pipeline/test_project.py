@@ -1,0 +1,50 @@
+"""Init: the file that it writes holds every setting with its default, and the prompts that it writes are used."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, describe_settings, resolve
+from pipeline.errors import ConfigError
+from pipeline.project import write_project
+from pipeline.tasks.prompts import describe_prompts, prompt_id
+
+
+def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) -> None:
+    settings, _ = write_project(tmp_path)
+    lines = [re.sub(r"^# (?=\s*[a-z_]+:)", "", line) for line in settings.read_text().splitlines()]
+    values = yaml.safe_load("\n".join(line for line in lines if not line.startswith("#")))
+    assert values == Config(source="folder:photos").model_dump(mode="json")
+
+
+def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
+    settings, _ = write_project(tmp_path)
+    assert resolve(settings) == Config(source="folder:photos")
+
+
+def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
+    _, prompts = write_project(tmp_path)
+    assert prompt_id("caption", prompts) == prompt_id("caption")
+    assert describe_prompts(("caption",), prompts) == (
+        f"caption from {prompts}/caption/v1.j2; system from {prompts}/system/v1.j2"
+    )
+    assert describe_prompts(("caption", "qa"), None) == "caption, qa built in"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    with pytest.raises(ConfigError, match=r"synth\.yaml exists"):
+        write_project(tmp_path)
+
+
+def test_each_setting_says_where_it_comes_from(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompts: p}\n")
+    config = resolve(file, limit=7)
+    rows = {key: (value, origin) for key, value, origin in describe_settings(config, file, {"limit": "--limit"})}
+    assert rows["limit"] == ("7", "--limit")
+    assert rows["filter.language"] == ("de", str(file))
+    assert rows["generate.prompt_dir"] == ("p", str(file))  # by its earlier name
+    assert rows["seed"] == ("0", "default")

@@ -1,0 +1,89 @@
+"""The mistakes of a new user: one clear error each, with what to do next, before anything heavy is loaded."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset.directory import DatasetDir
+from tests.chat.server import Act, ChatServer, running_chat
+from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
+from tests.whole.conftest import SYNTH
+
+NO_TORCH = "raise ImportError('torch was loaded before the mistake was found')"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ChatServer]:
+    with running_chat(ChatServer()) as chat:
+        chat.key = "a key"
+        yield chat
+
+
+def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    env = environment(folder) | more
+    return subprocess.run([SYNTH, *command.split()], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_is_one_error_with_a_hint(mistake: Mistake, server: ChatServer, tmp_path: Path) -> None:
+    add_photos(tmp_path)
+    mistake.prepare(tmp_path)
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "torch.py").write_text(NO_TORCH)
+    done = run(tmp_path, mistake.command.format(server=server.url), PYTHONPATH=str(tmp_path / "path"))
+    assert done.returncode == mistake.code, done.stderr
+    assert "Traceback" not in done.stderr
+    message = " ".join(done.stderr.split())
+    assert mistake.error in message
+    assert mistake.hint in message
+    assert not list(tmp_path.glob("data/*/versions"))
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    add_photos(tmp_path)
+    with DatasetDir(tmp_path / "out").lock():
+        done = run(tmp_path, f"{PHOTOS} --engine embedded --model tiny --out out")
+    assert "another process is writing to out" in done.stderr
+    assert "wait for it, or choose another --out" in done.stderr
+
+
+def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    assert run(tmp_path, "generate --source scenes --limit 30 --tasks caption --out d").returncode == 0
+    with DatasetDir(tmp_path / "captioner").lock():
+        done = run(tmp_path, "train --data d --encoder tiny-vit --steps 1 --out captioner")
+    assert (done.returncode, "another process is writing to captioner" in done.stderr) == (1, True), done.stderr
+
+
+def test_a_forgotten_language_is_a_warning_that_names_the_option(tmp_path: Path) -> None:
+    numbers = count()
+
+    def script(times: int, body: dict[str, Any]) -> Act:
+        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen mit einem Ball."
+        english = "A small dog runs along the beach."
+        return Act(json.dumps({"caption": german if next(numbers) else english}))
+
+    add_photos(tmp_path)
+    with running_chat(ChatServer(script)) as chat:
+        command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
+        done = run(tmp_path, command)
+        assert "warning: filter rejected 5 of 6 annotations, 5 for other language: say which language" in done.stderr
+        assert "--language" in done.stderr
+        made = json.loads(run(tmp_path, f"{command} --language de").stdout)
+    assert made["stages"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
+    assert "- de" in (tmp_path / made["path"] / "README.md").read_text()
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    add_photos(tmp_path)
+    run_with = {"PYTHONPATH": str(tmp_path / "path")}
+    done = run(tmp_path, f"{PHOTOS} --engine embedded --model tiny", **run_with)
+    assert done.returncode == 1
+    assert "needs the package torch" in done.stderr
+    assert "pip install" in done.stderr and "[embedded]" in done.stderr

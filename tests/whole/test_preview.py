@@ -1,0 +1,128 @@
+"""Before a run: preview shows what a model says, and a dry run predicts what the run costs and keeps."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
+from tests.chat.server import Act, ChatServer, running_chat
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import SYNTH
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    """Return a server whose every fourth caption is too short, and whose first reply is no JSON."""
+    numbers = count()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        name, number = body["response_format"]["json_schema"]["name"], next(numbers)
+        if number == 0:
+            return Act("not JSON")
+        if name == "caption":
+            text = "A dog." if number % 4 == 0 else f"A <b>view</b> of place number {number} with trees near a lake."
+            return Act(json.dumps({"caption": text}))
+        return Act(json.dumps({"answer": "yes"})) if name == "answer" else None
+
+    with running_chat(ChatServer(script)) as chat:
+        yield chat
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        photo(number).save(tmp_path / "photos" / f"{number:02}.jpg")
+    (tmp_path / "photos" / "05b.jpg").write_bytes(b"no photo")
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([SYNTH, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_preview_shows_texts_prompts_and_what_would_be_rejected(photos: Path, server: ChatServer) -> None:
+    command = ("preview", "--source", "folder:photos", "--base-url", server.url, "--tasks", "caption", "-n", "7")
+    described = json.loads(run(photos, *command, "--json").stdout)
+    assert [image["name"] for image in described["images"]] == [f"{number:02}.jpg" for number in range(7)]
+    assert described["skipped"] == ["05b.jpg: unreadable image (not an image of a known format)"]
+    texts = [text for image in described["images"] for reply in image["replies"] for text in reply["texts"]]
+    assert {text["rejected"] for text in texts} == {None, "too_short"}
+    assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])
+    asked = len(server.bodies)
+    done = run(photos, *command)
+    assert len(server.bodies) == asked  # the replies were kept
+    assert "would be rejected: too short" in done.stderr
+    assert "kept from before" in done.stderr
+    assert done.stdout.strip() == "data/folder-photos/preview.html"
+    made = json.loads(run(photos, "generate", *command[1:-2], "--json").stdout)
+    assert made["requests"]["total"] == 24
+    assert made["requests"]["asked"] == 10  # of the five other images
+
+
+def test_the_page_of_a_preview_is_accessible_and_escapes_what_a_model_says(
+    photos: Path,
+    server: ChatServer,
+    opened: Open,  # noqa: F811
+) -> None:
+    run(photos, "preview", "--source", "folder:photos", "--base-url", server.url, "-n", "3")
+    for options in ({}, {"viewport": PHONE}, {"color_scheme": "dark"}):
+        page = opened(photos / "data/folder-photos/preview.html", **options)
+        assert page.locator("section.item").count() == 3
+        assert page.locator("section.item img").first.evaluate("image => image.naturalWidth") > 100
+        assert page.locator("p b").count() == 1  # the model's name, and nothing that a model wrote
+        assert page.get_by_text("A <b>view</b> of place number").count() > 0
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert violations(page) == []
+
+
+def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: ChatServer) -> None:
+    data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "caption")
+    command = ("generate", *data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
+    done = run(photos, *command, "--dry-run", "--json")
+    predicted = json.loads(done.stdout)
+    assert (predicted["sampled_images"], predicted["images"], predicted["requests"]) == (12, 13, 24)
+    assert predicted["retries"] == 1
+    assert predicted["verify_requests"] > 0
+    assert predicted["asked"] == 25 + predicted["verify_requests"]
+    assert predicted["prompt_tokens"] == 40 * predicted["asked"]
+    assert predicted["cost"] == pytest.approx((2 * predicted["prompt_tokens"] + 4 * predicted["reply_tokens"]) / 1e6)
+    assert predicted["lost_by"]["filter: too_short"] == 6
+    assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
+    assert predicted["texts"]
+    assert not (photos / "data/folder-photos/.dry-run").exists()
+    asked = len(server.bodies)
+    made = json.loads(run(photos, *command, "--json").stdout)
+    assert len(server.bodies) == asked
+    assert made["requests"]["asked"] == 0
+    kept = made["stages"]
+    assert (predicted["annotations"], predicted["kept_annotations"]) == (kept["validate"]["input"], kept["review"]["kept"])
+    assert predicted["kept_images"] == kept["version"]["kept"]
+    again = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
+    assert (again["asked"], again["hours"] < 0.01, again["kept_images"]) == (0, True, kept["version"]["kept"])
+
+
+def test_an_image_that_looks_like_another_is_not_paid_for(photos: Path, server: ChatServer) -> None:
+    Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
+    done = run(photos, "generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
+    source = json.loads(done.stdout)["stages"]["source"]
+    assert source == {"input": 14, "kept": 12, "rejected": {"near_duplicate_image": 1, "unreadable_image": 1}}
+    assert "source: 1 near_duplicate_image (03-small.jpg)" in done.stderr
+    assert json.loads(done.stdout)["requests"]["total"] == 12
+    report = run(photos, "report").stdout.strip()
+    assert "Images that look alike" in (photos / report).read_text()
+
+
+def test_a_run_says_what_it_is_about_to_do_and_what_comes_next(photos: Path, server: ChatServer) -> None:
+    done = run(photos, "generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--out", "here")
+    assert f"folder:photos to here: asks qa of model ({server.url}); prompts: qa built in" in done.stderr
+    assert "source: 1 unreadable_image: not an image of a known format (05b.jpg)" in done.stderr
+    assert "next: synth report here, synth push here --repo ORG/NAME, synth train --data here" in done.stderr
