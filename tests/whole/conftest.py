@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SYNTH = Path(sys.executable).with_name("synth")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -23,6 +24,20 @@ def synth(tmp_path: Path) -> Run:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env or dict(os.environ), timeout=300)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the tracked and new files of the project: a build leaves files beside them."""
+    copy = tmp_path_factory.mktemp("source")
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listing.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
 
 
 def restore_sigint() -> None:

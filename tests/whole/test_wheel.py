@@ -5,21 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_a_wheel_generates_from_another_folder(tmp_path: Path) -> None:
+def test_a_wheel_generates_from_another_folder(tmp_path: Path, source_tree: Path) -> None:
     """Takes some seconds, for a build and a model to load."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    source = tmp_path / "source"  # a copy of the tracked and new files, because a build leaves files behind
-    listing = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listing.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([*build, "--wheel-dir", str(tmp_path / "dist"), str(source)], check=True)
+    subprocess.run([*build, "--wheel-dir", str(tmp_path / "dist"), str(source_tree)], check=True)
     (wheel,) = (tmp_path / "dist").glob("synth_captioner-*.whl")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "installed")]
     subprocess.run([*install, str(wheel)], check=True)

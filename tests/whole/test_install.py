@@ -1,0 +1,75 @@
+"""Installation: dependencies resolve beside vLLM, oldest and newest, and the ways to install in deploy/ do what they say."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from pipeline.install import DISTRIBUTION
+from tests.resolve import EXTRAS, PYTHONS, RESOLUTIONS, ROOT, UV, Resolved, resolve
+
+
+@pytest.fixture(scope="module")
+def resolved() -> list[Resolved]:
+    combinations = list(product(EXTRAS, PYTHONS, RESOLUTIONS))
+    with ThreadPoolExecutor(4) as pool:  # they wait for metadata
+        return list(pool.map(lambda values: resolve(*values), combinations))
+
+
+def test_all_extras_resolve_beside_vllm_for_every_python(resolved: list[Resolved]) -> None:
+    assert [result for result in resolved if result.error] == []
+    everything = [result.versions for result in resolved if "gpu" in result.extras]
+    assert len(everything) == 6
+    for versions in everything:
+        assert tuple(map(int, versions["vllm"].split(".")[:2])) >= (0, 32)  # a resolver may walk back to the first release
+        assert {"torch", "transformers", "llguidance", "ray", "pillow-heif", "s3fs"} <= versions.keys()
+
+
+def test_the_core_needs_neither_torch_nor_vllm(resolved: list[Resolved]) -> None:
+    for result in resolved:
+        if not result.extras:
+            assert {"torch", "vllm", "transformers", "ray"} & result.versions.keys() == set()
+
+
+def test_the_script_of_the_image_installs_and_looks_at_the_machine(tmp_path: Path, source_tree: Path) -> None:
+    """Takes half a minute: a new environment, without the extras that need torch."""
+    subprocess.run([str(UV), "venv", "--quiet", "--seed", "--python", sys.executable, str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    command = ["sh", str(ROOT / "deploy" / "install.sh"), str(source_tree), "heic"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"ok   synth        {DISTRIBUTION} 0.1.0" in done.stdout
+    assert "no   embedded     missing: torch" in done.stdout
+    sources = subprocess.run([python.with_name("synth"), "sources"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "folder:PATH" in sources.stdout
+
+
+def test_the_image_runs_that_script() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("RUN")] == ["RUN sh /opt/synth/deploy/install.sh /opt/synth"]
+
+
+def test_the_job_script_names_dependencies_that_resolve(tmp_path: Path, source_tree: Path) -> None:
+    subprocess.run([str(UV), "build", "--quiet", "--wheel", "--out-dir", str(tmp_path), str(source_tree)], check=True)
+    command = [str(UV), "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(tmp_path)]
+    command += ["--python-platform", "x86_64-manylinux_2_31", str(ROOT / "deploy" / "hf_job.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{DISTRIBUTION}==0.1.0" in done.stdout
+    assert "vllm==" in done.stdout
+
+
+def test_a_task_of_a_slurm_array_makes_the_dataset_of_its_line(tmp_path: Path) -> None:
+    lines = ("--source scenes --limit 5", '--source scenes --limit 12 --tasks caption --title "My scenes"')
+    (tmp_path / "sources.txt").write_text("\n".join(lines))
+    script = ["bash", str(ROOT / "deploy" / "slurm_array.sh"), "sources.txt", "datasets"]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(script, cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "# My scenes" in (tmp_path / "datasets/task-0002/versions/v1.0.0/README.md").read_text()
+    missing = subprocess.run(script, cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (2, "sources.txt has no line 3\n")
