@@ -1,6 +1,7 @@
 """Print the output of commands: data to stdout, messages to stderr."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.executors.base import RunResult
     from pipeline.preview import Preview
 
+log = logging.getLogger(__name__)
 PICTURE_COLUMNS = 48  # of a terminal
 PICTURE_PIXELS = 480 * 360
 
@@ -69,14 +71,22 @@ def print_preview(preview: "Preview") -> None:
 
 def show_picture(image: bytes) -> None:
     """Draw an image on a terminal: by sixels or the Kitty protocol where the terminal knows one, else as half blocks."""
-    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    # The terminal is asked what it can draw, so all three must be one.
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.__stdout__, sys.stderr)):
+        return
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return
     from rich.console import Console
-    from textual_image.renderable import Image
 
     from pipeline.images.decode import prepare_image
 
-    Console(stderr=True).print(Image(prepare_image(image, PICTURE_PIXELS), width=PICTURE_COLUMNS, height="auto"))
+    logging.getLogger("textual_image").setLevel(logging.CRITICAL)
+    try:
+        from textual_image.renderable import Image  # asks the terminal
+
+        Console(stderr=True).print(Image(prepare_image(image, PICTURE_PIXELS), width=PICTURE_COLUMNS, height="auto"))
+    except Exception:  # noqa: BLE001  # terminals answer in many ways, and the texts matter more than the picture
+        log.debug("no picture can be drawn here", exc_info=True)
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
