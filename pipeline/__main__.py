@@ -1,5 +1,11 @@
 """Run the command line: `python -m pipeline`."""
 
+import sys
+from pathlib import Path
+
+if Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
+    del sys.path[0]  # the working directory: a folder `prompts` there, as `synth init` writes it, is no package of ours
+
 from pipeline.cli import main
 
 main()

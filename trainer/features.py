@@ -23,7 +23,7 @@ from trainer.data import Example
 from trainer.model.encoder import Encoder
 
 BATCH_IMAGES = 64
-Progress = Callable[[str, int, int | None], None]
+Progress = Callable[..., None]  # (stage, done, total, metrics by name): see pipeline.progress.Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
+from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, save_resume, write_captions
 from trainer.config import TrainConfig
@@ -59,6 +60,7 @@ class Trainer:
     processes: int = 1
     norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
+    validated: dict[str, str] = field(default_factory=dict)  # the last scores on the validation split, for the display
 
     def train_step(self, optimizer: torch.optim.Optimizer, step: int, examples: list[Example]) -> tuple[dict[str, Any], int]:
         """Train one step; return its stage, loss, gradient norm and rate, and its tokens. Raises TrainError if it diverges."""
@@ -136,6 +138,7 @@ class Trainer:
         cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
         loss = self.validation_loss()
         log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
+        self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"}
         # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
         quality = cider_d if scored["images"] > 1 else -loss
         if quality > best:
@@ -164,7 +167,7 @@ def train(
     """
     if tensorboard:
         require_tensorboard()
-    report = progress or (lambda stage, done, total: None)
+    report = progress or NullProgress()
     rank, processes = join_processes()
     device = best_device(rank)
     torch.manual_seed(config.seed)
@@ -219,7 +222,7 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
         left = seconds / (done - first_step) * (total - done)
         speed = {"seconds": seconds, "seconds_left": left, "images_per_s": images / seconds, "tokens_per_s": tokens / seconds}
         log.write(step=done, **values, **speed, memory_mb=_memory_mb())
-        progress(values["stage"], done, total)
+        progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
         if done % config.evaluate_every == 0 or done in (config.align_steps, total):
             best = trainer.validate(out, log, done, best)
             state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}

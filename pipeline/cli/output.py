@@ -85,7 +85,7 @@ def show_picture(image: bytes) -> None:
         from textual_image.renderable import Image  # asks the terminal
 
         Console(stderr=True).print(Image(prepare_image(image, PICTURE_PIXELS), width=PICTURE_COLUMNS, height="auto"))
-    except Exception:  # noqa: BLE001  # terminals answer in many ways, and the texts matter more than the picture
+    except Exception:  # terminals answer in many ways, and the texts matter more than the picture
         log.debug("no picture can be drawn here", exc_info=True)
 
 

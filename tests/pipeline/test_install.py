@@ -39,6 +39,7 @@ def test_outside_of_its_folder_the_package_is_named(monkeypatch: pytest.MonkeyPa
     assert install_command("train") == f"pip install '{DISTRIBUTION}[train]'"
 
 
-def test_the_module_runs_as_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "pipeline", "--version"], capture_output=True, text=True)
+def test_the_module_runs_as_the_command_beside_a_folder_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    done = subprocess.run([sys.executable, "-m", "pipeline", "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"synth {install.installed_version()}\n")
