@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import trainer.train
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.checkpoint import load_checkpoint, read_log, save_resume
@@ -74,6 +76,19 @@ def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monk
     assert {entry["sample_id"]: entry["caption"] for entry in evaluation["shown"]} == expected
     assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
     assert evaluation["scores"] == metrics["scores"]
+
+
+def test_the_panel_shows_the_loss_and_after_an_evaluation_the_scores(version: Version, tmp_path: Path) -> None:
+    shown: list[dict[str, str]] = []
+
+    class Panel(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            shown.append(dict(metrics or {})) if stage == "train" else None
+
+    train(version, replace(steps=3, evaluate_every=2), tmp_path, progress=Panel())
+    assert [list(metrics) for metrics in shown] == [["loss"], ["loss"], ["loss", "validation loss", "CIDEr-D"]]
+    assert shown[0]["loss"] == f"{losses(tmp_path)[0]:.3f}"
+    assert "with shuffled images" in shown[2]["CIDEr-D"]
 
 
 @pytest.mark.parametrize("align_steps", [0, 3])
@@ -255,6 +270,7 @@ def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) 
 
 PROCESS = """
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
