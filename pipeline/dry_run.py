@@ -3,8 +3,8 @@
 The images go through the stages in a folder of their own; their replies stay in the journal for the real run.
 """
 
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -48,27 +48,32 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     revision = choose_engine(config, folder.server_log, progress).revision
     trial = DatasetDir(folder.path / FOLDER)
     stats = RequestStats()
-    with translate_disk_errors(folder.path), folder.lock():
-        remove(trial.path)
-        trial.path.mkdir(parents=True)
+    with translate_disk_errors(folder.path), folder.lock(), _emptied(trial.path):
         with Journal(folder.journal) as journal:
             rows = _sample(source, config, revision, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Excluded images are not looked for: their source may be large, and the real run reads it once.
         sampled = config.model_copy(update={"exclude": (), "limit": None})
         read = Source(name=source.name, revision=source.revision, rows=iter(rows), decks=source.decks)
-        started = time.monotonic()
         try:
             funnel = run_locally(sampled, trial, STAGES, "source", read, progress, stats).funnel
         except TableError:  # no row is left
             plan = RunPlan(trial, sampled, revision, choose_image_kind(sampled), requests_per_sample(sampled))
             funnel = summarize_shards(LocalExecutor(trial), STAGES, plan)
-        curated_s = time.monotonic() - started
         texts = _first_texts(trial)
-        remove(trial.path)
-    limits = [limit for limit in (source.count(), config.limit) if limit is not None]
     samples = [row for row in rows if isinstance(row, Sample)]
-    return _predict(samples, funnel, min(limits, default=None), curated_s, config, stats) | {"texts": texts}
+    return _predict(samples, funnel, source.count(), config, stats) | {"texts": texts}
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """Make an empty folder, and remove it at the end; of the journal in it, that is the link alone."""
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        remove(folder)
 
 
 def _sample(source: Source, config: Config, revision: str, journal: Journal) -> list[Sample | Rejected]:
@@ -103,29 +108,29 @@ def _first_texts(dataset: DatasetDir) -> list[str]:
 
 
 def _predict(
-    samples: list[Sample], funnel: list[StageSummary], total: int | None, seconds: float, config: Config, stats: RequestStats
+    samples: list[Sample], funnel: list[StageSummary], total: int | None, config: Config, stats: RequestStats
 ) -> dict[str, Any]:
     of_stage = {summary.stage: summary for summary in funnel}
     read, written = of_stage["source"], of_stage["validate"].input
-    rows = len(samples) + sum(read.rejected.values()) if not samples else read.input
-    images = rows if total is None else total
-    scale = images / rows if rows else 0.0
+    # A limit counts images that are kept, a source also those that are not.
+    scales = [total / read.input] if total is not None and read.input else []
+    scales += [config.limit / read.kept] if config.limit and read.kept else []
+    scale = min(scales, default=1.0)
     per_sample = len(requests_per_sample(config))
     asked_first = read.kept * per_sample
     kept_annotations = of_stage["review"].kept
     kept_images = of_stage["version"].kept if "version" in of_stage else 0
     image_bytes = sum(len(image) for sample in samples for image in sample.images)
     prompt_tokens, reply_tokens = round(stats.prompt_tokens * scale), round(stats.reply_tokens * scale)
-    asking_s = stats.asking_s or 0.0
     return {
         "sampled_images": len({sample.id for sample in samples}),
-        "sampled_seconds": round(asking_s, 2),
+        "sampled_seconds": round(stats.asking_s, 2),
         "asked": stats.asked,
-        "images": images,
+        "images": round(read.input * scale),
         "requests": round(asked_first * scale),
         "verify_requests": round((stats.total - asked_first) * scale),
         "retries": round((stats.asked - sum(stats.attempts.values())) * scale) if stats.asked else 0,
-        "hours": (asking_s + max(0.0, seconds - stats.engine_s - asking_s)) * scale / 3600,
+        "hours": stats.asking_s * scale / 3600,  # the stages take microseconds a row
         "prompt_tokens": prompt_tokens,
         "reply_tokens": reply_tokens,
         "cost": config.server.price(prompt_tokens, reply_tokens),

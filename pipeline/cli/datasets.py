@@ -1,6 +1,7 @@
 """Commands about finished datasets: versions, diff, push, report, review."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,6 +105,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
+    from pipeline.config import LANGUAGE, LICENSE, PATTERNS
     from pipeline.dataset.card import card_licenses
     from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.licenses import non_redistributable
@@ -118,6 +120,9 @@ def push(
         say(f"captioner: {data}")
         send(build_checkpoint_package(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
         return
+    for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
+        if value is not None and not re.fullmatch(pattern, value):
+            raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
     chosen_version = open_or_download(data, version)
     restricted = non_redistributable(chosen_version.manifest["licences"])
     stated = describe_data(license_, title, language)

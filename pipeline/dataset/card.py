@@ -97,7 +97,11 @@ def _license_fields(licenses: list[str]) -> dict[str, str]:
     return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licenses)}
 
 
-_KNOWN = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-2.0", "apache-2.0", "mit", "odc-by")
+_KNOWN = (
+    "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
+    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "apache-2.0", "mit", "odc-by",
+    "odbl", "pddl",
+)  # fmt: skip
 
 
 def _sizes(manifest: dict[str, Any], split: str) -> int:

@@ -26,7 +26,6 @@ class RequestStats:
     flaws: Counter[str] = field(default_factory=Counter)  # flaw -> unusable replies of this run
     prompt_tokens: int = 0  # of the replies of this run
     reply_tokens: int = 0
-    engine_s: float = 0.0  # seconds until the engine was ready
     asking_s: float = 0.0  # seconds in which it was asked
     seconds: dict[str, float] | None = None  # by request id, how long its last reply took; counted only where it is a dict
 
@@ -146,9 +145,7 @@ def ask_all(
     """Send requests until each has a usable reply in the journal or `attempts` unusable ones; yield as `ask_about` does."""
     queue = RequestQueue(chunks, attempts, journal, counts)
     while queue.has_work():
-        started = time.monotonic()
         ready = engine()
-        counts.engine_s += time.monotonic() - started
         started = time.monotonic()
         for replies in ready.ask(queue):
             queue.keep(replies)

@@ -125,6 +125,14 @@ def test_the_user_says_whose_the_data_is(home: Path, hub: RunningHub) -> None:
     assert {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}.items() <= json.loads(manifest).items()
 
 
+def test_a_license_or_language_that_no_card_can_hold_is_refused(home: Path, hub: RunningHub) -> None:
+    for option, value in (("--license", "mine\nall mine"), ("--language", "German")):
+        command = [str(SYNTH), "push", "--repo", "me/odd", option, value]
+        done = subprocess.run(command, cwd=home, env=hub.env(home / "home"), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, option in done.stderr) == (2, True), done.stderr
+    assert ("dataset", "me/odd") not in hub.hub.storage.repos
+
+
 def test_public_is_said_aloud(home: Path, hub: RunningHub) -> None:
     assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
     assert not hub.hub.storage.repos["dataset", "me/open"].private
