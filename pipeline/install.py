@@ -8,7 +8,12 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 
 DISTRIBUTION = "synth-captioner"  # the name `synth` on PyPI is somebody else's
-MODULES = ("pipeline", "trainer", "prompts", "data_cards")  # top-level packages that this distribution installs
+PACKAGES = {  # the top-level packages that this distribution installs, by how their __init__.py begins
+    "pipeline": "From images to a checked, versioned and published vision-language dataset.",
+    "trainer": "From a dataset version to a trained and scored captioner.",
+    "prompts": "Prompt templates as package data",
+    "data_cards": "Templates of the cards",
+}
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,14 +26,14 @@ def installed_version() -> str:
 
 
 def check_packages() -> None:
-    """Raise ConfigError if one of our top-level packages would be imported from elsewhere: others have the same names."""
-    for name in MODULES:
+    """Raise ConfigError if one of our top-level packages is somebody else's: others install the same names."""
+    for name, beginning in PACKAGES.items():
         spec = find_spec(name)
-        origin = Path(spec.origin).parent if spec and spec.origin else None
-        if origin is None or origin.parent != ROOT:
-            owner = f"{origin}, which is another package of that name" if origin else "nowhere: it is not installed"
+        file = Path(spec.origin) if spec and spec.origin else None
+        if file is None or not file.read_text(encoding="utf-8", errors="replace").startswith(f'"""{beginning}'):
+            where = f"in {file.parent} is another package of that name" if file else "is not installed"
             hint = f"install synth into an environment of its own: {install_command()}"
-            raise ConfigError(f"the package `{name}` comes from {owner}; synth is at {ROOT}", hint=hint)
+            raise ConfigError(f"the package `{name}` {where}", hint=hint)
 
 
 def install_command(extra: str = "") -> str:

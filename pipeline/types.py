@@ -1,7 +1,7 @@
 """The types that sources, engines and executors exchange."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -121,7 +121,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
-    seconds: float = 0.0  # from sending it to the reply; not in the journal
+    seconds: float = field(default=0.0, compare=False)  # from sending the request to the reply; not in the journal
 
 
 # synth's own finish reasons, if no model answered; `text` is the server's message. A later run retries.

@@ -16,7 +16,7 @@ from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.training import caption, evaluate, experiment, train
 from pipeline.errors import SynthError
-from pipeline.install import check_packages, extra_of, installed_version
+from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
 from pipeline.logs import show_log
 from pipeline.progress import LOSS
 
@@ -108,7 +108,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("pipeline", "trainer", "prompts", "data_cards"):
+        if package in PACKAGES:
             raise
         say(f"synth: this command needs the package {package}", LOSS)
         say(f"  hint: {extra_of(package)}")

@@ -17,7 +17,7 @@ def test_another_package_named_trainer_is_noticed(tmp_path: Path) -> None:
     code += "from pipeline.cli import main; sys.argv = ['synth', '--version']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"the package `trainer` comes from {tmp_path}/trainer, which is another package of that name" in done.stderr
+    assert f"the package `trainer` in {tmp_path}/trainer is another package of that name" in done.stderr
     assert "an environment of its own" in done.stderr
 
 

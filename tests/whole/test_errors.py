@@ -46,7 +46,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         (["review", "apply", "a.jsonl", "--data", "empty"], "is no folder that synth generate has written"),
         (["versions"], "no dataset under data/"),
         (["versions", "nowhere"], "nowhere has no version"),
-        (["generate", "--source", "folder:pictures"], "no model Qwen/Qwen2.5-VL-3B-Instruct"),
+        (["generate", "--source", "folder:pictures"], "cannot reach https://huggingface.co for the model Qwen/"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

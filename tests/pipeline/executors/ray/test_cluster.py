@@ -60,7 +60,7 @@ def test_without_ray_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught, cluster.open_cluster(None):
         pass
-    assert "extra `ray`" in caught.value.hint
+    assert "[ray]" in caught.value.hint
 
 
 def test_what_ray_prints_is_not_taken_for_a_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
