@@ -64,10 +64,11 @@ class RequestImages:
         return joined
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> bytes:
-        data, kind = strip_metadata(image), sendable_format(image, bound)  # of releases that kept it in the source's file
+        loop, kind = asyncio.get_running_loop(), sendable_format(image, bound)
         if kind is None:
-            loop = asyncio.get_running_loop()
             data, kind = await loop.run_in_executor(self._pool, reencode, image, bound), "jpeg"
+        else:  # an earlier release kept it in the file of the source
+            data = await loop.run_in_executor(self._pool, strip_metadata, image)
         uuid = hashlib.sha256(data).hexdigest()
         if self._media is None:
             values = kind.encode(), base64.b64encode(data), uuid.encode()

@@ -3,14 +3,17 @@
 import io
 import random
 import struct
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin, TiffImagePlugin
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import ORIENTATION, check_image, has_heif, prepare_image
+from pipeline.images import metadata
+from pipeline.images.decode import ORIENTATION, check_image, has_heif, open_image, prepare_image
 from pipeline.images.metadata import strip_metadata
 from pipeline.images.similarity import as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
@@ -207,3 +210,66 @@ def test_a_damaged_file_is_cleaned_or_refused_and_never_leaks(make: Maker) -> No
         except ImageError:
             continue
         assert [secret for secret in leaked(clean) if secret not in (b"52.5200",)] == []
+
+
+def test_a_file_of_many_segments_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def count(data: bytes) -> Any:
+        opened.append(len(data))
+        return open_image(data)
+
+    monkeypatch.setattr(metadata, "open_image", count)
+    plain = encoded("JPEG", exif=exif_of())
+    data = plain[:2] + segment(0xE1, b"") * 3000 + plain[2:]
+    assert leaked(strip_metadata(data)) == []
+    assert len(opened) == 1
+
+
+def test_colors_are_decoded_as_adobe_says_and_nothing_else_of_its_segment_is_left() -> None:
+    cmyk = encoded("JPEG", photo(1).convert("CMYK"))
+    start = cmyk.index(b"Adobe") - 4
+    secret = segment(0xEE, b"Adobe" + b"\0\x64SECR\0" + b"PhotoSerial-4711")
+    data = cmyk[:start] + secret + cmyk[start + 16 :]
+    clean = strip_metadata(data)
+    assert b"SECR" not in clean and leaked(clean) == []
+    assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
+    assert strip_metadata(cmyk) == cmyk
+
+
+def test_a_tiff_with_a_profile_of_an_odd_type_is_read(tmp_path: Path) -> None:
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info.tagtype[34675] = 2
+    info[34675] = "no profile"
+    data = encoded("TIFF", tiffinfo=info)
+    assert prepare_image(strip_metadata(data)).tobytes() == prepare_image(data).tobytes()
+
+
+def test_names_and_leftovers_within_parts_that_stay_are_removed() -> None:
+    named = encoded("PNG", icc_profile=PROFILE)
+    profile = zlib.compress(PROFILE)
+    content = b"Ada Example\0\0" + profile
+    chunk = struct.pack(">I", len(content)) + b"iCCP" + content + struct.pack(">I", zlib.crc32(b"iCCP" + content))
+    start = named.index(b"iCCP") - 4
+    (length,) = struct.unpack_from(">I", named, start)
+    clean = strip_metadata(named[:start] + chunk + named[start + 12 + length :])
+    assert leaked(clean) == []
+    with Image.open(io.BytesIO(clean)) as image:
+        assert image.info["icc_profile"] == PROFILE
+
+    frames = [photo(n).quantize(32) for n in (1, 2)]
+    moving = encoded("GIF", frames[0], save_all=True, append_images=frames[1:], loop=0)
+    start = moving.index(b"NETSCAPE2.0") + 11
+    hidden = moving[: start + 4] + b"\x10PhotoSerial-4711" + moving[start + 4 :]
+    assert leaked(hidden) and strip_metadata(hidden) == moving
+
+
+def test_parts_of_a_frame_that_no_pixel_needs_are_removed() -> None:
+    data = encoded("WEBP", photo(1), save_all=True, append_images=[photo(2)], lossless=True)
+    start = data.index(b"ANMF")
+    (length,) = struct.unpack_from("<I", data, start + 4)
+    inner = b"XMP " + struct.pack("<I", 16) + b"PhotoSerial-4711"
+    frame = b"ANMF" + struct.pack("<I", length + len(inner)) + data[start + 8 : start + 8 + length] + inner
+    body = data[12:start] + frame + data[start + 8 + length + length % 2 :]
+    clean = strip_metadata(b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body)
+    assert clean == data
