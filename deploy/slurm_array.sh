@@ -12,8 +12,9 @@
 #SBATCH --mem=64G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=INT@120
-# A task that is interrupted, preempted or out of time keeps every reply: queued again, it goes on where it stopped.
+#SBATCH --signal=B:INT@120
+# Every reply of a task that is interrupted is kept. Slurm itself queues a preempted task again; one that ran out of time goes on
+# where it stopped if you submit it again: sbatch --array=7 ...
 set -euo pipefail
 sources=${1:?"name a file with the options of each task"}
 datasets=${2:?"name the folder of the datasets"}

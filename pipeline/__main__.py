@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-if Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
+if not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
     del sys.path[0]  # the working directory: a folder `prompts` there, as `synth init` writes it, is no package of ours
 
 from pipeline.cli import main

@@ -12,13 +12,16 @@ from pipeline.errors import ConfigError, did_you_mean, one_line
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Task = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # defined in pipeline/tasks
-Style = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=40)]  # the prompt template decides which exist
+TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
+Task = Annotated[str, Field(pattern=TASK, max_length=40)]  # defined in pipeline/tasks
+Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt template decides which exist
 MAX_SHOWN_CHARACTERS = 80
 LANGUAGE = r"^[a-z]{2,3}$"
 BASE_URL = r"^https?://[^/\s]+/.*v1/?$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
 PATTERNS = {  # what a value that does not match should be
+    TASK: "the name of a task, in small letters",
+    STYLE: "the name of a caption style, in small letters",
     LANGUAGE: "a language of two or three letters, such as de",
     BASE_URL: "an address that ends in /v1, such as http://HOST:8000/v1",
     LICENSE: "the name of a license, such as cc-by-4.0",
@@ -44,7 +47,16 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename_old_keys(cls, values: Any) -> Any:
-        return {cls.OLD_KEYS.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        renamed = {cls.OLD_KEYS.get(key, key): value for key, value in values.items()}
+        # A section whose lines are all commented out is null in YAML.
+        return {key: {} if value is None and _is_section(cls, key) else value for key, value in renamed.items()}
+
+
+def _is_section(section: type[Section], key: Any) -> bool:
+    kind = section.model_fields[key].annotation if key in section.model_fields else None
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -229,7 +241,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"it may hold {example}") from None
     if not isinstance(values or {}, dict):
-        raise ConfigError(f"config file {path} must hold keys and values", hint=f"such as {example}")
+        raise ConfigError(f"config file {path} must hold keys and values", hint=f"it may hold {example}")
     return values or {}
 
 
@@ -303,7 +315,7 @@ def describe_settings(config: Config, file: Path | None, options: Mapping[str, s
 
 def _settings_of_file(file: Path) -> dict[str, Any]:
     values = read_yaml(file, "a line such as `limit: 100`")
-    is_manifest = "config" in values and "version" in values
+    is_manifest = isinstance(values.get("config"), dict) and "version" in values
     return dict(values["config"]) if is_manifest else values
 
 

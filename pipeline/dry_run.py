@@ -3,8 +3,9 @@
 The images go through the stages in a folder of their own; their replies stay in the journal for the real run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.paths import dataset_folder
 from pipeline.errors import TableError
-from pipeline.executors.base import summarize_shards
+from pipeline.executors.base import describe_start, summarize_shards
 from pipeline.executors.local import LocalExecutor, run_locally
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
@@ -29,14 +30,15 @@ from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
 SHOWN_TEXTS = 5
+BYTES_A_TOKEN = 4  # of English text
 FOLDER = ".dry-run"  # within the dataset folder
 
 
 def predict_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Return hours, requests, tokens, money, bytes and kept rows that a run with this config is likely to have.
 
-    Images whose replies are in the journal come last: only a request that is sent can be timed.
-    Raises SynthError as `generate_dataset` does.
+    Hours, tokens and money are of the images that are still to be asked about; only a request that is sent can be timed, so
+    images whose replies are in the journal come last in the sample. Raises SynthError as `generate_dataset` does.
     """
     config = with_source_defaults(config)
     folder = DatasetDir(out or dataset_folder(config.source))
@@ -45,24 +47,48 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     source = open_source(config)
     for text in source.messages:
         progress.message(text)
-    revision = choose_engine(config, folder.server_log, progress).revision
+    choice = choose_engine(config, folder.server_log, progress)
+    progress.message(describe_start(config, choice, folder))
     trial = DatasetDir(folder.path / FOLDER)
     stats = RequestStats()
     with translate_disk_errors(folder.path), folder.lock(), _emptied(trial.path):
         with Journal(folder.journal) as journal:
-            rows = _sample(source, config, revision, journal)
+            sample = _sample(source, config, choice.revision, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Excluded images are not looked for: their source may be large, and the real run reads it once.
         sampled = config.model_copy(update={"exclude": (), "limit": None})
-        read = Source(name=source.name, revision=source.revision, rows=iter(rows), decks=source.decks)
+        read = Source(name=source.name, revision=source.revision, rows=iter(sample.rows), decks=source.decks)
         try:
-            funnel = run_locally(sampled, trial, STAGES, "source", read, progress, stats).funnel
+            funnel = run_locally(sampled, trial, STAGES, "source", read, StagesOnly(progress), stats).funnel
         except TableError:  # no row is left
-            plan = RunPlan(trial, sampled, revision, choose_image_kind(sampled), requests_per_sample(sampled))
+            plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled), requests_per_sample(sampled))
             funnel = summarize_shards(LocalExecutor(trial), STAGES, plan)
         texts = _first_texts(trial)
-    samples = [row for row in rows if isinstance(row, Sample)]
-    return _predict(samples, funnel, source.count(), config, stats) | {"texts": texts}
+    return _predict(sample, funnel, source.count(), config, stats) | {"texts": texts}
+
+
+class StagesOnly(NullProgress):
+    """Passes on how far stages are, and warnings; messages of a trial run name its own folder."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        """See Progress."""
+        self._progress(stage, done, total, metrics)
+
+    def warn(self, text: str) -> None:
+        """See Progress."""
+        self._progress.warn(text)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Some rows of a source: `new` images were not asked about before, `answered` ones were met on the way to them."""
+
+    rows: list[Sample | Rejected]
+    new: int
+    answered: int
 
 
 @contextmanager
@@ -76,24 +102,26 @@ def _emptied(folder: Path) -> Iterator[None]:
         remove(folder)
 
 
-def _sample(source: Source, config: Config, revision: str, journal: Journal) -> list[Sample | Rejected]:
+def _sample(source: Source, config: Config, revision: str, journal: Journal) -> SampledRows:
     """Return the first rows of a source with SAMPLED_IMAGES images that were not asked about, else with images that were."""
-    new: list[Sample | Rejected] = []
-    answered: list[Sample] = []
+    rows: list[Sample | Rejected] = []
+    filling: list[Sample] = []
     ids: set[str] = set()
+    new = answered = 0
     for row in source.rows:
         if isinstance(row, Rejected) or row.id in ids:
-            new.append(row)
+            rows.append(row)
             continue
         ids.add(row.id)
         if all(journal.last(request.id) for request in build_requests(row.id, (), config, revision)):
-            answered = [*answered, row] if len(answered) < SAMPLED_IMAGES else answered
+            answered += 1
+            filling += [row] if len(filling) < SAMPLED_IMAGES else []
         else:
-            new.append(row)
-        if sum(isinstance(row, Sample) for row in new) == SAMPLED_IMAGES or len(ids) == config.limit:
+            new += 1
+            rows.append(row)
+        if new == SAMPLED_IMAGES or len(ids) == config.limit:
             break
-    missing = SAMPLED_IMAGES - sum(isinstance(row, Sample) for row in new)
-    return [*new, *answered[:missing]]
+    return SampledRows([*rows, *filling[: SAMPLED_IMAGES - new]], new, answered)
 
 
 def _first_texts(dataset: DatasetDir) -> list[str]:
@@ -108,37 +136,38 @@ def _first_texts(dataset: DatasetDir) -> list[str]:
 
 
 def _predict(
-    samples: list[Sample], funnel: list[StageSummary], total: int | None, config: Config, stats: RequestStats
+    sample: SampledRows, funnel: list[StageSummary], total: int | None, config: Config, stats: RequestStats
 ) -> dict[str, Any]:
     of_stage = {summary.stage: summary for summary in funnel}
-    read, written = of_stage["source"], of_stage["validate"].input
+    read, written, kept = of_stage["source"], of_stage["validate"].input, of_stage["review"].kept
     # A limit counts images that are kept, a source also those that are not.
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
     scale = min(scales, default=1.0)
-    per_sample = len(requests_per_sample(config))
-    asked_first = read.kept * per_sample
-    kept_annotations = of_stage["review"].kept
-    kept_images = of_stage["version"].kept if "version" in of_stage else 0
-    image_bytes = sum(len(image) for sample in samples for image in sample.images)
-    prompt_tokens, reply_tokens = round(stats.prompt_tokens * scale), round(stats.reply_tokens * scale)
+    images = round(read.kept * scale)
+    remaining = max(0, images - sample.answered)
+    of_remaining = remaining / sample.new if sample.new else 0.0
+    prompt_tokens, reply_tokens = round(stats.prompt_tokens * of_remaining), round(stats.reply_tokens * of_remaining)
+    first_attempts = read.kept * len(requests_per_sample(config))
+    image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
-        "sampled_images": len({sample.id for sample in samples}),
+        "sampled_images": read.kept,
         "sampled_seconds": round(stats.asking_s, 2),
         "asked": stats.asked,
-        "images": round(read.input * scale),
-        "requests": round(asked_first * scale),
-        "verify_requests": round((stats.total - asked_first) * scale),
-        "retries": round((stats.asked - sum(stats.attempts.values())) * scale) if stats.asked else 0,
-        "hours": stats.asking_s * scale / 3600,  # the stages take microseconds a row
+        "images": images,
+        "remaining_images": remaining,
+        "requests": round(first_attempts * scale),
+        "verify_requests": round((stats.total - first_attempts) * scale),
+        "retries": round((stats.asked - sum(stats.attempts.values())) * of_remaining),
+        "hours": stats.asking_s * of_remaining / 3600,  # the stages take microseconds a row
         "prompt_tokens": prompt_tokens,
         "reply_tokens": reply_tokens,
         "cost": config.server.price(prompt_tokens, reply_tokens),
-        "bytes": round((image_bytes + 4 * stats.reply_tokens) * scale),
+        "bytes": round((image_bytes + BYTES_A_TOKEN * stats.reply_tokens) * scale),
         "annotations": round(written * scale),
-        "kept_annotations": round(kept_annotations * scale),
-        "kept_images": round(kept_images * scale),
-        "lost_share": wilson_interval(written - kept_annotations, written),
+        "kept_annotations": round(kept * scale),
+        "kept_images": round((of_stage["version"].kept if "version" in of_stage else 0) * scale),
+        "lost_share": wilson_interval(written - kept, written),
         "lost_by": {
             f"{summary.stage}: {reason}": count for summary in funnel[2:] for reason, count in summary.rejected.items()
         },

@@ -30,6 +30,8 @@ def check_packages() -> None:
     for name, beginning in PACKAGES.items():
         spec = find_spec(name)
         file = Path(spec.origin) if spec and spec.origin else None
+        if file is not None and not file.is_file():
+            continue  # within a zip file
         if file is None or not file.read_text(encoding="utf-8", errors="replace").startswith(f'"""{beginning}'):
             where = f"in {file.parent} is another package of that name" if file else "is not installed"
             hint = f"install synth into an environment of its own: {install_command()}"

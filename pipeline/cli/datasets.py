@@ -10,7 +10,7 @@ from typer import Argument, BadParameter, Option, echo
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir
 from pipeline.cli.output import print_run_result, say, show
-from pipeline.progress import show_progress
+from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, 
     """Print what is sent where, push it, and print where it is; with `dry_run` nothing is sent."""
     from pipeline.hub.push import push_package
 
-    sizes, is_unknown = package.bytes(), package.has_unknown_pixels()
+    sizes, is_unknown = package.bytes(), package.has_unknown_license()
     reason = "" if private is not None or not is_unknown else ", as nobody has stated the license of the images (--license)"
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
@@ -196,6 +196,10 @@ def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, 
         return None
     with show_progress() as progress:
         pushed = push_package(package, repo, private=private, progress=progress)
+    if pushed.is_private and not private:
+        say("note: the repository was there, and private, and stays so", WARNING)
+    if pushed.warning:
+        say(f"warning: {pushed.warning}", WARNING)
     say(f"pushed {pushed.tag} as {pushed.commit}" if pushed.is_new else f"nothing to do: {pushed.tag} is there already")
     show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
     return pushed

@@ -25,14 +25,14 @@ def print_prediction(prediction: dict[str, Any]) -> None:
     """Print the predicted cost and yield of a whole run."""
     p = prediction
     say(f"{p['sampled_images']} images took {p['sampled_seconds']:.1f} s, {p['asked']} requests sent; their replies are kept")
-    if not p["asked"]:
-        say("nothing was asked: the replies about these images were there; the run asks about the others only")
     verify = f" and {p['verify_requests']:,} of verify" if p["verify_requests"] else ""
     retries = f", and {p['retries']:,} retries" if p["retries"] else ""
-    say(f"all {p['images']:,} images: {p['requests']:,} requests{verify}{retries}, {duration(3600 * p['hours'])}")
-    say(f"tokens: {p['prompt_tokens']:,} read, {p['reply_tokens']:,} written")
-    if p["cost"] is not None:
-        say(f"cost: {p['cost']:,.2f}")
+    say(f"all {p['images']:,} images: {p['requests']:,} requests{verify}{retries}")
+    cost = f", {p['cost']:,.2f} to pay" if p["cost"] is not None else ""
+    say(
+        f"still to ask about: {p['remaining_images']:,} images; {p['prompt_tokens']:,} tokens read, "
+        f"{p['reply_tokens']:,} written{cost}, in {duration(3600 * p['hours'])}"
+    )
     low, high = p["lost_share"]
     say(
         f"kept: {p['kept_images']:,} images with {p['kept_annotations']:,} of {p['annotations']:,} annotations; "

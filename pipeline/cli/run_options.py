@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 IMAGES, TEXTS, MODEL, DATASET, CLUSTER = "Images", "What to ask", "Model", "Dataset", "Cluster"  # groups of options in --help
 
+SERVER_OPTIONS = {"flags": "what stands after --", "price_in": "--price-in", "price_out": "--price-out"}  # by key of `server`
+
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
@@ -136,11 +138,11 @@ def run_settings(
         "engine": ("--engine", engine),
         "model": ("--model", model),
         "base_url": ("--base-url", base_url or None),
-        "server": ("--price-in, --price-out, or what stands after --", server or None),
+        "server": ("", server or None),
         "title": ("--title", title),
     }
     options = {
-        f"{key}.{name}" if isinstance(value, dict) and key != "columns" else key: option
+        f"{key}.{name}" if isinstance(value, dict) and key != "columns" else key: SERVER_OPTIONS.get(name, option)
         for key, (option, value) in given.items()
         if value is not None
         for name in (value if isinstance(value, dict) else ("",))

@@ -80,8 +80,8 @@ def one_line(text: Any) -> str:
 
 def card_licenses(manifest: dict[str, Any]) -> list[str]:
     """Return the licenses that a card names: those of the images, and for images of no known one what the user has stated."""
-    stated = manifest.get("license")
-    return sorted({stated if stated and name == UNKNOWN else name for name in manifest["licences"]})
+    stated = (manifest.get("license") or UNKNOWN).lower()
+    return sorted({stated if name == UNKNOWN else name for name in manifest["licences"]})
 
 
 def _language(manifest: dict[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from pipeline.stages.source import (
     ADVICE,
     describe_rejected,
     describe_source,
+    forget_near_duplicates,
     reject_near_duplicates,
     write_exclusions,
     write_source,
@@ -118,7 +119,7 @@ def _forget_other_settings(dataset: DatasetDir, config: Config, stages: Sequence
 def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
     excluded = write_exclusions(dataset, config, progress)
     kind = choose_image_kind(config)
-    dataset.stage("source", IMAGE_GROUPS_FILE).unlink(missing_ok=True)
+    forget_near_duplicates(dataset)
     write_source(dataset, source.rows, ExclusionIndex.of(read_exclusions(dataset), kind), config.limit, progress)
     if kind is not None:
         reject_near_duplicates(dataset, kind)

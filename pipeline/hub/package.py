@@ -44,10 +44,9 @@ class Package:
         """Return the size of each file."""
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()}
 
-    def has_unknown_pixels(self) -> bool:
-        """Return whether it holds images whose license nobody has stated."""
-        has_pixels = bool(set(PIXELS) & set(self.manifest.get("columns", ())))
-        return has_pixels and UNKNOWN in card_licenses(self.manifest)
+    def has_unknown_license(self) -> bool:
+        """Return whether it holds images whose license nobody has stated, or texts and file names of such images."""
+        return self.kind == "dataset" and UNKNOWN in card_licenses(self.manifest)
 
 
 @contextmanager

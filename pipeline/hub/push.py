@@ -39,6 +39,8 @@ class PushResult:
     commit: str
     tag: str
     is_new: bool
+    is_private: bool
+    warning: str = ""
 
 
 def bound_memory() -> None:
@@ -104,17 +106,31 @@ def _is_transient(error: BaseException) -> bool:
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
     created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True)
     repo, name = created.repo_id, package.name
-    if private and not api.repo_info(repo, repo_type=package.kind).private:
+    is_private = bool(api.repo_info(repo, repo_type=package.kind).private)
+    if private and not is_private:
         hint = "make it private in its settings, choose another name, or pass --public if everyone may see the images"
         raise PushError(f"{repo} exists and is public", hint=hint)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=package.kind).tags}
     is_new = name not in tags
     commit = _commit(api, package, repo, progress) if is_new else tags[name]
-    _verify(api, package, repo, commit)
+    remote = _verify(api, package, repo, commit)
     if is_new:
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
-    return PushResult(repo, str(created), commit, name, is_new)
+    warning = "" if is_new else _metadata_warning(package, remote)
+    return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
+
+
+def _metadata_warning(package: Package, remote: dict[str, Any]) -> str:
+    """Return a warning if an earlier release has pushed this version with the metadata of its images."""
+    files, remote_files = package.manifest["files"], remote["files"]
+    is_other = any(remote_files.get(name, entry)["sha256"] != entry["sha256"] for name, entry in files.items())
+    if not is_other or remote.get("image_metadata") == package.manifest.get("image_metadata"):
+        return ""
+    return (
+        f"{package.name} lies there as an earlier release pushed it: with EXIF, GPS positions and other metadata of its "
+        "images. A tag never moves: delete that repository, then push again"
+    )
 
 
 def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
@@ -177,8 +193,8 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
     return manifest if is_manifest else {}
 
 
-def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
-    """Compare the checksums of the files on the Hub with their manifest. Raises PushError if they differ."""
+def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
+    """Compare the checksums of the files on the Hub with their manifest, and return it. Raises PushError if they differ."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {})
@@ -191,6 +207,7 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> None:
     wrong = sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256)
     if wrong:
         raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
+    return manifest
 
 
 def _pause_seconds(error: Exception, tried: int) -> float:

@@ -27,6 +27,7 @@ TINY = "tiny"
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
+LAST_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
     "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
@@ -201,6 +202,10 @@ def serve_model(
     path = str(TINY_WEIGHTS) if model == TINY else model
     config = Config(source="none", tasks=tuple(TASKS), server=server)
     launches = plan_servers(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log)
+    if port and port + len(launches) - 1 > LAST_PORT:
+        raise EngineError(
+            f"{len(launches)} servers need ports from {port} on", hint=f"ports end at {LAST_PORT}: a lower --port"
+        )
     launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:

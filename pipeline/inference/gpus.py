@@ -59,9 +59,15 @@ def select_gpus(listing: str, visible: str | None) -> tuple[str, ...]:
     return tuple(chosen.values())
 
 
+def split_flag(flag: str) -> list[str]:
+    """Return `--name=value` as name and value; vLLM takes underscores in names for hyphens."""
+    name, equals, value = flag.partition("=")
+    return [name.replace("_", "-") if name.startswith("-") else name, *([value] if equals else [])]
+
+
 def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the GPUs of each server: one each, or as many as the user's flags give to one; () is a server without a GPU."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
+    words = [word for flag in flags for word in split_flag(flag)]
     sizes = {_PARALLEL[word]: value for word, value in pairwise(words) if word in _PARALLEL}
     if not gpus or "data" in sizes or not all(value.isdigit() and int(value) for value in sizes.values()):
         return [tuple(gpus)]

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.inference.gpus import split_flag
 from pipeline.tasks import asks_about_decks
 from pipeline.tasks.base import MAX_PAGES
 
@@ -113,6 +114,6 @@ def _context_length(model: str) -> int:
 
 def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
     """Return the last value of a flag if it is a plain number, else the default: vLLM also accepts `auto` and `8k`."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
+    words = [word for flag in flags for word in split_flag(flag)]
     values = [value for flag, value in pairwise(words) if flag == name]
     return int(values[-1]) if values and values[-1].isdigit() else default

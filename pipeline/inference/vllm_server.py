@@ -203,11 +203,14 @@ async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> As
         async with contextlib.AsyncExitStack() as stack:
             starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
             try:
-                await asyncio.gather(*starts)
-            finally:
+                await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
+            finally:  # once: a server that is cancelled again does not stop cleanly
                 for start in starts:
-                    start.cancel()  # of the others, where one cannot be started
-                await asyncio.gather(*starts, return_exceptions=True)
+                    if not start.done():
+                        start.cancel()
+                ended = await asyncio.gather(*starts, return_exceptions=True)
+            if errors := [error for error in ended if isinstance(error, BaseException)]:
+                raise next((error for error in errors if not isinstance(error, asyncio.CancelledError)), errors[0])
             yield servers
     finally:
         remove(media)

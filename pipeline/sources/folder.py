@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +64,24 @@ def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN) -> 
         hint = f"files that end in {suffixes} are read, in subfolders too"
         raise SourceError(f"no image in {root}{''.join(f'; {text}' for text in messages)}", hint=hint)
     references = read_references(root, content.images)
-    found = [captions for path in content.images if (captions := references.captions.get(path))]
-    if found:
-        count, images = sum(map(len, found)), len(content.images)
-        messages.append(f"captions beside images: {count:,} for {len(found):,} of {images:,} images")
+    captions = references.captions
+    captioned = [captions[path] for path in content.images if path in captions]
+    if captioned:
+        count, total = sum(map(len, captioned)), len(content.images)
+        messages.append(f"captions beside images: {count:,} for {len(captioned):,} of {total:,} images")
     messages += references.messages
     if unread := [path for path in content.others if path not in references.files]:
         messages.append(f"not read: {count_by_suffix(unread)}")
-    paths = content.images[part.number :: part.of]
-    contents = ([_row_name(path, root), _digest(path), references.captions.get(path, ())] for path in paths)
+    rows: dict[str, Path | Rejected] = {_row_name(path, root): path for path in content.images}
+    contents = ([name, _digest(path), captions.get(path, ())] for name, path in rows.items() if isinstance(path, Path))
     revision = digest(list(contents)) if part == ALL else ""
-    rows = (_read(path, root, licence, references.captions.get(path, ())) for path in paths)
+    rows |= {row.source_row: row for row in content.rejected}
+    own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
     return Source(
         name="folder",
         revision=revision,
-        rows=chain(content.rejected if part.number == 0 else (), rows),
-        count=lambda: len(paths),
+        rows=(row if isinstance(row, Rejected) else _read(row, name, licence, captions.get(row, ())) for name, row in own),
+        count=lambda: len(own),
         messages=tuple(messages),
     )
 
@@ -186,8 +187,7 @@ def _digest(path: Path) -> str:
         return "unreadable"
 
 
-def _read(path: Path, root: Path, licence: str, references: tuple[str, ...]) -> Sample | Rejected:
-    name = _row_name(path, root)
+def _read(path: Path, name: str, licence: str, references: tuple[str, ...]) -> Sample | Rejected:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             return Rejected(source_row=name, reason="file_too_large", detail=f"more than {MAX_FILE_BYTES:,} bytes")

@@ -164,6 +164,12 @@ def _write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
     write_table(shard.stage("source", "rejected"), [ordered], SOURCE_REJECTED)
 
 
+def forget_near_duplicates(dataset: DatasetDir) -> None:
+    """Remove what `reject_near_duplicates` of an earlier run has written."""
+    for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
+        dataset.stage("source", name).unlink(missing_ok=True)
+
+
 def reject_near_duplicates(dataset: DatasetDir, kind: ImageKind) -> None:
     """Reject the samples that look like another one, before a model is asked about them.
 
@@ -187,12 +193,10 @@ def reject_near_duplicates(dataset: DatasetDir, kind: ImageKind) -> None:
 
     write_table(dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
     if rows:
-        kept = (
-            pa.Table.from_batches([batch.filter(pc.invert(pc.is_in(batch["sample_id"], ids)))])
-            for batch in read_samples(dataset)
-        )
-        write_table(dataset.stage("source"), kept, SAMPLE)
-        _write_rejected(dataset, [*read_table(dataset.stage("source", "rejected")).to_pylist(), *rows])
+        rejected = read_table(dataset.stage("source", "rejected")).to_pylist()
+        _write_rejected(dataset, [*rejected, *rows])  # first: a row may be counted twice after a kill, and never be lost
+        others = (batch.filter(pc.invert(pc.is_in(batch["sample_id"], ids))) for batch in read_samples(dataset))
+        write_table(dataset.stage("source"), (pa.Table.from_batches([batch]) for batch in others), SAMPLE)
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

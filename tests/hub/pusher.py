@@ -32,7 +32,8 @@ if os.environ.get("HASTY"):
 def push(version, repo, images=None, acknowledged=(), private=False):
     with build_package(read_version(Path(version)), repo, images=images, acknowledged=acknowledged) as package:
         pushed = push_package(package, repo, private=private)
-    return {"commit": pushed.commit, "tag": pushed.tag, "is_new": pushed.is_new, "url": pushed.url, "repo": pushed.repo}
+    fields = ("commit", "tag", "is_new", "url", "repo", "warning")
+    return {name: getattr(pushed, name) for name in fields}
 
 for line in sys.stdin:
     child = os.fork()

@@ -89,7 +89,8 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     command = ("generate", *data, "--verify", "claims", "--price-in", "2", "--price-out", "4")
     done = run(photos, *command, "--dry-run", "--json")
     predicted = json.loads(done.stdout)
-    assert (predicted["sampled_images"], predicted["images"], predicted["requests"]) == (12, 13, 24)
+    assert (predicted["sampled_images"], predicted["images"], predicted["remaining_images"]) == (12, 12, 12)
+    assert predicted["requests"] == 24
     assert predicted["retries"] == 1
     assert predicted["verify_requests"] > 0
     assert predicted["asked"] == 25 + predicted["verify_requests"]
@@ -107,7 +108,35 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     assert (predicted["annotations"], predicted["kept_annotations"]) == (kept["validate"]["input"], kept["review"]["kept"])
     assert predicted["kept_images"] == kept["version"]["kept"]
     again = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
-    assert (again["asked"], again["hours"] < 0.01, again["kept_images"]) == (0, True, kept["version"]["kept"])
+    assert (again["asked"], again["remaining_images"], again["cost"]) == (0, 0, 0)
+    assert again["kept_images"] == kept["version"]["kept"]
+
+
+def test_a_dry_run_is_right_beside_raw_files_and_replies_that_are_there(photos: Path, server: ChatServer) -> None:
+    for number in range(12):
+        (photos / "photos" / f"{number:02}.nef").write_bytes(b"raw")
+    command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--price-in", "1000")
+    predicted = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
+    assert (predicted["images"], predicted["requests"]) == (12, 12)
+    assert predicted["cost"] == pytest.approx(0.52)  # of 12 replies, and of one that was no JSON
+    limited = json.loads(run(photos, *command, "--dry-run", "--limit", "3", "--json").stdout)
+    assert (limited["images"], limited["requests"], limited["cost"]) == (3, 3, 0)
+    photo(40).save(photos / "photos" / "40.jpg")
+    photo(41).save(photos / "photos" / "41.jpg")
+    more = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
+    assert (more["images"], more["remaining_images"], more["asked"]) == (14, 2, 2)
+    assert (more["requests"], more["cost"]) == (14, pytest.approx(0.08))
+
+
+def test_a_run_that_keeps_images_which_look_alike_forgets_that_one_was_rejected(photos: Path, server: ChatServer) -> None:
+    Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
+    (photos / "none.yaml").write_text("dedupe: {images: none}")
+    data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
+    for more, kept in (((), 12), (("--config", "none.yaml"), 13)):
+        made = json.loads(run(photos, "generate", *data, *more).stdout)
+        assert made["stages"]["source"]["kept"] == kept
+        files = {path.stem for path in (photos / "data/folder-photos/stages/source").glob("*.parquet")}
+        assert ("near_duplicates" in files, "image_groups" in files) == (kept == 12, kept == 12)
 
 
 def test_an_image_that_looks_like_another_is_not_paid_for(photos: Path, server: ChatServer) -> None:

@@ -136,7 +136,10 @@ def test_a_license_or_language_that_no_card_can_hold_is_refused(home: Path, hub:
 def test_public_is_said_aloud(home: Path, hub: RunningHub) -> None:
     assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
     assert not hub.hub.storage.repos["dataset", "me/open"].private
-    assert "me/texts, public" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    run(hub, home, "push", "--repo", "me/closed", "--private")
+    again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
+    assert "the repository was there, and private, and stays so" in again
 
 
 def test_a_license_stated_at_generation_is_that_of_the_rows(home: Path, hub: RunningHub, server: ChatServer) -> None:

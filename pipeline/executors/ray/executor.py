@@ -28,7 +28,7 @@ from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.stages.base import RunPlan, Stage, step_order
-from pipeline.stages.source import describe_source, write_exclusions
+from pipeline.stages.source import describe_source, forget_near_duplicates, write_exclusions
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
@@ -201,6 +201,7 @@ def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
     for name in stages:
         for which in ("kept", "rejected"):
             dataset.stage(name, which).unlink(missing_ok=True)
+    forget_near_duplicates(dataset)
     if dataset.journal.exists() and not is_remote(dataset.path):
         with Journal(dataset.journal):
             pass  # merges the write-ahead log of a killed run

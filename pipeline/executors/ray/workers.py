@@ -47,6 +47,8 @@ class FillResult:
     attempts: dict[str, int] = field(default_factory=dict)
     flaws: dict[str, int] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
     is_old: bool = False  # it was filled by an earlier command
 
 
@@ -164,6 +166,8 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             attempts={str(attempt): count for attempt, count in stats.attempts.items()},
             flaws=dict(stats.flaws),
             cost=read_json(shard.cost) if shard.cost.exists() else {},
+            prompt_tokens=stats.prompt_tokens,
+            reply_tokens=stats.reply_tokens,
         )
 
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
@@ -212,6 +216,8 @@ def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Count
         if not result.is_old:
             stats.attempts.update({int(attempt): count for attempt, count in result.attempts.items()})
             stats.flaws.update(result.flaws)
+            stats.prompt_tokens += result.prompt_tokens
+            stats.reply_tokens += result.reply_tokens
     return stats, cost
 
 

@@ -98,11 +98,13 @@ def test_images_of_an_earlier_release_lose_their_metadata_on_the_way(tmp_path: P
 def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:
     samples = [replace(sample, licence="unknown") for sample in scene_samples(5)]
     version, _ = make_version(tmp_path, samples, true_captions(samples))
-    for images, stated, is_unknown in ((None, {}, True), (False, {}, False), (None, {"license": "cc-by-4.0"}, False)):
-        with build_package(version, REPO, images=images, stated=stated) as package:
-            assert package.has_unknown_pixels() == is_unknown
+    stated: list[tuple[dict[str, str], bool]] = [({}, True), ({"license": "Unknown"}, True), ({"license": "cc-by-4.0"}, False)]
+    for images in (None, False):
+        for fields, is_unknown in stated:
+            with build_package(version, REPO, images=images, stated=fields) as package:
+                assert package.has_unknown_license() == is_unknown
     with build_package(free, REPO) as package:
-        assert not package.has_unknown_pixels()
+        assert not package.has_unknown_license()
 
 
 def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_of_a_split_gpu_each_instance_is_one() -> None:
     [
         ((), [("0",), ("1",), ("2",), ("3",)]),
         (("--tensor-parallel-size", "2"), [("0", "1"), ("2", "3")]),
+        (("--tensor_parallel_size", "2"), [("0", "1"), ("2", "3")]),
         (("-tp=2", "--pipeline-parallel-size=2"), [("0", "1", "2", "3")]),
         (("--tensor-parallel-size", "3"), [("0", "1", "2")]),
         (("--tensor-parallel-size", "8"), [("0", "1", "2", "3")]),  # vLLM says what is wrong

@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monk
     monkeypatch.setattr(os, "scandir", scandir)
     source = open_folder(tmp_path)
     assert "folders that cannot be read: 1 (b/c)" in source.messages
-    assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_folder", "unreadable_image"]
+    assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_image", "unreadable_folder"]
 
 
 def test_an_avif_is_read(tmp_path: Path) -> None:
