@@ -22,6 +22,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample
 from pipeline.progress import NullProgress, Progress
+from pipeline.report.rows import visible
 from pipeline.run import STAGES
 from pipeline.sources import choose_image_kind, open_source, with_source_defaults
 from pipeline.stages.base import RunPlan
@@ -130,7 +131,7 @@ def _first_texts(dataset: DatasetDir) -> list[str]:
     def texts() -> Iterator[str]:
         for table in read_batches(dataset.stage("review"), ["text", "question", "answer"]):
             for row in table.to_pylist():
-                yield row["text"] or f"{row['question']} {row['answer']}"
+                yield visible(row["text"] or f"{row['question']} {row['answer']}")
 
     return [text for text, _ in zip(texts(), range(SHOWN_TEXTS), strict=False)] if dataset.stage("review").exists() else []
 

@@ -108,7 +108,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     skipped: list[str] = []
     for row in source.rows:
         if isinstance(row, Rejected):
-            skipped.append(f"{row.source_row}: {row.reason.replace('_', ' ')} ({row.detail})")
+            skipped.append(f"{visible(row.source_row)}: {row.reason.replace('_', ' ')} ({row.detail})")
         else:
             samples.setdefault(row.id, row)
         if len(samples) == number:
@@ -154,7 +154,7 @@ def _read(sample: Sample, config: Config, revision: str, journal: Journal, secon
                 seconds.get(request.id),
             )
         )
-    return PreviewImage(sample.source_row, sample.images[0], sample.width_px, sample.height_px, replies)
+    return PreviewImage(visible(sample.source_row), sample.images[0], sample.width_px, sample.height_px, replies)
 
 
 def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:

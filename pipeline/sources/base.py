@@ -1,5 +1,6 @@
 """Specification of a source: its name, its description, and the function that opens it."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.types import Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
 NAMED_ROWS = 3  # of those that a message counts
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
@@ -93,5 +95,6 @@ def check_sample(name: str, images: Iterable[bytes], licence: str, split: str | 
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Return the names of the first few files or rows, for a message."""
-    return ", ".join(names[:NAMED_ROWS]) + (", ..." if len(names) > NAMED_ROWS else "")
+    """Return the names of the first few files or rows, for a message; control characters, which terminals obey, as escapes."""
+    shown = ", ".join(names[:NAMED_ROWS]) + (", ..." if len(names) > NAMED_ROWS else "")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", shown)

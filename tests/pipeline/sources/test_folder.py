@@ -79,6 +79,13 @@ def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monk
     assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_image", "unreadable_folder"]
 
 
+def test_a_name_in_a_message_is_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "\x1b[2Jgone.mp4").write_bytes(b"x")
+    assert any("\\x1b[2Jgone.mp4" in text for text in open_folder(tmp_path).messages)
+    assert not any("\x1b" in text for text in open_folder(tmp_path).messages)
+
+
 def test_an_avif_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.avif")
     (row,) = open_folder(tmp_path).rows
