@@ -30,10 +30,12 @@ class RunSettings:
 def run_settings(
     context: Context,
     source: Annotated[
-        str | None, Option(help="Where the images come from; `synth sources` lists the names.", rich_help_panel=IMAGES)
+        str | None,
+        Option(metavar="NAME", help="Where the images come from; `synth sources` lists the names.", rich_help_panel=IMAGES),
     ] = None,
     split: Annotated[
-        str | None, Option(help="Read this split of the source only: train, validation or test.", rich_help_panel=IMAGES)
+        str | None,
+        Option(metavar="SPLIT", help="Read this split of the source only: train, validation or test.", rich_help_panel=IMAGES),
     ] = None,
     columns: Annotated[
         str | None,
@@ -49,7 +51,11 @@ def run_settings(
     ] = None,
     split_list: Annotated[
         Path | None,
-        Option(help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.", rich_help_panel=IMAGES),
+        Option(
+            metavar="FILE",
+            help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split.",
+            rich_help_panel=IMAGES,
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
@@ -61,7 +67,9 @@ def run_settings(
     ] = None,
     limit: Annotated[
         int | None,
-        Option(min=1, help="Stop after this many images.", show_default="all; scenes: 1000", rich_help_panel=IMAGES),
+        Option(
+            metavar="N", min=1, help="Stop after this many images.", show_default="all; scenes: 1000", rich_help_panel=IMAGES
+        ),
     ] = None,
     license_: Annotated[
         str | None,
@@ -69,36 +77,58 @@ def run_settings(
     ] = None,
     tasks: Annotated[
         str | None,
-        Option(help="What to ask: caption, qa, deck_qa.", show_default="caption,qa; decks: deck_qa", rich_help_panel=TEXTS),
+        Option(
+            metavar="TASKS",
+            help="What to ask: caption, qa, deck_qa.",
+            show_default="caption,qa; decks: deck_qa",
+            rich_help_panel=TEXTS,
+        ),
     ] = None,
     language: Annotated[
         str | None,
         Option(
-            help="The language of the texts; others are rejected; `any` keeps all.", show_default="en", rich_help_panel=TEXTS
+            metavar="CODE",
+            help="The language of the texts; others are rejected; `any` keeps all.",
+            show_default="en",
+            rich_help_panel=TEXTS,
         ),
     ] = None,
     verify: Annotated[
         str | None,
         Option(
+            metavar="CHECKS",
             help="What to ask again: round_trip, claims, blind, evidence, alignment.",
             show_default="nothing",
             rich_help_panel=TEXTS,
         ),
     ] = None,
     seed: Annotated[
-        int | None, Option(help="Draws scenes, samples replies and splits.", show_default="0", rich_help_panel=TEXTS)
+        int | None,
+        Option(metavar="N", help="Draws scenes, samples replies and splits.", show_default="0", rich_help_panel=TEXTS),
     ] = None,
     engine: Annotated[
         str | None,
-        Option(help="auto, embedded (a model in this process) or vllm (a server).", show_default="auto", rich_help_panel=MODEL),
+        Option(
+            metavar="ENGINE",
+            help="auto, embedded (a model in this process) or vllm (a server).",
+            show_default="auto",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        Option(help="tiny, a folder, or a Hub id of a Qwen2.5-VL.", show_default="by source and engine", rich_help_panel=MODEL),
+        Option(
+            metavar="MODEL",
+            help="tiny, a folder, or a Hub id of a Qwen2.5-VL.",
+            show_default="by source and engine",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     base_url: Annotated[
         list[str] | None,
-        Option(help="A server that runs already, ending in /v1; may be given several times.", rich_help_panel=MODEL),
+        Option(
+            metavar="URL", help="A server that runs already, ending in /v1; may be given several times.", rich_help_panel=MODEL
+        ),
     ] = None,
     price_in: Annotated[
         float | None,
@@ -110,11 +140,16 @@ def run_settings(
     ] = None,
     title: Annotated[
         str | None,
-        Option(help="The title of the dataset's card.", show_default="named after the source", rich_help_panel=DATASET),
+        Option(
+            metavar="TEXT",
+            help="The title of the dataset's card.",
+            show_default="named after the source",
+            rich_help_panel=DATASET,
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        Option(help="YAML file with these and more settings; options win over it.", rich_help_panel=DATASET),
+        Option(metavar="FILE", help="YAML file with these and more settings; options win over it.", rich_help_panel=DATASET),
     ] = None,
 ) -> RunSettings:
     """Return the settings that options, file and defaults come to. Raises ConfigError."""
