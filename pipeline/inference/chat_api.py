@@ -14,6 +14,7 @@ from pipeline.types import Reply, Request
 # A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times; others ignore it.
 _REPETITION = json.dumps({"max_pattern_size": 32, "min_count": 6}).encode()
 _PROOF = "synth-7f3a"
+MAX_TOKENS_SAID = 1_000_000_000  # of one reply; a journal cannot hold any number
 
 
 class BadAnswerError(Exception):
@@ -46,12 +47,18 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     try:
         value = json.loads(answer)
         choice = value["choices"][0]
-        text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage") or {}
-    except (ValueError, LookupError, TypeError, RecursionError):
+        text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
-    text = str(text).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair, which UTF-8 cannot encode
-    prompt_tokens, reply_tokens = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-    return request.reply(text, str(finish_reason), prompt_tokens, reply_tokens)
+    # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
+    text, finish_reason = (str(part).encode("utf-8", "replace").decode() for part in (text, finish_reason))
+    return request.reply(text, finish_reason, _tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens"))
+
+
+def _tokens(usage: Any, name: str) -> int:
+    """Return a count of tokens; 0 where a server says none, or none that can be."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and 0 <= count <= MAX_TOKENS_SAID else 0
 
 
 def error_message(answer: bytes) -> str:

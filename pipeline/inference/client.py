@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 
 from pipeline.config import Config
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError, ImageError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency
 from pipeline.inference.endpoints import (
@@ -326,7 +327,10 @@ class Client:
                 await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), in_flight)
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
-        images = await self._images.parts(request.shown, request.images, request.pages)
+        try:
+            images = await self._images.parts(request.shown, request.images, request.pages)
+        except ImageError as error:
+            return request.reply(f"the image cannot be sent: {error}", REFUSED_BY_SERVER)
         body = chat_api.body(request, images, self._name)
         sent = time.monotonic()
         try:
@@ -337,7 +341,7 @@ class Client:
         if answer.status in BUSY_STATUSES:
             seconds = answer.headers.get("Retry-After", "")
             self._busy.start(answer.status)
-            raise ServerBusyError(answer.status, float(seconds) if seconds.isdigit() else None)
+            raise ServerBusyError(answer.status, float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else None)
         self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")

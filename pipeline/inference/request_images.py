@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 from concurrent.futures import Executor
+from contextlib import suppress
 from pathlib import Path
 
+from pipeline.errors import ImageError
 from pipeline.images.decode import ORIENTATION, open_image, prepare_image
 from pipeline.images.metadata import strip_metadata
 from pipeline.tasks.prompts import user_content
@@ -86,13 +88,14 @@ class RequestImages:
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
     """Return the format of an image that can be sent unchanged, from its header alone; None if it must be re-encoded."""
-    with open_image(image) as header:
+    with suppress(ImageError), open_image(image) as header:  # a second frame may be damaged: the first one is re-encoded
         kind = _SENDABLE_FORMATS.get(header.format or "")
         plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
         turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1
         moving = getattr(header, "is_animated", False)
         small = len(image) <= MAX_BYTES and (max_pixels is None or header.width * header.height <= max_pixels)
         return kind if plain and small and not turned and not moving and "transparency" not in header.info else None
+    return None
 
 
 def reencode(image: bytes, max_pixels: int | None) -> bytes:

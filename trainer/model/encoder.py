@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, ViTImageProcessor, ViTModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.digests import canonical
 from pipeline.errors import TrainError
@@ -53,7 +54,7 @@ class Encoder(nn.Module):
         model_config = AutoConfig.for_model(**config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
         self.width: int = model_config.hidden_size
-        kind = getattr(transformers, config.processor["image_processor_type"])
+        kind = _image_processor(config.processor)
         self._processor = kind(**{name: value for name, value in config.processor.items() if not name.endswith("_type")})
         if config.frozen:
             self.requires_grad_(False)
@@ -112,6 +113,17 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
     if not -layers - 1 <= layer <= layers:
         raise TrainError(f"{name} has no layer {layer}", hint=f"layers are 0 (the embeddings) to {layers}, or -1 for the last")
     return encoder
+
+
+def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
+    """Return the class that settings name. Raises TrainError if it is no image processor: a checkpoint may be a stranger's."""
+    name = settings.get("image_processor_type")
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, BaseImageProcessor)):
+        raise TrainError(
+            f"the checkpoint names {name!r} as its image processor, which is none", hint="do not use this checkpoint"
+        )
+    return kind
 
 
 def _tower_options(model_config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -457,3 +458,34 @@ def test_replies_say_how_long_they_took_and_what_they_cost(tmp_path: Path) -> No
     assert stats.metrics(config.server)["tokens"] == "160 read, 48 written"
     assert config.server.price(1_000_000, 2_000_000) == 7.0
     assert stats.asking_s > 0.1
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": 10**24}, {"prompt_tokens": "abc"}, {"prompt_tokens": -3}, {"prompt_tokens": 1.5}, [1], "x", 7, None],
+)
+def test_an_odd_count_of_tokens_costs_no_reply(tmp_path: Path, usage: object) -> None:
+    body = json.dumps({"choices": [{"message": {"content": '{"caption":"A ring."}'}, "finish_reason": "stop"}], "usage": usage})
+    with running_chat(ChatServer(lambda times, request: Act(raw=body.encode()))) as chat:
+        stats, errors = run(tmp_path / "j", chat.url)
+    assert (stats.done, stats.prompt_tokens) == (ASKED, 0)
+    assert errors[None] == 2 * len(SAMPLES)  # all captions
+
+
+def test_an_odd_finish_reason_or_time_to_wait_is_no_traceback(tmp_path: Path) -> None:
+    body = '{"choices": [{"message": {"content": "x"}, "finish_reason": "\\ud800"}]}'
+
+    def script(times: int, request: dict[str, Any]) -> Act:
+        return Act(status=503, headers={"Retry-After": "\u00b2"}) if times == 0 else Act(raw=body.encode())
+
+    with running_chat(ChatServer(script)) as chat:
+        stats, _ = run(tmp_path / "j", chat.url, samples=SAMPLES[:2])
+    assert stats.done == 6
+
+
+def test_an_image_that_cannot_be_sent_is_the_reason_of_its_own_requests_alone(tmp_path: Path) -> None:
+    bad = replace(SAMPLES[0], images=(b"no image",))
+    with running_chat(ChatServer()) as chat:
+        stats, errors = run(tmp_path / "j", chat.url, samples=[bad, *SAMPLES[1:3]])
+    assert stats.done == 9
+    assert errors == {None: 6, "refused_by_server": 3}

@@ -89,3 +89,11 @@ def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_pat
 
     asyncio.run(all_parts())
     assert {path.name for path in tmp_path.iterdir()} == {f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]}
+
+
+def test_an_animation_whose_second_frame_is_damaged_is_sent_as_its_first() -> None:
+    out = io.BytesIO()
+    Image.new("P", (40, 30), 3).save(out, "GIF")
+    data = out.getvalue()[:-1] + b"\x21\xf9\x01\x00\x00\x3b"
+    assert sendable_format(data, None) is None
+    assert reencode(data, None).startswith(b"\xff\xd8")

@@ -45,6 +45,13 @@ def test_hidden_states_of_a_full_sized_encoder_are_one_a_patch_and_one_for_all(m
     assert hidden.shape == (1, states, 768)
 
 
+@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "CLIPImageProcessorOfNobody", "", None, 7])
+def test_a_checkpoint_cannot_name_anything_else_than_an_image_processor(name: object) -> None:
+    hostile = {"image_processor_type": name, "model": "stranger/model", "trust_remote_code": True}
+    with pytest.raises(TrainError, match="image processor"):
+        Encoder(EncoderConfig({"model_type": "vit", "num_hidden_layers": 1}, hostile))
+
+
 def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
     for folder, reference in ((clip, CLIPVisionModel.from_pretrained(clip)), (vit, ViTModel.from_pretrained(vit))):
         encoder = load_encoder(folder, frozen=False)
