@@ -315,8 +315,13 @@ def describe_settings(config: Config, file: Path | None, options: Mapping[str, s
 
 def _settings_of_file(file: Path) -> dict[str, Any]:
     values = read_yaml(file, "a line such as `limit: 100`")
-    is_manifest = isinstance(values.get("config"), dict) and "version" in values
-    return dict(values["config"]) if is_manifest else values
+    if not (isinstance(values.get("config"), dict) and "version" in values):
+        return values
+    settings = dict(values["config"])  # of the manifest of a version, which may be a stranger's
+    if foreign := [key for key in ("base_url", "server") if settings.get(key)]:
+        problem = f"the manifest {file} names {foreign[0]}, which would get your images and your key"
+        raise ConfigError(problem, hint="no manifest of synth holds it: copy the settings that you want to a file of your own")
+    return settings
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,10 +1,11 @@
 """Config: flags override the file, the file overrides defaults, and unknown keys are errors."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import current_settings, resolve
+from pipeline.config import Config, current_settings, resolve
 from pipeline.errors import ConfigError
 
 
@@ -64,3 +65,22 @@ def test_keys_of_earlier_releases_are_read_under_their_new_names(tmp_path: Path)
     assert resolve(tmp_path / "old.yaml", source="scenes", exclude=["vqav2"]).exclude == ("vqav2",)
     old = {"never": [], "verify": {"max_luck": 0.1}, "balance": {"tail_share": None}}
     assert current_settings(old) == {"exclude": [], "verify": {"max_answer_frequency": 0.1}, "balance": {"tail_frac": None}}
+
+
+def test_a_manifest_of_a_stranger_cannot_name_a_server(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    for key, value in (("base_url", ["http://evil.example/v1"]), ("server", {"flags": ["--trust-remote-code"]})):
+        file.write_text(json.dumps({"version": "v1.0.0", "config": {"source": "scenes", key: value}}))
+        with pytest.raises(ConfigError, match=f"names {key}"):
+            resolve(file)
+    file.write_text(json.dumps({"version": "v1.0.0", "config": {"source": "scenes", "limit": 3}}))
+    assert resolve(file).limit == 3
+
+
+def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("source: scenes\nfilter:\n#  language: de\n")
+    assert resolve(file) == Config(source="scenes")
+    file.write_text("config: foo\nversion: 1\n")
+    with pytest.raises(ConfigError, match="no source given"):
+        resolve(file)
