@@ -1,5 +1,6 @@
 """Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -259,6 +260,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else "")
             hint = hint if hint and not is_section else f"known keys: {', '.join(known)}"
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
+        key = re.sub(r"\.\d+$", "", key)  # of an item of a list
         problem = f"{where}bad value for {key}: {_flaw(first)}"
         raise ConfigError(problem, hint=f"`synth config --all` shows all settings; docs/settings.md explains {key}") from None
 

@@ -169,9 +169,7 @@ def _predict(
         "kept_annotations": round(kept * scale),
         "kept_images": round((of_stage["version"].kept if "version" in of_stage else 0) * scale),
         "lost_share": wilson_interval(written - kept, written),
-        "lost_by": {
-            f"{summary.stage}: {reason}": count for summary in funnel[2:] for reason, count in summary.rejected.items()
-        },
+        "lost_by": {f"{summary.stage}: {reason}": count for summary in funnel for reason, count in summary.rejected.items()},
         "invalid_share": wilson_interval(sum(of_stage["validate"].rejected.values()), written),
     }
 

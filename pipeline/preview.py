@@ -12,6 +12,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.paths import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import SourceError
+from pipeline.executors.base import describe_engine
 from pipeline.inference.engines import choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
@@ -133,7 +134,8 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     }
     described = describe_prompts(config.tasks, config.generate.prompt_dir)
     name = public_name(choice.model)
-    return Preview(config.source, name, choice.name, described, prompts, images, folder.path, skipped)
+    where = describe_engine(config, choice)
+    return Preview(config.source, name, where, described, prompts, images, folder.path, skipped)
 
 
 def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:

@@ -10,6 +10,7 @@ from pipeline.tasks.prompts import SYSTEM, template
 
 SETTINGS = "synth.yaml"
 PROMPTS = "prompts"
+PROMPT_DIR = "PROMPT_DIR"  # stands for the folder of prompts in the file of settings
 
 
 def write_project(folder: Path) -> list[Path]:
@@ -18,7 +19,8 @@ def write_project(folder: Path) -> list[Path]:
         if path.exists():
             raise ConfigError(f"{path} exists", hint="nothing is overwritten: name another folder, as in `synth init DIR`")
     with translate_disk_errors(folder):
-        write_text(folder / SETTINGS, (files("pipeline") / SETTINGS).read_text(encoding="utf-8"))
+        text = (files("pipeline") / SETTINGS).read_text(encoding="utf-8")
+        write_text(folder / SETTINGS, text.replace(PROMPT_DIR, str(folder / PROMPTS)))
         for name in (SYSTEM, *(task.prompt for task in TASKS.values())):
             write_text(folder / PROMPTS / f"{name}.j2", template(name))
     return [folder / SETTINGS, folder / PROMPTS]

@@ -74,7 +74,7 @@ MISTAKES = (
     Mistake("wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic", "photo", add_table),
     Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
-        "image_not_embedded", "--allow-urls", add_urls,
+        "2 image not embedded", "--allow-urls", add_urls,
     ),
     Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "cannot reach http://127.0.0.1:9", "--base-url"),
     Mistake("server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}", "synth serve"),

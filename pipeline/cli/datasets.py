@@ -112,8 +112,10 @@ def push(
     from pipeline.dataset.manifest import describe_data
     from pipeline.hub.package import build_checkpoint_package, build_package
     from pipeline.hub.pull import open_or_download
+    from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
 
+    check_repo_name(repo)
     if data and not is_remote(data) and (data / "train.json").exists():
         if license_ or title or language:
             raise BadParameter("--license, --title and --language go with datasets", param_hint="PATH")
@@ -187,7 +189,7 @@ def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, 
     from pipeline.hub.push import push_package
 
     sizes, is_unknown = package.bytes(), package.has_unknown_license()
-    reason = "" if private is not None or not is_unknown else ", as nobody has stated the license of the images (--license)"
+    reason = "" if private is not None or not is_unknown else ", as the license of the images is not known (--license)"
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")

@@ -110,7 +110,7 @@ def preview(
     from pipeline.preview import preview_run, write_preview
 
     with show_progress() as progress:
-        result = preview_run(settings.config, number, out, progress)
+        result = preview_run(settings.config, min(number, settings.config.limit or number), out, progress)
     path = write_preview(result, page)
     if as_json:
         echo(json.dumps(result.describe() | {"page": str(path)}))
@@ -138,14 +138,15 @@ def config(
 
 
 def init(
-    folder: Annotated[Path, Argument(**LOCAL_PATH, help="Folder to write to.", show_default="here")] = Path(),
+    folder: Annotated[Path | None, Argument(**LOCAL_PATH, help="Folder to write to.", show_default="this one")] = None,
 ) -> None:
     """Write a commented synth.yaml and a folder of prompts to change."""
     from pipeline.project import write_project
 
-    for path in write_project(folder):
-        echo(path)
-    say(f"next: edit them, then run: synth preview --config {folder / 'synth.yaml'}")
+    settings, prompts = write_project(folder or Path())
+    echo(settings)
+    echo(prompts)
+    say(f"next: edit them, then run: synth preview --config {settings}")
 
 
 def serve(

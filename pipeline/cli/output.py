@@ -30,13 +30,13 @@ def print_prediction(prediction: dict[str, Any]) -> None:
     say(f"all {p['images']:,} images: {p['requests']:,} requests{verify}{retries}")
     cost = f", {p['cost']:,.2f} to pay" if p["cost"] is not None else ""
     say(
-        f"still to ask about: {p['remaining_images']:,} images; {p['prompt_tokens']:,} tokens read, "
+        f"to ask about, these included: {p['remaining_images']:,} images; {p['prompt_tokens']:,} tokens read, "
         f"{p['reply_tokens']:,} written{cost}, in {duration(3600 * p['hours'])}"
     )
     low, high = p["lost_share"]
     say(
         f"kept: {p['kept_images']:,} images with {p['kept_annotations']:,} of {p['annotations']:,} annotations; "
-        f"{low:.0%} to {high:.0%} are rejected (95 % interval), and more of a larger set, whose rows repeat each other"
+        f"{low:.0%} to {high:.0%} are rejected (95 % interval); in a larger set more texts repeat each other"
     )
     lost = ", ".join(
         f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(p["lost_by"].items(), key=lambda i: -i[1])

@@ -81,7 +81,7 @@ def one_line(text: Any) -> str:
 def card_licenses(manifest: dict[str, Any]) -> list[str]:
     """Return the licenses that a card names: those of the images, and for images of no known one what the user has stated."""
     stated = (manifest.get("license") or UNKNOWN).lower()
-    return sorted({stated if name == UNKNOWN else name for name in manifest["licences"]})
+    return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licences"]})
 
 
 def _language(manifest: dict[str, Any]) -> str | None:
@@ -92,12 +92,13 @@ def _language(manifest: dict[str, Any]) -> str | None:
 
 def _license_fields(licenses: list[str]) -> dict[str, str]:
     """Return the license fields of a card: a single license that the Hub knows, else the names of all."""
-    if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in _KNOWN:
+    if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
     return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licenses)}
 
 
-_KNOWN = (
+KNOWN_LICENSES = (  # by the Hub's names
+
     "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
     "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "apache-2.0", "mit", "odc-by",
     "odbl", "pddl",

@@ -76,10 +76,14 @@ class Executor(Protocol):
         """Apply a function to every shard and a new empty folder, whose files end up below `draft`."""
 
 
+def describe_engine(config: Config, choice: EngineChoice) -> str:
+    """Return where the model is: the addresses of its servers, or how it runs here."""
+    return ", ".join(config.base_url) or {"vllm": "vLLM, started here"}.get(choice.name, "in this process")
+
+
 def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
     """Return the opening line of a run: what is asked of which model, with which prompts, and where it goes."""
-    where = ", ".join(config.base_url) or {"vllm": "vLLM, started here"}.get(choice.name, "in this process")
-    asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({where})"
+    asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({describe_engine(config, choice)})"
     prompts = describe_prompts(config.tasks, config.generate.prompt_dir)
     return f"{config.source} to {dataset.path}: asks {asked}; prompts: {prompts}"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.card import CARD_SAMPLES, card_licenses, render_card, render_model_card
+from pipeline.dataset.card import CARD_SAMPLES, KNOWN_LICENSES, card_licenses, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.licenses import UNKNOWN, non_redistributable
 from pipeline.dataset.shards import writer_options
@@ -45,8 +45,13 @@ class Package:
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()}
 
     def has_unknown_license(self) -> bool:
-        """Return whether it holds images whose license nobody has stated, or texts and file names of such images."""
-        return self.kind == "dataset" and UNKNOWN in card_licenses(self.manifest)
+        """Return whether it holds images, or texts and file names of images, whose license is not known.
+
+        That is: nobody has stated one, or what was stated is no license that the Hub knows.
+        """
+        stated = self.manifest.get("license", "").lower()
+        doubtful = {UNKNOWN, *([stated] if stated not in KNOWN_LICENSES else [])}
+        return self.kind == "dataset" and not doubtful.isdisjoint(card_licenses(self.manifest))
 
 
 @contextmanager

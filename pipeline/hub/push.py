@@ -18,6 +18,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # which it does not list
 
 from pipeline.dataset.version import LEDGER_FILE, parse_version
 from pipeline.digests import file_digest
@@ -57,16 +58,26 @@ def bound_memory() -> None:
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
+def check_repo_name(repo: str) -> None:
+    """Raise PushError if this is no name of a repository."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        hint = f"it looks like ORG/NAME ({error})"
+        if "://" in repo:
+            hint = f"without the address: {'/'.join(repo.rstrip('/').split('/')[-2:])}"
+        raise PushError(f"not a repository name: {repo}", hint=hint) from None
+
+
 def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
     """Push a package and tag its commit, once. Raise PushError if the Hub refuses, does not answer, or holds other content."""
+    check_repo_name(repo)
     bound_memory()
     api = HfApi()
     try:
         return _retry(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
     except LocalTokenNotFoundError:
         raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
-    except HFValidationError as error:
-        raise PushError(f"not a repository name: {repo}", hint=f"it looks like ORG/NAME ({error})") from None
     except HfHubHTTPError as error:
         raise _explain(error, repo) from None
     except RuntimeError as error:

@@ -200,11 +200,10 @@ def reject_near_duplicates(dataset: DatasetDir, kind: ImageKind) -> None:
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:
-    """Yield how many rows of the source were rejected for each reason, with the names of the first and a detail."""
+    """Yield how many rows of the source were rejected for each reason, with the names of the first and their details."""
     table = read_table(shard.stage("source", "rejected"))
     for row in sorted(table["reason"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"])):
-        of_reason = table.filter(pc.equal(table["reason"], row["values"]))
-        names = first_names(of_reason["source_row"].to_pylist())
+        of_reason = table.filter(pc.equal(table["reason"], row["values"])).to_pylist()
         is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
-        detail = "" if is_id else f": {of_reason['detail'][0]}"
-        yield f"source: {row['counts']:,} {row['values']}{detail} ({names})"
+        names = [one["source_row"] if is_id else f"{one['source_row']}: {one['detail']}" for one in of_reason]
+        yield f"source: {row['counts']:,} {row['values'].replace('_', ' ')} ({first_names(names)})"

@@ -41,3 +41,9 @@ def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     assert all(finding.hint for finding in examine() if not finding.ok)
+
+
+def test_the_python_that_is_needed_is_named() -> None:
+    first = examine()[0]
+    assert (first.what, first.ok) == ("python", True)
+    assert "3.11 or newer is needed" in first.found

@@ -8,20 +8,24 @@ import yaml
 
 from pipeline.config import Config, describe_settings, resolve
 from pipeline.errors import ConfigError
+from pipeline.inference.requests import check_prompts
 from pipeline.project import write_project
 from pipeline.tasks.prompts import describe_prompts, prompt_id
 
 
 def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) -> None:
-    settings, _ = write_project(tmp_path)
+    settings, prompts = write_project(tmp_path)
     lines = [re.sub(r"^# (?=\s*[a-z_]+:)", "", line) for line in settings.read_text().splitlines()]
     values = yaml.safe_load("\n".join(line for line in lines if not line.startswith("#")))
-    assert values == Config(source="folder:photos").model_dump(mode="json")
+    defaults = Config(source="folder:photos").model_dump(mode="json")
+    defaults["generate"]["prompt_dir"] = str(prompts)
+    assert values == defaults
 
 
 def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
-    settings, _ = write_project(tmp_path)
-    assert resolve(settings) == Config(source="folder:photos")
+    settings, prompts = write_project(tmp_path)
+    assert resolve(settings) == resolve(source="folder:photos", generate={"prompt_dir": prompts})
+    check_prompts(resolve(settings))
 
 
 def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:

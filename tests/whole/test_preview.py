@@ -144,7 +144,7 @@ def test_an_image_that_looks_like_another_is_not_paid_for(photos: Path, server: 
     done = run(photos, "generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
     source = json.loads(done.stdout)["stages"]["source"]
     assert source == {"input": 14, "kept": 12, "rejected": {"near_duplicate_image": 1, "unreadable_image": 1}}
-    assert "source: 1 near_duplicate_image (03-small.jpg)" in done.stderr
+    assert "source: 1 near duplicate image (03-small.jpg)" in done.stderr
     assert json.loads(done.stdout)["requests"]["total"] == 12
     report = run(photos, "report").stdout.strip()
     assert "Images that look alike" in (photos / report).read_text()
@@ -153,5 +153,5 @@ def test_an_image_that_looks_like_another_is_not_paid_for(photos: Path, server: 
 def test_a_run_says_what_it_is_about_to_do_and_what_comes_next(photos: Path, server: ChatServer) -> None:
     done = run(photos, "generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--out", "here")
     assert f"folder:photos to here: asks qa of model ({server.url}); prompts: qa built in" in done.stderr
-    assert "source: 1 unreadable_image: not an image of a known format (05b.jpg)" in done.stderr
+    assert "source: 1 unreadable image (05b.jpg: not an image of a known format)" in done.stderr
     assert "next: synth report here, synth push here --repo ORG/NAME, synth train --data here" in done.stderr

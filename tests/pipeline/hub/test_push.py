@@ -14,6 +14,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.dataset.version import Version
+from pipeline.errors import PushError
+from pipeline.hub.push import check_repo_name
 from pipeline.types import Sample
 from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
@@ -189,6 +191,13 @@ def test_what_an_earlier_release_pushed_with_metadata_is_named(client: Pusher, t
         again = other.push(version, "me/old")
     assert not again["is_new"]
     assert "with EXIF, GPS positions and other metadata of its images" in again["warning"]
+
+
+@pytest.mark.parametrize("name", ["me/my photos", "https://huggingface.co/datasets/me/x", "a/b/c"])
+def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_sent(name: str) -> None:
+    with pytest.raises(PushError, match="not a repository name") as caught:
+        check_repo_name(name)
+    assert ("ORG/NAME" in caught.value.hint) or caught.value.hint.endswith(": me/x")
 
 
 def test_private_photos_do_not_go_into_a_public_repository(client: Pusher, version: Version) -> None:
