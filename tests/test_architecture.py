@@ -59,6 +59,7 @@ TRAINER_IMPORTS = (
     "digests",
     "errors",
     "images",
+    "install",
     "logs",
     "progress",
     "report.html",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline.errors import TrainError
+from pipeline.install import install_command
 from pipeline.storage.files import atomic_write, remove, write_text
 from trainer.config import CAPTIONER_FILES, no_captioner, require_checkpoint
 from trainer.distributed import best_device
@@ -117,4 +118,4 @@ def require_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError:
-        raise TrainError("TensorBoard is not installed", hint="pip install tensorboard") from None
+        raise TrainError("TensorBoard is not installed", hint=install_command("export")) from None
