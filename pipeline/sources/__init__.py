@@ -66,7 +66,7 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
     spec, (_, _, argument) = find_source(config.source), config.source.partition(":")
     spec.check_options(config)
     if ":" in spec.name and not argument:
-        raise ConfigError(f"nothing stands after {config.source}", hint=f"say what to read: {spec.example}")
+        raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {spec.example}")
     source = spec.open(config, argument, part)
     tasks = with_source_defaults(config).tasks
     if source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1):
