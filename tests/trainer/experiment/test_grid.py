@@ -69,7 +69,7 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
         ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is decided by the grid"),
         ({"settings": {"steps": 9, "depth": 3}}, "unknown config key: depth"),
         ({"encoders": ["clip"]}, "unknown config key: encoders"),
-        ({"alignment": ["both"]}, "alignment.0"),
+        ({"alignment": ["both"]}, "alignment"),
         ({"data": {}}, "data"),
         ({"seeds": []}, "seeds"),
         ({"settings": {"steps": "1e3"}}, "settings.steps must say"),
