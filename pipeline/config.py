@@ -19,12 +19,14 @@ Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt templa
 MAX_SHOWN_CHARACTERS = 80
 LANGUAGE = r"^[a-z]{2,3}$"
 BASE_URL = r"^https?://[^/\s]+/.*v1/?$"
+TITLE = r"^[^\x00-\x1f]+$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
 PATTERNS = {  # what a value that does not match should be
     TASK: "the name of a task, in small letters",
     STYLE: "the name of a caption style, in small letters",
     LANGUAGE: "a language of two or three letters, such as de",
     BASE_URL: "an address that ends in /v1, such as http://HOST:8000/v1",
+    TITLE: "a title on one line",
     LICENSE: "the name of a license, such as cc-by-4.0",
 }
 
@@ -188,9 +190,7 @@ class Config(Section):
     source: str
     source_split: Literal["train", "validation", "test"] | None = None
     license: Annotated[str, Field(pattern=LICENSE, max_length=100)] | None = None  # of one's own images
-    title: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", min_length=1, max_length=200)] | None = (
-        None  # of the dataset's card
-    )
+    title: Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)] | None = None  # of the dataset's card
     columns: dict[str, str] = {}  # role -> column, for tables with other column names
     allow_urls: bool = False  # fetch images that rows name by URL
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
@@ -253,16 +253,14 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
     except ValidationError as error:
         first = error.errors()[0]
         key, known = ".".join(str(part) for part in first["loc"]), _keys(section)
+        every_key = f"known keys: {', '.join(known)}"
         if first["type"] == "extra_forbidden":
-            if is_section := key in {name.partition(".")[0] for name in known}:
-                known = [name for name in known if name.startswith(f"{key}.")]
             elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else "")
-            hint = hint if hint and not is_section else f"known keys: {', '.join(known)}"
+            hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else every_key)
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
         key = re.sub(r"\.\d+$", "", key)  # of an item of a list
-        problem = f"{where}bad value for {key}: {_flaw(first)}"
-        raise ConfigError(problem, hint=f"`synth config --all` shows all settings; docs/settings.md explains {key}") from None
+        hint = f"`synth config --all` shows all settings; docs/settings.md explains {key}" if section is Config else every_key
+        raise ConfigError(f"{where}bad value for {key}: {_flaw(first)}", hint=hint) from None
 
 
 def _flaw(error: "ErrorDetails") -> str:

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +15,6 @@ from pipeline.install import DISTRIBUTION, check_packages, install_command, inst
 from pipeline.sources import find_source
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
-LEAST_PYTHON = (3, 11)
 DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),
@@ -39,7 +37,6 @@ class Finding:
 def examine() -> list[Finding]:
     """Run all checks, and return the findings in the order in which to fix them."""
     return [
-        _python(),
         _package(),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
@@ -51,18 +48,13 @@ def examine() -> list[Finding]:
     ]
 
 
-def _python() -> Finding:
-    found, least = platform.python_version(), ".".join(map(str, LEAST_PYTHON))
-    return Finding("python", sys.version_info >= LEAST_PYTHON, f"{found} ({least} or newer is needed)")
-
-
 def _package() -> Finding:
     """Return whether the modules that run are those of this package."""
     try:
         check_packages()
     except ConfigError as error:
         return Finding("synth", False, str(error), error.hint)
-    return Finding("synth", True, f"{DISTRIBUTION} {installed_version()}")
+    return Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}")
 
 
 def _extra(name: str) -> Finding:

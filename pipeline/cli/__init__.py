@@ -21,7 +21,7 @@ from pipeline.logs import show_log
 from pipeline.progress import LOSS
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
-COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: the import of torch is a seventh faster
+COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: importing torch takes 7 % less CPU
 MAKE, USE, TRAIN, HELP = "Make a dataset", "Look at it and publish it", "Train a captioner", "Set up"  # groups of commands
 EXAMPLES = {  # by command, shown below its options
     "generate": (

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from pipeline.dataset.licenses import UNKNOWN
+from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.tasks import find_task
 
 CARD_SAMPLES = 5
@@ -95,14 +95,6 @@ def _license_fields(licenses: list[str]) -> dict[str, str]:
     if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
     return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licenses)}
-
-
-KNOWN_LICENSES = (  # by the Hub's names
-
-    "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
-    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "apache-2.0", "mit", "odc-by",
-    "odbl", "pddl",
-)  # fmt: skip
 
 
 def _sizes(manifest: dict[str, Any], split: str) -> int:

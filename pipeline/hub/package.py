@@ -12,9 +12,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.card import CARD_SAMPLES, KNOWN_LICENSES, card_licenses, render_card, render_model_card
+from pipeline.dataset.card import CARD_SAMPLES, card_licenses, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.licenses import UNKNOWN, non_redistributable
+from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN, non_redistributable
 from pipeline.dataset.shards import writer_options
 from pipeline.dataset.version import LEDGER_FILE, Version, file_entry
 from pipeline.digests import digest

@@ -14,7 +14,7 @@ from pipeline.types import Reply, Request
 # A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times; others ignore it.
 _REPETITION = json.dumps({"max_pattern_size": 32, "min_count": 6}).encode()
 _PROOF = "synth-7f3a"
-MAX_TOKENS_SAID = 1_000_000_000  # of one reply; a journal cannot hold any number
+MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
 
 
 class BadAnswerError(Exception):
@@ -58,7 +58,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
 def _tokens(usage: Any, name: str) -> int:
     """Return a count of tokens; 0 where a server says none, or none that can be."""
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and 0 <= count <= MAX_TOKENS_SAID else 0
+    return count if isinstance(count, int) and 0 <= count <= MAX_COUNTED_TOKENS else 0
 
 
 def error_message(answer: bytes) -> str:

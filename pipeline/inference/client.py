@@ -306,7 +306,7 @@ class Client:
                     self._concurrency.slow_down()
                     self._keep_images()
                     busy += 1
-                    pause = float(complaint.seconds or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
+                    pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
                     if not endpoint.is_up.is_set() or not await answers_200(endpoint.health, endpoint.headers):
                         self._mark_down(endpoint)
@@ -341,7 +341,7 @@ class Client:
         if answer.status in BUSY_STATUSES:
             seconds = answer.headers.get("Retry-After", "")
             self._busy.start(answer.status)
-            raise ServerBusyError(answer.status, float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else None)
+            raise ServerBusyError(float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else None)
         self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")

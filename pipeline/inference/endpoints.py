@@ -30,11 +30,7 @@ class ServerFaultError(Exception):
 
 
 class ServerBusyError(Exception):
-    """Raised when a server asks to wait: with its HTTP status, and the number of seconds, or None."""
-
-    def __init__(self, status: int, seconds: float | None) -> None:
-        super().__init__(status, seconds)
-        self.status, self.seconds = status, seconds
+    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
 
 
 @dataclass(slots=True)

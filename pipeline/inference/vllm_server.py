@@ -182,7 +182,7 @@ def _advice(log: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different free ports; all are held until all are found, so that none is found twice."""
+    """Return different free ports; all are held until all are chosen, so that none is chosen twice."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for free in sockets:

@@ -7,7 +7,7 @@ a column `file_name`, as in the imagefolder format of `datasets`.
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ APPLE_DOUBLE = "._"  # before the name of a file: attributes of the file, writte
 
 @dataclass(slots=True)
 class FolderContent:
-    """The files under a folder by what they are for, each list in the order of its paths."""
+    """The files under a folder by what they are for."""
 
-    root: Path
     images: list[Path] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)  # images in other formats, and folders that cannot be listed
     others: list[Path] = field(default_factory=list)
@@ -58,37 +57,29 @@ def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN) -> 
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
     content = list_files(root)
-    messages = _describe_rejected(content)
     if not content.images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         hint = f"files that end in {suffixes} are read, in subfolders too"
-        raise SourceError(f"no image in {root}{''.join(f'; {text}' for text in messages)}", hint=hint)
-    references = read_references(root, content.images)
-    captions = references.captions
-    captioned = [captions[path] for path in content.images if path in captions]
-    if captioned:
-        count, total = sum(map(len, captioned)), len(content.images)
-        messages.append(f"captions beside images: {count:,} for {len(captioned):,} of {total:,} images")
-    messages += references.messages
-    if unread := [path for path in content.others if path not in references.files]:
-        messages.append(f"not read: {count_by_suffix(unread)}")
+        raise SourceError("; ".join([f"no image in {root}", *_describe_folders(content)]), hint=hint)
     rows: dict[str, Path | Rejected] = {_row_name(path, root): path for path in content.images}
-    contents = ([name, _digest(path), captions.get(path, ())] for name, path in rows.items() if isinstance(path, Path))
-    revision = digest(list(contents)) if part == ALL else ""
     rows |= {row.source_row: row for row in content.rejected}
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
+    paths = [row for _, row in own if isinstance(row, Path)]
+    references = read_references(root, paths)
+    captions = references.captions
+    contents = ([name, _digest(row), captions.get(row, ())] for name, row in own if isinstance(row, Path))
     return Source(
         name="folder",
-        revision=revision,
+        revision=digest(list(contents)) if part == ALL else "",
         rows=(row if isinstance(row, Rejected) else _read(row, name, licence, captions.get(row, ())) for name, row in own),
         count=lambda: len(own),
-        messages=tuple(messages),
+        messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )
 
 
 def list_files(root: Path) -> FolderContent:
     """Return all files under a folder. Folders that links lead to are not entered: a link to a parent would never end."""
-    content = FolderContent(root)
+    content = FolderContent()
 
     def reject(error: OSError) -> None:
         name, detail = _row_name(Path(error.filename), root), error.strerror or "unknown"
@@ -102,10 +93,20 @@ def list_files(root: Path) -> FolderContent:
                 content.rejected.append(Rejected(source_row=_row_name(path, root), reason="unsupported_format", detail=detail))
             else:
                 (content.images if suffix in IMAGE_SUFFIXES else content.others).append(path)
-    content.rejected.sort(key=lambda row: row.source_row)
-    for paths in (content.images, content.others):
-        paths.sort(key=lambda path: _row_name(path, root))
+    content.others.sort(key=lambda path: _row_name(path, root))
     return content
+
+
+def _describe_content(content: FolderContent, references: References) -> Iterator[str]:
+    """Yield what a user should know of a folder: what cannot be read, captions beside images, files that are for nothing."""
+    yield from _describe_folders(content)
+    if references.captions:
+        captioned = [references.captions[path] for path in content.images if path in references.captions]
+        count, total = sum(map(len, captioned)), len(content.images)
+        yield f"captions beside images: {count:,} for {len(captioned):,} of {total:,} images"
+    yield from references.messages
+    if unread := [path for path in content.others if path not in references.files]:
+        yield f"not read: {count_by_suffix(unread)}"
 
 
 def count_by_suffix(paths: Iterable[Path]) -> str:
@@ -118,8 +119,8 @@ def count_by_suffix(paths: Iterable[Path]) -> str:
     return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
 
 
-def _describe_rejected(content: FolderContent) -> list[str]:
-    folders = [row.source_row for row in content.rejected if row.reason == "unreadable_folder"]
+def _describe_folders(content: FolderContent) -> list[str]:
+    folders = sorted(row.source_row for row in content.rejected if row.reason == "unreadable_folder")
     return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
 
 
@@ -136,7 +137,7 @@ def read_references(root: Path, paths: Sequence[Path]) -> References:
             references.files.add(caption_file)
             lines = caption_file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             captions.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
-    references.captions = {path: tuple(texts) for path, texts in captions.items() if texts}
+    references.captions = {path: tuple(captions[path]) for path in paths if captions.get(path)}
     return references
 
 

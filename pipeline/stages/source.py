@@ -14,7 +14,7 @@ from pipeline.images.metadata import REMOVED
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.progress import Progress
 from pipeline.sources import find_source, open_source
-from pipeline.sources.base import first_names
+from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.storage.files import read_batches, read_table, write_table
 from pipeline.tables import EXCLUSIONS, IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
@@ -34,12 +34,8 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "url_unreachable": "check the network, and run the same command again",
     "unreadable_folder": "change the permissions of the folders",
 }
-_REJECTED_FOR_ANOTHER_IMAGE = (
-    "duplicate_image",
-    "near_duplicate_image",
-    "near_held_out_image",
-    "banned_image",
-)  # detail: which
+# The detail of these is the id or the name of the other image.
+_REJECTED_FOR_ANOTHER_IMAGE = ("duplicate_image", "near_duplicate_image", "near_held_out_image", "banned_image")
 
 
 @dataclass(slots=True)
@@ -180,30 +176,34 @@ def reject_near_duplicates(dataset: DatasetDir, kind: ImageKind) -> None:
     groups = compare_samples(samples, kind)
     write_table(dataset.stage("source", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
     of_rejected = {row["sample_id"]: row for row in groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()}
+    if not of_rejected:
+        return
     ids = pa.array(of_rejected, pa.string())
     rows: list[dict[str, str]] = []
 
     def near_duplicates() -> Iterator[pa.Table]:
         for batch in read_samples(dataset):
-            for sample in batch.filter(pc.is_in(batch["sample_id"], ids)).to_pylist():
-                group = of_rejected[sample["sample_id"]]
-                source_row, detail = sample["source_row"], group["near_duplicate_of"]
-                rows.append({"source_row": source_row, "reason": group["image_reason"], "detail": detail})
-                yield pa.Table.from_pylist([{**sample, **group}], schema=NEAR_DUPLICATE)
+            samples = [
+                {**row, **of_rejected[row["sample_id"]]} for row in batch.filter(pc.is_in(batch["sample_id"], ids)).to_pylist()
+            ]
+            rows.extend(
+                {"source_row": row["source_row"], "reason": row["image_reason"], "detail": row["near_duplicate_of"]}
+                for row in samples
+            )
+            yield pa.Table.from_pylist(samples, schema=NEAR_DUPLICATE)
 
     write_table(dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
-    if rows:
-        rejected = read_table(dataset.stage("source", "rejected")).to_pylist()
-        _write_rejected(dataset, [*rejected, *rows])  # first: a row may be counted twice after a kill, and never be lost
-        others = (batch.filter(pc.invert(pc.is_in(batch["sample_id"], ids))) for batch in read_samples(dataset))
-        write_table(dataset.stage("source"), (pa.Table.from_batches([batch]) for batch in others), SAMPLE)
+    rejected = read_table(dataset.stage("source", "rejected")).to_pylist()
+    _write_rejected(dataset, [*rejected, *rows])  # first: a row may be counted twice after a kill, and never be lost
+    others = (batch.filter(pc.invert(pc.is_in(batch["sample_id"], ids))) for batch in read_samples(dataset))
+    write_table(dataset.stage("source"), (pa.Table.from_batches([batch]) for batch in others), SAMPLE)
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:
     """Yield how many rows of the source were rejected for each reason, with the names of the first and their details."""
     table = read_table(shard.stage("source", "rejected"))
     for row in sorted(table["reason"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"])):
-        of_reason = table.filter(pc.equal(table["reason"], row["values"])).to_pylist()
+        of_reason = table.filter(pc.equal(table["reason"], row["values"])).slice(0, NAMED_ROWS + 1).to_pylist()
         is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
         names = [one["source_row"] if is_id else f"{one['source_row']}: {one['detail']}" for one in of_reason]
         yield f"source: {row['counts']:,} {row['values'].replace('_', ' ')} ({first_names(names)})"

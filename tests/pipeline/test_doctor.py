@@ -1,11 +1,14 @@
 """Doctor: findings about the machine, tested on the output of other machines."""
 
+import platform
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.doctor import examine, judge_gpus
 from pipeline.inference.engines import VLLM_PYTHON
+from pipeline.install import installed_version
 
 
 def test_the_roomiest_card_counts() -> None:
@@ -43,7 +46,17 @@ def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert all(finding.hint for finding in examine() if not finding.ok)
 
 
-def test_the_python_that_is_needed_is_named() -> None:
+def test_the_package_and_its_python_are_named_first() -> None:
     first = examine()[0]
-    assert (first.what, first.ok) == ("python", True)
-    assert "3.11 or newer is needed" in first.found
+    assert (first.what, first.ok) == ("synth", True)
+    assert first.found == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
+
+
+def test_modules_of_somebody_else_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trainer", raising=False)
+    first = examine()[0]
+    assert not first.ok
+    assert f"the package `trainer` in {tmp_path}/trainer is another package of that name" in first.found

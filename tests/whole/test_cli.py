@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
 from pipeline.cli.options import OLD_OPTIONS
+from pipeline.config import Check
+from pipeline.run import ORDER
+from pipeline.tasks import ANSWER, TASKS
 from tests.whole.conftest import SYNTH, Run
 
 COMMANDS = (
@@ -96,3 +100,10 @@ def test_a_project_of_ones_own_is_previewed_with_its_own_prompts(synth: Run, tmp
     shown = json.loads(synth("config", *command, "--limit", "1", "--json").stdout)
     assert shown["generate.prompt_dir"] == {"value": "prompts", "from": "synth.yaml"}
     assert shown["limit"]["from"] == "--limit"
+
+
+def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> None:
+    help_text = " ".join(word for word in synth("generate", "--help", env=os.environ | {"COLUMNS": "200"}).stdout.split())
+    assert ", ".join(ORDER) in help_text
+    assert f"What to ask: {', '.join(task for task in TASKS if task != ANSWER)}." in help_text
+    assert f"What to ask again: {', '.join(get_args(Check))}." in help_text

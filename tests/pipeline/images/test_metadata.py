@@ -207,9 +207,10 @@ def test_a_damaged_file_is_cleaned_or_refused_and_never_leaks(make: Maker) -> No
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         try:
             clean = strip_metadata(bytes(damaged))
+            check_image(clean)  # as a source does: a part whose kind is damaged may hold anything, and no image
         except ImageError:
             continue
-        assert [secret for secret in leaked(clean) if secret not in (b"52.5200",)] == []
+        assert leaked(clean) == []
 
 
 def test_a_file_of_many_segments_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from pipeline.errors import SourceError
 from pipeline.images import decode
 from pipeline.sources.folder import open_folder
-from pipeline.types import Rejected, Sample
+from pipeline.types import Rejected, Sample, SourceSlice
 
 
 def fill(root: Path) -> None:
@@ -77,6 +78,25 @@ def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monk
     source = open_folder(tmp_path)
     assert "folders that cannot be read: 1 (b/c)" in source.messages
     assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_image", "unreadable_folder"]
+
+
+def test_a_slice_reads_the_captions_of_its_own_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        Image.new("RGB", (8 + number, 6), "red").save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"Caption {number}.")
+    opened: list[str] = []
+    read_text = Path.read_text
+
+    def count(path: Path, *arguments: Any, **options: Any) -> str:
+        opened.append(path.name)
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", count)
+    source = open_folder(tmp_path, SourceSlice(1, 3))
+    rows = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
+    assert rows == {"1.png": ("Caption 1.",), "4.png": ("Caption 4.",)}
+    assert opened == ["1.txt", "4.txt"]
+    assert (source.count(), source.messages) == (2, ())
 
 
 def test_a_name_in_a_message_is_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
