@@ -193,6 +193,7 @@ class Config(Section):
     title: Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)] | None = None  # of the dataset's card
     columns: dict[str, str] = {}  # role -> column, for tables with other column names
     allow_urls: bool = False  # fetch images that rows name by URL
+    follow_links: bool = False  # read files outside of the folder that links in it lead to
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0

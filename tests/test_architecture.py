@@ -26,7 +26,7 @@ FILES = {
     "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet questions remote scenes
         slidevqa vqav2""",
     "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",
-    "pipeline/storage": "__init__ database files lock object_store",
+    "pipeline/storage": "__init__ database files lock object_store untrusted",
     "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",
     "pipeline/text": "__init__ claims content_keys normalize pii refusals spelling vqa_answers",
     "pipeline/text/wordnet": "__init__ build",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ImageError, TrainError
-from pipeline.images.decode import prepare_image
+from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example
 from trainer.features import BATCH_IMAGES, FeatureSource
@@ -53,8 +54,8 @@ def describe_files(
         images = []
         for path in paths[start : start + BATCH_IMAGES]:
             try:
-                images.append(prepare_image(path.read_bytes()))
-            except (OSError, ImageError) as error:
+                images.append(prepare_image(read_regular(path, max_bytes=MAX_IMAGE_BYTES)))
+            except (OSError, ImageError, UnsafeFileError) as error:
                 raise TrainError(f"cannot read {path}: {error}", hint="pass image files") from None
         with torch.inference_mode():
             states_BNV = encoder(encoder.pixels(images).to(device))

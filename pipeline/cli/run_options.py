@@ -49,6 +49,10 @@ def run_settings(
         bool | None,
         Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.", rich_help_panel=IMAGES),
     ] = None,
+    follow_links: Annotated[
+        bool | None,
+        Option("--follow-links", help="Read files outside of the folder that links in it lead to.", rich_help_panel=IMAGES),
+    ] = None,
     split_list: Annotated[
         Path | None,
         Option(
@@ -162,6 +166,7 @@ def run_settings(
         "source_split": ("--split", split),
         "columns": ("--columns", read_pairs(columns, "--columns") if columns else None),
         "allow_urls": ("--allow-urls", allow_urls),
+        "follow_links": ("--follow-links", follow_links),
         "split_list": ("--split-list", split_list),
         "exclude": ("--exclude", exclude or None),
         "limit": ("--limit", limit),

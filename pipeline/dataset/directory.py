@@ -5,7 +5,9 @@ not rewritten, so that a second run of the same command changes nothing. The fol
 object store (storage/object_store.py): files are then written to a disk and uploaded.
 """
 
+import errno
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +125,15 @@ class DatasetDir:
                 yield check
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        # Not opened through a link: a folder from elsewhere may hold one to any file.
+        lock_file = self.path / ".lock"
+        try:
+            handle = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise StoreError(f"{lock_file} is a link, which nothing here has made", hint="remove it") from None
+        with os.fdopen(handle, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 from pipeline.dataset.builder import ROW_WITH_SPLIT, RowWriter
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish, read_version
-from pipeline.digests import file_digest
 from pipeline.errors import StoreError
+from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import scratch_folder, write_json
+from pipeline.storage.untrusted import read_regular
 from pipeline.tables import PIXELS, ROW, features
 
 BATCH_ROWS = 64
@@ -63,8 +64,9 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
 
 def images_of_files(folder: Path) -> Iterator[Images]:
     """Yield every file of a folder, with the sha256 of its bytes as its id."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        yield file_digest(path), (path.read_bytes(),)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size <= MAX_IMAGE_BYTES):
+        data = read_regular(path, max_bytes=MAX_IMAGE_BYTES)
+        yield image_id(data), (data,)
 
 
 def images_of_dataset(folder: Path) -> Iterator[Images]:

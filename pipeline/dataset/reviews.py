@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import final_value
 from pipeline.tasks import find_broken_rule
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
 REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
 EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
+MAX_REVIEWS_BYTES = 64_000_000  # of a file: some 400,000 reviews
 CONTENT_HEX = 16  # digits of the digest of a text: enough to tell the texts of one sample apart
 TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
 Annotations = dict[TextName, dict[str, Any]]
@@ -72,8 +74,9 @@ class Review(BaseModel):
 def read_reviews(path: Path) -> list[Review]:
     """Read a file of reviews. Raises ConfigError, with the line number, if a line is not a review."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): texts may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, max_bytes=MAX_REVIEWS_BYTES).decode("utf-8")
+        lines = text.split("\n")  # not splitlines(): texts may hold other line separators
+    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None
     reviews = []
     for number, line in enumerate(lines, start=1):

@@ -1,6 +1,5 @@
 """One immutable version of a dataset: Parquet shards, a manifest and a card in one folder."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,9 @@ import pyarrow as pa
 from pipeline.dataset.paths import dataset_folder
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import flush_folder, move, open_parquet, read_table, remove
+from pipeline.storage.files import flush_folder, move, open_parquet, read_json, read_table, remove
 from pipeline.storage.object_store import is_remote
+from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS, TABLE_VERSION
 
 LEDGER_FILE = "ledger.parquet"
@@ -119,11 +119,11 @@ def parse_version(name: str) -> tuple[int, ...]:
 def read_version(folder: Path) -> Version:
     """Open a version folder. Raises StoreError if it is not one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         parse_version(manifest["version"])
         newer = manifest["table_version"] > TABLE_VERSION
         strange = [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError, UnsafeFileError) as error:
         raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
     if newer:
         raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")

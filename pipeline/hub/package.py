@@ -21,6 +21,7 @@ from pipeline.digests import digest
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import read_json
+from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, ROW, features, with_features
 
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
@@ -72,6 +73,9 @@ def build_package(
     """
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
+    if not version.repo:  # the cache of the Hub is made of links
+        for name in (*version.manifest["files"], LEDGER_FILE):
+            require_regular(version.path / name, version.path)
     restricted = non_redistributable(version.manifest["licences"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
@@ -146,9 +150,14 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
 
 
 def build_checkpoint_package(folder: Path, repo: str) -> Package:
-    """Return the package of a captioner, tagged by its data and a digest of its files. Raise PushError if it is not trained."""
+    """Return the package of a captioner, tagged by its data and a digest of its files. Raise PushError if it is not trained.
+
+    Raise UnsafeFileError for a file that is a link to the outside of the folder: its content would be published.
+    """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         raise PushError(f"{folder} is no finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
+    for name in CHECKPOINT_FILES:
+        require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
         saved["train"][part] = Path(saved["train"][part]).name if Path(saved["train"][part]).is_dir() else saved["train"][part]

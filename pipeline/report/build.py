@@ -23,7 +23,8 @@ from pipeline.errors import ConfigError, ImageError
 from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, stages_match
 from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
 from pipeline.report.rows import read_rejected, read_rows
-from pipeline.storage.files import read_json, write_text
+from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
 
 ONE_FILE_ROWS = 500
@@ -206,18 +207,21 @@ def _remove(home: Path, paths: set[Path]) -> None:
 
 def _training(checkpoint: Path) -> dict[str, Any]:
     try:
-        lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        log = read_regular(checkpoint / "log.jsonl", checkpoint, max_bytes=MAX_JSON_BYTES).decode("utf-8")
+        lines = [json.loads(line) for line in log.splitlines()]
+        metrics = read_json(checkpoint / "metrics.json")
+        curves = _curves(lines)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
         message = f"{checkpoint} holds no training that was scored: {error}"
         raise ConfigError(message, hint="name a folder that `synth train` has finished: --checkpoint DIR") from None
-    return {
-        "metrics": metrics,
-        "curves": [
-            chart("Loss", {"training": points(lines, "loss"), "validation": points(lines, "validation_loss")}),
-            chart(
-                "CIDEr-D on the validation split",
-                {"own image": points(lines, "validation_cider_d"), "shuffled": points(lines, "validation_shuffled_cider_d")},
-            ),
-        ],
-    }
+    return {"metrics": metrics, "curves": curves}
+
+
+def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        chart("Loss", {"training": points(lines, "loss"), "validation": points(lines, "validation_loss")}),
+        chart(
+            "CIDEr-D on the validation split",
+            {"own image": points(lines, "validation_cider_d"), "shuffled": points(lines, "validation_shuffled_cider_d")},
+        ),
+    ]

@@ -14,12 +14,14 @@ from pipeline.types import Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
 NAMED_ROWS = 3  # of those that a message counts
+MAX_METADATA_BYTES = 256_000_000  # of a file about many images
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
     "columns": ("knows its columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
     "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
+    "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
     "license": (
         "states the license of its images, but --license was given",
         "--license goes with folder:PATH and parquet:PATH",

@@ -17,6 +17,7 @@ from pipeline.digests import digest, file_digest
 from pipeline.errors import SourceError
 from pipeline.sources.base import SourceSpec, check_sample
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
+from pipeline.storage.untrusted import open_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 
@@ -62,15 +63,21 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
     return Source(name=name, revision=tables.revision, rows=rows(), count=count, decks="pages" in columns)
 
 
-def open_parquet(path: Path, part: SourceSlice = ALL) -> Tables:
-    """Return the tables of a Parquet file, or of all under a folder; a slice has no revision. Raise SourceError for no file."""
+def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> Tables:
+    """Return the tables of a Parquet file, or of all under a folder; a slice has no revision. Raise SourceError for no file.
+
+    Raise UnsafeFileError for a link to the outside of the folder, unless `follow_links` is set.
+    """
     paths = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not paths:
         raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
     root = path.parent if path.is_file() else path
     names = [str(file.relative_to(root)) for file in paths]
+    bound = None if follow_links or path.is_file() else root
+    for file in paths:
+        open_regular(file, bound).close()
     revision = digest([[name, file_digest(root / name)] for name in names]) if part == ALL else ""
-    return Tables(path.name, revision, UNKNOWN, group_by_split(names), lambda name: (root / name).open("rb"), part=part)
+    return Tables(path.name, revision, UNKNOWN, group_by_split(names), lambda name: open_regular(root / name, bound), part=part)
 
 
 def check_split(tables: Tables, split: str | None) -> None:
@@ -158,7 +165,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 
         tables = replace(open_remote(path), part=part)
     else:
-        tables = open_parquet(Path(path).expanduser(), part)
+        tables = open_parquet(Path(path).expanduser(), part, follow_links=config.follow_links)
     tables = replace(tables, licence=config.license or UNKNOWN)
     return open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
 
@@ -172,5 +179,5 @@ SPEC = SourceSpec(
     needs="a vision-language model",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open,
-    options=frozenset({"source_split", "columns", "allow_urls", "license"}),
+    options=frozenset({"source_split", "columns", "allow_urls", "follow_links", "license"}),
 )

@@ -11,10 +11,11 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.dataset.licenses import FLICKR_TERMS
 from pipeline.errors import SourceError
-from pipeline.sources.base import SourceSpec
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import SPLITS
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.types import Source, SourceSlice
 
 REPO = "nlphuji/flickr30k"
@@ -24,9 +25,9 @@ KARPATHY_SPLITS = ("train", "validation", "test")
 def read_split_list(path: Path) -> dict[str, str]:
     """Return the split of each file name, from Karpathy's JSON: {"images": [{"filename": ..., "split": ...}]}."""
     try:
-        images = json.loads(path.read_text(encoding="utf-8"))["images"]
+        images = json.loads(read_regular(path, max_bytes=MAX_METADATA_BYTES))["images"]
         return {image["filename"]: SPLITS[image["split"]] for image in images}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
         hint = 'it looks like {"images": [{"filename": ..., "split": ...}]}'
         raise SourceError(f"cannot read the list {path}: {error!r}", hint=hint) from None
 

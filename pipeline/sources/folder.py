@@ -5,6 +5,8 @@ a column `file_name`, as in the imagefolder format of `datasets`.
 """
 
 import csv
+import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest, file_digest
+from pipeline.digests import digest
 from pipeline.errors import SourceError
-from pipeline.sources.base import SourceSpec, check_sample, first_names
+from pipeline.images.decode import MAX_IMAGE_BYTES
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, check_sample, first_names
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
 
 IMAGE_SUFFIXES = frozenset(
@@ -28,9 +32,14 @@ UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
         "pnm", "qoi", "xcf", "raw", "cr2", "cr3", "nef", "nrw", "arw", "srf", "dng", "orf", "rw2", "raf", "pef", "sr2", "3fr",
     )
 )  # fmt: skip
-MAX_FILE_BYTES = 100_000_000
+MAX_CAPTION_FILE_BYTES = 1_000_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REFERENCE_NAMES = ("text", "caption", "captions", "description")
+_REFUSALS = {  # by reason, without a path of this machine
+    OUTSIDE: "a link to a file outside of the folder: copy it there, or pass --follow-links",
+    NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
+    TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
+}
 APPLE_DOUBLE = "._"  # before the name of a file: attributes of the file, written by a Mac
 
 
@@ -41,6 +50,7 @@ class FolderContent:
     images: list[Path] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)  # images in other formats, and folders that cannot be listed
     others: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)  # to folders, which are not entered
 
 
 @dataclass(slots=True)
@@ -52,8 +62,11 @@ class References:
     messages: list[str] = field(default_factory=list)
 
 
-def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN) -> Source:
-    """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none."""
+def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN, *, follow_links: bool = False) -> Source:
+    """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none.
+
+    Links to files outside of `root` are rejected, unless `follow_links` is set: their content would be published.
+    """
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
     content = list_files(root)
@@ -65,13 +78,16 @@ def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN) -> 
     rows |= {row.source_row: row for row in content.rejected}
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
     paths = [row for _, row in own if isinstance(row, Path)]
-    references = read_references(root, paths)
+    bound = None if follow_links else root
+    references = read_references(root, paths, follow_links=follow_links)
     captions = references.captions
-    contents = ([name, _digest(row), captions.get(row, ())] for name, row in own if isinstance(row, Path))
+    contents = ([name, _digest(row, bound), captions.get(row, ())] for name, row in own if isinstance(row, Path))
     return Source(
         name="folder",
         revision=digest(list(contents)) if part == ALL else "",
-        rows=(row if isinstance(row, Rejected) else _read(row, name, licence, captions.get(row, ())) for name, row in own),
+        rows=(
+            row if isinstance(row, Rejected) else _read(row, bound, name, licence, captions.get(row, ())) for name, row in own
+        ),
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )
@@ -80,13 +96,21 @@ def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN) -> 
 def list_files(root: Path) -> FolderContent:
     """Return all files under a folder. Folders that links lead to are not entered: a link to a parent would never end."""
     content = FolderContent()
-
-    def reject(error: OSError) -> None:
-        name, detail = _row_name(Path(error.filename), root), error.strerror or "unknown"
-        content.rejected.append(Rejected(source_row=name, reason="unreadable_folder", detail=detail))
-
-    for folder, _, names in os.walk(root, onerror=reject):
-        for path in (Path(folder) / name for name in names):
+    waiting = [root]  # not os.walk, which recurses: a tree may be deeper than Python's stack
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            name, detail = _row_name(folder, root), error.strerror or "unknown"
+            content.rejected.append(Rejected(source_row=name, reason="unreadable_folder", detail=detail))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            is_link = entry.is_symlink()
+            if path.is_dir() if is_link else entry.is_dir():  # a link to itself is an error for an entry, and none for a path
+                (content.links if is_link else waiting).append(path)
+                continue
             suffix = "" if path.name.startswith(APPLE_DOUBLE) else path.suffix.lower()
             if suffix in UNREAD_SUFFIXES:
                 detail = f"{suffix} files are not read: convert them to JPEG or PNG"
@@ -105,6 +129,9 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
         count, total = sum(map(len, captioned)), len(content.images)
         yield f"captions beside images: {count:,} for {len(captioned):,} of {total:,} images"
     yield from references.messages
+    if content.links:
+        names = sorted(path.name for path in content.links)
+        yield f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"
     if unread := [path for path in content.others if path not in references.files]:
         yield f"not read: {count_by_suffix(unread)}"
 
@@ -124,33 +151,41 @@ def _describe_folders(content: FolderContent) -> list[str]:
     return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
 
 
-def read_references(root: Path, paths: Sequence[Path]) -> References:
+def read_references(root: Path, paths: Sequence[Path], *, follow_links: bool = False) -> References:
     """Return the captions beside the images. Raise SourceError if a metadata file or a row of it is unusable."""
     references, captions, images = References(), dict[Path, list[str]](), set(paths)
+    bound, unread = None if follow_links else root, list[str]()
     for folder in sorted({folder for path in paths for folder in path.parents if folder.is_relative_to(root)}):
         for file in (folder / name for name in METADATA_FILES):
-            if file.is_file():
+            if file.is_file() or file.is_symlink():
                 references.files.add(file)
-                references.messages += _add_metadata(file, captions, images)
+                references.messages += _add_metadata(file, bound, captions, images)
     for path in paths:
         if (caption_file := path.with_suffix(".txt")).is_file():
             references.files.add(caption_file)
-            lines = caption_file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            captions.setdefault(path, []).extend(line.strip() for line in lines if line.strip())
+            try:
+                text = read_regular(caption_file, bound, max_bytes=MAX_CAPTION_FILE_BYTES).decode("utf-8-sig", "replace")
+            except (OSError, UnsafeFileError) as error:
+                unread.append(str(error))
+                continue
+            captions.setdefault(path, []).extend(line.strip() for line in text.splitlines() if line.strip())
+    if unread:
+        references.messages.append(f"captions that are not read: {len(unread):,} ({first_names(unread)})")
     references.captions = {path: tuple(captions[path]) for path in paths if captions.get(path)}
     return references
 
 
-def _add_metadata(file: Path, captions: dict[Path, list[str]], images: set[Path]) -> list[str]:
+def _add_metadata(file: Path, bound: Path | None, captions: dict[Path, list[str]], images: set[Path]) -> list[str]:
     """Add the captions of a metadata file; return messages about what of it was not used."""
-    rows, missing = _read_metadata(file), []
+    rows, missing = _read_metadata(file, bound), []
     for row in rows:
         texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
         values = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
         path = file.parent / str(row["file_name"])
         if path not in images:
             missing.append(str(row["file_name"]))
-        captions.setdefault(path, []).extend(str(text) for text in values)
+        # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
+        captions.setdefault(path, []).extend(str(text).encode("utf-8", "replace").decode() for text in values)
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
     if rows and not any(column in row for row in rows for column in REFERENCE_NAMES):
         columns = ", ".join(str(name) for name in rows[0])
@@ -158,18 +193,20 @@ def _add_metadata(file: Path, captions: dict[Path, list[str]], images: set[Path]
     return messages
 
 
-def _read_metadata(file: Path) -> list[dict[str, Any]]:
+def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a byte order mark first
-            if file.suffix == ".csv":
-                header = lines.readline()
-                lines.seek(0)
-                rows: list[dict[str, Any]] = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
-            else:
-                rows = [json.loads(line) for line in lines.read().splitlines() if line.strip()]
+        text = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES).decode("utf-8-sig")  # spreadsheets put a mark first
+        if file.suffix == ".csv":
+            header = text.partition("\n")[0]
+            lines = io.StringIO(text, newline="")
+            rows: list[dict[str, Any]] = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+    except UnsafeFileError as error:
+        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
         problem = "no column file_name" if isinstance(error, KeyError) else str(error)
         hint = f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}, in UTF-8"
         raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
@@ -181,18 +218,19 @@ def _row_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, bound: Path | None) -> str:
     try:
-        return file_digest(path)
-    except OSError:
+        with open_regular(path, bound, MAX_IMAGE_BYTES) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, UnsafeFileError):
         return "unreadable"
 
 
-def _read(path: Path, name: str, licence: str, references: tuple[str, ...]) -> Sample | Rejected:
+def _read(path: Path, bound: Path | None, name: str, licence: str, references: tuple[str, ...]) -> Sample | Rejected:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return Rejected(source_row=name, reason="file_too_large", detail=f"more than {MAX_FILE_BYTES:,} bytes")
-        data = path.read_bytes()
+        data = read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
+    except UnsafeFileError as error:
+        return Rejected(source_row=name, reason=error.reason, detail=_REFUSALS[error.reason])
     except OSError as error:
         return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
     return check_sample(name, [data], licence, references=references)
@@ -206,6 +244,8 @@ SPEC = SourceSpec(
     license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
-    open=lambda config, path, part: open_folder(Path(path).expanduser(), part, config.license or UNKNOWN),
-    options=frozenset({"license"}),
+    open=lambda config, path, part: open_folder(
+        Path(path).expanduser(), part, config.license or UNKNOWN, follow_links=config.follow_links
+    ),
+    options=frozenset({"license", "follow_links"}),
 )

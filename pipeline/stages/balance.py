@@ -27,6 +27,7 @@ from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
 from pipeline.stages.base import ROW, AllRows, Comparison, Stage
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
 from pipeline.text.content_keys import content_word_lists
 from pipeline.text.normalize import map_distinct, text_key, words_of
@@ -34,6 +35,7 @@ from pipeline.text.vqa_answers import normalize_answer
 from pipeline.text.wordnet import names
 
 RARE = "(rare)"  # questions whose own type is too rare are balanced together
+MAX_ENTRIES_BYTES = 256_000_000  # of a file of entries
 NEIGHBOURS = 24  # images searched for a partner, as many as VQAv2's annotators were shown
 MATCHED_QUESTIONS = 65_536  # matched at once, or those of one key where they are more
 GROUPED_CAPTIONS = 1_000_000  # whose words are collected by sample at once
@@ -313,8 +315,8 @@ def read_entries(path: Path | None) -> tuple[str, ...]:
         return names()
     hint = "balance.entries is a text file, one entry a line"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular(path, max_bytes=MAX_ENTRIES_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
     entries = tuple(sorted({" ".join(line.lower().split()) for line in lines} - {""}))
     if not entries:

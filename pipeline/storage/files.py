@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import arrow_location, is_remote, move_all, remove_folder, translate_store_errors, upload
+from pipeline.storage.untrusted import read_regular
 from pipeline.tables import current_names, old_name
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
 BATCH_ROWS = 16_384  # read at once
+MAX_JSON_BYTES = 100_000_000  # of a file of our own, such as a manifest
 
 
 @contextmanager
@@ -56,9 +58,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a killed run, or a link that leads elsewhere
     try:
         yield temporary
-        if path.exists() and filecmp.cmp(path, temporary, shallow=False):
+        if path.exists() and not path.is_symlink() and filecmp.cmp(path, temporary, shallow=False):
             return
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -80,8 +83,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that `write_json` wrote."""
-    return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+    """Read a JSON object that `write_json` wrote. Raise UnsafeFileError if it is not a file, or too large for one."""
+    data = path.read_bytes() if is_remote(path) else read_regular(path, max_bytes=MAX_JSON_BYTES)
+    return cast(dict[str, Any], json.loads(data))
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

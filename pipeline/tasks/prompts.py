@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import ConfigError
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tasks import TASKS, find_task
 
 SYSTEM = "system/v1"
+MAX_PROMPT_BYTES = 1_000_000
 STYLES = ("brief", "detailed", "plain", "alt")  # of caption/v1
 
 
@@ -78,16 +81,21 @@ def template(name: str, folder: Path | None = None) -> str:
     user_file = folder / f"{name}.j2" if folder else None
     try:
         if user_file and user_file.exists():
-            return user_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+            return read_regular(user_file, max_bytes=MAX_PROMPT_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read the prompt {user_file}: {error}", hint="a prompt is a text file in UTF-8") from None
     return (files("prompts") / f"{name}.j2").read_text(encoding="utf-8")
 
 
 @cache
 def _environment() -> Environment:
-    # Prompts are plain text for a model: nothing to escape.
-    return Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False)  # noqa: S701
+    # Prompts are plain text for a model: nothing to escape. Sandboxed, because a folder of prompts may be a stranger's.
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        autoescape=False,
+    )
 
 
 def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:

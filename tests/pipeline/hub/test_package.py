@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.manifest import describe_data
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import file_digest
 from pipeline.errors import PushError
-from pipeline.hub.package import build_package
+from pipeline.hub.package import CHECKPOINT_FILES, build_checkpoint_package, build_package
 from pipeline.images.metadata import strip_metadata
+from pipeline.storage.untrusted import UnsafeFileError
 from tests.pipeline.images.test_metadata import jpeg, leaked
 from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
 
@@ -114,3 +115,25 @@ def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:
     (version.path / "ledger.parquet").unlink()
     with pytest.raises(PushError, match=r"lacks ledger\.parquet"), build_package(version, REPO):
         pass
+
+
+def test_a_file_of_a_version_that_is_a_link_to_the_outside_is_not_sent(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "data", scene_samples(20))
+    (tmp_path / "secret").write_text("secret")
+    (version.path / LEDGER_FILE).unlink()
+    (version.path / LEDGER_FILE).symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsafeFileError, match="a link to a file outside"), build_package(version, "me/scenes"):
+        pass
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_a_file_of_a_checkpoint_that_is_a_link_to_the_outside_is_not_sent(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in CHECKPOINT_FILES:
+        (folder / file).write_text("{}")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(UnsafeFileError, match="a link to a file outside"):
+        build_checkpoint_package(folder, "me/captioner")

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.errors import SourceError
 from pipeline.images import decode
 from pipeline.sources.folder import open_folder
+from pipeline.storage.untrusted import read_regular
 from pipeline.types import Rejected, Sample, SourceSlice
 
 
@@ -62,7 +63,104 @@ def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     rejected = {row.source_row: row.reason for row in source.rows if isinstance(row, Rejected)}
     assert rejected == {"x.jp2": "unsupported_format", "b/y.CR2": "unsupported_format", "b/broken.png": "unreadable_image"}
-    assert source.messages == ("not read: 2 .mp4 (other.mp4, clip.mp4), 1 ._* (._a.JPG), 1 .txt (notes.txt)",)
+    assert source.messages == (
+        "links to folders, which are not entered: 1 (loop)",
+        "not read: 2 .mp4 (other.mp4, clip.mp4), 1 ._* (._a.JPG), 1 .txt (notes.txt)",
+    )
+
+
+def test_links_to_the_outside_pipes_and_devices_give_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    Image.new("RGB", (8, 6), "red").save(root / "good.png")
+    Image.new("RGB", (8, 7), "red").save(tmp_path / "private.png")
+    (tmp_path / "id_rsa").write_text("PRIVATE KEY")
+    (root / "good.txt").symlink_to("../id_rsa")
+    (root / "private.png").symlink_to("../private.png")
+    (root / "environment.jpg").symlink_to("/proc/self/environ")
+    (root / "zero.jpg").symlink_to("/dev/zero")
+    (root / "same.png").symlink_to("good.png")
+    (root / "itself.jpg").symlink_to("itself.jpg")
+    os.mkfifo(root / "pipe.jpg")
+    source = open_folder(root)
+    rows = list(source.rows)
+    assert {row.source_row: row.reason for row in rows if isinstance(row, Rejected)} == {
+        "environment.jpg": "outside_folder",
+        "itself.jpg": "unreadable_file",
+        "pipe.jpg": "not_a_file",
+        "private.png": "outside_folder",
+        "zero.jpg": "outside_folder",
+    }
+    assert [(row.source_row, row.references) for row in rows if isinstance(row, Sample)] == [("good.png", ()), ("same.png", ())]
+    assert any("captions that are not read: 1" in message for message in source.messages)
+
+
+def test_links_to_the_outside_are_read_where_the_user_says_so(tmp_path: Path) -> None:
+    root = tmp_path / "snapshot"
+    root.mkdir()
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "blob", "PNG")
+    (tmp_path / "caption").write_text("A red wall.")
+    (root / "a.png").symlink_to("../blob")
+    (root / "a.txt").symlink_to("../caption")
+    rows = list(open_folder(root, follow_links=True).rows)
+    assert [row.references for row in rows if isinstance(row, Sample)] == [("A red wall.",)]
+
+
+def test_metadata_from_outside_the_folder_is_an_error(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    Image.new("RGB", (8, 6), "red").save(root / "a.png")
+    (tmp_path / "secret.jsonl").write_text('{"file_name": "a.png", "text": "secret"}')
+    (root / "metadata.jsonl").symlink_to("../secret.jsonl")
+    with pytest.raises(SourceError, match="a link to a file outside"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"file_name": "a.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"file_name": "a.png", "text": "\xff"}',
+        b'{"file_name": "a.png", "text": 1' + b"0" * 10_000 + b"}",
+        b'["a.png"]',
+        b"null",
+    ],
+)
+def test_a_metadata_file_that_is_odd_is_one_error_and_never_a_traceback(line: bytes, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_bytes(line)
+    with pytest.raises(SourceError, match=r"cannot read .*metadata\.jsonl"):
+        open_folder(tmp_path)
+
+
+def test_half_a_surrogate_pair_in_a_caption_becomes_a_question_mark(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "half \\ud800."}')
+    assert [row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)] == [("half ?.",)]
+
+
+def test_a_caption_file_without_end_is_not_read(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").touch()
+    os.truncate(tmp_path / "a.txt", 1 << 40)
+    source = open_folder(tmp_path)
+    assert "captions that are not read: 1" in source.messages[0]
+    assert [row.references for row in source.rows if isinstance(row, Sample)] == [()]
+
+
+def test_a_deep_tree_of_folders_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 6), "blue").save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1500):
+        Path("d").mkdir()
+        os.chdir("d")
+    Image.new("RGB", (8, 6), "red").save("deep.png")
+    rows = list(open_folder(tmp_path).rows)
+    Path("deep.png").unlink()
+    for _ in range(1500):  # whoever removes the test's folder may recurse
+        os.chdir("..")
+        Path("d").rmdir()
+    assert [row.source_row.count("d/") for row in rows if isinstance(row, Sample)] == [0, 1500]
 
 
 def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,13 +183,12 @@ def test_a_slice_reads_the_captions_of_its_own_images_only(tmp_path: Path, monke
         Image.new("RGB", (8 + number, 6), "red").save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"Caption {number}.")
     opened: list[str] = []
-    read_text = Path.read_text
 
-    def count(path: Path, *arguments: Any, **options: Any) -> str:
-        opened.append(path.name)
-        return read_text(path, *arguments, **options)
+    def count(path: Path, *arguments: Any, **options: Any) -> bytes:
+        opened.extend([path.name] if path.suffix == ".txt" else [])
+        return read_regular(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_text", count)
+    monkeypatch.setattr("pipeline.sources.folder.read_regular", count)
     source = open_folder(tmp_path, SourceSlice(1, 3))
     rows = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
     assert rows == {"1.png": ("Caption 1.",), "4.png": ("Caption 4.",)}

@@ -28,3 +28,16 @@ def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
         next(files.read_batches(tmp_path / "kept.parquet"))
     assert "without --from-stage" in caught.value.hint
+
+
+def test_a_planted_link_in_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / ".report.html.tmp").symlink_to(victim)
+    (folder / "report.html").symlink_to(victim)
+    files.write_text(folder / "report.html", "a page")
+    assert victim.read_text() == "mine"
+    assert not (folder / "report.html").is_symlink()
+    assert (folder / "report.html").read_text() == "a page"

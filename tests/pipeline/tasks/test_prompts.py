@@ -73,3 +73,14 @@ def test_the_id_changes_with_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "template", lambda name, folder=None: original(name) + (" now" if name == "qa/v1" else ""))
     assert prompt_id("qa") != before["qa"]
     assert prompt_id("caption") == before["caption"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('id').read() }}"],
+)
+def test_a_template_of_a_stranger_runs_no_code(template: str, tmp_path: Path) -> None:
+    (tmp_path / "caption").mkdir()
+    (tmp_path / "caption" / "v1.j2").write_text(template)
+    with pytest.raises(ConfigError, match="cannot be rendered"):
+        render("caption", tmp_path, style="brief")

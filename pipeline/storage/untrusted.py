@@ -1,0 +1,65 @@
+"""Open files that a stranger may have made: regular files only, within a folder, up to a size.
+
+A folder from an archive or a repository may hold links to private files, pipes that never end, and devices. `open_regular` is
+the only way from such a folder to a row, a published file or a model.
+"""
+
+import io
+import os
+import stat
+from pathlib import Path
+
+from pipeline.errors import SynthError
+
+OUTSIDE, NOT_A_FILE, TOO_LARGE = "outside_folder", "not_a_file", "file_too_large"
+_FLAGS = (
+    os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+)  # a pipe must not be waited for
+
+
+class UnsafeFileError(SynthError):
+    """Raised for a path that must not be read; `reason` is OUTSIDE, NOT_A_FILE or TOO_LARGE."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what, hint="put a copy of the file there, if it is to be read")
+        self.reason = reason
+
+
+def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = None) -> io.BufferedReader:
+    """Open a regular file to read. Links are followed if they end below `root`, or anywhere without one.
+
+    Raise UnsafeFileError for a link to the outside of `root`, a pipe, device or folder, or more than `max_bytes`; OSError for a
+    file that cannot be opened.
+    """
+    real = os.path.realpath(path)
+    if root is not None and not Path(real).is_relative_to(os.path.realpath(root)):
+        raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
+    handle = os.open(real, _FLAGS)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
+        if os.path.realpath(path) != real or not os.path.samestat(
+            status, Path(real).stat()
+        ):  # a folder of the path was replaced
+            raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> bytes:
+    """Return the content of a regular file, as `open_regular` opens it, also if the file grows meanwhile."""
+    with open_regular(path, root, max_bytes) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
+    return data
+
+
+def require_regular(path: Path, root: Path) -> None:
+    """Raise UnsafeFileError unless a path is a regular file below `root`."""
+    open_regular(path, root).close()

@@ -1,0 +1,122 @@
+"""Untrusted files: only regular files below the folder are opened, whatever stands there."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
+
+
+def link_to(target: Path | str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        here = Path.cwd()
+        os.chdir(path.parent)  # the address of a socket is short
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def large_file(path: Path) -> None:
+    path.write_bytes(bytes(101))
+
+
+def sparse_file(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a link to the environment": (link_to("/proc/self/environ"), OUTSIDE),
+    "a link to the memory": (link_to("/proc/self/mem"), OUTSIDE),
+    "a link to a device": (link_to("/dev/zero"), OUTSIDE),
+    "a link to a file beside the folder": (link_to("../secret"), OUTSIDE),
+    "an absolute link": (link_to("/etc/passwd"), OUTSIDE),
+    "a link to a link that leads outside": (link_to("inner/way-out"), OUTSIDE),
+    "a path through a folder that is a link": (lambda path: path.symlink_to("elsewhere/secret"), OUTSIDE),
+    "a pipe": (os.mkfifo, NOT_A_FILE),
+    "a link to a pipe": (link_to("inner/pipe"), NOT_A_FILE),
+    "a socket": (socket_at, "error"),
+    "a folder": (Path.mkdir, NOT_A_FILE),
+    "a link to itself": (loop, "error"),
+    "a link to nothing": (link_to("nothing"), "error"),
+    "a file that is too large": (large_file, TOO_LARGE),
+    "a file with holes": (sparse_file, TOO_LARGE),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_what_is_no_regular_file_of_the_folder_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    make, reason = UNSAFE[name]
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (root / "inner" / "way-out").symlink_to("../../secret")
+    (root / "elsewhere").symlink_to(tmp_path)
+    os.mkfifo(root / "inner" / "pipe")
+    make(root / "file")
+    with pytest.raises((UnsafeFileError, OSError)) as caught:
+        read_regular(root / "file", root, max_bytes=100)
+    assert getattr(caught.value, "reason", "error") == reason
+
+
+def test_a_file_and_a_link_within_the_folder_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100))
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular(tmp_path / "file", tmp_path, max_bytes=100) == read_regular(tmp_path / "link", tmp_path, max_bytes=100)
+
+
+def test_without_a_root_a_link_may_lead_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "file")
+    assert read_regular(tmp_path / "root" / "link", max_bytes=100) == b"x"
+
+
+def test_a_root_that_is_itself_a_link_holds_its_files(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_bytes(b"x")
+    (tmp_path / "root").symlink_to("real")
+    assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"x"
+
+
+def test_a_file_that_grows_while_it_is_read_stays_bounded(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeFileError, match="more than 10 bytes"):
+        read_regular(Path("/proc/self/status"), max_bytes=10)  # whose size is said to be 0
+
+
+def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root" / "inner").mkdir(parents=True)
+    (tmp_path / "root" / "inner" / "file").write_text("mine")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("secret")
+    real_open = os.open
+
+    def swap_then_open(path: str, flags: int) -> int:
+        (tmp_path / "root" / "inner").rename(tmp_path / "root" / "old")
+        (tmp_path / "root" / "inner").symlink_to(tmp_path / "outside")
+        return real_open(path, flags)
+
+    monkeypatch.setattr(os, "open", swap_then_open)
+    with pytest.raises(UnsafeFileError, match="replaced"):
+        open_regular(tmp_path / "root" / "inner" / "file", tmp_path / "root")
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    os.mkfifo(tmp_path / "pipe")
+    for _ in range(20):
+        with pytest.raises(UnsafeFileError):
+            open_regular(tmp_path / "pipe", tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
