@@ -96,6 +96,21 @@ class ServerConfig(Section):
     concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: adapts to the server
     price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; for the display only
     price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
+    max_requests: Annotated[int, Field(ge=1)] | None = None  # that all runs in the dataset folder may send
+    max_total_tokens: Annotated[int, Field(ge=1)] | None = None  # that they may read and write
+    max_cost: Annotated[float, Field(gt=0)] | None = None  # that they may cost, by the prices above
+    max_failure_frac: float = Field(default=0.9, ge=0, le=1)  # of the last 100 replies that may be unusable; 1: all
+
+    @model_validator(mode="after")
+    def _knows_what_the_budget_buys(self) -> "ServerConfig":
+        if self.max_cost is not None and self.price_in is None and self.price_out is None:
+            raise ValueError("max_cost needs a price: price_in, price_out or both")
+        return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether requests, tokens or money are limited."""
+        return (self.max_requests, self.max_total_tokens, self.max_cost) != (None, None, None)
 
     def price(self, prompt_tokens: float, reply_tokens: float) -> float | None:
         """Return what so many tokens cost; None if no price is known."""

@@ -18,8 +18,8 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": "__init__ clip decode metadata similarity",
-    "pipeline/inference": """__init__ chat_api client concurrency endpoints engines gpus journal queue request_images requests
-        transformers_engine verification vllm_launch vllm_server""",
+    "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines gpus journal queue
+        request_images requests transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",

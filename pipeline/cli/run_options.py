@@ -13,9 +13,18 @@ from pipeline.cli.options import read_pairs, vllm_flags
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-IMAGES, TEXTS, MODEL, DATASET, CLUSTER = "Images", "What to ask", "Model", "Dataset", "Cluster"  # groups of options in --help
+IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # groups of options in --help
+DATASET, CLUSTER = "Dataset", "Cluster"
 
-SERVER_OPTIONS = {"flags": "what stands after --", "price_in": "--price-in", "price_out": "--price-out"}  # by key of `server`
+SERVER_OPTIONS = {  # by key of `server`
+    "flags": "what stands after --",
+    "price_in": "--price-in",
+    "price_out": "--price-out",
+    "max_requests": "--max-requests",
+    "max_total_tokens": "--max-tokens",
+    "max_cost": "--max-cost",
+    "max_failure_frac": "--max-failures",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +151,31 @@ def run_settings(
         float | None,
         Option(metavar="PRICE", min=0, help="Price of a million tokens that the model writes.", rich_help_panel=MODEL),
     ] = None,
+    max_requests: Annotated[
+        int | None,
+        Option(
+            metavar="N", min=1, help="Stop when all runs in this folder have sent so many requests.", rich_help_panel=BUDGET
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        Option(metavar="N", min=1, help="Stop when the model has read and written so many tokens.", rich_help_panel=BUDGET),
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        Option(metavar="PRICE", min=0, help="Stop when the tokens have cost so much, by their prices.", rich_help_panel=BUDGET),
+    ] = None,
+    max_failures: Annotated[
+        float | None,
+        Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Stop when more than this share of 100 replies in a row is unusable; 1: never.",
+            show_default="0.9",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
     title: Annotated[
         str | None,
         Option(
@@ -159,7 +193,14 @@ def run_settings(
     """Return the settings that options, file and defaults come to. Raises ConfigError."""
     from pipeline.config import resolve
 
-    server = (vllm_flags(context) or {}) | {"price_in": price_in, "price_out": price_out}
+    server = (vllm_flags(context) or {}) | {
+        "price_in": price_in,
+        "price_out": price_out,
+        "max_requests": max_requests,
+        "max_total_tokens": max_tokens,
+        "max_cost": max_cost,
+        "max_failure_frac": max_failures,
+    }
     server = {name: value for name, value in server.items() if value is not None}
     given: dict[str, tuple[str, Any]] = {  # config key -> (option, value)
         "source": ("--source", source),

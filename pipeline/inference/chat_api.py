@@ -5,9 +5,11 @@ The order of the parts favors prefix caching: system text, image, then the text 
 """
 
 import json
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
+from pipeline.inference.bodies import parse_json
 from pipeline.tasks import wire_schema
 from pipeline.types import Reply, Request
 
@@ -15,6 +17,10 @@ from pipeline.types import Reply, Request
 _REPETITION = json.dumps({"max_pattern_size": 32, "min_count": 6}).encode()
 _PROOF = "synth-7f3a"
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
+# A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
+MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
+MAX_REASON_CHARACTERS = 100
+ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
 
 
 class BadAnswerError(Exception):
@@ -42,17 +48,29 @@ def body(request: Request, images: bytes, model: str) -> bytes:
     )
 
 
+def max_answer_bytes(request: Request) -> int:
+    """Return how large the body of an answer may be."""
+    return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
+
+
 def read_reply(request: Request, answer: bytes) -> Reply:
-    """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice."""
+    """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice.
+
+    A text that is longer than the requested tokens can be is cut, and counts as cut short.
+    """
     try:
-        value = json.loads(answer)
+        value = parse_json(answer)
         choice = value["choices"][0]
         text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
     text, finish_reason = (str(part).encode("utf-8", "replace").decode() for part in (text, finish_reason))
-    return request.reply(text, finish_reason, _tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens"))
+    reply = request.reply(
+        text, finish_reason[:MAX_REASON_CHARACTERS], _tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens")
+    )
+    most = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
+    return replace(reply, text=text[:most], finish_reason="length") if len(text) > most else reply
 
 
 def _tokens(usage: Any, name: str) -> int:
@@ -64,7 +82,7 @@ def _tokens(usage: Any, name: str) -> int:
 def error_message(answer: bytes) -> str:
     """Return the message in the body of an error, on one line of at most 500 characters."""
     try:
-        value = json.loads(answer)
+        value = parse_json(answer)
         error = value.get("error", value)
         message = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
@@ -88,7 +106,7 @@ def probe(model: str) -> dict[str, Any]:
 def proves_schemas(answer: bytes) -> bool:
     """Return whether the answer to `probe` is the only one that its schema allows."""
     try:
-        return bool(json.loads(json.loads(answer)["choices"][0]["message"]["content"]) == {"word": _PROOF})
+        return bool(parse_json(parse_json(answer)["choices"][0]["message"]["content"]) == {"word": _PROOF})
     except (ValueError, LookupError, TypeError):
         return False
 

@@ -6,6 +6,7 @@ server. When a *reply* is unusable, inference/queue.py asks the model again with
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -21,7 +22,8 @@ import aiohttp
 from pipeline.config import Config
 from pipeline.errors import EngineError, ImageError, one_line
 from pipeline.inference import chat_api
-from pipeline.inference.concurrency import POLL_SECONDS, Concurrency
+from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
+from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
 from pipeline.inference.endpoints import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
@@ -33,6 +35,7 @@ from pipeline.inference.endpoints import (
     cancel_tasks,
     list_models,
     no_server,
+    not_served,
     raise_for_access,
     request_headers,
 )
@@ -50,6 +53,7 @@ FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
 MAX_CRASHES = 2
+RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
@@ -143,7 +147,9 @@ class Client:
             self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress))
         limit = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # shorter than the 5 s after which uvicorn closes
         seconds = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
-        self._session = await stack.enter_async_context(aiohttp.ClientSession(connector=limit, timeout=seconds))
+        self._session = await stack.enter_async_context(
+            aiohttp.ClientSession(connector=limit, timeout=seconds, auto_decompress=False)
+        )
         if self._servers:
             endpoints = [Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key)) for server in self._servers]
         else:
@@ -156,7 +162,12 @@ class Client:
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
-        self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once)
+        connections = raise_file_limit() - RESERVED_FILES
+        if settings.concurrency and settings.concurrency > connections:
+            self._progress.warn(
+                f"{settings.concurrency} requests at once need more open files than `ulimit -n` allows: {connections} are sent"
+            )
+        self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
         for endpoint in self._endpoints:
             await self._require_schemas(endpoint) if endpoint.is_up.is_set() else self._endpoints.wait_for(endpoint)
@@ -173,9 +184,7 @@ class Client:
                 endpoint.is_up.clear()
                 continue
             if self._name not in models:
-                raise EngineError(
-                    f"{endpoint.url} does not serve {self._name}", hint=f"it serves {', '.join(models)}: pass --model"
-                )
+                raise not_served(endpoint, self._name, models)
             lengths.append(models[self._name].max_model_len)
             if await status_of(endpoint.health) == 404:
                 endpoint.health = f"{endpoint.url}/models"  # other servers than vLLM may have no /health
@@ -203,10 +212,13 @@ class Client:
         while True:
             try:
                 async with self._session.post(
-                    f"{endpoint.url}/chat/completions", json=chat_api.probe(self._name), headers=endpoint.headers
+                    f"{endpoint.url}/chat/completions",
+                    json=chat_api.probe(self._name),
+                    headers=endpoint.headers,
+                    allow_redirects=False,
                 ) as answer:
-                    text = await answer.read()
-                    raise_for_access(answer.status, endpoint, text)
+                    text = await read_body(answer, MAX_BODY_BYTES)
+                    raise_for_access(answer, endpoint, text)
                     if answer.status not in BUSY_STATUSES:
                         break
                 busy += 1
@@ -334,9 +346,14 @@ class Client:
         body = chat_api.body(request, images, self._name)
         sent = time.monotonic()
         try:
-            async with self._session.post(f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers) as answer:
-                text = await answer.read()
+            async with self._session.post(
+                f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers, allow_redirects=False
+            ) as answer:
+                text = await read_body(answer, chat_api.max_answer_bytes(request))
         except CONNECTION_ERRORS as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
+                log.warning("no more files can be opened for connections: %s", error)
+                raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         if answer.status in BUSY_STATUSES:
             seconds = answer.headers.get("Retry-After", "")
@@ -345,19 +362,20 @@ class Client:
         self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
-        raise_for_access(answer.status, endpoint, text)
+        raise_for_access(answer, endpoint, text)
         if answer.status >= 400:
-            return self._refuse(request, endpoint, text, in_flight)
+            return self._refuse(request, endpoint, chat_api.error_message(text), in_flight)
         try:
             reply = chat_api.read_reply(request, text)
         except chat_api.BadAnswerError as bad:
+            self._refuse(request, endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
         self._answered += 1
         self._count_tokens(reply.reply_tokens)
         return replace(reply, seconds=time.monotonic() - sent)
 
-    def _refuse(self, request: Request, endpoint: Endpoint, answer: bytes, in_flight: InFlight) -> Reply:
-        message = chat_api.error_message(answer)
+    def _refuse(self, request: Request, endpoint: Endpoint, message: str, in_flight: InFlight) -> Reply:
+        """Return the reply of a server that gives none. Raises EngineError if it has refused all requests so far."""
         self._refused += 1
         if self._refused >= MAX_REFUSALS_BEFORE_REPLY and not self._answered and not in_flight.work.answered():
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")

@@ -3,24 +3,26 @@
 A server should have some requests waiting, so that it is never idle, and not many, so that few are sent again after a crash.
 """
 
+import resource
 import time
 
 POLL_SECONDS = 1.0
 START_REQUESTS = 32  # for each server whose capacity is not known
 MOST_REQUESTS = 1024  # for each server
+MOST_FILES = 65_536
 
 
 class Concurrency:
     """The limit of requests in flight: the user's, if given, else adapted to the servers' queues and to busy answers.
 
     A busy answer lowers even a `fixed` limit of the user for a while. `server_requests` is how many requests the server
-    computes at once; None if we did not start it.
+    computes at once; None if we did not start it. `connections` is how many this process can have.
     """
 
-    def __init__(self, servers: int, fixed: int | None, server_requests: int | None) -> None:
+    def __init__(self, servers: int, fixed: int | None, server_requests: int | None, connections: int = MOST_FILES) -> None:
         self._fixed = fixed
-        self._most = fixed or MOST_REQUESTS * servers
-        self._first = fixed or (2 * server_requests if server_requests else START_REQUESTS * servers)
+        self._most = min(fixed or MOST_REQUESTS * servers, connections)
+        self._first = min(fixed or (2 * server_requests if server_requests else START_REQUESTS * servers), connections)
         self._complained_at = 0.0
         self.limit = self._first
 
@@ -45,3 +47,13 @@ class Concurrency:
             if self._fixed or self.limit < self._first or is_full:
                 limit += max(1, limit // 2)
         self.limit = max(1, min(limit, self._most, most))
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may, up to MOST_FILES, and return how many: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return most if soft == resource.RLIM_INFINITY else soft

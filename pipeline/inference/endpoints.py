@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,20 @@ import aiohttp
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
+from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.vllm_server import answers_200
 
 KEY = "SYNTH_API_KEY"
 BUSY_STATUSES = (429, 503)
 BUSY_WARNING_SECONDS = 30.0
+MODELS_SECONDS = 30.0
+METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
+MAX_CONTEXT_TOKENS = 100_000_000
+SHOWN_MODELS = 8
+MAX_SHOWN_CHARACTERS = 200
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 _METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
 log = logging.getLogger(__name__)
@@ -137,8 +144,11 @@ class Endpoints(list[Endpoint]):
         for endpoint in self:
             if endpoint.is_up.is_set():
                 try:
-                    async with session.get(f"{endpoint.root}/metrics", headers=endpoint.headers) as answer:
-                        _take_metrics(endpoint, await answer.text() if answer.status == 200 else "")
+                    async with session.get(
+                        f"{endpoint.root}/metrics", headers=endpoint.headers, allow_redirects=False, timeout=METRICS_TIMEOUT
+                    ) as answer:
+                        page = await read_body(answer, MAX_BODY_BYTES) if answer.status == 200 else b""
+                    _take_metrics(endpoint, page.decode(errors="replace"))
                 except CONNECTION_ERRORS as error:
                     log.debug("%s gave no metrics: %s", endpoint.url, error)
 
@@ -182,19 +192,19 @@ def find_model(config: Config) -> tuple[str, str]:
 
 
 async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+    limit = aiohttp.ClientTimeout(total=MODELS_SECONDS)
+    async with aiohttp.ClientSession(timeout=limit, auto_decompress=False) as session:
         for endpoint in endpoints:
             try:
                 models = await list_models(session, endpoint)
             except ServerFaultError:
                 continue
             if wanted is None and len(models) != 1:
-                raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=f"pass --model: {', '.join(models)}")
+                hint = f"pass --model: {shown_models(models)}"
+                raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
             matching = [name for name in models if wanted in (None, name, name.rpartition("@")[0])]
             if not matching:
-                raise EngineError(
-                    f"{endpoint.url} does not serve {wanted}", hint=f"it serves {', '.join(models)}: pass --model"
-                )
+                raise not_served(endpoint, wanted or "", models)
             return matching[0], models[matching[0]].root
     raise no_server(endpoints)
 
@@ -202,17 +212,42 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
 async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, ServedModel]:
     """Return the models of a server by name. Raises ServerFaultError if it does not list any; see also `raise_for_access`."""
     try:
-        async with session.get(f"{endpoint.url}/models", headers=endpoint.headers) as answer:
-            text = await answer.read()
-            raise_for_access(answer.status, endpoint, text)
-            models = (await answer.json())["data"]
-            return {model["id"]: ServedModel(str(model.get("root") or ""), model.get("max_model_len")) for model in models}
-    except (*CONNECTION_ERRORS, ValueError, LookupError, TypeError) as error:
-        raise ServerFaultError(str(error)) from None
+        async with session.get(f"{endpoint.url}/models", headers=endpoint.headers, allow_redirects=False) as answer:
+            text = await read_body(answer, MAX_BODY_BYTES)
+        raise_for_access(answer, endpoint, text)
+        models = [model for model in parse_json(text)["data"] if isinstance(model["id"], str)]
+        return {model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model)) for model in models}
+    except (*CONNECTION_ERRORS, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ServerFaultError(one_line(error)) from None
 
 
-def raise_for_access(status: int, endpoint: Endpoint, answer: bytes) -> None:
-    """Raise EngineError for answers that every request would get: the key is refused, or the address does not exist."""
+def _context_tokens(model: dict[str, Any]) -> int | None:
+    length = model.get("max_model_len")
+    return length if isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS else None
+
+
+def shown_models(models: Iterable[str]) -> str:
+    """Return the first names of served models, for a message: a server may list hundreds."""
+    names = [name[:MAX_SHOWN_CHARACTERS] for name in models]
+    return ", ".join(names[:SHOWN_MODELS]) + (f" and {len(names) - SHOWN_MODELS} more" if len(names) > SHOWN_MODELS else "")
+
+
+def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
+    """Return the error that a server does not serve a model."""
+    hint = f"it serves {shown_models(models) or 'none'}: pass --model"
+    return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
+
+
+def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes) -> None:
+    """Raise EngineError for answers that every request would get.
+
+    The key is refused, the address does not exist, or it sends requests on to another one, which would get the images.
+    """
+    status = response.status
+    if 300 <= status < 400:
+        location = response.headers.get("Location", "")[:MAX_SHOWN_CHARACTERS]
+        hint = "if that is your server, pass its address with --base-url"
+        raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in (401, 403):
         wants = "wants another key" if "Authorization" in endpoint.headers else "wants a key, and none is set"
         raise EngineError(f"{endpoint.url} {wants}", hint=f"put it into the environment: {KEY}=...")
@@ -229,7 +264,11 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
 def request_headers(key: str | None = None) -> dict[str, str]:
     """Return the headers of a request, with the given key, else that of the environment."""
     key = key or os.environ.get(KEY)
-    return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    return {
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }
 
 
 async def cancel_tasks(tasks: "set[asyncio.Task[Any]]") -> None:
@@ -245,6 +284,15 @@ def _take_metrics(endpoint: Endpoint, page: str) -> None:
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in sums:
-            sums[name] += float(line.rpartition(" ")[2])
+            sums[name] += _count(line.rpartition(" ")[2])
     endpoint.running, endpoint.waiting, queries, hits = sums.values()
     endpoint.cache = (queries, hits)
+
+
+def _count(text: str) -> float:
+    """Return a number of a metric; 0 for anything that is no count."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) and value >= 0 else 0.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pipeline.config import Config, ServerConfig
+from pipeline.inference.budget import Budget, CircuitBreaker
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests, build_retry
 from pipeline.tables import ANNOTATION
@@ -49,11 +50,13 @@ class RequestStats:
 class RequestQueue:
     """Requests that still need a reply, chunk by chunk; the types.RequestSource of an engine."""
 
-    def __init__(self, chunks: Iterator[list[Request]], attempts: int, journal: Journal, counts: RequestStats) -> None:
+    def __init__(self, chunks: Iterator[list[Request]], config: Config, journal: Journal, counts: RequestStats) -> None:
         self._chunks = chunks
-        self._attempts = attempts
+        self._attempts = config.generate.max_attempts
         self._journal = journal
         self._counts = counts
+        self._budget = Budget.of(config.server, journal.totals()) if config.server.has_budget else None
+        self._breaker = CircuitBreaker(config.server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
         self._open: dict[str, Request] = {}  # taken, without a final reply
@@ -68,7 +71,7 @@ class RequestQueue:
         return bool(self._new or self._retries)
 
     def take(self) -> list[Request]:
-        """Return the first attempts of a chunk, or once those are taken, its retries.
+        """Return the first attempts of a chunk, or once those are taken, its retries; as many as the budget has room for.
 
         All requests have the same attempt number: batches are the same whether or not the run was interrupted.
         """
@@ -76,9 +79,13 @@ class RequestQueue:
             return []
         waiting = self._new or self._retries
         attempt = min(request.attempt for request in waiting)
-        requests = [request for request in waiting if request.attempt == attempt]
-        waiting[:] = [request for request in waiting if request.attempt > attempt]
+        room = self._budget.room(len(self._open)) if self._budget else None
+        requests = [request for request in waiting if request.attempt == attempt][:room]
+        taken = {request.id for request in requests}
+        waiting[:] = [request for request in waiting if request.id not in taken]
         self._open |= {request.id: request for request in requests}
+        if self._budget:
+            self._budget.requests += len(requests)
         return requests
 
     def sending(self, requests: Sequence[Request]) -> None:
@@ -91,12 +98,16 @@ class RequestQueue:
         return self._answered
 
     def keep(self, replies: list[Reply]) -> None:
-        """Journal replies, and queue a retry for each that is unusable."""
+        """Journal replies, and queue a retry for each that is unusable. Raise EngineError if too many are unusable."""
         pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
         judged = [(request, reply, find_flaw(request, reply)) for request, reply in pairs]
         self._journal.keep(judged)
         for request, reply, flaw in judged:
             self._counts.add_reply(reply)
+            if self._budget:
+                self._budget.add(reply)
+            if request.attempt == 0:
+                self._breaker.add(reply, flaw)
             self._answered = self._answered or reply.finish_reason not in UNANSWERED
             if flaw:
                 self._counts.flaws[flaw] += 1
@@ -105,6 +116,12 @@ class RequestQueue:
             else:
                 self._counts.done += 1
                 self._counts.attempts[request.attempt + 1] += 1
+        self._breaker.check()
+
+    def require_room(self) -> None:
+        """Raise BudgetError if the budget is used up."""
+        if self._budget and self._budget.room(0) == 0:
+            raise self._budget.error()
 
     def _enqueue(self, request: Request) -> None:
         self._counts.total += 1
@@ -136,15 +153,19 @@ def ask_about(
         [request for sample_id, images in chunk for request in build_requests(sample_id, images, config, revision)]
         for chunk in chunks
     )
-    return ask_all(requests, config.generate.max_attempts, engine, journal, counts)
+    return ask_all(requests, config, engine, journal, counts)
 
 
 def ask_all(
-    chunks: Iterator[list[Request]], attempts: int, engine: Callable[[], Engine], journal: Journal, counts: RequestStats
+    chunks: Iterator[list[Request]], config: Config, engine: Callable[[], Engine], journal: Journal, counts: RequestStats
 ) -> Iterator[Engine]:
-    """Send requests until each has a usable reply in the journal or `attempts` unusable ones; yield as `ask_about` does."""
-    queue = RequestQueue(chunks, attempts, journal, counts)
+    """Send requests until each has a usable reply in the journal or `max_attempts` unusable ones; yield as `ask_about` does.
+
+    Raise BudgetError if the budget is used up before, and EngineError if nearly no reply is usable.
+    """
+    queue = RequestQueue(chunks, config, journal, counts)
     while queue.has_work():
+        queue.require_room()
         ready = engine()
         started = time.monotonic()
         for replies in ready.ask(queue):

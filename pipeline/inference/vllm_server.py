@@ -159,7 +159,10 @@ async def status_of(url: str, headers: dict[str, str] | None = None, seconds: fl
 
     try:
         limit = aiohttp.ClientTimeout(total=seconds)
-        async with aiohttp.ClientSession(timeout=limit, headers=headers) as session, session.get(url) as answer:
+        async with (
+            aiohttp.ClientSession(timeout=limit, headers=headers) as session,
+            session.get(url, allow_redirects=False) as answer,
+        ):
             return int(answer.status)
     except (aiohttp.ClientError, TimeoutError, OSError):
         return None

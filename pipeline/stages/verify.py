@@ -160,7 +160,7 @@ def _ask(
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
         before = stats.done
         requests = build_all(sample_batches(shard), of_sample, config, plan.revision)
-        for ready in ask_all(requests, config.generate.max_attempts, services.engine, journal, stats):
+        for ready in ask_all(requests, config, services.engine, journal, stats):
             progress("verify", stats.done - before, wanted.total(), ready.metrics())
         return [
             read_checks(row["sample_id"], of_row, config, plan.revision, journal)

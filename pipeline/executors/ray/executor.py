@@ -71,6 +71,9 @@ def run_on_cluster(
     Raises:
         SynthError: an error that the user can fix; finished work stays on the disk.
     """
+    if config.server.has_budget:
+        hint = "leave out --max-requests, --max-tokens and --max-cost, or --executor ray"
+        raise ConfigError("a budget is counted in one process, not by the workers of a cluster", hint=hint)
     with translate_disk_errors(dataset.path):
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)

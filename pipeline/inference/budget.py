@@ -1,0 +1,116 @@
+"""What a dataset may cost, and when a run stops by itself because replies are not usable.
+
+A budget counts all runs of a dataset folder: the journal knows what earlier ones have sent and paid, so that the same command,
+run again, does not spend it twice.
+"""
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.config import ServerConfig
+from pipeline.errors import EngineError
+from pipeline.types import Reply
+
+WINDOW_REPLIES = 100  # in a row, of which too many must be unusable
+FIRST_REQUESTS = 32  # sent before the mean size of a reply is known
+SHOWN_CHARACTERS = 120
+
+
+class BudgetError(EngineError):
+    """Raised when the budget of a dataset is used up. All replies so far are kept."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What was spent on a dataset: requests that were taken to be sent, and the tokens of replies."""
+
+    server: ServerConfig
+    requests: int
+    prompt_tokens: int
+    reply_tokens: int
+    _replies: int = 0  # of this run
+    _tokens: int = 0  # of these
+    _cost: float = 0.0
+
+    @classmethod
+    def of(cls, server: ServerConfig, totals: Mapping[str, int]) -> "Budget":
+        """Return the budget after what a journal holds (`Journal.totals`)."""
+        return cls(server, totals["asked"], totals["prompt_tokens"], totals["reply_tokens"])
+
+    def add(self, reply: Reply) -> None:
+        """Count the tokens of a reply."""
+        self.prompt_tokens += reply.prompt_tokens
+        self.reply_tokens += reply.reply_tokens
+        self._replies += 1
+        self._tokens += reply.prompt_tokens + reply.reply_tokens
+        self._cost += self.server.price(reply.prompt_tokens, reply.reply_tokens) or 0.0
+
+    def room(self, unanswered: int) -> int | None:
+        """Return how many requests may be sent beside the `unanswered` ones; None without a limit.
+
+        What a request will cost is estimated by the mean of this run.
+        """
+        server = self.server
+        rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
+        for limit, spent, of_run in (
+            (server.max_total_tokens, self.prompt_tokens + self.reply_tokens, self._tokens),
+            (server.max_cost, self.cost, self._cost),
+        ):
+            if limit is None:
+                continue
+            if spent >= limit:
+                rooms.append(0)
+            elif not self._replies:
+                rooms.append(FIRST_REQUESTS - unanswered)
+            elif of_run:
+                rooms.append(int((limit - spent) / (of_run / self._replies)) - unanswered)
+        return max(0, min(rooms)) if rooms else None
+
+    @property
+    def cost(self) -> float:
+        """The price of all tokens."""
+        return self.server.price(self.prompt_tokens, self.reply_tokens) or 0.0
+
+    def error(self) -> BudgetError:
+        """Return the error that the budget is used up."""
+        limits = (
+            ("{:,} of {:,} requests", self.requests, self.server.max_requests),
+            ("{:,} of {:,} tokens", self.prompt_tokens + self.reply_tokens, self.server.max_total_tokens),
+            ("{:,.2f} of {:,.2f} to pay", self.cost, self.server.max_cost),
+        )
+        spent = [text.format(count, limit) for text, count, limit in limits if limit is not None]
+        hint = (
+            "raise --max-requests, --max-tokens or --max-cost, and run the same command: what was answered is not asked again"
+        )
+        return BudgetError(f"the budget is used up: {', '.join(spent)}, by all runs in this folder", hint=hint)
+
+
+@dataclass(slots=True)
+class CircuitBreaker:
+    """Stops a run when more than `max_failure_frac` of the last WINDOW_REPLIES first replies to requests are unusable.
+
+    Replies to retries do not count: only difficult requests have them.
+    """
+
+    max_failure_frac: float
+    _flaws: deque[str | None] = field(default_factory=lambda: deque(maxlen=WINDOW_REPLIES))
+    _last: str = ""
+
+    def add(self, reply: Reply, flaw: str | None) -> None:
+        """Count a first reply and its flaw."""
+        self._flaws.append(flaw)
+        if flaw:
+            self._last = reply.text
+
+    def check(self) -> None:
+        """Raise EngineError if too many replies are unusable."""
+        flaws = Counter(flaw for flaw in self._flaws if flaw)
+        if len(self._flaws) < WINDOW_REPLIES or flaws.total() <= self.max_failure_frac * WINDOW_REPLIES:
+            return
+        reasons = ", ".join(f"{count} {flaw.replace('_', ' ')}" for flaw, count in flaws.most_common(3))
+        sample = " ".join(self._last.split())[:SHOWN_CHARACTERS]
+        raise EngineError(
+            f"{flaws.total()} of the last {WINDOW_REPLIES} replies cannot be used ({reasons}); the last one: {sample!r}",
+            hint="`synth preview` shows what it says; check --model and the prompts. --max-failures 1 goes on regardless",
+        )

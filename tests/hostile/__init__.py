@@ -1,0 +1,41 @@
+"""Attacks: whatever a stranger sends, nothing runs, leaks, hangs or is lost. Each class is a table of cases: all must hold.
+
+`make test` runs a part of the long sweeps, the same part each time; `make test-long` (SYNTH_LONG=1) runs all of them.
+"""
+
+import os
+import random
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+LONG = bool(os.environ.get("SYNTH_LONG"))
+T = TypeVar("T")
+
+
+def part_of(cases: Sequence[T], count: int) -> Sequence[T]:
+    """Return all cases in a long run, else `count` of them, always the same."""
+    return cases if LONG or len(cases) <= count else random.Random(7).sample(cases, count)
+
+
+def memory_bytes(name: str = "VmHWM") -> int:
+    """Return a figure of this process's memory as Linux counts it: VmHWM, the peak, or VmRSS."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def bounded_memory(max_bytes: int) -> Iterator[None]:
+    """Fail if the resident memory of this process grows by more than `max_bytes` meanwhile, even for a moment."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory_bytes("VmRSS")
+    yield
+    grown = memory_bytes() - before
+    assert grown <= max_bytes, f"{grown:,} bytes"
+
+
+def limit_memory(max_bytes: int) -> None:
+    """Limit the address space of this process, which is one of a test."""
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))

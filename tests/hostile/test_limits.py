@@ -1,0 +1,37 @@
+"""Limits of the machine: few open files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.chat.server import ChatServer, running_chat
+
+RUN = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from pathlib import Path
+from pipeline.config import resolve
+from pipeline.inference.client import Client
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about
+from pipeline.progress import LineProgress
+from tests.scene_data import scene_samples
+url, folder = sys.argv[1:]
+config = resolve(source="scenes", base_url=[url], model="model", server={"concurrency": 1000}, tasks=["caption"])
+images = scene_samples(1)[0].images
+chunk = [(f"{n:064x}", images) for n in range(200)]
+stats = RequestStats()
+with Journal(Path(folder) / "j.sqlite") as journal, Client("model", "r", config, progress=LineProgress()) as engine:
+    for _ in ask_about(iter([chunk]), config, "r", lambda: engine, journal, stats):
+        pass
+print(stats.done, dict(stats.flaws))
+"""
+
+
+def test_more_requests_at_once_than_open_files_are_no_dead_server(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        done = subprocess.run([sys.executable, "-c", RUN, chat.url, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "72 are sent" in done.stderr
+    assert "does not answer" not in done.stderr
+    assert chat.max_in_flight <= 72
+    assert done.stdout.startswith("400 "), done.stderr

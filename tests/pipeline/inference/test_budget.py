@@ -1,0 +1,122 @@
+"""Budget: a run sends no more than its limits, over all runs of a folder, and stops by itself when replies are not usable."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ServerConfig, resolve
+from pipeline.errors import ConfigError, EngineError
+from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, CircuitBreaker
+from pipeline.inference.client import Client
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about
+from pipeline.types import Reply
+from tests.chat.server import Act, ChatServer, running_chat
+from tests.scene_data import scene_samples
+
+SAMPLES = scene_samples(20)
+
+
+def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
+    config = resolve(source="scenes", base_url=[chat.url], model="model", server=server)
+    stats = RequestStats()
+    chunks = [[(sample.id, sample.images) for sample in SAMPLES[n : n + 5]] for n in range(0, len(SAMPLES), 5)]
+    with Journal(path) as journal, Client("model", "r", config) as engine:
+        for _ in ask_about(iter(chunks), config, "r", lambda: engine, journal, stats):
+            pass
+    return stats
+
+
+def reply(prompt_tokens: int = 100, reply_tokens: int = 10) -> Reply:
+    return Reply("id", 0, "text", "stop", prompt_tokens, reply_tokens)
+
+
+def test_exactly_as_many_requests_are_sent_as_the_budget_has(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        with pytest.raises(BudgetError, match="17 of 17 requests"):
+            ask(tmp_path / "j", chat, max_requests=17)
+        assert len(chat.bodies) == 17
+        with pytest.raises(BudgetError):
+            ask(tmp_path / "j", chat, max_requests=17)  # the same command again spends nothing
+        assert len(chat.bodies) == 17
+        ask(tmp_path / "j", chat, max_requests=len(SAMPLES) * 3)
+        assert len(chat.bodies) == len(SAMPLES) * 3  # and nothing was asked twice
+
+
+def test_a_budget_that_suffices_is_not_noticed(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        stats = ask(tmp_path / "j", chat, max_requests=len(SAMPLES) * 3, max_total_tokens=10**9)
+    assert stats.done == len(SAMPLES) * 3
+
+
+def test_tokens_stop_a_run_close_to_their_limit(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        stats = ask(tmp_path / "first", chat, concurrency=2)
+        mean = (stats.prompt_tokens + stats.reply_tokens) / stats.done
+        assert mean > 1
+        limit = int(mean * 40)
+        with pytest.raises(BudgetError, match=f"of {limit:,} tokens"):
+            ask(tmp_path / "second", chat, max_total_tokens=limit, concurrency=2)
+        with Journal(tmp_path / "second") as journal:
+            totals = journal.totals()
+    assert totals["prompt_tokens"] + totals["reply_tokens"] <= limit
+    assert totals["replies"] >= 36
+
+
+def test_the_cost_of_earlier_runs_counts() -> None:
+    server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
+    budget = Budget.of(server, {"asked": 10, "replies": 10, "prompt_tokens": 600_000, "reply_tokens": 100_000})
+    assert budget.cost == pytest.approx(0.8)
+    assert budget.room(0) == 32  # a first look at what a request costs
+    budget.add(reply(prompt_tokens=20_000, reply_tokens=0))
+    assert budget.room(3) in (5, 6)  # 0.18 left, 0.02 each
+    budget.add(reply(prompt_tokens=180_000, reply_tokens=0))
+    assert budget.room(0) == 0
+    assert "1.00 of 1.00 to pay" in str(budget.error())
+
+
+def test_without_a_limit_there_is_room_for_anything() -> None:
+    assert Budget.of(ServerConfig(), {"asked": 10**9, "prompt_tokens": 0, "reply_tokens": 0}).room(10**6) is None
+
+
+def test_a_cost_without_prices_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="max_cost needs a price"):
+        resolve(source="scenes", server={"max_cost": 5})
+
+
+def test_a_server_that_lies_after_its_probe_is_noticed_after_a_hundred_replies(tmp_path: Path) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
+        config = resolve(source="scenes", base_url=[chat.url], model="model")
+        samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(200)]
+        chunks = [samples[n : n + 50] for n in range(0, 200, 50)]
+        with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
+            with pytest.raises(EngineError, match=r"100 of the last 100 replies cannot be used \(100 not json\).*Sure!"):
+                for _ in ask_about(iter(chunks), config, "r", lambda: engine, journal, RequestStats()):
+                    pass
+            assert journal.totals()["replies"] >= WINDOW_REPLIES  # kept for a look
+    assert len(chat.bodies) <= 2 * WINDOW_REPLIES
+
+
+def test_a_page_in_place_of_every_answer_is_noticed_at_once(tmp_path: Path) -> None:
+    refused = pytest.raises(EngineError, match="refuses every request: not an answer of the chat protocol: <html>Please")
+    with running_chat(ChatServer(lambda times, body: Act(raw=b"<html>Please log in</html>"))) as chat, refused:
+        ask(tmp_path / "j", chat)
+    assert len(chat.bodies) < 100
+
+
+def test_the_breaker_counts_first_replies_in_its_window_alone() -> None:
+    breaker = CircuitBreaker(0.9)
+    for number in range(WINDOW_REPLIES):
+        breaker.add(reply(), None if number < 10 else "not_json")
+    breaker.check()  # 90 of 100 are allowed
+    breaker.add(reply(), "not_json")
+    with pytest.raises(EngineError, match="91 of the last 100"):
+        breaker.check()
+
+
+def test_a_breaker_of_one_never_stops() -> None:
+    breaker = CircuitBreaker(1.0)
+    for _ in range(2 * WINDOW_REPLIES):
+        breaker.add(reply(), "not_json")
+    breaker.check()
