@@ -46,6 +46,9 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
     def rows() -> Iterator[Sample | Rejected]:
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split):
+            if isinstance(row, Rejected):
+                yield row
+                continue
             row_split = names.get(str(row[split_column])) if split_column else file_split
             images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
             if row_split is None and split_column:

@@ -4,19 +4,25 @@ A path in a row is never opened; a URL is fetched only if the user allows it (so
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dataset.version import LEDGER_FILE
 from pipeline.errors import ImageError, SourceError, one_line
+from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.image_urls import fetch_image
-from pipeline.types import ALL, SourceSlice
+from pipeline.types import ALL, Rejected, SourceSlice
 
-BATCH_ROWS = 16
+BATCH_ROWS = 16  # of texts; see _batch_rows
+MAX_ROW_BYTES = 256_000_000  # of all images in it
+MAX_TEXT_BYTES = 1_000_000  # of a row without images
 BUFFER_BYTES = 1 << 20  # of each column stream: a row group of photos may be half a gigabyte
 _SPLIT_WORDS = {
     "train": "train training restval",  # restval: Karpathy's name for the rest of COCO's validation images
@@ -25,6 +31,7 @@ _SPLIT_WORDS = {
 }
 SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[a-z]+")
+TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # row name, split of its file, values
 _VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # testA and testB of RefCOCO
 
 
@@ -45,10 +52,16 @@ class Tables:
         """The columns, read from the first file."""
         _, first_path = self._files()[0]
         with self._open_file(first_path) as file:
-            return pq.read_schema(file)
+            schema = pq.read_schema(file)
+        if repeated := [name for name, number in Counter(schema.names).items() if number > 1]:
+            raise SourceError(f"{first_path} of {self.name} has several columns {repeated[0]}", hint="give each its own name")
+        return schema
 
-    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-        """Yield (row name, split of its file, values) of one split or of all, within `part`."""
+    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[TableRow]:
+        """Yield (row name, split of its file, values) of one split or of all, within `part`.
+
+        In place of values that are too large, or that are no UTF-8, stands the rejection of the row.
+        """
         files = self._files(split)
         by_file = len(files) >= self.part.of
         for file_index, (file_split, path) in enumerate(files):
@@ -56,15 +69,17 @@ class Tables:
                 continue
             with self._open_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-                if missing := set(columns) - set(parquet.schema_arrow.names):
+                if missing := {name for name in columns if parquet.schema_arrow.names.count(name) != 1}:
                     message = f"{path} of {self.name} lacks the column {min(missing)}"
                     raise SourceError(message, hint="do its files belong together?")
                 first_row = 0
                 for group in range(parquet.num_row_groups):
                     if by_file or self._is_ours(file_index + group):
-                        rows = parquet.iter_batches(BATCH_ROWS, [group], list(columns), use_threads=False)
-                        for row_number, row in enumerate((row for batch in rows for row in batch.to_pylist()), start=first_row):
-                            yield f"{path}:{row_number}", file_split, row
+                        size = _batch_rows(parquet, group, columns)
+                        batches = parquet.iter_batches(size, [group], list(columns), use_threads=False)
+                        names = (f"{path}:{row_number}" for row_number in count(first_row))
+                        for name, row in zip(names, (row for batch in batches for row in _values(batch)), strict=False):
+                            yield name, file_split, replace(row, source_row=name) if isinstance(row, Rejected) else row
                     first_row += parquet.metadata.row_group(group).num_rows
 
     def _is_ours(self, number: int) -> bool:
@@ -81,7 +96,9 @@ class Tables:
             try:
                 with self.open(path) as file:
                     yield file
-            except (pa.ArrowException, EOFError) as error:
+            except (pa.ArrowException, EOFError, OSError) as error:
+                if isinstance(error, OSError) and type(error) is not OSError:  # of the storage: Arrow raises plain ones
+                    raise
                 hint = "check that it is whole; then run the same command again"
                 raise SourceError(f"cannot read {path}: {one_line(error)}", hint=hint) from None
 
@@ -95,7 +112,7 @@ class Tables:
 
     def values(self, column: str, split: str | None = None) -> list[Any]:
         """Return one column of a split, or of all."""
-        return [row[column] for _, _, row in self.rows((column,), split)]
+        return [row[column] for _, _, row in self.rows((column,), split) if not isinstance(row, Rejected)]
 
     def require(self, *columns: str) -> pa.Schema:
         """Return the schema. Raise SourceError if one of these columns is missing."""
@@ -106,10 +123,50 @@ class Tables:
         return schema
 
 
+def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    """Return how many rows to decode at once.
+
+    A value of a dictionary may stand in every row: five kilobytes can hold 2,000 rows of 100 megabytes. So images are decoded
+    one by one, and texts if their dictionary is large.
+    """
+    schema, metadata = parquet.schema_arrow, parquet.metadata.row_group(group)
+    if any(_holds_bytes(schema.field(column).type) for column in columns):
+        return 1
+    chunks = [metadata.column(number) for number in range(metadata.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    largest = max((chunk.total_uncompressed_size for chunk in wanted if chunk.has_dictionary_page), default=0)
+    return max(1, min(BATCH_ROWS, MAX_ROW_BYTES // max(1, largest)))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(field.type) for field in kind)
+    if is_list(kind):
+        return _holds_bytes(kind.value_type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
+    """Yield the values of each row, or its rejection if they are too large, or no UTF-8."""
+    has_bytes = any(_holds_bytes(field.type) for field in batch.schema)
+    max_bytes = MAX_ROW_BYTES if has_bytes else MAX_TEXT_BYTES
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        if row.nbytes > max_bytes:
+            yield Rejected(source_row="", reason="row_too_large", detail=f"more than {max_bytes:,} bytes")
+            continue
+        try:
+            yield row.to_pylist()[0]
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+            yield Rejected(source_row="", reason="unreadable_row", detail=one_line(error, 100))
+
+
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
-    """Return paths by the split that each names (`split_of_path`)."""
+    """Return paths by the split that each names (`split_of_path`), without the ledger of a version that synth has made."""
     files: dict[str | None, list[str]] = {}
     for path in paths:
+        if path.rpartition("/")[2] == LEDGER_FILE:
+            continue
         files.setdefault(split_of_path(path), []).append(path)
     return files
 
@@ -146,4 +203,6 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
         raise ImageError("image_not_embedded", f"in place of an image the row names {kind}")
     if not isinstance(value, bytes) or not value:
         raise ImageError("image_missing", "the row holds no image")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise ImageError("file_too_large", f"more than {MAX_IMAGE_BYTES:,} bytes")
     return value

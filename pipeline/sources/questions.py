@@ -33,9 +33,14 @@ def open_questions(
     def rows() -> Iterator[Sample | Rejected]:
         questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
         for _, file_split, row in tables.rows(texts, split):
+            if isinstance(row, Rejected):
+                yield row
+                continue
             questions.setdefault((file_split, row[key]), []).append(read_question(row))
         for name, file_split, row in tables.rows((key, *images), split):
-            if reference_qa := questions.pop((file_split, row[key]), None):  # its first row
+            if isinstance(row, Rejected):
+                yield row
+            elif reference_qa := questions.pop((file_split, row[key]), None):  # its first row
                 pages = [row[column] for column in images]
                 yield build_sample(name, pages, licence, stored_split(file_split, split), reference_qa=tuple(reference_qa))
 
