@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    "pipeline": "__init__ __main__ config digests doctor dry_run errors install logs preview progress project run tables types",
+    "pipeline": """__init__ __main__ check config digests doctor dry_run errors install logs preview progress project run tables
+        types""",
     "pipeline/cli": "__init__ __main__ datasets generate options output run_options training",
-    "pipeline/dataset": """__init__ builder card diff directory licenses manifest paths pixels rejections reviews shards
-        statistics version""",
+    "pipeline/dataset": """__init__ builder card diff directory integrity licenses manifest paths pixels rejections reviews
+        shards statistics version""",
     "pipeline/executors": "__init__ base local",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/hub": "__init__ package pull push",
@@ -39,7 +40,7 @@ FILES = {
 LAYERS = (
     ("pipeline.__main__",),
     ("pipeline.cli",),
-    ("pipeline.dry_run", "pipeline.doctor", "pipeline.preview", "pipeline.project", "trainer"),
+    ("pipeline.check", "pipeline.dry_run", "pipeline.doctor", "pipeline.preview", "pipeline.project", "trainer"),
     ("pipeline.run",),
     ("pipeline.executors",),
     ("pipeline.stages",),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.dataset.version import Version
+from pipeline.storage.files import open_parquet
 
 SEARCHED_BYTES = 64_000_000  # search window behind an image: texts of a row group may lie before the next one
 
@@ -32,7 +32,7 @@ def _images_of(shard: Path) -> Iterator[tuple[str, memoryview]]:
     with shard.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     whole, end = memoryview(mapped), 0
-    file = pq.ParquetFile(shard)
+    file = open_parquet(shard)
     for group in range(file.num_row_groups):
         rows = file.read_row_group(group, columns=["sample_id", "image"])
         images = pc.struct_field(rows["image"], "bytes")

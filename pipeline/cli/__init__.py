@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli import generate
-from pipeline.cli.datasets import diff, push, report, review_apply, versions
+from pipeline.cli.datasets import check, diff, push, report, review_apply, versions
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.training import caption, evaluate, experiment, train
@@ -30,6 +30,7 @@ EXAMPLES = {  # by command, shown below its options
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
+    "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
     "caption": ("synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photo.jpg",),
     "config": ("synth config --config synth.yaml --limit 100",),
@@ -60,6 +61,7 @@ add(generate.preview, MAKE, context_settings=VLLM_FLAGS)
 add(generate.serve, MAKE, context_settings=VLLM_FLAGS)
 add(versions, USE)
 add(diff, USE)
+add(check, USE)
 add(push, USE)
 add(report, USE)
 app.add_typer(review, name="review", rich_help_panel=USE)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Option, echo
+from typer import Argument, BadParameter, Exit, Option, echo
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir
 from pipeline.cli.output import print_run_result, say, show
@@ -14,6 +14,9 @@ from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pipeline.check import Checked
     from pipeline.dataset.version import Version
     from pipeline.hub.package import Package
     from pipeline.hub.push import PushResult
@@ -39,6 +42,53 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
         echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
         for repo in row["pushed"]:
             echo(f"          pushed to {repo}")
+
+
+def check(
+    data: Annotated[
+        str | None,
+        Argument(metavar="[DIR|ORG/NAME@V]", help="A dataset folder or version, here or on the Hub.", show_default=LAST_MADE),
+    ] = None,
+    repair: Annotated[
+        bool, Option("--repair", help="Replace a damaged journal by one of the replies that are intact; change nothing else.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Verify every reply, stage file and version of a dataset, and say what is damaged and what can be made again.
+
+    Exits with 1 if anything is damaged.
+    """
+    from pipeline.check import check_dataset, check_version, check_version_folder
+    from pipeline.dataset.directory import DatasetDir, last_made
+    from pipeline.dataset.version import MANIFEST
+    from pipeline.errors import StoreError
+    from pipeline.hub.pull import is_hub_name, pull_version
+    from pipeline.storage.files import translate_disk_errors
+
+    def results() -> "Iterator[Checked]":
+        if data and is_hub_name(data):
+            yield check_version(pull_version(data))
+            return
+        folder = parse_dataset_path(data) if data else last_made()
+        with translate_disk_errors(folder):
+            if (folder / MANIFEST).exists():
+                yield check_version_folder(folder)
+            else:
+                yield from check_dataset(DatasetDir(folder), repair=repair)
+
+    found = []
+    for result in results():
+        found.append(result)
+        if not as_json:
+            echo(f"{'ok ' if result.is_ok else 'BAD'} {result.what}: {result.found}")
+            if result.hint:
+                echo(f"      {result.hint}")
+    if not found:
+        raise StoreError(f"no dataset at {data}", hint="name a dataset folder: `synth versions` lists the last one")
+    if as_json:
+        echo(json.dumps([asdict(result) for result in found]))
+    if not all(result.is_ok for result in found):
+        raise Exit(1)
 
 
 def diff(
@@ -102,17 +152,21 @@ def push(
         str | None, Option(help="The language of the texts, for the card: en, de, ...", show_default="that of the run")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    repair: Annotated[
+        bool, Option("--repair", help="If this version lies damaged on the Hub, push its rows as the next patch.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
     from pipeline.config import LANGUAGE, LICENSE, PATTERNS
     from pipeline.dataset.card import card_licenses
     from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.licenses import non_redistributable
     from pipeline.dataset.manifest import describe_data
     from pipeline.hub.package import build_checkpoint_package, build_package
     from pipeline.hub.pull import open_or_download
-    from pipeline.hub.push import check_repo_name
+    from pipeline.hub.push import DamagedPushError, check_repo_name
     from pipeline.storage.files import translate_disk_errors
 
     check_repo_name(repo)
@@ -126,18 +180,29 @@ def push(
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
     chosen_version = open_or_download(data, version)
-    restricted = non_redistributable(chosen_version.manifest["licences"])
     stated = describe_data(license_, title, language)
-    with build_package(chosen_version, repo, images=images, acknowledged=acknowledge or (), stated=stated) as package:
-        rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
-        say(f"dataset: {chosen_version.dataset_dir}{'' if data else ' (the last one made; name another one as PATH)'}")
-        say(f"version: {chosen_version.name}, {rows}")
-        say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
-        if package.manifest.get("acknowledged"):
-            say(f"note: pixels under {', '.join(restricted)} are pushed, and the card says that you acknowledged their terms")
-        elif restricted and images is None:
-            say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
-        pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
+
+    def push_version(version: "Version") -> "PushResult | None":
+        restricted = non_redistributable(version.manifest["licences"])
+        with build_package(version, repo, images=images, acknowledged=acknowledge or (), stated=stated) as package:
+            rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
+            say(f"dataset: {version.dataset_dir}{'' if data else ' (the last one made; name another one as PATH)'}")
+            say(f"version: {version.name}, {rows}")
+            say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
+            if package.manifest.get("acknowledged"):
+                say(f"note: pixels under {', '.join(restricted)} are pushed; the card says that you acknowledged their terms")
+            elif restricted and images is None:
+                say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
+            return send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
+
+    try:
+        pushed = push_version(chosen_version)
+    except DamagedPushError as damage:
+        if not repair:
+            raise
+        chosen_version = make_repaired_version(chosen_version, damage.files)
+        say(f"{damage}; {chosen_version.name} has the same rows, and names the damage")
+        pushed = push_version(chosen_version)
     if pushed:
         record_dir = data if data and is_remote(data) and data.parent.name != "versions" else chosen_version.dataset_dir
         with translate_disk_errors(record_dir):

@@ -77,6 +77,7 @@ def writer_options(schema: pa.Schema) -> dict[str, object]:
         "compression": {path: "zstd" if path in texts else "none" for path in leaves},
         "use_dictionary": texts,
         "write_statistics": texts,
+        "write_page_checksum": True,  # readers of ours notice a rotten bit
     }
 
 

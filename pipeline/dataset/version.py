@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import flush_folder, move, open_parquet, read_json, read_table, remove
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import SPLITS, TABLE_VERSION
+from pipeline.tables import PIXELS, SPLITS, TABLE_VERSION
 
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
@@ -130,6 +130,17 @@ def read_version(folder: Path) -> Version:
     if strange:  # an untrusted manifest must not name any other file to read or publish
         raise StoreError(f"the manifest of {folder} names files that are no shards: {strange[0]!r}", hint="do not use it")
     return Version(folder, manifest)
+
+
+def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
+    """Return a few rows without their pixels, for the card."""
+    columns = [column for column in version.manifest["columns"] if column not in PIXELS]
+    rows: list[dict[str, Any]] = []
+    for _, batch in version.batches(columns, count):
+        rows += batch.slice(0, count - len(rows)).to_pylist()
+        if len(rows) >= count:
+            break
+    return rows
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.card import CARD_SAMPLES, card_licenses, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN, non_redistributable
 from pipeline.dataset.shards import writer_options
-from pipeline.dataset.version import LEDGER_FILE, Version, file_entry
+from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows
 from pipeline.digests import digest
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
-from pipeline.storage.files import read_json
+from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, ROW, features, with_features
 
@@ -69,13 +70,14 @@ def build_package(
     `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
     licenses under which the caller may redistribute pixels; the card says so. `stated` is what the caller says of the data
     (dataset.manifest.describe_data). No image leaves with its metadata. Raise PushError if files of the version are missing,
-    or `images` includes pixels that may not be redistributed.
+    or `images` includes pixels that may not be redistributed; StoreError if a file is damaged.
     """
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
     if not version.repo:  # the cache of the Hub is made of links
         for name in (*version.manifest["files"], LEDGER_FILE):
             require_regular(version.path / name, version.path)
+    require_intact_files(version)
     restricted = non_redistributable(version.manifest["licences"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
@@ -110,7 +112,7 @@ def _copy_shards(
     files = {}
     schema = with_features(pa.schema([ROW.field(column) for column in columns]))
     for name, entry in version.manifest["files"].items():
-        source = pq.ParquetFile(version.path / name)
+        source = open_parquet(version.path / name)
         with pq.ParquetWriter(folder / name, schema, **writer_options(schema)) as writer:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
                 writer.write_table(change(source.read_row_group(group, columns=columns).select(columns)).cast(schema))
@@ -143,7 +145,7 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
             LEDGER_FILE: version.path / LEDGER_FILE,
-            "README.md": render_card(manifest, first_rows(version), repo).encode(),
+            "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": _json(manifest),
         },
     )
@@ -193,14 +195,3 @@ def _pushed_as(folder: Path, data: dict[str, Any]) -> str | None:
 
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def first_rows(version: Version, count: int = CARD_SAMPLES) -> list[dict[str, Any]]:
-    """Return a few rows without their pixels, for the card."""
-    columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    rows: list[dict[str, Any]] = []
-    for _, batch in version.batches(columns, count):
-        rows += batch.slice(0, count - len(rows)).to_pylist()
-        if len(rows) >= count:
-            break
-    return rows

@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, errors, scan_cache_dir, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from pipeline.dataset.directory import DatasetDir, open_dataset
+from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.version import (
     CARD_FILE,
@@ -20,7 +21,6 @@ from pipeline.dataset.version import (
     publish,
     read_version,
 )
-from pipeline.digests import file_digest
 from pipeline.errors import StoreError, one_line
 from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
@@ -117,9 +117,5 @@ def _tags(repo: str) -> list[str]:
 
 
 def _check(version: Version, name: str, hint: str) -> None:
-    files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
-    for file, entry in files.items():
-        path = version.path / file
-        if not path.is_file() or file_digest(path) != entry.get("sha256"):
-            hint = f"{hint}; if that does not help, do not use the dataset"
-            raise StoreError(f"{file} of {name} is not what its manifest says", hint=hint)
+    if damage := find_damage(version):
+        raise StoreError(f"{name} is damaged: {damage[0]}", hint=f"{hint}; if that does not help, do not use the dataset")

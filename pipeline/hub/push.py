@@ -7,6 +7,7 @@ repository, and continues from where an interrupted attempt stopped.
 import ctypes
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pipeline.hub.package import Package
 from pipeline.progress import NullProgress, Progress
 
 MAX_ATTEMPTS = 6
+MAX_PAUSE_SECONDS = 330.0  # the windows of the Hub's rate limits have five minutes
 RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
 NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
 
@@ -42,6 +44,17 @@ class PushResult:
     is_new: bool
     is_private: bool
     warning: str = ""
+
+
+class DamagedPushError(PushError):
+    """Raised when a version on the Hub holds other bytes than its manifest says; `files` are those."""
+
+    def __init__(self, repo: str, package: Package, files: list[str]) -> None:
+        hint = "a tag never moves: push to a new repository"
+        if package.kind == "dataset":
+            hint = "a tag never moves: `synth push --repair` makes the next patch of the same rows, which names the damage"
+        super().__init__(f"{package.name} in {repo} is damaged: {', '.join(files)} is not what its manifest says", hint=hint)
+        self.files = files
 
 
 def bound_memory() -> None:
@@ -217,14 +230,16 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
             actual[entry.path] = entry.lfs.sha256 if entry.lfs else file_digest(Path(fetch()))
     wrong = sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256)
     if wrong:
-        raise PushError(f"{repo} holds other bytes than its manifest says: {', '.join(wrong)}", hint="push to a new repository")
+        raise DamagedPushError(repo, package, wrong)
     return manifest
 
 
 def _pause_seconds(error: Exception, tried: int) -> float:
     # The ratelimit header of a 429 holds the seconds until the window ends, as t: "api";r=0;t=1
     reset = error.response.headers.get("ratelimit", "").rpartition("t=")[2] if isinstance(error, HfHubHTTPError) else ""
-    return float(reset) + 1 if reset.isdigit() else min(2.0 ** (tried - 2), 8.0)
+    if re.fullmatch("[0-9]{1,9}", reset):
+        return min(float(reset) + 1, MAX_PAUSE_SECONDS)
+    return min(2.0 ** (tried - 2), 8.0)
 
 
 def _unreachable(api: HfApi, error: BaseException) -> PushError:

@@ -1,33 +1,46 @@
 """The journal: every raw reply is stored under its request id before it is parsed.
 
 An answered request is never sent again. A request that was sent but has no reply was in flight when the process died.
-Each SQLite file has one writer: the process that holds the lock of its folder.
+Each SQLite file has one writer: the process that holds the lock of its folder. Each reply has a checksum, since SQLite has
+none: a rotten bit would change a dataset without a word.
 """
 
+import hashlib
 import sqlite3
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.types import UNANSWERED, Reply, Request
 
-FORMAT = 2  # raise when a table changes
+FORMAT = 3  # raise when a table changes
+WITHOUT_CHECKSUMS = 2  # the format of earlier releases, which is extended when it is opened
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
     request_id TEXT NOT NULL, attempt INTEGER NOT NULL,
     sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
     text TEXT NOT NULL, finish_reason TEXT NOT NULL, flaw TEXT, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL,
+    checksum INTEGER,
     PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
 """
+_COLUMNS = (
+    "request_id, attempt, sample_id, task, style, prompt_id, text, finish_reason, flaw, prompt_tokens, reply_tokens, checksum"
+)
 _KEEP = (
-    "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
+    "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
     "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
-    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens "
+    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens, checksum = excluded.checksum "
     "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')"  # types.UNANSWERED
 )
+
+
+_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
 
 
 class Journal:
@@ -38,6 +51,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._db = sqlite3.connect(path)
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         if tables and (error := _format_error(self._db, path)):
@@ -46,6 +60,9 @@ class Journal:
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
+        if tables and _format_of(self._db) == WITHOUT_CHECKSUMS:
+            script = f"BEGIN; ALTER TABLE replies ADD COLUMN checksum INTEGER; PRAGMA user_version = {FORMAT}; COMMIT;"
+            self._db.executescript(script)
         if not tables:
             self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
 
@@ -56,12 +73,19 @@ class Journal:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
-        """Return the newest reply to a request and its flaw, if there is one; with `answered`, the newest by a model."""
-        columns = "request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens, flaw"
+        """Return the newest reply to a request and its flaw, if there is one; with `answered`, the newest by a model.
+
+        Raises StoreError if the reply has another checksum.
+        """
         by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
-        newest = f"SELECT {columns} FROM replies WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"  # noqa: S608
+        newest = f"SELECT {_COLUMNS} FROM replies WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"  # noqa: S608
         row = self._db.execute(newest, (request_id,)).fetchone()
-        return (Reply(*row[:-1]), row[-1]) if row else None
+        if row is None:
+            return None
+        if not _is_intact(row):
+            raise _damage_error(self._path, f"the reply to {request_id[:12]} has another checksum")
+        _, attempt, _, _, _, _, text, finish_reason, flaw, prompt_tokens, reply_tokens, _ = row
+        return Reply(request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens), flaw
 
     def record_sent(self, requests: Iterable[Request]) -> None:
         """Record that these requests are about to be sent."""
@@ -80,24 +104,32 @@ class Journal:
         for request, reply, flaw in answered:
             about = (request.sample_id, request.task, request.style, request.prompt_id)
             text = (reply.text, reply.finish_reason, flaw)
-            rows.append((request.id, reply.attempt, *about, *text, reply.prompt_tokens, reply.reply_tokens))
+            row = (request.id, reply.attempt, *about, *text, reply.prompt_tokens, reply.reply_tokens)
+            rows.append((*row, _checksum(row)))
         with self._db:
             self._db.executemany(_KEEP, rows)
+
+    def copy(self, asked: Iterable[Sequence[Any]], replies: Iterable[Sequence[Any]]) -> None:
+        """Store rows of another journal as they are."""
+        with self._db:
+            self._db.executemany("INSERT INTO asked VALUES (?, ?)", asked)
+            self._db.executemany(_KEEP, replies)
 
     def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
         """Copy the replies of another journal about samples with first_id <= id < behind_id; existing replies stay.
 
         Replies to blind questions do not depend on a sample, so all of them are copied.
         The other journal must be closed and have no writer: it is opened read-only, possibly from another node.
-        Raises StoreError if it was written by another version of synth.
+        Raises StoreError if it was written by another version of synth, or is damaged.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
             if error := _format_error(source, path):
                 raise error
             condition = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
-            rows = source.execute(f"SELECT * FROM replies WHERE {condition}", (first_id, behind_id))  # noqa: S608
+            columns = _COLUMNS if _format_of(source) == FORMAT else _COLUMNS.replace("checksum", "NULL")
+            rows = source.execute(f"SELECT {columns} FROM replies WHERE {condition}", (first_id, behind_id))  # noqa: S608
             with self._db:
-                self._db.executemany(_KEEP, rows)
+                self._db.executemany(_KEEP, (_require_intact(path, row) for row in rows))
 
     def totals(self) -> dict[str, int]:
         """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""
@@ -107,7 +139,100 @@ class Journal:
         return {"asked": sent, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}
 
 
+@dataclass(frozen=True, slots=True)
+class JournalState:
+    """What a journal holds: replies that are intact, those that are damaged, and what SQLite says of the file itself."""
+
+    replies: int
+    unchecked: int  # of these, by an earlier release, without a checksum
+    damaged: tuple[str, ...]  # request ids
+    problem: str = ""
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damaged and not self.problem
+
+
+def check_journal(path: Path) -> JournalState:
+    """Read all of a journal, and return its state. Raises StoreError if another version of synth wrote it."""
+    replies = unchecked = 0
+    damaged: list[str] = []
+    problem = ""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        try:
+            if error := _format_error(db, path):
+                raise error
+            problem = "; ".join(row for (row,) in db.execute("PRAGMA integrity_check(3)") if row != "ok")
+            for row in _read_replies(db):
+                replies += 1
+                unchecked += row[-1] is None
+                damaged += [] if _is_intact(row) else [str(row[0])]
+        except sqlite3.DatabaseError as error:
+            problem = problem or str(error)
+    return JournalState(replies, unchecked, tuple(damaged), " ".join(problem.split()))
+
+
+def repair_journal(path: Path) -> tuple[int, int]:
+    """Replace a damaged journal by one of all replies that are intact; return how many are kept, and how many are not.
+
+    The damaged file stays beside it, with the suffix `.damaged`. Replies in pages that cannot be read are not counted.
+    """
+    fresh = path.with_name(f"{path.name}.repaired")
+    fresh.unlink(missing_ok=True)
+    kept = lost = 0
+    with closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
+        for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # a page that cannot be read costs its own range alone
+            asked, rows = list[Any](), list[Sequence[Any]]()
+            with suppress(sqlite3.DatabaseError):
+                asked.extend(source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids))
+            with suppress(sqlite3.DatabaseError):
+                rows.extend(_read_replies(source, "WHERE request_id >= ? AND request_id < ?", ids))
+            intact = [row for row in rows if _is_intact(row)]
+            kept, lost = kept + len(intact), lost + len(rows) - len(intact)
+            journal.copy(asked, intact)
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged{suffix}"))
+    fresh.replace(path)
+    return kept, lost
+
+
+def _read_replies(db: sqlite3.Connection, condition: str = "", values: Sequence[str] = ()) -> Iterable[Sequence[Any]]:
+    columns = _COLUMNS if _format_of(db) == FORMAT else _COLUMNS.replace("checksum", "NULL")
+    return db.execute(f"SELECT {columns} FROM replies {condition}", values)  # noqa: S608
+
+
+def _checksum(row: Sequence[Any]) -> int:
+    """Return a checksum of the other columns, as SQLite can hold it: 64 bits with a sign."""
+    try:
+        content = canonical(list(row))
+    except (TypeError, ValueError):  # a damaged value of another type
+        return 0
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
+
+
+def _is_intact(row: Sequence[Any]) -> bool:
+    return row[-1] is None or row[-1] == _checksum(row[:-1])
+
+
+def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
+    if not _is_intact(row):
+        raise _damage_error(path, f"the reply to {str(row[0])[:12]} has another checksum")
+    return row
+
+
+def _damage_error(path: Path, problem: str) -> StoreError:
+    folder = path.parents[1]
+    hint = f"`synth check {folder} --repair` removes what is damaged; the next run asks that again, and nothing else"
+    return StoreError(f"{path} is damaged: {problem}", hint=hint)
+
+
+def _format_of(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
 def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
-    if db.execute("PRAGMA user_version").fetchone() == (FORMAT,):
+    if _format_of(db) in (FORMAT, WITHOUT_CHECKSUMS):
         return None
     return StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")

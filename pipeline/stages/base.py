@@ -34,7 +34,16 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.storage.database import open_database, read
-from pipeline.storage.files import atomic_write, open_table, read_batches, read_json, read_table, write_json, write_table
+from pipeline.storage.files import (
+    STAGE_WRITER,
+    atomic_write,
+    open_table,
+    read_batches,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
 from pipeline.tables import current_names, require_columns
 from pipeline.types import Engine
 
@@ -186,8 +195,8 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
         for table in judged:
             if kept is None or rejected is None:
                 kept_schema = table.drop_columns(["reason"]).schema
-                kept = stack.enter_context(pq.ParquetWriter(kept_path, kept_schema, compression="zstd"))
-                rejected = stack.enter_context(pq.ParquetWriter(rejected_path, table.schema, compression="zstd"))
+                kept = stack.enter_context(pq.ParquetWriter(kept_path, kept_schema, **STAGE_WRITER))
+                rejected = stack.enter_context(pq.ParquetWriter(rejected_path, table.schema, **STAGE_WRITER))
             is_kept = pc.is_null(table["reason"])
             kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
             if table["reason"].null_count < table.num_rows:

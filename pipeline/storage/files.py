@@ -35,6 +35,13 @@ _DISK_ERRORS = {
     errno.ENOTDIR: ("a file is where a folder should be", "choose another folder: --out DIR"),
     errno.ENOTEMPTY: ("a folder is in the way that is no version", "move it away, then run the same command"),
     errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
+    errno.EIO: ("the disk fails to read or write", "look at its log (`dmesg`), and copy the folder to another disk"),
+    errno.ESTALE: ("the network file system has lost the file", "mount it again, then run the same command"),
+    errno.EMFILE: ("too many files are open", "raise the limit (`ulimit -n 4096`), then run the same command"),
+    errno.ENFILE: ("too many files are open on this machine", "end other programs, then run the same command"),
+    errno.EBUSY: ("another program holds the file", "close it, then run the same command"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose another folder: --out DIR"),
+    errno.ELOOP: ("a link leads to itself", "remove it"),
 }
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # that no object store raises
 _SQLITE_ERRORS = {  # by primary result code
@@ -42,8 +49,11 @@ _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_IOERR: errno.ENOSPC,  # raised on a full disk if the shared-memory file cannot grow
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_BUSY: errno.EBUSY,
+    sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
 BATCH_ROWS = 16_384  # read at once
+STAGE_WRITER = {"compression": "zstd", "write_page_checksum": True}  # options of files between stages
 MAX_JSON_BYTES = 100_000_000  # of a file of our own, such as a manifest
 
 
@@ -90,17 +100,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file, or some of its columns; of an object, only their byte ranges."""
-    return pq.read_table(**arrow_location(path), columns=columns)
+    return pq.read_table(**arrow_location(path), columns=columns, page_checksum_verification=True)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file; only its metadata is read."""
-    return pq.ParquetFile(**arrow_location(path))
+    return pq.ParquetFile(**arrow_location(path), page_checksum_verification=True)
 
 
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write tables one after another to a Parquet file, atomically; one table is in memory at a time."""
-    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, **STAGE_WRITER) as writer:
         for table in tables:
             writer.write_table(table.select(schema.names).cast(schema))
 
@@ -186,10 +196,14 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         except SynthError:
             raise
         except sqlite3.DatabaseError as error:
-            damaged = (f"the journal is damaged: {error}", "move the folder `journal` away to ask everything again")
-            problem, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(error.sqlite_errorcode & 0xFF, 0), damaged)
+            repair = f"`synth check {path} --repair` keeps every reply that can be read; the next run asks the others again"
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of SQLite, not of its Python module
+            damaged = (f"the journal is damaged: {error}", repair)
+            problem, hint = _DISK_ERRORS.get(_SQLITE_ERRORS.get(code, 0), damaged)
             raise StoreError(f"{folder}: {problem}", hint=hint) from None
         except OSError as error:
+            if type(error) is OSError and error.errno is None:  # Arrow's: a page has another checksum, or cannot be inflated
+                raise StoreError(f"{folder}: a file is damaged: {error}", hint=f"`synth check {folder}` says which") from None
             is_disk_error = not is_remote(path) or error.errno in _DISK_ONLY_ERRORS or Path(str(error.filename)).is_absolute()
             if error.errno not in _DISK_ERRORS or not is_disk_error:
                 raise

@@ -80,7 +80,7 @@ def test_a_damaged_file_is_found(hub: RunningHub, tmp_path: Path) -> None:
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     (refused,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    assert "train-00000.parquet of me/scenes@v1.0.0 is not what its manifest says" in refused["error"]
+    assert "me/scenes@v1.0.0 is damaged: train-00000.parquet is not what the manifest says" in refused["error"]
     assert str(Path(pulled["path"])) in refused["hint"]
 
 
@@ -147,7 +147,7 @@ def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
 def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
     name = open_or_download(bucket, "v1.0.0").shards("train")[0].name
     (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
-    with pytest.raises(StoreError, match=f"{name} of memory://.* is not what its manifest says"):
+    with pytest.raises(StoreError, match=f"memory://.* is damaged: {name} is not what the manifest says"):
         open_or_download(bucket)
     assert open_or_download(bucket, "v1.0.0").num_rows == 20
     (bucket / "versions" / "v1.1.0" / name).unlink()

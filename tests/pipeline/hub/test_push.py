@@ -13,8 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.dataset.integrity import make_repaired_version
 from pipeline.dataset.version import Version
-from pipeline.errors import PushError
+from pipeline.errors import PushError, StoreError
+from pipeline.hub.package import build_package
 from pipeline.hub.push import check_repo_name
 from pipeline.types import Sample
 from tests.hub.app import READ_TOKEN, Fault
@@ -222,7 +224,32 @@ def test_other_bytes_on_the_hub_than_its_manifest_says_are_found(client: Pusher,
     head = repo.commits[repo.branches["main"]]
     head.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
     refused = client.push(version)
-    assert "holds other bytes than its manifest says: train-00000.parquet" in refused["error"]
+    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet is not what its manifest says" in refused["error"]
+
+
+def test_a_damaged_version_on_the_hub_is_repaired_by_the_next_patch(client: Pusher, tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "data", scene_samples(20))
+    client.push(version)
+    repo, storage = repo_of(client), client.hub.hub.storage
+    tagged = repo.commits[repo.tags["v1.0.0"]]
+    tagged.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
+    repaired = make_repaired_version(version, ["train-00000.parquet"])
+    pushed = client.push(repaired)
+    assert (pushed["tag"], pushed["is_new"]) == ("v1.0.1", True)
+    files = repo.commits[repo.tags["v1.0.1"]].files
+    assert files["train-00000.parquet"].sha256 == version.manifest["files"]["train-00000.parquet"]["sha256"]
+    manifest = json.loads(storage.path(files["manifest.json"].sha256).read_text())
+    assert manifest["repairs"] == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
+    assert manifest["digest"] == version.manifest["digest"]
+
+
+def test_a_rotten_bit_is_noticed_before_anything_is_sent(hub: RunningHub, tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "data", scene_samples(20))
+    shard = version.shards("train")[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match=r"train-00000.parquet is not what its manifest says"), build_package(version, "me/x"):
+        pass
+    assert hub.hub.log == []
 
 
 def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: Version) -> None:

@@ -1,5 +1,7 @@
 """Journal: replies survive a crash, and none is stored twice."""
 
+import hashlib
+import random
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -9,9 +11,10 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import StoreError
-from pipeline.inference.journal import Journal
+from pipeline.inference.journal import Journal, JournalState, check_journal, repair_journal
 from pipeline.inference.requests import build_requests
-from pipeline.types import UNANSWERED, Reply
+from pipeline.storage.files import translate_disk_errors
+from pipeline.types import UNANSWERED, Reply, Request
 
 REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
 
@@ -120,3 +123,80 @@ def test_a_journal_of_another_version_is_not_taken_over(tmp_path: Path) -> None:
         db.executescript("CREATE TABLE replies (x); PRAGMA user_version = 1;")
     with Journal(tmp_path / "ours.sqlite") as journal, pytest.raises(StoreError, match="another version of synth"):
         journal.import_replies(tmp_path / "old.sqlite", "a", "b")
+
+
+def filled(path: Path, count: int = 300) -> list[Request]:
+    """Write a journal of so many replies, and close it."""
+    requests = [replace(REQUESTS[0], id=hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)]
+    with Journal(path) as journal:
+        journal.record_sent(requests)
+        journal.keep([(request, request.reply(f"reply {request.id}" * 4, "stop", 5, 7), None) for request in requests])
+    return requests
+
+
+def test_a_reply_with_a_rotten_bit_is_an_error_and_never_another_reply(tmp_path: Path) -> None:
+    requests = filled(tmp_path / "journal" / "j.sqlite")
+    path = tmp_path / "journal" / "j.sqlite"
+    data = bytearray(path.read_bytes())
+    place = data.index(b"reply " + requests[7].id.encode()) + 2
+    data[place] ^= 1
+    path.write_bytes(data)
+    with Journal(path) as journal:
+        assert journal.last(requests[8].id)
+        with pytest.raises(StoreError, match="has another checksum") as caught:
+            journal.last(requests[7].id)
+    assert f"synth check {tmp_path} --repair" in caught.value.hint
+    assert check_journal(path) == JournalState(300, 0, (requests[7].id,))
+    assert repair_journal(path) == (299, 1)
+    assert check_journal(path).is_intact
+    with Journal(path) as journal:
+        assert journal.last(requests[7].id) is None  # it is asked again
+        assert journal.totals()["asked"] == 300
+
+
+def test_a_journal_of_an_earlier_release_is_extended_and_its_replies_stay(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    requests = filled(path, 3)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("ALTER TABLE replies DROP COLUMN checksum; PRAGMA user_version = 2;")
+    other = tmp_path / "other.sqlite"
+    with Journal(other) as journal:
+        journal.import_replies(path, "", "g")  # which is not changed
+        assert journal.last(requests[0].id)
+    assert check_journal(path) == JournalState(3, 3, ())
+    with Journal(path) as journal:
+        last = journal.last(requests[0].id)
+        assert last is not None
+        assert last[0].prompt_tokens == 5
+        new = replace(REQUESTS[0], id="f" * 64)
+        journal.keep([(new, new.reply("new", "stop"), None)])
+    assert check_journal(path) == JournalState(4, 3, ())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_a_damaged_file_every_reply_that_can_be_read_is_kept(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    requests = filled(path)
+    draw, data = random.Random(seed), bytearray(path.read_bytes())
+    page = 4096 * draw.randrange(1, len(data) // 4096)
+    data[page : page + 4096] = bytes(4096) if seed % 2 else draw.randbytes(4096)
+    path.write_bytes(data)
+    state = check_journal(path)
+    assert not state.is_intact
+    repair_journal(path)
+    assert check_journal(path).is_intact
+    assert (tmp_path / "j.sqlite.damaged").exists()
+    with Journal(path) as journal:
+        kept = [last for request in requests if (last := journal.last(request.id))]
+        assert all(reply.text == f"reply {reply.request_id}" * 4 for reply, _ in kept)
+        assert journal.totals()["replies"] == len(kept)
+    assert len(kept) >= 200  # a leaf of the tree holds a dozen, a node some leaves
+
+
+def test_a_journal_that_another_program_holds_is_not_called_damaged(tmp_path: Path) -> None:
+    filled(tmp_path / "j.sqlite", 2)
+    with closing(sqlite3.connect(tmp_path / "j.sqlite")) as other, pytest.raises(StoreError, match="another program holds"):
+        other.execute("BEGIN IMMEDIATE")
+        with translate_disk_errors(tmp_path), Journal(tmp_path / "j.sqlite") as journal:
+            journal._db.execute("PRAGMA busy_timeout = 50")
+            journal.record_sent(REQUESTS[:1])

@@ -1,0 +1,103 @@
+"""`synth check`: verify everything in a dataset folder, and say what is damaged and what can be made again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.integrity import find_damage
+from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.errors import SynthError, one_line
+from pipeline.inference.journal import check_journal, repair_journal
+from pipeline.storage.files import open_parquet, read_json
+from pipeline.storage.object_store import is_remote
+
+AGAIN = "run `synth generate` with the same settings: it makes the file again, from replies that are in the journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One file, journal or version: what it holds, or what is wrong with it and what to do."""
+
+    what: str
+    found: str
+    is_ok: bool = True
+    hint: str = ""
+
+
+def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Checked]:
+    """Yield the state of each journal, stage file and version of a dataset folder.
+
+    With `repair`, a damaged journal is replaced by one of its intact replies; nothing else is changed. Raises StoreError if
+    another process writes to the folder meanwhile.
+    """
+    journals = [] if is_remote(dataset.path) else [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]
+    for path in journals:
+        if path.exists():
+            yield _check_journal(dataset, path, repair=repair)
+    for path in sorted(_stage_files(dataset), key=str):
+        yield _check_table(path)
+    for name in ("run.json", "pushed.json"):
+        if (dataset.path / name).exists():
+            yield _check_json(dataset.path / name)
+    for path in sorted((dataset.path / "versions").glob("v*"), key=str):
+        if (path / MANIFEST).exists():
+            yield check_version_folder(path, dataset)
+
+
+def check_version_folder(path: Path, dataset: DatasetDir | None = None) -> Checked:
+    """Return the state of a version's folder."""
+    try:
+        return check_version(read_version(path), dataset)
+    except SynthError as error:
+        return Checked(str(path), str(error), False, error.hint)
+
+
+def check_version(version: Version, dataset: DatasetDir | None = None) -> Checked:
+    """Return the state of a version: its files, and the digest of its rows."""
+    if not (damage := find_damage(version)):
+        return Checked(
+            str(version.path), f"{version.num_rows:,} rows in {len(version.manifest['files'])} files, as its digest says"
+        )
+    pushed = [push for push in dataset.pushed() if push["version"] == version.name] if dataset else []
+    hints = [f"fetch it: {push['repo']}@{push['commit']}" for push in pushed[:1]]
+    hints.append(f"or move {version.path} away and run `synth generate` again: equal rows have the same digest")
+    return Checked(str(version.path), "; ".join(damage), False, "; ".join(hints).removeprefix("or "))
+
+
+def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
+    state = check_journal(path)
+    unchecked = f", {state.unchecked:,} of them without a checksum, by an earlier release" if state.unchecked else ""
+    if state.is_intact:
+        return Checked(str(path), f"{state.replies:,} replies{unchecked}")
+    problem = state.problem or f"{len(state.damaged):,} of {state.replies:,} replies have another checksum"
+    if not repair:
+        hint = f"`synth check {dataset.path} --repair` keeps every other reply; the next run asks the damaged ones again"
+        return Checked(str(path), problem, False, hint)
+    with dataset.lock():
+        kept, lost = repair_journal(path)
+    hint = f"the damaged one is {path.name}.damaged; run `synth generate` again: it asks what is missing"
+    return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} removed", True, hint)
+
+
+def _stage_files(dataset: DatasetDir) -> list[Path]:
+    shards = "shards/*/*/stages/*/*.parquet" if is_remote(dataset.path) else "shards/*/stages/*/*.parquet"
+    return [path for pattern in ("stages/*/*.parquet", shards) for path in dataset.path.glob(pattern)]
+
+
+def _check_table(path: Path) -> Checked:
+    try:
+        rows = sum(batch.num_rows for batch in open_parquet(path).iter_batches())
+    except (OSError, pa.ArrowException) as error:
+        return Checked(str(path), f"damaged: {one_line(error)}", False, AGAIN)
+    return Checked(str(path), f"{rows:,} rows")
+
+
+def _check_json(path: Path) -> Checked:
+    try:
+        read_json(path)
+    except (OSError, ValueError, SynthError) as error:
+        return Checked(str(path), f"damaged: {one_line(error)}", False, "move it away, and run `synth generate` again")
+    return Checked(str(path), "readable")

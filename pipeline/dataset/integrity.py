@@ -1,0 +1,93 @@
+"""Verify a version: the bytes of its files against its manifest, and its rows against its digest; make a repaired copy."""
+
+import shutil
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.dataset.builder import DIGESTS, ROW_WITH_SPLIT, row_digest, version_digest
+from pipeline.dataset.card import CARD_SAMPLES, render_card
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, first_rows, publish
+from pipeline.digests import file_digest
+from pipeline.errors import StoreError
+from pipeline.storage.files import scratch_folder, write_json, write_text
+from pipeline.tables import PIXELS, ROW, TABLE_VERSION
+
+_TEXT_COLUMNS = [name for name in ROW_WITH_SPLIT.names if name not in PIXELS]
+ROWS_AT_ONCE = 1024
+
+
+def damaged_files(version: Version) -> list[str]:
+    """Return the files of a version that are missing, or hold other bytes than its manifest says."""
+    files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
+    return [name for name, entry in files.items() if not _is_intact(version, name, entry)]
+
+
+def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
+    path = version.path / name
+    return path.is_file() and file_digest(path) == entry.get("sha256")
+
+
+def content_digest(version: Version) -> str | None:
+    """Return the digest of the rows that the files hold; None if a release with other columns has made the version.
+
+    Pixels are not part of it: sample ids stand for them, as the sha256 of the images before their metadata was removed.
+    """
+    manifest = version.manifest
+    if manifest["table_version"] != TABLE_VERSION:
+        return None
+    stored = {*manifest["columns"]}
+    columns = [name for name in ROW.names if name in stored | {*manifest.get("pixel_columns", ())}]
+    tables = [DIGESTS.empty_table()]
+    for split, batch in version.batches([name for name in _TEXT_COLUMNS if name in stored], ROWS_AT_ONCE):
+        rows = batch.to_pylist()
+        digests = [row_digest({name: row.get(name) for name in _TEXT_COLUMNS} | {"split": split}) for row in rows]
+        tables.append(pa.table([batch["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
+    ordered = pa.concat_tables(tables).sort_by("sample_id")
+    return version_digest(zip(ordered["sample_id"].to_pylist(), ordered["digest"].to_pylist(), strict=True), columns)
+
+
+def find_damage(version: Version) -> list[str]:
+    """Return what is wrong with a version, in words; nothing if it is what its manifest says."""
+    if wrong := damaged_files(version):
+        return [f"{name} is not what the manifest says" for name in wrong]
+    try:
+        digest = content_digest(version)
+    except (StoreError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        return [f"its rows cannot be read: {error}"]
+    return ["its rows are not those of its digest"] if digest not in (None, version.manifest["digest"]) else []
+
+
+def require_intact_files(version: Version) -> None:
+    """Raise StoreError if a file of a version holds other bytes than its manifest says."""
+    if wrong := damaged_files(version):
+        hint = f"nothing was sent; `synth check {version.dataset_dir}` says what can be rebuilt"
+        raise StoreError(f"{version.path} is damaged: {', '.join(wrong)} is not what its manifest says", hint=hint)
+
+
+def make_repaired_version(version: Version, damage: list[str]) -> Version:
+    """Publish the same rows as the next patch, which names the version whose push was damaged, and how.
+
+    Raise StoreError if the version here is damaged as well, or is not the newest one of its folder.
+    """
+    require_intact_files(version)
+    dataset = DatasetDir(version.dataset_dir)
+    if dataset.version().name != version.name:
+        hint = f"push {dataset.version().name}, which is newer"
+        raise StoreError(f"only the newest version can be repaired, and {version.name} is not", hint=hint)
+    major, minor, patch = version.number
+    name = f"v{major}.{minor}.{patch + 1}"
+    manifest = version.manifest | {
+        "version": name,
+        "parent": version.name,
+        "repairs": {"version": version.name, "damaged": damage},
+    }
+    with dataset.lock(), scratch_folder(dataset.path / "versions") as draft:
+        for file in (*manifest["files"], LEDGER_FILE):
+            shutil.copy(version.path / file, draft / file)
+        write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))
+        write_json(draft / MANIFEST, manifest)
+        final = dataset.path / "versions" / name
+        publish(draft, final)
+    return Version(final, manifest)

@@ -1,0 +1,106 @@
+"""Integrity: a version is what its manifest says, to the byte and to the row, or that is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.dataset.integrity import content_digest, damaged_files, find_damage, make_repaired_version
+from pipeline.dataset.version import Version, file_entry, read_version
+from pipeline.errors import StoreError
+from pipeline.hub.package import without_pixels
+from tests.scene_data import make_version, scene_samples
+
+RECORDED = Path(__file__).parents[2] / "recorded"
+
+
+def change_rows(version: Version, change: Any) -> Version:
+    """Rewrite the training rows, and let the manifest say their new bytes: as an adversary would."""
+    (shard,) = version.shards("train")
+    rows = pq.read_table(shard)
+    changed = pa.Table.from_pylist(change(rows.to_pylist()), schema=rows.schema)
+    pq.write_table(changed, shard)
+    files = version.manifest["files"] | {shard.name: version.manifest["files"][shard.name] | file_entry(shard)}
+    (version.path / "manifest.json").write_text(json.dumps(version.manifest | {"files": files}))
+    return read_version(version.path)
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> Version:
+    return make_version(tmp_path / "data", scene_samples(30))[0]
+
+
+def test_the_digest_of_rows_is_that_of_the_manifest_with_and_without_pixels(version: Version, tmp_path: Path) -> None:
+    assert content_digest(version) == version.manifest["digest"]
+    assert find_damage(version) == []
+    (tmp_path / "texts").mkdir()
+    texts = Version(tmp_path / "texts", without_pixels(version, tmp_path / "texts"))
+    assert content_digest(texts) == version.manifest["digest"]
+
+
+@pytest.mark.parametrize(
+    "name", ["scenes/versions/v1.0.0", "scenes/versions/v1.0.1", "decks/versions/v1.0.0", "photos/versions/v1.0.0"]
+)
+def test_the_digest_of_a_recorded_version_is_computed_as_an_earlier_release_did(name: str) -> None:
+    if not list((RECORDED / name).glob("*.parquet")):
+        pytest.fail("the recorded versions have no rows")
+    version = read_version(RECORDED / name)
+    assert content_digest(version) == version.manifest["digest"]
+
+
+def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"captions": [caption | {"text": "Buy now."} for caption in row["captions"]]} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [reworded, lambda rows: rows[:-1], lambda rows: [*rows, rows[0]], lambda rows: [row | {"licence": "mine"} for row in rows]],
+    ids=["other captions", "a row less", "a row twice", "another license"],
+)
+def test_other_rows_under_the_same_digest_are_found_though_every_hash_of_a_file_is_right(change: Any, version: Version) -> None:
+    changed = change_rows(version, change)
+    assert damaged_files(changed) == []
+    assert find_damage(changed) == ["its rows are not those of its digest"]
+
+
+def test_another_order_of_rows_is_the_same_version(version: Version) -> None:
+    assert find_damage(change_rows(version, lambda rows: rows[::-1])) == []
+
+
+def test_a_rotten_bit_and_a_missing_file_are_named(version: Version) -> None:
+    (version.path / "ledger.parquet").unlink()
+    shard = version.shards("train")[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert find_damage(version) == [
+        f"{name} is not what the manifest says" for name in ("train-00000.parquet", "ledger.parquet")
+    ]
+
+
+def test_a_rotten_bit_in_a_page_is_noticed_by_whoever_reads_it(version: Version) -> None:
+    shard = version.shards("train")[0]
+    data = bytearray(shard.read_bytes())
+    chunk = pq.read_metadata(shard).row_group(0).column(pq.read_metadata(shard).schema.names.index("sample_id"))
+    data[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged"):
+        list(version.batches(["sample_id"]))
+
+
+def test_a_repair_has_the_same_rows_and_names_what_it_repairs(version: Version) -> None:
+    repaired = make_repaired_version(version, ["train-00000.parquet"])
+    assert repaired.name == "v1.0.1"
+    assert find_damage(repaired) == []
+    assert read_version(repaired.path).manifest["repairs"] == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
+    with pytest.raises(StoreError, match="only the newest"):
+        make_repaired_version(version, [])
+
+
+def test_what_is_damaged_here_cannot_repair_anything(version: Version) -> None:
+    (version.path / "ledger.parquet").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"ledger.parquet is not what its manifest says"):
+        make_repaired_version(version, [])

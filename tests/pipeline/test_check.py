@@ -1,0 +1,106 @@
+"""Check: every kind of damage in a dataset folder is found, and what is said to do about it helps."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.check import check_dataset
+from pipeline.config import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.run import generate_dataset
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "scenes"
+    generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), folder)
+    return folder
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> DatasetDir:
+    shutil.copytree(made, tmp_path / "scenes")
+    return DatasetDir(tmp_path / "scenes")
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 0x10
+    path.write_bytes(data)
+
+
+def rot_a_page(path: Path) -> None:
+    """Flip a bit within the largest page: its header has no checksum."""
+    group = pq.read_metadata(path).row_group(0)
+    chunk = max((group.column(n) for n in range(group.num_columns)), key=lambda chunk: chunk.total_compressed_size)
+    data = bytearray(path.read_bytes())
+    data[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 5] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def rot_a_reply(dataset: DatasetDir) -> None:
+    data = bytearray(dataset.journal.read_bytes())
+    place = data.index(b'{"caption":"') + 15
+    data[place] ^= 1
+    dataset.journal.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
+    "a rotten reply": (rot_a_reply, "journal/local.sqlite"),
+    "a journal that is none": (lambda d: d.journal.write_bytes(b"x" * 9999), "journal/local.sqlite"),
+    "a rotten page of a stage": (lambda d: rot_a_page(d.stage("filter")), "stages/filter/kept.parquet"),
+    "a stage file cut off": (
+        lambda d: d.stage("generate").write_bytes(d.stage("generate").read_bytes()[:-9]) and None,
+        "stages/generate",
+    ),
+    "settings that are none": (lambda d: d.run_file.write_text("{"), "run.json"),
+    "a rotten shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
+    "a shard less": (lambda d: d.version().shards("train")[0].unlink(), "versions/v1.0.0"),
+    "a manifest that is none": (lambda d: (d.version().path / "manifest.json").write_text("[]"), "versions/v1.0.0"),
+}
+
+
+def test_a_sound_folder_is_sound(dataset: DatasetDir) -> None:
+    checked = list(check_dataset(dataset))
+    assert [result for result in checked if not result.is_ok] == []
+    names = " ".join(result.what for result in checked)
+    assert all(part in names for part in ("local.sqlite", "stages/source", "stages/review", "run.json", "versions/v1.0.0"))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damage_is_found_where_it_is_with_what_to_do(name: str, dataset: DatasetDir) -> None:
+    damage, where = DAMAGES[name]
+    damage(dataset)
+    bad = [result for result in check_dataset(dataset) if not result.is_ok]
+    assert len(bad) == 1
+    assert where in bad[0].what
+    assert bad[0].hint
+
+
+def test_repair_keeps_the_intact_replies_and_the_next_run_asks_the_rest(dataset: DatasetDir) -> None:
+    digest = dataset.version().manifest["digest"]
+    rot_a_reply(dataset)
+    (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.what]
+    assert "repaired: 15 replies are kept, 1 removed" in repaired.found
+    result = generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
+    assert result.stats.asked == 1
+    assert result.version.manifest["digest"] == digest
+
+
+def test_a_check_changes_nothing(dataset: DatasetDir) -> None:
+    def contents() -> dict[str, str]:
+        files = (path for path in dataset.path.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm")))
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    rot_a_page(dataset.stage("filter"))
+    before = contents()
+    list(check_dataset(dataset))
+    assert contents() == before
