@@ -22,11 +22,11 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample
 from pipeline.progress import NullProgress, Progress
-from pipeline.report.rows import visible
 from pipeline.run import STAGES
 from pipeline.sources import choose_image_kind, open_source, with_source_defaults
 from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
+from pipeline.text.escape import visible
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32

@@ -4,14 +4,33 @@ Progress is shown during a run; the log is read afterwards. `synth -v` shows it 
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
+
+from pipeline.text.escape import printable
 
 FILE = "synth.log"
 _ROOTS = (logging.getLogger("pipeline"), logging.getLogger("trainer"))
-_FORMAT = logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record on lines of printable characters: a message may quote a server."""
+        return printable(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    def _open(self) -> TextIOWrapper:
+        """Open the file, but not through a link: a folder from elsewhere may hold one to any file."""
+        handle = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        return os.fdopen(handle, "a", encoding="utf-8")
+
+
+_FORMAT = _Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
 
 
 def show_log() -> None:
@@ -23,7 +42,7 @@ def show_log() -> None:
 def log_to(folder: Path) -> Iterator[None]:
     """Append log records to a file in a local folder within the context; the first record creates the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / FILE, encoding="utf-8", delay=True)
+    handler = _LogFile(folder / FILE, encoding="utf-8", delay=True)
     levels = [root.level for root in _ROOTS]
     _add(handler, logging.INFO)
     try:
@@ -40,7 +59,7 @@ def keep_log_in(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = str((folder / FILE).absolute())
     if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in _ROOTS[0].handlers):
-        _add(logging.FileHandler(path, encoding="utf-8", delay=True), logging.INFO)
+        _add(_LogFile(path, encoding="utf-8", delay=True), logging.INFO)
 
 
 def _add(handler: logging.Handler, level: int) -> None:

@@ -19,12 +19,12 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, check_prompts
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
-from pipeline.report.rows import visible
 from pipeline.sources import open_source, with_source_defaults
 from pipeline.stages.filter import filter_annotations
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tasks.prompts import describe_prompts
+from pipeline.text.escape import visible
 from pipeline.types import Rejected, Sample
 
 THUMBNAIL_BYTES = 40_000

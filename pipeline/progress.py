@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.text.escape import printable
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -58,7 +60,7 @@ class LineProgress:
     def line(self, text: str, style: str = "") -> None:
         """Print a line; `style` is one of rich, and shown on terminals only."""
         del style
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def speed(self, done: int, total: int | None) -> tuple[float, str]:
         """Return the rate a second since the stage began, and the time left in words."""
@@ -101,7 +103,7 @@ class LiveProgress(LineProgress):
 
     def line(self, text: str, style: str = "") -> None:
         """Print a line above the panel."""
-        self.console.print(text, markup=False, style=style)
+        self.console.print(printable(text), markup=False, style=style)
 
     def panel(self) -> "RenderableType":
         """Draw the stage with its bar, and its metrics below."""
@@ -121,9 +123,9 @@ class LiveProgress(LineProgress):
             grid.add_row(Text(self.stage, "bold"), bar, count, speed, Text(elapsed, "dim"), left)
             rows.append(grid)
             if metrics:
-                rows.append(Text(" · ".join(f"{name} {value}" for name, value in metrics.items()), "dim"))
+                rows.append(Text(printable(" · ".join(f"{name} {value}" for name, value in metrics.items())), "dim"))
         if self.transient:
-            rows.append(Text(self.transient, "dim"))
+            rows.append(Text(printable(self.transient), "dim"))
         return Group(*rows)
 
     def close_stage(self) -> None:

@@ -5,10 +5,12 @@ commands: `synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.datasets import check, diff, push, report, review_apply, versions
@@ -19,6 +21,7 @@ from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
 from pipeline.logs import show_log
 from pipeline.progress import LOSS
+from pipeline.text.escape import printable
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
 COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: importing torch takes 7 % less CPU
@@ -37,7 +40,33 @@ EXAMPLES = {  # by command, shown below its options
     "init": ("synth init my-captions",),
 }
 
+
+class Group(TyperGroup):
+    """The group of all commands. Its errors may quote names of files, which may hold what a terminal obeys."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """See click.Command."""
+        with _printable_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """See click.Command."""
+        with _printable_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):  # click's, which newer releases of Typer bring along
+            vars(error)["message"] = printable(message)
+        raise
+
+
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Exit, Option, echo
+from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir
-from pipeline.cli.output import print_run_result, say, show
+from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, BadParameter, Context, Option, echo
+from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, vllm_flags
-from pipeline.cli.output import print_prediction, print_preview, print_run_result, say, show
+from pipeline.cli.output import echo, print_prediction, print_preview, print_run_result, say, show
 from pipeline.cli.run_options import CLUSTER, DATASET, RunSettings, with_run_settings
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipeline.progress import LOSS, WARNING, duration
+from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
     from pipeline.config import ServerConfig
@@ -105,6 +106,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
 def say(text: str, style: str = "") -> None:
     """Print a message to stderr, on terminals in a style of rich; rich leaves colors out where NO_COLOR is set."""
+    text = printable(text)
     if style and sys.stderr.isatty():
         from rich.console import Console
 
@@ -152,4 +154,9 @@ def print_run_result(
 
 def show(values: dict[str, Any], as_json: bool, key: str) -> None:
     """Print data to stdout: all of it as JSON, or the one value that a script would want."""
-    typer.echo(json.dumps(values) if as_json else str(values[key]))
+    echo(json.dumps(values) if as_json else values[key])
+
+
+def echo(text: object) -> None:
+    """Print data to stdout. Model texts and names of files may hold what a terminal obeys: that is escaped."""
+    typer.echo(printable(str(text)))

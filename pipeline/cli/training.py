@@ -6,10 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Option, echo
+from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style
-from pipeline.cli.output import print_scores, say, show
+from pipeline.cli.output import echo, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import parse_dataset_path

@@ -1,6 +1,5 @@
 """Render cards of datasets and models: README.md with a YAML header and escaped model text."""
 
-import html
 import json
 import re
 from importlib.resources import files
@@ -11,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.tasks import find_task
+from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
 
 CARD_SAMPLES = 5
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
@@ -26,7 +26,11 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
 
 def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
     """Return README.md for a checkpoint (`about`: its config, train, metrics and digest); `dataset` is the data, if known."""
-    values = about | {"title": repo, "data": about["config"]["data"], "dataset": dataset}
+    data = about["config"]["data"]
+    link = None
+    if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and re.fullmatch(r"v[\d.]+", data["version"]):
+        link = Markdown(f"[{markdown(dataset)}](https://huggingface.co/datasets/{dataset}/tree/{data['version']})")
+    values = about | {"title": repo, "data": data, "dataset": link}
     header = {
         "language": ["en"],
         "license": "other",
@@ -38,11 +42,31 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> 
 
 
 def _render(template: str, header: dict[str, Any], **values: Any) -> str:
-    """Return a card: a YAML header, and a template of `data_cards/`, which passes untrusted text through its filter `line`."""
-    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-    jinja.filters |= {"line": one_line, "as_json": lambda value: json.dumps(value, indent=1, ensure_ascii=False)}
+    """Return a card: a YAML header, and a template of `data_cards/`, in which every value is escaped."""
+    jinja = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # noqa: S701  # that is for HTML: `finalize` escapes every value for Markdown
+        finalize=markdown,
+    )
+    jinja.filters |= {"code": markdown_code, "block": markdown_block, "as_json": _as_json}
     body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
+    card = f"---\n{yaml.safe_dump(_on_one_line(header), sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
+    return card.encode(errors="replace").decode()
+
+
+def _on_one_line(value: Any) -> Any:
+    """Return a header whose texts have no line breaks: not every reader of a card parses YAML to find its end."""
+    if isinstance(value, dict):
+        return {_on_one_line(key): _on_one_line(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return list(map(_on_one_line, value))
+    return on_one_line(value) if isinstance(value, str) else value
+
+
+def _as_json(value: Any) -> Markdown:
+    return markdown_block(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -70,12 +94,6 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
             "dataset_size": sum(sizes.values()),
         },
     }
-
-
-def one_line(text: Any) -> str:
-    """Make model text harmless within a line of Markdown: no markup, no control characters, no line break."""
-    flat = re.sub(r"[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(text))
-    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(flat, quote=False))
 
 
 def card_licenses(manifest: dict[str, Any]) -> list[str]:

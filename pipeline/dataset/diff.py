@@ -1,6 +1,5 @@
 """Compare two versions: rows added, removed or changed, field by field, with the causes that are known."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.storage.files import read_batches
 from pipeline.tables import PIXELS, REVIEWED
+from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
 MAX_SHOWN = 160  # characters of a value
@@ -74,7 +74,7 @@ def _short(value: Any) -> str:
     """Return a value as a short line without control characters, since it may be model text."""
     if isinstance(value, dict):
         value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, "") and name != "prompt_id")
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+", " ", str(value))
+    text = on_one_line(str(value))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 

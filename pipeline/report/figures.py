@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
-from pipeline.report.rows import to_pylist, visible
+from pipeline.report.rows import to_pylist
 from pipeline.storage.files import open_table
 from pipeline.text.content_keys import content_words
+from pipeline.text.escape import visible
 from pipeline.text.normalize import words_of
 
 MAX_CLUSTERS = 50  # of each kind, the largest

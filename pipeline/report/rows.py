@@ -3,7 +3,6 @@
 All text is untrusted: long text is cut, control characters are written out, and invalid UTF-8 is replaced.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,18 +15,9 @@ from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
 from pipeline.storage.files import open_table
 from pipeline.tables import PIXELS
+from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 
-MAX_SHOWN_CHARACTERS = 2000
 MAX_REJECTED = 1000  # shown for each reason of each stage
-# Characters that move the cursor, turn the direction of writing or hide; joiners (200c, 200d) are part of scripts and emoji.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """Return a text as a page may show it: of bounded length, with control characters written out."""
-    cut = text[:MAX_SHOWN_CHARACTERS]
-    shown = _CONTROLS.sub(lambda match: f"[U+{ord(match[0]):04X}]", cut)
-    return shown if len(text) <= MAX_SHOWN_CHARACTERS else f"{shown}… ({len(text):,} characters)"
 
 
 def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, at_once: int) -> Iterator[list[dict[str, Any]]]:

@@ -1,6 +1,5 @@
 """Specification of a source: its name, its description, and the function that opens it."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,12 @@ from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import check_image, deck_id, image_id
 from pipeline.images.metadata import strip_metadata
 from pipeline.images.similarity import ImageKind
+from pipeline.text.escape import printable
 from pipeline.types import Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
 NAMED_ROWS = 3  # of those that a message counts
 MAX_METADATA_BYTES = 256_000_000  # of a file about many images
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
@@ -97,6 +96,5 @@ def check_sample(name: str, images: Iterable[bytes], licence: str, split: str | 
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Return the names of the first few files or rows, for a message; control characters, which terminals obey, as escapes."""
-    shown = ", ".join(names[:NAMED_ROWS]) + (", ..." if len(names) > NAMED_ROWS else "")
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", shown)
+    """Return the names of the first few files or rows, for a message."""
+    return printable(", ".join(names[:NAMED_ROWS]) + (", ..." if len(names) > NAMED_ROWS else ""))

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.dataset.card import metadata, one_line, render_card
+from pipeline.dataset.card import metadata, render_card
 from pipeline.tables import ROW, features, with_features
+from pipeline.text.escape import markdown
 
 MANIFEST: dict[str, Any] = {
     "version": "v1.0.0",
@@ -103,7 +104,7 @@ def test_model_text_stays_within_its_line(text: str) -> None:
     assert header(card) == header(plain)
     assert len(card.splitlines()) == len(plain.splitlines())
     for mark in ("<", "```", "\x1b", "\u202e"):
-        assert mark not in one_line(text)
+        assert mark not in str(markdown(text))
 
 
 def test_an_unknown_licence_is_called_other() -> None:

@@ -7,29 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.reviews import text_name
-from pipeline.report.rows import MAX_REJECTED, MAX_SHOWN_CHARACTERS, read_rejected, read_rows, to_pylist, visible
+from pipeline.report.rows import MAX_REJECTED, read_rejected, read_rows, to_pylist
 from pipeline.tables import SPLITS
 from tests.scene_data import make_version, scene_samples
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("A cat.", "A cat."),
-        ("\x1b[31mred", "[U+001B][31mred"),
-        ("abc\u202edcba", "abc[U+202E]dcba"),
-        ("line\nline", "line[U+000A]line"),
-        ("lone \ud800 half", "lone [U+D800] half"),
-        ("👩\u200d🚀", "👩\u200d🚀"),
-    ],
-)
-def test_what_would_move_or_hide_text_is_written_out(text: str, shown: str) -> None:
-    assert visible(text) == shown
-
-
-def test_a_text_of_ten_megabytes_is_cut_and_says_so() -> None:
-    shown = visible("x" * 10_000_000)
-    assert shown == "x" * MAX_SHOWN_CHARACTERS + "… (10,000,000 characters)"
 
 
 def test_bytes_that_are_no_text_are_shown_as_such() -> None:

@@ -1,0 +1,66 @@
+"""Escaping: no text of a stranger acts on a terminal, in Markdown or in a line of a message."""
+
+import pytest
+
+from pipeline.text.escape import (
+    MAX_SHOWN_CHARACTERS,
+    Markdown,
+    markdown,
+    markdown_block,
+    markdown_code,
+    on_one_line,
+    printable,
+    visible,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("A cat.", "A cat."),
+        ("\x1b[31mred", "[U+001B][31mred"),
+        ("abc\u202edcba", "abc[U+202E]dcba"),
+        ("line\nline", "line[U+000A]line"),
+        ("lone \ud800 half", "lone [U+D800] half"),
+        ("👩\u200d🚀", "👩\u200d🚀"),
+    ],
+)
+def test_what_would_move_or_hide_text_is_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_a_text_of_ten_megabytes_is_cut_and_says_so() -> None:
+    shown = visible("x" * 10_000_000)
+    assert shown == "x" * MAX_SHOWN_CHARACTERS + "… (10,000,000 characters)"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Überschrift 漢字 👩‍🚀", "Überschrift 漢字 👩‍🚀"),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("\x1b]52;c;cGF3bmVk\x07", r"\x1b]52;c;cGF3bmVk\x07"),
+        ("\x9b31m", r"\x9b31m"),
+        ("back\rspace\x08", r"back\rspace\x08"),
+        ("turned \u202e round", r"turned \u202e round"),
+        ("half \ud800", r"half \ud800"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_an_escape(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_markup_links_and_line_breaks_are_no_markdown() -> None:
+    assert markdown("a\n# b") == r"a \# b"
+    assert markdown("<b>`x`</b>") == r"&lt;b&gt;\`x\`&lt;/b&gt;"
+    assert markdown("see https://evil.example, www.evil.example") == "see https&#58;//evil.example, www&#46;evil.example"
+    assert markdown(Markdown("*as it is*")) == "*as it is*"
+    assert markdown(7) == 7
+
+
+def test_nothing_ends_code_before_its_time() -> None:
+    assert markdown_code("x`<script>\n") == "x'<script> "
+    assert markdown_code("") == "-"
+    assert "````" not in markdown_block("a\n````\n<script>\n`````")
+    assert markdown_block("a\nb") == "a\nb"
+    assert on_one_line("a\r\nb\x85c") == "a  b c"
