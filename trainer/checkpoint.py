@@ -1,27 +1,39 @@
 """A checkpoint folder: it loads with `from_pretrained`, and training resumes from `resume.pt`.
 
+A checkpoint may be a stranger's. Its config.json holds known keys only, its weights are safetensors, and no memory is taken
+before their shapes are those that the config asks for.
+
 `log.jsonl` holds the training curves, `captions.jsonl` the caption and scores of each test image.
 """
 
 import json
+import math
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import TypeAdapter
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from pipeline.errors import TrainError
+from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.storage.files import atomic_write, remove, write_text
+from pipeline.storage.untrusted import read_regular
 from trainer.config import CAPTIONER_FILES, no_captioner, require_checkpoint
 from trainer.distributed import best_device
-from trainer.model.captioner import Captioner
+from trainer.model.captioner import Captioner, CaptionerConfig
+from trainer.model.hf_config import require_few_layers
 from trainer.tokenizer import CaptionTokenizer
+
+MAX_CONFIG_BYTES = 10_000_000
+MAX_TOKENIZER_BYTES = 100_000_000
+MAX_LOG_BYTES = 1_000_000_000
+MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +57,55 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
     folder = Path(folder)
     require_checkpoint(folder)
     try:
+        config = read_config(folder)
+        require_shapes(config, folder / "model.safetensors")
+        tokenizer = read_tokenizer(folder / "tokenizer.json", config)
         with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
             captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
-    except (TypeError, KeyError, RuntimeError, ValueError, SafetensorError):  # another kind of model, or a truncated file
-        raise no_captioner(folder) from None
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if "language_model" in captioner.config.decoder:
-        return Checkpoint(captioner, CaptionTokenizer(tokenizer, "pretrained", captioner.config.eos_id))
+    except TrainError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever transformers raises for a config that is odd
+        raise no_captioner(folder, one_line(error)) from None
+    return Checkpoint(captioner, tokenizer)
+
+
+def read_config(folder: Path) -> CaptionerConfig:
+    """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
+    values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    if unknown := sorted(values.keys() - {field.name for field in fields(CaptionerConfig)}):
+        raise ValueError(f"config.json has an unknown key {unknown[0]}")
+    config = TypeAdapter(CaptionerConfig).validate_python(values)
+    if not config.prompts:
+        raise ValueError("it has learned no prompt")
+    require_few_layers(config.decoder)
+    return config
+
+
+def require_shapes(config: CaptionerConfig, weights: Path) -> None:
+    """Raise ValueError unless a file of weights has the tensors that a config asks for. No tensor is allocated."""
+    with safe_open(weights, "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Captioner(config).state_dict().items()}
+    # Of tensors that share their memory, such as the embedding and the head, the file holds one.
+    if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
+        raise ValueError(f"the weights do not fit the config: {wrong[0]}")
+    allocated, held = sum(map(math.prod, expected.values())), sum(map(math.prod, stored.values()))
+    if allocated > MAX_SHARED * held + 1:
+        raise ValueError(f"the config asks for {allocated:,} weights, and there are {held:,}")
+
+
+def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
+    """Return the tokenizer of a checkpoint. Raises ValueError if it has tokens that the decoder has not."""
+    tokenizer = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
+    vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= config.eos_id < vocab_size or largest >= vocab_size:
+        raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
+    if "language_model" in config.decoder:
+        return CaptionTokenizer(tokenizer, "pretrained", config.eos_id)
     tokenizer.encode_special_tokens = True
-    return Checkpoint(captioner, CaptionTokenizer(tokenizer, "scratch", captioner.config.eos_id))
+    return CaptionTokenizer(tokenizer, "scratch", config.eos_id)
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
@@ -67,8 +119,13 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    if state["run"] != run:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        found = state["run"]
+    except Exception as error:  # noqa: BLE001  # a truncated file, or one of another program
+        hint = "leave --resume out to start anew"
+        raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
+    if found != run:
         raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
     return state
 
@@ -94,7 +151,7 @@ class Log:
                 remove(path.with_name("tensorboard"))  # a new run discards old curves
             self._curves = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first_step + 1)
         kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values: float | int | str) -> None:
         """Append one line, and a point to each TensorBoard curve; each stage has its own curves."""
@@ -108,9 +165,19 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a log, or an empty list if the file does not exist."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.strip()]
+    """Return the entries of a log, or an empty list if the file does not exist.
+
+    A line without its end was cut off, by a full disk or a kill: it is left out. Raises TrainError for any other damage.
+    """
+    text = read_regular(path, max_bytes=MAX_LOG_BYTES).decode("utf-8", "replace") if path.exists() else ""
+    whole, _, _ = text.rpartition("\n")
+    try:
+        entries = [json.loads(line) for line in whole.split("\n") if line.strip()]
+        if not all(isinstance(entry, dict) and isinstance(entry["step"], int) for entry in entries):
+            raise ValueError("an entry has no step")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise TrainError(f"{path} is damaged: {one_line(error)}", hint="move it away: only the curves are lost") from None
+    return entries
 
 
 def require_tensorboard() -> None:

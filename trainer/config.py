@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Section, read_yaml, validate
 from pipeline.errors import TrainError
+from pipeline.storage.files import read_json
+from pipeline.storage.untrusted import UnsafeFileError
 
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
@@ -97,15 +99,17 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     return validate(TrainConfig, {name: value for name, value in values.items() if value != "auto"})
 
 
-def no_captioner(folder: Path) -> TrainError:
+def no_captioner(folder: Path, reason: str = "") -> TrainError:
     """Return the error that a folder holds no captioner."""
-    return TrainError(f"no captioner in {folder}", hint="pass the folder that `synth train` printed")
+    return TrainError(
+        f"no captioner in {folder}{f': {reason}' if reason else ''}", hint="pass the folder that `synth train` printed"
+    )
 
 
 def require_checkpoint(folder: Path) -> None:
     """Raise TrainError if a folder lacks a file of a captioner. Nothing is loaded: the import of torch alone takes a second."""
-    if not all((folder / name).is_file() for name in CAPTIONER_FILES):
-        raise no_captioner(folder)
+    if missing := [name for name in CAPTIONER_FILES if not (folder / name).is_file()]:
+        raise no_captioner(folder, f"it lacks {missing[0]}")
 
 
 def has_other_settings(folder: Path, config: TrainConfig) -> bool:
@@ -113,8 +117,8 @@ def has_other_settings(folder: Path, config: TrainConfig) -> bool:
     if not (folder / "metrics.json").exists():
         return False
     try:
-        trained = TrainConfig.model_validate_json((folder / "train.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        trained = TrainConfig.model_validate(read_json(folder / "train.json"))
+    except (OSError, ValueError, UnsafeFileError):
         return True
     given = config.model_dump(exclude_unset=True)
     compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in DERIVED_KEYS} | given

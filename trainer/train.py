@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
-from pipeline.errors import TrainError
+from pipeline.errors import TrainError, one_line
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
@@ -206,9 +206,13 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
     optimizer = torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95))
     first_step, best = 0, -math.inf
     if state:
-        captioner.load_state_dict(state["captioner"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
+        try:
+            captioner.load_state_dict(state["captioner"])
+            optimizer.load_state_dict(state["optimizer"])
+            first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            hint = "leave --resume out to start anew"
+            raise TrainError(f"{out / 'resume.pt'} is damaged: {one_line(error)}", hint=hint) from None
     if config.compile:
         learner = captioner.decoder
         (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()

@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from pipeline.digests import canonical
 from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS
-from trainer.model.hf_config import settings_of, silence_transformers
+from trainer.model.hf_config import config_of, processor_settings, settings_of, silence_transformers
 
 ENCODERS = {"vit": "google/vit-base-patch16-224-in21k", **CLIP_MODELS}
 TINY_VIT = "tiny-vit"  # from scratch, trained along with the decoder
@@ -51,11 +51,11 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        model_config = AutoConfig.for_model(**config.model)
+        model_config = config_of(config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
         self.width: int = model_config.hidden_size
         kind = _image_processor(config.processor)
-        self._processor = kind(**{name: value for name, value in config.processor.items() if not name.endswith("_type")})
+        self._processor = kind(**processor_settings(kind, config.processor))
         if config.frozen:
             self.requires_grad_(False)
 

@@ -1,20 +1,90 @@
-"""Configs of transformers models as a checkpoint stores them: plain JSON without local paths."""
+"""Configs of transformers models as a checkpoint stores them: plain JSON without local paths.
+
+A checkpoint may be a stranger's: of its settings only those are used that the model's own config has, none names code or
+another repository, and numbers that repeat a layer are bounded.
+"""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 NOT_OF_THE_MODEL = ("architectures", "dtype", "id2label", "label2id", "transformers_version")
+NAMES_CODE = frozenset(  # settings by which transformers would fetch or run something
+    ("attn_implementation", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "custom_pipelines",
+     "quantization_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone", "use_timm_backbone")
+)  # fmt: skip
+REPEATED = re.compile(r"layers|depth|blocks|stages")
+MAX_REPEATS = 1024  # of a layer
+MAX_SIDE_PX, MAX_PROCESSED_PIXELS = 4096, 20_000_000  # of an image for an encoder
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the settings that `AutoConfig.for_model` needs to rebuild a config, without paths and classifier labels."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {name: value for name, value in values.items() if not name.startswith("_") and name not in NOT_OF_THE_MODEL}
+
+
+def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of these settings; those that its class does not know are left out.
+
+    Raises ValueError for an unknown model, and for more than MAX_REPEATS layers.
+    """
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError("the model has no type")
+    known = settings_of(AutoConfig.for_model(model_type)).keys() | {"model_type"}
+    config: PreTrainedConfig = AutoConfig.for_model(**_harmless({n: value for n, value in settings.items() if n in known}))
+    return config
+
+
+def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that an image processor knows. Raises ValueError for a size that no encoder has."""
+    known = kind().to_dict().keys() | getattr(kind.valid_kwargs, "__annotations__", {}).keys()
+    known -= {name for name in known if name.endswith("_type") or name.startswith("_")}
+    chosen: dict[str, Any] = _harmless({name: value for name, value in settings.items() if name in known})
+    for name, number in _numbers(chosen):
+        if number > (MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX):
+            raise ValueError(f"{name} is {number}")
+    return chosen
+
+
+def require_few_layers(settings: dict[str, Any]) -> None:
+    """Raise ValueError if a layer is repeated more than MAX_REPEATS times."""
+    for name, number in _numbers({name: value for name, value in settings.items() if REPEATED.search(name)}):
+        if number > MAX_REPEATS:
+            raise ValueError(f"{name} is {number}")
+
+
+def _harmless(value: Any) -> Any:
+    """Return settings without those that name code, at any depth. Raises ValueError for too many layers."""
+    if isinstance(value, list):
+        return [_harmless(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    require_few_layers(value)
+    return {
+        name: _harmless(inner)
+        for name, inner in value.items()
+        if name not in NAMES_CODE and not name.startswith("_") and not name.startswith("base_model_")
+    }
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number of settings with the key that it stands under."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
+    elif isinstance(value, int | float):
+        yield name, value
 
 
 @contextmanager

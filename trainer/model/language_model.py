@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import TrainError
 from trainer.model.decoding import DecodingConfig
-from trainer.model.hf_config import settings_of, silence_transformers
+from trainer.model.hf_config import config_of, settings_of, silence_transformers
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
@@ -31,7 +31,7 @@ class PretrainedDecoder(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.settings = settings
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        self.model = AutoModelForCausalLM.from_config(config_of(settings))
         self.width: int = self.model.config.hidden_size
 
     def loss(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
