@@ -28,8 +28,9 @@ from trainer.config import CAPTIONER_FILES, no_captioner, require_checkpoint
 from trainer.distributed import best_device
 from trainer.model.captioner import Captioner, CaptionerConfig
 from trainer.model.hf_config import require_few_layers
-from trainer.tokenizer import CaptionTokenizer
+from trainer.tokenizer import CaptionTokenizer, TargetText
 
+MAX_CAPTION_TOKENS = 8192
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_LOG_BYTES = 1_000_000_000
@@ -77,6 +78,8 @@ def read_config(folder: Path) -> CaptionerConfig:
     config = TypeAdapter(CaptionerConfig).validate_python(values)
     if not config.prompts:
         raise ValueError("it has learned no prompt")
+    if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
+        raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}")
     require_few_layers(config.decoder)
     return config
 
@@ -86,7 +89,10 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
     with safe_open(weights, "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Captioner(config).state_dict().items()}
+        captioner = Captioner(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
+    if captioner.encoder.config.layer not in range(-captioner.encoder.layers - 1, captioner.encoder.layers + 1):
+        raise ValueError(f"the encoder has no layer {captioner.encoder.config.layer}")
     # Of tensors that share their memory, such as the embedding and the head, the file holds one.
     if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
         raise ValueError(f"the weights do not fit the config: {wrong[0]}")
@@ -102,10 +108,11 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= config.eos_id < vocab_size or largest >= vocab_size:
         raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
-    if "language_model" in config.decoder:
-        return CaptionTokenizer(tokenizer, "pretrained", config.eos_id)
-    tokenizer.encode_special_tokens = True
-    return CaptionTokenizer(tokenizer, "scratch", config.eos_id)
+    words = CaptionTokenizer(tokenizer, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
+    tokenizer.encode_special_tokens = words.kind == "scratch"
+    for source, style in config.prompts:
+        words.prompt(TargetText(source, "", style=style, question="" if style else "?"))
+    return words
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:

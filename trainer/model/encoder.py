@@ -54,6 +54,7 @@ class Encoder(nn.Module):
         model_config = config_of(config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
         self.width: int = model_config.hidden_size
+        self.layers: int = model_config.num_hidden_layers
         kind = _image_processor(config.processor)
         self._processor = kind(**processor_settings(kind, config.processor))
         if config.frozen:
@@ -105,13 +106,13 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         encoder = Encoder(EncoderConfig(settings_of(model_config), processor, layer, frozen is not False, made_from))
         encoder.tower.load_state_dict(tower.state_dict())
-        layers = model_config.num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         hint = "pass vit, clip, metaclip, tiny-clip, tiny-vit, or a folder"
         raise TrainError(f"no encoder {name}: {reason}", hint=hint) from None
-    if not -layers - 1 <= layer <= layers:
-        raise TrainError(f"{name} has no layer {layer}", hint=f"layers are 0 (the embeddings) to {layers}, or -1 for the last")
+    if not -encoder.layers - 1 <= layer <= encoder.layers:
+        hint = f"layers are 0 (the embeddings) to {encoder.layers}, or -1 for the last"
+        raise TrainError(f"{name} has no layer {layer}", hint=hint)
     return encoder
 
 

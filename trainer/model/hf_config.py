@@ -21,6 +21,7 @@ NAMES_CODE = frozenset(  # settings by which transformers would fetch or run som
 )  # fmt: skip
 REPEATED = re.compile(r"layers|depth|blocks|stages")
 MAX_REPEATS = 1024  # of a layer
+SIDES = ("height", "width", "shortest_edge", "longest_edge")
 MAX_SIDE_PX, MAX_PROCESSED_PIXELS = 4096, 20_000_000  # of an image for an encoder
 
 
@@ -49,7 +50,8 @@ def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any])
     known -= {name for name in known if name.endswith("_type") or name.startswith("_")}
     chosen: dict[str, Any] = _harmless({name: value for name, value in settings.items() if name in known})
     for name, number in _numbers(chosen):
-        if number > (MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX):
+        most = MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX
+        if number > most or (number < 1 and name in SIDES):
             raise ValueError(f"{name} is {number}")
     return chosen
 

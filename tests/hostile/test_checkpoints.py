@@ -1,0 +1,208 @@
+"""Checkpoints: whatever a stranger put into one, loading it runs nothing, fetches nothing, and takes no more than its size."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.trainer.tiny_models import save_vit
+from trainer.checkpoint import Checkpoint
+from trainer.model.captioner import build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.encoder import load_encoder
+from trainer.tokenizer import TargetText, train_tokenizer
+
+Damage = Callable[[Path], object]
+
+
+def config(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Return a damage that changes config.json."""
+
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        change(values)
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return damage
+
+
+def file(name: str, content: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def link(name: str, target: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return damage
+
+
+def pipe(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch /tmp/synth-was-here",)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Runs()))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+
+
+def remote_code(folder: Path) -> None:
+    (folder / "evil.py").write_text("import os; os.system('touch /tmp/synth-was-here')\n")
+    config(lambda c: c["encoder"]["model"].update(auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}))(folder)
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return damage
+
+
+def huge_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+
+
+def lying_header(folder: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+PROCESSOR = {"task": "text-generation", "model": "me/evil", "trust_remote_code": True}
+TOKENIZER = '{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":4000000000,"<unk>":0},"unk_token":"<unk>"}}'
+DAMAGES: dict[str, Damage] = {
+    "processor that is a pipeline": config(
+        lambda c: c["encoder"].update(processor={"image_processor_type": "pipeline", **PROCESSOR})
+    ),
+    "processor that is a model": config(
+        lambda c: c["encoder"].update(processor={"image_processor_type": "AutoModel", **PROCESSOR})
+    ),
+    "processor of a dotted name": config(
+        lambda c: c["encoder"]["processor"].update(image_processor_type="utils.hub.cached_file")
+    ),
+    "processor that is a list": config(lambda c: c["encoder"].update(processor=[1])),
+    "processor with another preprocess": config(
+        lambda c: c["encoder"]["processor"].update(preprocess="x", __call__="y", resize=1)
+    ),
+    "processor of giant images": config(lambda c: c["encoder"]["processor"].update(size={"height": 10**9, "width": 10**9})),
+    "processor of negative images": config(lambda c: c["encoder"]["processor"].update(size={"height": -5, "width": 0})),
+    "remote code": remote_code,
+    "a kernel of the Hub": config(lambda c: c["encoder"]["model"].update(attn_implementation="me/evil-kernel")),
+    "a kernel by its private name": config(lambda c: c["encoder"]["model"].update(_attn_implementation="me/evil-kernel")),
+    "a kernel for the decoder": config(
+        lambda c: c.update(
+            decoder={"language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}}
+        )
+    ),
+    "a backbone of the Hub": config(
+        lambda c: c["encoder"].update(
+            model={"model_type": "timm_wrapper", "architecture": "resnet18", "use_pretrained_backbone": True}
+        )
+    ),
+    "a model that holds others": config(lambda c: c["encoder"].update(model={"model_type": "vision-encoder-decoder"})),
+    "a model type that is a path": config(lambda c: c["encoder"]["model"].update(model_type="../../evil")),
+    "a model type that is a number": config(lambda c: c["encoder"]["model"].update(model_type=7)),
+    "no model type": config(lambda c: c["encoder"]["model"].pop("model_type")),
+    "a billion layers": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=10**9)),
+    "layers without weights": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=900)),
+    "a layer of a terabyte": config(lambda c: c["encoder"]["model"].update(intermediate_size=10**9)),
+    "images of a million pixels a side": config(lambda c: c["encoder"]["model"].update(image_size=10**6)),
+    "a decoder of a billion layers": config(lambda c: c["decoder"].update(depth=10**9)),
+    "a decoder of a terabyte": config(lambda c: c["decoder"].update(vocab_size=10**10)),
+    "a width that is a text": config(lambda c: c["decoder"].update(width="wide")),
+    "a width that is negative": config(lambda c: c["decoder"].update(width=-192)),
+    "a contrast of a terabyte": config(lambda c: c.update(contrast_width=10**10)),
+    "an unknown key": config(lambda c: c.update(evil=1)),
+    "an unknown key of the encoder": config(lambda c: c["encoder"].update(evil=1)),
+    "no prompts": config(lambda c: c.update(prompts=[])),
+    "prompts that are no pairs": config(lambda c: c.update(prompts=[["a", "b", "c"], 7])),
+    "prompts that nobody has learned": config(lambda c: c.update(prompts=[["a stranger", "x"]])),
+    "an end that is no token": config(lambda c: c.update(eos_id=10**9)),
+    "captions without end": config(lambda c: c.update(max_caption_tokens=10**9)),
+    "a layer that is none": config(lambda c: c["encoder"].update(layer=99)),
+    "config that is a list": file("config.json", b"[]"),
+    "config that is deep": file("config.json", b"[" * 100_000 + b"]" * 100_000),
+    "config that is no JSON": file("config.json", b"\x80\x04K\x01."),
+    "config that is empty": file("config.json", b""),
+    "config that is a pipe": pipe("config.json"),
+    "config that is an endless device": link("config.json", "/dev/zero"),
+    "weights that are a pickle": pickled,
+    "weights that are a pipe": pipe("model.safetensors"),
+    "weights that are an endless device": link("model.safetensors", "/dev/zero"),
+    "weights that are cut off": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "weights with a giant header": huge_header,
+    "weights with a lying header": lying_header,
+    "weights that are empty": file("model.safetensors", b""),
+    "a tensor less": tensors(lambda w: w.pop(sorted(w)[0])),
+    "a tensor more": tensors(lambda w: w.update(evil=torch.zeros(1))),
+    "a tensor of another shape": tensors(lambda w: w.update({sorted(w)[0]: torch.zeros(3, 3)})),
+    "a tensor of another type": tensors(lambda w: w.update({n: t.to(torch.int8) for n, t in w.items()})),
+    "tensors that are not numbers": tensors(lambda w: w.update({n: t * float("nan") for n, t in w.items()})),
+    "a tokenizer of other tokens": file("tokenizer.json", TOKENIZER.encode()),
+    "a tokenizer that is none": file("tokenizer.json", b"{}"),
+    "a tokenizer that is no text": file("tokenizer.json", b"\xff\xfe"),
+    "a tokenizer that is a pipe": pipe("tokenizer.json"),
+    "a tokenizer that is a list": file("tokenizer.json", b"[" * 5000 + b"]" * 5000),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Load a good checkpoint and all damaged ones in one watched process."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    good = folder / "good"
+    good.mkdir()
+    texts = [TargetText("synthetic", f"A red ring number {n}.", style="brief") for n in range(50)]
+    tokenizer = train_tokenizer(texts, 300)
+    decoder = DecoderConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), width=32, depth=1, heads=2)
+    encoder = load_encoder(save_vit(tmp_path_factory.mktemp("vit")))
+    fields: dict[str, Any] = {"prompts": [("synthetic", "brief")], "eos_id": tokenizer.eos_id, "max_caption_tokens": 8}
+    Checkpoint(build_captioner(encoder, decoder, **fields), tokenizer).save(good)
+    for name, damage in DAMAGES.items():
+        shutil.copytree(good, folder / name)
+        damage(folder / name)
+    Path("/tmp/synth-was-here").unlink(missing_ok=True)
+    photo = tmp_path_factory.mktemp("photo") / "photo.png"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile.load_checkpoints", str(folder), str(photo)],
+        capture_output=True, text=True, timeout=280, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = json.loads(done.stdout)["outcomes"]
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_a_good_checkpoint_loads_and_nothing_else_is_touched(outcomes: dict[str, Any]) -> None:
+    assert outcomes["good"]["outcome"] == "a text of True"
+    assert outcomes["good"]["violations"] == []
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_hostile_checkpoint_is_one_error_or_harmless(name: str, outcomes: dict[str, Any]) -> None:
+    assert outcomes[name]["violations"] == []
+    assert not outcomes[name]["outcome"].startswith("TRACEBACK"), outcomes[name]
+    assert outcomes[name]["seconds"] < 30
+    assert not Path("/tmp/synth-was-here").exists()
