@@ -31,6 +31,16 @@ PATTERNS = {  # what a value that does not match should be
 }
 
 
+# Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
+MANIFEST_KEYS = frozenset(
+    ("source", "source_split", "columns", "limit", "seed", "exclude", "tasks", "engine", "model",
+     "generate", "filter", "verify", "dedupe", "balance", "split")
+)  # fmt: skip
+PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
+PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_OF_A_MANIFEST = "(of a manifest)"
+
+
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("named twice")
@@ -239,6 +249,8 @@ def current_settings(values: dict[str, Any], section: type[Section] = Config) ->
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     """Merge defaults, the file and the flags that are not None, in this order. Raises ConfigError for a bad key or value."""
     values = _settings_of_file(config_file) if config_file else {}
+    if config_file and _OF_A_MANIFEST in values:
+        values = _settings_of_manifest(config_file, values, flags)
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file
@@ -331,13 +343,39 @@ def describe_settings(config: Config, file: Path | None, options: Mapping[str, s
 
 def _settings_of_file(file: Path) -> dict[str, Any]:
     values = read_yaml(file, "a line such as `limit: 100`")
-    if not (isinstance(values.get("config"), dict) and "version" in values):
-        return values
-    settings = dict(values["config"])  # of the manifest of a version, which may be a stranger's
+    if isinstance(values.get("config"), dict) and "version" in values:
+        return current_settings(values["config"]) | {_OF_A_MANIFEST: True}
+    if file.name == "manifest.json":  # cards print a command that names it: it must not be any other file of settings
+        raise ConfigError(f"{file} is no manifest of a version", hint="a file of settings has another name, such as synth.yaml")
+    return values
+
+
+def _settings_of_manifest(file: Path, settings: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a version that decide what rows it has: a manifest may be a stranger's.
+
+    What says where or how is left out, and has to be given anew: addresses, paths, permissions, vLLM's flags. Raises
+    ConfigError for files that rows depended on, since they would be other rows without them.
+    """
+    copy_them = "copy the settings that you want to a file of your own, and name your files there"
     if foreign := [key for key in ("base_url", "server") if settings.get(key)]:
         problem = f"the manifest {file} names {foreign[0]}, which would get your images and your key"
-        raise ConfigError(problem, hint="no manifest of synth holds it: copy the settings that you want to a file of your own")
-    return settings
+        raise ConfigError(problem, hint=f"no manifest of synth holds it: {copy_them}")
+    used = []
+    for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
+        values = settings.get(section)
+        used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
+    if settings.get("split_list") and not flags.get("split_list"):
+        used.append("split_list")
+    if used:
+        raise ConfigError(f"the version of {file} was made with a file of its maker: {used[0]}", hint=copy_them)
+    kept = {key: value for key, value in settings.items() if key in MANIFEST_KEYS and value is not None}
+    named = kept.get("exclude")
+    if isinstance(named, list):
+        kept["exclude"] = [name for name in named if isinstance(name, str) and PUBLIC_SOURCE.fullmatch(name.partition("#")[0])]
+    names = {"source": PUBLIC_SOURCE, "model": PUBLIC_MODEL}
+    if isinstance(kept.get("verify"), dict) and not PUBLIC_MODEL.fullmatch(str(kept["verify"].get("clip_model", "auto"))):
+        kept["verify"] = {key: value for key, value in kept["verify"].items() if key != "clip_model"}
+    return {key: value for key, value in kept.items() if key not in names or names[key].fullmatch(str(value))}
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

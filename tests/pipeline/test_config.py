@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,78 @@ def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> Non
     file.write_text("config: foo\nversion: 1\n")
     with pytest.raises(ConfigError, match="no source given"):
         resolve(file)
+
+
+def manifest_with(tmp_path: Path, **settings: Any) -> Path:
+    file = tmp_path / "manifest.json"
+    values = {"source": "scenes", "limit": 2, "tasks": ["caption"]} | settings
+    file.write_text(json.dumps({"version": "v1.0.0", "config": values}))
+    return file
+
+
+def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> None:
+    config = resolve(manifest_with(tmp_path, seed=7, never=["flickr30k#test"], generate={"attempts": 2}, engine="embedded"))
+    assert (config.seed, config.exclude, config.generate.max_attempts, config.engine) == (7, ("flickr30k#test",), 2, "embedded")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("allow_urls", True),
+        ("follow_links", True),
+        ("license", "cc0-1.0"),
+        ("title", "Not mine"),
+        ("model", "../evil"),
+        ("model", "/tmp/evil"),
+        ("model", "https://evil.example/model"),
+        ("exclude", ["folder:/etc", "parquet:https://evil.example/x", "hub:../../etc"]),
+        ("verify", {"checks": ["alignment"], "clip_model": "/tmp/evil"}),
+        ("evil", {"deep": 1}),
+    ],
+)
+def test_a_manifest_of_a_stranger_decides_nothing_about_where_and_how(key: str, value: Any, tmp_path: Path) -> None:
+    config = resolve(manifest_with(tmp_path, **{key: value}))
+    plain = resolve(manifest_with(tmp_path))
+    assert config.model_dump(exclude={"verify"}) == plain.model_dump(exclude={"verify"})
+    assert config.verify.clip_model == "auto"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["folder:/etc", "folder", "parquet:https://evil.example/x.parquet", "hub:../../etc", "file:///etc", "hub:s3://b/c"],
+)
+def test_a_manifest_of_a_stranger_names_no_place(source: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no source given"):
+        resolve(manifest_with(tmp_path, source=source))
+    assert resolve(manifest_with(tmp_path, source=source), source="folder:mine").source == "folder:mine"
+
+
+@pytest.mark.parametrize("source", ["scenes", "flickr30k", "hub:me/photos", "hub:me/photos@main", "flickr30k:me/copy"])
+def test_public_sources_of_a_manifest_are_taken(source: str, tmp_path: Path) -> None:
+    assert resolve(manifest_with(tmp_path, source=source)).source == source
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"generate": {"prompt_dir": "prompts"}}, "generate.prompt_dir"),
+        ({"generate": {"prompts": "prompts"}}, "generate.prompt_dir"),
+        ({"balance": {"entries": "d" * 64}}, "balance.entries"),
+        ({"split_list": "d" * 64}, "split_list"),
+    ],
+)
+def test_files_that_rows_depended_on_are_asked_for(settings: dict[str, Any], key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"a file of its maker: {key}"):
+        resolve(manifest_with(tmp_path, **settings))
+
+
+def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))
+    with pytest.raises(ConfigError, match="is no manifest of a version"):
+        resolve(file)
+
+
+def test_a_split_list_that_is_named_again_is_used(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    assert resolve(manifest_with(tmp_path, split_list="d" * 64), split_list=mine).split_list == mine
