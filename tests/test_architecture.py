@@ -14,7 +14,7 @@ FILES = {
         types""",
     "pipeline/cli": "__init__ __main__ datasets generate options output run_options training",
     "pipeline/dataset": """__init__ builder card diff directory integrity licenses manifest paths pixels rejections reviews
-        shards statistics version""",
+        schema shards statistics version""",
     "pipeline/executors": "__init__ base local",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/hub": "__init__ package pull push",

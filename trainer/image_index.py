@@ -11,8 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.version import Version
-from pipeline.storage.files import open_parquet
+from pipeline.dataset.version import Version, require_values
 
 SEARCHED_BYTES = 64_000_000  # search window behind an image: texts of a row group may lie before the next one
 
@@ -23,18 +22,19 @@ def map_images(version: Version, split: str) -> dict[str, memoryview]:
     An image that is not stored verbatim (in a shard of another writer) is kept in memory. Raises StoreError for a damaged file.
     """
     try:
-        return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(shard)}
+        return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(version, shard)}
     except (OSError, ValueError, pa.ArrowInvalid) as error:
         raise version.damage_error(error) from None
 
 
-def _images_of(shard: Path) -> Iterator[tuple[str, memoryview]]:
+def _images_of(version: Version, shard: Path) -> Iterator[tuple[str, memoryview]]:
     with shard.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     whole, end = memoryview(mapped), 0
-    file = open_parquet(shard)
+    file = version.open_shard(shard)
     for group in range(file.num_row_groups):
         rows = file.read_row_group(group, columns=["sample_id", "image"])
+        require_values(rows)
         images = pc.struct_field(rows["image"], "bytes")
         for sample_id, image in zip(rows["sample_id"].to_pylist(), images.to_pylist(), strict=True):
             start = mapped.find(image, end, end + len(image) + SEARCHED_BYTES)

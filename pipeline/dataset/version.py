@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.dataset.paths import dataset_folder
+from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import flush_folder, move, open_parquet, read_json, read_table, remove
+from pipeline.storage.files import flush_folder, move, open_parquet, read_json, remove
 from pipeline.storage.object_store import is_remote
-from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import PIXELS, SPLITS, TABLE_VERSION
+from pipeline.storage.untrusted import UnsafeFileError, require_regular
+from pipeline.tables import OPTIONAL, PIXELS, ROW, SPLITS, TABLE_VERSION
 
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
-_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 SplitBatch = tuple[str, pa.RecordBatch]  # rows, and the split that they are in
@@ -79,9 +81,10 @@ class Version:
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for batch in open_parquet(shard).iter_batches(batch_size=rows, columns=columns):
+                    for batch in self.open_shard(shard).iter_batches(batch_size=rows, columns=columns):
+                        require_values(batch)
                         yield split, batch
-                except (OSError, pa.ArrowInvalid) as error:
+                except (OSError, ValueError, pa.ArrowException) as error:
                     raise self.damage_error(error) from None
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
@@ -90,13 +93,35 @@ class Version:
         if not shards:
             raise StoreError(f"{self.name} has no rows in its {split} split", hint="use more images, or raise split.test_frac")
         try:
-            return pa.concat_tables([read_table(shard, columns) for shard in shards])
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pa.concat_tables([self.open_shard(shard).read(columns) for shard in shards])
+            require_values(table)
+            return table
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self.damage_error(error) from None
+
+    def open_shard(self, path: Path) -> pq.ParquetFile:
+        """Open a Parquet file of this version. Raises ValueError if its columns are not those of the manifest."""
+        file = open_parquet(path)
+        schema = file.schema_arrow
+        for name in self.manifest["columns"]:
+            if schema.names.count(name) != 1:
+                raise ValueError(f"{path.name} has not one column {name}")
+            if self.manifest["table_version"] == TABLE_VERSION and schema.field(name).type != ROW.field(name).type:
+                raise ValueError(f"the column {name} of {path.name} holds {schema.field(name).type}")
+        return file
 
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise if a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
+
+
+def require_values(rows: pa.Table | pa.RecordBatch) -> None:
+    """Raise ValueError if rows lack what each row of a version has: an id, lists of texts, and bytes in each image."""
+    for name in rows.schema.names:
+        if name not in OPTIONAL and rows[name].null_count:
+            raise ValueError(f"a row has no {name}")
+    if "image" in rows.schema.names and pc.struct_field(rows["image"], "bytes").null_count > rows["image"].null_count:
+        raise ValueError("an image has no bytes")
 
 
 def dataset_dir_of(version: Path) -> Path:
@@ -116,19 +141,24 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
-def read_version(folder: Path) -> Version:
-    """Open a version folder. Raises StoreError if it is not one."""
+def read_version(folder: Path, root: Path | None = None) -> Version:
+    """Open a version folder, whose files lie below `root` (the folder itself; in the Hub's cache they are links).
+
+    Raises StoreError if it is not one, or a file is a link to elsewhere, a pipe or a device.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
-        parse_version(manifest["version"])
         newer = manifest["table_version"] > TABLE_VERSION
-        strange = [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]
+        if not newer:
+            check_manifest(manifest)
+            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], LEDGER_FILE)]
+            for path in paths:
+                if path.exists() or path.is_symlink():
+                    require_regular(path, root or folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError, UnsafeFileError) as error:
         raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
     if newer:
         raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")
-    if strange:  # an untrusted manifest must not name any other file to read or publish
-        raise StoreError(f"the manifest of {folder} names files that are no shards: {strange[0]!r}", hint="do not use it")
     return Version(folder, manifest)
 
 

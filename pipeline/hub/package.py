@@ -74,9 +74,6 @@ def build_package(
     """
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
-    if not version.repo:  # the cache of the Hub is made of links
-        for name in (*version.manifest["files"], LEDGER_FILE):
-            require_regular(version.path / name, version.path)
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licences"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]

@@ -34,6 +34,8 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
     real = os.path.realpath(path)
     if root is not None and not Path(real).is_relative_to(os.path.realpath(root)):
         raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
+    if not stat.S_ISREG(Path(real).stat().st_mode):  # even to open a device may have effects
+        raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
     handle = os.open(real, _FLAGS)
     try:
         status = os.fstat(handle)

@@ -11,6 +11,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.version import parse_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import atomic_write, write_table, write_text
+from tests.pipeline.dataset.test_card import MANIFEST
 
 
 def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path: Path) -> None:
@@ -58,8 +59,8 @@ def test_versions_sort_by_number() -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x", "../a", "notes.txt"])
 def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
-    manifest = {"version": "v1.0.0", "table_version": 1, "files": {name: {}}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    files = {name: {"sha256": "a" * 64, "bytes": 1}}
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": files}))
     with pytest.raises(StoreError, match="no shards"):
         open_dataset(tmp_path)
 
@@ -71,7 +72,7 @@ def test_a_version_of_a_newer_synth_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"version": "v1.0.0", "table_version": 1, "files": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": {}}))
     with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):
         open_dataset(tmp_path, "v9.9.9")
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.manifest import describe_data
-from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.dataset.version import LEDGER_FILE, Version, read_version
 from pipeline.digests import file_digest
-from pipeline.errors import PushError
+from pipeline.errors import PushError, StoreError
 from pipeline.hub.package import CHECKPOINT_FILES, build_checkpoint_package, build_package
 from pipeline.images.metadata import strip_metadata
 from pipeline.storage.untrusted import UnsafeFileError
@@ -122,7 +122,9 @@ def test_a_file_of_a_version_that_is_a_link_to_the_outside_is_not_sent(tmp_path:
     (tmp_path / "secret").write_text("secret")
     (version.path / LEDGER_FILE).unlink()
     (version.path / LEDGER_FILE).symlink_to(tmp_path / "secret")
-    with pytest.raises(UnsafeFileError, match="a link to a file outside"), build_package(version, "me/scenes"):
+    with pytest.raises(StoreError, match="a link to a file outside"):
+        read_version(version.path)
+    with pytest.raises(StoreError, match="is damaged"), build_package(version, "me/scenes"):
         pass
 
 

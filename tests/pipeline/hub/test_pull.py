@@ -167,6 +167,6 @@ def test_versions_of_two_stores_are_not_mixed(bucket: Path, tmp_path: Path) -> N
 def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     manifest = bucket / "versions" / "v1.0.0" / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0"}))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))
     with pytest.raises(StoreError, match=r"is another v1\.0\.0 than the one in memory"):
         open_or_download(bucket, "v1.0.0")
