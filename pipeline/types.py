@@ -51,6 +51,16 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RawSample:
+    """The images of a row as a source has them, which nobody has decoded yet; `fields` are those of its Sample."""
+
+    source_row: str
+    images: tuple[bytes, ...]
+    licence: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A named set of images. `revision` changes when its rows change."""
 

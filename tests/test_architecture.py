@@ -18,7 +18,7 @@ FILES = {
     "pipeline/executors": "__init__ base local",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/hub": "__init__ package pull push",
-    "pipeline/images": "__init__ clip decode metadata similarity",
+    "pipeline/images": "__init__ clip decode isolation metadata similarity",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines gpus journal queue
         request_images requests transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",

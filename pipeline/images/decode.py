@@ -23,6 +23,8 @@ ORIENTATION = 0x0112  # a tag of EXIF
 MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
+MAX_SCANS, _SCAN = 100, b"\xff\xda"  # of a progressive JPEG: encoders write about ten
+BAND_PX = 512  # rows that are laid over white at once
 HASH_SIDE_PX = 64
 MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -68,8 +70,8 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     """Decode to upright RGB over white, and scale down (never up) to `max_pixels`. Raise ImageError as `check_image` does."""
     with open_image(data) as image:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-    rgb = _over_white(upright)
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = _over_white(image)
     if max_pixels and rgb.width * rgb.height > max_pixels:
         scale = (max_pixels / (rgb.width * rgb.height)) ** 0.5
         size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
@@ -87,12 +89,14 @@ def open_image(data: bytes | memoryview) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_size(image)
+                if image.format == "JPEG" and bytes(data).count(_SCAN) > MAX_SCANS:
+                    raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
                 if image.mode in ("I", "F"):
                     raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
                 yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         if is_heic(data) and not has_heif():
@@ -128,8 +132,11 @@ def _check_size(image: Image.Image) -> None:
 
 def _over_white(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        rgb = Image.new("RGB", image.size)
+        for top in range(0, image.height, BAND_PX):  # whole images of 50 megapixels would take 1.2 GB
+            band = image.crop((0, top, image.width, min(top + BAND_PX, image.height))).convert("RGBA")
+            rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+        return rgb
     if image.mode.startswith("I;16"):
         return image.convert("I").point(lambda level: level / 257).convert("L").convert("RGB")
     return image.convert("RGB")

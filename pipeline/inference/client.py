@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -41,7 +43,7 @@ from pipeline.inference.endpoints import (
 )
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
-from pipeline.inference.vllm_server import Server, answers_200, run_servers, status_of
+from pipeline.inference.vllm_server import Server, run_servers, status_of
 from pipeline.progress import NullProgress, Progress
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
@@ -94,6 +96,7 @@ class Client:
         self._config = config
         self._launches = launches
         self._servers: list[Server] = []
+        self._sessions: dict[Path | None, aiohttp.ClientSession] = {}  # by the socket of a server
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
         self._name = launches[0].name if launches else model
@@ -144,16 +147,15 @@ class Client:
         stack = self._stack
         settings = self._config.server
         if self._launches:
-            self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress))
-        limit = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # shorter than the 5 s after which uvicorn closes
-        seconds = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
-        self._session = await stack.enter_async_context(
-            aiohttp.ClientSession(connector=limit, timeout=seconds, auto_decompress=False)
-        )
-        if self._servers:
-            endpoints = [Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key)) for server in self._servers]
+            self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress, on_sockets=True))
+            endpoints = [
+                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), socket_path=server.socket)
+                for server in self._servers
+            ]
         else:
             endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in self._config.base_url]
+        for path in {endpoint.socket_path for endpoint in endpoints}:
+            self._sessions[path] = await stack.enter_async_context(self._make_session(path))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
         context_tokens = self._launches[0].max_model_len if self._launches else await self._check_servers()
@@ -174,12 +176,22 @@ class Client:
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
+    def _make_session(self, socket_path: Path | None) -> aiohttp.ClientSession:
+        """Return a session for the servers on ports, or for the one on a Unix socket."""
+        seconds = aiohttp.ClientTimeout(total=self._config.server.request_timeout_s, sock_connect=10)
+        shared: dict[str, Any] = {"limit": 0, "keepalive_timeout": 4}  # shorter than the 5 s after which uvicorn closes
+        connector = aiohttp.UnixConnector(str(socket_path), **shared) if socket_path else aiohttp.TCPConnector(**shared)
+        return aiohttp.ClientSession(connector=connector, timeout=seconds, auto_decompress=False)
+
+    def _session_of(self, endpoint: Endpoint) -> aiohttp.ClientSession:
+        return self._sessions[endpoint.socket_path]
+
     async def _check_servers(self) -> int | None:
         """Leave out servers that do not answer, if another does; return the smallest context in tokens, or None if unknown."""
         lengths = []
         for endpoint in self._endpoints:
             try:
-                models = await list_models(self._session, endpoint)
+                models = await list_models(self._session_of(endpoint), endpoint)
             except ServerFaultError:
                 endpoint.is_up.clear()
                 continue
@@ -211,7 +223,7 @@ class Client:
         faults, busy, busy_until = 0, 0, time.monotonic() + self._config.server.startup_timeout_s
         while True:
             try:
-                async with self._session.post(
+                async with self._session_of(endpoint).post(
                     f"{endpoint.url}/chat/completions",
                     json=chat_api.probe(self._name),
                     headers=endpoint.headers,
@@ -320,7 +332,7 @@ class Client:
                     busy += 1
                     pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
                 except ServerFaultError as fault:
-                    if not endpoint.is_up.is_set() or not await answers_200(endpoint.health, endpoint.headers):
+                    if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
                         self._mark_down(endpoint)
                         deaths += 1
                         if deaths > MAX_CRASHES:
@@ -346,7 +358,7 @@ class Client:
         body = chat_api.body(request, images, self._name)
         sent = time.monotonic()
         try:
-            async with self._session.post(
+            async with self._session_of(endpoint).post(
                 f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers, allow_redirects=False
             ) as answer:
                 text = await read_body(answer, chat_api.max_answer_bytes(request))
@@ -410,7 +422,7 @@ class Client:
             await asyncio.sleep(POLL_SECONDS)
             if warning := self._busy.warning(", ".join(endpoint.url for endpoint in self._endpoints)):
                 self._progress.warn(warning)
-            await self._endpoints.read_metrics(self._session)
+            await self._endpoints.read_metrics(self._session_of)
             self._concurrency.follow(
                 running=sum(endpoint.running for endpoint in self._endpoints),
                 waiting=sum(endpoint.waiting for endpoint in self._endpoints),

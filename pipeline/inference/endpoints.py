@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -76,6 +77,7 @@ class Endpoint:
     headers: dict[str, str]
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
     health: str = ""  # URL that answers 200 while the server is healthy
+    socket_path: Path | None = None  # of a server that listens on a Unix socket
     outstanding: int = 0
     waiting: float = 0
     running: float = 0
@@ -83,6 +85,10 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self.health = f"{self.root}/health"
+
+    async def is_healthy(self) -> bool:
+        """Return whether the server says so itself."""
+        return await answers_200(self.health, self.headers, self.socket_path)
 
     @property
     def root(self) -> str:
@@ -139,12 +145,12 @@ class Endpoints(list[Endpoint]):
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
 
-    async def read_metrics(self, session: aiohttp.ClientSession) -> None:
+    async def read_metrics(self, session_of: Callable[[Endpoint], aiohttp.ClientSession]) -> None:
         """Read the metrics of each server that is up; a server that does not answer keeps its last ones."""
         for endpoint in self:
             if endpoint.is_up.is_set():
                 try:
-                    async with session.get(
+                    async with session_of(endpoint).get(
                         f"{endpoint.root}/metrics", headers=endpoint.headers, allow_redirects=False, timeout=METRICS_TIMEOUT
                     ) as answer:
                         page = await read_body(answer, MAX_BODY_BYTES) if answer.status == 200 else b""
@@ -164,7 +170,7 @@ class Endpoints(list[Endpoint]):
             raise no_server(self)
 
     async def _revive(self, endpoint: Endpoint) -> None:
-        while not await answers_200(endpoint.health, headers=endpoint.headers):
+        while not await endpoint.is_healthy():
             if self._failure():
                 break  # wakes the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)

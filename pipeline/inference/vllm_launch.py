@@ -35,10 +35,10 @@ class VllmCommand:
     api_key: str = field(default_factory=lambda: os.environ.get("SYNTH_API_KEY") or secrets.token_urlsafe(24), repr=False)
     port: int | None = None
 
-    def command(self, port: int, media: Path) -> list[str]:
-        """Return the command line that serves on `port` and may read images under `media`."""
-        server_flags = ["--host", "127.0.0.1", "--port", str(port), "--allowed-local-media-path", str(media)]
-        return [self.python, *self.arguments, *server_flags]
+    def command(self, address: int | Path, media: Path) -> list[str]:
+        """Return the command line that serves on a port, or a Unix socket, and may read images under `media`."""
+        listens = ["--uds", str(address)] if isinstance(address, Path) else ["--host", "127.0.0.1", "--port", str(address)]
+        return [self.python, *self.arguments, *listens, "--allowed-local-media-path", str(media)]
 
 
 def plan_vllm_command(

@@ -1,10 +1,14 @@
 """Run a vLLM server: start it with flags for this machine, restart it when it dies, and always stop it.
 
-The server listens on loopback only and requires a key. Its output goes to a log file.
+The server listens on a Unix socket in a folder that only this user may enter, or on a port of loopback, and requires a key. A
+port can be taken by another program before vLLM binds it: who listens there is looked up before anything is sent. The output of
+the server goes to a log file.
 """
 
 import asyncio
 import contextlib
+import fcntl
+import io
 import os
 import signal
 import socket
@@ -21,14 +25,26 @@ from pipeline.storage.files import remove
 STOP_SECONDS = 15
 TAIL_BYTES = 20_000  # of the end of the log, searched for the error
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
+MEDIA_PREFIX, MEDIA_LOCK = "synth-media-", ".lock"
+LISTEN = "0A"  # a state in /proc/net/tcp
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are passed in memory if the machine has it
 
 
 class Server:
     """A running vLLM: an async context manager, ready when entered."""
 
-    def __init__(self, launch: VllmCommand, progress: Progress, media: Path | None = None, port: int | None = None) -> None:
-        """Prepare a server; several may share `media`, a folder for images in flight, which the caller then removes."""
+    def __init__(
+        self,
+        launch: VllmCommand,
+        progress: Progress,
+        media: Path | None = None,
+        port: int | None = None,
+        socket_name: str | None = None,
+    ) -> None:
+        """Prepare a server; several may share `media`, a folder for images in flight, which the caller then removes.
+
+        With `socket_name` it listens on a Unix socket in that folder, else on a port.
+        """
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why it cannot be kept alive
@@ -36,7 +52,8 @@ class Server:
         self._owns_media = media is None
         self.media = media or make_media_folder()
         self._progress = progress
-        self._port = launch.port or port or free_ports(1)[0]
+        self.socket = self.media / socket_name if socket_name else None
+        self._port = launch.port or port or (0 if self.socket else free_ports(1)[0])
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._reaper_pipe: int | None = None
@@ -44,8 +61,8 @@ class Server:
 
     @property
     def root(self) -> str:
-        """The address without `/v1`."""
-        return f"http://127.0.0.1:{self._port}"
+        """The address without `/v1`; requests go through `socket` if there is one."""
+        return "http://localhost" if self.socket else f"http://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> "Server":
         try:
@@ -91,11 +108,13 @@ class Server:
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
         self._process = None
-        with self.launch.log.open("ab") as log:
+        if self.socket:
+            self.socket.unlink(missing_ok=True)
+        with open_log(self.launch.log) as log:
             self._log_start = log.tell()
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self.launch.command(self._port, self.media),
+                    *self.launch.command(self.socket or self._port, self.media),
                     env=environment,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
@@ -108,7 +127,7 @@ class Server:
         self._reaper_pipe = _start_reaper(self._process.pid)
         loop = asyncio.get_running_loop()
         started = loop.time()
-        while not await answers_200(f"{self.root}/health"):
+        while not await answers_200(f"{self.root}/health", socket_path=self.socket):
             seconds = loop.time() - started
             if self._process.returncode is not None:
                 raise self._startup_error(f"vLLM ended while it started, with exit code {self._process.returncode}")
@@ -116,6 +135,9 @@ class Server:
                 raise self._startup_error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
             self._progress.message(f"vLLM starts: {seconds:.0f} s; its log: {self.launch.log}", transient=True)
             await asyncio.sleep(0.5)
+        if self.socket is None and not is_listener(self._port, self._process.pid):
+            hint = "run the same command again: it takes another port"
+            raise EngineError(f"another program listens on port {self._port}, which was for vLLM; it got nothing", hint=hint)
         self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
 
     async def _stop(self) -> None:
@@ -148,19 +170,44 @@ class Server:
         return EngineError(f"{message}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
 
 
-async def answers_200(url: str, headers: dict[str, str] | None = None) -> bool:
-    """Return whether a GET of `url` answers 200."""
-    return await status_of(url, headers) == 200
+def open_log(path: Path) -> io.FileIO:
+    """Open the log of a server to append; only this user may read it, and it is not opened through a link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return io.FileIO(os.open(path, flags, 0o600), "ab")
 
 
-async def status_of(url: str, headers: dict[str, str] | None = None, seconds: float = 5) -> int | None:
+def is_listener(port: int, group: int) -> bool:
+    """Return whether only processes of a group listen on a port, by the tables of Linux; True where there are none."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    listening = {row[9] for row in rows if row[3] == LISTEN and int(row[1].rpartition(":")[2], 16) == port}
+    if not tables[0].exists():
+        return True
+    own: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                links = [str(handle.readlink()) for handle in (process / "fd").iterdir()]
+                own |= {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    return bool(listening) and listening <= own
+
+
+async def answers_200(url: str, headers: dict[str, str] | None = None, socket_path: Path | None = None) -> bool:
+    """Return whether a GET of `url` answers 200, through a Unix socket if one is given."""
+    return await status_of(url, headers, socket_path=socket_path) == 200
+
+
+async def status_of(
+    url: str, headers: dict[str, str] | None = None, seconds: float = 5, socket_path: Path | None = None
+) -> int | None:
     """Return the HTTP status of a GET; None if nothing answers. No connection pool: a dead server would poison it."""
     import aiohttp
 
     try:
         limit = aiohttp.ClientTimeout(total=seconds)
+        connector = aiohttp.UnixConnector(str(socket_path)) if socket_path else None
         async with (
-            aiohttp.ClientSession(timeout=limit, headers=headers) as session,
+            aiohttp.ClientSession(timeout=limit, headers=headers, connector=connector) as session,
             session.get(url, allow_redirects=False) as answer,
         ):
             return int(answer.status)
@@ -194,15 +241,20 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> AsyncIterator[list[Server]]:
-    """Start servers at once, and stop them at the end; they share one folder for images in flight.
+async def run_servers(
+    launches: Sequence[VllmCommand], progress: Progress, *, on_sockets: bool = False
+) -> AsyncIterator[list[Server]]:
+    """Start servers at once, and stop them at the end; they share one folder for images in flight, and for their sockets.
 
     Raises EngineError if one of them cannot be started.
     """
     media = make_media_folder()
     try:
-        ports = free_ports(len(launches))
-        servers = [Server(launch, progress, media, port) for launch, port in zip(launches, ports, strict=True)]
+        if on_sockets:
+            servers = [Server(launch, progress, media, socket_name=f"{n}.sock") for n, launch in enumerate(launches)]
+        else:
+            ports = free_ports(len(launches))
+            servers = [Server(launch, progress, media, port) for launch, port in zip(launches, ports, strict=True)]
         async with contextlib.AsyncExitStack() as stack:
             starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
             try:
@@ -220,21 +272,35 @@ async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> As
 
 
 def make_media_folder() -> Path:
-    """Make a folder for images in flight, and remove the folders of dead processes."""
+    """Make a folder for images in flight, which only this user may enter, and remove the folders of dead processes.
+
+    A live process holds a lock in its folder: a process id would say nothing, since containers that share the memory of a
+    machine have ids of their own.
+    """
     home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-    for old in home.glob("synth-*-media-*"):
-        pid = old.name.split("-")[1]
-        if pid.isdigit() and not _is_alive(int(pid)):
+    for old in home.glob(f"{MEDIA_PREFIX}*"):
+        if _is_abandoned(old):
             remove(old)
-    return Path(tempfile.mkdtemp(prefix=f"synth-{os.getpid()}-media-", dir=home))
+    folder = Path(tempfile.mkdtemp(prefix=MEDIA_PREFIX, dir=home))
+    handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends, however it does
+    return folder
 
 
-def _is_alive(pid: int) -> bool:
+def _is_abandoned(folder: Path) -> bool:
+    """Return whether the process that made a folder is gone: its lock can be taken."""
     try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # of another user
-    return True
+        handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False  # of another user, or being made just now
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(handle)
 
 
 def _start_reaper(group: int) -> int:

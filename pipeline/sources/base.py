@@ -1,16 +1,15 @@
 """Specification of a source: its name, its description, and the function that opens it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ImageError
-from pipeline.images.decode import check_image, deck_id, image_id
-from pipeline.images.metadata import strip_metadata
+from pipeline.images.decode import deck_id, image_id
+from pipeline.images.isolation import check_all
 from pipeline.images.similarity import ImageKind
 from pipeline.text.escape import printable
-from pipeline.types import Rejected, Sample, Source, SourceSlice
+from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
 NAMED_ROWS = 3  # of those that a message counts
@@ -71,28 +70,28 @@ class SourceSpec:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
 
 
-def check_sample(name: str, images: Iterable[bytes], licence: str, split: str | None = None, **more: Any) -> Sample | Rejected:
-    """Return the sample of these images, or its rejection if one of them is unusable.
+def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rejected]:
+    """Yield the sample of each row, or its rejection if one of its images is unusable. Images are decoded in other processes.
 
     The id is that of the images as they are; the sample holds them without their metadata, which may say who took them where.
     """
-    try:
-        originals = tuple(images)
-        pages = tuple(map(strip_metadata, originals))
-        checked = [check_image(page) for page in pages]
-    except ImageError as error:
-        return Rejected(source_row=name, reason=error.reason, detail=str(error))
-    return Sample(
-        id=deck_id(list(map(image_id, originals))),
-        source_row=name,
-        images=pages,
-        pdq_hashes=tuple(page.pdq_hash for page in checked),
-        width_px=checked[0].width_px,
-        height_px=checked[0].height_px,
-        licence=licence,
-        split=split,
-        **more,
-    )
+    jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
+    for row, checked in check_all(jobs):
+        if isinstance(row, Rejected):
+            yield row
+        elif isinstance(checked, ImageError):
+            yield Rejected(source_row=row.source_row, reason=checked.reason, detail=str(checked))
+        else:
+            yield Sample(
+                id=deck_id(list(map(image_id, row.images))),
+                source_row=row.source_row,
+                images=tuple(page.data for page in checked),
+                pdq_hashes=tuple(page.info.pdq_hash for page in checked),
+                width_px=checked[0].info.width_px,
+                height_px=checked[0].info.height_px,
+                licence=row.licence,
+                **row.fields,
+            )
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -14,12 +14,12 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, file_digest
-from pipeline.errors import SourceError
-from pipeline.sources.base import SourceSpec, check_sample
+from pipeline.errors import ImageError, SourceError
+from pipeline.sources.base import SourceSpec, check_samples
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import open_regular
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
+from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
 ROLES = ("image", "pages", "references", "split")
@@ -43,7 +43,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
             return tables.count(split)
         return sum(names.get(str(value)) == split for value in tables.values(split_column))
 
-    def rows() -> Iterator[Sample | Rejected]:
+    def rows() -> Iterator[RawSample | Rejected]:
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split):
             if isinstance(row, Rejected):
@@ -63,7 +63,8 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 stored, allow_urls = stored_split(row_split, split), config.allow_urls
                 yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, references=references)
 
-    return Source(name=name, revision=tables.revision, rows=rows(), count=count, decks="pages" in columns)
+    decks = "pages" in columns
+    return Source(name=name, revision=tables.revision, rows=check_samples(rows()), count=count, decks=decks)
 
 
 def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> Tables:
@@ -148,14 +149,17 @@ def stored_split(row_split: str | None, requested_split: str | None) -> str | No
 
 def build_sample(
     name: str, images: list[Any], licence: str, split: str | None, *, allow_urls: bool = False, **more: Any
-) -> Sample | Rejected:
-    """Return the sample of a row, or its rejection. Empty pages at the end of a deck are dropped."""
+) -> RawSample | Rejected:
+    """Return the images of a row, or its rejection. Empty pages at the end of a deck are dropped."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
     if len(images) > MAX_PAGES:
         return Rejected(source_row=name, reason="too_many_pages", detail=f"{len(images)} pages are more than {MAX_PAGES}")
-    pages = (embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
-    return check_sample(name, pages, licence, split, **more)
+    try:
+        pages = tuple(embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
+    except ImageError as error:
+        return Rejected(source_row=name, reason=error.reason, detail=str(error))
+    return RawSample(source_row=name, images=pages, licence=licence, fields={"split": split, **more})
 
 
 def _listed(value: Any) -> list[Any]:

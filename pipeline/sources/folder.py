@@ -18,9 +18,9 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, check_sample, first_names
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, check_samples, first_names
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
-from pipeline.types import ALL, Rejected, Sample, Source, SourceSlice
+from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
@@ -85,7 +85,7 @@ def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN, *, 
     return Source(
         name="folder",
         revision=digest(list(contents)) if part == ALL else "",
-        rows=(
+        rows=check_samples(
             row if isinstance(row, Rejected) else _read(row, bound, name, licence, captions.get(row, ())) for name, row in own
         ),
         count=lambda: len(own),
@@ -226,14 +226,14 @@ def _digest(path: Path, bound: Path | None) -> str:
         return "unreadable"
 
 
-def _read(path: Path, bound: Path | None, name: str, licence: str, references: tuple[str, ...]) -> Sample | Rejected:
+def _read(path: Path, bound: Path | None, name: str, licence: str, references: tuple[str, ...]) -> RawSample | Rejected:
     try:
         data = read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
     except UnsafeFileError as error:
         return Rejected(source_row=name, reason=error.reason, detail=_REFUSALS[error.reason])
     except OSError as error:
         return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-    return check_sample(name, [data], licence, references=references)
+    return RawSample(source_row=name, images=(data,), licence=licence, fields={"references": references})
 
 
 SPEC = SourceSpec(

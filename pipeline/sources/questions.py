@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.sources.base import check_samples
 from pipeline.sources.columns import build_sample, check_split, stored_split
 from pipeline.sources.parquet import Tables
-from pipeline.types import ReferenceQA, Rejected, Sample, Source
+from pipeline.types import RawSample, ReferenceQA, Rejected, Source
 
 
 def open_questions(
@@ -30,7 +31,7 @@ def open_questions(
     split = config.source_split
     check_split(tables, split)
 
-    def rows() -> Iterator[Sample | Rejected]:
+    def rows() -> Iterator[RawSample | Rejected]:
         questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
         for _, file_split, row in tables.rows(texts, split):
             if isinstance(row, Rejected):
@@ -47,7 +48,7 @@ def open_questions(
     return Source(
         name=config.source.partition("@")[0],
         revision=tables.revision,
-        rows=rows(),
+        rows=check_samples(rows()),
         count=lambda: len(set(tables.values(key, split))),
         decks=decks,
     )

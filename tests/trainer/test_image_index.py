@@ -48,7 +48,8 @@ def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
         {"sample_id": str(n), "image": {"bytes": data, "path": None}} for n, data in enumerate((b"abc", b"abc", b"", b"xabc"))
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)
-    version = Version(tmp_path, {"version": "v1.0.0", "files": {"test-00000.parquet": {}}})
+    manifest = {"version": "v1.0.0", "table_version": 1, "columns": ["sample_id", "image"], "files": {"test-00000.parquet": {}}}
+    version = Version(tmp_path, manifest)
     assert map_images(version, "test") == {"0": b"abc", "1": b"abc", "2": b"", "3": b"xabc"}
 
 

@@ -240,15 +240,76 @@ def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
     assert command.max_model_len == 16_384
 
 
-def test_images_left_by_a_killed_run_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_left_by_a_killed_run_are_removed_and_those_of_a_live_one_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
-    dead = tmp_path / "synth-999999999-media-x"
-    dead.mkdir()
-    alive = vllm_server.make_media_folder()
-    assert not dead.exists()
-    assert vllm_server.make_media_folder().parent == alive.parent
-    assert alive.exists()
-    assert time.time() - alive.stat().st_mtime < 60
+    code = f"""
+import os
+from pathlib import Path
+from pipeline.inference import vllm_server
+vllm_server._SHARED_MEMORY = Path({str(tmp_path)!r})
+print(vllm_server.make_media_folder(), flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        folder = Path(other.stdout.readline().strip())
+        assert folder.stat().st_mode & 0o777 == 0o700
+        mine = vllm_server.make_media_folder()
+        assert folder.exists()  # whatever its process id is called in here
+        other.kill()
+        other.wait()
+    assert vllm_server.make_media_folder().parent == mine.parent
+    assert not folder.exists()
+    assert mine.exists()
+
+
+def test_a_folder_that_another_user_may_have_made_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
+    (tmp_path / "synth-media-x").mkdir()
+    (tmp_path / "synth-media-y").mkdir()
+    (tmp_path / "synth-media-y" / ".lock").symlink_to("/etc/passwd")
+    vllm_server.make_media_folder()
+    assert (tmp_path / "synth-media-x").exists()
+    assert (tmp_path / "synth-media-y").exists()
+
+
+THIEF = SERVES.replace("def do_GET(self):", "def do_GET(self):\n        print(self.path, self.headers, flush=True)")
+
+
+def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
+    """The thief listens before vLLM does: it answers the first look, which holds no key, and is found out."""
+    port = vllm_server.free_ports(1)[0]
+    command = replace(stub(tmp_path, "import time; time.sleep(60)"), port=port)
+    thief = [sys.executable, "-c", THIEF, "--port", str(port)]
+    with (tmp_path / "heard").open("w") as heard, subprocess.Popen(thief, stdout=heard) as process:
+        try:
+
+            async def start() -> None:
+                while await vllm_server.status_of(f"http://127.0.0.1:{port}/") is None:
+                    await asyncio.sleep(0.05)
+                async with Server(command, NullProgress()):
+                    pass
+
+            with pytest.raises(EngineError, match=f"another program listens on port {port}"):
+                asyncio.run(start())
+        finally:
+            process.kill()
+    text = (tmp_path / "heard").read_text()
+    assert "/health" in text
+    assert command.api_key not in text
+    assert "Authorization" not in text
+
+
+def test_the_log_of_a_server_is_for_its_user_alone_and_is_not_written_through_a_link(tmp_path: Path) -> None:
+    with vllm_server.open_log(tmp_path / "vllm.log") as log:
+        log.write(b"x")
+    assert (tmp_path / "vllm.log").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "link.log").symlink_to("victim")
+    with pytest.raises(OSError, match="symbolic"):
+        vllm_server.open_log(tmp_path / "link.log")
 
 
 def test_a_server_and_its_engine_start_reaper_however_we_end() -> None:

@@ -1,0 +1,246 @@
+"""Decode images of strangers in worker processes with little memory, little time, and nothing to steal.
+
+A decoder is the likeliest part of all to be attacked by a file: a worker has no keys in its environment, cannot write a file,
+and is killed when an image takes more than MEMORY_BYTES or CPU_SECONDS. The image is then the only thing that is lost.
+"""
+
+import atexit
+import fcntl
+import json
+import os
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, TypeVar
+
+from pipeline.errors import ImageError, SourceError
+from pipeline.images.decode import ImageInfo, check_image
+from pipeline.images.metadata import strip_metadata
+
+MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
+CPU_SECONDS = 30
+WALL_SECONDS = 300.0  # for a worker that does not use its time, on a machine that may be busy
+MAX_WORKERS = 16
+AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
+PIPE_BYTES = 1 << 20
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
+_SERVE = "from pipeline.images.isolation import serve; serve()"
+_LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """An image that decodes in full: its file without metadata, and its facts."""
+
+    data: bytes
+    info: ImageInfo
+
+
+Result = list[CheckedImage] | ImageError
+
+
+def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Result]]:
+    """Check the images of each job in worker processes; yield the jobs in order, with their images or why they are unusable.
+
+    As many jobs are read ahead as there are workers. An error of `jobs` is raised after the jobs before it. Raise SourceError
+    if no worker can be started.
+    """
+    pool = _pool()
+    waiting: deque[tuple[T, Future[Result], int]] = deque()
+    waiting_bytes = 0
+    error: Exception | None = None
+    while True:
+        while error is None and len(waiting) <= pool.size and waiting_bytes <= AHEAD_BYTES:
+            try:
+                key, images = next(jobs)
+            except StopIteration as end:
+                error = end
+            except Exception as failure:  # noqa: BLE001  # raised below, in its turn
+                error = failure
+            else:
+                size = sum(map(len, images))
+                waiting.append((key, pool.submit(images), size))
+                waiting_bytes += size
+        if not waiting:
+            break
+        key, future, size = waiting.popleft()
+        waiting_bytes -= size
+        yield key, future.result()
+    if error is not None and not isinstance(error, StopIteration):
+        raise error
+
+
+class _Pool:
+    """Workers, each with a thread of this process that waits for it; started as they are needed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._threads = ThreadPoolExecutor(size, "decode")
+        self._own = threading.local()
+        self._workers: list[_Worker] = []
+
+    def submit(self, images: Sequence[bytes]) -> "Future[Result]":
+        """Check images in the next free worker."""
+        return self._threads.submit(self._check, tuple(images))
+
+    def _check(self, images: tuple[bytes, ...]) -> Result:
+        worker: _Worker | None = getattr(self._own, "worker", None)
+        if worker is None or not worker.is_alive():
+            worker = self._own.worker = _Worker()
+            self._workers.append(worker)
+        return worker.check(images)
+
+    def close(self) -> None:
+        """Kill all workers."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+
+
+@cache
+def _pool() -> _Pool:
+    pool = _Pool(min(len(os.sched_getaffinity(0)), MAX_WORKERS))
+    atexit.register(pool.close)
+    return pool
+
+
+class _Worker:
+    """A worker process. What it answers is parsed, and never unpickled: it may have been taken over."""
+
+    def __init__(self) -> None:
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        root = str(Path(__file__).parents[2])
+        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own module
+                [sys.executable, "-c", _SERVE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=kept | single | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])},
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+            )
+        except OSError as error:
+            raise SourceError(f"cannot start a process to decode images: {error}", hint="free some memory") from None
+        assert self._process.stdin
+        assert self._process.stdout
+        self._to, self._from = self._process.stdin, self._process.stdout
+        with suppress(OSError, AttributeError):  # a whole photo at once, where the system allows it
+            for pipe in (self._to, self._from):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def is_alive(self) -> bool:
+        """Return whether the process runs."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with suppress(OSError):
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._to, self._from):
+            with suppress(OSError):
+                pipe.close()
+
+    def check(self, images: tuple[bytes, ...]) -> Result:
+        """Return the checked images, or the reason why they are unusable; a worker that dies of them is the reason."""
+        try:
+            with suppress(BrokenPipeError):  # it has died while it read: the answer says so
+                _send(self._to, [struct.pack(">q", len(images)), *images])
+            return self._answer(images)
+        except (EOFError, OSError, ValueError, KeyError, TypeError, IndexError):
+            self.kill()
+            return _death(self._process.wait())
+
+    def _answer(self, images: tuple[bytes, ...]) -> Result:
+        if not select.select([self._from], [], [], WALL_SECONDS)[0]:
+            self.kill()
+            return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s")
+        answer = json.loads(_receive(self._from, 1_000_000) or b"")
+        if "reason" in answer:
+            return ImageError(str(answer["reason"])[:40], str(answer["what"])[:200])
+        checked = []
+        for original, (width_px, height_px, pdq_hash) in zip(images, answer["images"], strict=True):
+            data = _receive(self._from, 2 * len(original) + 1_000_000_000)
+            info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash))
+            checked.append(CheckedImage(original if data is None else data, info))
+        return checked
+
+
+def _death(code: int) -> ImageError:
+    """Return what an image has done to a worker that ended with this exit code."""
+    if code == -signal.SIGXCPU:
+        return ImageError("too_slow", f"decoding took more than {CPU_SECONDS} s of a processor")
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"code {code}"
+    return ImageError("decoder_died", f"the decoder ended with {name}")
+
+
+def serve() -> None:
+    """Answer the requests of a `_Worker` on stdin and stdout until stdin ends: the main function of the process."""
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    if pages:
+        most = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while True:
+        try:
+            (count,) = struct.unpack(">q", _receive(source, 8) or b"")
+            images = [_receive(source, 1 << 40) or b"" for _ in range(count)]
+        except EOFError:
+            return
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+        _send(target, _check(images))
+
+
+def _check(images: list[bytes]) -> list[bytes | None]:
+    """Return the messages that answer a request: facts as JSON, then the images that have changed."""
+    try:
+        stripped = [strip_metadata(image) for image in images]
+        infos = [check_image(image) for image in stripped]
+    except ImageError as error:
+        return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
+    except MemoryError:
+        return [json.dumps({"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}).encode()]
+    facts = [[info.width_px, info.height_px, info.pdq_hash.hex()] for info in infos]
+    changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
+    return [json.dumps({"images": facts}).encode(), *changed]
+
+
+def _send(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
+    for message in messages:
+        target.write(_LENGTH.pack(-1 if message is None else len(message)))
+        if message:
+            target.write(message)
+    target.flush()
+
+
+def _receive(source: IO[bytes], max_bytes: int) -> bytes | None:
+    """Return a message; None for an image that is as it was. Raises EOFError at the end, ValueError for one too large."""
+    (length,) = _LENGTH.unpack(_exactly(source, _LENGTH.size))
+    if length > max_bytes:
+        raise ValueError("a message is too large")
+    return None if length < 0 else _exactly(source, length)
+
+
+def _exactly(source: IO[bytes], count: int) -> bytes:
+    data = source.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data

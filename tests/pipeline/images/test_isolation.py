@@ -1,0 +1,160 @@
+"""Isolation: an image that kills, fills or stalls its decoder is the only thing that is lost."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import ImageError
+from pipeline.images import isolation
+from pipeline.images.decode import check_image
+from pipeline.images.isolation import CheckedImage, Result, check_all
+from pipeline.images.metadata import strip_metadata
+from tests.pipeline.images.test_metadata import jpeg
+
+PATCHED = """
+import os, signal, sys
+from pipeline.images import isolation
+check = isolation.check_image
+def patched(data):
+    if data.startswith(b"EVIL"):
+        {attack}
+    return check(data)
+isolation.check_image = patched
+strip = isolation.strip_metadata
+isolation.strip_metadata = lambda data: data if data.startswith(b"EVIL") else strip(data)
+{settings}
+isolation.serve()
+"""
+
+
+def png(side_px: int = 16, color: str = "red") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side_px, side_px), color).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def own_pool() -> Iterator[None]:
+    """Give each test workers of its own."""
+    isolation._pool.cache_clear()
+    yield
+    isolation._pool().close()
+    isolation._pool.cache_clear()
+
+
+def patch(monkeypatch: pytest.MonkeyPatch, attack: str, settings: str = "") -> None:
+    monkeypatch.setattr(isolation, "_SERVE", PATCHED.format(attack=attack, settings=settings))
+
+
+def check(*images: bytes) -> list[Result]:
+    return [result for _, result in check_all(iter([(n, (image,)) for n, image in enumerate(images)]))]
+
+
+def reason(result: Result) -> str:
+    return result.reason if isinstance(result, ImageError) else "fine"
+
+
+def test_a_worker_says_of_an_image_what_this_process_would() -> None:
+    for original in (png(), jpeg(), png(200)):
+        (result,) = check(original)
+        assert isinstance(result, list)
+        data = strip_metadata(original)
+        assert result == [CheckedImage(data, check_image(data))]
+
+
+def test_an_image_that_cannot_be_read_has_the_reason_that_this_process_would_give() -> None:
+    (result,) = check(b"not an image")
+    assert isinstance(result, ImageError)
+    with pytest.raises(ImageError) as caught:
+        check_image(b"not an image")
+    assert (result.reason, str(result)) == (caught.value.reason, str(caught.value))
+
+
+def test_all_pages_of_a_deck_are_checked_and_one_bad_page_spoils_it() -> None:
+    jobs = iter([("deck", (png(), png(20))), ("spoilt", (png(), b"x")), ("empty", ())])
+    results = dict(check_all(jobs))
+    assert len(results["deck"]) == 2  # type: ignore[arg-type]
+    assert reason(results["spoilt"]) == "unreadable_image"
+    assert results["empty"] == []
+
+
+def test_results_come_in_the_order_of_the_images() -> None:
+    sides = [8 + n for n in range(60)]
+    jobs = iter([(side, (png(side),)) for side in sides])
+    assert [(side, side) for side in sides] == [(key, r[0].info.width_px) for key, r in check_all(jobs)]  # type: ignore[index]
+
+
+def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
+    def jobs() -> Iterator[tuple[int, tuple[bytes, ...]]]:
+        yield 0, (png(),)
+        raise RuntimeError("the source is gone")
+
+    results = check_all(jobs())
+    assert next(results)[0] == 0
+    with pytest.raises(RuntimeError, match="the source is gone"):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "expected"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "", "decoder_died"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "", "decoder_died"),
+        ("os._exit(0)", "", "decoder_died"),
+        ("os.abort()", "", "decoder_died"),
+        ("while True: pass", "isolation.CPU_SECONDS = 0", "too_slow"),
+        ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 200_000_000", "too_much_memory"),
+        ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
+        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, isolation._LENGTH.pack(2) + b'{}'); os._exit(0)", "", "decoder_died"),
+        ("os.write(1, isolation._LENGTH.pack(5) + b'[[[[['); os._exit(0)", "", "decoder_died"),
+        ("raise SystemExit", "", "decoder_died"),
+        ("raise ValueError('odd')", "", "decoder_died"),
+    ],
+)
+def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
+    attack: str, settings: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch(monkeypatch, attack, settings)
+    results = check(png(), b"EVIL 1", png(20), b"EVIL 2", png(30), png(40))
+    assert [reason(result) for result in results] == ["fine", expected, "fine", expected, "fine", "fine"]
+
+
+def test_a_worker_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "WALL_SECONDS", 1.0)
+    patch(monkeypatch, "import time; time.sleep(600)")
+    assert [reason(result) for result in check(b"EVIL", png())] == ["too_slow", "fine"]
+
+
+def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
+    monkeypatch.setenv("SYNTH_API_KEY", "SECRET")
+    told = "raise isolation.ImageError('told', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
+    patch(monkeypatch, told)
+    (result,) = check(b"EVIL")
+    assert (reason(result), str(result)) == ("told", "nothing")
+    isolation._pool().close()
+    isolation._pool.cache_clear()
+    patch(monkeypatch, f"open({str(tmp_path / 'file')!r}, 'w').write('x')")
+    assert reason(check(b"EVIL")[0]) != "fine"
+    assert not (tmp_path / "file").exists() or not (tmp_path / "file").stat().st_size
+
+
+def test_an_image_of_fifty_megapixels_fits_into_the_memory_of_a_worker() -> None:
+    out = io.BytesIO()
+    Image.new("RGBA", (10_000, 5_000), (1, 2, 3, 4)).save(out, "PNG", compress_level=1)
+    (result,) = check(out.getvalue())
+    assert reason(result) == "fine"
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded() -> None:
+    out = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    scan = data.rindex(b"\xff\xda")
+    many = data[:scan] + data[scan : data.rindex(b"\xff\xd9")] * 2000 + b"\xff\xd9"
+    assert reason(check(many)[0]) == "too_many_scans"
+    assert reason(check(data)[0]) == "fine"
