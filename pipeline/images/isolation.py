@@ -5,7 +5,6 @@ and is killed when an image takes more than MEMORY_BYTES or CPU_SECONDS. The ima
 """
 
 import atexit
-import fcntl
 import json
 import os
 import resource
@@ -33,7 +32,6 @@ CPU_SECONDS = 30
 WALL_SECONDS = 300.0  # for a worker that does not use its time, on a machine that may be busy
 MAX_WORKERS = 16
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
-PIPE_BYTES = 1 << 20
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 _LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
@@ -138,9 +136,6 @@ class _Worker:
         assert self._process.stdin
         assert self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
-        with suppress(OSError, AttributeError):  # a whole photo at once, where the system allows it
-            for pipe in (self._to, self._from):
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def is_alive(self) -> bool:
         """Return whether the process runs."""

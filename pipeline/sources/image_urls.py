@@ -1,7 +1,7 @@
 """Fetch images that rows name by URL: only if the user allows it, and only from the public network.
 
 The host is resolved once, and the connection uses the checked address, which prevents DNS rebinding. At most MAX_REDIRECTS
-redirects are followed, each with the same checks.
+redirects are followed, each with the same checks. A host that only costs time or bytes is given up.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ import socket
 import ssl
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from pipeline.errors import ImageError, one_line
@@ -20,6 +22,26 @@ MAX_BYTES = 50_000_000
 MAX_SECONDS = 30.0
 MAX_REDIRECTS = 3
 BLOCK_BYTES = 1 << 16
+MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000  # in failed attempts at one host, before it is given up
+# Addresses that Python calls global, and that lead to this machine, its network or a cloud's services all the same.
+_INTERNAL = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "::/96",  # IPv4-compatible, deprecated
+            "64:ff9b::/96",  # NAT64 (RFC 6052): the last 32 bits are an IPv4 address, such as 10.0.0.1
+            "64:ff9b:1::/48",  # NAT64 of a network's own (RFC 8215)
+            "2001::/32",  # Teredo
+            "2002::/16",  # 6to4: bits 16 to 47 are an IPv4 address
+            "3fff::/20",  # documentation (RFC 9637)
+            "5f00::/16",  # SRv6 (RFC 9602)
+            "fec0::/10",  # site-local, deprecated
+            "168.63.129.16/32",  # Azure's platform
+            "192.0.0.0/24",  # Oracle's metadata, among others
+            "192.88.99.0/24",  # relays of 6to4
+        ),
+    )
+)
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
@@ -27,8 +49,20 @@ Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Return True if an address is public: not of this machine, its local network, or a cloud's internal services."""
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_global and not address.is_multicast
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    is_internal = any(mapped in network for network in _INTERNAL if network.version == mapped.version)
+    return mapped.is_global and not mapped.is_multicast and not is_internal
+
+
+@dataclass(slots=True)
+class Wasted:
+    """The seconds and bytes that failed attempts at a host have cost."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+_wasted: dict[str, Wasted] = defaultdict(Wasted)  # by host, for as long as this process runs
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
@@ -39,13 +73,26 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ImageError("url_refused", "not an address of the web")
-            location, data = _get(parts, allowed, deadline)
+            location, data = _get_within_budget(parts, allowed, deadline)
             if location is None:
                 return data
             url = urljoin(url, location)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ImageError("url_unreachable", one_line(error, 100)) from None
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
+
+
+def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
+    """Do as `_get` does. Raise ImageError for a host whose failures have cost too much already."""
+    wasted, started = _wasted[parts.hostname or ""], time.monotonic()
+    if wasted.seconds > MAX_WASTED_SECONDS or wasted.bytes > MAX_WASTED_BYTES:
+        raise ImageError("host_given_up", f"{parts.hostname} has failed for {wasted.seconds:.0f} s, {wasted.bytes:,} bytes")
+    try:
+        return _get(parts, allowed, deadline)
+    except (OSError, http.client.HTTPException, ValueError, ImageError) as error:
+        wasted.seconds += time.monotonic() - started
+        wasted.bytes += MAX_BYTES if isinstance(error, ImageError) and error.reason == "file_too_large" else 0
+        raise
 
 
 def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:

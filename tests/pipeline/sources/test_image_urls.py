@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -129,3 +130,36 @@ def test_a_local_path_is_not_opened_even_if_urls_are_allowed() -> None:
     with pytest.raises(ImageError) as caught:
         embedded_bytes({"bytes": None, "path": "/etc/hostname"}, allow_urls=True)
     assert caught.value.reason == "image_not_embedded"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "64:ff9b::a00:1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2002:a00:1::1", "::7f00:1", "::a00:1",
+        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "::ffff:168.63.129.16", "fec0::1", "168.63.129.16",
+        "192.0.0.192", "5f00::1", "3fff::1", "2001:0:7f00:1::", "100.100.100.200", "fd00:ec2::254", "0.0.0.0", "255.255.255.255",
+        "224.0.0.1", "ff02::1", "::1", "::", "fe80::1", "192.88.99.1", "198.18.0.1", "100::1", "2001:db8::1",
+    ],
+)  # fmt: skip
+def test_no_special_address_is_public(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "8.8.8.8", "2606:4700::1111", "2a00:1450::1", "::ffff:8.8.8.8"])
+def test_addresses_of_the_web_are_public(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+def test_a_host_that_only_costs_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "_wasted", defaultdict(image_urls.Wasted))
+    monkeypatch.setattr(image_urls, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(image_urls, "MAX_WASTED_BYTES", 250_000)
+    reasons = [refused(f"{server}/large", anywhere) for _ in range(5)]
+    assert reasons == ["file_too_large"] * 3 + ["host_given_up"] * 2
+    assert fetch_image(f"{server.replace('127.0.0.1', 'localhost')}/photo", anywhere) == photo(1)
+
+
+def test_a_host_that_is_slow_to_fail_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "_wasted", defaultdict(image_urls.Wasted))
+    image_urls._wasted["slow.example"].seconds = 121.0
+    assert refused("https://slow.example/x.jpg", anywhere) == "host_given_up"
