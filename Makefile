@@ -7,6 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo 'make demo    set up, then generate, push to a loopback Hub, load back, train, score and report'
 	@echo 'make test    set up, then lint, type-check and test'
+	@echo 'make test-long  run all attacks of tests/hostile, of which make test runs a part (about half an hour)'
 	@echo 'make resolve resolve all dependencies beside vLLM for Python 3.11 to 3.13, oldest and newest'
 	@echo 'make format  rewrite the code in the one format'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
@@ -22,6 +23,10 @@ test: .stamps/venv .stamps/vllm .stamps/browser
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# The full sweeps of tests/hostile, of which `test` runs a part.
+test-long: .stamps/venv .stamps/vllm .stamps/browser
+	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
 resolve: .stamps/venv
@@ -73,4 +78,4 @@ check-real: .stamps/venv
 clean:
 	rm -rf .venv .venv-vllm .stamps demo check-real build dist *.egg-info
 
-.PHONY: help demo test resolve format teacher experiment check-real clean
+.PHONY: help demo test test-long resolve format teacher experiment check-real clean

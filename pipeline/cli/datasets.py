@@ -124,7 +124,9 @@ def push(
     data: Annotated[
         Path | None,
         Argument(
-            **DATASET_PATH, help="Dataset folder, one of its versions, or a checkpoint.", show_default="the last dataset made"
+            **DATASET_PATH,
+            help="Dataset folder, one of its versions, or a checkpoint.",
+            show_default="the only one under data/",
         ),
     ] = None,
     repo: Annotated[str, Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
@@ -160,7 +162,7 @@ def push(
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
     from pipeline.config import LANGUAGE, LICENSE, PATTERNS
     from pipeline.dataset.card import card_licenses
-    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.licenses import non_redistributable
     from pipeline.dataset.manifest import describe_data
@@ -179,14 +181,14 @@ def push(
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
-    chosen_version = open_or_download(data, version)
+    chosen_version = open_or_download(data or only_made(), version)
     stated = describe_data(license_, title, language)
 
     def push_version(version: "Version") -> "PushResult | None":
         restricted = non_redistributable(version.manifest["licences"])
         with build_package(version, repo, images=images, acknowledged=acknowledge or (), stated=stated) as package:
             rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
-            say(f"dataset: {version.dataset_dir}{'' if data else ' (the last one made; name another one as PATH)'}")
+            say(f"dataset: {version.dataset_dir}")
             say(f"version: {version.name}, {rows}")
             say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
             if package.manifest.get("acknowledged"):

@@ -163,6 +163,19 @@ def last_made() -> Path:
     return manifests[-1].parents[2]
 
 
+def only_made() -> Path:
+    """Return the dataset folder under `data/` if there is one. Raises StoreError if there are several, or none.
+
+    For what cannot be taken back: which was written last is said by a clock, and by whoever touches a file.
+    """
+    folders = sorted({path.parents[2] for path in DATA.glob("*/versions/v*/manifest.json")})
+    if len(folders) > 1:
+        raise StoreError(
+            f"there are {len(folders)} datasets under {DATA}/", hint=f"name one: {', '.join(map(str, folders[:8]))}"
+        )
+    return folders[0] if folders else last_made()
+
+
 def read_exclusions(dataset: DatasetDir) -> pa.Table:
     """Return the images and texts that must not be learned from (tables.EXCLUSIONS)."""
     path, old = dataset.stage("source", "exclusions"), dataset.stage("source", "banned")  # its name in earlier releases

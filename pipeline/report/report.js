@@ -3,7 +3,9 @@
 // Text of a model only ever goes into textContent and value.
 
 const PER_PAGE = {images: 48, rejected: 100};
-const STORED = `synth-marks-${report.digest}`;
+// Each mark has a key of its own: tabs are processes, and what one of them reads may be a moment old. With all marks under one
+// key, a tab would write back what it has not seen yet.
+const STORED = `synth-marks-${report.digest}`, OF_ONE = `${STORED} `;
 const REASONS = {not_true: "not true of the image", unclear: "unclear or badly worded", trivial: "says nothing of worth",
   private: "private or offensive", other: "another reason"};
 const FIELDS = ["text", "question", "answer", "evidence_pages", "expression"];
@@ -183,10 +185,20 @@ function markOf(row) { return row.texts.map(text => marks.get(nameOf(row, text))
 /** Take what this browser remembers: another tab may have marked something since. */
 function recall() {
   if (!kept) return;
-  let known = [];
-  try { known = JSON.parse(localStorage.getItem(STORED) || "[]"); } catch { kept = false; return; }
+  const known = new Map();
+  try {
+    for (const [name, made] of JSON.parse(localStorage.getItem(STORED) || "[]")) { // of an earlier release: all in one
+      if (localStorage.getItem(OF_ONE + name) === null) localStorage.setItem(OF_ONE + name, JSON.stringify(made));
+    }
+    localStorage.removeItem(STORED);
+    for (const key of keysOfMarks()) known.set(key.slice(OF_ONE.length), JSON.parse(localStorage.getItem(key)));
+  } catch { kept = false; return; }
   marks.clear();
-  for (const [name, made] of known) marks.set(name, made);
+  for (const [name, made] of known) if (made) marks.set(name, made);
+}
+
+function keysOfMarks() {
+  return Array.from({length: localStorage.length}, (_, at) => localStorage.key(at)).filter(key => key.startsWith(OF_ONE));
 }
 
 /** Put what `become` makes of a mark in its place; null takes it away. */
@@ -195,11 +207,16 @@ function change(name, become) {
   const made = become(marks.get(name));
   if (made) marks.set(name, made);
   else marks.delete(name);
-  store();
+  store(name);
 }
 
-function store() {
-  try { localStorage.setItem(STORED, JSON.stringify([...marks])); } catch { kept = false; }
+/** Write one mark, or that it is gone, to what this browser remembers. */
+function store(name) {
+  const made = marks.get(name);
+  try {
+    if (made) localStorage.setItem(OF_ONE + name, JSON.stringify(made));
+    else localStorage.removeItem(OF_ONE + name);
+  } catch { kept = false; }
   if (!kept) window.onbeforeunload = () => marks.size ? "" : undefined;
   count();
 }
@@ -248,15 +265,21 @@ document.addEventListener("keydown", event => {
 document.getElementById("export").addEventListener("click", exportMarks);
 document.getElementById("forget").addEventListener("click", () => {
   if (!confirm("Forget all marks that were made here?")) return;
+  try { for (const key of keysOfMarks()) localStorage.removeItem(key); } catch { kept = false; }
   marks.clear();
-  store();
+  count();
   lists.images.shown = null;
   lists.images.show();
 });
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
 window.addEventListener("storage", event => {
-  if (event.key !== null && event.key !== STORED) return;
+  if (event.key !== null && !event.key.startsWith(STORED)) return;
   recall();
+  if (event.key?.startsWith(OF_ONE)) { // what the event says is newer than what may be read here
+    const name = event.key.slice(OF_ONE.length);
+    if (event.newValue) marks.set(name, JSON.parse(event.newValue));
+    else marks.delete(name);
+  }
   count();
   for (const item of document.querySelectorAll("#images .texts > li")) item.update();
 });

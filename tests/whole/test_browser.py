@@ -183,6 +183,35 @@ def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Ver
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
+def test_two_tabs_that_mark_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
+    second_tab = page.context.new_page()
+    second_tab.goto(page.url)
+    press = (
+        "([first, end]) => [...document.querySelectorAll('#images .texts > li')].slice(first, end).forEach(i => i.mark('good'))"
+    )
+    for first in range(0, 40, 4):  # no tab waits for what the other has written
+        page.evaluate(press, [first, first + 2])
+        second_tab.evaluate(press, [first + 2, first + 4])
+    page.reload()
+    expect(page.locator("#marked")).to_have_text("40 good, 0 bad, 0 edited")
+    expect(second_tab.locator("#marked")).to_have_text("40 good, 0 bad, 0 edited")
+
+
+def test_marks_of_an_earlier_release_stay(page: Page, dataset: Version) -> None:
+    text_of(page, 0).get_by_role("button", name="Bad").click()
+    page.evaluate(
+        """() => {
+            const key = Object.keys(localStorage).find(key => key.includes(" "));
+            const [stored, ...name] = key.split(" ");
+            const mark = JSON.parse(localStorage.getItem(key));
+            localStorage.clear();
+            localStorage.setItem(stored, JSON.stringify([[name.join(" "), mark]]));
+        }"""
+    )
+    page.reload()
+    expect(page.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+
+
 def test_the_search_covers_texts_and_not_image_data(page: Page) -> None:
     source = page.locator("#images article img").first.get_attribute("src") or ""
     page.get_by_label("Search texts").fill(source[-40:-20])

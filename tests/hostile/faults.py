@@ -1,0 +1,126 @@
+"""Run a command of `synth` in a forked process in which the N-th write fails, or ends the process as a kill does.
+
+A write is anything that changes the disk: opening a file to write, a flush, a rename, a removal, a new folder, a part of a
+Parquet file, a transaction of the journal. The parent has imported everything, so that a run takes no longer than its work.
+"""
+
+import builtins
+import errno
+import io
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow.parquet as pq
+
+from pipeline.cli import main
+from pipeline.inference.journal import Journal
+
+KILLED = 137
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended, and how many writes it made."""
+
+    code: int
+    output: str
+    writes: int
+
+
+class _Faults:
+    """Counts writes within a folder, and makes one of them fail or crash."""
+
+    def __init__(self, folder: Path, number: int, mode: str) -> None:
+        self.folder, self.number, self.mode, self.count = os.path.realpath(folder), number, mode, 0
+
+    def hit(self, path: Any) -> None:
+        """Count a write to a path."""
+        if isinstance(path, str | os.PathLike) and not os.path.realpath(path).startswith(self.folder):
+            return
+        self.count += 1
+        if self.count == self.number:
+            if self.mode == "crash":
+                os._exit(KILLED)
+            raise OSError(errno.ENOSPC if self.mode == "full" else errno.EIO, "No space left on device", str(path))
+
+    def wrap(self, owner: Any, name: str, position: int = 0, is_write: Callable[..., bool] = lambda *a, **k: True) -> None:
+        """Count the calls of a function, whose path is its argument at a position."""
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if is_write(*arguments, **options):
+                self.hit(arguments[position] if len(arguments) > position else None)
+            return real(*arguments, **options)
+
+        setattr(owner, name, counted)
+
+    def install(self) -> None:
+        """Count everything that writes."""
+        for name in ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "fsync", "truncate"):
+            self.wrap(os, name)
+        self.wrap(os, "open", is_write=lambda path, flags, *more, **options: bool(flags & _WRITES))
+        for owner in (builtins, io):
+            self.wrap(owner, "open", is_write=lambda path, mode="r", *more, **options: bool(set(mode) & set("wax+")))
+        for name in ("__init__", "write_table", "close"):
+            self.wrap(pq.ParquetWriter, name, position=9)
+        for name in ("keep", "record_sent"):
+            self.wrap(Journal, name, position=9)
+
+
+def run(
+    folder: Path, *arguments: str, number: int = 0, mode: str = "crash", environment: dict[str, str] | None = None
+) -> Outcome:
+    """Run a command in a folder; with `number`, that write crashes, or fails because the disk is `full` or `broken`."""
+    log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
+    counted.write_text("0")
+    if environment is not None:  # some of which is read when packages are imported
+        command = [sys.executable, "-m", "tests.hostile.faults", str(folder), str(number), mode, *arguments]
+        code = subprocess.run(command, env=environment, timeout=200).returncode
+    else:
+        child = os.fork()
+        if child == 0:
+            _run_here(folder, number, mode, arguments)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Outcome(code, log.read_text(errors="replace"), int(counted.read_text()))
+
+
+def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str]) -> NoReturn:
+    """Run a command in this process, and end it."""
+    log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
+    code = 70
+    try:
+        os.chdir(folder)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for stream in (1, 2))
+        sys.argv = ["synth", *arguments]
+        faults = _Faults(folder, number, mode)
+        faults.install()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:  # noqa: BLE001  # what no user should see
+            traceback.print_exc()
+            code = 71
+        os.write(os.open(counted, os.O_WRONLY | os.O_TRUNC), str(faults.count).encode())
+    finally:
+        os._exit(code)
+
+
+def chosen(writes: int, part_of: Callable[[Sequence[int], int], Sequence[int]], count: int) -> Sequence[int]:
+    """Return which writes to fail: all in a long run, else some."""
+    return part_of(range(1, writes + 1), count)
+
+
+if __name__ == "__main__":
+    _run_here(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,0 +1,79 @@
+"""Marks: whatever stands in a file of reviews, it is applied or one error, and the dataset stays as it was."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.reviews import MAX_REVIEWS_BYTES, read_reviews
+from pipeline.errors import ConfigError
+from tests.hostile import bounded_memory
+from tests.hostile.vectors import ALL
+
+GOOD = {"sample_id": "a" * 64, "content": "b" * 16, "mark": "good"}
+
+
+def lines(*values: object) -> bytes:
+    return "".join(f"{json.dumps(value)}\n" for value in values).encode()
+
+
+BAD: dict[str, bytes] = {
+    "no JSON": b"{",
+    "a list": b"[]\n",
+    "null": b"null\n",
+    "a number": b"7\n",
+    "NUL": b"\0\n",
+    "UTF-16": json.dumps(GOOD).encode("utf-16"),
+    "bytes that are no text": b"\xff\xfe\n",
+    "deep": b"[" * 100_000 + b"]" * 100_000,
+    "a deep note": lines(GOOD | {"note": "x"})[:-4] + b"[" * 50_000,
+    "no mark": lines({"sample_id": "a" * 64, "content": "b" * 16}),
+    "an unknown mark": lines(GOOD | {"mark": "evil"}),
+    "an unknown key": lines(GOOD | {"evil": 1}),
+    "a path as sample": lines(GOOD | {"sample_id": "../../etc/passwd"}),
+    "a sample of other letters": lines(GOOD | {"sample_id": "A" * 64}),
+    "a sample of a megabyte": lines(GOOD | {"sample_id": "a" * 1_000_000}),
+    "a sample with a line break": lines(GOOD | {"sample_id": "a" * 64 + "\n"}),
+    "content of other letters": lines(GOOD | {"content": "z" * 16}),
+    "a note of a megabyte": lines(GOOD | {"note": "x" * 1_000_000}),
+    "a reason without need": lines(GOOD | {"reason": "other"}),
+    "bad without a reason": lines(GOOD | {"mark": "bad"}),
+    "an unknown reason": lines(GOOD | {"mark": "bad", "reason": "evil"}),
+    "an edit without words": lines(GOOD | {"mark": "edited"}),
+    "an edit of everything": lines(GOOD | {"mark": "edited", "text": "x", "question": "y", "answer": "z"}),
+    "an edit that is a list": lines(GOOD | {"mark": "edited", "text": ["x"]}),
+    "an edit that is a number": lines(GOOD | {"mark": "edited", "text": 10**400}),
+    "words without an edit": lines(GOOD | {"text": "x"}),
+    "pages that are texts": lines(GOOD | {"mark": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}),
+    "half a surrogate pair": b'{"sample_id": "' + b"a" * 64 + b'", "content": "' + b"b" * 16 + b'", "mark": "\\ud800"}\n',
+    "the second line": lines(GOOD) + b"evil\n",
+    "a last line without its end": lines(GOOD) + b'{"sample_id": "',
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_holds_no_marks_is_one_error_with_its_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "marks.jsonl").write_bytes(BAD[name])
+    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is no mark|cannot read"):
+        read_reviews(tmp_path / "marks.jsonl")
+
+
+def too_large(path: Path) -> None:
+    path.touch()
+    os.truncate(path, MAX_REVIEWS_BYTES + 1)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large])
+def test_what_is_no_file_of_a_sensible_size_is_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "marks.jsonl")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_reviews(tmp_path / "marks.jsonl")
+
+
+def test_any_note_and_any_words_are_kept_as_they_are(tmp_path: Path) -> None:
+    texts = [vector for vector in ALL if vector.isprintable()]
+    marks = [GOOD | {"mark": "edited", "text": text, "note": text[:1000]} for text in texts]
+    (tmp_path / "marks.jsonl").write_bytes(lines(*marks))
+    assert [review.text for review in read_reviews(tmp_path / "marks.jsonl")] == texts
