@@ -78,7 +78,7 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
         return Checked(str(path), problem, False, hint)
     with dataset.lock():
         kept, lost = repair_journal(path)
-    hint = f"the damaged one is {path.name}.damaged; run `synth generate` again: it asks what is missing"
+    hint = f"the damaged one is {path.name}.damaged-*; run `synth generate` again: it asks what is missing"
     return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} removed", True, hint)
 
 
@@ -98,6 +98,6 @@ def _check_table(path: Path) -> Checked:
 def _check_json(path: Path) -> Checked:
     try:
         read_json(path)
-    except (OSError, ValueError, SynthError) as error:
+    except (OSError, ValueError, RecursionError, SynthError) as error:
         return Checked(str(path), f"damaged: {one_line(error)}", False, "move it away, and run `synth generate` again")
     return Checked(str(path), "readable")

@@ -38,7 +38,6 @@ MANIFEST_KEYS = frozenset(
 )  # fmt: skip
 PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_OF_A_MANIFEST = "(of a manifest)"
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -248,9 +247,10 @@ def current_settings(values: dict[str, Any], section: type[Section] = Config) ->
 
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     """Merge defaults, the file and the flags that are not None, in this order. Raises ConfigError for a bad key or value."""
-    values = _settings_of_file(config_file) if config_file else {}
-    if config_file and _OF_A_MANIFEST in values:
-        values = _settings_of_manifest(config_file, values, flags)
+    values, is_manifest = _settings_of_file(config_file) if config_file else ({}, False)
+    if config_file and is_manifest:
+        _refuse_foreign_files(config_file, values, flags)
+        values = _public_settings(values)
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file
@@ -329,7 +329,7 @@ def _flaw(error: "ErrorDetails") -> str:
 def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """Return (key, value as YAML, origin) of every setting; an origin is an option, the file, or `default`."""
     values = config.model_dump(mode="json")
-    in_file = current_settings(_settings_of_file(file)) if file else {}
+    in_file = current_settings(_settings_of_file(file)[0]) if file else {}
     rows = []
     for key in _keys(Config):
         section, _, name = key.partition(".")
@@ -341,41 +341,49 @@ def describe_settings(config: Config, file: Path | None, options: Mapping[str, s
     return rows
 
 
-def _settings_of_file(file: Path) -> dict[str, Any]:
+def _settings_of_file(file: Path) -> tuple[dict[str, Any], bool]:
+    """Return the settings in a file, and whether it is the manifest of a version."""
     values = read_yaml(file, "a line such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
-        return current_settings(values["config"]) | {_OF_A_MANIFEST: True}
+        return current_settings(values["config"]), True
     if file.name == "manifest.json":  # cards print a command that names it: it must not be any other file of settings
         raise ConfigError(f"{file} is no manifest of a version", hint="a file of settings has another name, such as synth.yaml")
-    return values
+    return values, False
 
 
-def _settings_of_manifest(file: Path, settings: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a version that decide what rows it has: a manifest may be a stranger's.
-
-    What says where or how is left out, and has to be given anew: addresses, paths, permissions, vLLM's flags. Raises
-    ConfigError for files that rows depended on, since they would be other rows without them.
-    """
-    copy_them = "copy the settings that you want to a file of your own, and name your files there"
+def _refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what a manifest must not decide, or cannot bring along: servers, and files that its rows need."""
+    hint = "copy the settings that you want to a file of your own, and name your files and servers there"
     if foreign := [key for key in ("base_url", "server") if settings.get(key)]:
-        problem = f"the manifest {file} names {foreign[0]}, which would get your images and your key"
-        raise ConfigError(problem, hint=f"no manifest of synth holds it: {copy_them}")
-    used = []
+        raise ConfigError(f"the manifest {file} names {foreign[0]}, which would get your images and your key", hint=hint)
+    used = ["split_list"] if settings.get("split_list") and not flags.get("split_list") else []
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         values = settings.get(section)
         used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
-    if settings.get("split_list") and not flags.get("split_list"):
-        used.append("split_list")
     if used:
-        raise ConfigError(f"the version of {file} was made with a file of its maker: {used[0]}", hint=copy_them)
+        raise ConfigError(f"the version of {file} was made with a file of its maker: {used[0]}", hint=hint)
+
+
+def _public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a manifest that decide which rows its version has: a manifest may be a stranger's.
+
+    What says where or how is left out, and has to be given anew: places, permissions, names that are a path here.
+    """
     kept = {key: value for key, value in settings.items() if key in MANIFEST_KEYS and value is not None}
-    named = kept.get("exclude")
-    if isinstance(named, list):
-        kept["exclude"] = [name for name in named if isinstance(name, str) and PUBLIC_SOURCE.fullmatch(name.partition("#")[0])]
-    names = {"source": PUBLIC_SOURCE, "model": PUBLIC_MODEL}
-    if isinstance(kept.get("verify"), dict) and not PUBLIC_MODEL.fullmatch(str(kept["verify"].get("clip_model", "auto"))):
-        kept["verify"] = {key: value for key, value in kept["verify"].items() if key != "clip_model"}
-    return {key: value for key, value in kept.items() if key not in names or names[key].fullmatch(str(value))}
+    if isinstance(kept.get("exclude"), list):
+        kept["exclude"] = [name for name in kept["exclude"] if PUBLIC_SOURCE.fullmatch(str(name).partition("#")[0])]
+    verify = kept.get("verify")
+    if isinstance(verify, dict) and not _is_public_model(verify.get("clip_model", "auto")):
+        kept["verify"] = {key: value for key, value in verify.items() if key != "clip_model"}
+    if not _is_public_model(kept.get("model", "tiny")):
+        del kept["model"]
+    if not PUBLIC_SOURCE.fullmatch(str(kept.get("source", ""))):
+        kept.pop("source", None)
+    return kept
+
+
+def _is_public_model(name: Any) -> bool:
+    return bool(PUBLIC_MODEL.fullmatch(str(name))) and not Path(str(name)).exists()
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -9,13 +9,15 @@ before their shapes are those that the config asks for.
 import json
 import math
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from pydantic import TypeAdapter
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -58,15 +60,31 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
     folder = Path(folder)
     require_checkpoint(folder)
     try:
-        config = read_config(folder)
-        require_shapes(config, folder / "model.safetensors")
-        tokenizer = read_tokenizer(folder / "tokenizer.json", config)
-        with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
-            captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
+        with without_network():
+            return _load(folder, device)
     except TrainError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever transformers raises for a config that is odd
         raise no_captioner(folder, one_line(error)) from None
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Keep huggingface_hub from asking the Hub: the configs of some models fetch others."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _load(folder: Path, device: torch.device | None) -> Checkpoint:
+    config = read_config(folder)
+    require_shapes(config, folder / "model.safetensors")
+    tokenizer = read_tokenizer(folder / "tokenizer.json", config)
+    with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
+        captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     return Checkpoint(captioner, tokenizer)
 
 

@@ -5,6 +5,7 @@ commands: `synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -148,3 +149,6 @@ def main() -> None:
         if exit_.code == INTERRUPTED:
             say("interrupted: what was done is kept; run the same command to go on (train: with --resume)")
         raise
+    finally:
+        if isolation := sys.modules.get("pipeline.images.isolation"):
+            isolation.end_workers()

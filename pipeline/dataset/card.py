@@ -6,9 +6,10 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, TemplateError
 
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
+from pipeline.errors import StoreError
 from pipeline.tasks import find_task
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
 
@@ -19,9 +20,11 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
     """Return README.md for a manifest and a few of its rows without pixels."""
-    return _render(
-        "dataset.md.j2", metadata(manifest), manifest=manifest, licenses=card_licenses(manifest), samples=samples, repo=repo
-    )
+    try:
+        header, licenses = metadata(manifest), card_licenses(manifest)
+    except (TypeError, AttributeError, LookupError) as error:  # a manifest may be a stranger's
+        raise _no_card(error) from None
+    return _render("dataset.md.j2", header, manifest=manifest, licenses=licenses, samples=samples, repo=repo)
 
 
 def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
@@ -51,9 +54,16 @@ def _render(template: str, header: dict[str, Any], **values: Any) -> str:
         finalize=markdown,
     )
     jinja.filters |= {"code": markdown_code, "block": markdown_block, "as_json": _as_json}
-    body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
+    try:
+        body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
+    except (TypeError, AttributeError, LookupError, TemplateError) as error:
+        raise _no_card(error) from None
     card = f"---\n{yaml.safe_dump(_on_one_line(header), sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
     return card.encode(errors="replace").decode()
+
+
+def _no_card(error: Exception) -> StoreError:
+    return StoreError(f"no card can be made of the manifest: {error}", hint="do not use it")
 
 
 def _on_one_line(value: Any) -> Any:

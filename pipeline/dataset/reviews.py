@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.storage.files import read_file
+from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import final_value
 from pipeline.tasks import find_broken_rule
 
@@ -74,7 +75,7 @@ class Review(BaseModel):
 def read_reviews(path: Path) -> list[Review]:
     """Read a file of reviews. Raises ConfigError, with the line number, if a line is not a review."""
     try:
-        text = read_regular(path, max_bytes=MAX_REVIEWS_BYTES).decode("utf-8")
+        text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8")
         lines = text.split("\n")  # not splitlines(): texts may hold other line separators
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None

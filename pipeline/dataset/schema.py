@@ -72,11 +72,11 @@ class Manifest(_Part):
     funnel: list[Step]
     measured: dict[Name, Any]
     files: dict[Name, FileEntry]
-    ledger: FileEntry | None = None
-    license: Name | None = None
-    title: Name | None = None
-    language: Name | None = None
-    pixels: Name | None = None
+    ledger: FileEntry = FileEntry(sha256="0" * 64, bytes=0)
+    license: Name = ""
+    title: Name = ""
+    language: Name = ""
+    pixels: Name = ""
     pixel_columns: list[Name] = []
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}

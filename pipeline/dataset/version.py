@@ -141,8 +141,8 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
-def read_version(folder: Path, root: Path | None = None) -> Version:
-    """Open a version folder, whose files lie below `root` (the folder itself; in the Hub's cache they are links).
+def read_version(folder: Path) -> Version:
+    """Open a version folder. In the Hub's cache (.../snapshots/COMMIT) its files are links into the same repository's cache.
 
     Raises StoreError if it is not one, or a file is a link to elsewhere, a pipe or a device.
     """
@@ -152,10 +152,13 @@ def read_version(folder: Path, root: Path | None = None) -> Version:
         if not newer:
             check_manifest(manifest)
             paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], LEDGER_FILE)]
+            is_cached = folder.parent.name == "snapshots"
             for path in paths:
                 if path.exists() or path.is_symlink():
-                    require_regular(path, root or folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError, UnsafeFileError) as error:
+                    require_regular(path, folder.parents[1] if is_cached else folder)
+    except UnsafeFileError as error:
+        raise StoreError(str(error), hint=error.hint) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
     if newer:
         raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")

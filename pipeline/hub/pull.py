@@ -62,7 +62,7 @@ def pull_version(name: str) -> Version:
     except (OSError, httpx2.TransportError) as error:  # all errors of huggingface_hub are OSErrors
         problem = f"{name} is no folder here and not in the cache, and the Hub does not answer: {one_line(error)}"
         raise StoreError(problem, hint="check the network, then try again; what was fetched is kept") from None
-    version = read_version(Path(folder), Path(folder).parents[1])  # snapshots/COMMIT, of links into blobs
+    version = read_version(Path(folder))
     _check(version, name, f"fetch it again: remove {version.path}")
     return Version(version.path, version.manifest, repo)
 

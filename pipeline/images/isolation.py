@@ -1,14 +1,15 @@
-"""Decode images of strangers in worker processes with little memory, little time, and nothing to steal.
+"""Decode images of strangers first in worker processes, with little memory and little time.
 
-A decoder is the likeliest part of all to be attacked by a file: a worker has no keys in its environment, cannot write a file,
-and is killed when an image takes more than MEMORY_BYTES or CPU_SECONDS. The image is then the only thing that is lost.
+A decoder is the likeliest part of all to be attacked by a file: a worker has no keys in its environment, cannot write data to a
+file, and is killed when an image takes more than MEMORY_BYTES or CPU_SECONDS. The image is then the only thing that is lost. It
+is no sandbox: a worker runs as the user, and images that it has accepted are decoded in process later.
 """
 
 import atexit
 import json
+import logging
 import os
 import resource
-import select
 import signal
 import struct
 import subprocess
@@ -29,13 +30,15 @@ from pipeline.images.metadata import strip_metadata
 
 MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
 CPU_SECONDS = 30
-WALL_SECONDS = 300.0  # for a worker that does not use its time, on a machine that may be busy
-MAX_WORKERS = 16
+WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a machine may be busy
+MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
+_most_workers = 16
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 _LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,16 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Re
     """
     pool = _pool()
     waiting: deque[tuple[T, Future[Result], int]] = deque()
+    try:
+        yield from _in_order(pool, jobs, waiting)
+    finally:  # of a run that ends before its images do
+        for _, future, _ in waiting:
+            future.cancel()
+
+
+def _in_order(
+    pool: "_Pool", jobs: Iterator[tuple[T, Sequence[bytes]]], waiting: "deque[tuple[T, Future[Result], int]]"
+) -> Iterator[tuple[T, Result]]:
     waiting_bytes = 0
     error: Exception | None = None
     while True:
@@ -101,7 +114,7 @@ class _Pool:
         return worker.check(images)
 
     def close(self) -> None:
-        """Kill all workers."""
+        """End the threads, and kill all workers: nobody waits for an image that is slow to decode."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.kill()
@@ -109,9 +122,22 @@ class _Pool:
 
 @cache
 def _pool() -> _Pool:
-    pool = _Pool(min(len(os.sched_getaffinity(0)), MAX_WORKERS))
+    pool = _Pool(min(len(os.sched_getaffinity(0)), _most_workers))
     atexit.register(pool.close)
     return pool
+
+
+def end_workers() -> None:
+    """Kill all workers, for a command that ends; Python itself would wait for those that are busy."""
+    if _pool.cache_info().currsize:
+        _pool().close()
+        _pool.cache_clear()
+
+
+def limit_workers(count: int) -> None:
+    """Use so many workers in this process: one of several that read at the same time."""
+    global _most_workers
+    _most_workers = count
 
 
 class _Worker:
@@ -152,24 +178,34 @@ class _Worker:
 
     def check(self, images: tuple[bytes, ...]) -> Result:
         """Return the checked images, or the reason why they are unusable; a worker that dies of them is the reason."""
+        overdue = threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            self._process.kill()
+
+        timer = threading.Timer(WALL_SECONDS * len(images) + 1, end)
+        timer.daemon = True
+        timer.start()
         try:
             with suppress(BrokenPipeError):  # it has died while it read: the answer says so
                 _send(self._to, [struct.pack(">q", len(images)), *images])
             return self._answer(images)
-        except (EOFError, OSError, ValueError, KeyError, TypeError, IndexError):
+        except Exception as error:  # noqa: BLE001  # whatever it answered, if it answered
+            log.info("a worker that decodes images ended, or was ended: %r", error)
             self.kill()
-            return _death(self._process.wait())
+            code = self._process.wait()
+            return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s") if overdue.is_set() else _death(code)
+        finally:
+            timer.cancel()
 
     def _answer(self, images: tuple[bytes, ...]) -> Result:
-        if not select.select([self._from], [], [], WALL_SECONDS)[0]:
-            self.kill()
-            return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s")
         answer = json.loads(_receive(self._from, 1_000_000) or b"")
         if "reason" in answer:
             return ImageError(str(answer["reason"])[:40], str(answer["what"])[:200])
         checked = []
         for original, (width_px, height_px, pdq_hash) in zip(images, answer["images"], strict=True):
-            data = _receive(self._from, 2 * len(original) + 1_000_000_000)
+            data = _receive(self._from, max(2 * len(original), MAX_STRIPPED_BYTES))
             info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash))
             checked.append(CheckedImage(original if data is None else data, info))
         return checked
@@ -198,17 +234,24 @@ def serve() -> None:
             images = [_receive(source, 1 << 40) or b"" for _ in range(count)]
         except EOFError:
             return
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
         _send(target, _check(images))
+
+
+def _allow_cpu() -> None:
+    """Let this process use CPU_SECONDS more before the system ends it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
 def _check(images: list[bytes]) -> list[bytes | None]:
     """Return the messages that answer a request: facts as JSON, then the images that have changed."""
     try:
-        stripped = [strip_metadata(image) for image in images]
-        infos = [check_image(image) for image in stripped]
+        stripped, infos = [], []
+        for image in images:
+            _allow_cpu()
+            stripped.append(strip_metadata(image))
+            infos.append(check_image(stripped[-1]))
     except ImageError as error:
         return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
     except MemoryError:

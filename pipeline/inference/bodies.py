@@ -30,13 +30,17 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     if encoding not in ("", "identity", *_WINDOW_BITS):
         raise BodyError(f"the body is encoded as {encoding[:40]}, which was not asked for")
     inflate = zlib.decompressobj(_WINDOW_BITS[encoding]) if encoding in _WINDOW_BITS else None
-    body = bytearray()
+    body, sent_bytes = bytearray(), 0
     async for chunk in response.content.iter_any():
+        sent_bytes += len(chunk)
         try:
             body += inflate.decompress(chunk, bound + 1 - len(body)) if inflate else chunk
         except zlib.error as error:
             raise BodyError(f"the body is not {encoding}: {error}") from None
-        if len(body) > bound:
+        if inflate and inflate.eof:  # what follows would only be kept by the decompressor
+            response.close()
+            break
+        if len(body) > bound or sent_bytes > bound + MAX_BODY_BYTES:
             response.close()  # the rest is not wanted: the connection cannot be used again
             if is_error:
                 break

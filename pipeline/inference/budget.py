@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from pipeline.config import ServerConfig
 from pipeline.errors import EngineError
-from pipeline.types import Reply
+from pipeline.types import UNANSWERED, Reply
 
 WINDOW_REPLIES = 100  # in a row, of which too many must be unusable
+ASSUMED_PROMPT_TOKENS = 1500  # of a reply whose server does not count: an image of a megapixel, and a prompt
+CHARACTERS_PER_TOKEN = 4
 FIRST_REQUESTS = 32  # sent before the mean size of a reply is known
 SHOWN_CHARACTERS = 120
 
@@ -36,15 +38,19 @@ class Budget:
     @classmethod
     def of(cls, server: ServerConfig, totals: Mapping[str, int]) -> "Budget":
         """Return the budget after what a journal holds (`Journal.totals`)."""
-        return cls(server, totals["asked"], totals["prompt_tokens"], totals["reply_tokens"])
+        prompt_tokens = totals["prompt_tokens"] or ASSUMED_PROMPT_TOKENS * totals["replies"]
+        return cls(server, totals["asked"], prompt_tokens, totals["reply_tokens"])
 
     def add(self, reply: Reply) -> None:
-        """Count the tokens of a reply."""
-        self.prompt_tokens += reply.prompt_tokens
-        self.reply_tokens += reply.reply_tokens
+        """Count the tokens of a reply; where its server has not, those that are likely."""
+        read, written = reply.prompt_tokens, reply.reply_tokens
+        if not read and reply.finish_reason not in UNANSWERED:
+            read, written = ASSUMED_PROMPT_TOKENS, max(written, len(reply.text) // CHARACTERS_PER_TOKEN)
+        self.prompt_tokens += read
+        self.reply_tokens += written
         self._replies += 1
-        self._tokens += reply.prompt_tokens + reply.reply_tokens
-        self._cost += self.server.price(reply.prompt_tokens, reply.reply_tokens) or 0.0
+        self._tokens += read + written
+        self._cost += self.server.price(read, written) or 0.0
 
     def room(self, unanswered: int) -> int | None:
         """Return how many requests may be sent beside the `unanswered` ones; None without a limit.

@@ -76,7 +76,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
 def _tokens(usage: Any, name: str) -> int:
     """Return a count of tokens; 0 where a server says none, or none that can be."""
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and 0 <= count <= MAX_COUNTED_TOKENS else 0
+    return count if type(count) is int and 0 <= count <= MAX_COUNTED_TOKENS else 0  # True is an int, too
 
 
 def error_message(answer: bytes) -> str:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._db = sqlite3.connect(path)
+        self._db.text_factory = _damaged_text
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         if tables and (error := _format_error(self._db, path)):
             self._db.close()
@@ -123,6 +125,7 @@ class Journal:
         Raises StoreError if it was written by another version of synth, or is damaged.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
+            source.text_factory = _damaged_text
             if error := _format_error(source, path):
                 raise error
             condition = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
@@ -160,6 +163,7 @@ def check_journal(path: Path) -> JournalState:
     damaged: list[str] = []
     problem = ""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        db.text_factory = _damaged_text
         try:
             if error := _format_error(db, path):
                 raise error
@@ -176,12 +180,14 @@ def check_journal(path: Path) -> JournalState:
 def repair_journal(path: Path) -> tuple[int, int]:
     """Replace a damaged journal by one of all replies that are intact; return how many are kept, and how many are not.
 
-    The damaged file stays beside it, with the suffix `.damaged`. Replies in pages that cannot be read are not counted.
+    The damaged file stays beside it, with the suffix `.damaged-1` and so on. Replies in pages that cannot be read are not
+    counted. Raises StoreError, and changes nothing, if none is intact.
     """
     fresh = path.with_name(f"{path.name}.repaired")
     fresh.unlink(missing_ok=True)
     kept = lost = 0
     with closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
+        source.text_factory = _damaged_text
         for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # a page that cannot be read costs its own range alone
             asked, rows = list[Any](), list[Sequence[Any]]()
             with suppress(sqlite3.DatabaseError):
@@ -191,11 +197,22 @@ def repair_journal(path: Path) -> tuple[int, int]:
             intact = [row for row in rows if _is_intact(row)]
             kept, lost = kept + len(intact), lost + len(rows) - len(intact)
             journal.copy(asked, intact)
+    if not kept:
+        fresh.unlink()
+        raise StoreError(
+            f"no reply in {path} can be read", hint="restore a copy of it, or move it away to ask everything again"
+        )
+    number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
     for suffix in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
-            path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged{suffix}"))
+            path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
     fresh.replace(path)
     return kept, lost
+
+
+def _damaged_text(data: bytes) -> str:
+    """Decode text that may be damaged: its checksum says so, and no other row is lost for it."""
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _read_replies(db: sqlite3.Connection, condition: str = "", values: Sequence[str] = ()) -> Iterable[Sequence[Any]]:

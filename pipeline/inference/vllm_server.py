@@ -62,7 +62,7 @@ class Server:
     @property
     def root(self) -> str:
         """The address without `/v1`; requests go through `socket` if there is one."""
-        return "http://localhost" if self.socket else f"http://127.0.0.1:{self._port}"
+        return f"http://{self.socket.stem}.localhost" if self.socket else f"http://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> "Server":
         try:
@@ -173,7 +173,9 @@ class Server:
 def open_log(path: Path) -> io.FileIO:
     """Open the log of a server to append; only this user may read it, and it is not opened through a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    return io.FileIO(os.open(path, flags, 0o600), "ab")
+    handle = os.open(path, flags, 0o600)
+    os.fchmod(handle, 0o600)  # of an earlier release
+    return io.FileIO(handle, "ab")
 
 
 def is_listener(port: int, group: int) -> bool:
@@ -251,7 +253,7 @@ async def run_servers(
     media = make_media_folder()
     try:
         if on_sockets:
-            servers = [Server(launch, progress, media, socket_name=f"{n}.sock") for n, launch in enumerate(launches)]
+            servers = [Server(launch, progress, media, socket_name=f"server-{n + 1}.sock") for n, launch in enumerate(launches)]
         else:
             ports = free_ports(len(launches))
             servers = [Server(launch, progress, media, port) for launch, port in zip(launches, ports, strict=True)]

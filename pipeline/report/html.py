@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, TemplateError
 from PIL import Image
 
+from pipeline.errors import StoreError
 from pipeline.images.decode import prepare_image
 
 SHARED = ("page.css", "charts.html.j2")  # of all pages
@@ -36,7 +37,10 @@ def render_page(package: str, template: str, **values: Any) -> str:
     environment = Environment(
         loader=FunctionLoader(read), undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(template).render(**values)
+    try:
+        return environment.get_template(template).render(**values)
+    except (TypeError, AttributeError, LookupError, TemplateError) as error:  # a manifest may be a stranger's
+        raise StoreError(f"no page can be made of the manifest: {error}", hint="do not use this version") from None
 
 
 def thumbnail(data: bytes, max_bytes: int) -> bytes:

@@ -17,7 +17,7 @@ from pipeline.digests import digest, file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.sources.base import SourceSpec, check_samples
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
-from pipeline.storage.untrusted import open_regular
+from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
@@ -70,7 +70,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
 def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> Tables:
     """Return the tables of a Parquet file, or of all under a folder; a slice has no revision. Raise SourceError for no file.
 
-    Raise UnsafeFileError for a link to the outside of the folder, unless `follow_links` is set.
+    A link to the outside of the folder is such an error, unless `follow_links` is set.
     """
     paths = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
     if not paths:
@@ -78,8 +78,11 @@ def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fa
     root = path.parent if path.is_file() else path
     names = [str(file.relative_to(root)) for file in paths]
     bound = None if follow_links or path.is_file() else root
-    for file in paths:
-        open_regular(file, bound).close()
+    try:
+        for file in paths:
+            open_regular(file, bound).close()
+    except UnsafeFileError as error:
+        raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
     revision = digest([[name, file_digest(root / name)] for name in names]) if part == ALL else ""
     return Tables(path.name, revision, UNKNOWN, group_by_split(names), lambda name: open_regular(root / name, bound), part=part)
 

@@ -11,7 +11,6 @@ import socket
 import ssl
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -22,7 +21,9 @@ MAX_BYTES = 50_000_000
 MAX_SECONDS = 30.0
 MAX_REDIRECTS = 3
 BLOCK_BYTES = 1 << 16
-MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000  # in failed attempts at one host, before it is given up
+# In failed attempts at one host before it is given up, if they are most of what it has cost.
+MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000
+MAX_HOSTS = 10_000  # that are remembered
 # Addresses that Python calls global, and that lead to this machine, its network or a cloud's services all the same.
 _INTERNAL = tuple(
     map(
@@ -55,14 +56,20 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 @dataclass(slots=True)
-class Wasted:
-    """The seconds and bytes that failed attempts at a host have cost."""
+class HostCost:
+    """The seconds and bytes that failed attempts at a host have cost, and the seconds of those that gave an image."""
 
-    seconds: float = 0.0
-    bytes: int = 0
+    wasted_seconds: float = 0.0
+    wasted_bytes: int = 0
+    useful_seconds: float = 0.0
+
+    def is_given_up(self) -> bool:
+        """Return whether the host costs much and gives little."""
+        is_costly = self.wasted_seconds > MAX_WASTED_SECONDS or self.wasted_bytes > MAX_WASTED_BYTES
+        return is_costly and self.wasted_seconds > self.useful_seconds
 
 
-_wasted: dict[str, Wasted] = defaultdict(Wasted)  # by host, for as long as this process runs
+_costs: dict[tuple[str, str, int | None], HostCost] = {}  # by scheme, host and port, for as long as this process runs
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
@@ -84,15 +91,20 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
 
 def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
     """Do as `_get` does. Raise ImageError for a host whose failures have cost too much already."""
-    wasted, started = _wasted[parts.hostname or ""], time.monotonic()
-    if wasted.seconds > MAX_WASTED_SECONDS or wasted.bytes > MAX_WASTED_BYTES:
-        raise ImageError("host_given_up", f"{parts.hostname} has failed for {wasted.seconds:.0f} s, {wasted.bytes:,} bytes")
+    if len(_costs) > MAX_HOSTS:
+        _costs.clear()
+    cost, started = _costs.setdefault((parts.scheme, parts.hostname or "", parts.port), HostCost()), time.monotonic()
+    if cost.is_given_up():
+        what = f"{parts.hostname} has failed for {cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
+        raise ImageError("host_given_up", what)
     try:
-        return _get(parts, allowed, deadline)
+        result = _get(parts, allowed, deadline)
     except (OSError, http.client.HTTPException, ValueError, ImageError) as error:
-        wasted.seconds += time.monotonic() - started
-        wasted.bytes += MAX_BYTES if isinstance(error, ImageError) and error.reason == "file_too_large" else 0
+        cost.wasted_seconds += time.monotonic() - started
+        cost.wasted_bytes += MAX_BYTES if isinstance(error, ImageError) and error.reason == "file_too_large" else 0
         raise
+    cost.useful_seconds += time.monotonic() - started
+    return result
 
 
 def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:

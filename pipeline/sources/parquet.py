@@ -152,13 +152,19 @@ def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
     max_bytes = MAX_ROW_BYTES if has_bytes else MAX_TEXT_BYTES
     for number in range(batch.num_rows):
         row = batch.slice(number, 1)
-        if row.nbytes > max_bytes:
+        if _plain(row).nbytes > max_bytes:
             yield Rejected(source_row="", reason="row_too_large", detail=f"more than {max_bytes:,} bytes")
             continue
         try:
             yield row.to_pylist()[0]
         except (ValueError, OverflowError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
             yield Rejected(source_row="", reason="unreadable_row", detail=one_line(error, 100))
+
+
+def _plain(row: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a row without dictionaries, each of which would count as a whole."""
+    columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in row.columns]
+    return pa.RecordBatch.from_arrays(columns, row.schema.names)
 
 
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:

@@ -94,8 +94,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that `write_json` wrote. Raise UnsafeFileError if it is not a file, or too large for one."""
-    data = path.read_bytes() if is_remote(path) else read_regular(path, max_bytes=MAX_JSON_BYTES)
-    return cast(dict[str, Any], json.loads(data))
+    return cast(dict[str, Any], json.loads(read_file(path, MAX_JSON_BYTES)))
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a file or an object. Raise UnsafeFileError if it is not a regular file, or too large."""
+    return path.read_bytes() if is_remote(path) else read_regular(path, max_bytes=max_bytes)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

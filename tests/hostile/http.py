@@ -114,6 +114,12 @@ BODIES: dict[str, Callable[[Send], None]] = {  # responses that are no answer
     "gzip bomb as an error": lambda send: send(response(bomb(1 << 28), "500 Oh", "Content-Encoding: gzip\r\n")),
     "deflate bomb": lambda send: send(response(zlib.compress(bytes(1 << 28), 9), headers="Content-Encoding: deflate\r\n")),
     "bomb within a bomb": lambda send: send(response(gzip.compress(bomb(1 << 28)), headers="Content-Encoding: gzip\r\n")),
+    "gzip with an endless tail": lambda send: endless(
+        send, f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n{CLOSE}".encode() + gzip.compress(b"{}")
+    ),
+    "gzip of empty blocks without end": lambda send: endless(
+        send, f"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\n{CLOSE}".encode() + b"\x78\x9c", b"\x00\x00\x00\xff\xff" * 8192
+    ),
     "gzip that is none": lambda send: send(response(b"plain", headers="Content-Encoding: gzip\r\n")),
     "gzip cut off": lambda send: send(response(gzip.compress(b"x" * 9999)[:40], headers="Content-Encoding: gzip\r\n")),
     "an encoding of our dreams": lambda send: send(response(b"x", headers="Content-Encoding: br, zstd, dreams\r\n")),

@@ -121,6 +121,12 @@ DAMAGES: dict[str, Damage] = {
         )
     ),
     "a model that holds others": config(lambda c: c["encoder"].update(model={"model_type": "vision-encoder-decoder"})),
+    "a model that fetches another": config(lambda c: c["encoder"].update(model={"model_type": "edgetam"})),
+    "twenty thousand stages": config(
+        lambda c: c["encoder"].update(model={"model_type": "regnet", "depths": [1] * 20_000, "hidden_sizes": [1] * 20_000})
+    ),
+    "patches of a thousand frames": config(lambda c: c["encoder"]["processor"].update(temporal_patch_size=4096)),
+    "a setting in place of a method": config(lambda c: c["encoder"]["model"].update(to_dict=1, get_text_config="x")),
     "a model type that is a path": config(lambda c: c["encoder"]["model"].update(model_type="../../evil")),
     "a model type that is a number": config(lambda c: c["encoder"]["model"].update(model_type=7)),
     "no model type": config(lambda c: c["encoder"]["model"].pop("model_type")),

@@ -107,6 +107,13 @@ DAMAGES: dict[str, Damage] = {
         )
         for kind, value in (("null", None), ("a number", 7), ("a text", "x"), ("a list", [[1]]), ("a map", {"x": {"y": 1}}))
     },
+    "a ledger that is null": manifest(lambda m: m.update(ledger=None)),
+    "a license that is null": manifest(lambda m: m.update(license=None)),
+    "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
+    "measures that are lists": manifest(lambda m: m.update(measured={"true_captions": [1], "answers": [2]})),
+    "leakage that is a number": manifest(lambda m: m.update(leakage=5)),
+    "a review of texts": manifest(lambda m: m.update(review={"good": "many"})),
+    "filters that are texts": manifest(lambda m: m["config"].update(filter="none")),
     "a manifest without a digest": manifest(lambda m: m.pop("digest")),
     "a digest that is a path": manifest(lambda m: m.update(digest="../../etc")),
     "a version that is a path": manifest(lambda m: m.update(version="v1.0.0/../../x")),

@@ -1,7 +1,7 @@
 """Configs of transformers models as a checkpoint stores them: plain JSON without local paths.
 
-A checkpoint may be a stranger's: of its settings only those are used that the model's own config has, none names code or
-another repository, and numbers that repeat a layer are bounded.
+A checkpoint may be a stranger's: none of its settings names code or another repository, or takes the place of a method, and
+numbers that repeat a layer are bounded.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -19,8 +19,11 @@ NAMES_CODE = frozenset(  # settings by which transformers would fetch or run som
     ("attn_implementation", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "custom_pipelines",
      "quantization_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone", "use_timm_backbone")
 )  # fmt: skip
-REPEATED = re.compile(r"layers|depth|blocks|stages")
+REPEATED = re.compile(r"layers|depth|blocks|stages|experts")
 MAX_REPEATS = 1024  # of a layer
+FETCHES = re.compile("timm|edgetam")  # models whose configs ask the Hub for others
+MAX_PATCH = 64
+MAX_SHOWN = 100
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
 MAX_SIDE_PX, MAX_PROCESSED_PIXELS = 4096, 20_000_000  # of an image for an encoder
 
@@ -32,15 +35,12 @@ def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of these settings; those that its class does not know are left out.
-
-    Raises ValueError for an unknown model, and for more than MAX_REPEATS layers.
-    """
+    """Return the config of these settings, without those that name code. Raises ValueError for an unknown or a giant model."""
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str):
-        raise ValueError("the model has no type")
-    known = settings_of(AutoConfig.for_model(model_type)).keys() | {"model_type"}
-    config: PreTrainedConfig = AutoConfig.for_model(**_harmless({n: value for n, value in settings.items() if n in known}))
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or FETCHES.search(model_type):
+        raise ValueError(f"{model_type!r} is no model of transformers")
+    methods = {name for name in dir(CONFIG_MAPPING[model_type]) if callable(getattr(CONFIG_MAPPING[model_type], name, None))}
+    config: PreTrainedConfig = AutoConfig.for_model(**_harmless({n: v for n, v in settings.items() if n not in methods}))
     return config
 
 
@@ -51,6 +51,7 @@ def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any])
     chosen: dict[str, Any] = _harmless({name: value for name, value in settings.items() if name in known})
     for name, number in _numbers(chosen):
         most = MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX
+        most = MAX_PATCH if "patch" in name or "frames" in name else most
         if number > most or (number < 1 and name in SIDES):
             raise ValueError(f"{name} is {number}")
     return chosen
@@ -58,9 +59,12 @@ def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any])
 
 def require_few_layers(settings: dict[str, Any]) -> None:
     """Raise ValueError if a layer is repeated more than MAX_REPEATS times."""
-    for name, number in _numbers({name: value for name, value in settings.items() if REPEATED.search(name)}):
-        if number > MAX_REPEATS:
-            raise ValueError(f"{name} is {number}")
+    for name, value in settings.items():
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > MAX_REPEATS and all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{name} has {len(numbers)} values")
+        if REPEATED.search(name) and sum(number for number in numbers if isinstance(number, int | float)) > MAX_REPEATS:
+            raise ValueError(f"{name} is {value}"[:MAX_SHOWN])
 
 
 def _harmless(value: Any) -> Any:

@@ -19,6 +19,7 @@ from pipeline.errors import EngineError, SourceError
 from pipeline.executors.base import judge_rows
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_stages
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
+from pipeline.images.isolation import limit_workers
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
@@ -63,6 +64,7 @@ def read_slice(run: ShardedRun, index: int) -> None:
 
 
 def _read(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    limit_workers(1)  # as many readers run on a node as it has cores
     source = open_source(run.config, SourceSlice(index, run.readers))
     if source.revision not in ("", run.source_revision):
         raise SourceError(

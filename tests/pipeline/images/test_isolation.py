@@ -1,6 +1,8 @@
 """Isolation: an image that kills, fills or stalls its decoder is the only thing that is lost."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +115,8 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
         ("os.write(1, isolation._LENGTH.pack(5) + b'[[[[['); os._exit(0)", "", "decoder_died"),
         ("raise SystemExit", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
+        ("d = b'[' * 900_000; os.write(1, isolation._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
+        ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, isolation._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
     ],
 )
 def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
@@ -127,6 +131,28 @@ def test_a_worker_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "WALL_SECONDS", 1.0)
     patch(monkeypatch, "import time; time.sleep(600)")
     assert [reason(result) for result in check(b"EVIL", png())] == ["too_slow", "fine"]
+
+
+def test_each_page_of_a_deck_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = "import time; t = time.process_time()\n        while time.process_time() < t + 0.5: pass"
+    patch(monkeypatch, f"{wait}\n        return check(data[4:])", "isolation.CPU_SECONDS = 1")
+    (result,) = dict(check_all(iter([("deck", (b"EVIL" + png(),) * 6)]))).values()
+    assert reason(result) == "fine"  # 3 s in all
+
+
+def test_more_than_a_thousand_open_files_are_no_dead_decoder() -> None:
+    code = """
+import os
+from pipeline.images.isolation import check_all
+from tests.pipeline.images.test_isolation import png
+from pipeline.inference.concurrency import raise_file_limit
+assert raise_file_limit() > 1200
+kept = [os.dup(0) for _ in range(1100)]
+((_, result),) = check_all(iter([(0, (png(),))]))
+print(type(result).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "list\n", done.stderr
 
 
 def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

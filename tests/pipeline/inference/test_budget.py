@@ -76,8 +76,16 @@ def test_the_cost_of_earlier_runs_counts() -> None:
     assert "1.00 of 1.00 to pay" in str(budget.error())
 
 
+def test_a_server_that_does_not_count_is_charged_what_is_likely() -> None:
+    budget = Budget.of(ServerConfig(max_total_tokens=10_000), {"asked": 2, "replies": 2, "prompt_tokens": 0, "reply_tokens": 0})
+    assert budget.prompt_tokens == 3000  # by the runs before
+    for _ in range(4):
+        budget.add(reply(prompt_tokens=0, reply_tokens=0))
+    assert budget.room(0) == 0
+
+
 def test_without_a_limit_there_is_room_for_anything() -> None:
-    assert Budget.of(ServerConfig(), {"asked": 10**9, "prompt_tokens": 0, "reply_tokens": 0}).room(10**6) is None
+    assert Budget.of(ServerConfig(), {"asked": 10**9, "replies": 0, "prompt_tokens": 0, "reply_tokens": 0}).room(10**6) is None
 
 
 def test_a_cost_without_prices_is_a_mistake() -> None:

@@ -154,6 +154,28 @@ def test_a_reply_with_a_rotten_bit_is_an_error_and_never_another_reply(tmp_path:
         assert journal.totals()["asked"] == 300
 
 
+def test_text_that_is_no_utf8_any_more_costs_its_own_reply_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal" / "j.sqlite"
+    requests = filled(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"reply " + requests[7].id.encode()) + 2] |= 0x80
+    path.write_bytes(data)
+    assert check_journal(path) == JournalState(300, 0, (requests[7].id,))
+    with Journal(path) as journal, pytest.raises(StoreError, match="has another checksum"):
+        journal.last(requests[7].id)
+    assert repair_journal(path) == (299, 1)
+
+
+def test_a_journal_of_which_nothing_can_be_read_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    filled(path, 3)
+    path.write_bytes(path.read_bytes()[:100] + bytes(40_000))
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="no reply in"):
+        repair_journal(path)
+    assert path.read_bytes() == before
+
+
 def test_a_journal_of_an_earlier_release_is_extended_and_its_replies_stay(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     requests = filled(path, 3)
@@ -185,7 +207,7 @@ def test_of_a_damaged_file_every_reply_that_can_be_read_is_kept(seed: int, tmp_p
     assert not state.is_intact
     repair_journal(path)
     assert check_journal(path).is_intact
-    assert (tmp_path / "j.sqlite.damaged").exists()
+    assert (tmp_path / "j.sqlite.damaged-1").exists()
     with Journal(path) as journal:
         kept = [last for request in requests if (last := journal.last(request.id))]
         assert all(reply.text == f"reply {reply.request_id}" * 4 for reply, _ in kept)

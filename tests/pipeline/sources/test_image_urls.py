@@ -6,7 +6,6 @@ import ipaddress
 import socket
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -152,7 +151,7 @@ def test_addresses_of_the_web_are_public(address: str) -> None:
 
 
 def test_a_host_that_only_costs_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_urls, "_wasted", defaultdict(image_urls.Wasted))
+    monkeypatch.setattr(image_urls, "_costs", {})
     monkeypatch.setattr(image_urls, "MAX_BYTES", 100_000)
     monkeypatch.setattr(image_urls, "MAX_WASTED_BYTES", 250_000)
     reasons = [refused(f"{server}/large", anywhere) for _ in range(5)]
@@ -161,6 +160,8 @@ def test_a_host_that_only_costs_is_given_up(server: str, monkeypatch: pytest.Mon
 
 
 def test_a_host_that_is_slow_to_fail_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_urls, "_wasted", defaultdict(image_urls.Wasted))
-    image_urls._wasted["slow.example"].seconds = 121.0
+    monkeypatch.setattr(image_urls, "_costs", {})
+    image_urls._costs["https", "slow.example", None] = image_urls.HostCost(wasted_seconds=121.0)
     assert refused("https://slow.example/x.jpg", anywhere) == "host_given_up"
+    image_urls._costs["https", "slow.example", None].useful_seconds = 500.0
+    assert refused("https://slow.example/x.jpg") != "host_given_up"  # a good host with some dead links
