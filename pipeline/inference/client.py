@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 
 from pipeline.config import Config
-from pipeline.errors import EngineError, ImageError, one_line
+from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
@@ -353,8 +353,10 @@ class Client:
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         try:
             images = await self._images.parts(request.shown, request.images, request.pages)
-        except ImageError as error:
-            return request.reply(f"the image cannot be sent: {error}", REFUSED_BY_SERVER)
+        except OSError:  # of the disk that a server reads images from
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
+            return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
         body = chat_api.body(request, images, self._name)
         sent = time.monotonic()
         try:
