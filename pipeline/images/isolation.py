@@ -98,6 +98,7 @@ class _Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._owner = os.getpid()
         self._threads = ThreadPoolExecutor(size, "decode")
         self._own = threading.local()
         self._workers: list[_Worker] = []
@@ -115,6 +116,8 @@ class _Pool:
 
     def close(self) -> None:
         """End the threads, and kill all workers: nobody waits for an image that is slow to decode."""
+        if os.getpid() != self._owner:  # a forked process has neither
+            return
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.kill()
@@ -125,6 +128,9 @@ def _pool() -> _Pool:
     pool = _Pool(min(len(os.sched_getaffinity(0)), _most_workers))
     atexit.register(pool.close)
     return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked: nobody would wait for the workers
 
 
 def end_workers() -> None:

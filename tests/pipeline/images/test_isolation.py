@@ -140,6 +140,25 @@ def test_each_page_of_a_deck_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -
     assert reason(result) == "fine"  # 3 s in all
 
 
+def test_a_forked_process_has_workers_of_its_own_and_leaves_those_of_its_parent_alone() -> None:
+    code = """
+import os, sys
+from pipeline.images.isolation import check_all
+from tests.pipeline.images.test_isolation import png
+def check():
+    ((_, result),) = check_all(iter([(0, (png(),))]))
+    return isinstance(result, list)
+assert check()
+child = os.fork()
+if child == 0:
+    sys.exit(0 if check() else 1)  # and its atexit functions run
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print(check())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_more_than_a_thousand_open_files_are_no_dead_decoder() -> None:
     code = """
 import os
