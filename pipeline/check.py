@@ -90,7 +90,7 @@ def _stage_files(dataset: DatasetDir) -> list[Path]:
 def _check_table(path: Path) -> Checked:
     try:
         rows = sum(batch.num_rows for batch in open_parquet(path).iter_batches())
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         return Checked(str(path), f"damaged: {one_line(error)}", False, AGAIN)
     return Checked(str(path), f"{rows:,} rows")
 

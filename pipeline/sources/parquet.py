@@ -96,7 +96,7 @@ class Tables:
             try:
                 with self.open(path) as file:
                     yield file
-            except (pa.ArrowException, EOFError, OSError) as error:
+            except (pa.ArrowException, EOFError, OSError, ValueError, LookupError) as error:  # a name that is no UTF-8, say
                 if isinstance(error, OSError) and type(error) is not OSError:  # of the storage: Arrow raises plain ones
                     raise
                 hint = "check that it is whole; then run the same command again"

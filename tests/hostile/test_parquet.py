@@ -80,6 +80,14 @@ def test_text_that_is_no_utf8_costs_its_own_row_alone(tmp_path: Path) -> None:
     assert reasons(rows) == {"unreadable_row"}
 
 
+def test_a_name_of_a_column_that_is_no_utf8_is_one_error(tmp_path: Path) -> None:
+    write(tmp_path / "odd.parquet", {"image": [png()], "caption": ["a"]})
+    data = (tmp_path / "odd.parquet").read_bytes()
+    (tmp_path / "odd.parquet").write_bytes(data.replace(b"caption", b"capt\xf9on"))
+    with pytest.raises(SynthError, match="cannot read"):
+        read(tmp_path / "odd.parquet")
+
+
 SCHEMAS: dict[str, Any] = {
     "no columns": {},
     "an image that is a number": {"image": [1, 2]},
