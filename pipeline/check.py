@@ -1,6 +1,7 @@
 """`synth check`: verify everything in a dataset folder, and say what is damaged and what can be made again."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)
     for path in sorted(_stage_files(dataset), key=str):
-        yield _check_table(path)
+        with suppress(FileNotFoundError):  # a run has removed it meanwhile, to write it again
+            yield _check_table(path)
     for name in ("run.json", "pushed.json"):
         if (dataset.path / name).exists():
             yield _check_json(dataset.path / name)
@@ -88,8 +90,11 @@ def _stage_files(dataset: DatasetDir) -> list[Path]:
 
 
 def _check_table(path: Path) -> Checked:
+    """Return the state of a stage file. Raises FileNotFoundError if it is gone."""
     try:
         rows = sum(batch.num_rows for batch in open_parquet(path).iter_batches())
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, pa.ArrowException) as error:
         return Checked(str(path), f"damaged: {one_line(error)}", False, AGAIN)
     return Checked(str(path), f"{rows:,} rows")

@@ -214,7 +214,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     assert synth(*flags, "--out", "one").returncode == 0
     undisturbed = Counter(chat.times)
     chat.times.clear()
-    chat.script = lambda times, body: scripted_replies(20.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
+    chat.script = lambda times, body: scripted_replies(45.0 if shard_of(uuid_of(body)) == 2 else 0.5)(times, body)
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
