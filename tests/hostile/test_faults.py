@@ -15,6 +15,7 @@ from tests.chat.server import Act, ChatServer, running_chat
 from tests.hostile import LONG, part_of
 from tests.hostile.faults import KILLED, chosen, run
 from tests.hub.server import RunningHub, running_hub
+from tests.scene_data import make_version, scene_samples
 
 COUNT = 3  # faults of each kind for each command in a short run
 
@@ -152,7 +153,9 @@ def push(hub: RunningHub, made: Path) -> None:
 
 @pytest.mark.skipif(not LONG, reason="training takes a quarter of a minute a run: make test-long")
 @pytest.mark.parametrize("mode", ["crash", "full"])
-def test_train_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -> None:
+def test_train_goes_on_after_any_write(mode: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    make_version(made / "data", scene_samples(60))
     arguments = ("train", "--data", "data", "--encoder", "tiny-vit", "--decoder", "scratch", "--steps", "4", "--out", "out")
     whole = tmp_path / "whole"
     shutil.copytree(made, whole)
