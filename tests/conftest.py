@@ -1,6 +1,8 @@
 """Shared fixtures, and the order of tests under pytest-xdist."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,16 @@ from tests.browser import browser, opened
 __all__ = ["browser", "opened"]
 
 LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/whole/")
+
+
+@pytest.fixture(autouse=True)
+def working_directory() -> Iterator[None]:
+    """Fail a test that leaves the working directory changed, and change back: later tests start commands from there."""
+    here = Path.cwd()
+    yield
+    now = Path(os.path.realpath("/proc/self/cwd"))
+    os.chdir(here)
+    assert now == here
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
