@@ -375,7 +375,7 @@ def _public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     verify = kept.get("verify")
     if isinstance(verify, dict) and not _is_public_model(verify.get("clip_model", "auto")):
         kept["verify"] = {key: value for key, value in verify.items() if key != "clip_model"}
-    if not _is_public_model(kept.get("model", "tiny")):
+    if "model" in kept and not _is_public_model(kept["model"]):
         del kept["model"]
     if not PUBLIC_SOURCE.fullmatch(str(kept.get("source", ""))):
         kept.pop("source", None)
@@ -383,7 +383,9 @@ def _public_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_public_model(name: Any) -> bool:
-    return bool(PUBLIC_MODEL.fullmatch(str(name))) and not Path(str(name)).exists()
+    """Return whether a name is a model of the Hub or a keyword (tiny, auto), and no path that exists here."""
+    text = str(name)
+    return bool(PUBLIC_MODEL.fullmatch(text)) and not ("/" in text and Path(text).exists())
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def annotation_digest(annotation: dict[str, Any]) -> str:
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return open_file_digest(file)
+
+
+def open_file_digest(file: BufferedReader) -> str:
+    """Return the sha256 of what is left to read of an open file."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_to_unit(*parts: object) -> float:

@@ -26,13 +26,12 @@ from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.storage.files import atomic_write, remove, write_text
 from pipeline.storage.untrusted import read_regular
-from trainer.config import CAPTIONER_FILES, no_captioner, require_checkpoint
+from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, no_captioner, require_checkpoint
 from trainer.distributed import best_device
 from trainer.model.captioner import Captioner, CaptionerConfig
 from trainer.model.hf_config import require_few_layers
 from trainer.tokenizer import CaptionTokenizer, TargetText
 
-MAX_CAPTION_TOKENS = 8192
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_LOG_BYTES = 1_000_000_000
@@ -146,11 +145,11 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        found = state["run"]
+        trained_by = state["run"]
     except Exception as error:  # noqa: BLE001  # a truncated file, or one of another program
         hint = "leave --resume out to start anew"
         raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
-    if found != run:
+    if trained_by != run:
         raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
     return state
 

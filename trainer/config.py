@@ -10,6 +10,7 @@ from pipeline.errors import TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
 
+MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
@@ -44,7 +45,7 @@ class TrainConfig(Section):
     questions: bool = True  # whether to learn answers to questions
     train_images: int = Field(default=0, ge=0)  # limit on training images; 0: all
     caption_word_budget: int = Field(default=0, ge=0)  # limit on the words of all training captions; 0: none
-    max_caption_tokens: int = Field(default=64, ge=4, le=8192)
+    max_caption_tokens: int = Field(default=64, ge=4, le=MAX_CAPTION_TOKENS)
     align_steps: int = Field(default=0, ge=0)  # first stage, which trains only the connector
     align_lr: float = Field(default=1e-3, gt=0)
     contrastive_weight: float = Field(default=0.0, ge=0)  # of the loss that aligns pooled images and captions

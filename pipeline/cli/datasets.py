@@ -76,18 +76,18 @@ def check(
             else:
                 yield from check_dataset(DatasetDir(folder), repair=repair)
 
-    found = []
+    checked = []
     for result in results():
-        found.append(result)
+        checked.append(result)
         if not as_json:
             echo(f"{'ok ' if result.is_ok else 'BAD'} {result.what}: {result.found}")
             if result.hint:
                 echo(f"      {result.hint}")
-    if not found:
+    if not checked:
         raise StoreError(f"no dataset at {data}", hint="name a dataset folder: `synth versions` lists the last one")
     if as_json:
-        echo(json.dumps([asdict(result) for result in found]))
-    if not all(result.is_ok for result in found):
+        echo(json.dumps([asdict(result) for result in checked]))
+    if not all(result.is_ok for result in checked):
         raise Exit(1)
 
 

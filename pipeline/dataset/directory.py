@@ -157,10 +157,10 @@ def open_dataset(path: Path | None, version: str | None = None) -> Version:
 
 def last_made() -> Path:
     """Return the dataset folder under `data/` whose newest version was written last. Raises StoreError if there is none."""
-    manifests = sorted(DATA.glob("*/versions/v*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+    manifests = _made_manifests()
     if not manifests:
         raise StoreError(f"no dataset under {DATA}/", hint="make one: `synth generate --source scenes`, or name its folder")
-    return manifests[-1].parents[2]
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
 def only_made() -> Path:
@@ -168,12 +168,16 @@ def only_made() -> Path:
 
     For what cannot be taken back: which was written last is said by a clock, and by whoever touches a file.
     """
-    folders = sorted({path.parents[2] for path in DATA.glob("*/versions/v*/manifest.json")})
+    folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         raise StoreError(
             f"there are {len(folders)} datasets under {DATA}/", hint=f"name one: {', '.join(map(str, folders[:8]))}"
         )
     return folders[0] if folders else last_made()
+
+
+def _made_manifests() -> list[Path]:
+    return sorted(DATA.glob("*/versions/v*/manifest.json"))
 
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:

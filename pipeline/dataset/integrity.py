@@ -29,14 +29,17 @@ def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
     return path.is_file() and file_digest(path) == entry.get("sha256")
 
 
-def content_digest(version: Version) -> str | None:
-    """Return the digest of the rows that the files hold; None if a release with other columns has made the version.
+def has_row_digest(version: Version) -> bool:
+    """Return whether this release can compute the digest of a version's rows: earlier ones had other columns."""
+    return bool(version.manifest["table_version"] == TABLE_VERSION)
+
+
+def content_digest(version: Version) -> str:
+    """Return the digest of the rows that the files hold, of a version for which `has_row_digest`.
 
     Pixels are not part of it: sample ids stand for them, as the sha256 of the images before their metadata was removed.
     """
     manifest = version.manifest
-    if manifest["table_version"] != TABLE_VERSION:
-        return None
     stored = {*manifest["columns"]}
     columns = [name for name in ROW.names if name in stored | {*manifest.get("pixel_columns", ())}]
     tables = [DIGESTS.empty_table()]
@@ -53,10 +56,10 @@ def find_damage(version: Version) -> list[str]:
     if wrong := damaged_files(version):
         return [f"{name} is not what the manifest says" for name in wrong]
     try:
-        digest = content_digest(version)
+        is_intact = not has_row_digest(version) or content_digest(version) == version.manifest["digest"]
     except (StoreError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return [f"its rows cannot be read: {error}"]
-    return ["its rows are not those of its digest"] if digest not in (None, version.manifest["digest"]) else []
+    return [] if is_intact else ["its rows are not those of its digest"]
 
 
 def require_intact_files(version: Version) -> None:

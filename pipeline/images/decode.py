@@ -96,8 +96,10 @@ def open_image(data: bytes | memoryview) -> Iterator[Image.Image]:
                 yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
-    except (ImageError, MemoryError):
+    except ImageError:
         raise
+    except MemoryError:
+        raise ImageError("too_much_memory", "it takes more memory than there is to decode it") from None
     except UnidentifiedImageError:
         if is_heic(data) and not has_heif():
             raise ImageError("unsupported_format", "HEIC needs the package pillow-heif") from None
@@ -133,7 +135,7 @@ def _check_size(image: Image.Image) -> None:
 def _over_white(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgb = Image.new("RGB", image.size)
-        for top in range(0, image.height, BAND_PX):  # whole images of 50 megapixels would take 1.2 GB
+        for top in range(0, image.height, BAND_PX):  # an image of 50 megapixels takes 0.44 GB this way, not 0.8
             band = image.crop((0, top, image.width, min(top + BAND_PX, image.height))).convert("RGBA")
             rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
         return rgb

@@ -32,12 +32,12 @@ MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
 CPU_SECONDS = 30
 WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a machine may be busy
 MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
-_most_workers = 16
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 _LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
 T = TypeVar("T")
+_most_workers = 16  # `limit_workers` changes it
 log = logging.getLogger(__name__)
 
 

@@ -39,8 +39,6 @@ _KEEP = (
     "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens, checksum = excluded.checksum "
     "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')"  # types.UNANSWERED
 )
-
-
 _PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
 
 
@@ -128,9 +126,7 @@ class Journal:
             source.text_factory = _damaged_text
             if error := _format_error(source, path):
                 raise error
-            condition = "sample_id >= ? AND sample_id < ? OR style = 'blind'"
-            columns = _COLUMNS if _format_of(source) == FORMAT else _COLUMNS.replace("checksum", "NULL")
-            rows = source.execute(f"SELECT {columns} FROM replies WHERE {condition}", (first_id, behind_id))  # noqa: S608
+            rows = _read_replies(source, "WHERE sample_id >= ? AND sample_id < ? OR style = 'blind'", (first_id, behind_id))
             with self._db:
                 self._db.executemany(_KEEP, (_require_intact(path, row) for row in rows))
 

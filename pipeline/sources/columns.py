@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest, file_digest
+from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.sources.base import SourceSpec, check_samples
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
@@ -78,12 +78,14 @@ def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fa
     root = path.parent if path.is_file() else path
     names = [str(file.relative_to(root)) for file in paths]
     bound = None if follow_links or path.is_file() else root
+    digests = []
     try:
-        for file in paths:
-            open_regular(file, bound).close()
+        for name in names:
+            with open_regular(root / name, bound) as file:
+                digests += [[name, open_file_digest(file)]] if part == ALL else []
     except UnsafeFileError as error:
         raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
-    revision = digest([[name, file_digest(root / name)] for name in names]) if part == ALL else ""
+    revision = digest(digests) if part == ALL else ""
     return Tables(path.name, revision, UNKNOWN, group_by_split(names), lambda name: open_regular(root / name, bound), part=part)
 
 

@@ -5,7 +5,6 @@ a column `file_name`, as in the imagefolder format of `datasets`.
 """
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest
+from pipeline.digests import digest, open_file_digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, check_samples, first_names
@@ -221,7 +220,7 @@ def _row_name(path: Path, root: Path) -> str:
 def _digest(path: Path, bound: Path | None) -> str:
     try:
         with open_regular(path, bound, MAX_IMAGE_BYTES) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return open_file_digest(file)
     except (OSError, UnsafeFileError):
         return "unreadable"
 

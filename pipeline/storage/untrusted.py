@@ -12,9 +12,8 @@ from pathlib import Path
 from pipeline.errors import SynthError
 
 OUTSIDE, NOT_A_FILE, TOO_LARGE = "outside_folder", "not_a_file", "file_too_large"
-_FLAGS = (
-    os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-)  # a pipe must not be waited for
+# A pipe must not be waited for.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class UnsafeFileError(SynthError):
@@ -41,9 +40,8 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
-        if os.path.realpath(path) != real or not os.path.samestat(
-            status, Path(real).stat()
-        ):  # a folder of the path was replaced
+        # A folder of the path may have been replaced.
+        if os.path.realpath(path) != real or not os.path.samestat(status, Path(real).stat()):
             raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
         if max_bytes is not None and status.st_size > max_bytes:
             raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")

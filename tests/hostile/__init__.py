@@ -6,18 +6,39 @@
 import os
 import random
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 LONG = bool(os.environ.get("SYNTH_LONG"))
 T = TypeVar("T")
+Damage = Callable[[Path], object]  # of a folder
 
 
 def part_of(cases: Sequence[T], count: int) -> Sequence[T]:
     """Return all cases in a long run, else `count` of them, always the same."""
     return cases if LONG or len(cases) <= count else random.Random(7).sample(cases, count)
+
+
+def link(name: str, target: str) -> Damage:
+    """Return a damage that puts a link in place of a file."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return damage
+
+
+def pipe(name: str) -> Damage:
+    """Return a damage that puts a named pipe in place of a file."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
 
 
 def memory_bytes(name: str = "VmHWM") -> int:

@@ -15,14 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.hostile import Damage, link, pipe
 from tests.trainer.tiny_models import save_vit
 from trainer.checkpoint import Checkpoint
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
 from trainer.tokenizer import TargetText, train_tokenizer
-
-Damage = Callable[[Path], object]
 
 
 def config(change: Callable[[dict[str, Any]], Any]) -> Damage:
@@ -38,22 +37,6 @@ def config(change: Callable[[dict[str, Any]], Any]) -> Damage:
 
 def file(name: str, content: bytes) -> Damage:
     return lambda folder: (folder / name).write_bytes(content)
-
-
-def link(name: str, target: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(target)
-
-    return damage
-
-
-def pipe(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return damage
 
 
 class Runs:

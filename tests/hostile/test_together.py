@@ -95,7 +95,7 @@ def test_two_commands_at_once_end_well_or_say_that_the_other_is_there(
 
 def test_no_clock_decides_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("mine", "secret"):
+    for name in ("public", "secret"):
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.write_text("{}")

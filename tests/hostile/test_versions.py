@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 from pipeline.dataset.version import file_entry
+from tests.hostile import Damage, link, pipe
 from tests.hostile.vectors import ALL
 from tests.scene_data import make_version, scene_samples
-
-Damage = Callable[[Path], object]
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
@@ -69,22 +68,6 @@ def texts(text: str) -> Damage:
         return [[caption | {"text": text, "style": text} for caption in row] for row in table["captions"].to_pylist()]
 
     return column("captions", change)
-
-
-def link(name: str, target: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(target)
-
-    return damage
-
-
-def pipe(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return damage
 
 
 DEEP: Any = []

@@ -128,12 +128,28 @@ def test_a_manifest_of_a_stranger_decides_nothing_about_where_and_how(key: str, 
 def test_a_manifest_of_a_stranger_names_no_place(source: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no source given"):
         resolve(manifest_with(tmp_path, source=source))
-    assert resolve(manifest_with(tmp_path, source=source), source="folder:mine").source == "folder:mine"
+    assert resolve(manifest_with(tmp_path, source=source), source="folder:photos").source == "folder:photos"
 
 
 @pytest.mark.parametrize("source", ["scenes", "flickr30k", "hub:me/photos", "hub:me/photos@main", "flickr30k:me/copy"])
 def test_public_sources_of_a_manifest_are_taken(source: str, tmp_path: Path) -> None:
     assert resolve(manifest_with(tmp_path, source=source)).source == source
+
+
+@pytest.mark.parametrize("kept", [{"model": "tiny"}, {"model": None}, {}])
+def test_a_folder_with_the_name_of_the_tiny_model_changes_nothing(
+    kept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve(manifest_with(tmp_path, **kept)).model == resolve(source="scenes", **kept).model
+
+
+def test_a_model_of_a_manifest_that_is_a_path_here_is_given_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert resolve(manifest_with(tmp_path, model="me/model")).model == "me/model"
+    monkeypatch.chdir(tmp_path)
+    assert resolve(manifest_with(tmp_path, model="me/model")).model == resolve(manifest_with(tmp_path)).model
 
 
 @pytest.mark.parametrize(
@@ -158,5 +174,5 @@ def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) 
 
 
 def test_a_split_list_that_is_named_again_is_used(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.json"
-    assert resolve(manifest_with(tmp_path, split_list="d" * 64), split_list=mine).split_list == mine
+    split_list = tmp_path / "splits.json"
+    assert resolve(manifest_with(tmp_path, split_list="d" * 64), split_list=split_list).split_list == split_list

@@ -89,9 +89,9 @@ def test_a_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: p
 
 def test_a_planted_link_in_place_of_the_lock_is_an_error_and_its_target_stays_as_it_is(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
-    victim.write_text("mine")
+    victim.write_text("private")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / ".lock").symlink_to(victim)
     with pytest.raises(StoreError, match="is a link"), DatasetDir(tmp_path / "data").lock():
         pass
-    assert victim.read_text() == "mine"
+    assert victim.read_text() == "private"

@@ -177,10 +177,10 @@ print(type(result).__name__)
 def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     monkeypatch.setenv("SYNTH_API_KEY", "SECRET")
-    told = "raise isolation.ImageError('told', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
-    patch(monkeypatch, told)
+    answer = "raise isolation.ImageError('answered', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
+    patch(monkeypatch, answer)
     (result,) = check(b"EVIL")
-    assert (reason(result), str(result)) == ("told", "nothing")
+    assert (reason(result), str(result)) == ("answered", "nothing")
     isolation._pool().close()
     isolation._pool.cache_clear()
     patch(monkeypatch, f"open({str(tmp_path / 'file')!r}, 'w').write('x')")

@@ -256,13 +256,13 @@ input()
         assert other.stdout
         folder = Path(other.stdout.readline().strip())
         assert folder.stat().st_mode & 0o777 == 0o700
-        mine = vllm_server.make_media_folder()
+        living = vllm_server.make_media_folder()
         assert folder.exists()  # whatever its process id is called in here
         other.kill()
         other.wait()
-    assert vllm_server.make_media_folder().parent == mine.parent
+    assert vllm_server.make_media_folder().parent == living.parent
     assert not folder.exists()
-    assert mine.exists()
+    assert living.exists()
 
 
 def test_a_folder_that_another_user_may_have_made_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path:
     port = vllm_server.free_ports(1)[0]
     command = replace(stub(tmp_path, "import time; time.sleep(60)"), port=port)
     thief = [sys.executable, "-c", THIEF, "--port", str(port)]
-    with (tmp_path / "heard").open("w") as heard, subprocess.Popen(thief, stdout=heard) as process:
+    with (tmp_path / "requests").open("w") as requests, subprocess.Popen(thief, stdout=requests) as process:
         try:
 
             async def start() -> None:
@@ -296,7 +296,7 @@ def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path:
                 asyncio.run(start())
         finally:
             process.kill()
-    text = (tmp_path / "heard").read_text()
+    text = (tmp_path / "requests").read_text()
     assert "/health" in text
     assert command.api_key not in text
     assert "Authorization" not in text
@@ -306,7 +306,7 @@ def test_the_log_of_a_server_is_for_its_user_alone_and_is_not_written_through_a_
     with vllm_server.open_log(tmp_path / "vllm.log") as log:
         log.write(b"x")
     assert (tmp_path / "vllm.log").stat().st_mode & 0o777 == 0o600
-    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "victim").write_text("private")
     (tmp_path / "link.log").symlink_to("victim")
     with pytest.raises(OSError, match="symbolic"):
         vllm_server.open_log(tmp_path / "link.log")

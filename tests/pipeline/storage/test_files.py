@@ -32,12 +32,12 @@ def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
 
 def test_a_planted_link_in_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
-    victim.write_text("mine")
+    victim.write_text("private")
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / ".report.html.tmp").symlink_to(victim)
     (folder / "report.html").symlink_to(victim)
     files.write_text(folder / "report.html", "a page")
-    assert victim.read_text() == "mine"
+    assert victim.read_text() == "private"
     assert not (folder / "report.html").is_symlink()
     assert (folder / "report.html").read_text() == "a page"

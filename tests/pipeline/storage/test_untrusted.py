@@ -98,7 +98,7 @@ def test_a_file_that_grows_while_it_is_read_stays_bounded(tmp_path: Path) -> Non
 
 def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "root" / "inner").mkdir(parents=True)
-    (tmp_path / "root" / "inner" / "file").write_text("mine")
+    (tmp_path / "root" / "inner" / "file").write_text("private")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").write_text("secret")
     real_open = os.open
