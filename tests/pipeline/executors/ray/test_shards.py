@@ -17,12 +17,6 @@ from pipeline.tasks.prompts import template
 from tests.stage_runs import plan_of
 
 
-@pytest.fixture(autouse=True)
-def changes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change back to the working directory after each test: a worker changes to that of its command."""
-    monkeypatch.chdir(Path.cwd())
-
-
 def run_in(folder: Path, shards: int) -> ShardedRun:
     plan = plan_of(folder)
     return ShardedRun(plan, folder, shards, 1, "embedded", "s", digest(named_files(plan.config)), "inputs")
