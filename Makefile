@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo 'make demo    set up, then generate, push to a loopback Hub, load back, train, score and report'
 	@echo 'make test    set up, then lint, type-check and test'
-	@echo 'make test-long  run all attacks of tests/hostile, of which make test runs a part (about half an hour)'
+	@echo 'make test-long  run all sweeps and kills, of which make test runs a part (about an hour)'
 	@echo 'make resolve resolve all dependencies beside vLLM for Python 3.11 to 3.13, oldest and newest'
 	@echo 'make format  rewrite the code in the one format'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
@@ -24,9 +24,9 @@ test: .stamps/venv .stamps/vllm .stamps/browser
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
-# The full sweeps of tests/hostile, of which `test` runs a part.
+# The full sweeps of tests/hostile and tests/whole, of which `test` runs a part.
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/corpora
-	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile
+	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile tests/whole
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
 resolve: .stamps/venv

@@ -19,6 +19,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.vllm_launch import plan_vllm_command
+from tests.hostile import LONG
 from tests.scene_data import scene_samples, score_annotations
 from tests.vllm_flags import parse_with
 from tests.whole.conftest import SYNTH, restore_sigint
@@ -234,6 +235,7 @@ def shard_replies(folder: Path) -> int:
     return sum(replies(shard) for shard in (folder / "shards").glob("[0-9]*"))
 
 
+@pytest.mark.skipif(not LONG, reason="two more starts of vLLM take two minutes: make test-long")
 def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goes_on(served: str, tmp_path: Path) -> None:
     """Takes two starts of vLLM; the last part uses a server that is already running."""
     folder, scenes = tmp_path / "d", 256
