@@ -145,8 +145,8 @@ class FilterConfig(Section):
     max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
     min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
     language: Annotated[str, Field(pattern=LANGUAGE)] | None = "en"  # ISO 639; None: any
-    min_language_score: float = Field(default=0.8, ge=0, le=1)  # confidence of the detector that rejects another language
-    max_non_latin_frac: float = Field(default=0.1, ge=0, le=1)  # share of non-Latin letters, if the language is Latin
+    min_language_score: float = Field(default=0.6, ge=0, le=1)  # confidence of the detector that rejects another language
+    max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)  # of letters outside of quotes, if the language is Latin
 
 
 Check = Literal["round_trip", "claims", "blind", "evidence", "alignment"]
@@ -186,7 +186,7 @@ class BalanceConfig(Section):
     max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also of two other answers
     min_questions_per_type: int = Field(default=50, ge=1)  # rarer types are balanced together
     tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p for captions, such as 0.06; None: all are kept
-    entries: Path | None = None  # a file of entries to balance captions over; None: WordNet's names
+    entries: Path | None = None  # a file of entries to balance captions over; None: all words of the captions
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""

@@ -46,7 +46,8 @@ def generate_dataset(
         hint = f"{did_you_mean(start, ORDER)} stages in order: {', '.join(ORDER)}".strip()
         raise ConfigError(f"unknown stage: {start}", hint=hint)
     check_prompts(config)
-    balance.read_entries(config.balance.entries)
+    if config.balance.entries:
+        balance.read_entries(config.balance.entries)
     with translate_disk_errors(dataset.path):
         refuse_other_settings(dataset, config, start)
     if cluster is not None:

@@ -111,6 +111,7 @@ EXCLUSIONS = pa.schema(
     [
         *fields(STRING, "name", "image_id", nullable=False),  # the name is SOURCE#SPLIT
         pa.field("pdq_hash", pa.binary(), nullable=False),
+        pa.field("crop_hashes", pa.list_(pa.binary())),  # of the middle of the image, as models cut it out
         pa.field("texts", pa.list_(STRING), nullable=False),
     ]
 )

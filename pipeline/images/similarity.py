@@ -1,8 +1,9 @@
 """Near-duplicate images: choose which to keep, and group those that must be in the same split.
 
 Images are compared by their PDQ hashes (images/decode.py). Photos at most 20 of 256 bits apart are copies of one photo; up to
-48 bits, one may be a crop of the other. Slides and charts are never rejected as copies: two that differ in one number look the
-same.
+70 bits, one may be a crop of the other, or have a frame: distinct photos are 88 or more apart (docs/experiments/real-text.md).
+A mirrored photo is near, and no copy. Slides and charts are never rejected as copies: two that differ in one number look the
+same, and a mirrored one is another.
 """
 
 import os
@@ -19,8 +20,12 @@ from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]
 MAX_COPY_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/experiments/curation.md)
-MAX_NEAR_BITS: dict[str, int] = {"photos": 48, "graphics": 31}  # different slides of one template are 42 apart or more
+MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
+# PDQ's bits say which of 16 x 16 coefficients of a cosine transform are above their median, which is near 0. Mirroring an image
+# negates those of the odd columns, and so turns these bits: of 29 photos, at most 20 bits were other than that.
+MIRRORED_BITS = np.uint64(0x5555_5555_5555_5555)
 COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that are compared
+HASH_BITS = 256
 BLOCK_HASHES = 256  # rows of one block of distances
 
 NearPair = tuple[int, int, int]  # indices of two pages among those with a hash, and their distance in bits
@@ -64,7 +69,7 @@ def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iter
     hashes = as_hashes([pdq_hash for _, pdq_hash in owned])
     pages = [len(of_sample) for of_sample in pdq_hashes]
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
-    for p, q, bits in near_hashes(hashes, MAX_NEAR_BITS[kind]):
+    for p, q, bits in near_hashes(hashes, kind):
         a, b = owned[p][0], owned[q][0]
         if a != b:
             for of_sample, page in zip(closest[a, b], (p, q), strict=True):
@@ -75,17 +80,31 @@ def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iter
             yield a, b, distances[len(distances) // 2]
 
 
-def near_hashes(hashes: Hashes, most_bits: int) -> Iterator[NearPair]:
-    """Yield (row, later row, bits apart) of all hashes at most `most_bits` apart. All cores compare all pairs."""
+def near_hashes(hashes: Hashes, kind: ImageKind) -> Iterator[NearPair]:
+    """Yield (row, later row, bits apart) of all hashes that are near. All cores compare all pairs."""
 
     def compare_block(start: int) -> list[NearPair]:
-        distances = hamming_distances(hashes[start : start + BLOCK_HASHES], hashes[start:])
-        pairs = np.argwhere(distances <= most_bits).tolist()
+        distances = image_distances(hashes[start : start + BLOCK_HASHES], hashes[start:], kind)
+        pairs = np.argwhere(distances <= MAX_NEAR_BITS[kind]).tolist()
         return [(start + i, start + j, int(distances[i, j])) for i, j in pairs if j > i]
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for pairs in pool.map(compare_block, range(0, len(hashes), BLOCK_HASHES)):
             yield from pairs
+
+
+def image_distances(rows: Hashes, columns: Hashes, kind: ImageKind) -> npt.NDArray[np.uint16]:
+    """Return the bits apart of each pair, [len(rows), len(columns)]; of photos, of their mirror images where that is less.
+
+    A mirrored photo is never a copy: it is more than MAX_COPY_BITS apart.
+    """
+    if kind != "photos":
+        return hamming_distances(rows, columns)
+    turned = hamming_distances(rows & MIRRORED_BITS, columns & MIRRORED_BITS)
+    others = hamming_distances(rows & ~MIRRORED_BITS, columns & ~MIRRORED_BITS)
+    mirrored = others + (HASH_BITS // 2 - turned)
+    distances: npt.NDArray[np.uint16] = np.minimum(others + turned, np.maximum(mirrored, MAX_COPY_BITS + 1))
+    return distances
 
 
 def hamming_distances(rows: Hashes, columns: Hashes) -> npt.NDArray[np.uint16]:

@@ -1,6 +1,7 @@
 """Decontamination: find images and texts of other data sets, such as the test set of a benchmark.
 
-Images are matched by their bytes or by their PDQ hashes. An equal text about another image is not a leak by itself, and is only
+Images are matched by their bytes or by their PDQ hashes: those of the whole image and of its middle square, as models cut it
+out, mirrored or not. An equal text about another image is not a leak by itself, and is only
 marked: "A man rides a bike." is true of many images.
 """
 
@@ -12,24 +13,46 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.images.decode import image_id
-from pipeline.images.similarity import MAX_NEAR_BITS, Hashes, as_hashes, hamming_distances
+from pipeline.errors import ImageError
+from pipeline.images.decode import image_id, pdq_hash, prepare_image
+from pipeline.images.similarity import MAX_NEAR_BITS, Hashes, ImageKind, as_hashes, image_distances
 from pipeline.text.content_keys import content_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Sample
 
 NGRAM_WORDS = 5  # words in a row
 MIN_WORDS = 8  # shorter texts are compared as a whole only
-MIN_SHARE = 0.7  # of a text's n-grams, to count as repeated
+MIN_SHARE = 0.7  # of the n-grams of the shorter text, to count as repeated
+CROPS = (1.0, 224 / 256)  # of the shorter side: the middle square, and what is left of it after the usual crop
 
 
 def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
     """Yield one row (tables.EXCLUSIONS) for each image of a data set; the row of a deck's first page holds its texts."""
     for sample in samples:
+        is_photo = len(sample.images) == 1
         texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
         for n, image in enumerate(sample.images):
-            pdq_hash = sample.pdq_hashes[n] if sample.pdq_hashes else b""
-            yield {"name": name, "image_id": image_id(image), "pdq_hash": pdq_hash, "texts": texts if n == 0 else []}
+            yield {
+                "name": name,
+                "image_id": image_id(image),
+                "pdq_hash": sample.pdq_hashes[n] if sample.pdq_hashes else b"",
+                "crop_hashes": _crop_hashes(image) if is_photo and sample.pdq_hashes else [],
+                "texts": texts if n == 0 else [],
+            }
+
+
+def _crop_hashes(data: bytes) -> list[bytes]:
+    """Return the PDQ hashes of the middle of an image; none where it has too little detail, or can no longer be decoded."""
+    try:
+        image = prepare_image(data)
+    except ImageError:
+        return []
+    hashes = []
+    for share in CROPS:
+        side = round(min(image.size) * share)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        hashes.append(pdq_hash(image.crop((left, top, left + side, top + side))))
+    return [one for one in hashes if one]
 
 
 @dataclass(slots=True)
@@ -39,16 +62,20 @@ class ExclusionIndex:
     ids: dict[str, str] = field(default_factory=dict)  # sha256 of an image -> the data set that holds it
     hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
     names: list[str] = field(default_factory=list)  # of the data set of each hash
-    near_bits: int = 0
+    kind: ImageKind | None = None  # of the images to look up
 
     @classmethod
-    def of(cls, table: pa.Table, kind: str | None) -> "ExclusionIndex":
-        """Index the images of a table. `kind` (similarity.ImageKind) is that of the images to look up; None: by bytes only."""
-        rows = table.select(["name", "image_id", "pdq_hash"]).to_pylist()
-        hashed_rows = [row for row in rows if row["pdq_hash"] and kind]
-        hashes = as_hashes([row["pdq_hash"] for row in hashed_rows])
-        names = [row["name"] for row in hashed_rows]
-        return cls({row["image_id"]: row["name"] for row in rows}, hashes, names, MAX_NEAR_BITS.get(kind or "", 0))
+    def of(cls, table: pa.Table, kind: ImageKind | None) -> "ExclusionIndex":
+        """Index the images of a table. `kind` is that of the images to look up; None: by bytes only."""
+        rows = table.drop_columns(["texts"]).to_pylist()
+        hashed = [
+            (one, row["name"])
+            for row in rows
+            for one in (row["pdq_hash"], *((row.get("crop_hashes") or ()) if kind == "photos" else ()))
+            if one and kind
+        ]
+        hashes = as_hashes([one for one, _ in hashed])
+        return cls({row["image_id"]: row["name"] for row in rows}, hashes, [name for _, name in hashed], kind)
 
     def find(self, sample: Sample) -> str | None:
         """Return the data set that has an image of this sample or a near-duplicate of it; None if no data set has."""
@@ -56,9 +83,9 @@ class ExclusionIndex:
             if name := self.ids.get(image_id(image)):
                 return name
         pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
-        if not pdq_hashes or not len(self.hashes):
+        if not pdq_hashes or self.kind is None or not len(self.hashes):
             return None
-        near = np.argwhere(hamming_distances(as_hashes(pdq_hashes), self.hashes) <= self.near_bits)
+        near = np.argwhere(image_distances(as_hashes(pdq_hashes), self.hashes, self.kind) <= MAX_NEAR_BITS[self.kind])
         return self.names[int(near[0][1])] if len(near) else None
 
 
@@ -67,6 +94,7 @@ class TextIndex:
     """Texts that must not be trained on (tables.EXCLUSIONS), by content words and by 5-grams of words."""
 
     names: list[str] = field(default_factory=list)  # the data set of each text
+    ngram_counts: list[int] = field(default_factory=list)  # of each text
     whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> data set
     ngrams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # 5-gram -> indices into `names`
 
@@ -77,21 +105,26 @@ class TextIndex:
         for row in table.select(["name", "texts"]).to_pylist():
             for text in row["texts"]:
                 index.whole.setdefault(content_words(text), row["name"])
-                for gram in _ngrams(text):
+                ngrams = _ngrams(text) if len(words_of(text)) >= MIN_WORDS else set()
+                for gram in ngrams:
                     index.ngrams[gram].add(len(index.names))
                 index.names.append(row["name"])
+                index.ngram_counts.append(len(ngrams))
         return index
 
     def find(self, text: str) -> str | None:
-        """Return the data set that has a text: equal content words, or at least MIN_SHARE of its 5-grams; else None."""
+        """Return the data set that has a text, or a part of it, or has it as a part; else None.
+
+        Two texts are equal by their content words, or share MIN_SHARE of the 5-grams of the shorter one.
+        """
         if (words := content_words(text)) and words in self.whole:
             return self.whole[words]
         if len(words_of(text)) < MIN_WORDS:
             return None
         ngrams = _ngrams(text)
         shared = Counter(n for gram in ngrams for n in self.ngrams.get(gram, ()))
-        best = min(shared.items(), key=lambda item: (-item[1], item[0]), default=None)
-        return self.names[best[0]] if best and best[1] >= MIN_SHARE * len(ngrams) else None
+        repeated = [n for n, count in shared.items() if count >= MIN_SHARE * min(len(ngrams), self.ngram_counts[n])]
+        return self.names[min(repeated)] if repeated else None
 
 
 def _ngrams(text: str) -> set[tuple[str, ...]]:

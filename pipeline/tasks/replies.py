@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.digests import digest
 from pipeline.tasks import find_broken_rule, find_task
+from pipeline.tasks.base import Task
 from pipeline.text.refusals import is_declined
 from pipeline.types import Reply, Request
 
@@ -52,7 +53,12 @@ def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
         return [({}, "not_json")]
     definition = find_task(task)
     rows = definition.rows_of(value) or [None]
-    return [(definition.columns_of(row), _unusable(row)) if _is_readable(row) else ({}, "off_schema") for row in rows]
+    return [_row(definition, row) if _is_readable(row) else ({}, "off_schema") for row in rows]
+
+
+def _row(task: Task, row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    tidy = task.tidy_row(row)
+    return task.columns_of(tidy), _unusable(tidy)
 
 
 def _unusable(item: dict[str, Any]) -> str | None:

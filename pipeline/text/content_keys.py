@@ -11,12 +11,19 @@ import pyarrow.compute as pc
 from pipeline.text.normalize import _OPENINGS, Indices, strip_opening, text_key, words_of
 
 # Words that carry no fact. Prepositions do, and so does "is": "the ring is red, the star blue" is not "a blue ring, red star".
+# Before a verb it does not: "a man is running", "a man running". "There" is a fact in a question alone: "Is there a window?",
+# "Is this a window?".
 _INTENSIFIERS = ("very", "really", "quite", "just", "also", "indeed", "clearly", "simply")
 _POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here", "some", "it", "its", "and", "while", "with")
 _EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS, "there's"))
 _IS = ("is", "are", "was", "were")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_NOTHING, _THERE, _BE = 1, 2, 3  # how `_content_words` treats a word
+_NO_VERBS_IN_ING = """
+thing something nothing anything everything king ring string wing spring building ceiling morning evening clothing wedding
+painting
+"""
+_NO_VERBS = frozenset(_NO_VERBS_IN_ING.split())
+_NOTHING, _THERE, _BE, _ING = 1, 2, 3, 4  # how `_content_words` treats a word
 _KINDS = {"": _NOTHING} | dict.fromkeys(_EMPTY, _NOTHING) | dict.fromkeys(_IS, _BE) | {"there": _THERE}
 _LETTERS = np.array([bool(re.match(r"\w", chr(code))) for code in range(128)])
 _OPENS = f"^(?:{_OPENINGS.pattern})"
@@ -26,10 +33,17 @@ _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
     words = words_of(strip_opening(text))
-    if "there" in words:
-        words = [word for previous, word in zip(("", *words), words, strict=False) if previous != "there" or word not in _IS]
-    words = [word for word in words if word not in _EMPTY]
-    return tuple(words) if _AS_DIGITS.keys().isdisjoint(words) else tuple(_AS_DIGITS.get(word, word) for word in words)
+    asks_whether = words[:1] and words[0] in _IS and words[1:2] == ["there"]
+    kept = [
+        _AS_DIGITS.get(word, word)
+        for previous, word, following in zip(("", *words), words, (*words[1:], ""), strict=False)
+        if word not in _EMPTY and not (word in _IS and (previous == "there" or _is_verb(following)))
+    ]
+    return (kept[0], "there", *kept[1:]) if asks_whether else tuple(kept)
+
+
+def _is_verb(word: str) -> bool:
+    return word.endswith("ing") and word not in _NO_VERBS
 
 
 def content_key(text: str) -> str:
@@ -102,9 +116,13 @@ def _content_words(texts: pa.Array) -> _WordArrays:
     distinct = encoded.dictionary.to_pylist() or [""]
     vocabulary, number_of = np.unique([_AS_DIGITS.get(word, word) for word in distinct], return_inverse=True)
     token = encoded.indices.to_numpy()
-    kind = np.array([_KINDS.get(word, 0) for word in distinct], np.int8)[token]
-    after_there = np.r_[False, (kind[:-1] == _THERE) & (text[1:] == text[:-1])][: len(token)]
-    is_kept = (kind == 0) | ((kind == _BE) & ~after_there)
+    kind = np.array([_KINDS.get(word, _ING if _is_verb(word) else 0) for word in distinct], np.int8)[token]
+    same_text = text[1:] == text[:-1]
+    after_there = np.r_[False, (kind[:-1] == _THERE) & same_text][: len(token)]
+    before_verb = np.r_[(kind[1:] == _ING) & same_text, False][: len(token)]
+    is_first = np.r_[True, ~same_text][: len(token)]
+    asks_whether = np.r_[False, is_first[:-1] & (kind[:-1] == _BE) & same_text][: len(token)] & (kind == _THERE)
+    is_kept = (kind == 0) | (kind == _ING) | ((kind == _BE) & ~after_there & ~before_verb) | asks_whether
     text = text[is_kept]
     offsets = np.r_[0, np.cumsum(np.bincount(text, minlength=len(texts)))]
     return _WordArrays(vocabulary.tolist(), number_of[token[is_kept]], text, offsets, plain.to_numpy(zero_copy_only=False))

@@ -1,11 +1,12 @@
-"""Normalize texts: their words, openings without content, and a key that ignores case, punctuation and spacing.
+"""Normalize texts: their white space, words, openings without content, and a key that ignores case, punctuation and spacing.
 
 Texts are never compared by similarity: two captions that differ in one decisive word (red, two, left) are nearly the same
 string and say different things. Only their content words in order are compared (content_keys.py).
 """
 
+import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 Indices = npt.NDArray[np.int64]
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
+_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")  # spaces without width, marks of direction, soft hyphens
 _NOISE = re.compile(r"[\W_]+")
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
@@ -24,6 +26,18 @@ _OPENINGS = re.compile(
     r"|(?:we|you|one) can see\s+)+",
     re.IGNORECASE,
 )
+
+
+def tidy(text: str) -> str:
+    """Return a text on one line: each run of white space is one space, entities of HTML are their characters."""
+    if not text.isascii():
+        text = _INVISIBLE.sub("", text)
+    return " ".join((html.unescape(text) if "&" in text else text).split())
+
+
+def contains_any(text: str, parts: Iterable[str]) -> bool:
+    """Return True if a text contains one of some parts: a search before a search by a slow pattern."""
+    return any(map(text.__contains__, parts))
 
 
 def words_of(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.text.normalize import Indices
 from pipeline.text.wordnet import dictionary_words
 
@@ -18,15 +19,6 @@ BATCH = 10_000  # keys processed at once, to bound memory
 # Endings by which two words of the dictionary may differ; such a difference is never a misspelling.
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 MIN_MISSPELLED_LETTERS = 4
-# WordNet has nouns, verbs, adjectives and adverbs; these words are known as well.
-_FUNCTION_WORDS = """
-about above across after against along alongside although among amongst around because before behind below beneath beside
-besides between beyond both could during each either every except from hers herself himself into itself like might mine must
-near neither onto opposite ours outside over past shall should since such than that their theirs them themselves then these
-they this those though through throughout toward towards under underneath unless until unto upon versus what when where
-whereas whether which while whom whose with within without would your yours
-"""
-_KNOWN_BESIDES = frozenset(_FUNCTION_WORDS.split())
 
 
 def merge_misspelled(keys: pa.Array) -> dict[str, str]:
@@ -119,7 +111,7 @@ def _variants(word: str) -> set[str]:
 
 def is_unknown(word: str) -> bool:
     """Return True if a word is not in the dictionary and long enough to be a misspelling."""
-    return _may_be_misspelled(word) and not _is_known(word)
+    return _may_be_misspelled(word) and not is_known(word)
 
 
 def equal_but_for_spelling(key: str, other: str) -> bool:
@@ -142,7 +134,7 @@ def _differs_by_spelling(words: list[str], other_words: list[str]) -> bool:
     if len(differing) != 1:
         return False
     ((a, b),) = differing
-    return _may_be_misspelled(a) and _may_be_misspelled(b) and one_edit_apart(a, b) and _is_known(a) != _is_known(b)
+    return _may_be_misspelled(a) and _may_be_misspelled(b) and one_edit_apart(a, b) and is_known(a) != is_known(b)
 
 
 def _may_be_misspelled(word: str) -> bool:
@@ -150,10 +142,10 @@ def _may_be_misspelled(word: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 17)
-def _is_known(word: str) -> bool:
+def is_known(word: str) -> bool:
     """Return True if WordNet has the word, or the word that it is a form of."""
     dictionary = dictionary_words()
-    if word in dictionary or word in _KNOWN_BESIDES:
+    if word in dictionary or word in FUNCTION_WORDS or (word.endswith("men") and f"{word[:-2]}an" in dictionary):
         return True
     stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
     return any(not dictionary.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)

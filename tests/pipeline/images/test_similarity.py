@@ -17,6 +17,7 @@ from pipeline.images.similarity import (
     as_hashes,
     compare_samples,
     hamming_distances,
+    image_distances,
     near_hashes,
 )
 
@@ -171,7 +172,19 @@ def test_every_pair_within_reach_is_found_across_blocks() -> None:
         hashes[BLOCK_HASHES + bits] = hashes[bits]
         for bit in range(bits):
             hashes[BLOCK_HASHES + bits, bit % 4] ^= np.uint64(1 << (7 * bit))
-    assert sorted(near_hashes(hashes, 8)) == [(bits, BLOCK_HASHES + bits, bits) for bits in range(9)]
+    assert sorted(near_hashes(hashes, "graphics")) == [(bits, BLOCK_HASHES + bits, bits) for bits in range(9)]
+
+
+def test_a_mirrored_photo_is_near_and_no_copy(photos: list[Image.Image]) -> None:
+    mirrored = [ImageOps.mirror(image) for image in photos]
+    hashes, others = (as_hashes([pdq_hash(image) for image in images]) for images in (photos, mirrored))
+    bits = image_distances(hashes, others, "photos")
+    assert bits.diagonal().max() <= MAX_NEAR_BITS["photos"] and bits.min() > MAX_COPY_BITS
+    assert bits[~np.eye(COUNT, dtype=bool)].min() > MAX_NEAR_BITS["photos"]
+    assert (image_distances(hashes, others, "graphics").diagonal() > MAX_NEAR_BITS["graphics"]).all()
+    rows: list[dict[str, Any]] = [{"pdq_hashes": hashes_of(photos[0])}, {"pdq_hashes": hashes_of(mirrored[0])}]
+    groups = compare_samples(samples(*rows), "photos").to_pydict()
+    assert (groups["image_group"], groups["image_reason"]) == (["s0", "s0"], [None, None])
 
 
 def test_what_has_gone_keeps_nothing_else_from_staying() -> None:

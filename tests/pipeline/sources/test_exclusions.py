@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.images.decode import check_image, image_id
 from pipeline.sources.exclusions import ExclusionIndex, TextIndex, exclusion_rows
@@ -46,6 +46,23 @@ def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
     assert index.find(sample(stored_again(photo(2)))) == "x#test"
     assert index.find(sample(cropped(photo(2)))) == "x#test"
     assert index.find(sample(photo(3))) is None
+
+
+@pytest.mark.parametrize("share", [1.0, 224 / 256])
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_the_middle_of_an_image_is_known_as_models_cut_it_out(share: float, *, is_mirrored: bool) -> None:
+    index = ExclusionIndex.of(exclusion_table(sample(photo(1)), sample(photo(2))), "photos")
+    image = photo(2)
+    side = round(min(image.size) * share)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    middle = image.crop((left, top, left + side, top + side)).resize((224, 224))
+    assert index.find(sample(ImageOps.mirror(middle) if is_mirrored else middle)) == "x#test"
+    assert index.find(sample(photo(3).crop((40, 0, 280, 240)))) is None
+
+
+def test_exclusions_that_an_earlier_release_wrote_have_no_crops() -> None:
+    table = exclusion_table(sample(photo(1))).drop_columns(["crop_hashes"])
+    assert ExclusionIndex.of(table, "photos").find(sample(photo(1))) == "x#test"
 
 
 def test_by_bytes_alone_another_file_is_another_image() -> None:
@@ -112,6 +129,19 @@ def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
         names = contaminated(changed, table)
         assert sum(name == "x#test" for name in names) >= 0.99 * len(changed), kind
     assert sum(name is not None for name in contaminated(clean, table)) <= 0.002 * len(clean)
+
+
+def test_a_text_inside_a_longer_one_is_found_and_so_is_a_longer_one() -> None:
+    short, sentence = (
+        "A painter leans against the marble fountain at dawn.",
+        "Two sleeping cats lie beside a rusted gate in the sun.",
+    )
+    table = pa.Table.from_pylist([{"name": "x", "image_id": "i", "look": b"", "texts": [short]}], schema=EXCLUSIONS)
+    assert contaminated([f"{sentence} {short} {sentence}", sentence], table) == ["x", None]
+    table = pa.Table.from_pylist(
+        [{"name": "x", "image_id": "i", "look": b"", "texts": [f"{sentence} {short}"]}], schema=EXCLUSIONS
+    )
+    assert contaminated([short], table) == ["x"]
 
 
 def test_without_exclusions_nothing_is_marked() -> None:

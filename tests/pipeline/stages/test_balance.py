@@ -247,6 +247,17 @@ def test_two_chances_are_the_union_of_both() -> None:
     assert keep_probability([], 5) == 1.0
 
 
+def test_without_a_list_a_caption_is_kept_for_its_rarest_word_in_whatever_form() -> None:
+    common = [
+        f"Two men are walking with a w{number} in the park." for number in range(100) for _ in range(1000 // (number + 1))
+    ]
+    rare = ["A waterskier performs tricks.", "Runners competing in the Olympics.", "Elephants carrying their handlers."]
+    kept = balance_rows(captions(*common, *rare), tail_frac=0.06)
+    assert set(rare) <= {row["clean_text"] for row in kept}
+    assert len(kept) < 0.6 * len(common)
+    assert {row["keep_probability"] for row in kept if row["clean_text"] in rare} == {1.0}
+
+
 def test_captions_are_left_alone_unless_it_is_asked_for(zipf: pa.Table) -> None:
     assert len(balance_rows(zipf)) == zipf.num_rows
 

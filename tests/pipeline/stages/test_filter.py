@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import FilterConfig
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import ASK, STYLES, caption
-from pipeline.stages.filter import RULES, filter_annotations
+from pipeline.stages.filter import RULES, filter_annotations, own_prompt_grams
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("annotation_id", "text", "question", "answer")])
 GOOD = "A red kite over a grey harbour."
@@ -23,7 +23,8 @@ def table(*rows: str | tuple[str, str]) -> pa.Table:
 
 
 def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
-    marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings))["reason"].to_pylist()
+    grams = own_prompt_grams(("caption", "qa"))
+    marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings), grams)["reason"].to_pylist()
     return marked
 
 
@@ -64,6 +65,23 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What is shown in the image above?", "a kite"), "speaks_of_elsewhere"),
         ("The kite that was mentioned above flies over a harbour.", "speaks_of_elsewhere"),
         ("A kite flies above the picture frame of a harbour", None),
+        (("What is on the sign, according to the text on it?", "a price"), None),
+        (("What is said according to the text?", "a price"), "speaks_of_elsewhere"),
+        ("Caption: A kite flies over a harbour.", "label"),
+        (("What flies?", "Answer: a kite"), "label"),
+        ("Your caption here", "placeholder"),
+        ("Names the main things in view of a harbour", "prompt_echo"),
+        (("Which number does one call?", "617-497-4111"), "personal_answer"),
+        (("Which number does one call?", "617-497-4111 or nobody"), None),
+        ("A kite flies over the grey harbour and the", "cut_off"),
+        ("The image shows a photo of several objects and things.", "too_general"),
+        (("What flies? Is it red?", "a kite"), "no_single_question"),
+        ("A kite flies over a bay. It is a red one. A kite flies over a bay.", "repetitive"),
+        ("A cat on a mat, a cat in a hat, a cat by a door, a cat on a bed, a cat in a car, a cat at a bar.", "repetitive"),
+        ("A red cat on a mat, a cat in a hat, a dog by a door, a cow on a bed, a cat in a car, a pig at a bar.", None),
+        ("A man holds a 伞 over the harbour.", "other_language"),
+        ("A man holds a sign that says '出口' in red.", None),
+        (("What color is the kite?", "棕色"), "other_language"),
     ],
 )
 def test_a_fault_has_its_reason_and_a_clean_row_has_none(row: str | tuple[str, str], reason: str | None) -> None:

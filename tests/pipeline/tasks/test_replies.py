@@ -1,5 +1,6 @@
 """Parsing: a reply becomes annotation rows, and an unreadable reply becomes one row with its error."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,20 @@ def reply(text: str) -> Reply:
 def test_a_caption_is_one_row() -> None:
     (row,) = parse_reply(BRIEF, reply('{"caption":"A \\"red\\" ring."}'))
     assert (row["text"], row["task"], row["style"], row["reply_error"]) == ('A "red" ring.', "caption", "brief", None)
+
+
+def test_a_caption_on_two_lines_is_one_on_one_line() -> None:
+    (row,) = parse_reply(BRIEF, reply('{"caption":" A red ring.\\n\\nIt is big. "}'))
+    assert row["text"] == "A red ring. It is big."
+    (row,) = parse_reply(BRIEF, reply('{"caption":"A red ring.\\nQuestion 1: What is red?"}'))
+    assert row["text"] == "A red ring."
+
+
+@pytest.mark.parametrize("said", ["Yes.", "YES", "yes ", "yes", " yes!"])
+def test_an_answer_of_yes_is_the_word_alone(said: str) -> None:
+    (row,) = parse_reply(QA, reply(json.dumps({"qa": [{"answer_type": "yes/no", "question": "Is it? ", "answer": said}]})))
+    assert (row["question"], row["answer"]) == ("Is it?", "yes")
+    assert find_flaw(QA, reply(json.dumps({"qa": [{"answer_type": "yes/no", "question": "Is it?\n", "answer": said}]}))) is None
 
 
 def test_each_question_is_a_row_with_its_place() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.text.normalize import words_of
 from pipeline.text.refusals import is_declined, is_refusal
 
 
@@ -21,10 +22,10 @@ from pipeline.text.refusals import is_declined, is_refusal
     ],
 )
 def test_fewer_texts_are_asked_again_than_are_rejected(text: str, *, declined: bool, refusal: bool) -> None:
-    assert (is_declined(text), is_refusal(text)) == (declined, refusal)
+    assert (is_declined(text), is_refusal(text, words_of(text))) == (declined, refusal)
 
 
 def test_an_answer_may_quote_a_sign() -> None:
-    assert is_refusal("Sorry, we are closed")
-    assert not is_refusal(" Sorry, we are closed", is_answer=True)
-    assert is_refusal("I cannot see it", is_answer=True)
+    assert is_refusal("Sorry, we are closed", ["sorry"])
+    assert not is_refusal(" Sorry, we are closed", ["sorry"], is_answer=True)
+    assert is_refusal("I cannot see it", ["cannot"], is_answer=True)

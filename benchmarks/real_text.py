@@ -1,0 +1,113 @@
+"""What the text rules lose of good texts, and find of bad ones: each text goes through parsing, validate and filter.
+
+    python benchmarks/real_text.py FOLDER [--examples N]
+
+FOLDER holds, as JSON lines (also `.gz`): `captions_human` and `captions_vlm` (`text`), `vqa` (`question`, `answer`,
+`answer_type`), all of which are good but for what is read by eye; and `failures` (`kind`, and a text or a pair), none of
+which is.
+"""
+
+import argparse
+import gzip
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import FilterConfig
+from pipeline.stages.filter import filter_annotations, own_prompt_grams
+from pipeline.stages.validate import validate_annotations
+from pipeline.tables import ANNOTATION
+from pipeline.tasks.replies import parse_reply
+from pipeline.types import Reply, Request, Sampling
+
+BATCH = 10_000
+
+
+def read(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a file."""
+    path = next(folder.glob(f"{name}.jsonl*"))
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.decode().splitlines()]
+
+
+def annotations(rows: list[dict[str, Any]]) -> pa.Table:
+    """Return rows as the annotations of replies that say them."""
+    parsed: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        task = "caption" if "text" in row else "qa"
+        kind = {"answer_type": row.get("answer_type", "other")}
+        body = {"caption": row["text"]} if task == "caption" else {"qa": [kind | {n: row[n] for n in ("question", "answer")}]}
+        style = "plain" if task == "caption" else ""
+        request = Request(
+            id=str(number),
+            sample_id=str(number),
+            task=task,
+            style=style,
+            prompt_id=f"{task}/v1",
+            system="",
+            text="",
+            images=(),
+            sampling=Sampling(temperature=0.0, max_tokens=256),
+        )
+        reply = Reply(request.id, attempt=0, text=json.dumps(body), finish_reason="stop", prompt_tokens=0, reply_tokens=0)
+        parsed += parse_reply(request, reply)
+    for annotation in parsed:
+        annotation["pages"] = 1
+    return pa.Table.from_pylist(parsed, schema=ANNOTATION)
+
+
+def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
+    """Return the reason of each row, or None, and the seconds of filter."""
+    reasons: list[str | None] = []
+    seconds = 0.0
+    for first in range(0, len(rows), BATCH):
+        table = annotations(rows[first : first + BATCH])
+        invalid = validate_annotations(table)["reason"].to_pylist()
+        started = time.process_time()
+        filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))["reason"].to_pylist()
+        seconds += time.process_time() - started
+        reasons += [a or b for a, b in zip(invalid, filtered, strict=True)]
+    return reasons, seconds
+
+
+def lines(name: str, rows: list[dict[str, Any]], examples: int) -> Iterator[str]:
+    """Yield what is lost of good rows."""
+    reasons, seconds = judge(rows)
+    counts = Counter(reasons)
+    lost = len(rows) - counts.pop(None)
+    yield f"{name}: {lost:,} of {len(rows):,} lost ({lost / len(rows):.2%}), {seconds / len(rows) * 1e6:.0f} us each in filter"
+    for reason, count in counts.most_common():
+        yield f"  {reason}: {count:,}"
+        shown = [row for row, why in zip(rows, reasons, strict=True) if why == reason][:examples]
+        yield from (f"      {row.get('text') or row['question'] + ' - ' + row['answer']!r}" for row in shown)
+
+
+def main() -> None:
+    """Print all figures."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--examples", type=int, default=0)
+    options = parser.parse_args()
+    for name in ("captions_human", "captions_vlm", "vqa"):
+        print(*lines(name, read(options.folder, name), options.examples), sep="\n")
+    failures = read(options.folder, "failures")
+    reasons, _ = judge(failures)
+    of_kind: dict[str, list[bool]] = defaultdict(list)
+    for row, reason in zip(failures, reasons, strict=True):
+        of_kind[row["kind"]].append(reason is not None)
+        if reason is None and options.examples:
+            print("  passes:", row)
+    for is_pair, name in ((False, "captions"), (True, "pairs")):
+        kinds = {kind: found for kind, found in of_kind.items() if kind.startswith("qa_") == is_pair}
+        found, total = sum(map(sum, kinds.values())), sum(map(len, kinds.values()))
+        print(f"bad {name}: {found} of {total} found ({found / total:.0%})")
+        print("".join(f"  {kind}: {sum(one)} of {len(one)}\n" for kind, one in kinds.items()), end="")
+
+
+if __name__ == "__main__":
+    main()

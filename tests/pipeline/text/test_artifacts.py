@@ -1,0 +1,150 @@
+"""Artifacts: markup, labels, placeholders, runs and unfinished ends are found, and texts that only look like them are not."""
+
+import pytest
+
+from pipeline.text.artifacts import (
+    echoes_prompt,
+    has_label,
+    has_markup,
+    has_run,
+    is_cut_off,
+    is_placeholder,
+    is_too_general,
+    prompt_grams,
+    without_afterthoughts,
+)
+from pipeline.text.normalize import words_of
+
+MARKUP = (
+    "A kite.</s>",
+    "A kite <image> flies",
+    "[INST] Describe [/INST] A kite",
+    "USER: What? ASSISTANT: A kite",
+    "A kite addCriterion flies",
+    "<|im_start|>user",
+    "A \ufffd kite",
+    "assistant A kite flies",
+    "**A kite**",
+    "_A kite_",
+    "- A kite",
+    "1. A kite 2. A harbour",
+    "# A kite",
+    "| kite | red |",
+    '{"caption": "A kite"}',
+    "['a kite']",
+    'A kite", "answer": "kite',
+    "A kite\\nflies",
+    "A \\u00e9 kite",
+    "A kite (531,516),(581,596) flies",
+    "A kite [12, 14, 300, 400]",
+    "a kite at coordinates (120, 45)",
+    "bbox_2d: 1 2 3 4 a kite",
+)
+NO_MARKUP = (
+    "# 8 for Iowa State looks up.",
+    "A man's hat - red and blue - on a table.",
+    "Two (2) dogs & a cat.",
+    "A sign that says \"NO\", 'STOP'.",
+    "It costs $5 (about 10%).",
+    "A room with 1.5 l bottles",
+    "A ratio of 3:2",
+    "A user of a computer",
+    "Kites (red, blue) fly.",
+    "A café au lait, 5 °C",
+    "An assistant helps.",
+)
+LABELS = (
+    "Caption: A kite flies.",
+    "Output: A kite",
+    "Image caption: a kite",
+    "Q: What is it? A: A kite.",
+    "A kite flies. Question 1: What?",
+    "Sure! A kite flies.",
+    "Certainly, a kite flies.",
+    "Here is a caption for the image: A kite",
+    "A kite flies. I hope this helps!",
+    "The image: a kite",
+    "A kite. Caption: a kite",
+)
+NO_LABELS = (
+    "Great show of skill by a skater.",
+    "A clock that says 10:30.",
+    "A sign with the text: STOP",
+    "Here a kite flies.",
+    "A certain kite flies, surely.",
+    "Men at work: two dig, one looks on.",
+    "A text message on a phone.",
+    "Ok sign made by a hand",
+)
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_markup_is_found(text: str) -> None:
+    assert has_markup(text)
+
+
+@pytest.mark.parametrize("text", NO_MARKUP)
+def test_marks_of_a_sentence_are_no_markup(text: str) -> None:
+    assert not has_markup(text)
+
+
+@pytest.mark.parametrize("text", LABELS)
+def test_a_label_or_a_word_to_the_reader_is_found(text: str) -> None:
+    assert has_label(text)
+
+
+@pytest.mark.parametrize("text", NO_LABELS)
+def test_a_colon_or_a_hearty_word_is_no_label(text: str) -> None:
+    assert not has_label(text)
+
+
+def test_placeholders_stand_for_a_text() -> None:
+    assert all(map(is_placeholder, ("...", "", " - ", "caption", "Your caption here", "null", "N/A")))
+    assert not any(map(is_placeholder, ("A caption is on a wall", "7", "red", "No")))
+
+
+def test_runs_of_characters_are_found() -> None:
+    assert has_run("A sign that reads 000000000000000000") and has_run("hahahahahahahahaha")
+    assert not has_run("A very looooong kite") and not has_run("1-800-555-0000000")
+
+
+@pytest.mark.parametrize(
+    "text", ["A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ..."]
+)
+def test_an_end_that_no_sentence_has_is_found(text: str) -> None:
+    assert is_cut_off(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["The seat that he stands in front of.", "A kite to look at", "A red kite,", "A boy puts a hat on"]
+)
+def test_an_end_that_people_write_is_left_alone(text: str) -> None:
+    assert not is_cut_off(text)
+
+
+def test_a_caption_of_any_image_is_too_general() -> None:
+    general = ("An image.", "A photo of something", "The image is a photograph of a scene with several objects and people.")
+    assert all(is_too_general(words_of(text)) for text in general)
+    assert not any(is_too_general(words_of(text)) for text in ("A photo of a kite", "Two people", ""))
+
+
+def test_a_text_echoes_the_prompt_by_five_words_in_a_row() -> None:
+    grams = prompt_grams(["Write one sentence that names the main things in view."])
+    assert echoes_prompt(words_of("It names the main things in view."), grams)
+    assert not echoes_prompt(words_of("It names the main kites."), grams)
+    assert not echoes_prompt(words_of("The main things in"), grams)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("A kite flies.\nIt is red.", "A kite flies.\nIt is red."),
+        ("A kite flies.\n\nQuestion 1: What flies?\n\nAnswer: A kite.", "A kite flies."),
+        ("A red kite flies over the harbour.\n\nThe image: a red kite.", "A red kite flies over the harbour."),
+        ("A red kite flies high up. It is big.\n\nAgain: A red kite flies high up.", "A red kite flies high up. It is big."),
+        ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),  # a first paragraph is judged by the stage filter
+        ("\n\nA kite.\n", "\n\nA kite.\n"),
+    ],
+)
+def test_what_a_model_adds_to_its_answer_is_left_out(text: str, kept: str) -> None:
+    assert without_afterthoughts(text) == kept

@@ -1,0 +1,49 @@
+"""Language: English is known by its words, other languages by the detector, and other scripts by their letters."""
+
+import pytest
+
+from pipeline.text.language import detect_language, non_latin_frac
+from pipeline.text.normalize import words_of
+
+
+def language(text: str) -> str | None:
+    return detect_language(text, words_of(text))[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A traveler on a snowy road",
+        "A man donates to a panhandler.",
+        "A lady riding a mini motorcycle",
+        "Is the garage door open?",
+        "A croissant and a cafe au lait on a table.",
+        "Two children's bikes",
+    ],
+)
+def test_english_words_are_english(text: str) -> None:
+    assert language(text) in ("en", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Ein Mann fährt mit dem Fahrrad durch die Stadt.", "de"),
+        ("Un homme assis sur un banc dans un parc.", "fr"),
+        ("Po rušné ulici jde mnoho lidí.", "cs"),
+        ("Een hond rent op het strand.", "nl"),
+    ],
+)
+def test_other_languages_are_detected(text: str, expected: str) -> None:
+    assert language(text) == expected
+
+
+def test_a_few_words_have_no_language() -> None:
+    assert detect_language("Ein roter Drache", ["ein", "roter", "drache"]) == (None, 0.0)
+
+
+def test_letters_of_another_script_count_outside_of_quotes() -> None:
+    assert non_latin_frac("A dog holds a 伞") == pytest.approx(1 / 11)
+    assert non_latin_frac('A sign that says "出口" or \u201c出口\u201d or \u300c出口\u300d') == 0
+    assert non_latin_frac("A café, a Škoda, an Ålesund house") == 0
+    assert non_latin_frac("") == 0 and non_latin_frac("7 °") == 0
