@@ -37,6 +37,7 @@ MANIFEST_KEYS = frozenset(
      "generate", "filter", "verify", "dedupe", "balance", "split")
 )  # fmt: skip
 PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
+TINY = "tiny"  # the model of the teachers of drawn scenes
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -79,7 +80,9 @@ class GenerateConfig(Section):
 
     OLD_KEYS: ClassVar = {"attempts": "max_attempts", "prompts": "prompt_dir"}
 
-    caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
+    caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)  # of photographs: plain, detailed
+    prompt_version: Literal[1, 2] = 1  # of photographs: 2; settings of earlier releases have none, and mean 1
+    caption_words: Annotated[int, Field(ge=1, le=150)] | None = None  # about how many; None: by the style
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy asks the same about every image; higher is less true
     max_tokens: int = Field(default=256, ge=1)
@@ -251,6 +254,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     if config_file and is_manifest:
         _refuse_foreign_files(config_file, values, flags)
         values = _public_settings(values)
+        values["generate"] = {"prompt_version": 1} | (values.get("generate") or {})  # earlier releases did not say it
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file

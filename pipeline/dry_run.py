@@ -41,8 +41,8 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     Hours, tokens and money are of the images that are still to be asked about; only a request that is sent can be timed, so
     images whose replies are in the journal come last in the sample. Raises SynthError as `generate_dataset` does.
     """
-    config = with_source_defaults(config)
     folder = DatasetDir(out or dataset_folder(config.source))
+    config = with_source_defaults(config, folder.earlier_settings())
     progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)

@@ -20,7 +20,7 @@ from pipeline.inference.requests import build_requests, check_prompts
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.stages.filter import filter_annotations
+from pipeline.stages.filter import filter_annotations, own_prompt_grams
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tasks.prompts import describe_prompts
@@ -97,9 +97,9 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
 
     Raises SynthError as `run.generate_dataset` does; SourceError if the source holds no usable image.
     """
-    config = with_source_defaults(config)
-    progress = progress or NullProgress()
     folder = DatasetDir(out or dataset_folder(config.source))
+    config = with_source_defaults(config, folder.earlier_settings())
+    progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)
     for text in source.messages:
@@ -132,7 +132,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         f"{request.task} {request.style}".strip(): (request.system, request.text)
         for request in build_requests(first, (), config, choice.revision)
     }
-    described = describe_prompts(config.tasks, config.generate.prompt_dir)
+    described = describe_prompts(config.tasks, config.generate.prompt_dir, config.generate.prompt_version)
     name = public_name(choice.model)
     where = describe_engine(config, choice)
     return Preview(config.source, name, where, described, prompts, images, folder.path, skipped)
@@ -163,7 +163,8 @@ def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[t
     """Yield, for each request, its texts with the reason for which validate or filter rejects them."""
     validated = validate_annotations(table)
     reasons = validated["reason"].to_pylist()
-    filtered = filter_annotations(validated.drop_columns(["reason"]), config.filter)["reason"].to_pylist()
+    grams = own_prompt_grams(tuple(config.tasks), config.generate.prompt_version)
+    filtered = filter_annotations(validated.drop_columns(["reason"]), config.filter, grams)["reason"].to_pylist()
     texts: dict[str, list[tuple[str, str | None]]] = {}
     for row, invalid, unfit in zip(table.to_pylist(), reasons, filtered, strict=True):
         text = row["text"] or " ".join(filter(None, (row["question"], row["answer"]))) or row["reply_text"] or ""

@@ -21,6 +21,6 @@ def write_project(folder: Path) -> list[Path]:
     with translate_disk_errors(folder):
         text = (files("pipeline") / SETTINGS).read_text(encoding="utf-8")
         write_text(folder / SETTINGS, text.replace(PROMPT_DIR, str(folder / PROMPTS)))
-        for name in (SYSTEM, *(task.prompt for task in TASKS.values())):
+        for name in (SYSTEM, *(task.prompts[-1] for task in TASKS.values())):
             write_text(folder / PROMPTS / f"{name}.j2", template(name))
     return [folder / SETTINGS, folder / PROMPTS]

@@ -39,8 +39,8 @@ def generate_dataset(
     run starts at this stage from what the one before it left on the disk.
     """
     progress = progress or NullProgress()
-    config = with_source_defaults(config)
     dataset = DatasetDir(out or dataset_folder(config.source))
+    config = with_source_defaults(config, dataset.earlier_settings())
     start = from_stage or ORDER[0]
     if start not in ORDER:
         hint = f"{did_you_mean(start, ORDER)} stages in order: {', '.join(ORDER)}".strip()

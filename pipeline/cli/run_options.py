@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # groups of options in --help
 DATASET, CLUSTER = "Dataset", "Cluster"
 
-SERVER_OPTIONS = {  # by key of `server`
+SECTION_OPTIONS = {  # by key of `server` or `generate`
     "flags": "what stands after --",
     "price_in": "--price-in",
     "price_out": "--price-out",
@@ -24,6 +24,8 @@ SERVER_OPTIONS = {  # by key of `server`
     "max_total_tokens": "--max-tokens",
     "max_cost": "--max-cost",
     "max_failure_frac": "--max-failures",
+    "caption_styles": "--styles",
+    "caption_words": "--words",
 }
 
 
@@ -105,6 +107,19 @@ def run_settings(
             show_default="en",
             rich_help_panel=TEXTS,
         ),
+    ] = None,
+    styles: Annotated[
+        str | None,
+        Option(
+            metavar="NAME,...",
+            help="Styles of captions: plain, detailed, brief, alt, tags, ocr, or those of your own prompts.",
+            show_default="plain,detailed; drawn scenes: brief,detailed",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    words: Annotated[
+        int | None,
+        Option(metavar="N", help="About how many words a caption should have.", show_default="by style", rich_help_panel=TEXTS),
     ] = None,
     verify: Annotated[
         str | None,
@@ -202,6 +217,8 @@ def run_settings(
         "max_failure_frac": max_failures,
     }
     server = {name: value for name, value in server.items() if value is not None}
+    generate = {"caption_styles": styles.split(",") if styles else None, "caption_words": words}
+    generate = {name: value for name, value in generate.items() if value is not None}
     given: dict[str, tuple[str, Any]] = {  # config key -> (option, value)
         "source": ("--source", source),
         "source_split": ("--split", split),
@@ -214,6 +231,7 @@ def run_settings(
         "license": ("--license", license_),
         "tasks": ("--tasks", tasks.split(",") if tasks else None),
         "filter": ("--language", {"language": None if language == "any" else language} if language else None),
+        "generate": ("", generate or None),
         "verify": ("--verify", {"checks": verify.split(",")} if verify else None),
         "seed": ("--seed", seed),
         "engine": ("--engine", engine),
@@ -223,7 +241,7 @@ def run_settings(
         "title": ("--title", title),
     }
     options = {
-        f"{key}.{name}" if isinstance(value, dict) and key != "columns" else key: SERVER_OPTIONS.get(name, option)
+        f"{key}.{name}" if isinstance(value, dict) and key != "columns" else key: SECTION_OPTIONS.get(name, option)
         for key, (option, value) in given.items()
         if value is not None
         for name in (value if isinstance(value, dict) else ("",))

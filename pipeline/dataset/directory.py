@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease
 from pipeline.storage.object_store import is_remote
+from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import current_names, old_name
 from pipeline.types import SampleBatch
 
@@ -48,6 +49,14 @@ class DatasetDir:
             return Config.model_validate(values).model_dump(mode="json")
         except ValidationError:
             return values
+
+    def earlier_settings(self) -> dict[str, Any] | None:
+        """Return the settings of the last run as its release wrote them, under today's names; None if there are none."""
+        try:
+            values = read_json(self.run_file)
+        except (OSError, ValueError, UnsafeFileError):
+            return None
+        return current_settings(values) if isinstance(values, dict) else None
 
     @property
     def journal(self) -> Path:

@@ -35,7 +35,7 @@ def describe_run(
     return {
         "source": {name: source[name] for name in ("name", "revision")},
         "model": model,
-        "prompts": prompt_texts(tasks, config.generate.prompt_dir),
+        "prompts": prompt_texts(tasks, config.generate.prompt_dir, config.generate.prompt_version),
         "schemas": {task: wire_schema(task) for task in tasks},
         "config": publishable_settings(config, source["name"], model["name"]),
         "funnel": [asdict(summary) for summary in funnel],

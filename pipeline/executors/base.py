@@ -84,7 +84,7 @@ def describe_engine(config: Config, choice: EngineChoice) -> str:
 def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
     """Return the opening line of a run: what is asked of which model, with which prompts, and where it goes."""
     asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({describe_engine(config, choice)})"
-    prompts = describe_prompts(config.tasks, config.generate.prompt_dir)
+    prompts = describe_prompts(config.tasks, config.generate.prompt_dir, config.generate.prompt_version)
     return f"{config.source} to {dataset.path}: asks {asked}; prompts: {prompts}"
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.config import Config, ServerConfig
+from pipeline.config import TINY, Config, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError, one_line
 from pipeline.inference.gpus import group_gpus, visible_gpus
@@ -23,7 +23,6 @@ from pipeline.sources import find_source
 from pipeline.tasks import TASKS, asks_about_decks
 from pipeline.types import Engine
 
-TINY = "tiny"
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"

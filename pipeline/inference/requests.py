@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
 from pipeline.tasks import ANSWER, find_task, wire_schema
-from pipeline.tasks.prompts import check_prompt_dir, render
+from pipeline.tasks.prompts import DRAWS, check_prompt_dir, render
+from pipeline.text.language import language_name
 from pipeline.types import Reply, Request, Sampling
 
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
@@ -20,19 +21,27 @@ def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, re
     """Yield the requests for one sample, in the order of the config's tasks and styles."""
     for task, style in requests_per_sample(config):
         temperature: float = getattr(config.generate, find_task(task).temperature_key)
-        fields, shared_digest = shared_fields(task, temperature, config.generate, config.seed, revision, style=style)
+        values = {"style": style} if config.generate.prompt_version == 1 else {"style": style, **_values_of(sample_id, config)}
+        fields, shared_digest = shared_fields(task, temperature, config.generate, config.seed, revision, **values)
         request_id = digest({"image": sample_id, "about": shared_digest})
         yield Request(id=request_id, sample_id=sample_id, style=style, images=images, **fields)
+
+
+def _values_of(sample_id: str, config: Config) -> dict[str, Any]:
+    """Return the values of templates that depend on the image, so that wordings and question types are spread over images."""
+    language = language_name(config.filter.language)
+    return {"draw": int(sample_id[:8], 16) % DRAWS, "words": config.generate.caption_words, "language": language}
 
 
 def check_prompts(config: Config) -> None:
     """Render every prompt once: a broken template is a ConfigError before anything is written."""
     if config.generate.prompt_dir:
         check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *([ANSWER] if config.verify.checks else [])))
+    folder, version = config.generate.prompt_dir, config.generate.prompt_version
     for task, style in requests_per_sample(config):
-        render(task, config.generate.prompt_dir, style=style)
+        render(task, folder, version, style=style)
     if config.verify.checks:
-        render(ANSWER, config.generate.prompt_dir, question="?")
+        render(ANSWER, folder, version, question="?")
 
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
@@ -59,13 +68,13 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
 
 @lru_cache(maxsize=1 << 14)  # of `answer`, a prompt for each question
 def shared_fields(
-    task: str, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: str
+    task: str, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: Any
 ) -> tuple[dict[str, Any], str]:
     """Return the fields of a request that all images share, and a digest of all that a reply depends on, except the images.
 
     `values` are those of the prompt's template. Never rename the keys of the digest: replies would be paid again.
     """
-    prompt = render(task, generate.prompt_dir, **values)
+    prompt = render(task, generate.prompt_dir, generate.prompt_version, **values)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pipeline.config import Config, resolve
+from pipeline.config import TINY, Config, resolve
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.images.similarity import ImageKind
 from pipeline.sources import columns, flickr30k, folder, hub, scenes, slidevqa, vqav2
@@ -11,6 +12,7 @@ from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ALL, Sample, Source, SourceSlice
 
+PHOTO_STYLES = ("plain", "detailed")  # of photographs, unless the user names others
 SOURCES: tuple[SourceSpec, ...] = (
     scenes.SCENES,
     scenes.DECKS,
@@ -38,11 +40,22 @@ def find_source(name: str) -> SourceSpec:
     raise ConfigError(f"unknown source: {name}", hint=hint)
 
 
-def with_source_defaults(config: Config) -> Config:
-    """Return the config with the default tasks of its source, unless the user chose tasks."""
-    if "tasks" in config.model_fields_set:
-        return config
-    return config.model_copy(update={"tasks": find_source(config.source).default_tasks(config)})
+def with_source_defaults(config: Config, earlier: dict[str, Any] | None = None) -> Config:
+    """Return the config with the tasks, styles and prompts of its source where the user chose none.
+
+    `earlier` are the settings that the dataset folder was last written with: the prompts of an earlier release stay, because
+    others would ask a model for everything again.
+    """
+    spec, changes = find_source(config.source), dict[str, Any]()
+    if "tasks" not in config.model_fields_set:
+        changes["tasks"] = spec.default_tasks(config)
+    generate = config.generate
+    stays = earlier is not None and (earlier.get("generate") or {}).get("prompt_version", 1) == 1
+    if not (spec.is_drawn or config.model == TINY or stays):
+        version = generate.prompt_version if "prompt_version" in generate.model_fields_set else 2
+        styles = generate.caption_styles if version == 1 or "caption_styles" in generate.model_fields_set else PHOTO_STYLES
+        changes["generate"] = generate.model_copy(update={"prompt_version": version, "caption_styles": styles})
+    return config.model_copy(update=changes)
 
 
 def choose_image_kind(config: Config) -> ImageKind | None:

@@ -285,13 +285,15 @@ def judge_texts(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Filter rows by the settings of a run; see `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
-    return filter_annotations(table, plan.config.filter, own_prompt_grams(tuple(plan.config.tasks)))
+    return filter_annotations(
+        table, plan.config.filter, own_prompt_grams(tuple(plan.config.tasks), plan.config.generate.prompt_version)
+    )
 
 
 @lru_cache(1)
-def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
+def own_prompt_grams(tasks: tuple[str, ...], version: int) -> Grams:
     """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
-    return artifacts.prompt_grams(prompt_texts(tasks, None).values())
+    return artifacts.prompt_grams(prompt_texts(tasks, None, version).values())
 
 
 def _measure(text: str, language_code: str | None) -> tuple[Words, tuple[float, float, int, str | None, float, float]]:

@@ -41,7 +41,7 @@ class Task:
     """A request to a model about a sample, and the conversion of its reply to rows."""
 
     name: str
-    prompt: str  # the template, such as `caption/v1`
+    prompts: tuple[str, ...]  # released templates, such as `caption/v1`, in order
     output: type[Output]  # a whole reply
     row: type[Output]  # one annotation
     rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
@@ -51,6 +51,10 @@ class Task:
     has_styles: bool = False  # one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # in the config section `generate`
     card_category: str | None = None  # task category on the Hub
+
+    def prompt(self, version: int) -> str:
+        """Return the name of a template by its version, or the last one if there is no such version."""
+        return self.prompts[min(version, len(self.prompts)) - 1]
 
     def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of the row model from the columns of an annotation."""

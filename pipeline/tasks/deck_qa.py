@@ -45,7 +45,7 @@ class DeckQASet(Output):
 
 TASK = Task(
     name="deck_qa",
-    prompt="deck_qa/v1",
+    prompts=("deck_qa/v1",),
     output=DeckQASet,
     row=DeckQAPair,
     rows_field="qa",

@@ -21,7 +21,11 @@ from pipeline.tasks import TASKS, find_task
 
 SYSTEM = "system/v1"
 MAX_PROMPT_BYTES = 1_000_000
-STYLES = ("brief", "detailed", "plain", "alt")  # of caption/v1
+STYLES = {1: ("brief", "detailed", "plain", "alt"), 2: ("plain", "detailed", "brief", "alt", "tags", "ocr")}  # by version
+DRAWS = 24  # of the wordings and question types that a template may have; `draw` is one of them, by the image
+
+
+_DEFAULTS = {"draw": 0, "words": None, "language": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +55,37 @@ def page_label(number: int) -> str:
     return f"Page {number}:"
 
 
-def render(task: str, folder: Path | None = None, **values: str) -> Prompt:
+def render(task: str, folder: Path | None = None, version: int = 1, **values: Any) -> Prompt:
     """Render the prompt of a task; `values` are the variables of its template, such as `style`.
+
+    Every template may use `draw` (0 to DRAWS - 1, by the image), `words` (the wanted length, or none) and `language` (its name,
+    "" for English).
 
     `folder` holds the user's templates, under the same names; the package has the missing ones. Raise ConfigError if the
     template is invalid, or does not support a value, such as a style.
     """
-    name = find_task(task).prompt
+    name = prompt_name(task, folder, version)
     try:
-        text = _environment().from_string(template(name, folder)).render(values).strip()
+        text = _environment().from_string(template(name, folder)).render(_DEFAULTS | values).strip()
     except TemplateError as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
-        hint = f"caption styles of this version: {', '.join(STYLES)}; others need your own template (generate.prompt_dir)"
+        hint = (
+            f"caption styles of this version: {', '.join(STYLES[version])}; others need your own template (generate.prompt_dir)"
+        )
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
         raise ConfigError(problem, hint=hint) from None
-    return Prompt(id=prompt_id(task, folder), system=template(SYSTEM, folder).strip(), text=text)
+    return Prompt(id=prompt_id(task, folder, version), system=template(SYSTEM, folder).strip(), text=text)
 
 
-def prompt_id(task: str, folder: Path | None = None) -> str:
+def prompt_name(task: str, folder: Path | None, version: int) -> str:
+    """Return the name of a task's template: the latest that the user's folder has, else that of a version."""
+    own = [name for name in find_task(task).prompts if folder and (folder / f"{name}.j2").exists()]
+    return own[-1] if own else find_task(task).prompt(version)
+
+
+def prompt_id(task: str, folder: Path | None = None, version: int = 1) -> str:
     """Return the name of a task's prompt with a digest of all it is rendered from: its template and the system text."""
-    name = find_task(task).prompt
+    name = prompt_name(task, folder, version)
     content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{template(name, folder)}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
 
@@ -102,8 +117,8 @@ def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:
     """Raise ConfigError if a folder of prompts does not exist, holds none that is used, or holds files that none will be."""
     if not folder.is_dir():
         raise ConfigError(f"no folder of prompts at {folder}", hint="mend generate.prompt_dir, or leave it out")
-    known = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in TASKS.values()))}
-    used = {f"{name}.j2" for name in (SYSTEM, *(find_task(task).prompt for task in tasks))}
+    known = {f"{name}.j2" for name in (SYSTEM, *(name for task in TASKS.values() for name in task.prompts))}
+    used = {f"{name}.j2" for name in (SYSTEM, *(name for task in tasks for name in find_task(task).prompts))}
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
     if unknown := sorted(files - known):
         hint = f"a prompt is named {', '.join(sorted(used))}"
@@ -113,16 +128,16 @@ def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:
         raise ConfigError(f"{folder} holds no prompt of {', '.join(tasks)}", hint=hint)
 
 
-def describe_prompts(tasks: Sequence[str], folder: Path | None) -> str:
+def describe_prompts(tasks: Sequence[str], folder: Path | None, version: int = 1) -> str:
     """Return where the prompts come from, for people: `caption from prompts/caption/v1.j2; qa built in`."""
-    sources = {name: folder and (folder / f"{find_task(name).prompt}.j2") for name in tasks}
+    sources = {name: folder and (folder / f"{prompt_name(name, folder, version)}.j2") for name in tasks}
     sources |= {"system": folder / f"{SYSTEM}.j2"} if folder and (folder / f"{SYSTEM}.j2").exists() else {}
     own = [f"{name} from {path}" for name, path in sources.items() if path and path.exists()]
     built_in = [name for name, path in sources.items() if not (path and path.exists())]
     return "; ".join([*own, *([f"{', '.join(built_in)} built in"] if built_in else [])])
 
 
-def prompt_texts(tasks: Iterable[str], folder: Path | None) -> dict[str, str]:
+def prompt_texts(tasks: Iterable[str], folder: Path | None, version: int = 1) -> dict[str, str]:
     """Return the system template, and the templates of the tasks by prompt id, in full."""
-    templates = {prompt_id(task, folder): template(find_task(task).prompt, folder) for task in tasks}
+    templates = {prompt_id(task, folder, version): template(prompt_name(task, folder, version), folder) for task in tasks}
     return {SYSTEM: template(SYSTEM, folder), **templates}

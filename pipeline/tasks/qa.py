@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.tasks.base import MAX_QA_PAIRS, Line, Output, Task, check_question, tidy_texts
+from pipeline.text.language import YES_OR_NO
 
 AnswerType = Literal["yes/no", "number", "other"]
 
@@ -20,8 +21,10 @@ class QAPair(Output):
     @model_validator(mode="after")
     def _is_a_question_with_an_answer(self) -> "QAPair":
         check_question(self.question, self.answer)
-        if self.answer_type == "yes/no" and self.answer.casefold() not in ("yes", "no"):
+        if self.answer_type == "yes/no" and self.answer.casefold() not in YES_OR_NO:
             raise PydanticCustomError("answer_not_yes_or_no", "the answer to a yes/no question is neither yes nor no")
+        if self.answer_type == "number" and self.answer.casefold() in YES_OR_NO:
+            raise PydanticCustomError("answer_not_a_number", "the answer to a question for a number is yes or no")
         return self
 
 
@@ -29,7 +32,7 @@ def tidy_pair(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a pair with tidy texts, and "Yes." as "yes"."""
     pair = tidy_texts(fields)
     plain = str(pair.get("answer", "")).rstrip(".!").casefold()
-    return {**pair, "answer": plain} if plain in ("yes", "no") else pair
+    return {**pair, "answer": plain} if plain in YES_OR_NO else pair
 
 
 class QASet(Output):
@@ -40,7 +43,7 @@ class QASet(Output):
 
 TASK = Task(
     name="qa",
-    prompt="qa/v1",
+    prompts=("qa/v1", "qa/v2"),
     output=QASet,
     row=QAPair,
     tidy_row=tidy_pair,

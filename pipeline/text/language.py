@@ -1,4 +1,4 @@
-"""Say in which language a text is, and which letters it has that its language lacks."""
+"""Languages: their names for prompts, their words for yes and no, in which one a text is, and letters that it lacks."""
 
 import re
 from functools import lru_cache
@@ -10,6 +10,36 @@ MIN_WORDS = 4  # below, the detector guesses
 MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
 _LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN_CODES.split())
+# By ISO 639 code: the English name, and the words for yes and no.
+LANGUAGES = {
+    "en": ("English", "yes", "no"),
+    "de": ("German", "ja", "nein"),
+    "fr": ("French", "oui", "non"),
+    "es": ("Spanish", "sí", "no"),
+    "it": ("Italian", "sì", "no"),
+    "pt": ("Portuguese", "sim", "não"),
+    "nl": ("Dutch", "ja", "nee"),
+    "sv": ("Swedish", "ja", "nej"),
+    "da": ("Danish", "ja", "nej"),
+    "no": ("Norwegian", "ja", "nei"),
+    "fi": ("Finnish", "kyllä", "ei"),
+    "pl": ("Polish", "tak", "nie"),
+    "cs": ("Czech", "ano", "ne"),
+    "ro": ("Romanian", "da", "nu"),
+    "hu": ("Hungarian", "igen", "nem"),
+    "tr": ("Turkish", "evet", "hay\u0131r"),
+    "id": ("Indonesian", "ya", "tidak"),
+    "vi": ("Vietnamese", "có", "không"),
+    "ca": ("Catalan", "sí", "no"),
+    "ru": ("Russian", "да", "нет"),
+    "uk": ("Ukrainian", "так", "ні"),
+    "zh": ("Chinese", "是", "否"),
+    "ja": ("Japanese", "はい", "いいえ"),
+    "ko": ("Korean", "예", "아니요"),
+    "ar": ("Arabic", "نعم", "لا"),
+    "hi": ("Hindi", "हाँ", "नहीं"),
+}
+YES_OR_NO = frozenset(word for _, *words in LANGUAGES.values() for word in words)
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
@@ -45,3 +75,8 @@ def non_latin_frac(text: str) -> float:
 
 def _is_latin(letter: str) -> bool:
     return letter <= "\u024f" or "\u1e00" <= letter <= "\u1eff" or letter in "\u02bb\u02bc\u212a\u212b"
+
+
+def language_name(code: str | None) -> str:
+    """Return the English name of a language; the code itself where it is not known, and "" for English and for any language."""
+    return "" if code in (None, "en") else LANGUAGES[code][0] if code in LANGUAGES else str(code)

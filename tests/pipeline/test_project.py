@@ -30,9 +30,9 @@ def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
 
 def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
     _, prompts = write_project(tmp_path)
-    assert prompt_id("caption", prompts) == prompt_id("caption")
+    assert prompt_id("caption", prompts) == prompt_id("caption", None, 2)
     assert describe_prompts(("caption",), prompts) == (
-        f"caption from {prompts}/caption/v1.j2; system from {prompts}/system/v1.j2"
+        f"caption from {prompts}/caption/v2.j2; system from {prompts}/system/v1.j2"
     )
     assert describe_prompts(("caption", "qa"), None) == "caption, qa built in"
 

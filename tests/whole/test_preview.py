@@ -26,7 +26,8 @@ def server() -> Iterator[ChatServer]:
         if number == 0:
             return Act("not JSON")
         if name == "caption":
-            text = "A dog." if number % 4 == 0 else f"A <b>view</b> of place number {number} with trees near a lake."
+            view = "<b>view</b>" if number % 4 == 1 else "view"
+            text = "A dog." if number % 4 == 0 else f"A {view} of place number {number} with trees near a lake."
             return Act(json.dumps({"caption": text}))
         return Act(json.dumps({"answer": "yes"})) if name == "answer" else None
 
@@ -55,7 +56,7 @@ def test_a_preview_shows_texts_prompts_and_what_would_be_rejected(photos: Path, 
     assert [image["name"] for image in described["images"]] == [f"{number:02}.jpg" for number in range(7)]
     assert described["skipped"] == ["05b.jpg: unreadable image (not an image of a known format)"]
     texts = [text for image in described["images"] for reply in image["replies"] for text in reply["texts"]]
-    assert {text["rejected"] for text in texts} == {None, "too_short"}
+    assert {text["rejected"] for text in texts} == {None, "too_short", "junk"}
     assert all(reply["seconds"] > 0 for image in described["images"] for reply in image["replies"])
     asked = len(server.bodies)
     done = run(photos, *command)

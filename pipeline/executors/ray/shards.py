@@ -122,7 +122,7 @@ def named_files(config: Config) -> dict[str, Any]:
     """Return the content or the digest of each file that the settings name, by setting."""
     clip, entries = Path(config.verify.clip_model), config.balance.entries
     return {
-        "prompts": prompt_texts(asked_tasks(config), config.generate.prompt_dir),
+        "prompts": prompt_texts(asked_tasks(config), config.generate.prompt_dir, config.generate.prompt_version),
         "split_list": file_digest(config.split_list) if config.split_list and config.split_list.exists() else None,
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,

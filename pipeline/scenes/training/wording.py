@@ -38,7 +38,7 @@ def _wording(rng: random.Random) -> str:
         return ""
     if draw < 0.4:
         return " ".join(_nonsense(rng) for _ in range(rng.randint(1, 12)))
-    prompt_lines = template(rng.choice((SYSTEM, *(task.prompt for task in TASKS.values())))).split("\n")
+    prompt_lines = template(rng.choice((SYSTEM, *(task.prompts[0] for task in TASKS.values())))).split("\n")
     prompt_lines = [line for line in prompt_lines if line and not line.startswith(("{%", "}", "Task:", "Question:"))]
     words = " ".join(rng.sample((*SENTENCES, *prompt_lines), rng.randint(1, 4))).split()
     if draw < 0.8:  # a few words of it

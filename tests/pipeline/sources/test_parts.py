@@ -82,3 +82,22 @@ def test_decks_are_asked_for_questions_about_decks() -> None:
     assert tasks(source="hub:a/b", columns={"pages": "page_*"}) == ("deck_qa",)
     assert tasks(source="scenes") == ("caption", "qa")
     assert tasks(source="scenes-deck", tasks=["caption"]) == ("caption",)
+
+
+def prompts(earlier: dict[str, Any] | None = None, **settings: Any) -> tuple[int, tuple[str, ...]]:
+    generate = with_source_defaults(resolve(**settings), earlier).generate
+    return generate.prompt_version, generate.caption_styles
+
+
+def test_photographs_have_prompts_of_their_own() -> None:
+    assert prompts(source="folder:x") == prompts(source="flickr30k") == (2, ("plain", "detailed"))
+    assert prompts(source="scenes") == prompts(source="folder:x", model="tiny") == (1, ("brief", "detailed"))
+    assert prompts(source="folder:x", generate={"caption_styles": ["alt"]}) == (2, ("alt",))
+    assert prompts(source="folder:x", generate={"prompt_version": 1}) == (1, ("brief", "detailed"))
+
+
+def test_a_folder_of_an_earlier_release_keeps_its_prompts() -> None:
+    assert prompts({"generate": {}}, source="folder:x") == prompts({}, source="folder:x") == (1, ("brief", "detailed"))
+    assert prompts({"generate": {"prompt_version": 1}}, source="folder:x") == (1, ("brief", "detailed"))
+    assert prompts({"generate": {"prompt_version": 2}}, source="folder:x") == (2, ("plain", "detailed"))
+    assert prompts({"generate": {}}, source="folder:x", generate={"prompt_version": 2})[0] == 2

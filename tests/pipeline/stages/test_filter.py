@@ -23,7 +23,7 @@ def table(*rows: str | tuple[str, str]) -> pa.Table:
 
 
 def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
-    grams = own_prompt_grams(("caption", "qa"))
+    grams = own_prompt_grams(("caption", "qa"), 1)
     marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings), grams)["reason"].to_pylist()
     return marked
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.tasks import prompts
-from pipeline.tasks.prompts import STYLES, prompt_id, render, template
+from pipeline.tasks.prompts import DRAWS, STYLES, prompt_id, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("caption", {"style": "brief"}),
@@ -43,12 +43,44 @@ def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
     with pytest.raises(ConfigError, match="style 'sonnet'") as caught:
         render("caption", style="sonnet")
     assert "brief, detailed, plain, alt" in caught.value.hint
+    with pytest.raises(ConfigError, match="style 'tags'"):
+        render("caption", style="tags")
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_every_style_has_its_own_wording(style: str) -> None:
-    assert len({render("caption", style=name).text.splitlines()[0] for name in STYLES}) == len(STYLES)
-    assert render("caption", style=style).text.splitlines()[-1] == f"Task: caption, {style}"
+@pytest.mark.parametrize("version", STYLES)
+def test_every_style_has_its_own_wording(version: int) -> None:
+    texts = [render("caption", None, version, style=style).text.splitlines() for style in STYLES[version]]
+    assert len({lines[0] for lines in texts}) == len(texts)
+    assert [lines[-1] for lines in texts] == [f"Task: caption, {style}" for style in STYLES[version]]
+
+
+def test_prompts_of_version_1_are_as_they_were_released() -> None:
+    ids = [prompt_id(task) for task in ("caption", "qa", "deck_qa", "answer")]
+    assert ids == ["caption/v1@cfbdc0c86f31", "qa/v1@f512a8e48587", "deck_qa/v1@a4b79fa25464", "answer/v1@9a35f27fbcd1"]
+
+
+def test_wordings_and_question_types_of_photographs_are_drawn_by_the_image() -> None:
+    captions = [render("caption", None, 2, style="plain", draw=draw).text for draw in range(DRAWS)]
+    questions = [render("qa", None, 2, draw=draw).text for draw in range(DRAWS)]
+    assert (len(set(captions)), len(set(questions))) == (3, 8)
+    assert {text.splitlines()[-1] for text in questions} == {"Task: qa"}
+    assert sum("here the answer is no" in text for text in questions) == DRAWS // 2
+
+
+def test_a_length_and_a_language_stand_in_the_prompts_of_photographs() -> None:
+    for draw in range(DRAWS):
+        text = render("caption", None, 2, style="detailed", draw=draw, words=33, language="German").text
+        assert "33 words" in text and "Write in German." in text
+        assert "in German" in render("qa", None, 2, draw=draw, language="German").text
+    assert "Write in" not in render("caption", None, 2, style="plain").text
+
+
+def test_a_users_template_of_either_version_wins(tmp_path: Path) -> None:
+    (tmp_path / "qa").mkdir()
+    (tmp_path / "qa" / "v1.j2").write_text("Ask.\nTask: qa\n")
+    assert {render("qa", tmp_path, version).text for version in (1, 2)} == {"Ask.\nTask: qa"}
+    (tmp_path / "qa" / "v2.j2").write_text("Ask {{ draw }}.\nTask: qa\n")
+    assert {render("qa", tmp_path, version, draw=7).text for version in (1, 2)} == {"Ask 7.\nTask: qa"}
 
 
 def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
