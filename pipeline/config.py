@@ -201,6 +201,9 @@ class SplitConfig(Section):
 
     validation_frac: float = Field(default=0.1, ge=0, lt=1)
     test_frac: float = Field(default=0.1, ge=0, lt=1)
+    group_by: Literal["folder", "prefix"] | None = (
+        None  # images of one folder, or of one name but for its last number: one split
+    )
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> "SplitConfig":

@@ -29,8 +29,8 @@ FILES = {
     "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",
     "pipeline/storage": "__init__ database files lock object_store untrusted",
     "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",
-    "pipeline/text": "__init__ artifacts claims content_keys escape function_words language normalize pii questions refusals "
-    "spelling vqa_answers",
+    "pipeline/text": "__init__ artifacts claims content_keys escape function_words language normalize pii questions reasons "
+    "refusals spelling vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ checkpoint config data distributed evaluate features generate image_index metrics
         optimizer tokenizer train vqa""",

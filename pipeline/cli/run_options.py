@@ -108,6 +108,14 @@ def run_settings(
             rich_help_panel=TEXTS,
         ),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        Option(
+            metavar="folder|prefix",
+            help="Keep images of one folder, or of one name but for its last number, in one split.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
     styles: Annotated[
         str | None,
         Option(
@@ -232,6 +240,7 @@ def run_settings(
         "tasks": ("--tasks", tasks.split(",") if tasks else None),
         "filter": ("--language", {"language": None if language == "any" else language} if language else None),
         "generate": ("", generate or None),
+        "split": ("--group-by", {"group_by": group_by} if group_by else None),
         "verify": ("--verify", {"checks": verify.split(",")} if verify else None),
         "seed": ("--seed", seed),
         "engine": ("--engine", engine),

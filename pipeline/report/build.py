@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import nsmallest
 from importlib.resources import files
 from itertools import chain
@@ -20,16 +21,18 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, ImageError
-from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, stages_match
+from pipeline.report.figures import clusters_of, distributions_of, error_interval, funnel_of, images_of, stages_match
 from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
 from pipeline.report.rows import read_rejected, read_rows
 from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
+from pipeline.text.reasons import in_words
 
 ONE_FILE_ROWS = 500
 ONE_FILE_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 PART_ROWS = 1000  # in one script of a report folder
+MAX_PICTURES = 400  # of rejected rows whose image is not in the version
 AT_ONCE = 64  # images that are scaled down at once
 PROVENANCE = '<meta name="generator" content="synth report">'  # only a page with this is ever replaced
 _PART = re.compile(r"(images|rejected)-\d{3}-[0-9a-f]{12}\.js")
@@ -66,7 +69,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return metrics_files[-1].parent if metrics_files else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Report:
     version: Version
     folder: Path
@@ -75,7 +78,7 @@ class _Report:
 
     def write_file(self, path: Path) -> None:
         rows = [row for batch in self._rows(ONE_FILE_THUMBNAIL_BYTES, _within) for row in batch]
-        data = [_call("images", rows), _call("rejected", self._rejected())]
+        data = [_call("images", rows), _call("rejected", self._rejected)]
         write_text(path, self._page(_within, {row["id"]: row["images"][0] for row in rows}, data, parts=[]))
 
     def write_folder(self, home: Path) -> None:
@@ -105,7 +108,7 @@ class _Report:
             if len(pending) >= PART_ROWS:
                 write_part("images", pending)
                 pending = []
-        for kind, rest in (("images", pending), ("rejected", self._rejected())):
+        for kind, rest in (("images", pending), ("rejected", self._rejected)):
             if rest:
                 write_part(kind, rest)
         write_text(home / "index.html", self._page(beside, first_images, [], parts))
@@ -116,6 +119,7 @@ class _Report:
         """Whether the folder's stage files are those that this version was made from."""
         return stages_match(self.folder, self.version.manifest)
 
+    @cached_property
     def _rejected(self) -> list[dict[str, str]]:
         return list(read_rejected(self.folder)) if self.of_stages else []
 
@@ -134,9 +138,16 @@ class _Report:
         manifest, of_stages = self.version.manifest, self.of_stages
         clusters = clusters_of(self.folder) if of_stages else {}
         members = {member["id"] for kind in clusters.values() for cluster in kind["shown"] for member in cluster["members"]}
-        rejected = images_of(self.folder, members - first.keys())
+        of_texts = {row["id"] for row in self._rejected[:MAX_PICTURES]} - {""}
+        rejected = images_of(self.folder, (members | of_texts) - first.keys())
         first = first | {sample_id: _place(sample_id, 0, image, THUMBNAIL_BYTES, place) for sample_id, image in rejected}
-        settings = {"digest": manifest["digest"], "version": self.version.name, "images": self.shown, "reasons": REASONS}
+        settings = {
+            "digest": manifest["digest"],
+            "version": self.version.name,
+            "images": self.shown,
+            "reasons": REASONS,
+            "pictures": {sample_id: first[sample_id] for sample_id in {row["id"] for row in self._rejected} & first.keys()},
+        }
         script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
         scripts = [f"const report = {_literal(settings)};\n{script}", *data]
         return render_page(
@@ -146,6 +157,8 @@ class _Report:
             images=self.version.num_rows,
             shown=self.shown,
             funnel=funnel_of(manifest),
+            in_words=in_words,
+            error_interval=error_interval,
             of_stages=of_stages,
             distributions=distributions_of(self.folder) if of_stages else [],
             clusters=clusters,

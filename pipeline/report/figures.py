@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.report.rows import to_pylist
 from pipeline.storage.files import open_table
 from pipeline.text.content_keys import content_words
 from pipeline.text.escape import visible
+from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.text.normalize import words_of
 
 MAX_CLUSTERS = 50  # of each kind, the largest
@@ -35,6 +37,17 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         steps.append(step | {"adds_up": whole and follows})
         kept_before[step["unit"]] = step["kept"]
     return steps
+
+
+def error_interval(wrong: int, seen: int) -> tuple[float, float]:
+    """Return between which shares the texts that are wrong lie, if `wrong` of `seen` were: 19 times of 20 for a random sample.
+
+    The score interval of E. B. Wilson (1927), which holds for small counts as well.
+    """
+    share, spread = wrong / seen, 1.96**2 / seen
+    center = (share + spread / 2) / (1 + spread)
+    half = 1.96 / (1 + spread) * sqrt(share * (1 - share) / seen + spread / (4 * seen))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def stages_match(folder: Path, manifest: dict[str, Any]) -> bool:
@@ -60,13 +73,21 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
             for side in sides:
                 if row["clean_text"] is not None:
                     lengths[side][_length(row["clean_text"])] += 1
-                    concepts[side].update(set(content_words(row["clean_text"])))
+                    concepts[side].update(set(content_words(row["clean_text"])) - FUNCTION_WORDS)
                 else:
                     answers[side][row["question_type"]][row["clean_answer"].casefold()] += 1
     by_length = sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+")))
     tables = [_table("Words of a caption", "captions", *lengths, by_length)]
     common = sorted(answers[0], key=lambda kind: (-answers[0][kind].total(), kind))[:MAX_QUESTION_TYPES]
-    tables += [_table(f"Answers to {visible(kind)} …", "questions", answers[0][kind], answers[1][kind]) for kind in common]
+    tables += [
+        _table(
+            f"Answers to {visible(kind)} …",
+            "questions",
+            answers[0][kind],
+            answers[1][kind],
+        )
+        for kind in common
+    ]
     return [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
 
 

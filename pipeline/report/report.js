@@ -161,9 +161,16 @@ function edit(row, text, item, about) {
   const done = () => { fill(item, row, text); item.focus(); };
   const save = element("button", {type: "submit", textContent: "Save"});
   const cancel = element("button", {type: "button", textContent: "Cancel"});
-  const form = element("form", {className: "edit"}, ...fields, element("div", {className: "marks"}, save, cancel));
+  const note = element("output", {className: "soft"});
+  const form = element("form", {className: "edit"}, ...fields, element("div", {className: "marks"}, save, cancel, note));
   cancel.addEventListener("click", done);
-  form.addEventListener("keydown", event => { if (event.key === "Escape") done(); });
+  const isChanged = () => fields.some((field, at) => tidy(field.value) !== tidy(now[names[at]]));
+  form.addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
+    if (event.key !== "Escape") return;
+    if (isChanged()) note.textContent = "changed: Ctrl+Enter saves it, Cancel gives it up";
+    else done();
+  });
   form.addEventListener("submit", event => {
     event.preventDefault();
     const typed = fields.map(field => tidy(field.value));
@@ -237,8 +244,16 @@ function exportMarks() {
 }
 
 function drawRejected(row) {
+  const source = report.pictures[row.id];
+  const picture = source ? [element("img", {src: source, alt: "", loading: "lazy"})] : [];
+  const name = element("code", {textContent: shortened(row.where), title: row.where});
   return element("tr", {}, element("td", {textContent: row.stage}), element("td", {className: "bad", textContent: row.reason}),
-    element("td", {}, element("code", {textContent: row.where.slice(0, 24)})), element("td", {className: "text", textContent: row.what}));
+    element("td", {className: "thumb"}, ...picture, name), element("td", {className: "text", textContent: row.what}));
+}
+
+/** The end of a path says more than its beginning. */
+function shortened(where) {
+  return where.length > 40 ? `\u2026${where.slice(-39)}` : where;
 }
 
 /** Go to another text on this page. */

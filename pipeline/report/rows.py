@@ -16,6 +16,7 @@ from pipeline.dataset.version import Version
 from pipeline.storage.files import open_table
 from pipeline.tables import PIXELS
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
+from pipeline.text.reasons import in_words
 
 MAX_REJECTED = 1000  # shown for each reason of each stage
 
@@ -30,7 +31,11 @@ def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, 
 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield what each stage rejected: `stage`, `reason`, `where` and `what`; the first MAX_REJECTED of each reason."""
+    """Yield what each stage rejected: `stage`, `reason`, `id`, `where` and `what`; the first MAX_REJECTED of each reason.
+
+    `where` is the row of the source, such as the name of a file; `id` that of the sample, if it got so far.
+    """
+    names = _source_rows(folder)
     files = [*folder.glob("stages/*/rejected.parquet"), *folder.glob("shards/*/stages/*/rejected.parquet")]
     for stage in sorted({path.parent.name for path in files}):
         counts: Counter[str] = Counter()
@@ -39,12 +44,24 @@ def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
                 counts[row["reason"]] += 1
                 if counts[row["reason"]] <= MAX_REJECTED:
                     text = " ".join(row[name] for name in _TEXT_FIELDS if row.get(name))
+                    sample_id = row.get("sample_id") or ""
                     yield {
                         "stage": stage,
-                        "reason": visible(row["reason"]),
-                        "where": visible(row.get("sample_id") or row.get("source_row") or ""),
+                        "reason": visible(in_words(row["reason"])),
+                        "id": visible(sample_id),
+                        "where": visible(row.get("source_row") or names.get(sample_id) or sample_id),
                         "what": visible(text or row.get("reply_text") or row.get("detail") or ""),
                     }
+
+
+def _source_rows(folder: Path) -> dict[str, str]:
+    """Return the row of the source of each sample, by its id."""
+    names: dict[str, str] = {}
+    for path in DatasetDir(folder).stage_files("source"):
+        if path.exists():
+            table = open_table(path, "sample_id").read(["sample_id", "source_row"])
+            names |= dict(zip(table["sample_id"].to_pylist(), table["source_row"].to_pylist(), strict=True))
+    return names
 
 
 def _rejected(path: Path) -> Iterator[dict[str, Any]]:

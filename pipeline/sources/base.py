@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ImageError
@@ -24,6 +25,7 @@ OPTIONS = {
         "states the license of its images, but --license was given",
         "--license goes with folder:PATH and parquet:PATH",
     ),
+    "split.group_by": ("has no folders of images, but --group-by was given", "--group-by goes with --source folder:PATH alone"),
     "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
 }
 
@@ -66,7 +68,7 @@ class SourceSpec:
     def check_options(self, config: Config) -> None:
         """Raise ConfigError for an option that this source does not support."""
         for name, (message, hint) in OPTIONS.items():
-            if (value := getattr(config, name)) and name not in self.options:
+            if (value := attrgetter(name)(config)) and name not in self.options:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
 
 

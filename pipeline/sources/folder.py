@@ -246,5 +246,5 @@ SPEC = SourceSpec(
     open=lambda config, path, part: open_folder(
         Path(path).expanduser(), part, config.license or UNKNOWN, follow_links=config.follow_links
     ),
-    options=frozenset({"license", "follow_links"}),
+    options=frozenset({"split.group_by", "license", "follow_links"}),
 )

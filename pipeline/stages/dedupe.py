@@ -136,7 +136,7 @@ STAGE = Stage(
     advice={
         "caption_of_many_images": "raise dedupe.max_images_per_caption, or ask for captions of what sets images apart",
         "duplicate": "ask for fewer caption styles, or for styles that differ: generate.caption_styles",
-        "near_duplicate_image": "dedupe.images: none keeps images that look alike",
+        "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
         "near_held_out_image": "dedupe.images: none keeps images that look alike",
     },
 )

@@ -1,8 +1,15 @@
 """Stage: split. Assign each sample to train, validation or test: as its source states, else by a hash of its id.
 
 The hash does not depend on other images, so that an image stays in its split when images are added or removed. Near-duplicate
-images share the hash of the first of them, and so their split.
+images share the hash of the first of them, and so their split. Images of one folder, or frames of one video, need not look
+alike: if the settings ask for it, they share a split by their names.
 """
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Literal
 
 import duckdb
 import pyarrow as pa
@@ -12,10 +19,14 @@ from pipeline.config import SplitConfig
 from pipeline.digests import hash_to_unit
 from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
 from pipeline.storage.database import load
+from pipeline.storage.files import read_batches
 from pipeline.tables import SPLIT_RANK, SPLITS, STRING, fields, require_columns, with_reason
 from pipeline.text.normalize import map_distinct
 
 STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
+GROUPS = pa.schema({"image_group": STRING, "split_group": STRING})
+ADDS = pa.schema({"stated_split": STRING, "split_group": STRING})
+_LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
 RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
 
 
@@ -32,23 +43,86 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     db = comparison.db
     load(db, "stated", comparison.rows.batches("image_group", "source_split"), STATED)
     load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[split] for split in SPLITS]], schema=RANKS)], RANKS)
+    load(db, "named_groups", [_named_groups(comparison)], GROUPS)
     return db.sql(
         """
-        SELECT row, coalesce(stated.source_split, groups.source_split) AS stated_split
-        FROM stated JOIN (
-            SELECT image_group, arg_max(source_split, rank) AS source_split
-            FROM stated JOIN ranks USING (source_split) GROUP BY image_group
-        ) AS groups USING (image_group)
+        WITH grouped AS (
+            SELECT row, source_split, coalesce(split_group, image_group) AS split_group
+            FROM stated LEFT JOIN named_groups USING (image_group)
+        )
+        SELECT row, coalesce(grouped.source_split, groups.source_split) AS stated_split, split_group
+        FROM grouped LEFT JOIN (
+            SELECT split_group, arg_max(source_split, rank) AS source_split
+            FROM grouped JOIN ranks USING (source_split) GROUP BY split_group
+        ) AS groups USING (split_group)
+        WHERE groups.source_split IS NOT NULL OR split_group IN (SELECT split_group FROM named_groups)
         """
     )
 
 
+def _named_groups(comparison: Comparison) -> pa.Table:
+    """Return the group of each group of near-duplicates, if images are grouped by the names of their rows (GROUPS)."""
+    by = comparison.plan.config.split.group_by
+    if by is None:
+        return GROUPS.empty_table()
+    keys: dict[str, str] = {}
+    for shard in comparison.shards:
+        for table in read_batches(shard.stage("source"), ("sample_id", "source_row")):
+            keys |= zip(
+                table["sample_id"].to_pylist(), map(partial(name_key, by=by), table["source_row"].to_pylist()), strict=True
+            )
+    pairs = {
+        pair
+        for table in comparison.rows.batches("image_group", "sample_id")
+        for pair in zip(table["image_group"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
+    }
+    groups = join_groups((image_group, keys[sample_id]) for image_group, sample_id in sorted(pairs))
+    return pa.table([list(groups), list(groups.values())], schema=GROUPS)
+
+
+def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
+    """Return what rows of the source have in common that belong together; "" for a file that stands alone.
+
+    By folder: the folder of the file. By prefix: its name without the last number, as in `clip1_0042.jpg`.
+    """
+    path = PurePosixPath(source_row)
+    folder = "" if path.parent == PurePosixPath() else str(path.parent)
+    if by == "folder":
+        return folder
+    name = path.name.removesuffix(path.suffix)
+    prefix = _LAST_NUMBER.sub("", name)
+    return f"{folder}/{prefix}" if prefix not in ("", name) else ""
+
+
+def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the name of the group of each first member: members with a second one in common are in one group.
+
+    The name is the first of all first members of the group, in alphabetical order. The second member "" joins nothing.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    first_of: dict[str, str] = {}
+    for member, key in pairs:
+        parent.setdefault(member, member)
+        if key:
+            a, b = sorted((root(member), root(first_of.setdefault(key, member))))
+            parent[b] = a
+    return {member: root(member) for member in parent}
+
+
 def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:
-    """Append `split`: `stated_split` where there is one, else by a hash of `image_group`. No row is rejected."""
-    require_columns(table, "image_group", "stated_split")
-    hashed = map_distinct(table["image_group"], lambda group: split_of(group, plan.config.split, plan.config.seed))
+    """Append `split`: `stated_split` where there is one, else by a hash of the group. No row is rejected."""
+    require_columns(table, "image_group", *ADDS.names)
+    groups = pc.coalesce(table["split_group"], table["image_group"])
+    hashed = map_distinct(groups, lambda group: split_of(group, plan.config.split, plan.config.seed))
     splits = pc.coalesce(table["stated_split"], hashed)
-    return with_reason(table.drop_columns(["stated_split"]).append_column("split", splits), [None] * table.num_rows)
+    return with_reason(table.drop_columns(ADDS.names).append_column("split", splits), [None] * table.num_rows)
 
 
-STAGE = Stage("split", split_annotations, compare=find_stated_splits, adds=pa.schema({"stated_split": STRING}))
+STAGE = Stage("split", split_annotations, compare=find_stated_splits, adds=ADDS)

@@ -121,12 +121,18 @@ def test_texts_are_marked_with_keys_alone_and_marks_outlive_the_page(page: Page)
 def test_an_edit_is_shown_and_can_be_left_or_taken_back(page: Page) -> None:
     before = text_of(page).locator("p").inner_text()
     text_of(page).get_by_role("button", name="Edit").click()
-    page.get_by_label("text", exact=True).fill("  Something   else. ")
-    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")  # nothing was changed
     assert text_of(page).locator("p").inner_text() == before
     text_of(page).get_by_role("button", name="Edit").click()
     page.get_by_label("text", exact=True).fill("  Something   else. ")
-    page.get_by_role("button", name="Save").click()
+    page.keyboard.press("Escape")
+    expect(text_of(page).locator("output")).to_contain_text("Ctrl+Enter saves it")
+    assert page.get_by_label("text", exact=True).input_value() == "  Something   else. "
+    page.get_by_role("button", name="Cancel").click()
+    assert text_of(page).locator("p").inner_text() == before
+    text_of(page).get_by_role("button", name="Edit").click()
+    page.get_by_label("text", exact=True).fill("  Something   else. ")
+    page.keyboard.press("Control+Enter")
     assert text_of(page).locator("p").inner_text() == "Something else."
     page.keyboard.press("e")
     page.get_by_label("text", exact=True).fill(before)

@@ -8,7 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.report.figures import MAX_CLUSTERS, MAX_MEMBERS, clusters_of, distributions_of, funnel_of, images_of, stages_match
+from pipeline.report.figures import (
+    MAX_CLUSTERS,
+    MAX_MEMBERS,
+    clusters_of,
+    distributions_of,
+    error_interval,
+    funnel_of,
+    images_of,
+    stages_match,
+)
 
 
 def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
@@ -132,3 +141,10 @@ def test_images_of_samples_that_are_in_no_version_are_found_at_the_source(tmp_pa
     (tmp_path / "stages" / "source").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "stages" / "source" / "kept.parquet", row_group_size=2)
     assert dict(images_of(tmp_path, {"s3", "s8", "none"})) == {"s3": b"\x03", "s8": b"\x08"}
+
+
+def test_the_share_of_errors_is_an_interval_that_narrows_with_what_was_looked_at() -> None:
+    assert error_interval(7, 93) == pytest.approx((0.037, 0.147), abs=0.001)
+    assert error_interval(70, 930) == pytest.approx((0.060, 0.094), abs=0.001)
+    assert error_interval(0, 20) == pytest.approx((0, 0.161), abs=0.001)
+    assert error_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)

@@ -48,4 +48,4 @@ def test_of_each_reason_the_first_are_shown(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
     rejected = list(read_rejected(tmp_path))
     assert len(rejected) == MAX_REJECTED + 1
-    assert rejected[0] == {"stage": "filter", "reason": "too_short", "where": "s", "what": "text 0"}
+    assert rejected[0] == {"stage": "filter", "reason": "too few words", "id": "s", "where": "s", "what": "text 0"}

@@ -1,14 +1,17 @@
 """Split: assigned by image, in the configured shares, and stable when other images are added."""
 
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from pipeline.config import SplitConfig, resolve
+from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
-from pipeline.stages.split import STAGE, split_of
-from tests.stage_runs import run_stage
+from pipeline.stages.split import STAGE, join_groups, name_key, split_of
+from pipeline.storage.files import write_table
+from tests.stage_runs import BEFORE, plan_of, rows_after, run_on, run_stage
 
 IDS = [f"{n:064x}" for n in range(4000)]
 
@@ -71,3 +74,45 @@ def test_an_image_goes_along_with_the_most_held_out_one_of_its_group() -> None:
     rows = table(IDS[:4]).set_column(2, "image_group", pa.array([IDS[0]] * 4))
     rows = rows.set_column(3, "source_split", pa.array(["train", None, "test", "validation"], pa.string()))
     assert splits(rows) == ["train", "test", "test", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "prefix"),
+    [
+        ("a.jpg", "", ""),
+        ("day1/a.jpg", "day1", ""),
+        ("day1/clip1_0042.jpg", "day1", "day1/clip1"),
+        ("clip1_0042.jpg", "", "/clip1"),
+        ("IMG_7.png", "", "/IMG"),
+        ("0042.jpg", "", ""),
+        ("day1/0042.jpg", "day1", ""),
+        ("table.parquet:17", "", ""),
+    ],
+)
+def test_names_say_what_belongs_together(name: str, folder: str, prefix: str) -> None:
+    assert (name_key(name, "folder"), name_key(name, "prefix")) == (folder, prefix)
+
+
+def test_groups_that_have_a_member_in_common_are_one() -> None:
+    pairs = [("c", "x"), ("b", "y"), ("c", "y"), ("d", ""), ("e", ""), ("a", "z"), ("f", "z")]
+    assert join_groups(pairs) == {"b": "b", "c": "b", "d": "d", "e": "e", "a": "a", "f": "a"}
+    assert join_groups(reversed(pairs)) == join_groups(pairs)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_images_of_one_folder_are_in_one_split_if_it_is_asked_for(tmp_path: Path, shards: int) -> None:
+    ids = IDS[:300]
+    names = [f"day{n // 3}/{n}.jpg" for n in range(300)]
+    config = resolve(source="folder:x", split={"group_by": "folder"})
+    directories = [DatasetDir(tmp_path / f"shard-{n}") for n in range(shards)]
+    rows = table(ids).set_column(3, "source_split", pa.array(["test" if n == 0 else None for n in range(300)], pa.string()))
+    for n, directory in enumerate(directories):
+        part = slice(n * 300 // shards, (n + 1) * 300 // shards)
+        write_table(directory.stage(BEFORE), [rows.slice(part.start, part.stop - part.start)], rows.schema)
+        source = pa.table({"sample_id": ids[part], "source_row": names[part]})
+        write_table(directory.stage("source"), [source], source.schema)
+    run_on(STAGE, directories, plan_of(tmp_path, config), BEFORE)
+    assigned = rows_after(STAGE, directories, rows["annotation_id"].to_pylist())["split"].to_pylist()
+    folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
+    assert len(folders) == 100 and {split for _, split in folders} == {"train", "validation", "test"}
+    assert assigned[:3] == ["test"] * 3  # with the one that the source holds out

@@ -1,0 +1,59 @@
+"""The reasons for which rows are rejected, in plain words. Stages, manifests and tables use the codes."""
+
+IN_WORDS = {
+    # source
+    "duplicate_image": "the same image as another",
+    "near_duplicate_image": "looks like another image",
+    "near_held_out_image": "looks like an image of a held-out split",
+    "banned_image": "in a data set that must be left out",
+    "unreadable_image": "the image cannot be read",
+    "too_many_pixels": "the image has too many pixels",
+    # replies, and validate
+    "not_json": "the reply is not JSON",
+    "off_schema": "the reply has other fields than asked for",
+    "cut_short": "the reply was cut off",
+    "repeats_itself": "the reply runs in a loop",
+    "refused_by_server": "the server refused the request",
+    "caption_string_pattern_mismatch": "the caption has control characters",
+    "caption_string_too_short": "the caption is empty",
+    "caption_string_too_long": "the caption is far too long",
+    "question_without_mark": "the question has no question mark",
+    "answer_repeats_question": "the answer is the question",
+    "answer_not_yes_or_no": "a yes/no question with another answer",
+    "answer_not_a_number": "a question for a number with another answer",
+    # filter
+    "refusal": "the model declined, or saw no image",
+    "junk": "markup, code or coordinates in the text",
+    "placeholder": "a word in place of a text",
+    "label": "a label or a word to the reader in the text",
+    "prompt_echo": "repeats the prompt",
+    "unanswerable": "the answer says that there is none",
+    "personal_answer": "the answer is personal data",
+    "too_short": "too few words",
+    "too_long": "too many words",
+    "repetitive": "says the same again and again",
+    "other_language": "in another language",
+    "cut_off": "ends in the middle of a sentence",
+    "too_general": "would be true of any image",
+    "no_single_question": "several questions in one, or a choice by letters",
+    "answer_in_question": "the question contains its answer",
+    "speaks_of_elsewhere": "speaks of another text or image",
+    # verify
+    "answer_not_confirmed": "the model answered otherwise when asked again",
+    "claims_not_confirmed": "the model did not confirm what the caption claims",
+    "answerable_without_image": "can be answered without the image",
+    "evidence_not_sufficient": "the named pages are not enough",
+    "evidence_not_necessary": "the named pages are not needed",
+    "low_alignment": "fits its image less than others do",
+    # dedupe, balance, version
+    "duplicate": "says the same as another text of this image",
+    "caption_of_many_images": "says the same of too many images",
+    "answer_too_common": "too many such questions have this answer",
+    "concepts_too_common": "names only what many captions name",
+    "no_annotation_left": "no text of this image was kept",
+}
+
+
+def in_words(reason: str) -> str:
+    """Return a reason in plain words; one that is not listed, with spaces."""
+    return IN_WORDS.get(reason, reason.replace("_", " "))
