@@ -27,12 +27,12 @@ from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.verification import build_check, checks_of
 from pipeline.run import generate_dataset
+from pipeline.scenes.claims import extract_claims
 from pipeline.scenes.facts import BACKGROUNDS, COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing
 from pipeline.scenes.score import parse_scene
 from pipeline.scenes.text import STYLES, answer, caption, phrases
 from pipeline.tables import CHECK
 from pipeline.tasks.replies import parse_reply
-from pipeline.text.claims import extract_claims
 from pipeline.types import Request
 from tests.scene_data import score_annotations
 from tests.stage_runs import verify_rows

@@ -240,6 +240,11 @@ class Config(Section):
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
 
+    @property
+    def splits_claims(self) -> bool:
+        """Whether the model splits captions into claims; those of drawn scenes are split by rules."""
+        return "claims" in self.verify.checks and self.generate.prompt_version > 1
+
 
 def current_settings(values: dict[str, Any], section: type[Section] = Config) -> dict[str, Any]:
     """Return settings under today's names of keys, in all sections."""

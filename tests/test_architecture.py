@@ -22,14 +22,14 @@ FILES = {
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines gpus journal queue
         request_images requests transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
-    "pipeline/scenes": "__init__ clip deck draw facts score teacher text",
+    "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
     "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet questions remote scenes
         slidevqa vqav2""",
     "pipeline/stages": "__init__ balance base dedupe filter generate review source split validate verify version",
     "pipeline/storage": "__init__ database files lock object_store untrusted",
-    "pipeline/tasks": "__init__ answer arithmetic base caption deck_qa prompts qa replies",
-    "pipeline/text": "__init__ artifacts claims content_keys escape function_words language normalize pii questions reasons "
+    "pipeline/tasks": "__init__ answer arithmetic base caption claims deck_qa prompts qa replies",
+    "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize pii questions reasons "
     "refusals spelling vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ checkpoint config data distributed evaluate features generate image_index metrics

@@ -7,7 +7,7 @@ from pipeline.config import Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
 from pipeline.images.similarity import MAX_NEAR_BITS
-from pipeline.tasks import ANSWER, wire_schema
+from pipeline.tasks import ANSWER, CLAIMS, wire_schema
 from pipeline.tasks.prompts import prompt_texts
 
 
@@ -23,8 +23,9 @@ class StageSummary:
 
 
 def asked_tasks(config: Config) -> tuple[str, ...]:
-    """Return the tasks of a run, including `answer` if a check asks the model."""
-    return (*config.tasks, *([ANSWER] if set(config.verify.checks) - {"alignment"} else []))
+    """Return the tasks of a run, including those by which checks ask the model."""
+    asks = bool(set(config.verify.checks) - {"alignment"})
+    return (*config.tasks, *([ANSWER] if asks else []), *([CLAIMS] if config.splits_claims else []))
 
 
 def describe_run(

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
-from pipeline.tasks import ANSWER, find_task, wire_schema
+from pipeline.tasks import ANSWER, CHECKING, CLAIMS, find_task, wire_schema
 from pipeline.tasks.prompts import DRAWS, check_prompt_dir, render
 from pipeline.text.language import language_name
 from pipeline.types import Reply, Request, Sampling
@@ -36,12 +36,13 @@ def _values_of(sample_id: str, config: Config) -> dict[str, Any]:
 def check_prompts(config: Config) -> None:
     """Render every prompt once: a broken template is a ConfigError before anything is written."""
     if config.generate.prompt_dir:
-        check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *([ANSWER] if config.verify.checks else [])))
+        check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *(CHECKING if config.verify.checks else ())))
     folder, version = config.generate.prompt_dir, config.generate.prompt_version
     for task, style in requests_per_sample(config):
         render(task, folder, version, style=style)
     if config.verify.checks:
         render(ANSWER, folder, version, question="?")
+        render(CLAIMS, folder, version, caption="")
 
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:

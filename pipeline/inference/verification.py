@@ -1,7 +1,8 @@
 """Build the requests that check whether annotations are true: a second pass through the same journal.
 
 Every check is a question of the task `answer` to the model that wrote the annotation, with greedy decoding. The model sees
-the image but not its earlier answer; a blind check shows no image; an evidence check shows only some pages of a deck.
+the image but not its earlier answer; a blind check shows no image; an evidence check shows only some pages of a deck. For the
+claims of a caption the model first splits it, without the image, into questions that expect yes and as many that expect no.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,9 +13,9 @@ from pipeline.config import Config, VerifyConfig
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import shared_fields
-from pipeline.tasks import ANSWER
-from pipeline.tasks.replies import parse_reply
-from pipeline.text.claims import extract_claims
+from pipeline.scenes.claims import Claim, extract_claims
+from pipeline.tasks import ANSWER, CLAIMS, find_broken_rule
+from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.types import Request, SampleBatch
 
 
@@ -28,11 +29,16 @@ class Check:
     pages: tuple[int, ...] | None = None
 
 
-def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
-    """Return the checks of an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order."""
+def checks_of(row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim] | None = None) -> list[Check]:
+    """Return the checks of an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order.
+
+    `claims` are those of a caption, if the model was asked for them; None: they are found by rules for drawn scenes.
+    """
     if row["clean_text"] is not None:
-        claims = extract_claims(row["clean_text"]) if "claims" in config.checks else []
-        return [Check("claims", claim.question, claim.expected) for claim in claims]
+        if "claims" not in config.checks:
+            return []
+        found = extract_claims(row["clean_text"]) if claims is None else claims
+        return [Check("claims", claim.question, claim.expected) for claim in found]
     question, answer = row["clean_question"], row["clean_answer"]
     checks = [Check("round_trip", question, answer)] if "round_trip" in config.checks else []
     if "blind" in config.checks:
@@ -42,6 +48,22 @@ def checks_of(row: dict[str, Any], config: VerifyConfig) -> list[Check]:
     if "evidence" in config.checks and evidence and others:
         checks += [Check("sufficient", question, answer, evidence), Check("necessary", question, answer, others)]
     return checks
+
+
+def build_claims(caption: str, sample_id: str, config: Config, revision: str) -> Request:
+    """Return the request for the claims of a caption. It shows no image, so equal captions share one."""
+    fields, shared_digest = shared_fields(CLAIMS, 0.0, config.generate, config.seed, revision, caption=caption)
+    request_id = digest({"image": None, "pages": (), "about": shared_digest})
+    return Request(id=request_id, sample_id=sample_id, style="claims", images=(), pages=(), **fields)
+
+
+def read_claims(caption: str, config: Config, revision: str, journal: Journal) -> list[Claim]:
+    """Return the claims of a caption as the model split it: for each, a question that expects yes, and one that expects no."""
+    request = build_claims(caption, "", config, revision)
+    last = journal.last(request.id)
+    assert last is not None, f"no reply to {request.id}: the engine left a request out"
+    rows = [fields for fields, error in read_fields(CLAIMS, last[0]) if not error and not find_broken_rule(CLAIMS, fields)]
+    return [Claim(row[name], expected) for row in rows for name, expected in (("question", "yes"), ("opposite", "no"))]
 
 
 def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:

@@ -17,8 +17,9 @@ from pipeline.dataset.directory import DatasetDir, sample_batches
 from pipeline.images.decode import prepare_image
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import ask_all
-from pipeline.inference.verification import Check, build_all, checks_of, read_checks
+from pipeline.inference.verification import Check, build_all, build_claims, checks_of, read_checks, read_claims
 from pipeline.progress import Progress
+from pipeline.scenes.claims import Claim
 from pipeline.sources import find_source
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Services, Stage, record_cost
 from pipeline.storage.database import load
@@ -28,6 +29,7 @@ from pipeline.tasks import asks_about_decks
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
+CHUNK_REQUESTS = 256  # of texts, without images
 ALIGNMENT = pa.field("alignment", FLOAT64)
 CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), ALIGNMENT, *VERIFIED])
 ANNOTATION_COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "evidence_pages", "pages")
@@ -74,7 +76,8 @@ def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services)
     """Ask the checks of the settings about the annotations of a shard; yield these with the answers (CHECKED)."""
     config = plan.config
     rows = [row for table in read_batches(path, ANNOTATION_COLUMNS) for row in table.to_pylist()]
-    checks = [checks_of(row, config.verify) for row in rows]
+    claims = _ask_claims(shard, plan, services, rows) if config.splits_claims else [None] * len(rows)
+    checks = [checks_of(row, config.verify, of_row) for row, of_row in zip(rows, claims, strict=True)]
     answers = _ask(shard, plan, services, rows, checks) if any(checks) else [[] for _ in rows]
     alignments = _alignments(shard, config, rows, services.progress)
     first = 0
@@ -144,6 +147,20 @@ def _share(checks: Sequence[dict[str, str]], kind: str) -> float | None:
 def _whether(checks: Sequence[dict[str, str]], kind: str) -> bool | None:
     share = _share(checks, kind)
     return None if share is None else share == 1
+
+
+def _ask_claims(shard: DatasetDir, plan: RunPlan, services: Services, rows: list[dict[str, Any]]) -> list[list[Claim] | None]:
+    """Return the claims of each caption, as the model splits it; None for a question. Equal captions are asked about once."""
+    config, stats, progress = plan.config, services.stats, services.progress
+    captions = {row["clean_text"]: row["sample_id"] for row in rows if row["clean_text"] is not None}
+    requests = [build_claims(text, sample_id, config, plan.revision) for text, sample_id in captions.items()]
+    with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
+        before = stats.done
+        chunks = (requests[first : first + CHUNK_REQUESTS] for first in range(0, len(requests), CHUNK_REQUESTS))
+        for ready in ask_all(chunks, config, services.engine, journal, stats):
+            progress("claims", stats.done - before, len(requests), ready.metrics())
+        of_caption = {text: read_claims(text, config, plan.revision, journal) for text in captions}
+    return [None if row["clean_text"] is None else of_caption[row["clean_text"]] for row in rows]
 
 
 def _ask(

@@ -7,17 +7,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.tasks import answer, caption, deck_qa, qa
+from pipeline.tasks import answer, caption, claims, deck_qa, qa
 from pipeline.tasks.base import Task, strip_schema
 
-TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, answer.TASK)}
-ANSWER = answer.TASK.name  # the task of the stage verify
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, answer.TASK, claims.TASK)}
+ANSWER, CLAIMS = answer.TASK.name, claims.TASK.name
+CHECKING = (ANSWER, CLAIMS)  # the tasks of the stage verify, for which no user asks
 
 
 def find_task(name: str) -> Task:
     """Return the task of a name. Raise ConfigError for an unknown name."""
     if name not in TASKS:
-        known = [task for task in TASKS if task != ANSWER]
+        known = [task for task in TASKS if task not in CHECKING]
         raise ConfigError(f"unknown task: {name}", hint=did_you_mean(name, known) or f"known tasks: {', '.join(known)}")
     return TASKS[name]
 

@@ -32,18 +32,18 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "reply_error": error,
             "reply_text": reply.text if error else None,  # an unreadable reply is kept for inspection
         }
-        for position, (values, error) in enumerate(_fields(request.task, reply))
+        for position, (values, error) in enumerate(read_fields(request.task, reply))
     ]
 
 
 def find_flaw(request: Request, reply: Reply) -> str | None:
     """Return the first flaw of a reply without any valid annotation; None if at least one is valid."""
     pages = max(1, len(request.images))
-    flaws = [error or find_broken_rule(request.task, values, pages) for values, error in _fields(request.task, reply)]
+    flaws = [error or find_broken_rule(request.task, values, pages) for values, error in read_fields(request.task, reply)]
     return None if None in flaws else flaws[0]
 
 
-def _fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
+def read_fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
     """Return (fields, error) for each annotation; one that is off the schema does not reject the others."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]

@@ -62,22 +62,8 @@ subjects kind type sort place shown showing shows show depicts depicting seen vi
 containing contains taken which what general
 """
 _GENERAL = frozenset(_GENERAL_WORDS.split())
-_OF_IMAGES = frozenset(
-    (
-        "image",
-        "picture",
-        "photo",
-        "photograph",
-        "scene",
-        "something",
-        "thing",
-        "things",
-        "object",
-        "objects",
-        "items",
-        "elements",
-    )
-)
+_NAMES_OF_ANYTHING = "image picture photo photograph scene something thing things object objects items elements"
+_OF_IMAGES = frozenset(_NAMES_OF_ANYTHING.split())
 ECHO_WORDS = 5  # words in a row that a text has from the prompt
 
 
@@ -121,7 +107,7 @@ def has_run(text: str) -> bool:
 
 
 def is_cut_off(text: str) -> bool:
-    """Return True if a caption ends where no sentence can: with "a", "and" or a comma."""
+    """Return True if a caption ends where no sentence can: with "a", "and" or three dots."""
     return bool(_CUT_OFF.search(text))
 
 

@@ -82,11 +82,11 @@ class Place(Output):
     place: Line
 
 
-TASK = Task(name="place", prompt="place/v1", output=Place, row=Place, text_field="place")
+TASK = Task(name="place", prompts=("place/v1",), output=Place, row=Place, text_field="place")
 ''',
     "prompts/place/v1.j2": 'Name the kind of place. Reply as {"place": "..."}.\nTask: place\n',
     "pipeline/tasks/__init__.py": [
-        ("import answer, caption, deck_qa, qa", "import answer, caption, deck_qa, place, qa"),
+        ("import answer, caption, claims, deck_qa, qa", "import answer, caption, claims, deck_qa, place, qa"),
         ("caption.TASK, qa.TASK", "caption.TASK, place.TASK, qa.TASK"),
     ],
 }
@@ -138,7 +138,7 @@ EXTENSIONS = {"row stage": ROW_STAGE, "comparing stage": COMPARING_STAGE, "task"
 def reply(_: int, body: dict[str, Any]) -> Act:
     if body["response_format"]["json_schema"]["name"] == "place":
         return Act('{"place":"A plain of stripes in gray"}')
-    words = "TWO STRIPES AND NO MORE" if "brief" in str(body["messages"]) else f"A field of gray, number {len(str(body)) % 97}."
+    words = "TWO STRIPES AND NO MORE" if "plain" in str(body["messages"]) else f"A field of gray, number {len(str(body)) % 97}."
     return Act(json.dumps({"caption": words}))
 
 

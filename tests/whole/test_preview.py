@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
-from tests.chat.server import Act, ChatServer, running_chat
+from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.pipeline.images.test_similarity import photo
 from tests.whole.conftest import SYNTH
 
@@ -29,7 +29,7 @@ def server() -> Iterator[ChatServer]:
             view = "<b>view</b>" if number % 4 == 1 else "view"
             text = "A dog." if number % 4 == 0 else f"A {view} of place number {number} with trees near a lake."
             return Act(json.dumps({"caption": text}))
-        return Act(json.dumps({"answer": "yes"})) if name == "answer" else None
+        return Act(json.dumps({"answer": "no" if "star" in task_of(body) else "yes"})) if name == "answer" else None
 
     with running_chat(ChatServer(script)) as chat:
         yield chat

@@ -1,11 +1,13 @@
 """Verification requests: the question, the pages shown, and the request id of each check."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, resolve
 from pipeline.inference.journal import Journal
-from pipeline.inference.verification import Check, build_all, build_check, checks_of, read_checks
+from pipeline.inference.verification import Check, build_all, build_check, build_claims, checks_of, read_checks, read_claims
+from pipeline.scenes.claims import Claim
 from pipeline.types import Reply
 
 PAGES = (b"one", b"two", b"three")
@@ -47,6 +49,32 @@ def test_each_check_shows_what_it_is_about() -> None:
 def test_a_caption_is_asked_for_its_claims() -> None:
     claims = [(check.question, check.expected) for check in checks_of(CAPTION, config("claims").verify)]
     assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
+
+
+def test_claims_that_a_model_found_are_asked_instead_of_those_of_rules() -> None:
+    settings = config("claims")
+    assert checks_of(CAPTION, settings.verify, []) == []
+    checks = checks_of(CAPTION, settings.verify, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
+    assert [(check.question, check.expected) for check in checks] == [("Is it a dog?", "yes"), ("Is it a cat?", "no")]
+
+
+def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: Path) -> None:
+    settings = resolve(source="folder:x", verify={"checks": ["claims"]}, generate={"prompt_version": 2})
+    request, other = (build_claims("Two dogs.", sample_id, settings, "r") for sample_id in ("a", "b"))
+    assert (request.id, request.images, request.pages) == (other.id, (), ())
+    assert request.id != build_claims("Two cats.", "a", settings, "r").id
+    assert "Caption: Two dogs.\n" in request.text
+    good = {"claim": "dogs", "question": "Are there dogs?", "opposite": "Are there cats?"}
+    replies: tuple[Any, ...] = (
+        {"claims": [good, good | {"opposite": "Are there dogs?"}, {"claim": "x"}]},
+        {"claims": []},
+        "no JSON",
+    )
+    for reply, expected in zip(replies, (["yes", "no"], [], []), strict=True):
+        with Journal(tmp_path / f"{len(expected)}{len(str(reply))}.sqlite") as journal:
+            text = reply if isinstance(reply, str) else json.dumps(reply)
+            journal.keep([(request, request.reply(text, "stop"), None)])
+            assert [claim.expected for claim in read_claims("Two dogs.", settings, "r", journal)] == expected
 
 
 def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:

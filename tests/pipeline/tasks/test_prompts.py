@@ -57,6 +57,7 @@ def test_every_style_has_its_own_wording(version: int) -> None:
 def test_prompts_of_version_1_are_as_they_were_released() -> None:
     ids = [prompt_id(task) for task in ("caption", "qa", "deck_qa", "answer")]
     assert ids == ["caption/v1@cfbdc0c86f31", "qa/v1@f512a8e48587", "deck_qa/v1@a4b79fa25464", "answer/v1@9a35f27fbcd1"]
+    assert prompt_id("qa", None, 2) != ids[1] and prompt_id("answer", None, 2) == ids[3]
 
 
 def test_wordings_and_question_types_of_photographs_are_drawn_by_the_image() -> None:

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from pipeline.scenes.claims import extract_claims, pluralize
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import STYLES, answer, caption
-from pipeline.text.claims import extract_claims, pluralize
 
 
 @pytest.mark.parametrize(
