@@ -69,7 +69,7 @@ def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
         table = annotations(rows[first : first + BATCH])
         invalid = validate_annotations(table)["reason"].to_pylist()
         started = time.process_time()
-        filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa"), 2))["reason"].to_pylist()
+        filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))["reason"].to_pylist()
         seconds += time.process_time() - started
         reasons += [a or b for a, b in zip(invalid, filtered, strict=True)]
     return reasons, seconds

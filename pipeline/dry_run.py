@@ -42,7 +42,8 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     images whose replies are in the journal come last in the sample. Raises SynthError as `generate_dataset` does.
     """
     folder = DatasetDir(out or dataset_folder(config.source))
-    config = with_source_defaults(config, folder.earlier_settings())
+    with translate_disk_errors(folder.path):
+        config = with_source_defaults(config, folder.earlier_settings())
     progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)

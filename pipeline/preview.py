@@ -98,7 +98,8 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     Raises SynthError as `run.generate_dataset` does; SourceError if the source holds no usable image.
     """
     folder = DatasetDir(out or dataset_folder(config.source))
-    config = with_source_defaults(config, folder.earlier_settings())
+    with translate_disk_errors(folder.path):
+        config = with_source_defaults(config, folder.earlier_settings())
     progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)
@@ -163,7 +164,7 @@ def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[t
     """Yield, for each request, its texts with the reason for which validate or filter rejects them."""
     validated = validate_annotations(table)
     reasons = validated["reason"].to_pylist()
-    grams = own_prompt_grams(tuple(config.tasks), config.generate.prompt_version)
+    grams = own_prompt_grams(tuple(config.tasks))
     filtered = filter_annotations(validated.drop_columns(["reason"]), config.filter, grams)["reason"].to_pylist()
     texts: dict[str, list[tuple[str, str | None]]] = {}
     for row, invalid, unfit in zip(table.to_pylist(), reasons, filtered, strict=True):

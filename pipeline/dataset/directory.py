@@ -52,10 +52,12 @@ class DatasetDir:
 
     def earlier_settings(self) -> dict[str, Any] | None:
         """Return the settings of the last run as its release wrote them, under today's names; None if there are none."""
+        if not self.run_file.exists():
+            return None
         try:
             values = read_json(self.run_file)
-        except (OSError, ValueError, UnsafeFileError):
-            return None
+        except (ValueError, UnsafeFileError):
+            return None  # run.refuse_other_settings says so
         return current_settings(values) if isinstance(values, dict) else None
 
     @property

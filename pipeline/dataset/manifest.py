@@ -6,7 +6,6 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
-from pipeline.images.similarity import MAX_NEAR_BITS
 from pipeline.tasks import ANSWER, CLAIMS, wire_schema
 from pipeline.tasks.prompts import prompt_texts
 
@@ -59,7 +58,7 @@ def describe_decontamination(
     rejected = {summary.stage: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],
-        "near_bits": MAX_NEAR_BITS.get(source["compared_as"]),
+        **({"near_bits": source["near_bits"]} if source.get("near_bits") else {}),
         "groups_of_images": groups,
         "near_held_out_annotations": rejected["dedupe"].get("near_held_out_image", 0),
         "never": source["never"],

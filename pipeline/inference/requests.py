@@ -21,8 +21,9 @@ def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, re
     """Yield the requests for one sample, in the order of the config's tasks and styles."""
     for task, style in requests_per_sample(config):
         temperature: float = getattr(config.generate, find_task(task).temperature_key)
-        values = {"style": style} if config.generate.prompt_version == 1 else {"style": style, **_values_of(sample_id, config)}
-        fields, shared_digest = shared_fields(task, temperature, config.generate, config.seed, revision, **values)
+        fields, shared_digest = shared_fields(
+            task, temperature, config.generate, config.seed, revision, style=style, **_values_of(sample_id, config)
+        )
         request_id = digest({"image": sample_id, "about": shared_digest})
         yield Request(id=request_id, sample_id=sample_id, style=style, images=images, **fields)
 

@@ -18,6 +18,8 @@ from pipeline.tasks import ANSWER, CLAIMS, find_broken_rule
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.types import Request, SampleBatch
 
+CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -52,7 +54,10 @@ def checks_of(row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim]
 
 def build_claims(caption: str, sample_id: str, config: Config, revision: str) -> Request:
     """Return the request for the claims of a caption. It shows no image, so equal captions share one."""
-    fields, shared_digest = shared_fields(CLAIMS, 0.0, config.generate, config.seed, revision, caption=caption)
+    generate = config.generate
+    if generate.max_tokens < CLAIMS_TOKENS:
+        generate = generate.model_copy(update={"max_tokens": CLAIMS_TOKENS})
+    fields, shared_digest = shared_fields(CLAIMS, 0.0, generate, config.seed, revision, caption=caption)
     request_id = digest({"image": None, "pages": (), "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style="claims", images=(), pages=(), **fields)
 

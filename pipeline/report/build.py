@@ -6,6 +6,7 @@ The page makes no network requests. Model text is untrusted: the template escape
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from pipeline.text.reasons import in_words
 ONE_FILE_ROWS = 500
 ONE_FILE_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 PART_ROWS = 1000  # in one script of a report folder
-MAX_PICTURES = 400  # of rejected rows whose image is not in the version
+MAX_PICTURES = 50  # of rejected rows of one reason whose image is not in the report
 AT_ONCE = 64  # images that are scaled down at once
 PROVENANCE = '<meta name="generator" content="synth report">'  # only a page with this is ever replaced
 _PART = re.compile(r"(images|rejected)-\d{3}-[0-9a-f]{12}\.js")
@@ -123,6 +124,16 @@ class _Report:
     def _rejected(self) -> list[dict[str, str]]:
         return list(read_rejected(self.folder)) if self.of_stages else []
 
+    def _pictured_rejects(self) -> set[str]:
+        """Return the samples of the first rejected rows of each reason, whose pictures are shown."""
+        counts: Counter[tuple[str, str]] = Counter()
+        ids = set()
+        for row in self._rejected:
+            counts[row["stage"], row["reason"]] += 1
+            if row["id"] and counts[row["stage"], row["reason"]] <= MAX_PICTURES:
+                ids.add(row["id"])
+        return ids
+
     def _rows(self, max_bytes: int, place: Place) -> Iterator[list[dict[str, Any]]]:
         """Yield batches of rows for the page, with the URLs of thumbnails instead of image bytes."""
         chosen_ids = None
@@ -138,15 +149,16 @@ class _Report:
         manifest, of_stages = self.version.manifest, self.of_stages
         clusters = clusters_of(self.folder) if of_stages else {}
         members = {member["id"] for kind in clusters.values() for cluster in kind["shown"] for member in cluster["members"]}
-        of_texts = {row["id"] for row in self._rejected[:MAX_PICTURES]} - {""}
-        rejected = images_of(self.folder, (members | of_texts) - first.keys())
-        first = first | {sample_id: _place(sample_id, 0, image, THUMBNAIL_BYTES, place) for sample_id, image in rejected}
+        of_texts = self._pictured_rejects()
+        others = images_of(self.folder, (members | of_texts) - first.keys())
+        more = {sample_id: _place(sample_id, 0, image, THUMBNAIL_BYTES, place) for sample_id, image in others}
+        first = first | more
         settings = {
             "digest": manifest["digest"],
             "version": self.version.name,
             "images": self.shown,
             "reasons": REASONS,
-            "pictures": {sample_id: first[sample_id] for sample_id in {row["id"] for row in self._rejected} & first.keys()},
+            "pictures": {sample_id: more[sample_id] for sample_id in sorted(of_texts & more.keys())},
         }
         script = (files("pipeline.report") / "report.js").read_text(encoding="utf-8")
         scripts = [f"const report = {_literal(settings)};\n{script}", *data]

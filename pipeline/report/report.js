@@ -10,10 +10,11 @@ const REASONS = {not_true: "not true of the image", unclear: "unclear or badly w
   private: "private or offensive", other: "another reason"};
 const FIELDS = ["text", "question", "answer", "evidence_pages", "expression"];
 const lists = {};
-const marks = new Map();
+const marks = new Map(), pictures = new Map(); // by the name of a text; of images, by their id
 let kept = true; // whether this browser remembers marks
 
 function add(kind, items) {
+  if (kind === "images") for (const item of items) pictures.set(item.id, item.images[0]);
   lists[kind].take(items);
 }
 
@@ -244,7 +245,7 @@ function exportMarks() {
 }
 
 function drawRejected(row) {
-  const source = report.pictures[row.id];
+  const source = report.pictures[row.id] || pictures.get(row.id);
   const picture = source ? [element("img", {src: source, alt: "", loading: "lazy"})] : [];
   const name = element("code", {textContent: shortened(row.where), title: row.where});
   return element("tr", {}, element("td", {textContent: row.stage}), element("td", {className: "bad", textContent: row.reason}),

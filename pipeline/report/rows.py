@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
@@ -35,7 +36,13 @@ def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
 
     `where` is the row of the source, such as the name of a file; `id` that of the sample, if it got so far.
     """
-    names = _source_rows(folder)
+    rows = list(_first_rejected(folder))
+    names = _source_rows(folder, {row["id"] for row in rows if not row["where"]})
+    for row in rows:
+        yield row | {"where": row["where"] or visible(names.get(row["id"], row["id"]))}
+
+
+def _first_rejected(folder: Path) -> Iterator[dict[str, str]]:
     files = [*folder.glob("stages/*/rejected.parquet"), *folder.glob("shards/*/stages/*/rejected.parquet")]
     for stage in sorted({path.parent.name for path in files}):
         counts: Counter[str] = Counter()
@@ -44,23 +51,23 @@ def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
                 counts[row["reason"]] += 1
                 if counts[row["reason"]] <= MAX_REJECTED:
                     text = " ".join(row[name] for name in _TEXT_FIELDS if row.get(name))
-                    sample_id = row.get("sample_id") or ""
                     yield {
                         "stage": stage,
                         "reason": visible(in_words(row["reason"])),
-                        "id": visible(sample_id),
-                        "where": visible(row.get("source_row") or names.get(sample_id) or sample_id),
+                        "id": visible(row.get("sample_id") or ""),
+                        "where": visible(row.get("source_row") or ""),
                         "what": visible(text or row.get("reply_text") or row.get("detail") or ""),
                     }
 
 
-def _source_rows(folder: Path) -> dict[str, str]:
-    """Return the row of the source of each sample, by its id."""
+def _source_rows(folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Return the rows of the source of some samples, by their ids."""
     names: dict[str, str] = {}
-    for path in DatasetDir(folder).stage_files("source"):
+    for path in DatasetDir(folder).stage_files("source") if wanted else ():
         if path.exists():
-            table = open_table(path, "sample_id").read(["sample_id", "source_row"])
-            names |= dict(zip(table["sample_id"].to_pylist(), table["source_row"].to_pylist(), strict=True))
+            for batch in open_table(path, "sample_id").iter_batches(columns=["sample_id", "source_row"]):
+                found = batch.filter(pc.is_in(batch["sample_id"], pa.array(wanted, pa.string())))
+                names |= zip(found["sample_id"].to_pylist(), found["source_row"].to_pylist(), strict=True)
     return names
 
 

@@ -49,12 +49,21 @@ def with_source_defaults(config: Config, earlier: dict[str, Any] | None = None) 
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
-    generate = config.generate
-    stays = earlier is not None and (earlier.get("generate") or {}).get("prompt_version", 1) == 1
-    if not (spec.is_drawn or config.model == TINY or stays):
-        version = generate.prompt_version if "prompt_version" in generate.model_fields_set else 2
-        styles = generate.caption_styles if version == 1 or "caption_styles" in generate.model_fields_set else PHOTO_STYLES
-        changes["generate"] = generate.model_copy(update={"prompt_version": version, "caption_styles": styles})
+    given = config.generate.model_fields_set
+    is_taught = spec.is_drawn or config.model == TINY  # prompts that the tiny teachers know
+    if "prompt_version" in given:
+        version = config.generate.prompt_version
+    elif earlier is not None:
+        version = (earlier.get("generate") or {}).get("prompt_version", 1)
+    else:
+        version = 1 if is_taught else 2
+    if config.generate.caption_words and version == 1:
+        hint = "leave --words out, or set generate.prompt_version: 2, which asks about all images anew"
+        raise ConfigError("the prompts of version 1 have no length, but --words was given", hint=hint)
+    styles = (
+        PHOTO_STYLES if version == 2 and not is_taught and "caption_styles" not in given else config.generate.caption_styles
+    )
+    changes["generate"] = config.generate.model_copy(update={"prompt_version": version, "caption_styles": styles})
     return config.model_copy(update=changes)
 
 

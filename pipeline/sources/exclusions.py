@@ -26,10 +26,13 @@ MIN_SHARE = 0.7  # of the n-grams of the shorter text, to count as repeated
 CROPS = (1.0, 224 / 256)  # of the shorter side: the middle square, and what is left of it after the usual crop
 
 
-def exclusion_rows(name: str, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image of a data set; the row of a deck's first page holds its texts."""
+def exclusion_rows(name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos") -> Iterator[dict[str, Any]]:
+    """Yield one row (tables.EXCLUSIONS) for each image of a data set; the row of a deck's first page holds its texts.
+
+    `kind` is that of the images that are looked for in it: only photographs are cut as models cut them.
+    """
     for sample in samples:
-        is_photo = len(sample.images) == 1
+        is_photo = kind == "photos" and len(sample.images) == 1
         texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
         for n, image in enumerate(sample.images):
             yield {

@@ -23,8 +23,9 @@ from pipeline.sources.exclusions import TextIndex
 from pipeline.stages.base import RunPlan, Services, Stage
 from pipeline.storage.files import read_batches
 from pipeline.tables import FILTERED, require_columns, with_reason
-from pipeline.tasks.prompts import prompt_texts
+from pipeline.tasks.prompts import PROMPT_VERSIONS, prompt_texts
 from pipeline.text import artifacts, language
+from pipeline.text.language import count_words
 from pipeline.text.normalize import strip_opening, text_key, words_of
 from pipeline.text.pii import redact
 from pipeline.text.questions import gives_answer_away, is_one_question, says_nothing
@@ -253,7 +254,7 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
             clean_text,
             clean_question,
             clean_answer,
-            len(words),
+            count_words(clean_text or clean_question or "", words),
             answer_words,
             repeats,
             distinct,
@@ -285,15 +286,13 @@ def judge_texts(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Filter rows by the settings of a run; see `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
-    return filter_annotations(
-        table, plan.config.filter, own_prompt_grams(tuple(plan.config.tasks), plan.config.generate.prompt_version)
-    )
+    return filter_annotations(table, plan.config.filter, own_prompt_grams(tuple(plan.config.tasks)))
 
 
 @lru_cache(1)
-def own_prompt_grams(tasks: tuple[str, ...], version: int) -> Grams:
+def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
     """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
-    return artifacts.prompt_grams(prompt_texts(tasks, None, version).values())
+    return artifacts.prompt_grams(text for version in PROMPT_VERSIONS for text in prompt_texts(tasks, None, version).values())
 
 
 def _measure(text: str, language_code: str | None) -> tuple[Words, tuple[float, float, int, str | None, float, float]]:

@@ -11,9 +11,9 @@ from pipeline.config import Config, resolve
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_samples
 from pipeline.errors import SourceError
 from pipeline.images.metadata import REMOVED
-from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
+from pipeline.images.similarity import COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples
 from pipeline.progress import Progress
-from pipeline.sources import find_source, open_source
+from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.storage.files import read_batches, read_table, write_table
@@ -97,7 +97,7 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
                 if isinstance(sample, Rejected):
                     unread += 1
                 else:
-                    rows += exclusion_rows(label, [sample])
+                    rows += exclusion_rows(label, [sample], choose_image_kind(config))
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
                 raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")
@@ -119,6 +119,7 @@ def describe_source(source: Source, excluded: list[dict[str, Any]], kind: ImageK
         "decks": source.decks,
         "never": excluded,
         "compared_as": kind,
+        "near_bits": MAX_NEAR_BITS.get(kind or ""),
         "image_metadata": REMOVED,
     }
 

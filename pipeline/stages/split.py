@@ -95,25 +95,27 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
 
 
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the name of the group of each first member: members with a second one in common are in one group.
+    """Return the name of the group of each first member: members with a second one, a key, in common are in one group.
 
-    The name is the first of all first members of the group, in alphabetical order. The second member "" joins nothing.
+    The name is the first key of the group in alphabetical order: it is the same whichever members there are. A member whose key
+    is "" has its own name.
     """
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
-        while parent[name] != name:
+        while parent.setdefault(name, name) != name:
             parent[name] = parent[parent[name]]
             name = parent[name]
         return name
 
-    first_of: dict[str, str] = {}
+    members: dict[str, str] = {}  # and one of their keys
     for member, key in pairs:
-        parent.setdefault(member, member)
-        if key:
-            a, b = sorted((root(member), root(first_of.setdefault(key, member))))
+        if not key or member not in members or not members[member]:
+            members[member] = members.get(member) or key
+        else:
+            a, b = sorted((root(members[member]), root(key)))
             parent[b] = a
-    return {member: root(member) for member in parent}
+    return {member: root(key) if key else member for member, key in members.items()}
 
 
 def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:

@@ -5,6 +5,8 @@ A check that is switched off, or whose reply could not be read, rejects nothing.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, fields
 from pipeline.tasks import asks_about_decks
+from pipeline.text.language import YES_OR_NO
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
@@ -140,8 +143,22 @@ def _judge(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share(checks: Sequence[dict[str, str]], kind: str) -> float | None:
-    pairs = [(check["answer"], check["expected"]) for check in checks if check["kind"] == kind and check["answer"] is not None]
-    return sum(normalize_answer(a) == normalize_answer(b) for a, b in pairs) / len(pairs) if pairs else None
+    """Return the share of checks with the expected answer; a question that expects no is one with the claim before it."""
+    results: list[bool] = []
+    for check in checks:
+        if check["kind"] == kind and check["answer"] is not None:
+            is_right = _plain(check["answer"]) == _plain(check["expected"])
+            if kind == "claims" and check["expected"] == "no" and results:
+                results[-1] &= is_right
+            else:
+                results.append(is_right)
+    return sum(results) / len(results) if results else None
+
+
+def _plain(answer: str) -> str:
+    """Return a normalized answer; yes and no of any language in English."""
+    normal = normalize_answer(answer)
+    return YES_OR_NO.get(normal, normal)
 
 
 def _whether(checks: Sequence[dict[str, str]], kind: str) -> bool | None:
@@ -150,15 +167,16 @@ def _whether(checks: Sequence[dict[str, str]], kind: str) -> bool | None:
 
 
 def _ask_claims(shard: DatasetDir, plan: RunPlan, services: Services, rows: list[dict[str, Any]]) -> list[list[Claim] | None]:
-    """Return the claims of each caption, as the model splits it; None for a question. Equal captions are asked about once."""
+    """Return the claims of each caption, as the model splits it; None for a question."""
     config, stats, progress = plan.config, services.stats, services.progress
     captions = {row["clean_text"]: row["sample_id"] for row in rows if row["clean_text"] is not None}
-    requests = [build_claims(text, sample_id, config, plan.revision) for text, sample_id in captions.items()]
+    texts = iter(captions.items())
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
         before = stats.done
-        chunks = (requests[first : first + CHUNK_REQUESTS] for first in range(0, len(requests), CHUNK_REQUESTS))
+        build = partial(build_claims, config=config, revision=plan.revision)
+        chunks = iter(lambda: [build(text, sample_id) for text, sample_id in islice(texts, CHUNK_REQUESTS)], [])
         for ready in ask_all(chunks, config, services.engine, journal, stats):
-            progress("claims", stats.done - before, len(requests), ready.metrics())
+            progress("claims", stats.done - before, len(captions), ready.metrics())
         of_caption = {text: read_claims(text, config, plan.revision, journal) for text in captions}
     return [None if row["clean_text"] is None else of_caption[row["clean_text"]] for row in rows]
 

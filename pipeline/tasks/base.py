@@ -19,6 +19,7 @@ from pipeline.text.normalize import tidy
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_LINE)]
 MAX_QA_PAIRS = 8
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # also of Chinese and Japanese, and of Arabic
 MAX_PAGES = 20  # of a deck; SlideVQA's have no more
 # Lengths and patterns are checked afterwards, on the row model: a grammar that counts characters is slow, and a reply that the
 # grammar cuts off in the middle of a sentence is worth less than a rejected row.
@@ -73,7 +74,7 @@ class Task:
 
 def check_question(question: str, answer: str) -> None:
     """Raise PydanticCustomError if a question does not end with a question mark, or equals its answer."""
-    if not question.endswith("?"):
+    if not question.endswith(QUESTION_MARKS):
         raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
     if answer.casefold() == question.casefold():
         raise PydanticCustomError("answer_repeats_question", "the answer repeats the question")

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.tasks.base import Line, Output, Task
+from pipeline.tasks.base import QUESTION_MARKS, Line, Output, Task
 
 MAX_CLAIMS = 8
 
@@ -22,7 +22,7 @@ class ClaimProbes(Output):
 
     @model_validator(mode="after")
     def _are_two_questions(self) -> "ClaimProbes":
-        if not (self.question.endswith("?") and self.opposite.endswith("?")):
+        if not (self.question.endswith(QUESTION_MARKS) and self.opposite.endswith(QUESTION_MARKS)):
             raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
         if self.question.casefold() == self.opposite.casefold():
             raise PydanticCustomError("opposite_repeats_question", "the opposite question is the question")

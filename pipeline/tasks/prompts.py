@@ -22,6 +22,7 @@ from pipeline.tasks import TASKS, find_task
 SYSTEM = "system/v1"
 MAX_PROMPT_BYTES = 1_000_000
 STYLES = {1: ("brief", "detailed", "plain", "alt"), 2: ("plain", "detailed", "brief", "alt", "tags", "ocr")}  # by version
+PROMPT_VERSIONS = tuple(STYLES)
 DRAWS = 24  # of the wordings and question types that a template may have; `draw` is one of them, by the image
 
 
@@ -78,9 +79,10 @@ def render(task: str, folder: Path | None = None, version: int = 1, **values: An
 
 
 def prompt_name(task: str, folder: Path | None, version: int) -> str:
-    """Return the name of a task's template: the latest that the user's folder has, else that of a version."""
-    own = [name for name in find_task(task).prompts if folder and (folder / f"{name}.j2").exists()]
-    return own[-1] if own else find_task(task).prompt(version)
+    """Return the name of a task's template of a version; that of another version, if the user's folder has only that."""
+    wanted = find_task(task).prompt(version)
+    own = [name for name in (wanted, *reversed(find_task(task).prompts)) if folder and (folder / f"{name}.j2").exists()]
+    return own[0] if own else wanted
 
 
 def prompt_id(task: str, folder: Path | None = None, version: int = 1) -> str:

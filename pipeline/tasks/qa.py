@@ -32,7 +32,7 @@ def tidy_pair(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a pair with tidy texts, and "Yes." as "yes"."""
     pair = tidy_texts(fields)
     plain = str(pair.get("answer", "")).rstrip(".!").casefold()
-    return {**pair, "answer": plain} if plain in YES_OR_NO else pair
+    return {**pair, "answer": plain} if plain in YES_OR_NO and pair.get("answer_type") == "yes/no" else pair
 
 
 class QASet(Output):

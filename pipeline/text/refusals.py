@@ -17,7 +17,7 @@ _LOOK = r"(?:see|view|describe|caption|analy[sz]e|access|open|load|display|proce
 _SEEN = r"(?:seen|viewed|described|captioned|displayed|loaded|opened|shown|identified|recogni[sz]ed|processed)"
 _SERVE = r"(?:provide|determine|help|assist|answer|comply|fulfil|engage|create|generate|comment)\b"
 _SEND = r"(?:provide|upload|attach|share|send)"
-_AI = r"(?:ai|artificial intelligence|(?:large )?language model|(?:text|language)[ -]based|(?:visual |virtual )?assistant)"
+_AI = r"(?:ai|artificial intelligence|(?:large )?language model|(?:text|language)[ -]based|(?:visual|virtual) assistant)"
 _BEGINNINGS = (
     r"(?:(?:i(?:['\u2019]m| am) |we are )?(?:(?:very |so |really )?sorry|afraid|unable|not able))\b",
     r"(?:my |our )?(?:sincere )?apolog(?:ies|y)\b|i (?:do )?apologi[sz]e\b",
@@ -33,15 +33,15 @@ _ANYWHERE = (
     rf"\bas an? {_AI}\b",
     r"\b(?:i|we) (?:do not|don['\u2019]t) have (?:access|the ability|the capability|enough (?:information|context))",
     rf"\b{_CANNOT} (?:be )?(?:directly )?{_LOOK}(?:d|ed)? {_THE_IMAGE}",
-    rf"\b{_IMAGES} (?:\w+ ){{0,5}}?{_CANNOT} be {_SEEN}",
+    rf"\b{_IMAGES} (?:\w+ )?{_CANNOT} be {_SEEN}",
     rf"\b{_IMAGES} (?:\w+ ){{0,2}}?{_DOES_NOT} (?:load|display|open|appear|show up|come up|work)",
     rf"\b{_FILE} {_IS} (?:\w+ )?(?:broken|missing|corrupt(?:ed)?|unavailable|inaccessible)\b",
     rf"\b{_FILE} {_IS} not (?:loading|showing|available|displayed|provided|attached|here)\b",
-    r"\b(?:there (?:is|was|are)|there['\u2019]s|i see|i have|contains) no (?:image|picture|photo)s?\b(?! of)",
+    r"\b(?:there (?:is|was)|there['\u2019]s|i see|i have) no (?:image|picture|photo)\b(?! (?:of|on|in|hanging|frame))",
     rf"\bno (?:image|picture|photo)s? (?:{_IS} )?(?:provided|attached|given|uploaded|included|shown|here|available|loaded)\b",
-    r"\b(?:violates?|against|violation of) (?:our |the |my )?(?:\w+ )?(?:polic(?:y|ies)|guidelines|terms)\b",
-    r"\b(?:safety|content|usage|community) (?:guidelines|polic(?:y|ies))\b|\binappropriate (?:content|material)\b",
-    rf"\b(?:please|you|to|and) {_SEND}(?: me)? (?:the |an |a |another |your )?(?:\w+ )?(?:image|picture|photo)\b",
+    r"\b(?:violates?|violation of|against (?:our|my)) (?:our |the |my )?(?:\w+ )?(?:polic(?:y|ies)|guidelines|terms)\b",
+    r"\b(?:due to|because of) (?:\w+ ){0,2}(?:guidelines|polic(?:y|ies))\b|\binappropriate (?:content|material)\b",
+    rf"\b(?:please|you) {_SEND}(?: me)? (?:the |an |a |another |your )?(?:\w+ )?(?:image|picture|photo)\b",
     r"\bwithout (?:more|further|additional) (?:context|information)\b",
 )
 _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)

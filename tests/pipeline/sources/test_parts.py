@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import resolve
+from pipeline.errors import ConfigError
 from pipeline.sources import is_divisible, open_source, with_source_defaults
 from pipeline.types import ALL, Sample, SourceSlice
 from tests.hub import datasets
@@ -100,4 +101,12 @@ def test_a_folder_of_an_earlier_release_keeps_its_prompts() -> None:
     assert prompts({"generate": {}}, source="folder:x") == prompts({}, source="folder:x") == (1, ("brief", "detailed"))
     assert prompts({"generate": {"prompt_version": 1}}, source="folder:x") == (1, ("brief", "detailed"))
     assert prompts({"generate": {"prompt_version": 2}}, source="folder:x") == (2, ("plain", "detailed"))
-    assert prompts({"generate": {}}, source="folder:x", generate={"prompt_version": 2})[0] == 2
+    runs: tuple[dict[str, Any], ...] = ({"generate": {}}, {"generate": {"prompt_version": 2}})
+    for earlier in runs:  # a first and a second run with it
+        assert prompts(earlier, source="folder:x", generate={"prompt_version": 2}) == (2, ("plain", "detailed"))
+
+
+def test_a_length_without_prompts_that_have_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no length"):
+        prompts(source="scenes", generate={"caption_words": 9})
+    assert prompts(source="folder:x", generate={"caption_words": 9})[0] == 2

@@ -23,7 +23,7 @@ def table(*rows: str | tuple[str, str]) -> pa.Table:
 
 
 def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
-    grams = own_prompt_grams(("caption", "qa"), 1)
+    grams = own_prompt_grams(("caption", "qa"))
     marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings), grams)["reason"].to_pylist()
     return marked
 
@@ -68,6 +68,19 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("What is on the sign, according to the text on it?", "a price"), None),
         (("What is said according to the text?", "a price"), "speaks_of_elsewhere"),
         ("Caption: A kite flies over a harbour.", "label"),
+        ("There are no pictures on the white wall of the bedroom.", None),
+        ("A man uses his phone to send a picture to a friend.", None),
+        ("People hold signs to protest against immigration policies in a street.", None),
+        ("A poster on the wall lists safety guidelines for the lab.", None),
+        ("In the image the face of the woman cannot be seen.", None),
+        ("A woman works as an assistant in a kitchen with pans.", None),
+        (("What does the poster list?", "safety guidelines"), None),
+        (("Why can the dog not wear the coat?", "too small"), None),
+        (("How many people are in the stand?", "~50"), None),
+        ('A page on a screen says "Home | About | Contact" in small letters.', None),
+        ('A yellow sign says "Betreten der Baustelle verboten, Eltern haften".', None),
+        ("A man stands at an airport next to gate A.", None),
+        ("A board shows the letter \u03b1 and a triangle.", None),
         (("What flies?", "Answer: a kite"), "label"),
         ("Your caption here", "placeholder"),
         ("Names the main things in view of a harbour", "prompt_echo"),

@@ -95,8 +95,9 @@ def test_names_say_what_belongs_together(name: str, folder: str, prefix: str) ->
 
 def test_groups_that_have_a_member_in_common_are_one() -> None:
     pairs = [("c", "x"), ("b", "y"), ("c", "y"), ("d", ""), ("e", ""), ("a", "z"), ("f", "z")]
-    assert join_groups(pairs) == {"b": "b", "c": "b", "d": "d", "e": "e", "a": "a", "f": "a"}
+    assert join_groups(pairs) == {"c": "x", "b": "x", "d": "d", "e": "e", "a": "z", "f": "z"}
     assert join_groups(reversed(pairs)) == join_groups(pairs)
+    assert join_groups([*pairs, ("0", "x")])["b"] == "x"  # whoever else is there
 
 
 @pytest.mark.parametrize("shards", [1, 3])
