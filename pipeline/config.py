@@ -262,7 +262,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     if config_file and is_manifest:
         _refuse_foreign_files(config_file, values, flags)
         values = _public_settings(values)
-        values["generate"] = {"prompt_version": 1} | (values.get("generate") or {})  # earlier releases did not say it
+        if isinstance(values.setdefault("generate", {}), dict):
+            values["generate"].setdefault("prompt_version", 1)  # earlier releases did not say it
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file

@@ -43,7 +43,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     """
     folder = DatasetDir(out or dataset_folder(config.source))
     with translate_disk_errors(folder.path):
-        config = with_source_defaults(config, folder.earlier_settings())
+        config = with_source_defaults(config, folder.prompt_version())
     progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)

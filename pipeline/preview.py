@@ -99,7 +99,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     """
     folder = DatasetDir(out or dataset_folder(config.source))
     with translate_disk_errors(folder.path):
-        config = with_source_defaults(config, folder.earlier_settings())
+        config = with_source_defaults(config, folder.prompt_version())
     progress = progress or NullProgress()
     check_prompts(config)
     source = open_source(config)

@@ -41,7 +41,7 @@ def generate_dataset(
     progress = progress or NullProgress()
     dataset = DatasetDir(out or dataset_folder(config.source))
     with translate_disk_errors(dataset.path):
-        config = with_source_defaults(config, dataset.earlier_settings())
+        config = with_source_defaults(config, dataset.prompt_version())
     start = from_stage or ORDER[0]
     if start not in ORDER:
         hint = f"{did_you_mean(start, ORDER)} stages in order: {', '.join(ORDER)}".strip()

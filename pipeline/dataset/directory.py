@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -50,15 +50,15 @@ class DatasetDir:
         except ValidationError:
             return values
 
-    def earlier_settings(self) -> dict[str, Any] | None:
-        """Return the settings of the last run as its release wrote them, under today's names; None if there are none."""
+    def prompt_version(self) -> Literal[1, 2] | None:
+        """Return the version of the prompts of the last run, which is 1 where it does not say; None if there was no run."""
         if not self.run_file.exists():
             return None
         try:
-            values = read_json(self.run_file)
-        except (ValueError, UnsafeFileError):
-            return None  # run.refuse_other_settings says so
-        return current_settings(values) if isinstance(values, dict) else None
+            generate = read_json(self.run_file).get("generate")
+        except (ValueError, AttributeError, UnsafeFileError):
+            return None  # run.refuse_other_settings says that the file is no settings
+        return 2 if isinstance(generate, dict) and generate.get("prompt_version") == 2 else 1
 
     @property
     def journal(self) -> Path:

@@ -39,8 +39,8 @@ def checks_of(row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim]
     if row["clean_text"] is not None:
         if "claims" not in config.checks:
             return []
-        found = extract_claims(row["clean_text"]) if claims is None else claims
-        return [Check("claims", claim.question, claim.expected) for claim in found]
+        claims = extract_claims(row["clean_text"]) if claims is None else claims
+        return [Check("claims", claim.question, claim.expected) for claim in claims]
     question, answer = row["clean_question"], row["clean_answer"]
     checks = [Check("round_trip", question, answer)] if "round_trip" in config.checks else []
     if "blind" in config.checks:

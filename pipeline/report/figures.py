@@ -79,15 +79,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     by_length = sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+")))
     tables = [_table("Words of a caption", "captions", *lengths, by_length)]
     common = sorted(answers[0], key=lambda kind: (-answers[0][kind].total(), kind))[:MAX_QUESTION_TYPES]
-    tables += [
-        _table(
-            f"Answers to {visible(kind)} …",
-            "questions",
-            answers[0][kind],
-            answers[1][kind],
-        )
-        for kind in common
-    ]
+    tables += [_table(f"Answers to {visible(kind)} …", "questions", answers[0][kind], answers[1][kind]) for kind in common]
     return [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
 
 

@@ -66,8 +66,8 @@ def _source_rows(folder: Path, wanted: set[str]) -> dict[str, str]:
     for path in DatasetDir(folder).stage_files("source") if wanted else ():
         if path.exists():
             for batch in open_table(path, "sample_id").iter_batches(columns=["sample_id", "source_row"]):
-                found = batch.filter(pc.is_in(batch["sample_id"], pa.array(wanted, pa.string())))
-                names |= zip(found["sample_id"].to_pylist(), found["source_row"].to_pylist(), strict=True)
+                named = batch.filter(pc.is_in(batch["sample_id"], pa.array(wanted, pa.string())))
+                names |= zip(named["sample_id"].to_pylist(), named["source_row"].to_pylist(), strict=True)
     return names
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import TINY, Config, resolve
 from pipeline.errors import ConfigError, did_you_mean
@@ -40,23 +40,19 @@ def find_source(name: str) -> SourceSpec:
     raise ConfigError(f"unknown source: {name}", hint=hint)
 
 
-def with_source_defaults(config: Config, earlier: dict[str, Any] | None = None) -> Config:
+def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None = None) -> Config:
     """Return the config with the tasks, styles and prompts of its source where the user chose none.
 
-    `earlier` are the settings that the dataset folder was last written with: the prompts of an earlier release stay, because
-    others would ask a model for everything again.
+    `earlier_version` is that of the prompts of the last run in the dataset folder, if there was one. It stays: other prompts
+    would ask a model for everything again. Raises ConfigError for a length that the prompts cannot ask for.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
     given = config.generate.model_fields_set
     is_taught = spec.is_drawn or config.model == TINY  # prompts that the tiny teachers know
-    if "prompt_version" in given:
-        version = config.generate.prompt_version
-    elif earlier is not None:
-        version = (earlier.get("generate") or {}).get("prompt_version", 1)
-    else:
-        version = 1 if is_taught else 2
+    usual_version = earlier_version or (1 if is_taught else 2)
+    version = config.generate.prompt_version if "prompt_version" in given else usual_version
     if config.generate.caption_words and version == 1:
         hint = "leave --words out, or set generate.prompt_version: 2, which asks about all images anew"
         raise ConfigError("the prompts of version 1 have no length, but --words was given", hint=hint)

@@ -1,5 +1,4 @@
-"""Stage: filter. Reject what is no description of the image: refusals, loops, markup, labels, other languages, and questions
-that contain their answer or have none.
+"""Stage: filter. Reject texts that describe no image, are in another language, or are no single question with an answer.
 
 Openings such as "The image shows" are removed, and personal data is redacted, in separate columns (`clean_*`) beside the
 model's own texts. Each rule is a function of an annotation to True (reject). RULES holds all rules in order; the first that
@@ -46,7 +45,7 @@ _HEDGE = re.compile(
     r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
     re.IGNORECASE,
 )
-# Every match has one of these words; a look for them is several times as fast.
+# Every match has one of these words; a search for them is several times as fast.
 _HINTS = """
 above below following previous preceding earlier previously provided according caption captions description descriptions prompt
 prompts main

@@ -84,6 +84,7 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
     Raises SourceError if no image of one of them can be read.
     """
     described: list[dict[str, Any]] = []
+    kind = choose_image_kind(config)
 
     def tables() -> Iterator[pa.Table]:
         for given in config.exclude:
@@ -97,7 +98,7 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
                 if isinstance(sample, Rejected):
                     unread += 1
                 else:
-                    rows += exclusion_rows(label, [sample], choose_image_kind(config))
+                    rows += exclusion_rows(label, [sample], kind)
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
                 raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")

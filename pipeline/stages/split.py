@@ -76,7 +76,7 @@ def _named_groups(comparison: Comparison) -> pa.Table:
         for table in comparison.rows.batches("image_group", "sample_id")
         for pair in zip(table["image_group"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
     }
-    groups = join_groups((image_group, keys[sample_id]) for image_group, sample_id in sorted(pairs))
+    groups = join_groups((image_group, keys[sample_id]) for image_group, sample_id in pairs)
     return pa.table([list(groups), list(groups.values())], schema=GROUPS)
 
 

@@ -143,15 +143,19 @@ def _judge(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share(checks: Sequence[dict[str, str]], kind: str) -> float | None:
-    """Return the share of checks with the expected answer; a question that expects no is one with the claim before it."""
-    results: list[bool] = []
+    """Return the share of checks with the expected answer; None if no reply could be read.
+
+    A question that expects no is one check with the question about the same claim before it.
+    """
+    groups: list[list[dict[str, str]]] = []
     for check in checks:
-        if check["kind"] == kind and check["answer"] is not None:
-            is_right = _plain(check["answer"]) == _plain(check["expected"])
-            if kind == "claims" and check["expected"] == "no" and results:
-                results[-1] &= is_right
+        if check["kind"] == kind:
+            if kind == "claims" and check["expected"] == "no" and groups:
+                groups[-1].append(check)
             else:
-                results.append(is_right)
+                groups.append([check])
+    answered = [[check for check in group if check["answer"] is not None] for group in groups]
+    results = [all(_plain(check["answer"]) == _plain(check["expected"]) for check in group) for group in answered if group]
     return sum(results) / len(results) if results else None
 
 

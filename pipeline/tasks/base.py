@@ -33,7 +33,7 @@ class Output(BaseModel):
 
 
 def tidy_texts(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row with tidy texts: a line break is no reason to reject what is said."""
+    """Return the fields of a row with tidy texts: a line break is no reason to reject a text."""
     return {name: tidy(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
@@ -46,7 +46,7 @@ class Task:
     output: type[Output]  # a whole reply
     row: type[Output]  # one annotation
     rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
-    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # what is said, before the row model judges it
+    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # before the row model judges it
     text_field: str | None = None  # field of a row that fills the column `text`, for captions
     asks_about_decks: bool = False  # all pages of a deck go into one request
     has_styles: bool = False  # one request for each of `generate.caption_styles`

@@ -96,12 +96,12 @@ def without_afterthoughts(text: str) -> str:
     if len(text) > MAX_CHARACTERS:
         return text  # the row model refuses it
     paragraphs = [part for part in re.split(r"\s*\n\s*", text) if part]
-    said: set[str] = set()
+    earlier: set[str] = set()
     for number, paragraph in enumerate(paragraphs):
         sentences = {key for part in re.split(r"[.!?:]+\s+", paragraph) if (key := text_key(part)).count(" ") >= 4}
-        if number and (has_label(paragraph) or not said.isdisjoint(sentences)):
+        if number and (has_label(paragraph) or not earlier.isdisjoint(sentences)):
             return "\n".join(paragraphs[:number])
-        said |= sentences
+        earlier |= sentences
     return text
 
 

@@ -45,8 +45,6 @@ YES_OR_NO = {  # by the word in any of them: the English one
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
-
-
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")  # a single letter of Greek
 

@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.text.normalize import text_key, words_of
+from pipeline.text.normalize import words_of
 
 _IT_IS = r"(?:(?:it(?:'s| is)|that(?:'s| is)|this is|they are|i am|i'm|the \w+(?: \w+)? (?:is|are)) )?"
 _NOT = (  # given
@@ -30,7 +30,6 @@ _NO_ANSWER = re.compile(rf"\W*{_IT_IS}(?:{'|'.join(_SAYS_NOTHING)})", re.IGNOREC
 _NOTHING = re.compile(r"[\W_]*")
 _ANOTHER = re.compile(r"\?\s+(?:what|where|who|which|how|why|when|is|are|do|does|can)\b.*\?", re.IGNORECASE)
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.*\(?\b[B-Db-d2-4][).]\s")
-_PLACEHOLDERS = frozenset(("question", "your question", "question here", "a question"))
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _AFTER_HOW = frozenset(("many", "much", "far", "old", "long", "big", "tall", "often"))  # "How many sheep?" - "many"
 
@@ -44,8 +43,8 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_one_question(question: str) -> bool:
-    """Return True if a text is one question, and not several, a multiple choice or a placeholder."""
-    return text_key(question) not in _PLACEHOLDERS and not (_ANOTHER.search(question) or _CHOICES.search(question))
+    """Return True if a text is one question, and neither several nor a multiple choice."""
+    return not (_ANOTHER.search(question) or _CHOICES.search(question))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
@@ -54,15 +53,15 @@ def gives_answer_away(question: str, answer: str) -> bool:
     Alternatives ("red or blue?"), digits and letters are allowed: a question has to name them.
     """
     asked = words_of(question)
-    said = [word for word in words_of(answer) if word not in _ARTICLES]
-    if not said or "or" in asked:
+    answer_words = [word for word in words_of(answer) if word not in _ARTICLES]
+    if not answer_words or "or" in asked:
         return False
-    if len(said) == 1:
-        (word,) = said
+    if len(answer_words) == 1:
+        (word,) = answer_words
         if len(word) < 2 or word.isdigit() or word in ("yes", "no") or (word in _AFTER_HOW and "how" in asked):
             return False
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
-    wanted = [_stem(word) for word in said]
+    wanted = [_stem(word) for word in answer_words]
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
 
 

@@ -46,7 +46,7 @@ _ANYWHERE = (
 )
 _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
 _SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
-# Every match of the two has one of these words, and few captions do: a look for them is many times as fast.
+# Every match of the two has one of these words, and few captions do: a search for them is many times as fast.
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not no please

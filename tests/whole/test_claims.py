@@ -25,14 +25,14 @@ def truth_of(number: int) -> tuple[str, str, str]:
     return COLORS[number % 4], THINGS[number // 4 % 4], PLACES[number // 2 % 4]
 
 
-def said_of(number: int) -> tuple[str, str, str]:
-    """Return what the caption says: of every second image one detail is wrong."""
-    said = [*truth_of(number)]
+def caption_of(number: int) -> tuple[str, str, str]:
+    """Return the details in the caption: of every second image one is wrong."""
+    details = [*truth_of(number)]
     if number % 2:
         part = number // 2 % 3
         options = (COLORS, THINGS, PLACES)[part]
-        said[part] = options[(options.index(said[part]) + 1) % 4]
-    return said[0], said[1], said[2]
+        details[part] = options[(options.index(details[part]) + 1) % 4]
+    return details[0], details[1], details[2]
 
 
 class Model:
@@ -52,7 +52,7 @@ class Model:
             asked = task_of(body).removeprefix("Question: ")
             is_true = any(f" {part}?" in asked for part in truth_of(number))
             return Act(json.dumps({"answer": "Yes." if is_true or self.says_yes else "No."}))
-        color, thing, place = said_of(number)
+        color, thing, place = caption_of(number)
         return Act(json.dumps({"caption": f"A {color} {thing} stands {place} all day long."}))
 
     def probes(self, prompt: str) -> list[dict[str, str]]:
@@ -60,9 +60,9 @@ class Model:
         color, thing = caption.removeprefix("Caption: A ").split()[:2]
         place = next(place for place in PLACES if place in caption)
 
-        def probe(question: str, said: str, options: tuple[str, ...]) -> dict[str, str]:
-            other = options[(options.index(said) + 2) % 4]
-            return {"claim": said, "question": f"{question} {said}?", "opposite": f"{question} {other}?"}
+        def probe(question: str, detail: str, options: tuple[str, ...]) -> dict[str, str]:
+            other = options[(options.index(detail) + 2) % 4]
+            return {"claim": detail, "question": f"{question} {detail}?", "opposite": f"{question} {other}?"}
 
         return [probe("Is it", color, COLORS), probe("Is it a", thing, THINGS), probe("Is it", place, PLACES)]
 
@@ -99,7 +99,7 @@ def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, 
     assert sorted(model.ids[row["sample_id"]] for row in kept) == list(range(0, COUNT, 2))
     expected = [check["expected"] for row in kept for check in row["checks"]]
     assert expected.count("yes") == expected.count("no") == 3 * len(kept)
-    assert model.splits == len({said_of(number) for number in range(COUNT)})
+    assert model.splits == len({caption_of(number) for number in range(COUNT)})
     asked = len(server.bodies)
     again = generate(tmp_path, server)
     assert (len(server.bodies), json.loads(again.stdout)["is_new"]) == (asked, False)

@@ -70,8 +70,8 @@ def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: 
         {"claims": []},
         "no JSON",
     )
-    for reply, expected in zip(replies, (["yes", "no"], [], []), strict=True):
-        with Journal(tmp_path / f"{len(expected)}{len(str(reply))}.sqlite") as journal:
+    for number, (reply, expected) in enumerate(zip(replies, (["yes", "no"], [], []), strict=True)):
+        with Journal(tmp_path / f"{number}.sqlite") as journal:
             text = reply if isinstance(reply, str) else json.dumps(reply)
             journal.keep([(request, request.reply(text, "stop"), None)])
             assert [claim.expected for claim in read_claims("Two dogs.", settings, "r", journal)] == expected

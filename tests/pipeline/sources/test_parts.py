@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
@@ -85,7 +85,7 @@ def test_decks_are_asked_for_questions_about_decks() -> None:
     assert tasks(source="scenes-deck", tasks=["caption"]) == ("caption",)
 
 
-def prompts(earlier: dict[str, Any] | None = None, **settings: Any) -> tuple[int, tuple[str, ...]]:
+def prompts(earlier: Literal[1, 2] | None = None, **settings: Any) -> tuple[int, tuple[str, ...]]:
     generate = with_source_defaults(resolve(**settings), earlier).generate
     return generate.prompt_version, generate.caption_styles
 
@@ -98,10 +98,9 @@ def test_photographs_have_prompts_of_their_own() -> None:
 
 
 def test_a_folder_of_an_earlier_release_keeps_its_prompts() -> None:
-    assert prompts({"generate": {}}, source="folder:x") == prompts({}, source="folder:x") == (1, ("brief", "detailed"))
-    assert prompts({"generate": {"prompt_version": 1}}, source="folder:x") == (1, ("brief", "detailed"))
-    assert prompts({"generate": {"prompt_version": 2}}, source="folder:x") == (2, ("plain", "detailed"))
-    runs: tuple[dict[str, Any], ...] = ({"generate": {}}, {"generate": {"prompt_version": 2}})
+    assert prompts(1, source="folder:x") == (1, ("brief", "detailed"))
+    assert prompts(2, source="folder:x") == (2, ("plain", "detailed"))
+    runs: tuple[Literal[1, 2], ...] = (1, 2)
     for earlier in runs:  # a first and a second run with it
         assert prompts(earlier, source="folder:x", generate={"prompt_version": 2}) == (2, ("plain", "detailed"))
 

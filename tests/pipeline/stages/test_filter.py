@@ -83,6 +83,7 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A board shows the letter \u03b1 and a triangle.", None),
         (("What flies?", "Answer: a kite"), "label"),
         ("Your caption here", "placeholder"),
+        (("question?", "answer"), "placeholder"),
         ("Names the main things in view of a harbour", "prompt_echo"),
         (("Which number does one call?", "617-497-4111"), "personal_answer"),
         (("Which number does one call?", "617-497-4111 or nobody"), None),

@@ -56,6 +56,20 @@ def test_a_caption_needs_as_many_of_its_claims_as_is_asked_for() -> None:
     assert reasons(CAPTION | {"checks": checks}, min_claims_supported=0.6) == [None]
 
 
+def test_a_claim_is_right_if_both_of_its_questions_are() -> None:
+    def agreement(*answers: str | None) -> float | None:
+        pairs = zip(answers, ("yes", "no") * (len(answers) // 2), strict=True)
+        rows = judge_checks(table(CAPTION | {"checks": [check("claims", answer, expected) for answer, expected in pairs]}))
+        share: float | None = rows["agreement"].to_pylist()[0]
+        return share
+
+    assert (agreement("yes", "no"), agreement("Ja", "Nein.")) == (1, 1)
+    assert (agreement("yes", "yes"), agreement("no", "no")) == (0, 0)
+    assert agreement("yes", "no", "yes", "yes") == 0.5
+    assert agreement("yes", "no", None, "yes") == 0.5  # the second claim is wrong, and not the first
+    assert (agreement("yes", "no", None, None), agreement(None, None)) == (1, None)
+
+
 def test_an_answer_that_differs_from_image_to_image_needs_the_image() -> None:
     def asked(answer: str) -> dict[str, Any]:
         return QUESTION | {"clean_answer": answer, "checks": [check("blind", "red", answer)]}

@@ -99,7 +99,12 @@ def test_a_colon_or_a_hearty_word_is_no_label(text: str) -> None:
 
 
 def test_placeholders_stand_for_a_text() -> None:
-    assert all(map(is_placeholder, ("...", "", " - ", "caption", "Your caption here", "null", "N/A")))
+    assert all(
+        map(
+            is_placeholder,
+            ("...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?", "A question?"),
+        )
+    )
     assert not any(map(is_placeholder, ("A caption is on a wall", "7", "red", "No")))
 
 

@@ -47,10 +47,9 @@ def test_a_short_answer_says_something(answer: str) -> None:
         ("Is it big? or small?", True),
         ("What color is the dog? What is it doing?", False),
         ("What color is it? (A) brown (B) black", False),
-        ("question?", False),
     ],
 )
-def test_a_question_is_one(question: str, is_one: bool) -> None:  # noqa: FBT001
+def test_a_question_is_one(question: str, *, is_one: bool) -> None:
     assert is_one_question(question) == is_one
 
 
@@ -71,5 +70,5 @@ def test_a_question_is_one(question: str, is_one: bool) -> None:  # noqa: FBT001
         ("What is it?", "", False),
     ],
 )
-def test_a_question_gives_its_answer_away(question: str, answer: str, gives_away: bool) -> None:  # noqa: FBT001
+def test_a_question_gives_its_answer_away(question: str, answer: str, *, gives_away: bool) -> None:
     assert gives_answer_away(question, answer) == gives_away
