@@ -21,8 +21,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import ROW_WITH_SPLIT, Rows
+from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.version import Version
+from pipeline.tables import ROW
 from tests.hub.server import RunningHub, running_hub
 from tests.scene_data import publish_tables
 
@@ -87,7 +88,7 @@ def make(folder: Path, count: int, *, new_texts: set[int] = frozenset(), new_ima
                 row(n, n + (count if n in new_images else 0), f"{'Another' if n in new_texts else 'A'} caption {n} {words}")
                 for n in range(first, min(count, first + 100))
             ]
-            table = pa.Table.from_pylist(batch, schema=ROW_WITH_SPLIT)
+            table = pa.Table.from_pylist(batch, schema=with_split(ROW))
             rows.add(table)
             yield table
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import FilterConfig
-from pipeline.stages.filter import filter_annotations, own_prompt_grams
+from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.stages.validate import validate_annotations
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import parse_reply

@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import ROW_WITH_SPLIT, Rows
+from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
 from pipeline.scenes.score import parse_scene
 from pipeline.scenes.text import caption
-from pipeline.tables import SPLITS
+from pipeline.tables import ROW, SPLITS
 from tests.scene_data import publish_tables
 from trainer.config import resolve
 from trainer.train import train
@@ -39,7 +39,7 @@ def with_facts(version: Version, folder: Path) -> Version:
                 scene = parse_scene(row["facts"])
                 row["captions"] = [c | {"text": caption(scene, c["style"])} for c in row["captions"]]
                 row["split"] = split
-            table = pa.Table.from_pylist(batch, schema=ROW_WITH_SPLIT)
+            table = pa.Table.from_pylist(batch, schema=with_split(ROW))
             rows.add(table)
             yield table
 

@@ -17,6 +17,8 @@ TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
 Task = Annotated[str, Field(pattern=TASK, max_length=40)]  # defined in pipeline/tasks
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt template decides which exist
 MAX_SHOWN_CHARACTERS = 80
+AT_SERVER = "@http"  # between the name of a judge and its address
+JUDGE = r"^[^\s@]+(@[^\s@:/]+)?(@https?://[^/\s]+/.*v1/?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
 BASE_URL = r"^https?://[^/\s]+/.*v1/?$"
 TITLE = r"^[^\x00-\x1f]+$"
@@ -25,6 +27,7 @@ PATTERNS = {  # what a value that does not match should be
     TASK: "the name of a task, in small letters",
     STYLE: "the name of a caption style, in small letters",
     LANGUAGE: "a language of two or three letters, such as de",
+    JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
     BASE_URL: "an address that ends in /v1, such as http://HOST:8000/v1",
     TITLE: "a title on one line",
     LICENSE: "the name of a license, such as cc-by-4.0",
@@ -152,7 +155,7 @@ class FilterConfig(Section):
     max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)  # of letters outside of quotes, if the language is Latin
 
 
-Check = Literal["round_trip", "claims", "blind", "evidence", "alignment"]
+Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment", "references"]
 
 
 class VerifyConfig(Section):
@@ -162,11 +165,28 @@ class VerifyConfig(Section):
 
     checks: Distinct[Check] = ()
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
+    repair: bool = False  # captions with false claims are written again without them, and checked again
+    judge: Annotated[str, Field(pattern=JUDGE)] | None = None  # MODEL@URL: another model that rates each text
+    judge_may_be_writer: bool = False  # a model likes its own texts
+    min_rating: Annotated[int, Field(ge=1, le=5)] | None = None  # of each part of the rubric; None: only measured
+    min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the image's questions; None: only measured
+    min_shared_words: Annotated[float, Field(ge=0, le=1)] | None = None  # with captions of the source; None: only measured
     min_blind_frac: float = Field(default=0.8, gt=0, le=1)  # of images with one question, for an answer to need no image
     max_answer_frequency: float = Field(default=0.1, ge=0, le=1)  # above it, an answer may be right by chance
     clip_model: str = "auto"  # of `alignment`: auto, clip, metaclip, tiny-clip, a folder or a Hub id
     min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest are rejected
     lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, rejected
+
+    @model_validator(mode="after")
+    def _repairs_what_it_checks(self) -> "VerifyConfig":
+        if self.repair and "claims" not in self.checks:
+            raise ValueError("repair needs the check claims, which finds what is false: --verify claims")
+        return self
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is to be checked."""
+        return bool(self.checks or self.judge)
 
 
 class DedupeConfig(Section):
@@ -373,6 +393,9 @@ def _refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[s
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         values = settings.get(section)
         used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
+    verify = settings.get("verify")
+    if isinstance(verify, dict) and AT_SERVER in str(verify.get("judge")):
+        raise ConfigError(f"the manifest {file} names a judge's server, which would get your images and your key", hint=hint)
     if used:
         raise ConfigError(f"the version of {file} was made with a file of its maker: {used[0]}", hint=hint)
 

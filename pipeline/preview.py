@@ -19,8 +19,8 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, check_prompts
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
+from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.stages.filter import filter_annotations, own_prompt_grams
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tasks.prompts import describe_prompts

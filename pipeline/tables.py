@@ -96,6 +96,7 @@ FILTERED = pa.schema(
 )
 
 # verify: the results of the checks (inference/verification.py)
+RUBRIC = ("relevance", "grounding", "correctness", "form")  # what a judge rates, from 1 to 5
 CHECK = pa.struct(fields(STRING, "kind", "question", "expected", "answer"))
 VERIFIED = pa.schema(
     [
@@ -103,6 +104,9 @@ VERIFIED = pa.schema(
         pa.field("answered_blind", BOOL),  # whether the answer was given without the image
         pa.field("sufficient", BOOL),  # whether the evidence pages alone led to the answer
         pa.field("necessary", BOOL),  # whether the other pages alone did not
+        pa.field("coverage", FLOAT64),  # of a caption: share of the image's questions that it answers
+        pa.field("shared_words", FLOAT64),  # of a caption: share of its content words that a caption of the source has
+        *fields(INT32, *RUBRIC),  # marks of another model, from 1 to 5
     ]
 )
 
@@ -163,6 +167,12 @@ CAPTION = pa.struct(fields(STRING, "text", "style", "prompt_id"))
 QA = pa.struct(
     [*fields(STRING, "question", "answer", "answer_type"), EVIDENCE, *fields(STRING, "expression", "prompt_id", "pair_id")]
 )
+# Scores of annotations, within `captions` and `qa`; a version has those that its run measured.
+SCORES = {
+    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC)]),
+    "qa": pa.schema(fields(INT32, *RUBRIC)),
+}
+SCORE_COLUMNS = {"precision": "agreement"}  # the column of annotations that a score comes from, if its name is another
 IMAGE = pa.struct({"bytes": pa.binary(), "path": STRING})  # as `datasets` stores an image
 
 ROW = pa.schema(
@@ -186,6 +196,16 @@ LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
 OPTIONAL = (*PIXELS, "reference_qa", "facts", "page_facts")
+
+
+def row_schema(columns: Iterable[str], scores: Collection[str] = ()) -> pa.Schema:
+    """Return the schema of the rows of a version with these columns, whose annotations have these scores."""
+    return pa.schema([_with_scores(ROW.field(name), scores) for name in columns])
+
+
+def _with_scores(field: pa.Field, scores: Collection[str]) -> pa.Field:
+    own = [score for score in SCORES.get(field.name, ()) if score.name in scores]
+    return field.with_type(pa.list_(pa.struct([*field.type.value_type, *own]))) if own else field
 
 
 def require_columns(table: pa.Table, *names: str) -> None:

@@ -60,6 +60,18 @@ def true_captions(samples: list[Sample]) -> pa.Table:
     )
 
 
+def scored_captions(samples: list[Sample], coverage: float = 0.5) -> pa.Table:
+    """Return `true_captions` with scores: a coverage, and a rating of every second one."""
+    captions = true_captions(samples)
+    marks = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
+    captions = captions.append_column("agreement", pa.array([1.0] * captions.num_rows))
+    captions = captions.append_column("coverage", pa.array([coverage] * captions.num_rows))
+    return captions.append_column("form", pa.array(marks, pa.int32()))
+
+
+SCORED = ("precision", "coverage", "form")
+
+
 def make_version(
     folder: Path,
     samples: list[Sample],
@@ -68,16 +80,17 @@ def make_version(
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
+    scores: Sequence[str] = (),
     *,
     decks: bool = False,
 ) -> tuple[Version, bool]:
-    """Write the samples as the next version of a dataset folder."""
+    """Write the samples as the next version of a dataset folder; `scores` are columns of the annotations."""
     annotations = true_captions(samples) if annotations is None else annotations
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
     annotations = annotations.take(pc.array_sort_indices(positions)) if len(positions) else annotations
     return publish_rows(
-        folder, [annotations], sample_table(samples).to_batches(), ledger, funnel, source, provenance, decks=decks
+        folder, [annotations], sample_table(samples).to_batches(), ledger, funnel, source, provenance, scores, decks=decks
     )
 
 
@@ -89,14 +102,15 @@ def publish_rows(
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
+    scores: Sequence[str] = (),
     *,
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
     """Write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
-    tables = build_rows(annotations, batches, source, rows, decks=decks)
-    return publish_tables(folder, tables, rows, ledger, funnel, provenance)
+    tables = build_rows(annotations, batches, source, rows, scores, decks=decks)
+    return publish_tables(folder, tables, rows, ledger, funnel, provenance, scores)
 
 
 def publish_tables(
@@ -106,10 +120,11 @@ def publish_tables(
     ledger: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = PROVENANCE,
+    scores: Sequence[str] = (),
 ) -> tuple[Version, bool]:
     """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:
-        writer = RowWriter(draft / "rows")
+        writer = RowWriter(draft / "rows", scores)
         writer.path.mkdir()
         for table in tables:
             writer.add(table)
@@ -122,7 +137,7 @@ def content_of(writer: RowWriter, rows: Rows) -> Content:
     """Close the writer and return the columns, digests, counts and files of all rows."""
     files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
     digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
-    return Content(writer.columns, digests, writer.counts(), files, sorted(rows.licenses), rows.examples)
+    return Content(writer.columns, [*writer.scores], digests, writer.counts(), files, sorted(rows.licenses), rows.examples)
 
 
 def score_annotations(

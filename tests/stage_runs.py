@@ -16,6 +16,7 @@ from pipeline.stages import verify
 from pipeline.stages.base import RunPlan, Stage, compare_stage, judge_stage
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_table, write_table
+from pipeline.tables import VERIFIED
 
 BEFORE = "before"
 
@@ -40,10 +41,20 @@ def run_stage(
         return rows_after(stage, directories, table["annotation_id"].to_pylist())
 
 
+def with_results(table: pa.Table) -> pa.Table:
+    """Append what the answers to `checks` come to (tables.VERIFIED)."""
+    rows = table.select(["clean_question", "checks"]).to_pylist()
+    results = [verify.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
+    columns = pa.Table.from_pylist(results, schema=VERIFIED)
+    for field in VERIFIED:
+        table = table.append_column(field, table[field.name] if field.name in table.column_names else columns[field.name])
+    return table
+
+
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     """Judge rows by their `checks` and `alignment` under these settings of verify."""
     settings = {"checks": ["round_trip"], **settings}
-    return run_stage(verify.STAGE, verify.judge_checks(table), shards, ("verify", "prepared"), verify=settings)
+    return run_stage(verify.STAGE, with_results(table), shards, ("verify", "prepared"), verify=settings)
 
 
 def run_on(stage: Stage, shards: Sequence[DatasetDir], plan: RunPlan, before: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # groups of options in --help
 DATASET, CLUSTER = "Dataset", "Cluster"
 
-SECTION_OPTIONS = {  # by key of `server` or `generate`
+SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
     "flags": "what stands after --",
     "price_in": "--price-in",
     "price_out": "--price-out",
@@ -26,6 +26,8 @@ SECTION_OPTIONS = {  # by key of `server` or `generate`
     "max_failure_frac": "--max-failures",
     "caption_styles": "--styles",
     "caption_words": "--words",
+    "repair": "--repair",
+    "judge": "--judge",
 }
 
 
@@ -133,10 +135,20 @@ def run_settings(
         str | None,
         Option(
             metavar="CHECKS",
-            help="What to ask again: round_trip, claims, blind, evidence, alignment.",
+            help="What to check: round_trip, claims, covers, blind, evidence, alignment, references.",
             show_default="nothing",
             rich_help_panel=TEXTS,
         ),
+    ] = None,
+    repair: Annotated[
+        bool | None,
+        Option(
+            "--repair", help="Write captions with false claims again without them (--verify claims).", rich_help_panel=TEXTS
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        Option(metavar="MODEL@URL", help="Have another model rate each text, as columns.", rich_help_panel=TEXTS),
     ] = None,
     seed: Annotated[
         int | None,
@@ -227,6 +239,8 @@ def run_settings(
     server = {name: value for name, value in server.items() if value is not None}
     generate = {"caption_styles": styles.split(",") if styles else None, "caption_words": words}
     generate = {name: value for name, value in generate.items() if value is not None}
+    checks = {"checks": verify.split(",") if verify else None, "repair": repair, "judge": judge}
+    checks = {name: value for name, value in checks.items() if value is not None}
     given: dict[str, tuple[str, Any]] = {  # config key -> (option, value)
         "source": ("--source", source),
         "source_split": ("--split", split),
@@ -241,7 +255,7 @@ def run_settings(
         "filter": ("--language", {"language": None if language == "any" else language} if language else None),
         "generate": ("", generate or None),
         "split": ("--group-by", {"group_by": group_by} if group_by else None),
-        "verify": ("--verify", {"checks": verify.split(",")} if verify else None),
+        "verify": ("--verify", checks or None),
         "seed": ("--seed", seed),
         "engine": ("--engine", engine),
         "model": ("--model", model),

@@ -4,7 +4,7 @@ The digest of a version does not depend on the order of its rows.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,29 @@ from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, 
 from pipeline.digests import canonical, digest
 from pipeline.errors import TableError
 from pipeline.storage.files import open_parquet, write_json, write_table, write_text
-from pipeline.tables import CAPTION, LEDGER, OPTIONAL, PIXELS, QA, ROW, SPLITS, TABLE_VERSION, features, final_column
+from pipeline.tables import (
+    LEDGER,
+    OPTIONAL,
+    PIXELS,
+    REVIEWED,
+    ROW,
+    SCORE_COLUMNS,
+    SCORES,
+    SPLITS,
+    TABLE_VERSION,
+    features,
+    final_column,
+    row_schema,
+)
 
 FIRST = "v1.0.0"
 NO_ANNOTATION = "no_annotation_left"
-ROW_WITH_SPLIT = ROW.append(pa.field("split", pa.string()))
 DIGESTS = pa.schema({"sample_id": pa.string(), "digest": pa.string()})
+
+
+def with_split(schema: pa.Schema) -> pa.Schema:
+    """Return a schema of rows with the column `split`, which decides the file that a row is written to."""
+    return schema.append(pa.field("split", pa.string()))
 
 
 @dataclass(slots=True)
@@ -40,7 +57,7 @@ class Rows:
     examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows without their pixels, for the card
 
     def add(self, rows: pa.Table) -> None:
-        """Add rows (ROW_WITH_SPLIT) to the results."""
+        """Add rows, as `build_rows` yields them, to the results."""
         texts = rows.drop_columns(list(PIXELS)).to_pylist()
         digests = [row_digest(row) for row in texts]
         self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
@@ -50,17 +67,25 @@ class Rows:
 
 
 def build_rows(
-    annotations: Iterable[pa.Table], samples: Iterable[pa.RecordBatch], source: str, rows: Rows, *, decks: bool = False
+    annotations: Iterable[pa.Table],
+    samples: Iterable[pa.RecordBatch],
+    source: str,
+    rows: Rows,
+    scores: Collection[str] = (),
+    *,
+    decks: bool = False,
 ) -> Iterator[pa.Table]:
-    """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (ROW_WITH_SPLIT).
+    """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (tables.ROW) with their `split`.
 
-    `rows` receives digests and statistics. With `decks`, a sample is a document, though it may have one page only. Raise
-    TableError if annotations belong to no sample, or are not in the order of the samples.
+    `rows` receives digests and statistics. `scores` are those that annotations get (tables.SCORES). With `decks`, a sample is a
+    document, though it may have one page only. Raise TableError if annotations belong to no sample, or are not in the order of
+    the samples.
     """
     reader = _AnnotationReader(iter(annotations))
+    schema = with_split(row_schema(ROW.names, scores))
     for batch in samples:
         of_batch = reader.take(batch["sample_id"])
-        table = _join(pa.Table.from_batches([batch]), of_batch, source, decks=decks)
+        table = _join(pa.Table.from_batches([batch]), of_batch, source, schema, decks=decks)
         is_left = pc.is_valid(table["split"])
         rows.rejected += table.filter(pc.invert(is_left))["sample_id"].to_pylist()
         table = table.filter(is_left).combine_chunks()
@@ -90,7 +115,7 @@ class _AnnotationReader:
         return pa.concat_tables(tables) if tables else pa.table({"sample_id": pa.array([], pa.string())})
 
 
-def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool) -> pa.Table:
+def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Schema, *, decks: bool) -> pa.Table:
     """Return the rows of some samples; `split` is null for those that have no annotation."""
     count = samples.num_rows
     owner = pc.index_in(annotations["sample_id"], samples["sample_id"].combine_chunks()).to_numpy()
@@ -109,22 +134,31 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, *, decks: bool)
         "image": first_pages,
         "pages": pc.if_else(pa.array(is_deck), pages, None),
         "source": pa.array([source] * count, pa.string()),
-        "captions": _group_annotations(annotations, owner, is_caption, count, CAPTION),
-        "qa": _group_annotations(annotations, owner, ~is_caption, count, QA),
+        "captions": _group_annotations(annotations, owner, is_caption, count, schema.field("captions").type),
+        "qa": _group_annotations(annotations, owner, ~is_caption, count, schema.field("qa").type),
         "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
     }
-    others = {kind.name: final_column(samples, kind.name, kind.type) for kind in ROW_WITH_SPLIT if kind.name not in computed}
+    others = {kind.name: final_column(samples, kind.name, kind.type) for kind in schema if kind.name not in computed}
     columns = computed | others
-    return pa.table([columns[kind.name].cast(kind.type) for kind in ROW_WITH_SPLIT], schema=ROW_WITH_SPLIT)
+    return pa.table([columns[kind.name].cast(kind.type) for kind in schema], schema=schema)
 
 
-def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.StructType) -> pa.ListArray:
+def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.ListType) -> pa.ListArray:
     """Return for each of `count` samples the list of its annotations in the mask `wanted`, with their final values."""
     selected = annotations.filter(pa.array(wanted))
-    fields = [final_column(selected, item.name, item.type).combine_chunks() for item in kind]
+    fields = [_values(selected, item) for item in kind.value_type]
     offsets = np.r_[0, np.cumsum(np.bincount(owner[wanted], minlength=count))]
-    values = pa.StructArray.from_arrays(fields, fields=list(kind))
+    values = pa.StructArray.from_arrays(fields, fields=list(kind.value_type))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def _values(annotations: pa.Table, item: pa.Field) -> pa.Array:
+    """Return the final values of a field; a score is null for a text that a person wrote, since it is of the text before."""
+    if not any(item.name in schema.names for schema in SCORES.values()):
+        return final_column(annotations, item.name, item.type).combine_chunks()
+    scores = final_column(annotations, SCORE_COLUMNS.get(item.name, item.name), item.type)
+    is_edited = pc.equal(final_column(annotations, "prompt_id", pa.string()), REVIEWED)
+    return pc.if_else(pc.fill_null(is_edited, False), pa.scalar(None, item.type), scores).combine_chunks()
 
 
 def row_digest(row: dict[str, Any]) -> str:
@@ -132,21 +166,25 @@ def row_digest(row: dict[str, Any]) -> str:
     return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 
-def version_digest(rows: Iterable[tuple[str, str]], columns: list[str]) -> str:
-    """Return the digest of [table version, columns, rows]; a row is a sample's id and its digest, ordered by id."""
-    content = hashlib.sha256(canonical([TABLE_VERSION, columns])[:-1] + b",[")
+def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: Sequence[str] = ()) -> str:
+    """Return the digest of [table version, columns, scores if there are any, rows]; a row is a sample's id and its digest.
+
+    Rows are ordered by id.
+    """
+    parts = [TABLE_VERSION, columns, *([scores] if scores else [])]
+    content = hashlib.sha256(canonical(parts)[:-1] + b",[")
     for n, row in enumerate(rows):
         content.update((b"," if n else b"") + canonical(row))
     content.update(b"]]")
     return content.hexdigest()
 
 
-def next_version(parent: Version | None, sample_ids: pa.ChunkedArray, columns: list[str]) -> str:
-    """Return the name that follows: major when columns change, minor when rows are added, else patch."""
+def next_version(parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema) -> str:
+    """Return the name that follows: major when columns or scores change, minor when rows are added, else patch."""
     if parent is None:
         return FIRST
     major, minor, patch = parent.number
-    if parent.manifest["columns"] != columns:
+    if parent.schema != schema:
         return f"v{major + 1}.0.0"
     ids = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
     if not pc.all(pc.is_in(sample_ids, ids)).as_py():
@@ -159,11 +197,12 @@ class RowWriter:
     """Writes rows to the Parquet files of a folder, each split to its own."""
 
     path: Path
+    scores: Sequence[str] = ()
     columns: list[str] = field(default_factory=list)
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
-        """Write rows (ROW_WITH_SPLIT). Raise TableError if some samples have a column that the first ones have not."""
+        """Write rows, as `build_rows` yields them. Raise TableError if some samples have a column that the first have not."""
         if not table.num_rows:
             return
         self.columns = self.columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
@@ -173,12 +212,12 @@ class RowWriter:
         self.write(table)
 
     def write(self, table: pa.Table) -> None:
-        """Write the columns of rows (ROW_WITH_SPLIT) to the files of their `split`."""
+        """Write the columns of rows to the files of their `split`."""
         for split in SPLITS:
             of_split = table.filter(pc.equal(table["split"], split))
             if of_split.num_rows:
                 if split not in self._writers:
-                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns))
+                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns, self.scores))
                 self._writers[split].add(of_split)
 
     def counts(self) -> dict[str, int]:
@@ -197,6 +236,7 @@ class Content:
     """The rows of a version, as written to files."""
 
     columns: list[str]
+    scores: list[str]
     digests: pa.Table  # DIGESTS, ordered by id
     rows: dict[str, int]  # by split
     files: list[tuple[Path, str, dict[str, Any]]]  # path, name and manifest entry of each Parquet file
@@ -223,10 +263,11 @@ def publish_version(
         raise TableError("no row is left to make a version of", hint=hint)
     parent = next(reversed(dataset.versions()), None)
     pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
-    content_digest = version_digest(pairs, content.columns)
+    content_digest = version_digest(pairs, content.columns, content.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
         return parent, False
-    name = next_version(parent, content.digests["sample_id"], content.columns)
+    schema = row_schema(content.columns, content.scores)
+    name = next_version(parent, content.digests["sample_id"], schema)
     write_table(draft / LEDGER_FILE, rejections, LEDGER)
     manifest = {
         "version": name,
@@ -234,7 +275,8 @@ def publish_version(
         "parent": parent.name if parent else None,
         "table_version": TABLE_VERSION,
         "columns": content.columns,
-        "features": features(row_schema(content.columns)),
+        **({"scores": content.scores} if content.scores else {}),
+        "features": features(schema),
         "licences": content.licenses,
         "rows": content.rows,
         **provenance,
@@ -247,11 +289,6 @@ def publish_version(
     final = dataset.path / "versions" / name
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
-
-
-def row_schema(columns: list[str]) -> pa.Schema:
-    """Return the schema of the rows of a version with these columns."""
-    return pa.schema([ROW.field(name) for name in columns])
 
 
 def describe_file(path: Path) -> dict[str, Any]:

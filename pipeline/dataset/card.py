@@ -12,6 +12,7 @@ from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.errors import StoreError
 from pipeline.tasks import find_task
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
+from pipeline.text.reasons import SCORES_IN_WORDS
 
 CARD_SAMPLES = 5
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
@@ -24,7 +25,9 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         header, licenses = metadata(manifest), card_licenses(manifest)
     except (TypeError, AttributeError, LookupError) as error:  # a manifest may be a stranger's
         raise _no_card(error) from None
-    return _render("dataset.md.j2", header, manifest=manifest, licenses=licenses, samples=samples, repo=repo)
+    return _render(
+        "dataset.md.j2", header, manifest=manifest, licenses=licenses, samples=samples, repo=repo, scores=SCORES_IN_WORDS
+    )
 
 
 def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:

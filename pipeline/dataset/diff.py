@@ -1,7 +1,7 @@
 """Compare two versions: rows added, removed or changed, field by field, with the causes that are known."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,11 @@ from pipeline.config import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.storage.files import read_batches
-from pipeline.tables import PIXELS, REVIEWED
+from pipeline.tables import PIXELS, REVIEWED, SCORES
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
+NOT_WRITTEN = frozenset(("pair_id", *(name for schema in SCORES.values() for name in schema.names)))
 MAX_SHOWN = 160  # characters of a value
 Row = dict[str, Any]
 Settings = dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ
@@ -81,9 +82,10 @@ def _short(value: Any) -> str:
 def diff_versions(before: Version, after: Version) -> Diff:
     """Compare two versions; pixels are compared by `sample_id`. Memory holds a digest of each row, and the rows that differ."""
     columns = [c for c in before.manifest["columns"] if c in after.manifest["columns"] and c not in PIXELS]
-    old, new = _digests(before, columns), _digests(after, columns)
+    scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}  # of one version alone
+    old, new = _digests(before, columns, scores), _digests(after, columns, scores)
     differ = {sample_id for sample_id in old.keys() | new.keys() if old.get(sample_id) != new.get(sample_id)}
-    old_rows, new_rows = _rows(before, columns, differ), _rows(after, columns, differ)
+    old_rows, new_rows = _rows(before, columns, scores, differ), _rows(after, columns, scores, differ)
     old_ledger, new_ledger = _Ledger(before), _Ledger(after)
     settings = _settings(before.manifest, after.manifest)
     changes = []
@@ -139,10 +141,11 @@ def _changed(old_row: Row, new_row: Row, old: _Ledger, new: _Ledger, settings: S
         removed = [item for item in old_row[name] or [] if item not in (new_row[name] or [])]
         added = [item for item in new_row[name] or [] if item not in (old_row[name] or [])]
         change.fields[name] = {"removed": removed, "added": added}
-        paired = [item for item in map(_unpaired, removed) if item in map(_unpaired, added)]
-        if paired:
-            change.why.append("another pair")  # the same question is paired with another one; its text is unchanged
-        removed, added = ([item for item in items if _unpaired(item) not in paired] for items in (removed, added))
+        same = [item for item in map(_as_written, removed) if item in map(_as_written, added)]
+        pairs = [{item.get("pair_id") for item in items if _as_written(item) in same} for items in (removed, added)]
+        if same:  # the same text is paired with another one, or checks were answered in another way
+            change.why.append("another pair" if pairs[0] != pairs[1] else "other scores")
+        removed, added = ([item for item in items if _as_written(item) not in same] for items in (removed, added))
         change.why += _why(change.sample_id, removed, added, old, new, settings)
     change.why = list(dict.fromkeys(change.why))
     return change
@@ -164,26 +167,42 @@ def _why(sample_id: str, removed: list[Row], added: list[Row], old: _Ledger, new
     return [reason for reason in reasons if reason]
 
 
-def _unpaired(item: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in item.items() if name != "pair_id"}
+def _as_written(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an annotation without its scores and its pair, which may change while its text does not."""
+    return {name: value for name, value in item.items() if name not in NOT_WRITTEN}
 
 
-def _digests(version: Version, columns: list[str]) -> dict[str, str]:
-    """Return a digest of each row and its split, by sample."""
-    return {row["sample_id"]: digest([split, row]) for split, batch in version.batches(columns) for row in batch.to_pylist()}
+def _digests(version: Version, columns: list[str], left_out: Collection[str]) -> dict[str, str]:
+    """Return a digest of each row and its split, by sample; of annotations without the scores that are `left_out`."""
+    return {
+        row["sample_id"]: digest([split, _without(row, left_out)])
+        for split, batch in version.batches(columns)
+        for row in batch.to_pylist()
+    }
 
 
-def _rows(version: Version, columns: list[str], sample_ids: set[str]) -> dict[str, dict[str, Any]]:
+def _rows(version: Version, columns: list[str], left_out: Collection[str], sample_ids: set[str]) -> dict[str, dict[str, Any]]:
     batches = version.batches(columns) if sample_ids else ()
-    rows = (row | {"split": split} for split, batch in batches for row in batch.to_pylist())
+    rows = (_without(row, left_out) | {"split": split} for split, batch in batches for row in batch.to_pylist())
     return {row["sample_id"]: row for row in rows if row["sample_id"] in sample_ids}
+
+
+def _without(row: Row, left_out: Collection[str]) -> Row:
+    """Return a row whose annotations lack some scores."""
+    if not left_out:
+        return row
+    lists = {name: row[name] for name in LISTS if row.get(name)}
+    return row | {
+        name: [{key: value for key, value in item.items() if key not in left_out} for item in items]
+        for name, items in lists.items()
+    }
 
 
 def _settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:
     """Return the inputs of the versions that differ: source, model, prompts, columns, and settings by name."""
     old, new = (
         {name: manifest[name] for name in ("source", "model", "prompts", "columns")}
-        | {"prompts": sorted(manifest["prompts"])}
+        | {"prompts": sorted(manifest["prompts"]), "scores": manifest.get("scores", [])}
         | _flat(current_settings(manifest["config"]))
         for manifest in (before, after)
     )

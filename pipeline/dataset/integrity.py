@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import DIGESTS, ROW_WITH_SPLIT, row_digest, version_digest
+from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, first_rows, publish
@@ -14,7 +14,7 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import scratch_folder, write_json, write_text
 from pipeline.tables import PIXELS, ROW, TABLE_VERSION
 
-_TEXT_COLUMNS = [name for name in ROW_WITH_SPLIT.names if name not in PIXELS]
+_TEXT_COLUMNS = [name for name in ROW.names if name not in PIXELS]
 ROWS_AT_ONCE = 1024
 
 
@@ -42,13 +42,15 @@ def content_digest(version: Version) -> str:
     manifest = version.manifest
     stored = {*manifest["columns"]}
     columns = [name for name in ROW.names if name in stored | {*manifest.get("pixel_columns", ())}]
+    scores = manifest.get("scores", [])
     tables = [DIGESTS.empty_table()]
     for split, batch in version.batches([name for name in _TEXT_COLUMNS if name in stored], ROWS_AT_ONCE):
         rows = batch.to_pylist()
-        digests = [row_digest({name: row.get(name) for name in _TEXT_COLUMNS} | {"split": split}) for row in rows]
-        tables.append(pa.table([batch["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
+        of_batch = [row_digest({name: row.get(name) for name in _TEXT_COLUMNS} | {"split": split}) for row in rows]
+        tables.append(pa.table([batch["sample_id"], pa.array(of_batch, pa.string())], schema=DIGESTS))
     ordered = pa.concat_tables(tables).sort_by("sample_id")
-    return version_digest(zip(ordered["sample_id"].to_pylist(), ordered["digest"].to_pylist(), strict=True), columns)
+    digests = zip(ordered["sample_id"].to_pylist(), ordered["digest"].to_pylist(), strict=True)
+    return version_digest(digests, columns, scores)
 
 
 def find_damage(version: Version) -> list[str]:

@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import AT_SERVER, Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
-from pipeline.tasks import ANSWER, CLAIMS, wire_schema
+from pipeline.tables import RUBRIC
+from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, wire_schema
 from pipeline.tasks.prompts import prompt_texts
 
 
@@ -23,8 +24,25 @@ class StageSummary:
 
 def asked_tasks(config: Config) -> tuple[str, ...]:
     """Return the tasks of a run, including those by which checks ask the model."""
-    asks = bool(set(config.verify.checks) - {"alignment"})
-    return (*config.tasks, *([ANSWER] if asks else []), *([CLAIMS] if config.splits_claims else []))
+    checks = set(config.verify.checks)
+    asked = {
+        ANSWER: checks & {"round_trip", "claims", "blind", "evidence"},
+        CLAIMS: config.splits_claims,
+        REPAIR: config.verify.repair,
+        COVERS: "covers" in checks,
+        RATE: config.verify.judge,
+    }
+    return (*config.tasks, *(task for task, is_asked in asked.items() if is_asked))
+
+
+def measured_scores(config: Config) -> list[str]:
+    """Return the scores that the checks of a run give to annotations (tables.SCORES).
+
+    Claims of drawn scenes, which rules find, give none: their versions have the digests of earlier releases.
+    """
+    checks = config.verify.checks
+    measured = {"precision": config.splits_claims, "coverage": "covers" in checks, "shared_words": "references" in checks}
+    return [score for score, is_measured in measured.items() if is_measured] + [*(RUBRIC if config.verify.judge else ())]
 
 
 def describe_run(
@@ -78,4 +96,5 @@ def publishable_settings(config: Config, source: str, model: str) -> dict[str, A
     if config.balance.entries:
         settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)
+    settings["verify"]["judge"] = config.verify.judge and config.verify.judge.partition(AT_SERVER)[0]
     return settings

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.builder import ROW_WITH_SPLIT, RowWriter
+from pipeline.dataset.builder import RowWriter, with_split
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish, read_version
 from pipeline.errors import StoreError
@@ -16,7 +16,7 @@ from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import scratch_folder, write_json
 from pipeline.storage.untrusted import read_regular
-from pipeline.tables import PIXELS, ROW, features
+from pipeline.tables import PIXELS, ROW, features, row_schema
 
 BATCH_ROWS = 64
 Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
@@ -43,9 +43,11 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
     count = len(rows)
     with scratch_folder(home) as draft:
         columns = {*version.manifest["columns"], *version.manifest["pixel_columns"]}
-        writer = RowWriter(draft, [name for name in ROW.names if name in columns])
+        scores = version.manifest.get("scores", ())
+        writer = RowWriter(draft, scores, [name for name in ROW.names if name in columns])
+        schema = with_split(row_schema(ROW.names, scores))
         for pending in _joined_rows(rows, images):
-            writer.write(pa.Table.from_pylist(pending, schema=ROW_WITH_SPLIT))
+            writer.write(pa.Table.from_pylist(pending, schema=schema))
         files = {name: {key: entry[key] for key in ("sha256", "bytes")} for name, entry in writer.close().items()}
         if rows:
             problem = f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}"

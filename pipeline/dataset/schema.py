@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from pipeline.tables import PIXELS, ROW, SPLITS
+from pipeline.tables import PIXELS, ROW, SCORES, SPLITS
 
 MAX_NAME = 1000  # characters
 MAX_DEPTH = 40  # of nested values
@@ -78,6 +78,7 @@ class Manifest(_Part):
     language: Name = ""
     pixels: Name = ""
     pixel_columns: list[Name] = []
+    scores: list[Name] = []
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
 
@@ -89,6 +90,8 @@ class Manifest(_Part):
         unknown += [name for name in self.pixel_columns if name not in PIXELS]
         if unknown or len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
             raise ValueError(f"has other columns than a version: {(unknown or self.columns)[0]!r}")
+        if strange := [name for name in self.scores if not any(name in schema.names for schema in SCORES.values())]:
+            raise ValueError(f"has a score that is unknown here: {strange[0]!r}")
         if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:
             raise ValueError(f"has a feature that is none: {strange[0]!r}")
         if not {*self.rows} <= {*SPLITS}:

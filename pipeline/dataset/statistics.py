@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
+from pipeline.tables import SCORES
+from pipeline.tasks import REPAIR
 
 _WORD = re.compile(r"\w+")
+_SCORE_NAMES = {name for schema in SCORES.values() for name in schema.names}
 
 
 @dataclass(slots=True)
@@ -39,6 +42,8 @@ class DatasetStatistics:
 
     words: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # of each caption, by style
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
+    scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (tables.SCORES)
+    repaired: int = 0  # captions
     shared: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style, and of "references" themselves
     captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
     true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
@@ -49,8 +54,13 @@ class DatasetStatistics:
         for row in rows:
             for caption in row["captions"]:
                 self.words[caption["style"]].add(len(_WORD.findall(caption["text"])))
+                self.repaired += caption["prompt_id"].startswith(f"{REPAIR}/")
             for pair in row["qa"]:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
+            for annotation in (*row["captions"], *row["qa"]):
+                for name in _SCORE_NAMES & annotation.keys():
+                    if annotation[name] is not None:
+                        self.scores[name].add(annotation[name])
             self._against_references(row)
             self._against_facts(row)
 
@@ -64,6 +74,8 @@ class DatasetStatistics:
                 for kind, count in sorted(self.answers.items())
                 for answer, times in [min(count.items(), key=lambda item: (-item[1], item[0]))]
             },
+            "scores": {name: {"mean": mean.value, "count": mean.count} for name, mean in sorted(self.scores.items())},
+            "repaired_captions": self.repaired,
             "words_shared_with_references": {style: mean.value for style, mean in sorted(self.shared.items())},
             "true_captions": {
                 style: {"precision": round(score.precision, 4), "recall": round(score.recall, 4)}

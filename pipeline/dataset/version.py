@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import flush_folder, move, open_parquet, read_json, remove
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
-from pipeline.tables import OPTIONAL, PIXELS, ROW, SPLITS, TABLE_VERSION
+from pipeline.tables import OPTIONAL, PIXELS, SPLITS, TABLE_VERSION, row_schema
 
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
@@ -61,6 +61,11 @@ class Version:
     def num_rows(self) -> int:
         """Return the number of rows in all splits."""
         return sum(self.manifest["rows"].values())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Return the schema of the rows."""
+        return row_schema(self.manifest["columns"], self.manifest.get("scores", ()))
 
     def summary(self) -> dict[str, Any]:
         """Return the fields for a list of versions. The date is that of the manifest's file: a manifest holds no time."""
@@ -103,11 +108,11 @@ class Version:
         """Open a Parquet file of this version. Raises ValueError if its columns are not those of the manifest."""
         file = open_parquet(path)
         schema = file.schema_arrow
-        for name in self.manifest["columns"]:
-            if schema.names.count(name) != 1:
-                raise ValueError(f"{path.name} has not one column {name}")
-            if self.manifest["table_version"] == TABLE_VERSION and schema.field(name).type != ROW.field(name).type:
-                raise ValueError(f"the column {name} of {path.name} holds {schema.field(name).type}")
+        for column in self.schema:
+            if schema.names.count(column.name) != 1:
+                raise ValueError(f"{path.name} has not one column {column.name}")
+            if self.manifest["table_version"] == TABLE_VERSION and schema.field(column.name).type != column.type:
+                raise ValueError(f"the column {column.name} of {path.name} holds {schema.field(column.name).type}")
         return file
 
     def damage_error(self, error: Exception) -> StoreError:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StageSummary, measured_scores
 from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, TableError
@@ -82,10 +82,18 @@ def describe_engine(config: Config, choice: EngineChoice) -> str:
 
 
 def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
-    """Return the opening line of a run: what is asked of which model, with which prompts, and where it goes."""
+    """Return the opening line of a run: what is asked of which model, with which prompts, and where it goes.
+
+    Raises ConfigError or EngineError if texts are to be rated by a judge that cannot be asked: nothing is paid for before that.
+    """
     asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({describe_engine(config, choice)})"
     prompts = describe_prompts(config.tasks, config.generate.prompt_dir, config.generate.prompt_version)
-    return f"{config.source} to {dataset.path}: asks {asked}; prompts: {prompts}"
+    rated = ""
+    if config.verify.judge:
+        from pipeline.inference.judge import choose_judge
+
+        rated = f"; rated by {choose_judge(config, choice.revision).model}"
+    return f"{config.source} to {dataset.path}: asks {asked}{rated}; prompts: {prompts}"
 
 
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
@@ -123,7 +131,8 @@ def publish(
     names = ("source", *(stage.name for stage in stages))
     check()
     with scratch_folder(plan.dataset.path / "versions") as draft:
-        written = executor.map_with_scratch(partial(write_rows, stages=names, source=source), draft)
+        write = partial(write_rows, stages=names, source=source, scores=measured_scores(plan.config))
+        written = executor.map_with_scratch(write, draft)
         version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
     return version, is_new, funnel
 

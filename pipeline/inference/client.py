@@ -29,6 +29,7 @@ from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file
 from pipeline.inference.endpoints import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
+    KEY,
     BusyTime,
     Endpoint,
     Endpoints,
@@ -36,6 +37,7 @@ from pipeline.inference.endpoints import (
     ServerFaultError,
     cancel_tasks,
     list_models,
+    named_endpoints,
     no_server,
     not_served,
     raise_for_access,
@@ -79,6 +81,7 @@ class InFlight:
 class Client:
     """Answers requests through the servers of `config.base_url`, or through those that it starts from `launches`.
 
+    The former get the key that the environment has under `key_name`.
     Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
 
@@ -90,10 +93,12 @@ class Client:
         launches: Sequence[VllmCommand] = (),
         max_pixels: int | None = None,
         progress: Progress | None = None,
+        key_name: str = KEY,
     ) -> None:
         self.model = model
         self.revision = revision
         self._config = config
+        self._key_name = key_name
         self._launches = launches
         self._servers: list[Server] = []
         self._sessions: dict[Path | None, aiohttp.ClientSession] = {}  # by the socket of a server
@@ -153,7 +158,7 @@ class Client:
                 for server in self._servers
             ]
         else:
-            endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in self._config.base_url]
+            endpoints = named_endpoints(self._config.base_url, self._key_name)
         for path in {endpoint.socket_path for endpoint in endpoints}:
             self._sessions[path] = await stack.enter_async_context(self._make_session(path))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)

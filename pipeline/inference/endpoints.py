@@ -20,7 +20,8 @@ from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.vllm_server import answers_200
 
-KEY = "SYNTH_API_KEY"
+KEY = "SYNTH_API_KEY"  # environment variables
+JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for the judge's server, if it is another one: that must not get the key of the first
 BUSY_STATUSES = (429, 503)
 BUSY_WARNING_SECONDS = 30.0
 MODELS_SECONDS = 30.0
@@ -75,6 +76,7 @@ class Endpoint:
 
     url: str  # ends in /v1
     headers: dict[str, str]
+    key_name: str = KEY  # the environment variable that holds its key
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
     health: str = ""  # URL that answers 200 while the server is healthy
     socket_path: Path | None = None  # of a server that listens on a Unix socket
@@ -186,13 +188,13 @@ class ServedModel:
     max_model_len: int | None
 
 
-def find_model(config: Config) -> tuple[str, str]:
-    """Return the name and revision of the model to request from the servers of `config.base_url`.
+def find_model(config: Config, key_name: str = KEY) -> tuple[str, str]:
+    """Return the name and revision of the model to request from the servers of `config.base_url`, with the key of that name.
 
     `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
     Raises EngineError if no server answers, or the model is ambiguous or not served.
     """
-    endpoints = [Endpoint(url.rstrip("/"), request_headers()) for url in config.base_url]
+    endpoints = named_endpoints(config.base_url, key_name)
     name, root = asyncio.run(_find_model(endpoints, config.model))
     return name, name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
 
@@ -256,7 +258,7 @@ def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answe
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in (401, 403):
         wants = "wants another key" if "Authorization" in endpoint.headers else "wants a key, and none is set"
-        raise EngineError(f"{endpoint.url} {wants}", hint=f"put it into the environment: {KEY}=...")
+        raise EngineError(f"{endpoint.url} {wants}", hint=f"put it into the environment: {endpoint.key_name}=...")
     if status == 404:
         raise EngineError(f"{endpoint.url}: {chat_api.error_message(answer)}", hint="check --base-url and --model")
 
@@ -267,9 +269,14 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
     return EngineError(f"no server answers at {urls}", hint="start it (`synth serve`), then run the same command again")
 
 
-def request_headers(key: str | None = None) -> dict[str, str]:
-    """Return the headers of a request, with the given key, else that of the environment."""
-    key = key or os.environ.get(KEY)
+def named_endpoints(urls: Iterable[str], key_name: str) -> list[Endpoint]:
+    """Return the servers at some addresses, which get the key that the environment has under this name."""
+    headers = request_headers(os.environ.get(key_name))
+    return [Endpoint(url.rstrip("/"), headers, key_name) for url in urls]
+
+
+def request_headers(key: str | None) -> dict[str, str]:
+    """Return the headers of a request, with a key if there is one."""
     return {
         "Content-Type": "application/json",
         "Accept-Encoding": "identity",

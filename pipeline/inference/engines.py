@@ -140,6 +140,9 @@ def _model(config: Config) -> str:
     if model == TINY:
         from pipeline.scenes.text import STYLES
 
+        if "covers" in config.verify.checks or config.verify.repair:
+            hint = "leave out covers and --repair, or name a larger model: --model, --base-url"
+            raise EngineError("the tiny teacher knows pictures, and can neither read nor repair a caption", hint=hint)
         unknown = [style for style in config.generate.caption_styles if style not in STYLES]
         if unknown:
             raise EngineError(

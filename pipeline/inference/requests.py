@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
-from pipeline.tasks import ANSWER, CHECKING, CLAIMS, find_task, wire_schema
+from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
 from pipeline.tasks.prompts import DRAWS, check_prompt_dir, render
 from pipeline.text.language import language_name
 from pipeline.types import Reply, Request, Sampling
@@ -37,13 +37,16 @@ def _values_of(sample_id: str, config: Config) -> dict[str, Any]:
 def check_prompts(config: Config) -> None:
     """Render every prompt once: a broken template is a ConfigError before anything is written."""
     if config.generate.prompt_dir:
-        check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *(CHECKING if config.verify.checks else ())))
+        check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *(CHECKING if config.verify.is_asked else ())))
     folder, version = config.generate.prompt_dir, config.generate.prompt_version
     for task, style in requests_per_sample(config):
         render(task, folder, version, style=style)
-    if config.verify.checks:
+    if config.verify.is_asked:
         render(ANSWER, folder, version, question="?")
         render(CLAIMS, folder, version, caption="")
+        render(COVERS, folder, version, caption="", question="?")
+        render(RATE, folder, version, caption="", question="?", answer="")
+        render(REPAIR, folder, version, caption="", answers=())
 
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:

@@ -1,8 +1,9 @@
 """Build the requests that check whether annotations are true: a second pass through the same journal.
 
-Every check is a question of the task `answer` to the model that wrote the annotation, with greedy decoding. The model sees
-the image but not its earlier answer; a blind check shows no image; an evidence check shows only some pages of a deck. For the
-claims of a caption the model first splits it, without the image, into questions that expect yes and as many that expect no.
+Every check is a question to the model that wrote the annotation, with greedy decoding. The model sees the image but not its
+earlier answer; a blind check shows no image; an evidence check shows only some pages of a deck; the check `covers` shows a
+caption instead of the image. For the claims of a caption the model first splits it, without the image, into questions that
+expect yes and as many that expect no.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,25 +15,31 @@ from pipeline.digests import digest
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import shared_fields
 from pipeline.scenes.claims import Claim, extract_claims
-from pipeline.tasks import ANSWER, CLAIMS, find_broken_rule
+from pipeline.tables import RUBRIC
+from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_broken_rule
 from pipeline.tasks.replies import parse_reply, read_fields
-from pipeline.types import Request, SampleBatch
+from pipeline.text.language import YES_OR_NO
+from pipeline.text.vqa_answers import normalize_answer
+from pipeline.types import Reply, Request, SampleBatch
 
+_RATED = {"caption": "text", "question": "question", "answer": "answer"}  # values of the template, and what they come from
+_NOTHING_RATED = dict.fromkeys(_RATED, "")
 CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question about one annotation. `pages`: which are shown, counted from 1; None: all."""
+    """One question about one annotation. `pages`: which are shown, counted from 1; None: all. `caption`: shown instead."""
 
     kind: str
     question: str
     expected: str
     pages: tuple[int, ...] | None = None
+    caption: str | None = None
 
 
 def checks_of(row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim] | None = None) -> list[Check]:
-    """Return the checks of an annotation (a row of tables.ANNOTATION and tables.FILTERED), in order.
+    """Return the checks of an annotation (a row of tables.ANNOTATION and tables.FILTERED) about its image, in order.
 
     `claims` are those of a caption, if the model was asked for them; None: they are found by rules for drawn scenes.
     """
@@ -52,6 +59,13 @@ def checks_of(row: dict[str, Any], config: VerifyConfig, claims: Sequence[Claim]
     return checks
 
 
+def coverage_checks(caption: str | None, config: VerifyConfig, questions: Iterable[tuple[str, str]]) -> list[Check]:
+    """Return the checks whether a caption answers questions about its image, each given with its answer."""
+    if caption is None or "covers" not in config.checks:
+        return []
+    return [Check("covers", question, answer, (), caption) for question, answer in questions]
+
+
 def build_claims(caption: str, sample_id: str, config: Config, revision: str) -> Request:
     """Return the request for the claims of a caption. It shows no image, so equal captions share one."""
     generate = config.generate
@@ -64,16 +78,50 @@ def build_claims(caption: str, sample_id: str, config: Config, revision: str) ->
 
 def read_claims(caption: str, config: Config, revision: str, journal: Journal) -> list[Claim]:
     """Return the claims of a caption as the model split it: for each, a question that expects yes, and one that expects no."""
-    request = build_claims(caption, "", config, revision)
+    reply = _last_reply(build_claims(caption, "", config, revision), journal)
+    rows = [fields for fields, error in read_fields(CLAIMS, reply) if not error and not find_broken_rule(CLAIMS, fields)]
+    return [Claim(row[name], expected) for row in rows for name, expected in (("question", "yes"), ("opposite", "no"))]
+
+
+def build_repair(caption: str, answers: Sequence[tuple[str, str]], sample_id: str, config: Config, revision: str) -> Request:
+    """Return the request for a caption without what these questions and answers contradict. It shows no image."""
+    values = {"caption": caption, "answers": tuple(answers)}
+    fields, shared_digest = shared_fields(REPAIR, 0.0, config.generate, config.seed, revision, **values)
+    request_id = digest({"image": None, "pages": (), "about": shared_digest})
+    return Request(id=request_id, sample_id=sample_id, style="repair", images=(), pages=(), **fields)
+
+
+def read_repair(request: Request, journal: Journal) -> str | None:
+    """Return the caption that came back; None if the reply is unusable."""
+    fields, error = read_fields(REPAIR, _last_reply(request, journal))[0]
+    return None if error or find_broken_rule(REPAIR, fields) else str(fields["caption"])
+
+
+def build_rating(row: dict[str, Any], images: Sequence[bytes], config: Config, revision: str) -> Request:
+    """Return the request for a judge's rating of an annotation; `revision` is the judge's."""
+    values = {name: row[f"clean_{column}"] for name, column in _RATED.items() if row[f"clean_{column}"] is not None}
+    fields, shared_digest = shared_fields(RATE, 0.0, config.generate, config.seed, revision, **_NOTHING_RATED | values)
+    request_id = digest({"image": row["sample_id"], "pages": None, "about": shared_digest})
+    return Request(id=request_id, sample_id=row["sample_id"], style="rate", images=tuple(images), **fields)
+
+
+def read_rating(row: dict[str, Any], config: Config, revision: str, journal: Journal) -> dict[str, int | None]:
+    """Return the marks of an annotation by part of the rubric; all None if the reply is unusable."""
+    fields, error = read_fields(RATE, _last_reply(build_rating(row, (), config, revision), journal))[0]
+    is_usable = not error and not find_broken_rule(RATE, fields)
+    return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
+
+
+def _last_reply(request: Request, journal: Journal) -> Reply:
     last = journal.last(request.id)
     assert last is not None, f"no reply to {request.id}: the engine left a request out"
-    rows = [fields for fields, error in read_fields(CLAIMS, last[0]) if not error and not find_broken_rule(CLAIMS, fields)]
-    return [Claim(row[name], expected) for row in rows for name, expected in (("question", "yes"), ("opposite", "no"))]
+    return last[0]
 
 
 def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:
     """Return the request of a check; `images` are those of the sample, or empty if only the request id is needed."""
-    fields, shared_digest = shared_fields(ANSWER, 0.0, config.generate, config.seed, revision, question=check.question)
+    task, values = (ANSWER, {}) if check.caption is None else (COVERS, {"caption": check.caption})
+    fields, shared_digest = shared_fields(task, 0.0, config.generate, config.seed, revision, question=check.question, **values)
     shown = images if check.pages is None else [images[page - 1] for page in check.pages if images]
     request_id = digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=check.kind, images=tuple(shown), pages=check.pages, **fields)
@@ -102,9 +150,35 @@ def read_checks(
     rows = []
     for check in checks:
         request = build_check(check, sample_id, (), config, revision)
-        last = journal.last(request.id)
-        assert last is not None, f"no reply to {request.id}: the engine left a request out"
-        read = parse_reply(request, last[0])[0]
+        read = parse_reply(request, _last_reply(request, journal))[0]
         answer = None if read["reply_error"] else read["answer"]
         rows.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})
     return rows
+
+
+def share_confirmed(checks: Iterable[Mapping[str, Any]], kind: str) -> float | None:
+    """Return the share of checks (tables.CHECK) of a kind with the expected answer; None if no reply could be read.
+
+    A question that expects no is one check with the question about the same claim before it.
+    """
+    groups: list[list[Mapping[str, Any]]] = []
+    for check in checks:
+        if check["kind"] == kind:
+            if kind == "claims" and check["expected"] == "no" and groups:
+                groups[-1].append(check)
+            else:
+                groups.append([check])
+    answered = [[check for check in group if check["answer"] is not None] for group in groups]
+    results = [all(map(is_confirmed, group)) for group in answered if group]
+    return sum(results) / len(results) if results else None
+
+
+def is_confirmed(check: Mapping[str, Any]) -> bool:
+    """Return whether the answer to a check (tables.CHECK) is the expected one."""
+    return _plain(check["answer"]) == _plain(check["expected"])
+
+
+def _plain(answer: str) -> str:
+    """Return a normalized answer; yes and no of any language in English."""
+    normal = normalize_answer(answer)
+    return YES_OR_NO.get(normal, normal)

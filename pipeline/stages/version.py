@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import DatasetDir, read_samples
-from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_run
+from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_run, measured_scores
 from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
@@ -42,17 +42,20 @@ class WrittenRows:
     examples: list[dict[str, Any]]
 
 
-def write_rows(shard: DatasetDir, path: Path, stages: Sequence[str], source: dict[str, Any]) -> WrittenRows:
+def write_rows(
+    shard: DatasetDir, path: Path, stages: Sequence[str], source: dict[str, Any], scores: Sequence[str] = ()
+) -> WrittenRows:
     """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its stage files.
 
-    `stages` are the names of all stages before this one that reject rows; `source` is its provenance.
+    `stages` are the names of all stages before this one that reject rows; `source` is its provenance; `scores` are those that
+    annotations get (tables.SCORES).
     """
-    rows, writer = Rows(), RowWriter(path)
+    rows, writer = Rows(), RowWriter(path, scores)
     annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
     if source.get("image_metadata") != REMOVED:  # read by an earlier release
         samples = map(_without_metadata, samples)
     with collect_less_often():
-        for table in build_rows(annotations, samples, source["name"], rows, decks=bool(source.get("decks"))):
+        for table in build_rows(annotations, samples, source["name"], rows, scores, decks=bool(source.get("decks"))):
             writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
@@ -112,6 +115,7 @@ def publish_shards(
     }
     content = Content(
         columns=list(columns.pop()) if columns else [],
+        scores=measured_scores(plan.config),
         digests=digests,
         rows=rows,
         files=_number_files(written),

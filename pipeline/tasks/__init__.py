@@ -7,12 +7,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.tasks import answer, caption, claims, deck_qa, qa
+from pipeline.tasks import answer, caption, claims, covers, deck_qa, qa, rate, repair
 from pipeline.tasks.base import Task, strip_schema
 
-TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, answer.TASK, claims.TASK)}
-ANSWER, CLAIMS = answer.TASK.name, claims.TASK.name
-CHECKING = (ANSWER, CLAIMS)  # the tasks of the stage verify, for which no user asks
+_MODULES = (caption, qa, deck_qa, answer, claims, covers, rate, repair)
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES}
+ANSWER, CLAIMS, COVERS = answer.TASK.name, claims.TASK.name, covers.TASK.name
+RATE, REPAIR = rate.TASK.name, repair.TASK.name
+CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)  # the tasks of the stage verify, for which no user asks
 
 
 def find_task(name: str) -> Task:

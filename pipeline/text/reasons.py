@@ -1,4 +1,4 @@
-"""The reasons for which rows are rejected, in plain words. Stages, manifests and tables use the codes."""
+"""Reasons for which rows are rejected, and scores of rows, in plain words. Stages, manifests and tables use the codes."""
 
 IN_WORDS = {
     # source
@@ -41,6 +41,9 @@ IN_WORDS = {
     # verify
     "answer_not_confirmed": "the model answered otherwise when asked again",
     "claims_not_confirmed": "the model did not confirm what the caption claims",
+    "low_rating": "another model finds it bad",
+    "low_coverage": "the caption answers too few questions about its image",
+    "unlike_source_captions": "shares too few words with the captions of the source",
     "answerable_without_image": "can be answered without the image",
     "evidence_not_sufficient": "the named pages are not enough",
     "evidence_not_necessary": "the named pages are not needed",
@@ -51,6 +54,18 @@ IN_WORDS = {
     "answer_too_common": "too many such questions have this answer",
     "concepts_too_common": "names only what many captions name",
     "no_annotation_left": "no text of this image was kept",
+}
+
+
+# What the scores of a version say (tables.SCORES).
+SCORES_IN_WORDS = {
+    "precision": "share of the caption's claims that the model confirmed when asked about the image",
+    "coverage": "share of the questions about the image that are answered right from the caption alone",
+    "shared_words": "share of the caption's content words that a caption of the source has too",
+    "relevance": "mark of another model, 1 to 5: it is about what matters in the image",
+    "grounding": "mark of another model, 1 to 5: all of it can be seen",
+    "correctness": "mark of another model, 1 to 5: things, numbers, colors, places and actions are right",
+    "form": "mark of another model, 1 to 5: clear, complete, in good language",
 }
 
 

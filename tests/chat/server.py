@@ -54,6 +54,7 @@ class ChatServer:
         self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
+        self.authorizations: set[str | None] = set()  # headers of all requests
         self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
 
     def max_in_flight_since(self, request: int) -> int:
@@ -69,6 +70,7 @@ class ChatServer:
         return app
 
     async def _models(self, request: web.Request) -> web.Response:
+        self.authorizations.add(request.headers.get("Authorization"))
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         return web.json_response({"data": [{"id": self.model, "root": self.model_root, "max_model_len": 4096}]})
@@ -80,6 +82,7 @@ class ChatServer:
         return web.Response(text=self.metrics)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
+        self.authorizations.add(request.headers.get("Authorization"))
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()

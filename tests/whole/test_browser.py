@@ -19,6 +19,8 @@ from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
+expect.set_options(timeout=30_000)  # ms; what is waited for comes, on a busy machine later
+
 HOSTILE = (
     "<script>document.title = 'taken'</script>",
     "<img src=x onerror=\"document.title = 'taken'\">",

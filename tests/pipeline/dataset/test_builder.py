@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from datasets import Image, load_dataset
@@ -12,8 +13,8 @@ from pipeline.dataset.builder import Rows, version_digest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.errors import TableError
-from pipeline.tables import TABLE_VERSION
-from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
+from pipeline.tables import REVIEWED, SPLITS, TABLE_VERSION
+from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
 
 
 def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
@@ -34,6 +35,7 @@ def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
 def test_the_digest_is_that_of_one_json_value() -> None:
     for rows in ([], [("a", "1")], [("a", "1"), ("b", "\u00e4"), ("c", "3")]):
         assert version_digest(iter(rows), ["image"]) == digest([TABLE_VERSION, ["image"], rows])
+        assert version_digest(iter(rows), ["image"], ["form"]) == digest([TABLE_VERSION, ["image"], ["form"], rows])
 
 
 def test_added_rows_are_a_minor_version_and_removed_or_changed_ones_a_patch(tmp_path: Path) -> None:
@@ -56,6 +58,29 @@ def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no row is left"):
         make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
     assert list((tmp_path / "versions").iterdir()) == []
+
+
+def test_scores_lie_beside_their_texts_and_another_set_of_them_is_a_major_version(tmp_path: Path) -> None:
+    samples = scene_samples(20)
+    plain, _ = make_version(tmp_path, samples)
+    version, _ = make_version(tmp_path, samples, scored_captions(samples), scores=SCORED)
+    assert (version.name, version.manifest["scores"], "scores" in plain.manifest) == ("v2.0.0", [*SCORED], False)
+    loaded = load_dataset("parquet", data_files=[str(p) for p in version.shards("train")], cache_dir=str(tmp_path / "cache"))
+    caption = loaded["train"][0]["captions"][1]
+    assert {name: caption[name] for name in SCORED} == {"precision": 1.0, "coverage": 0.5, "form": caption["form"]}
+    assert loaded["train"].features["captions"].feature["form"].dtype == "int32"
+    again, is_new = make_version(tmp_path, samples, scored_captions(samples, 0.6), scores=SCORED)
+    assert (again.name, is_new) == ("v2.0.1", True)
+
+
+def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
+    samples = scene_samples(2)
+    captions = scored_captions(samples)
+    edited = pa.array([REVIEWED, *captions["prompt_id"].to_pylist()[1:]])
+    version, _ = make_version(tmp_path, samples, captions.append_column("final_prompt_id", edited), scores=SCORED)
+    rows = [row for split in SPLITS if version.shards(split) for row in version.read(split).to_pylist()]
+    scores = {caption["prompt_id"] == REVIEWED: caption["coverage"] for row in rows for caption in row["captions"]}
+    assert scores == {True: None, False: 0.5}
 
 
 def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:

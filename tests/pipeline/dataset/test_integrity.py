@@ -12,7 +12,7 @@ from pipeline.dataset.integrity import content_digest, damaged_files, find_damag
 from pipeline.dataset.version import Version, file_entry, read_version
 from pipeline.errors import StoreError
 from pipeline.hub.package import without_pixels
-from tests.scene_data import make_version, scene_samples
+from tests.scene_data import SCORED, make_version, scene_samples, scored_captions
 
 RECORDED = Path(__file__).parents[2] / "recorded"
 
@@ -28,9 +28,11 @@ def change_rows(version: Version, change: Any) -> Version:
     return read_version(version.path)
 
 
-@pytest.fixture
-def version(tmp_path: Path) -> Version:
-    return make_version(tmp_path / "data", scene_samples(30))[0]
+@pytest.fixture(params=[False, True], ids=["plain", "scored"])
+def version(request: pytest.FixtureRequest, tmp_path: Path) -> Version:
+    samples = scene_samples(30)
+    scored = {"annotations": scored_captions(samples), "scores": SCORED} if request.param else {}
+    return make_version(tmp_path / "data", samples, **scored)[0]
 
 
 def test_the_digest_of_rows_is_that_of_the_manifest_with_and_without_pixels(version: Version, tmp_path: Path) -> None:

@@ -25,12 +25,11 @@ from pipeline.stages import balance
 from pipeline.stages.base import RunPlan
 from pipeline.stages.filter import judge_texts
 from pipeline.stages.validate import validate_annotations
-from pipeline.stages.verify import judge_checks
 from pipeline.storage.files import read_table, remove, write_table, write_text
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.text.wordnet import names
-from tests.stage_runs import ShardList, plan_of
+from tests.stage_runs import ShardList, plan_of, with_results
 
 COMPARING = next(n for n, stage in enumerate(STAGES) if stage.compare)
 THINGS = ("ring", "rimg", "star", "cat", "statue", "statur", "lamp", "table")  # some of them misspelled
@@ -106,7 +105,7 @@ def checked(table: pa.Table, plan: RunPlan) -> pa.Table:
     ]
     fits = [random.Random(row["annotation_id"]).random() if row["clean_text"] else None for row in rows]
     table = table.append_column("checks", pa.array(checks, pa.list_(CHECK)))
-    return judge_checks(table.append_column("alignment", pa.array(fits, pa.float64())))
+    return with_results(table.append_column("alignment", pa.array(fits, pa.float64())))
 
 
 class World:

@@ -16,7 +16,7 @@ from pipeline.hub.package import CHECKPOINT_FILES, build_checkpoint_package, bui
 from pipeline.images.metadata import strip_metadata
 from pipeline.storage.untrusted import UnsafeFileError
 from tests.pipeline.images.test_metadata import jpeg, leaked
-from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
+from tests.scene_data import PROVENANCE, SCORED, make_version, scene_samples, scored_captions, true_captions
 
 REPO = "me/scenes"
 
@@ -29,7 +29,7 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
 @pytest.fixture(scope="module")
 def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     samples = [replace(sample, licence="flickr-terms") for sample in scene_samples(20)]
-    return make_version(tmp_path_factory.mktemp("held"), samples, true_captions(scene_samples(20)))[0]
+    return make_version(tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), scores=SCORED)[0]
 
 
 def test_free_pixels_go_as_they_lie_here(free: Version) -> None:

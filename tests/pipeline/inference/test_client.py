@@ -315,10 +315,21 @@ def later(seconds: float, act: Callable[[], None]) -> None:
     threading.Timer(seconds, act).start()
 
 
+def after_first_requests(chat: ChatServer, act: Callable[[], None]) -> None:
+    """Act once a server has got a few requests."""
+
+    def wait() -> None:
+        while len(chat.bodies) < 4:
+            time.sleep(0.01)
+        act()
+
+    threading.Thread(target=wait).start()
+
+
 def test_one_of_two_servers_may_die(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as stays, ExitStack() as stack:
         dies = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.05))))
-        later(0.3, stack.close)
+        after_first_requests(dies, stack.close)
         _, errors = run(tmp_path / "j", stays.url, dies.url, samples=scene_samples(60), server={"concurrency": 8})
     assert errors == {None: 180}
     assert dies.bodies
@@ -338,7 +349,7 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path: Path) -> None:
             time.sleep(0.5)
             stack.enter_context(running_chat(restarted, port))
 
-        later(0.3, die_and_come_back)
+        after_first_requests(first, die_and_come_back)
         _, errors = run(tmp_path / "j", first.url, samples=scene_samples(40), server={"concurrency": 4})
     assert errors == {None: 120}
     assert restarted.bodies
@@ -363,7 +374,7 @@ def test_when_no_server_comes_back_what_is_done_is_kept(tmp_path: Path) -> None:
     samples = scene_samples(60)
     with ExitStack() as stack:
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
-        later(0.5, stack.close)
+        after_first_requests(chat, stack.close)
         with pytest.raises(EngineError, match="no server answers"):
             run(tmp_path / "j", chat.url, samples=samples, server={"concurrency": 4, "start_seconds": 0.5})
     with Journal(tmp_path / "j") as journal:
@@ -403,7 +414,7 @@ def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
         with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as client:
             client._servers = [SimpleNamespace(failure=EngineError("vLLM died 4 times"))]  # type: ignore[list-item]
-            later(0.2, stack.pop_all().close)
+            after_first_requests(chat, stack.pop_all().close)
             with pytest.raises(EngineError, match="vLLM died 4 times"):
                 for _ in ask_about(chunks, config, "r", lambda: client, journal, RequestStats()):
                     pass

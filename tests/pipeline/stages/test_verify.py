@@ -5,9 +5,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.verify import judge_checks
 from pipeline.tables import CHECK
-from tests.stage_runs import verify_rows
+from tests.stage_runs import verify_rows, with_results
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
 CAPTION = {"task": "caption", "style": "brief"}
@@ -50,7 +49,7 @@ def test_a_question_is_kept_or_has_a_reason(checks: list[dict[str, Any]], reason
 
 def test_a_caption_needs_as_many_of_its_claims_as_is_asked_for() -> None:
     checks = [check("claims", "red"), check("claims", "red"), check("claims", "blue"), check("claims", None)]
-    rows = judge_checks(table(CAPTION | {"checks": checks}))
+    rows = with_results(table(CAPTION | {"checks": checks}))
     assert rows["agreement"].to_pylist() == [pytest.approx(2 / 3)]
     assert reasons(CAPTION | {"checks": checks}) == ["claims_not_confirmed"]
     assert reasons(CAPTION | {"checks": checks}, min_claims_supported=0.6) == [None]
@@ -59,7 +58,7 @@ def test_a_caption_needs_as_many_of_its_claims_as_is_asked_for() -> None:
 def test_a_claim_is_right_if_both_of_its_questions_are() -> None:
     def agreement(*answers: str | None) -> float | None:
         pairs = zip(answers, ("yes", "no") * (len(answers) // 2), strict=True)
-        rows = judge_checks(table(CAPTION | {"checks": [check("claims", answer, expected) for answer, expected in pairs]}))
+        rows = with_results(table(CAPTION | {"checks": [check("claims", answer, expected) for answer, expected in pairs]}))
         share: float | None = rows["agreement"].to_pylist()[0]
         return share
 

@@ -1,13 +1,18 @@
 """Reasons in plain words: every rule of filter has words of its own, and an unknown reason is legible."""
 
-from pipeline.stages.filter import RULES
-from pipeline.text.reasons import IN_WORDS, in_words
+from pipeline.rules import RULES
+from pipeline.tables import SCORES
+from pipeline.text.reasons import IN_WORDS, SCORES_IN_WORDS, in_words
 
 
 def test_every_rule_of_filter_is_said_in_words_of_its_own() -> None:
     assert set(RULES) <= set(IN_WORDS)
     assert len(set(IN_WORDS.values())) == len(IN_WORDS)
     assert not any("_" in words for words in IN_WORDS.values())
+
+
+def test_every_score_is_explained() -> None:
+    assert {*SCORES_IN_WORDS} == {name for schema in SCORES.values() for name in schema.names}
 
 
 def test_an_unknown_reason_is_legible() -> None:

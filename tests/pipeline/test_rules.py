@@ -1,4 +1,4 @@
-"""Filter: each fault has its reason, corrected texts go into columns of their own, and clean rows pass."""
+"""Rules: each fault has its reason, corrected texts go into columns of their own, and clean rows pass."""
 
 import itertools
 import random
@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import FilterConfig
+from pipeline.rules import RULES, filter_annotations, own_prompt_grams
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import ASK, STYLES, caption
-from pipeline.stages.filter import RULES, filter_annotations, own_prompt_grams
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("annotation_id", "text", "question", "answer")])
 GOOD = "A red kite over a grey harbour."

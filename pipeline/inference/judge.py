@@ -1,0 +1,40 @@
+"""The judge: another model than the writer, on a server of its own, that rates texts by a rubric."""
+
+import os
+from urllib.parse import urlsplit
+
+from pipeline.config import AT_SERVER, Config
+from pipeline.errors import ConfigError
+from pipeline.inference.client import Client
+from pipeline.inference.endpoints import JUDGE_KEY, KEY, find_model
+from pipeline.inference.engines import EngineChoice
+from pipeline.progress import Progress
+
+
+def choose_judge(config: Config, writer_revision: str, progress: Progress | None = None) -> EngineChoice:
+    """Choose the judge of `verify.judge`, MODEL@URL.
+
+    Raises ConfigError if no server is named, or the judge is the writer and must not be; EngineError if the server does not
+    answer, or does not serve the model.
+    """
+    name, at, rest = (config.verify.judge or "").partition(AT_SERVER)
+    if not at:
+        raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
+    url = f"{at.removeprefix('@')}{rest}"
+    of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,)})
+    is_known = _origin(url) in map(_origin, config.base_url)
+    key_name = KEY if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
+    served, revision = find_model(of_judge, key_name)
+    if revision == writer_revision and not config.verify.judge_may_be_writer:
+        hint = "name another model, or allow it: verify.judge_may_be_writer: true"
+        raise ConfigError(f"the judge {name} is the model that writes, and a model likes its own texts", hint=hint)
+
+    def make() -> Client:
+        return Client(served, revision, of_judge, progress=progress, key_name=key_name)
+
+    return EngineChoice("vllm", served, revision, "--judge names a server", make)
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc

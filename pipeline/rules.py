@@ -1,0 +1,317 @@
+"""The rules that a text must pass: it describes its image, is in the right language, is one question with an answer.
+
+Openings such as "The image shows" are removed, and personal data is redacted, in separate columns (`clean_*`) beside the
+model's own texts. Each rule is a function of an annotation to True (reject). RULES holds all rules in order; the first that
+matches is the reason, so that counts by reason add up to the rejected rows.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pipeline.config import FilterConfig
+from pipeline.tables import FILTERED, require_columns, with_reason
+from pipeline.tasks.prompts import PROMPT_VERSIONS, prompt_texts
+from pipeline.text import artifacts, language
+from pipeline.text.language import count_words
+from pipeline.text.normalize import strip_opening, text_key, words_of
+from pipeline.text.pii import redact
+from pipeline.text.questions import gives_answer_away, is_one_question, says_nothing
+from pipeline.text.refusals import is_refusal as says_refusal
+
+_BESIDE = r"(?!\s+(?:the|an?|his|her|its|their|this|that|it)\b)"  # "the text above the door" is in the image
+_ELSEWHERE = re.compile(  # other texts, other turns of a conversation, another layout
+    rf"\b(?:(?:image|picture|photo|text|passage|example)s? (?:above|below|provided)\b{_BESIDE}"
+    r"|(?:above|below|following|previous|preceding) (?:image|picture|photo|text|passage|caption|description|sentence)s?"
+    r"|(?:above|previous|preceding) (?:question|answer)s?"
+    r"|(?:mentioned|described|stated|listed|provided) (?:above|below|earlier|previously)|shown (?:earlier|previously)"
+    r"|according to the (?:passage|caption|description|prompt|text\b(?! (?:in|on|at|of|above|below)\b))"
+    r"|in the (?:caption|description|prompt)|(?:does|do|did) the (?:caption|description|prompt)s?"
+    r"|what is the main (?:subject|topic|focus|theme) of (?:the|this) (?:image|picture|photo(?:graph)?))\b",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(
+    r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
+    re.IGNORECASE,
+)
+# Every match has one of these words; a search for them is several times as fast.
+_HINTS = """
+above below following previous preceding earlier previously provided according caption captions description descriptions prompt
+prompts main
+"""
+_ELSEWHERE_WORDS = frozenset(_HINTS.split())
+_HEDGE_WORDS = frozenset(
+    ("appear", "appears", "possibly", "perhaps", "maybe", "might", "could", "seem", "seems", "unclear", "difficult", "hard")
+)
+REMEMBERED_TEXTS = 1 << 15
+MIN_WORDS_FOR_REPETITION = 12
+MIN_WORDS_OF_A_SENTENCE = 4  # that must not be said twice
+MAX_EQUAL_PARTS = 5  # of a list: "a cat on the left, a cat on the right, ..."
+_PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
+_SENTENCE_END = re.compile(r"[.!?]+\s+")
+
+_READING = """
+say says said read reads written write writes text word words letter letters character characters sign label name
+"""
+_ASKED_TO_READ = frozenset(_READING.split())  # the answer may be in any script
+
+Words = list[str]
+Grams = frozenset[tuple[str, ...]]
+
+
+class Scores(NamedTuple):
+    """Scores of one annotation: the columns of tables.FILTERED, in their order."""
+
+    clean_text: str | None
+    clean_question: str | None
+    clean_answer: str | None
+    word_count: int  # of a caption; else of the question
+    answer_word_count: int
+    duplicate_trigram_frac: float  # repeated 3-grams of words
+    distinct_word_frac: float
+    hedge_count: int
+    redaction_count: int
+    language: str | None
+    language_score: float
+    non_latin_frac: float  # letters of another script than Latin, outside of quotes, in the caption or the question
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An annotation as the rules see it."""
+
+    scores: Scores
+    words: Words  # of the caption, or of the question
+    config: FilterConfig
+    prompt_grams: Grams  # runs of words that only a prompt has
+    texts: tuple[tuple[str, Words], ...]  # all that it has, with their words
+
+    @property
+    def main(self) -> str:
+        """The caption, or the question."""
+        return self.scores.clean_text or self.scores.clean_question or ""
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether it is a caption."""
+        return self.scores.clean_text is not None
+
+
+def is_refusal(of: Subject) -> bool:
+    """Return True if the model declined to answer."""
+    answer = of.scores.clean_answer
+    return any(says_refusal(text, words, is_answer=text is answer) for text, words in of.texts)
+
+
+def is_junk(of: Subject) -> bool:
+    """Return True if a text holds markup, tokens of a template, code or coordinates."""
+    return any(artifacts.has_markup(text) for text, _ in of.texts)
+
+
+def is_placeholder(of: Subject) -> bool:
+    """Return True if a text is a word that stands for a text, such as "caption" or "..."."""
+    return artifacts.is_placeholder(of.main)
+
+
+def is_labelled(of: Subject) -> bool:
+    """Return True if the model says what it is about to say, or speaks to its reader."""
+    return any(artifacts.has_label(text) for text, _ in of.texts)
+
+
+def is_prompt_echo(of: Subject) -> bool:
+    """Return True if a text has a run of words from the prompt."""
+    return artifacts.echoes_prompt(of.words, of.prompt_grams)
+
+
+def is_unanswerable(of: Subject) -> bool:
+    """Return True if the answer says that the question cannot be answered."""
+    return of.scores.clean_answer is not None and says_nothing(of.scores.clean_answer)
+
+
+def is_personal(of: Subject) -> bool:
+    """Return True if nothing is left of an answer but the name of the personal data that it was."""
+    return of.scores.redaction_count > 0 and of.scores.clean_answer in PERSONAL
+
+
+def is_too_short(of: Subject) -> bool:
+    """Return True if a caption or a question has too few words."""
+    return of.scores.word_count < (of.config.min_caption_words if of.is_caption else of.config.min_question_words)
+
+
+def is_too_long(of: Subject) -> bool:
+    """Return True if a caption, a question or an answer has too many words; usually a repetition loop."""
+    most = of.config.max_caption_words if of.is_caption else of.config.max_question_words
+    return of.scores.word_count > most or of.scores.answer_word_count > of.config.max_answer_words
+
+
+def is_repetitive(of: Subject) -> bool:
+    """Return True if words, sentences or characters repeat too often."""
+    scores, config = of.scores, of.config
+    if (
+        scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
+        or scores.distinct_word_frac < config.min_distinct_word_frac
+    ):
+        return True
+    return artifacts.has_run(of.main) or (len(of.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(of.main))
+
+
+def is_other_language(of: Subject) -> bool:
+    """Return True if a text is clearly not in the configured language."""
+    scores, config = of.scores, of.config
+    if config.language is None:
+        return False
+    if config.language in language.LATIN:
+        answer_frac = language.non_latin_frac(scores.clean_answer or "") if not _asks_to_read(of.words) else 0.0
+        if max(scores.non_latin_frac, answer_frac) > config.max_non_latin_frac:
+            return True
+    return scores.language not in (None, config.language) and scores.language_score >= config.min_language_score
+
+
+def is_cut_off(of: Subject) -> bool:
+    """Return True if a caption ends where no sentence can."""
+    return of.is_caption and artifacts.is_cut_off(of.main)
+
+
+def is_too_general(of: Subject) -> bool:
+    """Return True if a caption would be true of nearly any image."""
+    return of.is_caption and artifacts.is_too_general(of.words)
+
+
+def is_no_question(of: Subject) -> bool:
+    """Return True if a question is several, or offers choices by letter."""
+    return not of.is_caption and not is_one_question(of.main)
+
+
+def contains_answer(of: Subject) -> bool:
+    """Return True if the question contains the answer."""
+    return not of.is_caption and gives_answer_away(of.main, of.scores.clean_answer or "")
+
+
+def refers_to_missing_context(of: Subject) -> bool:
+    """Return True if a text refers to another text or image."""
+    return any(not _ELSEWHERE_WORDS.isdisjoint(words) and _ELSEWHERE.search(text) for text, words in of.texts)
+
+
+RULES: dict[str, Callable[[Subject], bool]] = {
+    "refusal": is_refusal,
+    "junk": is_junk,
+    "placeholder": is_placeholder,
+    "label": is_labelled,
+    "prompt_echo": is_prompt_echo,
+    "unanswerable": is_unanswerable,
+    "personal_answer": is_personal,
+    "too_short": is_too_short,
+    "too_long": is_too_long,
+    "repetitive": is_repetitive,
+    "other_language": is_other_language,
+    "cut_off": is_cut_off,
+    "too_general": is_too_general,
+    "no_single_question": is_no_question,
+    "answer_in_question": contains_answer,
+    "speaks_of_elsewhere": refers_to_missing_context,
+}
+PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
+
+
+def filter_annotations(table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset()) -> pa.Table:
+    """Append the scores of each row (tables.FILTERED), and `reason`: the name of the first rule that rejects it."""
+    require_columns(table, "text", "question", "answer")
+    texts = (table[name].to_pylist() for name in ("text", "question", "answer"))
+    judged = [*map(_cached_judge(config, prompt_grams), *texts)]
+    columns = zip(*(scores for scores, _ in judged), strict=True) if judged else ([] for _ in FILTERED)
+    for field, values in zip(FILTERED, columns, strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
+    return with_reason(table, [reason for _, reason in judged])
+
+
+@lru_cache(1)
+def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tuple[Scores, str | None]]:
+    """Return a function of (text, question, answer) that caches its results: questions and answers repeat."""
+    measure = lru_cache(REMEMBERED_TEXTS)(_measure)
+
+    @lru_cache(REMEMBERED_TEXTS)
+    def judge(text: str | None, question: str | None, answer: str | None) -> tuple[Scores, str | None]:
+        clean_text, text_redactions = _clean(text, strip=True)
+        clean_question, question_redactions = _clean(question)
+        clean_answer, answer_redactions = _clean(answer)
+        words, measures = measure(clean_text or clean_question or "", config.language)
+        answer_words = len(clean_answer.split()) if clean_answer else 0
+        redactions = text_redactions + question_redactions + answer_redactions
+        repeats, distinct, hedges, name, certainty, non_latin = measures
+        scores = Scores(
+            clean_text,
+            clean_question,
+            clean_answer,
+            count_words(clean_text or clean_question or "", words),
+            answer_words,
+            repeats,
+            distinct,
+            hedges,
+            redactions,
+            name,
+            certainty,
+            non_latin,
+        )
+        texts: tuple[tuple[str, Words], ...] = ((clean_text or clean_question or "", words),)
+        if clean_answer:
+            texts = (*texts, (clean_answer, words_of(clean_answer)))
+        subject = Subject(scores, words, config, prompt_grams, texts)
+        return scores, next((name for name, rejects in RULES.items() if rejects(subject)), None)
+
+    return judge
+
+
+@lru_cache(4)
+def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
+    """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
+    return artifacts.prompt_grams(text for version in PROMPT_VERSIONS for text in prompt_texts(tasks, None, version).values())
+
+
+def _measure(text: str, language_code: str | None) -> tuple[Words, tuple[float, float, int, str | None, float, float]]:
+    """Return the words of a caption or a question, and the scores that depend on it alone."""
+    words = words_of(text)
+    is_long = len(words) >= MIN_WORDS_FOR_REPETITION
+    name, certainty = language.detect_language(text, words) if language_code else (None, 0.0)
+    measures = (
+        _duplicate_trigram_frac(words) if is_long else 0.0,
+        len(set(words)) / len(words) if is_long else 1.0,
+        0 if _HEDGE_WORDS.isdisjoint(words) else len(_HEDGE.findall(text)),
+        name,
+        certainty,
+        language.non_latin_frac(text),
+    )
+    return words, measures
+
+
+def _asks_to_read(words: Words) -> bool:
+    """Return True if a question asks for a text in the image."""
+    return not _ASKED_TO_READ.isdisjoint(words)
+
+
+def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
+    if text is None:
+        return None, 0
+    return redact(strip_opening(text.strip()) if strip else text.strip())
+
+
+def _duplicate_trigram_frac(words: Words) -> float:
+    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(trigrams) / trigrams.total()
+
+
+def _repeats_parts(text: str) -> bool:
+    """Return True if a sentence is said twice, or too many parts of a list name the same thing."""
+    keys = map(text_key, _SENTENCE_END.split(text))
+    sentences = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_A_SENTENCE - 1]
+    if len(set(sentences)) < len(sentences):
+        return True
+    parts = text.lower().split(", ")
+    if len(parts) <= MAX_EQUAL_PARTS:
+        return False
+    things = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)
+    return max(things.values()) > MAX_EQUAL_PARTS

@@ -1,0 +1,266 @@
+"""Ask about the annotations of a shard what the stage verify wants to know. It decides nothing: that is the stage's part.
+
+In this order: the checks about images; captions with false claims are repaired, and checked again; what captions tell; and a
+judge rates what there is then. Every reply is journaled, so a run that goes on asks only what is missing.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
+from pipeline.images.decode import prepare_image
+from pipeline.inference.engines import open_engine
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import ask_all
+from pipeline.inference.verification import (
+    Check,
+    build_all,
+    build_claims,
+    build_rating,
+    build_repair,
+    checks_of,
+    coverage_checks,
+    is_confirmed,
+    read_checks,
+    read_claims,
+    read_rating,
+    read_repair,
+    share_confirmed,
+)
+from pipeline.rules import filter_annotations, own_prompt_grams
+from pipeline.scenes.claims import Claim
+from pipeline.sources import find_source
+from pipeline.stages.base import RunPlan, Services, record_cost
+from pipeline.tables import FILTERED, STRING
+from pipeline.tasks import REPAIR, asks_about_decks
+from pipeline.text.content_keys import content_words
+from pipeline.text.function_words import FUNCTION_WORDS
+from pipeline.types import Engine, Request
+
+CHUNK_REQUESTS = 256  # of texts, without images
+COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "evidence_pages", "pages")
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Subject:
+    """An annotation with what is known of it."""
+
+    row: Row  # COLUMNS
+    checks: list[dict[str, str | None]] = field(default_factory=list)  # tables.CHECK
+    scores: dict[str, float | int | None] = field(default_factory=dict)  # by name of a column
+    rewritten: Row | None = None  # tables.FILTERED and `prompt_id` of a caption that was repaired
+
+    @property
+    def caption(self) -> str | None:
+        """The caption; None of a question."""
+        text: str | None = self.row["clean_text"]
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """The shard that is asked about, the settings, and the model."""
+
+    shard: DatasetDir
+    plan: RunPlan
+    services: Services
+
+    def ask_all_checks(self, rows: Sequence[Row]) -> list[Subject]:
+        """Return the annotations with their checks and scores, in order."""
+        config, subjects = self.plan.config.verify, [Subject(row) for row in rows]
+        self._check_against_images(subjects)
+        if config.repair:
+            self._repair([subject for subject in subjects if subject.caption is not None and self._is_contradicted(subject)])
+        self._check_coverage(subjects)
+        if "alignment" in config.checks and not asks_about_decks(self.plan.config.tasks):
+            self._align([subject for subject in subjects if subject.caption is not None])
+        if "references" in config.checks:
+            self._compare_with_references([subject for subject in subjects if subject.caption is not None])
+        if config.judge:
+            self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
+        return subjects
+
+    def _is_contradicted(self, subject: Subject) -> bool:
+        """Return whether the model, asked again, has said otherwise."""
+        if subject.caption is None:
+            return share_confirmed(subject.checks, "round_trip") == 0
+        share = share_confirmed(subject.checks, "claims")
+        return share is not None and share < self.plan.config.verify.min_claims_supported
+
+    # --- checks that the model answers
+
+    def _check_against_images(self, subjects: Sequence[Subject]) -> None:
+        config = self.plan.config
+        captions = {s.caption: s.row["sample_id"] for s in subjects if s.caption is not None}
+        claims = self._split(captions) if config.splits_claims else {}
+        self._answer(subjects, [checks_of(s.row, config.verify, claims.get(s.caption)) for s in subjects])
+
+    def _split(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
+        """Return the claims of each caption, as the model splits it; captions are given with a sample that has them."""
+        config, revision = self.plan.config, self.plan.revision
+        build = partial(build_claims, config=config, revision=revision)
+        requests = (build(text, sample_id) for text, sample_id in captions.items())
+
+        def read(journal: Journal) -> dict[str | None, list[Claim]]:
+            return {text: read_claims(text, config, revision, journal) for text in captions}
+
+        return self._ask("claims", _chunks(requests), len(captions), read)
+
+    def _check_coverage(self, subjects: Sequence[Subject]) -> None:
+        questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # of each sample, each once
+        for subject in subjects:
+            if subject.caption is None:
+                questions[subject.row["sample_id"]][subject.row["clean_question"], subject.row["clean_answer"]] = None
+        verify = self.plan.config.verify
+        self._answer(subjects, [coverage_checks(s.caption, verify, questions.get(s.row["sample_id"], ())) for s in subjects])
+
+    def _answer(self, subjects: Sequence[Subject], checks: Sequence[list[Check]]) -> None:
+        """Ask the checks of each subject, and add them with their answers."""
+        wanted = Counter(check.kind for of_one in checks for check in of_one)
+        if not wanted:
+            return
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
+        self.services.progress.message(f"verify asks at most {wanted.total():,} questions: {kinds}")
+        config, revision = self.plan.config, self.plan.revision
+        of_sample: dict[str, list[Check]] = defaultdict(list)
+        for subject, of_one in zip(subjects, checks, strict=True):
+            of_sample[subject.row["sample_id"]] += of_one
+
+        def read(journal: Journal) -> None:
+            for subject, of_one in zip(subjects, checks, strict=True):
+                subject.checks += read_checks(subject.row["sample_id"], of_one, config, revision, journal)
+
+        self._ask("verify", build_all(sample_batches(self.shard), of_sample, config, revision), wanted.total(), read)
+
+    # --- repair
+
+    def _repair(self, subjects: Sequence[Subject]) -> None:
+        """Have captions with false claims written again, and keep those of which no claim is false then."""
+        config, revision = self.plan.config, self.plan.revision
+        requests = [
+            build_repair(
+                subject.row["clean_text"],
+                [(c["question"] or "", c["answer"]) for c in subject.checks if c["answer"] is not None and not is_confirmed(c)],
+                subject.row["sample_id"],
+                config,
+                revision,
+            )
+            for subject in subjects
+        ]
+
+        def read(journal: Journal) -> list[str | None]:
+            return [read_repair(request, journal) for request in requests]
+
+        once = {request.id: request for request in requests}
+        texts = self._ask("repair", _chunks(iter(once.values())), len(once), read)
+        rewritten = self._filter([text or "" for text in texts])
+        drafts = [
+            (subject, Subject(subject.row | fields, rewritten=fields | {"prompt_id": request.prompt_id}))
+            for subject, request, text, fields in zip(subjects, requests, texts, rewritten, strict=True)
+            if text and fields and fields["clean_text"] != subject.caption
+        ]
+        self._check_against_images([draft for _, draft in drafts])
+        repaired = 0
+        for subject, draft in drafts:
+            if share_confirmed(draft.checks, "claims") is not None and not self._is_contradicted(draft):
+                subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
+                repaired += 1
+        self.services.progress.message(f"verify repaired {repaired:,} of {len(subjects):,} captions with false claims")
+
+    def _filter(self, texts: Sequence[str]) -> list[Row | None]:
+        """Return the columns of the stage filter for captions; None for one that it would reject."""
+        none = pa.nulls(len(texts), STRING)
+        table = pa.table({"text": pa.array(texts, STRING), "question": none, "answer": none})
+        grams = own_prompt_grams((*self.plan.config.tasks, REPAIR))
+        rows = filter_annotations(table, self.plan.config.filter, grams).to_pylist()
+        return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
+
+    # --- scores
+
+    def _align(self, subjects: Sequence[Subject]) -> None:
+        """Score captions by the cosine of CLIP with their images."""
+        from pipeline.images.clip import TINY_CLIP, ClipScorer
+
+        config = self.plan.config
+        name = config.verify.clip_model
+        scorer = ClipScorer((TINY_CLIP if find_source(config.source).is_drawn else "clip") if name == "auto" else name)
+        of_sample: dict[str, list[Subject]] = defaultdict(list)
+        for subject in subjects:
+            of_sample[subject.row["sample_id"]].append(subject)
+        done = 0
+        for batch in sample_batches(self.shard):
+            images = [(sample_id, prepare_image(pages[0])) for sample_id, pages in batch if sample_id in of_sample]
+            pairs = [(subject, image) for sample_id, image in images for subject in of_sample[sample_id]]
+            cosines = scorer.cosines([image for _, image in pairs], [subject.row["clean_text"] for subject, _ in pairs])
+            for (subject, _), cosine in zip(pairs, cosines, strict=True):
+                subject.scores["alignment"] = cosine
+            done += len(images)
+            self.services.progress("align", done, len(of_sample))
+
+    def _compare_with_references(self, subjects: Sequence[Subject]) -> None:
+        """Score captions by the share of their content words that some caption of the source has, where there is one."""
+        of_sample: dict[str, set[str]] = {}
+        for batch in read_samples(self.shard, ["sample_id", "references"]):
+            for sample_id, texts in zip(batch["sample_id"].to_pylist(), batch["references"].to_pylist(), strict=True):
+                of_sample[sample_id] = {word for text in texts for word in _facts(text)}
+        for subject in subjects:
+            words, known = _facts(subject.row["clean_text"]), of_sample[subject.row["sample_id"]]
+            subject.scores["shared_words"] = len(words & known) / len(words) if words and known else None
+
+    def _rate(self, subjects: Sequence[Subject]) -> None:
+        """Have a judge rate annotations by its rubric."""
+        from pipeline.inference.judge import choose_judge
+
+        config, progress = self.plan.config, self.services.progress
+        judge = choose_judge(config, self.plan.revision, progress)
+        of_sample: dict[str, list[Row]] = defaultdict(list)
+        for subject in subjects:
+            of_sample[subject.row["sample_id"]].append(subject.row)
+
+        def requests() -> Iterator[list[Request]]:
+            for batch in sample_batches(self.shard):
+                built = (
+                    build_rating(row, images, config, judge.revision)
+                    for sample_id, images in batch
+                    for row in of_sample.get(sample_id, ())
+                )
+                yield list({request.id: request for request in built}.values())
+
+        def read(journal: Journal) -> None:
+            for subject in subjects:
+                subject.scores |= read_rating(subject.row, config, judge.revision, journal)
+
+        with open_engine(lambda: judge) as engine:
+            self._ask("judge", requests(), len(subjects), read, engine)
+
+    def _ask(
+        self,
+        name: str,
+        requests: Iterator[list[Request]],
+        total: int,
+        read: Callable[[Journal], T],
+        engine: Callable[[], Engine] | None = None,
+    ) -> T:
+        """Send the requests that the journal lacks replies to; return what `read` makes of the journal then."""
+        stats, progress = self.services.stats, self.services.progress
+        with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
+            before = stats.done
+            for ready in ask_all(requests, self.plan.config, engine or self.services.engine, journal, stats):
+                progress(name, stats.done - before, total, ready.metrics())
+            return read(journal)
+
+
+def _chunks(requests: Iterator[Request]) -> Iterator[list[Request]]:
+    return iter(lambda: list(islice(requests, CHUNK_REQUESTS)), [])
+
+
+def _facts(text: str) -> set[str]:
+    return set(content_words(text)) - FUNCTION_WORDS

@@ -1,0 +1,20 @@
+"""Task: rate. A judge's marks for one text about an image, by a rubric."""
+
+from typing import Literal
+
+from pipeline.tasks.base import Line, Output, Task
+
+Mark = Literal["1", "2", "3", "4", "5"]
+
+
+class Rating(Output):
+    """Task `rate`: what is wrong, in a few words, and a mark for each part of the rubric; 5 is best."""
+
+    flaw: Line
+    relevance: Mark
+    grounding: Mark
+    correctness: Mark
+    form: Mark
+
+
+TASK = Task(name="rate", prompts=("rate/v1",), output=Rating, row=Rating)

@@ -1,0 +1,254 @@
+"""Checks by models: claims, asked about in both directions; repair; what captions tell; ratings by a judge."""
+
+import hashlib
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+
+from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import SYNTH
+
+COLORS = ("red", "blue", "green", "black")
+THINGS = ("kite", "boat", "horse", "clock")
+PLACES = ("by the river", "on the bridge", "in the garden", "near the wall")
+DETAILS = (COLORS, THINGS, PLACES)
+COUNT = 24
+CAPTIONS = ("--source", "folder:photos", "--tasks", "caption", "--styles", "plain", "--out", "d")
+UNREPAIRABLE = 1  # the writer does not see what is wrong with this one
+
+
+def truth_of(number: int) -> tuple[str, str, str]:
+    return COLORS[number % 4], THINGS[number // 4 % 4], PLACES[number // 2 % 4]
+
+
+def caption_of(number: int) -> tuple[str, str, str]:
+    """Return the details in the caption: of every second image one is wrong."""
+    details = [*truth_of(number)]
+    if number % 2:
+        part = number // 2 % 3
+        options = DETAILS[part]
+        details[part] = options[(options.index(details[part]) + 1) % 4]
+    return details[0], details[1], details[2]
+
+
+def details_in(caption: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the details that a caption names, each with all details of its kind."""
+    return [(detail, options) for options in DETAILS for detail in options if detail in caption]
+
+
+class Model:
+    """A model that sees what is true, splits captions by words, and may say yes to everything."""
+
+    def __init__(self, ids: dict[str, int]) -> None:
+        self.ids, self.says_yes, self.asked = ids, False, Counter[str]()
+
+    def __call__(self, times: int, body: dict[str, Any]) -> Act:
+        task = body["response_format"]["json_schema"]["name"]
+        prompt = body["messages"][-1]["content"][-1]["text"]
+        self.asked[task] += 1
+        if task in ("claims", "covers", "repair"):
+            assert not uuid_of(body)  # no image is sent
+            caption = next(line.removeprefix("Caption: ") for line in prompt.splitlines() if line.startswith("Caption: "))
+            return Act(json.dumps(getattr(self, task)(caption, prompt)))
+        number = self.ids[uuid_of(body).split(".")[0]]
+        if task == "answer":
+            asked = task_of(body).removeprefix("Question: ")
+            is_true = any(f" {part}?" in asked for part in truth_of(number))
+            return Act(json.dumps({"answer": "Yes." if is_true or self.says_yes else "No."}))
+        if task == "qa":
+            questions = zip(("What color is it?", "What stands there?", "Where does it stand?"), truth_of(number), strict=True)
+            return Act(json.dumps({"qa": [{"answer_type": "other", "question": q, "answer": a} for q, a in questions]}))
+        color, thing, place = caption_of(number)
+        return Act(json.dumps({"caption": f"A {color} {thing} stands {place} all day long."}))
+
+    def claims(self, caption: str, _: str) -> dict[str, Any]:
+        def probe(detail: str, options: tuple[str, ...]) -> dict[str, str]:
+            other = options[(options.index(detail) + 2) % 4]
+            return {"claim": detail, "question": f"Is it {detail}?", "opposite": f"Is it {other}?"}
+
+        return {"claims": [probe(detail, options) for detail, options in details_in(caption)]}
+
+    def covers(self, caption: str, prompt: str) -> dict[str, str]:
+        kind = next(n for n, word in enumerate(("color", "What stands", "Where")) if f"{word}" in prompt.splitlines()[-1])
+        return {"answer": next((detail for detail, options in details_in(caption) if options is DETAILS[kind]), "unknown")}
+
+    def repair(self, caption: str, prompt: str) -> dict[str, str]:
+        answers = [line for line in prompt.splitlines() if line.startswith("Question: ")]
+        wrong = next(detail for detail, _ in details_in(caption) if f"Question: Is it {detail}? Answer: No." in answers)
+        assert len(answers) == 1, answers  # the answers that agree with the caption are not shown
+        if caption_of(UNREPAIRABLE)[0] in caption and caption_of(UNREPAIRABLE)[2] in caption:
+            return {"caption": f"{caption[:-1]}!"}
+        return {"caption": caption.replace(f" {wrong}", " thing" if wrong in THINGS else "")}
+
+
+def rate(_: int, body: dict[str, Any]) -> Act:
+    """Judge as a model would that dislikes red things and short answers."""
+    assert uuid_of(body)  # it sees the image
+    text = task_of(body)
+    mark = "2" if "red" in text else "5"
+    return Act(json.dumps({"flaw": "nothing", "relevance": "5", "grounding": mark, "correctness": mark, "form": "4"}))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    (tmp_path / "photos").mkdir()
+    ids = {}
+    for number in range(COUNT):
+        path = tmp_path / "photos" / f"{number:02}.png"
+        photo(number).save(path)
+        ids[hashlib.sha256(path.read_bytes()).hexdigest()] = number
+    return Model(ids)
+
+
+@pytest.fixture
+def server(model: Model) -> Iterator[ChatServer]:
+    with running_chat(ChatServer(model)) as chat:
+        yield chat
+
+
+@pytest.fixture
+def judge() -> Iterator[ChatServer]:
+    with running_chat(ChatServer(rate, "judge-7b")) as chat:
+        yield chat
+
+
+def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command: list[str] = [str(SYNTH), "generate", *arguments, "--base-url", server.url, "--json"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:
+    done = run(folder, server, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def captions_of(folder: Path, model: Model, version: str = "v1.0.0") -> dict[int, dict[str, Any]]:
+    """Return the captions of a version by the number of their image, as `datasets` reads them."""
+    files = [str(path) for path in (folder / "d/versions" / version).glob("*.parquet") if path.name != "ledger.parquet"]
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
+
+
+def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    stages = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")["stages"]
+    assert stages["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
+    kept = pq.read_table(tmp_path / "d/stages/verify/kept.parquet").to_pylist()
+    assert sorted(model.ids[row["sample_id"]] for row in kept) == list(range(0, COUNT, 2))
+    expected = [check["expected"] for row in kept for check in row["checks"]]
+    assert expected.count("yes") == expected.count("no") == 3 * len(kept)
+    assert model.asked["claims"] == len({caption_of(number) for number in range(COUNT)})
+    asked = len(server.bodies)
+    again = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")
+    assert (len(server.bodies), again["is_new"]) == (asked, False)
+    assert {caption["precision"] for caption in captions_of(tmp_path, model).values()} == {1.0}
+
+
+def test_a_model_that_says_yes_to_everything_confirms_no_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    model.says_yes = True
+    (tmp_path / "synth.yaml").write_text("verify: {min_claims_supported: 0.1}\n")
+    done = run(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims")
+    # Half of the answers are right.
+    assert done.returncode == 1 and "claims" in done.stderr, done.stderr
+
+
+def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    stages = generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["stages"]
+    lost = stages["verify"]["rejected"]["claims_not_confirmed"]
+    captions = captions_of(tmp_path, model)
+    wrong = {number for number in range(1, COUNT, 2) if number in captions}
+    assert len(wrong) == COUNT // 2 - lost and lost >= 1 and UNREPAIRABLE not in captions
+    for number, caption in captions.items():
+        details = [detail for detail, _ in details_in(caption["text"])]
+        assert set(details) <= {*truth_of(number)} and caption["precision"] == 1.0, caption
+        assert caption["prompt_id"].startswith("repair/v1@" if number in wrong else "caption/v2@"), caption
+        assert len(details) == (2 if number in wrong else 3)
+    kept = pq.read_table(tmp_path / "d/stages/verify/kept.parquet").to_pylist()
+    before = {model.ids[row["sample_id"]]: row["unrepaired_text"] for row in kept}
+    assert {number for number, text in before.items() if text} == wrong
+    assert all(row["word_count"] == len(row["clean_text"].split()) for row in kept)  # measured again
+    asked = len(server.bodies)
+    assert not generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["is_new"]
+    assert len(server.bodies) == asked
+    manifest = json.loads((tmp_path / "d/versions/v1.0.0/manifest.json").read_text())
+    assert any(name.startswith("repair/v1@") for name in manifest["prompts"]) and "repair" in manifest["schemas"]
+    assert manifest["measured"]["repaired_captions"] == len(wrong)
+    card = (tmp_path / "d/versions/v1.0.0/README.md").read_text()
+    assert f"{len(wrong)} captions had a false claim" in card and f"| precision | 1.0 | {len(captions)} |" in card
+    assert "- `precision`: share of the caption" in card
+
+
+def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    both = ("--source", "folder:photos", "--styles", "plain", "--out", "d", "--verify", "covers")
+    generate(tmp_path, server, *both)
+    captions = captions_of(tmp_path, model)
+    # A caption with a wrong detail answers one of three questions otherwise.
+    assert {n: round(caption["coverage"], 3) for n, caption in captions.items()} == {
+        n: 0.667 if n % 2 else 1.0 for n in captions
+    }
+    assert len(captions) == COUNT
+    (tmp_path / "synth.yaml").write_text("verify: {min_coverage: 0.9}\n")
+    stages = generate(tmp_path, server, "--config", "synth.yaml", *both)["stages"]
+    assert stages["verify"]["rejected"] == {"low_coverage": COUNT // 2}
+
+
+def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
+    tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
+) -> None:
+    server.key, judge.key = "of-the-writer", "of-the-judge"
+    rated = (*CAPTIONS, "--judge", f"judge-7b@{judge.url}")
+    refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
+    assert refused.returncode == 1 and "SYNTH_JUDGE_API_KEY" in refused.stderr, refused.stderr
+    assert not model.asked and judge.authorizations == {None}  # the writer's key was not sent there, and nothing was paid
+    keys = {"SYNTH_API_KEY": "of-the-writer", "SYNTH_JUDGE_API_KEY": "of-the-judge"}
+    generate(tmp_path, server, *rated, **keys)
+    captions = captions_of(tmp_path, model)
+    assert {(n, caption["grounding"]) for n, caption in captions.items()} == {
+        (n, 2 if caption_of(n)[0] == "red" else 5) for n in range(COUNT)
+    }
+    assert {(caption["relevance"], caption["form"]) for caption in captions.values()} == {(5, 4)}
+    text = (tmp_path / "d/versions/v1.0.0/manifest.json").read_text()
+    assert json.loads(text)["config"]["verify"]["judge"] == "judge-7b" and judge.url not in text
+    asked = len(judge.bodies)
+    assert not generate(tmp_path, server, *rated, **keys)["is_new"] and len(judge.bodies) == asked
+    (tmp_path / "synth.yaml").write_text("verify: {min_rating: 3}\n")
+    stages = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["stages"]
+    red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
+    assert stages["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
+
+
+def test_what_a_judge_cannot_be_is_said_before_anything_is_asked(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    for name, complaint in (
+        (f"model@{server.url}", "is the model that writes"),
+        ("judge-7b", "has no server"),
+        (f"other@{server.url}", "does not serve other"),
+        ("judge-7b@ftp://x", "is not a model and the address of its server"),
+    ):
+        done = run(tmp_path, server, *CAPTIONS, "--judge", name)
+        assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not model.asked
+    (tmp_path / "synth.yaml").write_text("verify: {judge_may_be_writer: true}\n")
+    server.script = lambda times, body: rate(times, body) if "flaw" in json.dumps(body) else model(times, body)
+    generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")
+
+
+def test_captions_are_compared_with_those_of_the_source(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    for number in range(COUNT):
+        color, thing, _ = truth_of(number)
+        (tmp_path / "photos" / f"{number:02}.txt").write_text(f"The {thing} is {color}." if number % 3 else "Nobody is home.")
+    (tmp_path / "synth.yaml").write_text("verify: {min_shared_words: 0.01}\n")
+    generate(tmp_path, server, *CAPTIONS, "--verify", "references")
+    shares = {number: caption["shared_words"] for number, caption in captions_of(tmp_path, model).items()}
+    assert len(shares) == COUNT and {n for n, share in shares.items() if share == 0} == {*range(0, COUNT, 3)}
+    stages = generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "references")["stages"]
+    assert stages["verify"]["rejected"] == {"unlike_source_captions": COUNT // 3}
