@@ -28,7 +28,7 @@ from pipeline.report.rows import read_rejected, read_rows
 from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
-from pipeline.text.reasons import in_words
+from pipeline.text.reasons import SCORES_IN_WORDS, in_words
 
 ONE_FILE_ROWS = 500
 ONE_FILE_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
@@ -170,6 +170,8 @@ class _Report:
             shown=self.shown,
             funnel=funnel_of(manifest),
             in_words=in_words,
+            scores=manifest.get("scores", []),
+            scores_in_words=SCORES_IN_WORDS,
             error_interval=error_interval,
             of_stages=of_stages,
             distributions=distributions_of(self.folder) if of_stages else [],

@@ -18,15 +18,17 @@ function add(kind, items) {
   lists[kind].take(items);
 }
 
-/** A list with a search, filters and pages, of which one page is in the document. */
+/** A list with a search, filters, an order and pages, of which one page is in the document. */
 class List {
-  constructor(kind, filters, draw, words) {
-    Object.assign(this, {kind, filters, draw, words, items: [], found: [], page: 0, wanted: ""});
+  constructor(kind, filters, draw, words, rank) {
+    Object.assign(this, {kind, filters, draw, words, rank, items: [], found: [], page: 0});
     this.root = document.getElementById(kind);
     this.body = this.root.querySelector("[data-body]");
     this.search = this.root.querySelector("input[type=search]");
     this.search.addEventListener("input", () => this.filter());
     for (const name in filters) this.select(name).addEventListener("change", () => this.filter());
+    this.order = this.select("order");
+    this.order?.addEventListener("change", () => this.filter());
     for (const button of this.root.querySelectorAll("[data-turn]")) {
       button.addEventListener("click", () => this.turn(Number(button.dataset.turn)));
     }
@@ -41,6 +43,7 @@ class List {
       const select = this.select(name), known = new Set([...select.options].map(option => option.value));
       const found = name === "mark" ? [] : new Set(items.flatMap(values));
       for (const value of [...found].filter(value => !known.has(value)).sort()) select.add(new Option(value, value));
+      select.parentElement.hidden = name === "folder" && select.options.length < 3; // all, and one folder
     }
     this.filter(false);
   }
@@ -49,6 +52,10 @@ class List {
     const wanted = this.search.value.toLowerCase();
     const chosen = Object.entries(this.filters).map(([name, values]) => [this.select(name).value, values]).filter(([value]) => value);
     this.found = this.items.filter(item => item.searched.includes(wanted) && chosen.every(([value, values]) => values(item).includes(value)));
+    if (this.order?.value) {
+      const ranks = new Map(this.found.map(item => [item, this.rank(item, this.order.value)]));
+      this.found.sort((one, other) => ranks.get(one) - ranks.get(other));
+    }
     if (fromStart) this.page = 0;
     this.show();
   }
@@ -86,7 +93,7 @@ function element(tag, properties = {}, ...children) {
 function drawImage(row) {
   const said = row.texts.find(text => text.text);
   const pictures = row.images.map((source, page) => source
-    ? element("img", {loading: "lazy", src: source, alt: `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`})
+    ? picture(source, `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`)
     : element("p", {className: "soft", textContent: "no picture"}));
   const about = element("div", {}, element("code", {textContent: row.id.slice(0, 12)}), element("span", {className: "tag", textContent: row.split}));
   const references = row.references.length
@@ -94,6 +101,20 @@ function drawImage(row) {
     : null;
   const texts = element("ul", {className: "texts"}, ...row.texts.map(text => drawText(row, text)));
   return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, references);
+}
+
+/** A picture that a click shows as large as the window. */
+function picture(source, alt) {
+  const button = element("button", {type: "button", className: "picture"}, element("img", {loading: "lazy", src: source, alt}));
+  button.setAttribute("aria-label", `Enlarge: ${alt}`);
+  button.addEventListener("click", () => enlarge(source, alt));
+  return button;
+}
+
+function enlarge(source, alt) {
+  const dialog = document.getElementById("large");
+  dialog.querySelector("img").replaceWith(element("img", {src: source, alt}));
+  dialog.showModal();
 }
 
 function drawText(row, text) {
@@ -112,6 +133,7 @@ function fill(item, row, text) {
     : [element("p", {textContent: now.question}), element("p", {className: "answer", textContent: now.answer})];
   const proof = [now.evidence_pages ? `pages ${now.evidence_pages.join(", ")}` : "", now.expression || ""].filter(Boolean).join("; ");
   if (proof) words.push(element("p", {className: "style", textContent: proof}));
+  if (text.scores && now === text) words.push(element("p", {className: "style", textContent: scoresOf(text)}));
   const buttons = Object.entries({good: "Good", bad: "Bad", edited: "Edit"}).map(([kind, label]) => {
     const button = element("button", {type: "button", textContent: label, disabled: kind === "edited" && Boolean(text.cut)});
     button.setAttribute("aria-pressed", String(Boolean(made) && made.mark === kind));
@@ -122,6 +144,16 @@ function fill(item, row, text) {
   const head = element("div", {className: "marks"}, element("span", {className: "style", textContent: text.kind}), ...buttons);
   item.replaceChildren(head, ...words, ...(made && made.mark === "bad" ? [element("div", {className: "marks"}, ...why(nameOf(row, text)))] : []));
   return item;
+}
+
+function scoresOf(text) {
+  return Object.entries(text.scores).map(([name, score]) => `${name.replace("_", " ")} ${score}`).join("; ");
+}
+
+/** The lowest score of the texts of a row that are shown; those without one come last. */
+function lowest(row, name) {
+  const kind = lists.images.select("kind").value;
+  return Math.min(...row.texts.filter(text => !kind || text.kind === kind).map(text => text.scores?.[name] ?? 1e9), 1e9);
 }
 
 /** The reason of a bad text, and a note. */
@@ -246,16 +278,18 @@ function exportMarks() {
 
 function drawRejected(row) {
   const source = report.pictures[row.id] || pictures.get(row.id);
-  const picture = source ? [element("img", {src: source, alt: "", loading: "lazy"})] : [];
+  const shown = source ? [picture(source, row.where)] : [];
   const name = element("code", {textContent: shortened(row.where), title: row.where});
   return element("tr", {}, element("td", {textContent: row.stage}), element("td", {className: "bad", textContent: row.reason}),
-    element("td", {className: "thumb"}, ...picture, name), element("td", {className: "text", textContent: row.what}));
+    element("td", {className: "thumb"}, ...shown, name), element("td", {className: "text", textContent: row.what}));
 }
 
 /** The end of a path says more than its beginning. */
 function shortened(where) {
   return where.length > 40 ? `\u2026${where.slice(-39)}` : where;
 }
+
+function folderOf(where) { return where.slice(0, Math.max(0, where.lastIndexOf("/"))) || "/"; }
 
 /** Go to another text on this page. */
 function step(by) {
@@ -269,6 +303,7 @@ function step(by) {
 const KEYS = {
   j: () => step(1), k: () => step(-1), n: () => lists.images.turn(1), p: () => lists.images.turn(-1),
   g: item => item?.mark("good"), b: item => item?.mark("bad"), e: item => item?.mark("edited"),
+  o: item => item?.closest("article").querySelector(".picture")?.click(),
   "/": () => lists.images.search.focus(), "?": () => document.getElementById("keys").showModal(),
 };
 
@@ -287,6 +322,7 @@ document.getElementById("forget").addEventListener("click", () => {
   lists.images.shown = null;
   lists.images.show();
 });
+document.getElementById("large").addEventListener("click", event => event.currentTarget.close());
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
 window.addEventListener("storage", event => {
   if (event.key !== null && !event.key.startsWith(STORED)) return;
@@ -300,8 +336,9 @@ window.addEventListener("storage", event => {
   for (const item of document.querySelectorAll("#images .texts > li")) item.update();
 });
 
-lists.images = new List("images", {split: row => [row.split], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage,
-  row => [row.id, row.from, ...row.references, ...row.texts.flatMap(text => FIELDS.map(name => text[name] ?? ""))]);
+lists.images = new List("images",
+  {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage,
+  row => [row.id, row.from, ...row.references, ...row.texts.flatMap(text => FIELDS.map(name => text[name] ?? ""))], lowest);
 lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected, Object.values);
 recall();
 count();

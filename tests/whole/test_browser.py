@@ -1,6 +1,8 @@
 """The report in a real browser, opened from disk: what a user sees, types, clicks and exports."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,45 @@ def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> 
     assert all("purple ring" in text.lower() for text in articles.all_inner_texts())
     page.get_by_label("Search texts").fill('no such "text" \\')
     assert result_count(page) == "0 found, 120 in this report"
+
+
+def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Path) -> None:
+    samples = [replace(sample, source_row=f"{'ab'[n % 2]}/{n}.png") for n, sample in enumerate(scene_samples(60))]
+    captions = true_captions(samples)
+    shares = [n % 17 / 16 for n in range(captions.num_rows)]
+    captions = captions.append_column("coverage", pa.array(shares, pa.float64()))
+    version, _ = make_version(tmp_path, samples, captions, scores=("coverage",))
+    page = opened(write_report(version, tmp_path))
+    page.get_by_label("Order").select_option("coverage")
+    scores = [
+        min(float(score) for score in re.findall(r"coverage ([\d.]+)", text))
+        for text in page.locator("#images article").all_inner_texts()
+    ]
+    assert scores == sorted(scores) and scores[0] == 0
+    page.get_by_label("Kind of text").select_option("detailed")  # the order is that of the texts that are looked for
+    first = page.locator("#images article").first.locator("li", has_text="detailed").inner_text()
+    assert "coverage 0\n" in f"{first}\n"
+    page.get_by_label("Folder").select_option("b")
+    assert "of 30 found" in result_count(page)
+    page.get_by_text("What the scores say").click()
+    expect(page.get_by_text("are answered right from the caption alone")).to_be_visible()
+
+
+def test_a_picture_is_enlarged_by_a_click_or_a_key(page: Page) -> None:
+    small = page.locator("#images article img").first
+    small.click()
+    large = page.locator("#large img")
+    expect(large).to_be_visible()
+    assert large.get_attribute("src") == small.get_attribute("src")
+    assert large.bounding_box()["width"] > 2 * small.bounding_box()["width"]  # type: ignore[index]
+    large.click()
+    expect(large).to_be_hidden()
+    page.keyboard.press("j")
+    page.keyboard.press("o")
+    expect(large).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(large).to_be_hidden()
+    expect(page.get_by_label("Folder")).to_be_hidden()  # there is one
 
 
 def test_pages_are_turned_with_buttons_and_keys(page: Page) -> None:
