@@ -208,4 +208,6 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         of_reason = table.filter(pc.equal(table["reason"], row["values"])).slice(0, NAMED_ROWS + 1).to_pylist()
         is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
         names = [one["source_row"] if is_id else f"{one['source_row']}: {one['detail']}" for one in of_reason]
-        yield f"source: {row['counts']:,} {row['values'].replace('_', ' ')} ({first_names(names)})"
+        # Slides of one design look alike, and nobody would look for that in a setting.
+        advice = f": {ADVICE[row['values']]}" if row["values"] == "near_duplicate_image" else ""
+        yield f"source: {row['counts']:,} {row['values'].replace('_', ' ')} ({first_names(names)}){advice}"
