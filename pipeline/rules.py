@@ -300,8 +300,7 @@ def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
 
 
 def _duplicate_trigram_frac(words: Words) -> float:
-    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(trigrams) / trigrams.total()
+    return 1 - len(set(zip(words, words[1:], words[2:], strict=False))) / (len(words) - 2)
 
 
 def _repeats_parts(text: str) -> bool:

@@ -54,6 +54,7 @@ MAX_CHARACTERS = 2000  # of tasks.base.Line
 MIN_RUN = 16  # characters of a word in which a run is looked for
 _NO_END = r"an?|the|and|or|(?<!front )(?<!ahead )(?<!out )of|their|its|whose|than|because|next to|on top of"
 _CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$")  # "Gate A" is an end
+LONGEST_END = 20  # characters of what _CUT_OFF finds, with a word before it
 # Words that any image could have: a caption of nothing else says nothing.
 _GENERAL_WORDS = """
 a an the this that these those it its is are was were be been there here of in on at with and or to for from by as some any
@@ -112,7 +113,7 @@ def has_run(text: str) -> bool:
 
 def is_cut_off(text: str) -> bool:
     """Return True if a caption ends where no sentence can: with "a", "and" or three dots."""
-    return bool(_CUT_OFF.search(text))
+    return bool(_CUT_OFF.search(text, max(0, len(text.rstrip()) - LONGEST_END)))
 
 
 def is_too_general(words: Collection[str]) -> bool:
