@@ -18,7 +18,7 @@ Task = Annotated[str, Field(pattern=TASK, max_length=40)]  # defined in pipeline
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt template decides which exist
 MAX_SHOWN_CHARACTERS = 80
 AT_SERVER = "@http"  # between the name of a judge and its address
-JUDGE = r"^[^\s@]+(@[^\s@:/]+)?(@https?://[^/\s]+/.*v1/?)?$"
+JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s]+/.*v1/?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
 BASE_URL = r"^https?://[^/\s]+/.*v1/?$"
 TITLE = r"^[^\x00-\x1f]+$"

@@ -94,6 +94,45 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
     return file
 
 
+def test_a_manifest_of_a_stranger_cannot_name_the_server_of_a_judge(tmp_path: Path) -> None:
+    for judge, accepted in (("x@http://evil.example/v1", False), ("org/x@https://evil.example/v1", False), ("org/x", True)):
+        file = tmp_path / "manifest.json"
+        settings = {"source": "scenes", "verify": {"judge": judge}}
+        file.write_text(json.dumps({"version": "v1.0.0", "config": settings}))
+        if accepted:
+            assert resolve(file).verify.judge == judge  # whose server has to be named here
+        else:
+            with pytest.raises(ConfigError, match="judge's server"):
+                resolve(file)
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        "org/model@http://host:8000/v1",
+        "model@0123abcd@https://host/api/v1/",
+        "model",
+        "llava:7b",
+    ],  # the second as `synth serve` names it
+)
+def test_a_judge_is_a_model_and_the_address_of_its_server(judge: str) -> None:
+    assert resolve(source="scenes", verify={"judge": judge}).verify.judge == judge
+
+
+@pytest.mark.parametrize(
+    "judge", ["http://host/v1", "model@host:8000/v1", "model@http://host:8000", "a model@http://host/v1", "@http://host/v1", ""]
+)
+def test_an_address_without_a_model_is_no_judge(judge: str) -> None:
+    with pytest.raises(ConfigError, match=r"verify\.judge: .* is not a model and the address of its server"):
+        resolve(source="scenes", verify={"judge": judge})
+
+
+def test_only_what_is_checked_can_be_repaired() -> None:
+    with pytest.raises(ConfigError, match="claims"):
+        resolve(source="scenes", verify={"repair": True})
+    assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
+
+
 def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> None:
     config = resolve(manifest_with(tmp_path, seed=7, never=["flickr30k#test"], generate={"attempts": 2}, engine="embedded"))
     assert (config.seed, config.exclude, config.generate.max_attempts, config.engine) == (7, ("flickr30k#test",), 2, "embedded")

@@ -6,8 +6,22 @@ from typing import Any
 
 from pipeline.config import Config, resolve
 from pipeline.inference.journal import Journal
-from pipeline.inference.verification import Check, build_all, build_check, build_claims, checks_of, read_checks, read_claims
+from pipeline.inference.verification import (
+    Check,
+    build_all,
+    build_check,
+    build_claims,
+    build_rating,
+    build_repair,
+    checks_of,
+    coverage_checks,
+    read_checks,
+    read_claims,
+    read_rating,
+    read_repair,
+)
 from pipeline.scenes.claims import Claim
+from pipeline.tables import RUBRIC
 from pipeline.types import Reply
 
 PAGES = (b"one", b"two", b"three")
@@ -75,6 +89,41 @@ def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: 
             text = reply if isinstance(reply, str) else json.dumps(reply)
             journal.keep([(request, request.reply(text, "stop"), None)])
             assert [claim.expected for claim in read_claims("Two dogs.", settings, "r", journal)] == expected
+
+
+def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
+    settings = config("covers")
+    (check,) = coverage_checks("Two dogs.", settings.verify, [("How many dogs?", "2")])
+    request, other = (build_check(check, sample_id, PAGES, settings, "r") for sample_id in "st")
+    assert (request.images, request.id) == ((), other.id)  # equal captions are asked about once
+    assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
+    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", PAGES, settings, "r").id
+    assert coverage_checks("Two dogs.", config("claims").verify, [("How many dogs?", "2")]) == []
+    assert coverage_checks(None, settings.verify, [("How many dogs?", "2")]) == []
+
+
+def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
+    request = build_repair("A red kite.", [("Is it red?", "no")], "s", config("claims"), "r")
+    assert request.images == () and "Question: Is it red? Answer: no\n" in request.text
+    for number, (reply, repaired) in enumerate(
+        (('{"caption":"A\\nkite."}', "A kite."), ('{"caption":""}', None), ("{]", None))
+    ):
+        with Journal(tmp_path / f"{number}.sqlite") as journal:
+            journal.keep([(request, request.reply(reply, "stop"), None)])
+            assert read_repair(request, journal) == repaired
+
+
+def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: Path) -> None:
+    settings, texts = config(), {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
+    pair, caption = (build_rating({**ROW, **texts, **more}, PAGES, settings, "r") for more in ({}, {"clean_text": "Two dogs."}))
+    assert pair.images == PAGES and pair.text.endswith("Question: How many? Answer: 2")
+    assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
+    marks = dict.fromkeys(RUBRIC, "4")
+    replies = ({"flaw": "nothing"} | marks, marks, {"flaw": "nothing"} | marks | {"form": "6"})
+    for number, (reply, mark) in enumerate(zip(replies, (4, None, None), strict=True)):
+        with Journal(tmp_path / f"{number}.sqlite") as journal:
+            journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
+            assert read_rating({**ROW, **texts}, settings, "r", journal) == dict.fromkeys(RUBRIC, mark)
 
 
 def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:
