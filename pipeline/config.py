@@ -18,9 +18,11 @@ Task = Annotated[str, Field(pattern=TASK, max_length=40)]  # defined in pipeline
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt template decides which exist
 MAX_SHOWN_CHARACTERS = 80
 AT_SERVER = "@http"  # between the name of a judge and its address
-JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s]+/.*v1/?)?$"
+JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s]+(/\S*)?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
-BASE_URL = r"^https?://[^/\s]+/.*v1/?$"
+BASE_URL = r"^https?://[^/\s]+(/\S*)?$"
+HEADER = r"^[A-Za-z0-9-]+$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TITLE = r"^[^\x00-\x1f]+$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
 PATTERNS = {  # what a value that does not match should be
@@ -28,7 +30,9 @@ PATTERNS = {  # what a value that does not match should be
     STYLE: "the name of a caption style, in small letters",
     LANGUAGE: "a language of two or three letters, such as de",
     JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
-    BASE_URL: "an address that ends in /v1, such as http://HOST:8000/v1",
+    BASE_URL: "an address, such as http://HOST:8000/v1",
+    HEADER: "the name of a header",
+    VARIABLE: "the name of an environment variable",
     TITLE: "a title on one line",
     LICENSE: "the name of a license, such as cc-by-4.0",
 }
@@ -109,6 +113,11 @@ class ServerConfig(Section):
     max_restarts: int = Field(default=3, ge=0)  # of a server that dies
     request_timeout_s: float = Field(default=600, gt=0)  # for one reply
     concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: adapts to the server
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # that are sent to each server; None: as it answers
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None  # that each server reads and writes
+    key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None  # the environment variable of the key; None: SYNTH_API_KEY
+    headers: dict[Annotated[str, Field(pattern=HEADER)], str] = {}  # of each request; $NAME is of the environment
+    enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused
     price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; for the display only
     price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
     max_requests: Annotated[int, Field(ge=1)] | None = None  # that all runs in the dataset folder may send

@@ -24,6 +24,7 @@ SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
     "max_total_tokens": "--max-tokens",
     "max_cost": "--max-cost",
     "max_failure_frac": "--max-failures",
+    "enforced_schema": "--no-enforced-schema",
     "caption_styles": "--styles",
     "caption_words": "--words",
     "repair": "--repair",
@@ -175,7 +176,17 @@ def run_settings(
     base_url: Annotated[
         list[str] | None,
         Option(
-            metavar="URL", help="A server that runs already, ending in /v1; may be given several times.", rich_help_panel=MODEL
+            metavar="URL",
+            help="A server that runs already, with the chat protocol of OpenAI; may be given several times.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    no_enforced_schema: Annotated[
+        bool | None,
+        Option(
+            "--no-enforced-schema",
+            help="Take a server that does not enforce JSON schemas: check each reply, and ask for bad ones again.",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     price_in: Annotated[
@@ -235,6 +246,7 @@ def run_settings(
         "max_total_tokens": max_tokens,
         "max_cost": max_cost,
         "max_failure_frac": max_failures,
+        "enforced_schema": False if no_enforced_schema else None,
     }
     server = {name: value for name, value in server.items() if value is not None}
     generate = {"caption_styles": styles.split(",") if styles else None, "caption_words": words}

@@ -2,10 +2,14 @@
 
 The body is joined from encoded parts, and the image part is encoded once: no JSON encoder runs over its base64.
 The order of the parts favors prefix caching: system text, image, then the text of the task.
+
+Servers differ in what they take (`Dialect`). All of it is sent at first; what a refusal names is left out from then on.
 """
 
 import json
-from dataclasses import replace
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -13,38 +17,81 @@ from pipeline.inference.bodies import parse_json
 from pipeline.tasks import wire_schema
 from pipeline.types import Reply, Request
 
-# A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times; others ignore it.
-_REPETITION = json.dumps({"max_pattern_size": 32, "min_count": 6}).encode()
+# A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times.
+_REPETITION = {"max_pattern_size": 32, "min_count": 6}
 _PROOF = "synth-7f3a"
+# Fields that servers may not know. Without a temperature, a server samples at one of its own: that is found out beforehand.
+OPTIONAL = ("repetition_detection", "uuid", "top_p", "temperature")
+OPTIONAL_IN_A_RUN = ("repetition_detection", "uuid")
+FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
+_UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
+_UUID_AS_DUMPED = re.compile(rb', "uuid": "[0-9a-f]{64}"')
+_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
 MAX_REASON_CHARACTERS = 100
+PROBE_TOKENS = 256  # for a model that thinks first
 ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What a server takes: optional fields that are left out, the name of the token limit, the format of replies."""
+
+    left_out: frozenset[str] = frozenset()  # of OPTIONAL
+    limit_name: str = "max_tokens"
+    format: str = FORMATS[0]
+
+    def after_refusal(self, message: str, optional: Collection[str] = OPTIONAL_IN_A_RUN) -> "Dialect | None":
+        """Return what a server takes that has refused a request with this message; None if it names nothing of ours."""
+        named = {name for name in optional if name not in self.left_out and re.search(rf"\b{name}\b", message)}
+        if named:
+            return replace(self, left_out=self.left_out | named)
+        if self.limit_name == "max_tokens" and "max_completion_tokens" in message:
+            return replace(self, limit_name="max_completion_tokens")
+        return None
+
+    def looser(self) -> "Dialect | None":
+        """Return the dialect with the next format of replies, which enforces less; None after the last."""
+        position = FORMATS.index(self.format) + 1
+        return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
+
+    def describe(self) -> str:
+        """Return what is left out, for people; empty if nothing is."""
+        parts = sorted(self.left_out) + (
+            ["max_tokens (max_completion_tokens is sent)"] if self.limit_name != "max_tokens" else []
+        )
+        return ", ".join(parts)
+
+
+FULL = Dialect()
 
 
 class BadAnswerError(Exception):
     """Raised when the body of a 200 answer does not follow the protocol."""
 
 
-def body(request: Request, images: bytes, model: str) -> bytes:
+def body(request: Request, images: bytes, model: str, dialect: Dialect = FULL) -> bytes:
     """Return the body of a chat request; `images` is the JSON of its image parts (request_images.RequestImages.parts).
 
-    No seed is sent, because a seed crashes vLLM's CPU engine.
+    Where the server does not enforce the schema, it is part of the text. No seed is sent: it crashes vLLM's CPU engine.
     """
+    if "uuid" in dialect.left_out:
+        images = _UUID_AS_DUMPED.sub(b"", _UUID.sub(b"", images))
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    text = b'{"type":"text","text":%s}' % _text(request.text)
+    told = "" if dialect.format == "json_schema" else schema_in_words(request.task)
+    text = b'{"type":"text","text":%s}' % _text(request.text + told)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
         for role, content in zip((b"assistant", b"user"), request.failed, strict=True):
             turns.append(b'{"role":"%s","content":%s}' % (role, json.dumps(content).encode()))
-    return b'{"model":%s,"messages":[%s],"temperature":%s,"top_p":1,"max_tokens":%d,"repetition_detection":%s,%s}' % (
+    sampling = _sampling(request.sampling.temperature, request.sampling.max_tokens, dialect)
+    return b'{"model":%s,"messages":[%s]%s%s}' % (
         _text(model),
         b",".join(turns),
-        json.dumps(request.sampling.temperature).encode(),
-        request.sampling.max_tokens,
-        _REPETITION,
-        _response_format(request.task),
+        sampling,
+        _response_format(request.task, dialect.format),
     )
 
 
@@ -53,15 +100,17 @@ def max_answer_bytes(request: Request) -> int:
     return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
 
 
-def read_reply(request: Request, answer: bytes) -> Reply:
+def read_reply(request: Request, answer: bytes, dialect: Dialect = FULL) -> Reply:
     """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice.
 
-    A text that is longer than the requested tokens can be is cut, and counts as cut short.
+    A text that is longer than the requested tokens can be is cut, and counts as cut short. Where the server does not enforce
+    the schema, the text is the JSON object in it, without thoughts, fences and words around it.
     """
     try:
         value = parse_json(answer)
         choice = value["choices"][0]
         text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage")
+        text = text if dialect.format == "json_schema" else json_within(str(text))
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
@@ -71,6 +120,19 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     )
     most = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     return replace(reply, text=text[:most], finish_reason="length") if len(text) > most else reply
+
+
+def json_within(text: str) -> str:
+    """Return the first JSON object in a text, as it is written there; the text itself if it has none."""
+    said = _THOUGHTS.sub("", text, count=1)
+    decoder = json.JSONDecoder()
+    for brace in re.finditer(r"\{", said):
+        try:
+            _, end = decoder.raw_decode(said, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        return said[brace.start() : end]
+    return said.strip()
 
 
 def _tokens(usage: Any, name: str) -> int:
@@ -83,24 +145,31 @@ def error_message(answer: bytes) -> str:
     """Return the message in the body of an error, on one line of at most 500 characters."""
     try:
         value = parse_json(answer)
+        value = value[0] if isinstance(value, list) and value else value  # as Gemini wraps it
         error = value.get("error", value)
-        message = error.get("message", error) if isinstance(error, dict) else error
+        message = (error.get("message") or error.get("detail") or error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = answer.decode(errors="replace")
     return " ".join(str(message).split())[:500] or "no message"
 
 
-def probe(model: str) -> dict[str, Any]:
-    """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives."""
+def probe(model: str, dialect: Dialect = FULL) -> bytes:
+    """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives.
+
+    It has the optional fields of a request too, so that a server refuses here what it does not know.
+    """
     word = {"type": "string", "enum": [_PROOF]}
     schema = {"type": "object", "properties": {"word": word}, "required": ["word"], "additionalProperties": False}
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": "Say hello."}],
-        "temperature": 0,
-        "max_tokens": 64,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "probe", "schema": schema, "strict": True}},
-    }
+    ask = "Say hello." if dialect.format == "json_schema" else 'Say hello as a JSON object: {"word": "..."}.'
+    form: dict[str, Any] = {"type": dialect.format}
+    if dialect.format == "json_schema":
+        form["json_schema"] = {"name": "probe", "schema": schema, "strict": True}
+    values = {"model": model, "messages": [{"role": "user", "content": ask}]}
+    return b"%s%s%s}" % (
+        json.dumps(values).encode()[:-1],
+        _sampling(0.0, PROBE_TOKENS, dialect),
+        b"" if dialect.format == "text" else b',"response_format":' + json.dumps(form).encode(),
+    )
 
 
 def proves_schemas(answer: bytes) -> bool:
@@ -111,12 +180,35 @@ def proves_schemas(answer: bytes) -> bool:
         return False
 
 
+@cache
+def schema_in_words(task: str) -> str:
+    """Return what a prompt says of the schema of a reply that the server does not enforce."""
+    return f"\nYour whole reply is one JSON object, which follows this JSON schema: {json.dumps(wire_schema(task))}"
+
+
+@lru_cache(256)
+def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
+    fields = {
+        "temperature": temperature,
+        "top_p": 1,
+        dialect.limit_name: max_tokens,
+        "repetition_detection": _REPETITION,
+    }
+    return b"".join(
+        b',"%s":%s' % (name.encode(), json.dumps(value).encode())
+        for name, value in fields.items()
+        if name not in dialect.left_out
+    )
+
+
 @lru_cache(1024)
 def _text(text: str) -> bytes:
     return json.dumps(text).encode()
 
 
 @cache
-def _response_format(task: str) -> bytes:
-    schema = {"name": task, "schema": wire_schema(task), "strict": True}
-    return b'"response_format":' + json.dumps({"type": "json_schema", "json_schema": schema}).encode()
+def _response_format(task: str, kind: str) -> bytes:
+    if kind == "text":
+        return b""
+    schema = {"json_schema": {"name": task, "schema": wire_schema(task), "strict": True}} if kind == "json_schema" else {}
+    return b',"response_format":' + json.dumps({"type": kind, **schema}).encode()

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import random
-import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,15 +23,16 @@ import aiohttp
 from pipeline.config import Config
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
-from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
+from pipeline.inference.bodies import read_body
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
 from pipeline.inference.endpoints import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
-    KEY,
+    REFUSED_STATUSES,
     BusyTime,
     Endpoint,
     Endpoints,
+    OtherDialectError,
     ServerBusyError,
     ServerFaultError,
     cancel_tasks,
@@ -42,7 +42,10 @@ from pipeline.inference.endpoints import (
     not_served,
     raise_for_access,
     request_headers,
+    retry_seconds,
 )
+from pipeline.inference.pace import Pace
+from pipeline.inference.probing import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, MAX_FAULTS, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers, status_of
@@ -52,9 +55,6 @@ from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Requ
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent
-MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
-FIRST_BACKOFF_SECONDS = 0.5
-LONGEST_BACKOFF_SECONDS = 30.0
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
 MAX_CRASHES = 2
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
@@ -81,7 +81,7 @@ class InFlight:
 class Client:
     """Answers requests through the servers of `config.base_url`, or through those that it starts from `launches`.
 
-    The former get the key that the environment has under `key_name`.
+    The former get the key that the environment has under `key_name`, else under the usual one.
     Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
 
@@ -93,7 +93,7 @@ class Client:
         launches: Sequence[VllmCommand] = (),
         max_pixels: int | None = None,
         progress: Progress | None = None,
-        key_name: str = KEY,
+        key_name: str | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
@@ -158,7 +158,7 @@ class Client:
                 for server in self._servers
             ]
         else:
-            endpoints = named_endpoints(self._config.base_url, self._key_name)
+            endpoints = named_endpoints(self._config, self._key_name)
         for path in {endpoint.socket_path for endpoint in endpoints}:
             self._sessions[path] = await stack.enter_async_context(self._make_session(path))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
@@ -176,8 +176,12 @@ class Client:
             )
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
+        self._paces = {endpoint: Pace(settings.requests_per_minute, settings.tokens_per_minute) for endpoint in endpoints}
         for endpoint in self._endpoints:
-            await self._require_schemas(endpoint) if endpoint.is_up.is_set() else self._endpoints.wait_for(endpoint)
+            if endpoint.is_up.is_set():
+                await learn_dialect(endpoint, self._session_of(endpoint), self._name, settings, self._progress, self._busy)
+            else:
+                self._endpoints.wait_for(endpoint)
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
@@ -193,17 +197,21 @@ class Client:
 
     async def _check_servers(self) -> int | None:
         """Leave out servers that do not answer, if another does; return the smallest context in tokens, or None if unknown."""
-        lengths = []
+        lengths: list[int | None] = []
         for endpoint in self._endpoints:
             try:
                 models = await list_models(self._session_of(endpoint), endpoint)
             except ServerFaultError:
                 endpoint.is_up.clear()
                 continue
+            if models is None:  # whatever it answers to anything is a sign of life
+                endpoint.health, endpoint.healthy_below = endpoint.url, 500
+                lengths.append(None)
+                continue
             if self._name not in models:
                 raise not_served(endpoint, self._name, models)
             lengths.append(models[self._name].max_model_len)
-            if await status_of(endpoint.health) == 404:
+            if await status_of(endpoint.health, endpoint.headers) != 200:
                 endpoint.health = f"{endpoint.url}/models"  # other servers than vLLM may have no /health
         if not lengths:
             raise no_server(self._endpoints)
@@ -222,40 +230,6 @@ class Client:
     def _keep_images(self) -> None:
         """Set how many encoded images are cached: those of all requests that may be in flight."""
         self._images.keep = self._concurrency.limit + 64
-
-    async def _require_schemas(self, endpoint: Endpoint) -> None:
-        """Send `chat_api.probe`, again while the server is busy. Raises EngineError if it does not enforce schemas."""
-        faults, busy, busy_until = 0, 0, time.monotonic() + self._config.server.startup_timeout_s
-        while True:
-            try:
-                async with self._session_of(endpoint).post(
-                    f"{endpoint.url}/chat/completions",
-                    json=chat_api.probe(self._name),
-                    headers=endpoint.headers,
-                    allow_redirects=False,
-                ) as answer:
-                    text = await read_body(answer, MAX_BODY_BYTES)
-                    raise_for_access(answer, endpoint, text)
-                    if answer.status not in BUSY_STATUSES:
-                        break
-                busy += 1
-                self._busy.start(answer.status)
-                if warning := self._busy.warning(endpoint.url):
-                    self._progress.warn(warning)
-                if time.monotonic() > busy_until:
-                    hint = "wait until it is ready, or look at its log and your quota there; then run the same command"
-                    raise EngineError(f"{endpoint.url} answers {answer.status} to every request", hint=hint)
-            except CONNECTION_ERRORS as error:
-                faults += 1
-                if faults == MAX_FAULTS:
-                    raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
-            await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (faults + min(busy, 3)), LONGEST_BACKOFF_SECONDS))
-        self._busy.end()
-        if answer.status != 200 or not chat_api.proves_schemas(text):
-            raise EngineError(
-                f"{endpoint.url} does not enforce JSON schemas, so no reply of it can be trusted",
-                hint='start vLLM with --structured-outputs-config \'{"backend":"guidance","disable_any_whitespace":true}\'',
-            )
 
     # --- requests in flight
 
@@ -328,7 +302,10 @@ class Client:
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
+                    await self._paces[endpoint].wait()
                     return await self._post(endpoint, request, in_flight)
+                except OtherDialectError:
+                    continue
                 except ServerBusyError as complaint:
                     if time.monotonic() > busy_until:
                         return request.reply("the server is too busy", SERVER_ERROR)
@@ -362,7 +339,8 @@ class Client:
             raise
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        body = chat_api.body(request, images, self._name)
+        dialect = endpoint.dialect
+        body = chat_api.body(request, images, self._name, dialect)
         sent = time.monotonic()
         try:
             async with self._session_of(endpoint).post(
@@ -375,23 +353,33 @@ class Client:
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         if answer.status in BUSY_STATUSES:
-            seconds = answer.headers.get("Retry-After", "")
             self._busy.start(answer.status)
-            raise ServerBusyError(float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else None)
+            raise ServerBusyError(retry_seconds(answer.headers.get("Retry-After", "")))
         self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
         raise_for_access(answer, endpoint, text)
+        if answer.status in REFUSED_STATUSES:
+            self._adapt(endpoint, dialect, chat_api.error_message(text))
         if answer.status >= 400:
             return self._refuse(request, endpoint, chat_api.error_message(text), in_flight)
         try:
-            reply = chat_api.read_reply(request, text)
+            reply = chat_api.read_reply(request, text, dialect)
         except chat_api.BadAnswerError as bad:
             self._refuse(request, endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
         self._answered += 1
+        self._paces[endpoint].add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         return replace(reply, seconds=time.monotonic() - sent)
+
+    def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
+        """Raise OtherDialectError if a server that refused a request in this dialect may take it in another one."""
+        if endpoint.dialect == dialect and (better := dialect.after_refusal(message)):
+            endpoint.dialect = better
+            self._progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {better.describe()}")
+        if endpoint.dialect != dialect:
+            raise OtherDialectError
 
     def _refuse(self, request: Request, endpoint: Endpoint, message: str, in_flight: InFlight) -> Reply:
         """Return the reply of a server that gives none. Raises EngineError if it has refused all requests so far."""

@@ -4,11 +4,15 @@ import asyncio
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -17,14 +21,19 @@ from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
+from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
-from pipeline.inference.vllm_server import answers_200
+from pipeline.inference.vllm_server import status_of
 
 KEY = "SYNTH_API_KEY"  # environment variables
 JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for the judge's server, if it is another one: that must not get the key of the first
+OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
 BUSY_STATUSES = (429, 503)
+NO_SUCH_PAGE = (401, 403, 404, 405, 501)
+REFUSED_STATUSES = (400, 422)  # for something in the request
 BUSY_WARNING_SECONDS = 30.0
 MODELS_SECONDS = 30.0
+UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
 MAX_CONTEXT_TOKENS = 100_000_000
 SHOWN_MODELS = 8
@@ -40,6 +49,10 @@ class ServerFaultError(Exception):
 
 class ServerBusyError(Exception):
     """Raised when a server asks to wait; the argument is the number of seconds, or None."""
+
+
+class OtherDialectError(Exception):
+    """Raised when a server refuses a part of a request without which it may take it."""
 
 
 @dataclass(slots=True)
@@ -74,11 +87,14 @@ class BusyTime:
 class Endpoint:
     """One server: its address, its requests in flight, and its last metrics."""
 
-    url: str  # ends in /v1
+    url: str  # with the path of the protocol, such as /v1
     headers: dict[str, str]
     key_name: str = KEY  # the environment variable that holds its key
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
     health: str = ""  # URL that answers 200 while the server is healthy
+    healthy_below: int = 300  # status of an answer from there
+    has_metrics: bool = True
+    dialect: Dialect = FULL
     socket_path: Path | None = None  # of a server that listens on a Unix socket
     outstanding: int = 0
     waiting: float = 0
@@ -89,12 +105,13 @@ class Endpoint:
         self.health = f"{self.root}/health"
 
     async def is_healthy(self) -> bool:
-        """Return whether the server says so itself."""
-        return await answers_200(self.health, self.headers, self.socket_path)
+        """Return whether the server says so itself, or answers at all if it has no page that does."""
+        status = await status_of(self.health, self.headers, socket_path=self.socket_path)
+        return status is not None and status < self.healthy_below
 
     @property
     def root(self) -> str:
-        """The address without /v1, where /health and /metrics are."""
+        """The address without /v1, where vLLM has /health and /metrics."""
         return self.url.removesuffix("/v1")
 
 
@@ -150,12 +167,13 @@ class Endpoints(list[Endpoint]):
     async def read_metrics(self, session_of: Callable[[Endpoint], aiohttp.ClientSession]) -> None:
         """Read the metrics of each server that is up; a server that does not answer keeps its last ones."""
         for endpoint in self:
-            if endpoint.is_up.is_set():
+            if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
                     async with session_of(endpoint).get(
                         f"{endpoint.root}/metrics", headers=endpoint.headers, allow_redirects=False, timeout=METRICS_TIMEOUT
                     ) as answer:
                         page = await read_body(answer, MAX_BODY_BYTES) if answer.status == 200 else b""
+                        endpoint.has_metrics = answer.status not in NO_SUCH_PAGE
                     _take_metrics(endpoint, page.decode(errors="replace"))
                 except CONNECTION_ERRORS as error:
                     log.debug("%s gave no metrics: %s", endpoint.url, error)
@@ -188,15 +206,15 @@ class ServedModel:
     max_model_len: int | None
 
 
-def find_model(config: Config, key_name: str = KEY) -> tuple[str, str]:
+def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
     """Return the name and revision of the model to request from the servers of `config.base_url`, with the key of that name.
 
     `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
     Raises EngineError if no server answers, or the model is ambiguous or not served.
     """
-    endpoints = named_endpoints(config.base_url, key_name)
-    name, root = asyncio.run(_find_model(endpoints, config.model))
-    return name, name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
+    name, root = asyncio.run(_find_model(named_endpoints(config, key_name), config.model))
+    revision = name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
+    return name, revision if config.server.enforced_schema else f"{revision}+{UNENFORCED}"
 
 
 async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
@@ -207,21 +225,31 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
                 models = await list_models(session, endpoint)
             except ServerFaultError:
                 continue
+            if models is None:
+                if wanted is None:
+                    raise EngineError(f"{endpoint.url} does not list its models", hint="name one: --model")
+                return wanted, ""
             if wanted is None and len(models) != 1:
                 hint = f"pass --model: {shown_models(models)}"
                 raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
-            matching = [name for name in models if wanted in (None, name, name.rpartition("@")[0])]
+            # `synth serve` appends a revision, and Gemini puts "models/" before its names.
+            matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
             if not matching:
                 raise not_served(endpoint, wanted or "", models)
             return matching[0], models[matching[0]].root
     raise no_server(endpoints)
 
 
-async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, ServedModel]:
-    """Return the models of a server by name. Raises ServerFaultError if it does not list any; see also `raise_for_access`."""
+async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, ServedModel] | None:
+    """Return the models of a server by name; None if it has no list of them.
+
+    Raises ServerFaultError if it does not answer as it should; see also `raise_for_access`.
+    """
     try:
         async with session.get(f"{endpoint.url}/models", headers=endpoint.headers, allow_redirects=False) as answer:
             text = await read_body(answer, MAX_BODY_BYTES)
+        if answer.status in (404, 405, 501):
+            return None
         raise_for_access(answer, endpoint, text)
         models = [model for model in parse_json(text)["data"] if isinstance(model["id"], str)]
         return {model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model)) for model in models}
@@ -230,7 +258,11 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
 
 
 def _context_tokens(model: dict[str, Any]) -> int | None:
-    length = model.get("max_model_len")
+    # As vLLM and SGLang, OpenRouter, LM Studio, and llama.cpp say it.
+    meta = model.get("meta")
+    stated = [model.get(name) for name in ("max_model_len", "context_length", "max_context_length")]
+    stated.append(meta.get("n_ctx_train") if isinstance(meta, dict) else None)
+    length = next((value for value in stated if value is not None), None)
     return length if isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS else None
 
 
@@ -263,16 +295,49 @@ def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answe
         raise EngineError(f"{endpoint.url}: {chat_api.error_message(answer)}", hint="check --base-url and --model")
 
 
+def retry_seconds(header: str) -> float | None:
+    """Return the seconds that a Retry-After header asks for, in seconds or as a date; None if it says neither."""
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", header):
+        return float(header)
+    try:
+        at = parsedate_to_datetime(header)
+        return max(0.0, (at - datetime.now(at.tzinfo)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
 def no_server(endpoints: list[Endpoint]) -> EngineError:
     """Return the error that no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
     return EngineError(f"no server answers at {urls}", hint="start it (`synth serve`), then run the same command again")
 
 
-def named_endpoints(urls: Iterable[str], key_name: str) -> list[Endpoint]:
-    """Return the servers at some addresses, which get the key that the environment has under this name."""
-    headers = request_headers(os.environ.get(key_name))
-    return [Endpoint(url.rstrip("/"), headers, key_name) for url in urls]
+def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:
+    """Return the servers of `base_url`, which get the key that the environment has under this name, else under the usual one.
+
+    Raises EngineError if a header of the settings names a variable that is not set.
+    """
+    own = {name: _from_environment(name, value) for name, value in config.server.headers.items()}
+    endpoints = []
+    for url in config.base_url:
+        parts = urlsplit(url)
+        name = key_name or config.server.key_env or (OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY)
+        address = url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+        endpoints.append(Endpoint(address, request_headers(os.environ.get(name)) | own, name))
+    return endpoints
+
+
+def _wants_openai_key(host: str) -> bool:
+    """Return whether a server is OpenAI's, and the environment has a key for it and none of ours."""
+    return (host == "openai.com" or host.endswith(".openai.com")) and KEY not in os.environ and OPENAI_KEY in os.environ
+
+
+def _from_environment(name: str, value: str) -> str:
+    if not value.startswith("$"):
+        return value
+    if value[1:] not in os.environ:
+        raise EngineError(f"the header {name} is to be {value}, which is not set", hint=f"export {value[1:]}=...")
+    return os.environ[value[1:]]
 
 
 def request_headers(key: str | None) -> dict[str, str]:

@@ -32,6 +32,7 @@ HOW_TO_CHOOSE = (
     "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
+LONGEST_SIDE_PX = 10_000  # of an image that a processor takes as it is; a larger number is an area
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their content
     f"--{name}"
     for name in (
@@ -114,7 +115,10 @@ def has_gpu() -> bool:
 
 
 def max_pixels(path: str, revision: str | None = None) -> int | None:
-    """Return the maximum pixels of an image for a model's processor, if it has a limit; `revision` is that of a Hub id."""
+    """Return the maximum pixels of an image for a model's processor, if it has a limit; `revision` is that of a Hub id.
+
+    `size.longest_edge` is the longest side; processors such as that of Qwen2-VL write an area there.
+    """
     names = ["preprocessor_config.json", "processor_config.json"]
     if not Path(path).is_dir():
         from huggingface_hub import snapshot_download
@@ -125,7 +129,10 @@ def max_pixels(path: str, revision: str | None = None) -> int | None:
         if file.exists():
             settings = json.loads(file.read_text(encoding="utf-8"))
             settings = settings.get("image_processor", settings)
-            limit = settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge")
+            size = settings.get("size")
+            side = size.get("longest_edge") if isinstance(size, dict) else None
+            is_area = str(settings.get("image_processor_type")).startswith("Qwen2VL") or (side or 0) > LONGEST_SIDE_PX
+            limit = settings.get("max_pixels") or (side if is_area or not side else side * side)
             return int(limit) if limit else None
     return None
 

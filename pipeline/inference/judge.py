@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from pipeline.config import AT_SERVER, Config
 from pipeline.errors import ConfigError
 from pipeline.inference.client import Client
-from pipeline.inference.endpoints import JUDGE_KEY, KEY, find_model
+from pipeline.inference.endpoints import JUDGE_KEY, find_model
 from pipeline.inference.engines import EngineChoice
 from pipeline.progress import Progress
 
@@ -21,9 +21,10 @@ def choose_judge(config: Config, writer_revision: str, progress: Progress | None
     if not at:
         raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
     url = f"{at.removeprefix('@')}{rest}"
-    of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,)})
     is_known = _origin(url) in map(_origin, config.base_url)
-    key_name = KEY if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
+    server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
+    of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
+    key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
     served, revision = find_model(of_judge, key_name)
     if revision == writer_revision and not config.verify.judge_may_be_writer:
         hint = "name another model, or allow it: verify.judge_may_be_writer: true"

@@ -1,6 +1,7 @@
 """A chat server on loopback that follows a script. It records every request, so that tests can count them."""
 
 import asyncio
+import hashlib
 import json
 import threading
 from collections import Counter
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from tests.chat.kinds import SCHEMA_IN_WORDS, VLLM, ServerKind
 
 REPLIES = {
     "answer": '{"answer":"1"}',
@@ -41,21 +44,30 @@ Script = Callable[[int, dict[str, Any]], Act | None]  # (how often this request 
 class ChatServer:
     """The state of a running server. `script` may be changed while it runs."""
 
-    def __init__(self, script: Script | None = None, model: str = "model", *, schemas: bool = True) -> None:
+    def __init__(
+        self, script: Script | None = None, model: str = "model", *, schemas: bool = True, kind: ServerKind = VLLM
+    ) -> None:
+        self.kind = kind
         self.script: Script = script or (lambda times, body: None)
         self.model = model
         self.schemas = schemas
         self.key: str | None = None
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
+        self.refused: list[dict[str, Any]] = []  # for what the kind of server does not take
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.metrics = ""
         self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
-        self.authorizations: set[str | None] = set()  # headers of all requests
+        self.headers: list[dict[str, str]] = []  # of all requests
         self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
+
+    @property
+    def authorizations(self) -> set[str | None]:
+        """The keys that came."""
+        return {headers.get("Authorization") for headers in self.headers}
 
     def max_in_flight_since(self, request: int) -> int:
         """Return the largest number of requests in flight, from request `request` on."""
@@ -63,17 +75,19 @@ class ChatServer:
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_get("/v1/models", self._models)
+        app.router.add_post(f"{self.kind.path}/chat/completions", self._chat)
+        if self.kind.lists_models:
+            app.router.add_get(f"{self.kind.path}/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         return app
 
     async def _models(self, request: web.Request) -> web.Response:
-        self.authorizations.add(request.headers.get("Authorization"))
+        self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        return web.json_response({"data": [{"id": self.model, "root": self.model_root, "max_model_len": 4096}]})
+        own = {"id": f"{self.kind.model_prefix}{self.model}", **self.kind.model_fields}
+        return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {})]})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=404 if not self.has_health else 503 if self.dead else 200)
@@ -82,15 +96,18 @@ class ChatServer:
         return web.Response(text=self.metrics)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        self.authorizations.add(request.headers.get("Authorization"))
+        self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()
-        if body["model"] != self.model:
+        if body["model"] != f"{self.kind.model_prefix}{self.model}":
             return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
-        schema = body["response_format"]["json_schema"]
+        if refusal := self.kind.refusal_of(body):
+            self.refused.append(body)
+            return web.json_response(refusal[1], status=refusal[0])
+        schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
-            proof = schema["schema"]["properties"]["word"]["enum"][0]
+            proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
             return web.json_response(answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
         self.bodies.append(body)
         name = _name(body)
@@ -107,7 +124,7 @@ class ChatServer:
     async def _act(self, request: web.Request, act: Act, valid_text: str) -> web.StreamResponse:
         await asyncio.sleep(act.seconds)
         transport = request.transport
-        body = json.dumps(answer(valid_text if act.text is None else act.text, act.finish_reason)).encode()
+        body = json.dumps(answer(self.kind.wrap(valid_text if act.text is None else act.text), act.finish_reason)).encode()
         if act.status != 200:
             body = json.dumps({"error": {"message": f"scripted {act.status}"}}).encode()
         body = body if act.raw is None else act.raw
@@ -130,12 +147,16 @@ def answer(text: str, finish_reason: str = "stop") -> dict[str, Any]:
 def task_of(body: dict[str, Any]) -> str:
     """Return the last line of the first user message."""
     first = next(message for message in body["messages"] if message["role"] == "user")
-    return str(first["content"][-1]["text"].splitlines()[-1])
+    lines = first["content"][-1]["text"].splitlines()
+    return str(next(line for line in reversed(lines) if not line.startswith(SCHEMA_IN_WORDS)))
 
 
 def uuid_of(body: dict[str, Any]) -> str:
     first = next(message for message in body["messages"] if message["role"] == "user")
-    return str(next((part["uuid"] for part in first["content"] if "uuid" in part), ""))  # a blind question has no image
+    image: dict[str, Any] = next(
+        (part for part in first["content"] if part["type"] == "image_url"), {}
+    )  # a blind question has none
+    return str(image.get("uuid") or hashlib.sha256(json.dumps(image).encode()).hexdigest() if image else "")
 
 
 def _name(body: dict[str, Any]) -> str:
@@ -145,7 +166,7 @@ def _name(body: dict[str, Any]) -> str:
 
 @contextmanager
 def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
-    """Serve in a thread; `url` ends in /v1. Requests that still hang at the end are cut off."""
+    """Serve in a thread; `url` ends in /v1, or in the path of its kind. Requests that still hang at the end are cut off."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     runner = web.AppRunner(chat.app(), shutdown_timeout=0.1)
@@ -154,7 +175,7 @@ def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
         await site.start()
-        chat.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        chat.url = f"http://127.0.0.1:{runner.addresses[0][1]}{chat.kind.path}"
         started.set()
 
     def serve() -> None:

@@ -83,8 +83,11 @@ def test_a_server_and_a_model_in_this_process_exclude_each_other() -> None:
     ("name", "content", "pixels"),
     [
         ("preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12845056}, 12845056),
-        ("preprocessor_config.json", {"size": {"shortest_edge": 1, "longest_edge": 7056}}, 7056),
-        ("processor_config.json", {"image_processor": {"size": {"longest_edge": 5}}}, 5),
+        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", "size": {"longest_edge": 7056}}, 7056),
+        ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}}}, 1_003_520),
+        ("processor_config.json", {"image_processor": {"size": {"longest_edge": 1536}}}, 1536**2),  # SmolVLM
+        ("preprocessor_config.json", {"size": {"height": 896, "width": 896}}, None),  # Gemma
+        ("preprocessor_config.json", {"size": 224}, None),
         ("preprocessor_config.json", {}, None),
         ("other.json", {"max_pixels": 3}, None),
     ],

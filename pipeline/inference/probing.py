@@ -1,0 +1,94 @@
+"""Find out what a server takes of the protocol, and whether it enforces schemas, before any request is paid for."""
+
+import asyncio
+
+import aiohttp
+
+from pipeline.config import ServerConfig
+from pipeline.errors import EngineError
+from pipeline.inference import chat_api
+from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
+from pipeline.inference.endpoints import (
+    BUSY_STATUSES,
+    CONNECTION_ERRORS,
+    REFUSED_STATUSES,
+    BusyTime,
+    Endpoint,
+    raise_for_access,
+)
+from pipeline.progress import Progress
+
+MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
+
+
+async def learn_dialect(
+    endpoint: Endpoint, session: aiohttp.ClientSession, model: str, server: ServerConfig, progress: Progress, busy: BusyTime
+) -> None:
+    """Set the dialect of a server: send `chat_api.probe` without what it refuses, until it answers.
+
+    Raises EngineError if it answers nothing, or does not enforce schemas and must.
+    """
+    while True:
+        status, answer = await _probe(endpoint, session, model, server, progress, busy)
+        is_enforcing = endpoint.dialect.format == "json_schema"
+        if status == 200 and (not is_enforcing or chat_api.proves_schemas(answer)):
+            break
+        message = chat_api.error_message(answer) if status != 200 else ""
+        better = endpoint.dialect.after_refusal(message, chat_api.OPTIONAL) if status in REFUSED_STATUSES else None
+        if better is None and server.enforced_schema:
+            raise EngineError(
+                f"{endpoint.url} does not enforce JSON schemas, so no reply of it can be trusted"
+                + (f" ({status}: {message})" if message else ""),
+                hint='start vLLM with --structured-outputs-config \'{"backend":"guidance","disable_any_whitespace":true}\'; '
+                "or have each reply checked, and bad ones asked for again: --no-enforced-schema",
+            )
+        better = better or endpoint.dialect.looser()
+        if better is None:
+            raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
+        endpoint.dialect = better
+    _tell(endpoint, progress)
+
+
+def _tell(endpoint: Endpoint, progress: Progress) -> None:
+    dialect = endpoint.dialect
+    if left_out := dialect.describe():
+        progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {left_out}")
+    if "temperature" in dialect.left_out:
+        progress.warn(f"{endpoint.url} samples at a temperature of its own: replies are not greedy")
+    if dialect.format != "json_schema":
+        progress.warn(f"{endpoint.url} does not enforce JSON schemas: each reply is checked, and bad ones are asked for again")
+
+
+async def _probe(
+    endpoint: Endpoint, session: aiohttp.ClientSession, model: str, server: ServerConfig, progress: Progress, busy: BusyTime
+) -> tuple[int, bytes]:
+    """Return status and body of the answer to `chat_api.probe`, which is sent again while the server is busy or fails."""
+    loop = asyncio.get_running_loop()
+    faults, refusals, busy_until = 0, 0, loop.time() + server.startup_timeout_s
+    while True:
+        try:
+            async with session.post(
+                f"{endpoint.url}/chat/completions",
+                data=chat_api.probe(model, endpoint.dialect),
+                headers=endpoint.headers,
+                allow_redirects=False,
+            ) as answer:
+                text = await read_body(answer, MAX_BODY_BYTES)
+                raise_for_access(answer, endpoint, text)
+                if answer.status not in BUSY_STATUSES:
+                    busy.end()
+                    return answer.status, text
+            refusals += 1
+            busy.start(answer.status)
+            if warning := busy.warning(endpoint.url):
+                progress.warn(warning)
+            if loop.time() > busy_until:
+                hint = "wait until it is ready, or look at its log and your quota there; then run the same command"
+                raise EngineError(f"{endpoint.url} answers {answer.status} to every request", hint=hint)
+        except CONNECTION_ERRORS as error:
+            faults += 1
+            if faults == MAX_FAULTS:
+                raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
+        await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (faults + min(refusals, 3)), LONGEST_BACKOFF_SECONDS))

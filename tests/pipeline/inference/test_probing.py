@@ -1,0 +1,172 @@
+"""Probing: of each kind of server it is found out what it takes, and a run on it loses nothing."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import EngineError
+from pipeline.inference import client, probing
+from pipeline.inference.client import Client
+from pipeline.inference.endpoints import find_model, named_endpoints, retry_seconds
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.progress import NullProgress
+from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
+from tests.chat.server import Act, ChatServer, Script, running_chat
+from tests.scene_data import scene_samples
+
+SAMPLES = scene_samples(10)
+LEFT_OUT = {
+    "deepinfra": {"repetition_detection"},
+    "openai": {"repetition_detection", "uuid"},
+    "openai that thinks": {"repetition_detection", "uuid", "temperature", "top_p", "max_tokens"},
+    "gemini": {"repetition_detection", "uuid"},
+    "mistral": {"repetition_detection", "uuid"},
+    "a proxy that lists nothing": {"repetition_detection", "uuid", "response_format"},
+}
+EVERYTHING = {"repetition_detection", "temperature", "top_p", "max_tokens", "response_format"}
+
+
+class Notes(NullProgress):
+    """Keeps what a user would read."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        self.texts.append(text)
+
+    def warn(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (client, probing):
+        monkeypatch.setattr(module, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
+    yield
+
+
+def ask(path: Path, chat: ChatServer, **server: Any) -> tuple[list[str | None], list[str], str]:
+    """Ask about the samples; return the errors of all annotations, what a user reads, and the revision of the model."""
+    notes = Notes()
+    config = resolve(source="scenes", base_url=[chat.url], model="model", server={"concurrency": 4, **server})
+    name, revision = find_model(config)
+    with Journal(path) as journal, ExitStack() as stack:
+        chunks = iter([[(sample.id, sample.images) for sample in SAMPLES]])
+        engine = lambda: stack.enter_context(Client(name, revision, config, progress=notes))  # noqa: E731
+        for _ in ask_about(chunks, config, revision, engine, journal, RequestStats()):
+            pass
+        (table,) = read_annotations([[(sample.id, 1, None) for sample in SAMPLES]], config, revision, journal)
+    return table["reply_error"].to_pylist(), notes.texts, revision
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_server_gets_all_that_it_takes_and_nothing_else(kind: ServerKind, tmp_path: Path) -> None:
+    with running_chat(ChatServer(kind=kind)) as chat:
+        errors, texts, revision = ask(tmp_path / "j", chat)
+    assert errors == [None] * 3 * len(SAMPLES) and "unenforced" not in revision
+    left_out = LEFT_OUT.get(kind.name, set())
+    for body in chat.bodies:
+        image = next(part for part in body["messages"][1]["content"] if part["type"] == "image_url")
+        assert ("uuid" in image) == ("uuid" not in left_out)
+        assert EVERYTHING - body.keys() == left_out - {"uuid"}
+        assert body["response_format"]["type"] == "json_schema"
+    assert len(chat.bodies) == 3 * len(SAMPLES)
+    assert len(chat.refused) <= 4 + len(left_out)  # those in flight, and one for each field
+    said = " ".join(texts)
+    assert all(name in said for name in left_out) and ("left out" in said) == bool(left_out)
+    assert ("not greedy" in said) == ("temperature" in left_out)
+
+
+@pytest.mark.parametrize("kind", LOOSE, ids=lambda kind: kind.name)
+def test_a_server_that_enforces_no_schema_is_taken_only_if_that_is_said(kind: ServerKind, tmp_path: Path) -> None:
+    flawed = {"count": 0}
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        assert "follows this JSON schema" in body["messages"][1]["content"][-1]["text"]
+        if times:
+            return None
+        flawed["count"] += 1
+        return Act('{"wrong": true}') if flawed["count"] % 2 else Act("No JSON.")
+
+    with running_chat(ChatServer(script, kind=kind)) as chat:
+        with pytest.raises(EngineError, match="does not enforce JSON schemas") as refused:
+            ask(tmp_path / "strict", chat)
+        assert "--no-enforced-schema" in refused.value.hint and not chat.bodies
+        errors, texts, revision = ask(tmp_path / "loose", chat, enforced_schema=False)
+    assert errors == [None] * 3 * len(SAMPLES)  # each first reply was bad, and asked for again
+    assert flawed["count"] == 3 * len(SAMPLES)
+    assert revision.endswith("+unenforced")
+    assert any("does not enforce JSON schemas" in text for text in texts)
+    formats = {body.get("response_format", {"type": "text"})["type"] for body in chat.bodies}
+    assert formats == {"json_object" if kind is DEEPSEEK else "text"}
+
+
+def test_a_server_that_ignores_schemas_is_refused_and_one_that_enforces_them_is_used_so(tmp_path: Path) -> None:
+    with running_chat(ChatServer(schemas=False)) as chat:
+        with pytest.raises(EngineError, match="does not enforce JSON schemas"):
+            ask(tmp_path / "a", chat)
+        errors, _, _ = ask(tmp_path / "b", chat, enforced_schema=False)
+        assert set(errors) == {None} and {body["response_format"]["type"] for body in chat.bodies} == {"json_object"}
+    with running_chat(ChatServer()) as chat:
+        ask(tmp_path / "c", chat, enforced_schema=False)
+        assert {body["response_format"]["type"] for body in chat.bodies} == {"json_schema"}
+
+
+def test_a_server_without_a_list_of_models_needs_the_name_of_one(tmp_path: Path) -> None:
+    with running_chat(ChatServer(kind=PROXY)) as chat:
+        with pytest.raises(EngineError, match="does not list its models") as unnamed:
+            find_model(resolve(source="scenes", base_url=[chat.url]))
+        assert "--model" in unnamed.value.hint
+        with pytest.raises(EngineError, match="does not exist"):
+            other = resolve(source="scenes", base_url=[chat.url], model="other", server={"enforced_schema": False})
+            with Client("other", "r", other):
+                pass
+
+
+def test_a_refusal_that_names_nothing_of_ours_is_shown(tmp_path: Path) -> None:
+    def full(times: int, body: dict[str, Any]) -> Act:
+        return Act(status=400, raw=b'{"error":{"message":"This model takes no images."}}')
+
+    script: Script = full
+    with running_chat(ChatServer(script)) as chat, pytest.raises(EngineError, match="This model takes no images"):
+        ask(tmp_path / "j", chat)
+
+
+def test_an_address_without_a_path_is_that_of_v1(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.url = chat.url.removesuffix("/v1")
+        errors, _, _ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None}
+
+
+def test_a_key_and_headers_come_from_the_environment_and_go_to_their_server_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SYNTH_API_KEY", raising=False)
+    with running_chat(ChatServer()) as chat:
+        monkeypatch.setenv("OPENAI_API_KEY", "of-openai")
+        ask(tmp_path / "a", chat)
+        assert chat.authorizations == {None}  # it is no server of OpenAI's
+        monkeypatch.setenv("MY_KEY", "mine")
+        ask(tmp_path / "b", chat, key_env="MY_KEY", headers={"X-Title": "synth", "api-key": "$MY_KEY"})
+        assert chat.authorizations == {None, "Bearer mine"}
+        assert {(headers.get("X-Title"), headers.get("api-key")) for headers in chat.headers[-5:]} == {("synth", "mine")}
+        with pytest.raises(EngineError, match=r"\$NO_SUCH, which is not set"):
+            ask(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
+    config = resolve(source="scenes", base_url=["https://api.openai.com/v1", "https://evil-openai.com/v1"])
+    assert [endpoint.headers.get("Authorization") for endpoint in named_endpoints(config)] == ["Bearer of-openai", None]
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("1.5", 1.5), ("", None), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("-3", None)],
+)
+def test_a_server_says_how_long_to_wait_in_seconds_or_as_a_date(header: str, seconds: float | None) -> None:
+    assert retry_seconds(header) == seconds
