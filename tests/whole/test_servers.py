@@ -1,0 +1,61 @@
+"""Servers of other makers: a whole run on strict ones, and on one that enforces no schema."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.chat.kinds import DEEPSEEK, KINDS, ServerKind
+from tests.chat.server import ChatServer, running_chat
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import SYNTH
+
+STRICT = [kind for kind in KINDS if kind.name in ("openai that thinks", "gemini", "mistral")]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for number in range(20):
+        photo(number).save(tmp_path / "photos" / f"{number}.png")
+    return tmp_path
+
+
+def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command: list[str] = [str(SYNTH), "generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments]
+    environment = os.environ | {"SYNTH_API_KEY": chat.key or ""}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("kind", STRICT, ids=lambda kind: kind.name)
+def test_a_strict_server_answers_all_and_is_asked_nothing_twice(kind: ServerKind, photos: Path) -> None:
+    chat = ChatServer(kind=kind)
+    chat.key = "secret"
+    with running_chat(chat):
+        done = generate(photos, chat, "--model", "model", "--json")
+        assert done.returncode == 0, done.stderr
+        stages = json.loads(done.stdout)["stages"]
+        assert stages["generate"]["kept"] == 60 and "repetition_detection" in done.stderr
+        asked = len(chat.bodies)
+        assert generate(photos, chat, "--model", "model").returncode == 0 and len(chat.bodies) == asked == 60
+    assert chat.authorizations == {"Bearer secret"}
+    assert "did not enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
+
+
+def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) -> None:
+    with running_chat(ChatServer(kind=DEEPSEEK)) as chat:
+        refused = generate(photos, chat)
+        assert refused.returncode == 1 and "--no-enforced-schema" in refused.stderr, refused.stderr
+        assert not (photos / "d").exists() or not list((photos / "d").glob("versions/*"))
+        done = generate(photos, chat, "--no-enforced-schema")
+        assert done.returncode == 0 and "does not enforce JSON schemas" in done.stderr, done.stderr
+        settings = photos / "settings.yaml"
+        settings.write_text("server: {enforced_schema: false}\n")  # the same, in the file
+        asked = len(chat.bodies)
+        assert generate(photos, chat, "--config", "settings.yaml").returncode == 0 and len(chat.bodies) == asked
+    card = (photos / "d/versions/v1.0.0/README.md").read_text()
+    assert "The server did not enforce the JSON schema of the task" in card
+    manifest = json.loads((photos / "d/versions/v1.0.0/manifest.json").read_text())
+    assert manifest["model"]["revision"].endswith("+unenforced")
