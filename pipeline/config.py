@@ -17,6 +17,7 @@ TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
 Task = Annotated[str, Field(pattern=TASK, max_length=40)]  # defined in pipeline/tasks
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt template decides which exist
 MAX_SHOWN_CHARACTERS = 80
+CONTEXT = "context"  # the role of columns that prompts may use
 AT_SERVER = "@http"  # between the name of a judge and its address
 JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s]+(/\S*)?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
@@ -40,7 +41,7 @@ PATTERNS = {  # what a value that does not match should be
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "columns", "limit", "seed", "exclude", "tasks", "engine", "model",
+    ("source", "source_split", "columns", "drop_context", "limit", "seed", "exclude", "tasks", "engine", "model",
      "generate", "filter", "verify", "dedupe", "balance", "split")
 )  # fmt: skip
 PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
@@ -250,7 +251,8 @@ class Config(Section):
     source_split: Literal["train", "validation", "test"] | None = None
     license: Annotated[str, Field(pattern=LICENSE, max_length=100)] | None = None  # of one's own images
     title: Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)] | None = None  # of the dataset's card
-    columns: dict[str, str] = {}  # role -> column, for tables with other column names
+    columns: dict[str, str] = {}  # role -> column, for tables with other column names; several with commas for `context`
+    drop_context: bool = False  # columns for prompts alone, which no version holds
     allow_urls: bool = False  # fetch images that rows name by URL
     follow_links: bool = False  # read files outside of the folder that links in it lead to
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
@@ -268,6 +270,17 @@ class Config(Section):
     dedupe: DedupeConfig = DedupeConfig()
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """The columns of the source that prompts may use, in the order in which they are named."""
+        names = (name.strip() for name in self.columns.get(CONTEXT, "").split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    @property
+    def published_context(self) -> tuple[str, ...]:
+        """Those that go into the rows of a version."""
+        return () if self.drop_context else self.context
 
     @property
     def splits_claims(self) -> bool:

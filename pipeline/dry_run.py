@@ -115,7 +115,7 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
             rows.append(row)
             continue
         ids.add(row.id)
-        if all(journal.last(request.id) for request in build_requests(row.id, (), config, revision)):
+        if all(journal.last(request.id) for request in build_requests(row.id, (), config, revision, row.context)):
             answered += 1
             filling += [row] if len(filling) < SAMPLED_IMAGES else []
         else:

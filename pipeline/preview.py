@@ -125,13 +125,14 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         open_engine(lambda: choice) as start,
     ):
         chunk = [(sample.id, sample.images) for sample in samples.values()]
-        for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats):
+        contexts = {sample.id: sample.context for sample in samples.values()}
+        for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, contexts):
             progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
         images = [_read(sample, config, choice.revision, journal, stats.seconds or {}) for sample in samples.values()]
     first = next(iter(samples))
     prompts = {
         f"{request.task} {request.style}".strip(): (request.system, request.text)
-        for request in build_requests(first, (), config, choice.revision)
+        for request in build_requests(first, (), config, choice.revision, samples[first].context)
     }
     described = describe_prompts(config.tasks, config.generate.prompt_dir, config.generate.prompt_version)
     name = public_name(choice.model)
@@ -141,9 +142,10 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
 
 def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
     replies = []
-    (table,) = read_annotations([[(sample.id, len(sample.images), sample.split)]], config, revision, journal)
+    info = (sample.id, len(sample.images), sample.split)
+    (table,) = read_annotations([[info]], config, revision, journal, {sample.id: sample.context})
     texts = dict(_judged_texts(table, config))
-    for request in build_requests(sample.id, (), config, revision):
+    for request in build_requests(sample.id, (), config, revision, sample.context):
         last = journal.last(request.id)
         assert last is not None
         reply = last[0]

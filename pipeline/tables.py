@@ -4,7 +4,7 @@ Columns are grouped by the stage that fills them; a later stage writes a new col
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -56,6 +56,7 @@ SAMPLE = pa.schema(
         pa.field("licence", STRING, nullable=False),
         pa.field("split", STRING),  # as given by the source, else null
         pa.field("references", pa.list_(STRING), nullable=False),
+        pa.field("context", pa.map_(STRING, STRING)),  # columns of the source that prompts may use
         pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("facts", FACTS),
         pa.field("page_facts", pa.list_(FACTS)),
@@ -183,6 +184,7 @@ ROW = pa.schema(
         *fields(INT32, "width_px", "height_px"),
         *fields(STRING, "source", "source_row", "licence"),
         pa.field("references", pa.list_(STRING)),
+        pa.field("context", pa.struct([])),  # a text for each column of the source that was named (`row_schema`)
         pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("captions", pa.list_(CAPTION)),
         pa.field("qa", pa.list_(QA)),
@@ -195,12 +197,13 @@ LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", 
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
-OPTIONAL = (*PIXELS, "reference_qa", "facts", "page_facts")
+OPTIONAL = (*PIXELS, "context", "reference_qa", "facts", "page_facts")
 
 
-def row_schema(columns: Iterable[str], scores: Collection[str] = ()) -> pa.Schema:
-    """Return the schema of the rows of a version with these columns, whose annotations have these scores."""
-    return pa.schema([_with_scores(ROW.field(name), scores) for name in columns])
+def row_schema(columns: Iterable[str], scores: Collection[str] = (), context: Sequence[str] = ()) -> pa.Schema:
+    """Return the schema of the rows of a version with these columns, scores of annotations, and fields of `context`."""
+    of_context = pa.field("context", pa.struct(fields(STRING, *context)))
+    return pa.schema([of_context if name == "context" else _with_scores(ROW.field(name), scores) for name in columns])
 
 
 def _with_scores(field: pa.Field, scores: Collection[str]) -> pa.Field:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+Context = tuple[tuple[str, str], ...]  # names of columns of the source, with their values of one row
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceQA:
@@ -32,6 +34,7 @@ class Sample:
     licence: str
     split: str | None = None  # as given by the source: train, validation or test
     references: tuple[str, ...] = ()  # captions that the source holds to be true
+    context: Context = ()  # what a prompt may say about the sample
     reference_qa: tuple[ReferenceQA, ...] | None = None  # None: the source has no questions at all
     facts: dict[str, Any] | None = None  # the facts of a drawn scene; no model sees them
     page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck

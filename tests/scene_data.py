@@ -81,6 +81,7 @@ def make_version(
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
     scores: Sequence[str] = (),
+    context: Sequence[str] = (),
     *,
     decks: bool = False,
 ) -> tuple[Version, bool]:
@@ -90,7 +91,16 @@ def make_version(
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
     annotations = annotations.take(pc.array_sort_indices(positions)) if len(positions) else annotations
     return publish_rows(
-        folder, [annotations], sample_table(samples).to_batches(), ledger, funnel, source, provenance, scores, decks=decks
+        folder,
+        [annotations],
+        sample_table(samples).to_batches(),
+        ledger,
+        funnel,
+        source,
+        provenance,
+        scores,
+        context,
+        decks=decks,
     )
 
 
@@ -103,14 +113,15 @@ def publish_rows(
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
     scores: Sequence[str] = (),
+    context: Sequence[str] = (),
     *,
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
     """Write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
-    tables = build_rows(annotations, batches, source, rows, scores, decks=decks)
-    return publish_tables(folder, tables, rows, ledger, funnel, provenance, scores)
+    tables = build_rows(annotations, batches, source, rows, scores, context, decks=decks)
+    return publish_tables(folder, tables, rows, ledger, funnel, provenance, scores, context)
 
 
 def publish_tables(
@@ -121,10 +132,11 @@ def publish_tables(
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = PROVENANCE,
     scores: Sequence[str] = (),
+    context: Sequence[str] = (),
 ) -> tuple[Version, bool]:
     """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:
-        writer = RowWriter(draft / "rows", scores)
+        writer = RowWriter(draft / "rows", scores, context)
         writer.path.mkdir()
         for table in tables:
             writer.add(table)
@@ -137,7 +149,16 @@ def content_of(writer: RowWriter, rows: Rows) -> Content:
     """Close the writer and return the columns, digests, counts and files of all rows."""
     files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
     digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
-    return Content(writer.columns, [*writer.scores], digests, writer.counts(), files, sorted(rows.licenses), rows.examples)
+    return Content(
+        writer.columns,
+        [*writer.scores],
+        [*writer.context],
+        digests,
+        writer.counts(),
+        files,
+        sorted(rows.licenses),
+        rows.examples,
+    )
 
 
 def score_annotations(

@@ -1,5 +1,6 @@
 """Option types and parsers that several commands share."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,8 +41,9 @@ def vllm_flags(context: Context) -> dict[str, Any] | None:
 
 
 def read_pairs(text: str, option: str) -> dict[str, str]:
-    """Parse NAME=VALUE,NAME=VALUE into a dictionary. Raises BadParameter."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
+    """Parse NAME=VALUE,NAME=VALUE into a dictionary; NAME=VALUE,VALUE is one value with a comma. Raises BadParameter."""
+    parts = re.sub(r",(?=[^,=]+(?:,|$))", "\0", text).split(",")
+    pairs = [part.replace("\0", ",").partition("=") for part in parts]
     if not all(name and equals and value for name, equals, value in pairs):
         raise BadParameter(f"{text} does not look like NAME=VALUE,NAME=VALUE", param_hint=option)
     return {name: value for name, _, value in pairs}

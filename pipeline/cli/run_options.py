@@ -55,7 +55,7 @@ def run_settings(
         str | None,
         Option(
             metavar="ROLE=COLUMN,...",
-            help="Which column of a table is what: image, references, pages or split.",
+            help="Which column is what: image, references, pages, split; context=A,B: what prompts may use as row.A.",
             rich_help_panel=IMAGES,
         ),
     ] = None,
@@ -88,6 +88,10 @@ def run_settings(
         Option(
             metavar="N", min=1, help="Stop after this many images.", show_default="all; scenes: 1000", rich_help_panel=IMAGES
         ),
+    ] = None,
+    drop_context: Annotated[
+        bool | None,
+        Option("--drop-context", help="Keep the columns of context out of the dataset.", rich_help_panel=IMAGES),
     ] = None,
     license_: Annotated[
         str | None,
@@ -257,6 +261,7 @@ def run_settings(
         "source": ("--source", source),
         "source_split": ("--split", split),
         "columns": ("--columns", read_pairs(columns, "--columns") if columns else None),
+        "drop_context": ("--drop-context", drop_context),
         "allow_urls": ("--allow-urls", allow_urls),
         "follow_links": ("--follow-links", follow_links),
         "split_list": ("--split-list", split_list),

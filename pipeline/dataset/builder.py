@@ -72,17 +72,18 @@ def build_rows(
     source: str,
     rows: Rows,
     scores: Collection[str] = (),
+    context: Sequence[str] = (),
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
     """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (tables.ROW) with their `split`.
 
-    `rows` receives digests and statistics. `scores` are those that annotations get (tables.SCORES). With `decks`, a sample is a
-    document, though it may have one page only. Raise TableError if annotations belong to no sample, or are not in the order of
-    the samples.
+    `rows` receives digests and statistics. `scores` are those that annotations get (tables.SCORES), and `context` names the
+    fields of that column. With `decks`, a sample is a document, though it may have one page only. Raise TableError if
+    annotations belong to no sample, or are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
-    schema = with_split(row_schema(ROW.names, scores))
+    schema = with_split(row_schema(ROW.names, scores, context))
     for batch in samples:
         of_batch = reader.take(batch["sample_id"])
         table = _join(pa.Table.from_batches([batch]), of_batch, source, schema, decks=decks)
@@ -134,6 +135,7 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
         "image": first_pages,
         "pages": pc.if_else(pa.array(is_deck), pages, None),
         "source": pa.array([source] * count, pa.string()),
+        "context": _context(samples, schema.field("context").type),
         "captions": _group_annotations(annotations, owner, is_caption, count, schema.field("captions").type),
         "qa": _group_annotations(annotations, owner, ~is_caption, count, schema.field("qa").type),
         "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
@@ -141,6 +143,13 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
     others = {kind.name: final_column(samples, kind.name, kind.type) for kind in schema if kind.name not in computed}
     columns = computed | others
     return pa.table([columns[kind.name].cast(kind.type) for kind in schema], schema=schema)
+
+
+def _context(samples: pa.Table, kind: pa.StructType) -> pa.Array:
+    """Return the context of samples as a struct; null if it has no fields."""
+    if not kind.num_fields:
+        return pa.nulls(samples.num_rows, kind)
+    return pa.array([dict(values or ()) for values in samples["context"].to_pylist()], kind)
 
 
 def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: int, kind: pa.ListType) -> pa.ListArray:
@@ -162,8 +171,9 @@ def _values(annotations: pa.Table, item: pa.Field) -> pa.Array:
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """Return the digest of a row and its split; `sample_id` stands for the pixels."""
-    return digest({name: value for name, value in row.items() if name not in PIXELS})
+    """Return the digest of a row and its split; `sample_id` stands for the pixels. Without a context it is as it ever was."""
+    is_absent = {*PIXELS, *(["context"] if row.get("context") is None else [])}
+    return digest({name: value for name, value in row.items() if name not in is_absent})
 
 
 def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: Sequence[str] = ()) -> str:
@@ -198,6 +208,7 @@ class RowWriter:
 
     path: Path
     scores: Sequence[str] = ()
+    context: Sequence[str] = ()
     columns: list[str] = field(default_factory=list)
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
@@ -217,7 +228,7 @@ class RowWriter:
             of_split = table.filter(pc.equal(table["split"], split))
             if of_split.num_rows:
                 if split not in self._writers:
-                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns, self.scores))
+                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns, self.scores, self.context))
                 self._writers[split].add(of_split)
 
     def counts(self) -> dict[str, int]:
@@ -237,6 +248,7 @@ class Content:
 
     columns: list[str]
     scores: list[str]
+    context: list[str]
     digests: pa.Table  # DIGESTS, ordered by id
     rows: dict[str, int]  # by split
     files: list[tuple[Path, str, dict[str, Any]]]  # path, name and manifest entry of each Parquet file
@@ -266,7 +278,7 @@ def publish_version(
     content_digest = version_digest(pairs, content.columns, content.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
         return parent, False
-    schema = row_schema(content.columns, content.scores)
+    schema = row_schema(content.columns, content.scores, content.context)
     name = next_version(parent, content.digests["sample_id"], schema)
     write_table(draft / LEDGER_FILE, rejections, LEDGER)
     manifest = {
@@ -276,6 +288,7 @@ def publish_version(
         "table_version": TABLE_VERSION,
         "columns": content.columns,
         **({"scores": content.scores} if content.scores else {}),
+        **({"context": content.context} if content.context else {}),
         "features": features(schema),
         "licences": content.licenses,
         "rows": content.rows,

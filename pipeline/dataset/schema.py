@@ -79,6 +79,7 @@ class Manifest(_Part):
     pixels: Name = ""
     pixel_columns: list[Name] = []
     scores: list[Name] = []
+    context: list[Name] = []
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
 

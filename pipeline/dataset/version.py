@@ -65,7 +65,7 @@ class Version:
     @property
     def schema(self) -> pa.Schema:
         """Return the schema of the rows."""
-        return row_schema(self.manifest["columns"], self.manifest.get("scores", ()))
+        return schema_of(self.manifest)
 
     def summary(self) -> dict[str, Any]:
         """Return the fields for a list of versions. The date is that of the manifest's file: a manifest holds no time."""
@@ -118,6 +118,11 @@ class Version:
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise if a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
+
+
+def schema_of(manifest: dict[str, Any]) -> pa.Schema:
+    """Return the schema of the rows that a manifest describes."""
+    return row_schema(manifest["columns"], manifest.get("scores", ()), manifest.get("context", ()))
 
 
 def require_values(rows: pa.Table | pa.RecordBatch) -> None:

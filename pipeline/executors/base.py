@@ -131,7 +131,10 @@ def publish(
     names = ("source", *(stage.name for stage in stages))
     check()
     with scratch_folder(plan.dataset.path / "versions") as draft:
-        write = partial(write_rows, stages=names, source=source, scores=measured_scores(plan.config))
+        config = plan.config
+        write = partial(
+            write_rows, stages=names, source=source, scores=measured_scores(config), context=config.published_context
+        )
         written = executor.map_with_scratch(write, draft)
         version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
     return version, is_new, funnel

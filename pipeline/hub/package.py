@@ -17,13 +17,13 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN, non_redistributable
 from pipeline.dataset.shards import writer_options
-from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows
+from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.untrusted import require_regular
-from pipeline.tables import PIXELS, features, row_schema, with_features
+from pipeline.tables import PIXELS, features, with_features
 
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
 
@@ -98,7 +98,7 @@ def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
     files = _copy_shards(version, folder, columns, lambda table: table)
     left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
-    schema = row_schema(columns, version.manifest.get("scores", ()))
+    schema = schema_of(version.manifest | {"columns": columns})
     return version.manifest | {"columns": columns, "features": features(schema), "files": files} | left_out
 
 
@@ -107,7 +107,7 @@ def _copy_shards(
 ) -> dict[str, Any]:
     """Write a changed copy of some columns of each shard; return the manifest's entries of the files."""
     files = {}
-    schema = with_features(row_schema(columns, version.manifest.get("scores", ())))
+    schema = with_features(schema_of(version.manifest | {"columns": columns}))
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
         with pq.ParquetWriter(folder / name, schema, **writer_options(schema)) as writer:

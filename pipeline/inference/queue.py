@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import pyarrow as pa
 
@@ -13,7 +14,10 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests, build_retry
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import find_flaw, parse_reply
-from pipeline.types import UNANSWERED, Engine, Reply, Request, SampleBatch, SampleInfo
+from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo
+
+Contexts = Mapping[str, Context]  # by sample id
+NO_CONTEXTS: Contexts = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -144,13 +148,19 @@ def ask_about(
     engine: Callable[[], Engine],
     journal: Journal,
     counts: RequestStats,
+    contexts: Contexts = NO_CONTEXTS,
 ) -> Iterator[Engine]:
     """Send all requests about samples until the journal holds a reply to each; yield after each group of replies.
 
-    `revision` is that of the engine's weights; the engine is made only if a request must be sent.
+    `revision` is that of the engine's weights; the engine is made only if a request must be sent. `contexts` are those of the
+    samples by their ids.
     """
     requests = (
-        [request for sample_id, images in chunk for request in build_requests(sample_id, images, config, revision)]
+        [
+            request
+            for sample_id, images in chunk
+            for request in build_requests(sample_id, images, config, revision, contexts.get(sample_id, ()))
+        ]
         for chunk in chunks
     )
     return ask_all(requests, config, engine, journal, counts)
@@ -174,7 +184,9 @@ def ask_all(
         counts.asking_s += time.monotonic() - started
 
 
-def read_annotations(samples: Iterable[SampleInfo], config: Config, revision: str, journal: Journal) -> Iterator[pa.Table]:
+def read_annotations(
+    samples: Iterable[SampleInfo], config: Config, revision: str, journal: Journal, contexts: Contexts = NO_CONTEXTS
+) -> Iterator[pa.Table]:
     """Yield one table of annotations (tables.ANNOTATION) for each list of (sample_id, number of pages, split of the source).
 
     The journal must hold a reply to every request.
@@ -182,7 +194,7 @@ def read_annotations(samples: Iterable[SampleInfo], config: Config, revision: st
     for chunk in samples:
         rows = []
         for sample_id, pages, split in chunk:
-            for request in build_requests(sample_id, (), config, revision):
+            for request in build_requests(sample_id, (), config, revision, contexts.get(sample_id, ())):
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
                 rows += [row | {"pages": pages, "source_split": split} for row in parse_reply(request, last[0])]

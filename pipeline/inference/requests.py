@@ -9,20 +9,23 @@ from typing import Any
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
 from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
-from pipeline.tasks.prompts import DRAWS, check_prompt_dir, render
+from pipeline.tasks.prompts import DRAWS, check_context, check_prompt_dir, render
 from pipeline.text.language import language_name
-from pipeline.types import Reply, Request, Sampling
+from pipeline.types import Context, Reply, Request, Sampling
 
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
 
 
-def build_requests(sample_id: str, images: tuple[bytes, ...], config: Config, revision: str) -> Iterator[Request]:
-    """Yield the requests for one sample, in the order of the config's tasks and styles."""
+def build_requests(
+    sample_id: str, images: tuple[bytes, ...], config: Config, revision: str, context: Context = ()
+) -> Iterator[Request]:
+    """Yield the requests for one sample, in the order of the config's tasks and styles. Prompts may use its `context`."""
+    row = {"row": tuple(map(tuple, context))} if context else {}
     for task, style in requests_per_sample(config):
         temperature: float = getattr(config.generate, find_task(task).temperature_key)
         fields, shared_digest = shared_fields(
-            task, temperature, config.generate, config.seed, revision, style=style, **_values_of(sample_id, config)
+            task, temperature, config.generate, config.seed, revision, style=style, **row, **_values_of(sample_id, config)
         )
         request_id = digest({"image": sample_id, "about": shared_digest})
         yield Request(id=request_id, sample_id=sample_id, style=style, images=images, **fields)
@@ -39,8 +42,10 @@ def check_prompts(config: Config) -> None:
     if config.generate.prompt_dir:
         check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *(CHECKING if config.verify.is_asked else ())))
     folder, version = config.generate.prompt_dir, config.generate.prompt_version
+    context = tuple((name, "") for name in config.context)
     for task, style in requests_per_sample(config):
-        render(task, folder, version, style=style)
+        check_context(task, folder, version, config.context)
+        render(task, folder, version, context, style=style)
     if config.verify.is_asked:
         render(ANSWER, folder, version, question="?")
         render(CLAIMS, folder, version, caption="")

@@ -96,11 +96,16 @@ function drawImage(row) {
     ? picture(source, `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`)
     : element("p", {className: "soft", textContent: "no picture"}));
   const about = element("div", {}, element("code", {textContent: row.id.slice(0, 12)}), element("span", {className: "tag", textContent: row.split}));
-  const references = row.references.length
-    ? element("details", {}, element("summary", {textContent: "captions of the source"}), ...row.references.map(text => element("p", {textContent: text})))
-    : null;
+  const references = folded("captions of the source", row.references), context = folded("context", row.context);
   const texts = element("ul", {className: "texts"}, ...row.texts.map(text => drawText(row, text)));
-  return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, references);
+  return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, context, references);
+}
+
+/** Texts that a click unfolds; null if there are none. */
+function folded(title, texts) {
+  return texts.length
+    ? element("details", {}, element("summary", {textContent: title}), ...texts.map(text => element("p", {textContent: text})))
+    : null;
 }
 
 /** A picture that a click shows as large as the window. */
@@ -338,7 +343,7 @@ window.addEventListener("storage", event => {
 
 lists.images = new List("images",
   {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage,
-  row => [row.id, row.from, ...row.references, ...row.texts.flatMap(text => FIELDS.map(name => text[name] ?? ""))], lowest);
+  row => [row.id, row.from, ...row.references, ...row.context, ...row.texts.flatMap(text => FIELDS.map(name => text[name] ?? ""))], lowest);
 lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected, Object.values);
 recall();
 count();

@@ -124,6 +124,7 @@ def _row(row: dict[str, Any], split: str) -> dict[str, Any]:
         "small": (row.get("width_px") or 0) < 200,
         "images": [page["bytes"] for page in pages],
         "references": [visible(text) for text in row.get("references") or ()],
+        "context": [visible(f"{name}: {value}") for name, value in (row.get("context") or {}).items() if value],
         "texts": captions + pairs,
     }
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ImageError
@@ -94,6 +95,13 @@ def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rej
                 licence=row.licence,
                 **row.fields,
             )
+
+
+def as_text(value: Any) -> str:
+    """Return a value of a column as a prompt says it: lists with commas, nothing for null."""
+    if isinstance(value, list):
+        return ", ".join(map(as_text, value))
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
 
 
 def first_names(names: Sequence[str]) -> str:

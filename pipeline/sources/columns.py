@@ -11,18 +11,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import Config
+from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ImageError, SourceError
-from pipeline.sources.base import SourceSpec, check_samples
+from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
-ROLES = ("image", "pages", "references", "split")
+ROLES = ("image", "pages", "references", "split", CONTEXT)
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
@@ -61,7 +61,10 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 texts = _listed(row[columns["references"][0]]) if columns.get("references") else []
                 references = tuple(text for text in texts if isinstance(text, str) and text.strip())
                 stored, allow_urls = stored_split(row_split, split), config.allow_urls
-                yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, references=references)
+                context = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
+                yield build_sample(
+                    row_name, images, tables.licence, stored, allow_urls=allow_urls, references=references, context=context
+                )
 
     decks = "pages" in columns
     return Source(name=name, revision=tables.revision, rows=check_samples(rows()), count=count, decks=decks)
@@ -97,7 +100,9 @@ def check_split(tables: Tables, split: str | None) -> None:
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
-    columns = {role: named_columns(schema, role, name) for role, name in mapping.items()}
+    columns = {role: named_columns(schema, role, name) for role, name in mapping.items() if role != CONTEXT}
+    if CONTEXT in mapping:
+        columns[CONTEXT] = _context_columns(schema, mapping[CONTEXT])
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
     if "references" not in mapping:
@@ -117,6 +122,20 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
     if not numbered:
         raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
     return [column for _, column in sorted(numbered)]
+
+
+def _context_columns(schema: pa.Schema, names: str) -> list[str]:
+    """Return the columns that are named with commas. Raise SourceError if one is missing, or can be no text."""
+    columns = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in columns:
+        if name not in schema.names:
+            raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
+        kind = schema.field(name).type
+        if _is_bytes(kind) or pa.types.is_struct(kind) or (is_list(kind) and not is_text(kind.value_type)):
+            raise SourceError(
+                f"the column {name} holds {kind}, which no prompt can say", hint="name columns of texts or numbers"
+            )
+    return columns
 
 
 def _guess_images(schema: pa.Schema) -> Columns:

@@ -1,7 +1,8 @@
 """Source: a local folder of images, read in an order that does not depend on the disk.
 
 Captions beside the images become references: `picture.txt` with one caption a line, or `metadata.jsonl` or `metadata.csv` with
-a column `file_name`, as in the imagefolder format of `datasets`.
+a column `file_name`, as in the imagefolder format of `datasets`. Other columns of these files may be named as the context of
+prompts, and so may `folder` and `file_name`, which every image has.
 """
 
 import csv
@@ -13,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
-from pipeline.errors import SourceError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, check_samples, first_names
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, first_names
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
-from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import ALL, Context, RawSample, Rejected, Source, SourceSlice
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
@@ -34,6 +36,7 @@ UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
 MAX_CAPTION_FILE_BYTES = 1_000_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REFERENCE_NAMES = ("text", "caption", "captions", "description")
+OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
 _REFUSALS = {  # by reason, without a path of this machine
     OUTSIDE: "a link to a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
@@ -54,16 +57,21 @@ class FolderContent:
 
 @dataclass(slots=True)
 class References:
-    """Captions beside images, by image path, with messages about what was not used."""
+    """Captions and other texts beside images, by image path, with messages about what was not used."""
 
     captions: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    values: dict[Path, dict[str, str]] = field(default_factory=dict)  # of columns of metadata files that were asked for
+    columns: set[str] = field(default_factory=set)  # of all metadata files
     files: set[Path] = field(default_factory=set)  # that they were read from
     messages: list[str] = field(default_factory=list)
 
 
-def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN, *, follow_links: bool = False) -> Source:
+def open_folder(
+    root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN, columns: Sequence[str] = (), *, follow_links: bool = False
+) -> Source:
     """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none.
 
+    `columns` are those of metadata files that become the context; SourceError is raised for one that no file has.
     Links to files outside of `root` are rejected, unless `follow_links` is set: their content would be published.
     """
     if not root.is_dir():
@@ -78,14 +86,25 @@ def open_folder(root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN, *, 
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
     paths = [row for _, row in own if isinstance(row, Path)]
     bound = None if follow_links else root
-    references = read_references(root, paths, follow_links=follow_links)
+    references = read_references(root, paths, columns, follow_links=follow_links)
     captions = references.captions
-    contents = ([name, _digest(row, bound), captions.get(row, ())] for name, row in own if isinstance(row, Path))
+    contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
+    if unknown := [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE}]:
+        known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
+        raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
+    contents = (
+        [name, _digest(row, bound), captions.get(row, ()), *([contexts[row]] if contexts else [])]
+        for name, row in own
+        if isinstance(row, Path)
+    )
     return Source(
         name="folder",
         revision=digest(list(contents)) if part == ALL else "",
         rows=check_samples(
-            row if isinstance(row, Rejected) else _read(row, bound, name, licence, captions.get(row, ())) for name, row in own
+            row
+            if isinstance(row, Rejected)
+            else _read(row, bound, name, licence, references=captions.get(row, ()), context=contexts.get(row, ()))
+            for name, row in own
         ),
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
@@ -150,15 +169,25 @@ def _describe_folders(content: FolderContent) -> list[str]:
     return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
 
 
-def read_references(root: Path, paths: Sequence[Path], *, follow_links: bool = False) -> References:
-    """Return the captions beside the images. Raise SourceError if a metadata file or a row of it is unusable."""
+def read_references(
+    root: Path, paths: Sequence[Path], columns: Sequence[str] = (), *, follow_links: bool = False
+) -> References:
+    """Return the captions beside the images, and their values of other `columns`.
+
+    Raise SourceError if a metadata file or a row of it is unusable.
+    """
     references, captions, images = References(), dict[Path, list[str]](), set(paths)
     bound, unread = None if follow_links else root, list[str]()
     for folder in sorted({folder for path in paths for folder in path.parents if folder.is_relative_to(root)}):
         for file in (folder / name for name in METADATA_FILES):
             if file.is_file() or file.is_symlink():
                 references.files.add(file)
-                references.messages += _add_metadata(file, bound, captions, images)
+                rows = _read_metadata(file, bound)
+                references.columns.update(str(name) for row in rows for name in row)
+                for row in rows if columns else ():
+                    own = {name: as_text(row[name]) for name in columns if name in row}
+                    references.values.setdefault(folder / str(row["file_name"]), {}).update(own)
+                references.messages += _add_captions(file, rows, captions, images)
     for path in paths:
         if (caption_file := path.with_suffix(".txt")).is_file():
             references.files.add(caption_file)
@@ -174,9 +203,9 @@ def read_references(root: Path, paths: Sequence[Path], *, follow_links: bool = F
     return references
 
 
-def _add_metadata(file: Path, bound: Path | None, captions: dict[Path, list[str]], images: set[Path]) -> list[str]:
+def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, list[str]], images: set[Path]) -> list[str]:
     """Add the captions of a metadata file; return messages about what of it was not used."""
-    rows, missing = _read_metadata(file, bound), []
+    missing = []
     for row in rows:
         texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
         values = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
@@ -212,6 +241,11 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
+def _context_of(path: Path, root: Path, values: dict[str, str], columns: Sequence[str]) -> Context:
+    own = {"folder": "" if path.parent == root else _row_name(path.parent, root), "file_name": _row_name(path, root)}
+    return tuple((name, values.get(name) or own.get(name, "")) for name in columns)
+
+
 def _row_name(path: Path, root: Path) -> str:
     """Return the path relative to the root; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
@@ -225,14 +259,22 @@ def _digest(path: Path, bound: Path | None) -> str:
         return "unreadable"
 
 
-def _read(path: Path, bound: Path | None, name: str, licence: str, references: tuple[str, ...]) -> RawSample | Rejected:
+def _read(path: Path, bound: Path | None, name: str, licence: str, **texts: Any) -> RawSample | Rejected:
     try:
         data = read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
     except UnsafeFileError as error:
         return Rejected(source_row=name, reason=error.reason, detail=_REFUSALS[error.reason])
     except OSError as error:
         return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-    return RawSample(source_row=name, images=(data,), licence=licence, fields={"references": references})
+    return RawSample(source_row=name, images=(data,), licence=licence, fields=texts)
+
+
+def _open(config: Config, path: str, part: SourceSlice) -> Source:
+    if roles := [role for role in config.columns if role != CONTEXT]:
+        hint = "a folder has files: --columns context=A,B names columns of metadata.csv for prompts"
+        raise ConfigError(f"a folder has no column to be the {roles[0]}", hint=hint)
+    folder, licence = Path(path).expanduser(), config.license or UNKNOWN
+    return open_folder(folder, part, licence, config.context, follow_links=config.follow_links)
 
 
 SPEC = SourceSpec(
@@ -243,8 +285,6 @@ SPEC = SourceSpec(
     license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
-    open=lambda config, path, part: open_folder(
-        Path(path).expanduser(), part, config.license or UNKNOWN, follow_links=config.follow_links
-    ),
-    options=frozenset({"split.group_by", "license", "follow_links"}),
+    open=_open,
+    options=frozenset({"columns", "split.group_by", "license", "follow_links"}),
 )

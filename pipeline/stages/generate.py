@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import ask_about, read_annotations
+from pipeline.inference.queue import NO_CONTEXTS, Contexts, ask_about, read_annotations
 from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
 from pipeline.storage.files import write_table
 from pipeline.tables import ANNOTATION
@@ -17,6 +17,7 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
     """Ask what the journal of a shard does not hold yet, then write what all replies say (tables.ANNOTATION)."""
     samples, _ = require_stage(shard, "source")
     requests, stats, progress = len(plan.requests), services.stats, services.progress
+    contexts = read_contexts(shard) if plan.config.context else NO_CONTEXTS
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
         def start_engine() -> Engine:
@@ -24,12 +25,21 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
             progress("generate", stats.done // requests, samples)  # the speed is measured from here on
             return engine
 
-        for engine in ask_about(sample_batches(shard), plan.config, plan.revision, start_engine, journal, stats):
+        for engine in ask_about(sample_batches(shard), plan.config, plan.revision, start_engine, journal, stats, contexts):
             metrics = engine.metrics() | stats.metrics(plan.config.server)
             progress("generate", stats.done // requests, samples, metrics)
         progress("generate", samples, samples)
-        annotations = read_annotations(_sample_infos(shard), plan.config, plan.revision, journal)
+        annotations = read_annotations(_sample_infos(shard), plan.config, plan.revision, journal, contexts)
         write_table(shard.stage("generate"), annotations, ANNOTATION)
+
+
+def read_contexts(shard: DatasetDir) -> Contexts:
+    """Return the contexts of all samples of a shard by their ids."""
+    return {
+        sample_id: tuple(context or ())
+        for batch in read_samples(shard, ["sample_id", "context"])
+        for sample_id, context in zip(batch["sample_id"].to_pylist(), batch["context"].to_pylist(), strict=True)
+    }
 
 
 def _sample_infos(shard: DatasetDir) -> Iterator[SampleInfo]:

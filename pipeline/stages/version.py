@@ -43,19 +43,24 @@ class WrittenRows:
 
 
 def write_rows(
-    shard: DatasetDir, path: Path, stages: Sequence[str], source: dict[str, Any], scores: Sequence[str] = ()
+    shard: DatasetDir,
+    path: Path,
+    stages: Sequence[str],
+    source: dict[str, Any],
+    scores: Sequence[str] = (),
+    context: Sequence[str] = (),
 ) -> WrittenRows:
     """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its stage files.
 
     `stages` are the names of all stages before this one that reject rows; `source` is its provenance; `scores` are those that
-    annotations get (tables.SCORES).
+    annotations get (tables.SCORES), `context` the columns of the source that go along.
     """
-    rows, writer = Rows(), RowWriter(path, scores)
+    rows, writer = Rows(), RowWriter(path, scores, context)
     annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
     if source.get("image_metadata") != REMOVED:  # read by an earlier release
         samples = map(_without_metadata, samples)
     with collect_less_often():
-        for table in build_rows(annotations, samples, source["name"], rows, scores, decks=bool(source.get("decks"))):
+        for table in build_rows(annotations, samples, source["name"], rows, scores, context, decks=bool(source.get("decks"))):
             writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
@@ -116,6 +121,7 @@ def publish_shards(
     content = Content(
         columns=list(columns.pop()) if columns else [],
         scores=measured_scores(plan.config),
+        context=[*plan.config.published_context],
         digests=digests,
         rows=rows,
         files=_number_files(written),

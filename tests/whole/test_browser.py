@@ -91,10 +91,11 @@ def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> 
 
 def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Path) -> None:
     samples = [replace(sample, source_row=f"{'ab'[n % 2]}/{n}.png") for n, sample in enumerate(scene_samples(60))]
+    samples = [replace(sample, context=(("title", f"<b>Lamp {n}</b>"),)) for n, sample in enumerate(samples)]
     captions = true_captions(samples)
     shares = [n % 17 / 16 for n in range(captions.num_rows)]
     captions = captions.append_column("coverage", pa.array(shares, pa.float64()))
-    version, _ = make_version(tmp_path, samples, captions, scores=("coverage",))
+    version, _ = make_version(tmp_path, samples, captions, scores=("coverage",), context=("title",))
     page = opened(write_report(version, tmp_path))
     page.get_by_label("Order").select_option("coverage")
     scores = [
@@ -107,6 +108,10 @@ def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Pa
     assert "coverage 0\n" in f"{first}\n"
     page.get_by_label("Folder").select_option("b")
     assert "of 30 found" in result_count(page)
+    page.get_by_label("Folder").select_option("")
+    page.get_by_label("Search texts").fill("lamp 17<")
+    page.get_by_text("context", exact=True).click()
+    expect(page.get_by_text("title: <b>Lamp 17</b>")).to_be_visible()
     page.get_by_text("What the scores say").click()
     expect(page.get_by_text("are answered right from the caption alone")).to_be_visible()
 
