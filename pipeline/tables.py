@@ -184,7 +184,7 @@ ROW = pa.schema(
         *fields(INT32, "width_px", "height_px"),
         *fields(STRING, "source", "source_row", "licence"),
         pa.field("references", pa.list_(STRING)),
-        pa.field("context", pa.struct([])),  # a text for each column of the source that was named (`row_schema`)
+        pa.field("context", STRING),  # null; `row_schema` has a struct with a text for each column that was named
         pa.field("reference_qa", pa.list_(REFERENCE_QA)),
         pa.field("captions", pa.list_(CAPTION)),
         pa.field("qa", pa.list_(QA)),
@@ -203,7 +203,9 @@ OPTIONAL = (*PIXELS, "context", "reference_qa", "facts", "page_facts")
 def row_schema(columns: Iterable[str], scores: Collection[str] = (), context: Sequence[str] = ()) -> pa.Schema:
     """Return the schema of the rows of a version with these columns, scores of annotations, and fields of `context`."""
     of_context = pa.field("context", pa.struct(fields(STRING, *context)))
-    return pa.schema([of_context if name == "context" else _with_scores(ROW.field(name), scores) for name in columns])
+    return pa.schema(
+        [of_context if name == "context" and context else _with_scores(ROW.field(name), scores) for name in columns]
+    )
 
 
 def _with_scores(field: pa.Field, scores: Collection[str]) -> pa.Field:

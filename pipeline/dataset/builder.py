@@ -145,9 +145,9 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
     return pa.table([columns[kind.name].cast(kind.type) for kind in schema], schema=schema)
 
 
-def _context(samples: pa.Table, kind: pa.StructType) -> pa.Array:
-    """Return the context of samples as a struct; null if it has no fields."""
-    if not kind.num_fields:
+def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:
+    """Return the context of samples as a struct; null if no columns were named."""
+    if not pa.types.is_struct(kind):
         return pa.nulls(samples.num_rows, kind)
     return pa.array([dict(values or ()) for values in samples["context"].to_pylist()], kind)
 

@@ -28,6 +28,7 @@ from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file
 from pipeline.inference.endpoints import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
+    NO_SUCH_PAGE,
     REFUSED_STATUSES,
     BusyTime,
     Endpoint,
@@ -211,7 +212,7 @@ class Client:
             if self._name not in models:
                 raise not_served(endpoint, self._name, models)
             lengths.append(models[self._name].max_model_len)
-            if await status_of(endpoint.health, endpoint.headers) != 200:
+            if await status_of(endpoint.health, endpoint.headers) in NO_SUCH_PAGE:
                 endpoint.health = f"{endpoint.url}/models"  # other servers than vLLM may have no /health
         if not lengths:
             raise no_server(self._endpoints)
