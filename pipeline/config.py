@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import ConfigError, did_you_mean, one_line
 
@@ -83,12 +92,22 @@ def _is_section(section: type[Section], key: Any) -> bool:
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+def _pairs(values: Any) -> Any:
+    return tuple(values.items()) if isinstance(values, dict) else values
+
+
+StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
+# By name; as pairs, since settings of prompts are keys of caches.
+StylePrompts = Annotated[tuple[tuple[Style, StyleText], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
+
+
 class GenerateConfig(Section):
     """Prompts and sampling of the model."""
 
     OLD_KEYS: ClassVar = {"attempts": "max_attempts", "prompts": "prompt_dir"}
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)  # of photographs: plain, detailed
+    style_prompts: StylePrompts = ()  # texts of caption styles of one's own, by name
     prompt_version: Literal[1, 2] = 1  # of photographs: 2; settings of earlier releases have none, and mean 1
     caption_words: Annotated[int, Field(ge=1, le=150)] | None = None  # about how many; None: by the style
     caption_temperature: float = Field(default=0.0, ge=0, le=2)

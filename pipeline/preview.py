@@ -134,7 +134,8 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         f"{request.task} {request.style}".strip(): (request.system, request.text)
         for request in build_requests(first, (), config, choice.revision, samples[first].context)
     }
-    described = describe_prompts(config.tasks, config.generate.prompt_dir, config.generate.prompt_version)
+    generate = config.generate
+    described = describe_prompts(config.tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
     name = public_name(choice.model)
     where = describe_engine(config, choice)
     return Preview(config.source, name, where, described, prompts, images, folder.path, skipped)

@@ -49,11 +49,11 @@ def describe_run(
     config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the fields of a manifest about the run that made the version."""
-    tasks = asked_tasks(config)
+    tasks, generate = asked_tasks(config), config.generate
     return {
         "source": {name: source[name] for name in ("name", "revision")},
         "model": model,
-        "prompts": prompt_texts(tasks, config.generate.prompt_dir, config.generate.prompt_version),
+        "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts),
         "schemas": {task: wire_schema(task) for task in tasks},
         "config": publishable_settings(config, source["name"], model["name"]),
         "funnel": [asdict(summary) for summary in funnel],

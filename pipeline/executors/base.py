@@ -87,7 +87,8 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
     Raises ConfigError or EngineError if texts are to be rated by a judge that cannot be asked: nothing is paid for before that.
     """
     asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({describe_engine(config, choice)})"
-    prompts = describe_prompts(config.tasks, config.generate.prompt_dir, config.generate.prompt_version)
+    generate = config.generate
+    prompts = describe_prompts(config.tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
     rated = ""
     if config.verify.judge:
         from pipeline.inference.judge import choose_judge

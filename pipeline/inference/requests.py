@@ -41,11 +41,11 @@ def check_prompts(config: Config) -> None:
     """Render every prompt once: a broken template is a ConfigError before anything is written."""
     if config.generate.prompt_dir:
         check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *(CHECKING if config.verify.is_asked else ())))
-    folder, version = config.generate.prompt_dir, config.generate.prompt_version
+    folder, version, own = config.generate.prompt_dir, config.generate.prompt_version, config.generate.style_prompts
     context = tuple((name, "") for name in config.context)
     for task, style in requests_per_sample(config):
-        check_context(task, folder, version, config.context)
-        render(task, folder, version, context, style=style)
+        check_context(task, folder, version, config.context, own, style)
+        render(task, folder, version, context, own, style=style)
     if config.verify.is_asked:
         render(ANSWER, folder, version, question="?")
         render(CLAIMS, folder, version, caption="")
@@ -84,7 +84,7 @@ def shared_fields(
 
     `values` are those of the prompt's template. Never rename the keys of the digest: replies would be paid again.
     """
-    prompt = render(task, generate.prompt_dir, generate.prompt_version, **values)
+    prompt = render(task, generate.prompt_dir, generate.prompt_version, own=generate.style_prompts, **values)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

@@ -44,7 +44,8 @@ def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None =
     """Return the config with the tasks, styles and prompts of its source where the user chose none.
 
     `earlier_version` is that of the prompts of the last run in the dataset folder, if there was one. It stays: other prompts
-    would ask a model for everything again. Raises ConfigError for a length that the prompts cannot ask for.
+    would ask a model for everything again. Raises ConfigError for a length that the prompts cannot ask for, and for a prompt of
+    a style that is not asked for.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
@@ -56,9 +57,14 @@ def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None =
     if config.generate.caption_words and version == 1:
         hint = "leave --words out, or set generate.prompt_version: 2, which asks about all images anew"
         raise ConfigError("the prompts of version 1 have no length, but --words was given", hint=hint)
-    styles = (
-        PHOTO_STYLES if version == 2 and not is_taught and "caption_styles" not in given else config.generate.caption_styles
-    )
+    own = [name for name, _ in config.generate.style_prompts]
+    styles = config.generate.caption_styles
+    if "caption_styles" not in given:
+        usual = PHOTO_STYLES if version == 2 and not is_taught else styles
+        styles = (*usual, *(name for name in own if name not in usual))
+    elif unused := [name for name in own if name not in styles]:
+        hint = f"add it to generate.caption_styles (--styles), as in {','.join([*styles, unused[0]])}"
+        raise ConfigError(f"generate.style_prompts has a prompt of {unused[0]}, which is no style that is asked for", hint=hint)
     changes["generate"] = config.generate.model_copy(update={"prompt_version": version, "caption_styles": styles})
     return config.model_copy(update=changes)
 

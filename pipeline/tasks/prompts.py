@@ -65,19 +65,22 @@ def page_label(number: int) -> str:
     return f"Page {number}:"
 
 
-def render(task: str, folder: Path | None = None, version: int = 1, row: Context = (), **values: Any) -> Prompt:
+Own = Sequence[tuple[str, str]]  # caption styles of the user with the texts of their prompts
+OWN_STYLE = '{text} Reply as {{"caption": "..."}}.\nTask: caption, {style}\n'
+
+
+def render(task: str, folder: Path | None = None, version: int = 1, row: Context = (), own: Own = (), **values: Any) -> Prompt:
     """Render the prompt of a task; `values` are the variables of its template, such as `style`.
 
     Every template may use `draw` (0 to DRAWS - 1, by the image), `words` (the wanted length, or none) and `language` (its name,
     "" for English). `row` has columns of the source: `row.title`. Where the template does not use it, they stand before the
     text as notes.
 
-    `folder` holds the user's templates, under the same names; the package has the missing ones. Raise ConfigError if the
-    template is invalid, or does not support a value, such as a style.
+    `folder` holds the user's templates, under the same names; the package has the missing ones. `own` has texts of further
+    styles of captions. Raise ConfigError if the template is invalid, or does not support a value, such as a style.
     """
-    name = prompt_name(task, folder, version)
+    name, source = _source_of(task, folder, version, own, values.get("style"))
     try:
-        source = template(name, folder)
         notes = {column: _as_note(value) for column, value in row}
         text = _environment().from_string(source).render(_DEFAULTS | {"row": notes} | values).strip()
         if notes and not row_names(source):
@@ -89,7 +92,16 @@ def render(task: str, folder: Path | None = None, version: int = 1, row: Context
         )
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
         raise ConfigError(problem, hint=hint) from None
-    return Prompt(id=prompt_id(task, folder, version), system=template(SYSTEM, folder).strip(), text=text)
+    return Prompt(id=_with_digest(name, source, folder), system=template(SYSTEM, folder).strip(), text=text)
+
+
+def _source_of(task: str, folder: Path | None, version: int, own: Own, style: str | None) -> tuple[str, str]:
+    """Return the name and the source of the template of a task, or of a style of the user's own."""
+    text = dict(own).get(style or "") if find_task(task).has_styles else None
+    if text is not None:
+        return f"{task}/{style}", OWN_STYLE.format(text=text.strip(), style=style)
+    name = prompt_name(task, folder, version)
+    return name, template(name, folder)
 
 
 @cache
@@ -105,11 +117,13 @@ def _is_row(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Name) and node.name == "row"
 
 
-def check_context(task: str, folder: Path | None, version: int, columns: Sequence[str]) -> None:
+def check_context(
+    task: str, folder: Path | None, version: int, columns: Sequence[str], own: Own = (), style: str | None = None
+) -> None:
     """Raise ConfigError if the prompt of a task uses a column of the source that is not mapped."""
-    name = prompt_name(task, folder, version)
+    name, source = _source_of(task, folder, version, own, style)
     try:
-        unknown = sorted(row_names(template(name, folder)) - {*columns})
+        unknown = sorted(row_names(source) - {*columns})
     except TemplateError as error:
         raise ConfigError(f"the prompt {name} cannot be read: {error}", hint="mend the template") from None
     if unknown:
@@ -140,7 +154,11 @@ def prompt_name(task: str, folder: Path | None, version: int) -> str:
 def prompt_id(task: str, folder: Path | None = None, version: int = 1) -> str:
     """Return the name of a task's prompt with a digest of all it is rendered from: its template and the system text."""
     name = prompt_name(task, folder, version)
-    content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{template(name, folder)}".encode()).hexdigest()
+    return _with_digest(name, template(name, folder), folder)
+
+
+def _with_digest(name: str, source: str, folder: Path | None) -> str:
+    content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{source}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
 
 
@@ -182,16 +200,21 @@ def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:
         raise ConfigError(f"{folder} holds no prompt of {', '.join(tasks)}", hint=hint)
 
 
-def describe_prompts(tasks: Sequence[str], folder: Path | None, version: int = 1) -> str:
+def describe_prompts(tasks: Sequence[str], folder: Path | None, version: int = 1, styles: Own = ()) -> str:
     """Return where the prompts come from, for people: `caption from prompts/caption/v1.j2; qa built in`."""
     sources = {name: folder and (folder / f"{prompt_name(name, folder, version)}.j2") for name in tasks}
     sources |= {"system": folder / f"{SYSTEM}.j2"} if folder and (folder / f"{SYSTEM}.j2").exists() else {}
     own = [f"{name} from {path}" for name, path in sources.items() if path and path.exists()]
     built_in = [name for name, path in sources.items() if not (path and path.exists())]
-    return "; ".join([*own, *([f"{', '.join(built_in)} built in"] if built_in else [])])
+    of_settings = [f"{', '.join(name for name, _ in styles)} of the settings"] if styles else []
+    return "; ".join([*own, *([f"{', '.join(built_in)} built in"] if built_in else []), *of_settings])
 
 
-def prompt_texts(tasks: Iterable[str], folder: Path | None, version: int = 1) -> dict[str, str]:
-    """Return the system template, and the templates of the tasks by prompt id, in full."""
-    templates = {prompt_id(task, folder, version): template(prompt_name(task, folder, version), folder) for task in tasks}
-    return {SYSTEM: template(SYSTEM, folder), **templates}
+def prompt_texts(tasks: Iterable[str], folder: Path | None, version: int = 1, own: Own = ()) -> dict[str, str]:
+    """Return the system template, and the templates of the tasks and of the user's own styles by prompt id, in full."""
+    sources = [
+        _source_of(task, folder, version, own, style)
+        for task in tasks
+        for style in (None, *(name for name, _ in own if find_task(task).has_styles))
+    ]
+    return {SYSTEM: template(SYSTEM, folder), **{_with_digest(name, source, folder): source for name, source in sources}}

@@ -132,6 +132,33 @@ def test_a_template_uses_the_columns_that_it_names(shop: Path, server: ChatServe
     assert refused.returncode == 1 and "a folder has no column to be the image" in refused.stderr
 
 
+def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: ChatServer) -> None:
+    text = (
+        "Describe what is sold as title: {{ row.title | tojson }}\n in one sentence, for {{ 'a' if draw % 2 else 'the' }} shop."
+    )
+    (shop / "synth.yaml").write_text(json.dumps({"generate": {"style_prompts": {"product": text}}}))
+    arguments = ("--config", "synth.yaml", "--columns", "context=title")
+    command = [str(SYNTH), "generate", "--source", "folder:photos", "--tasks", "caption"]
+    command += ["--base-url", server.url, "--out", "d"]
+    done = subprocess.run([*command, *arguments], cwd=shop, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    asked = [body for body in server.bodies if text_of(body).endswith('Reply as {"caption": "..."}.\nTask: caption, product')]
+    assert len(asked) == COUNT and len(server.bodies) == 3 * COUNT  # beside plain and detailed, which photographs get
+    assert "prompts: caption built in; product of the settings" in done.stderr
+    assert all("Notes" not in text_of(body) for body in asked)
+    captions = [caption for row in rows_of(shop) for caption in row["captions"] if caption["style"] == "product"]
+    assert captions and all(caption["prompt_id"].startswith("caption/product@") for caption in captions)
+    manifest = shop / "d/versions/v1.0.0/manifest.json"
+    assert text in json.loads(manifest.read_text())["prompts"][captions[0]["prompt_id"]]
+    assert "Describe what is sold" in (manifest.parent / "README.md").read_text()
+    count = len(server.bodies)
+    again = [*command, "--config", str(manifest)]
+    assert subprocess.run(again, cwd=shop, capture_output=True, timeout=120).returncode == 0
+    assert len(server.bodies) == count  # a manifest has the words, too
+    refused = generate(shop, server, *arguments)  # --styles plain
+    assert refused.returncode == 1 and "has a prompt of product, which is no style" in refused.stderr, refused.stderr
+
+
 def test_instructions_in_a_column_stay_a_note(shop: Path, server: ChatServer) -> None:
     write_metadata(shop, title=[EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)])
     assert generate(shop, server, "--columns", "context=title").returncode == 0

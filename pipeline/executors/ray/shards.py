@@ -120,9 +120,9 @@ def change_directory(path: Path, *, is_required: bool) -> None:
 
 def named_files(config: Config) -> dict[str, Any]:
     """Return the content or the digest of each file that the settings name, by setting."""
-    clip, entries = Path(config.verify.clip_model), config.balance.entries
+    clip, entries, generate = Path(config.verify.clip_model), config.balance.entries, config.generate
     return {
-        "prompts": prompt_texts(asked_tasks(config), config.generate.prompt_dir, config.generate.prompt_version),
+        "prompts": prompt_texts(asked_tasks(config), generate.prompt_dir, generate.prompt_version, generate.style_prompts),
         "split_list": file_digest(config.split_list) if config.split_list and config.split_list.exists() else None,
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.tasks import prompts
-from pipeline.tasks.prompts import DRAWS, STYLES, prompt_id, render, template
+from pipeline.tasks.prompts import DRAWS, STYLES, prompt_id, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("caption", {"style": "brief"}),
@@ -91,6 +91,19 @@ def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
     assert own.text == "Write a sonnet.\nTask: caption, sonnet"
     assert own.id != render("caption", style="brief").id
     assert render("qa", tmp_path) == render("qa")
+
+
+def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
+    own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
+    prompt = render("caption", None, 2, own=own, style="haiku", language="German")
+    assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'
+    assert prompt.id in prompt_texts(("caption",), None, 2, own)
+    other = render("caption", None, 2, own=(("haiku", "Write a poem."),), style="haiku")
+    assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts(("caption",), None, 2))
+    assert render("caption", None, 2, own=own, style="plain") == render("caption", None, 2, style="plain")
+    assert render("qa", None, 2, own=own) == render("qa", None, 2)
+    with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
+        render("caption", None, 2, own=(("haiku", "{{ nothing }}"),), style="haiku")
 
 
 def test_a_template_that_is_none_is_an_error(tmp_path: Path) -> None:
