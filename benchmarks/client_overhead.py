@@ -1,9 +1,10 @@
 """Measure the client's cost per row: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]`.
 
 A mock endpoint answers every request after 200 ms. Each client asks for one caption of each of N distinct JPEGs of 85 kB, 256
-requests at once: a bare aiohttp loop that discards the replies, `synth` with its journal and its validation, and peers, each
-in an environment of its own (benchmarks/peers). CPU per row is the slope between a short and a long run, so that imports and
-start-up do not count. Then each client is killed half-way and restarted: the endpoint counts repeated requests.
+requests at once: a bare aiohttp loop that discards the replies, `synth` with its journal and its validation, the same with a
+prompt of its own for each image (`context`), and peers, each in an environment of its own (benchmarks/peers). CPU per row is
+the slope between a short and a long run, so that imports and start-up do not count. Then each client is killed half-way and
+restarted: the endpoint counts repeated requests.
 """
 
 import argparse
@@ -26,13 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.types import SampleBatch
+    from pipeline.types import Context, SampleBatch
 
 HERE = Path(__file__).parent
 CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
 IMAGE_BYTES = 85_000
 KEPT_FILES = 2000  # above this, images differ in their last bytes only
+WITH_CONTEXT = "synth-context"
 HANGS_SECONDS = 180  # limit of the run after a kill; half of the rows take seconds
 PROMPT = "Write one sentence that names the main things in view."
 
@@ -96,8 +98,11 @@ def run_raw(url: str, images: Path, rows: int) -> None:
     asyncio.run(loop())
 
 
-def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
-    """Run the pass of `synth generate` over the images: hashing, journal, validation and the table of annotations."""
+def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: bool = False) -> None:
+    """Run the pass of `synth generate` over the images: hashing, journal, validation and the table of annotations.
+
+    With a context, each prompt is rendered with a title and tags of its own image.
+    """
     from contextlib import ExitStack
 
     from pipeline.config import resolve
@@ -115,22 +120,27 @@ def run_synth(url: str, images: Path, rows: int, out: Path) -> None:
         server={"concurrency": CONCURRENCY},
     )
     ids: list[str] = []
+    contexts: dict[str, Context] = {}
 
     def chunks() -> "Iterator[SampleBatch]":
         for first in range(0, rows, 64):
             data = [read_image(images, number) for number in range(first, min(first + 64, rows))]
             chunk = [(hashlib.sha256(image).hexdigest(), (image,)) for image in data]
             ids.extend(name for name, _ in chunk)
+            if with_context:
+                titles = ((name, number) for number, (name, _) in enumerate(chunk, start=first))
+                contexts.update(
+                    {name: (("title", f"Lamp {number}"), ("tags", "brass, desk, green")) for name, number in titles}
+                )
             yield chunk
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
-        for _ in ask_about(
-            chunks(), config, "m", lambda: stack.enter_context(Client("model", "m", config)), journal, RequestStats()
-        ):
+        engine = lambda: stack.enter_context(Client("model", "m", config))  # noqa: E731
+        for _ in ask_about(chunks(), config, "m", engine, journal, RequestStats(), contexts):
             pass
         samples = ([(name, 1, None) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
-        for table in read_annotations(samples, config, "m", journal):
+        for table in read_annotations(samples, config, "m", journal, contexts):
             kept += validate_annotations(table)["reason"].null_count
     assert kept == rows, f"{kept} of {rows} captions are valid"
 
@@ -188,7 +198,7 @@ def stats(root: str) -> dict[str, int]:
 def commands(url: str, images: Path, peers: dict[str, str]) -> dict[str, list[str]]:
     """Return the command line of each client, without rows and output."""
     options = ["--url", url, "--images", str(images)]
-    own_clients = {name: [sys.executable, __file__, "--worker", name, *options] for name in ("raw", "synth")}
+    own_clients = {name: [sys.executable, __file__, "--worker", name, *options] for name in ("raw", "synth", WITH_CONTEXT)}
     return own_clients | {name: [python, str(HERE / "peers" / f"{name}.py"), *options] for name, python in peers.items()}
 
 
@@ -206,8 +216,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker == "raw":
         return run_raw(arguments.url, arguments.images, arguments.rows)
-    if arguments.worker == "synth":
-        return run_synth(arguments.url, arguments.images, arguments.rows, arguments.out)
+    if arguments.worker:
+        with_context = arguments.worker == WITH_CONTEXT
+        return run_synth(arguments.url, arguments.images, arguments.rows, arguments.out, with_context=with_context)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError, nodes
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import ConfigError
@@ -82,7 +82,7 @@ def render(task: str, folder: Path | None = None, version: int = 1, row: Context
     name, source = _source_of(task, folder, version, own, values.get("style"))
     try:
         notes = {column: _as_note(value) for column, value in row}
-        text = _environment().from_string(source).render(_DEFAULTS | {"row": notes} | values).strip()
+        text = _compiled(source).render(_DEFAULTS | {"row": notes} | values).strip()
         if notes and not row_names(source):
             text = _before(notes) + text
     except TemplateError as error:
@@ -183,6 +183,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         autoescape=False,
     )
+
+
+@cache
+def _compiled(source: str) -> Template:
+    return _environment().from_string(source)  # takes ten times as long as to render it
 
 
 def check_prompt_dir(folder: Path, tasks: Iterable[str]) -> None:
