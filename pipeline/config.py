@@ -28,9 +28,9 @@ Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt templa
 MAX_SHOWN_CHARACTERS = 80
 CONTEXT = "context"  # the role of columns that prompts may use
 AT_SERVER = "@http"  # between the name of a judge and its address
-JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s]+(/\S*)?)?$"
+JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#]+(/[^\s?#]*)?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
-BASE_URL = r"^https?://[^/\s]+(/\S*)?$"
+BASE_URL = r"^https?://[^/\s?#]+(/[^\s?#]*)?$"
 HEADER = r"^[A-Za-z0-9-]+$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TITLE = r"^[^\x00-\x1f]+$"
@@ -40,7 +40,7 @@ PATTERNS = {  # what a value that does not match should be
     STYLE: "the name of a caption style, in small letters",
     LANGUAGE: "a language of two or three letters, such as de",
     JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
-    BASE_URL: "an address, such as http://HOST:8000/v1",
+    BASE_URL: "an address without a query, such as http://HOST:8000/v1",
     HEADER: "the name of a header",
     VARIABLE: "the name of an environment variable",
     TITLE: "a title on one line",

@@ -130,9 +130,9 @@ def _first_texts(dataset: DatasetDir) -> list[str]:
     """Return the first texts that all stages kept."""
 
     def texts() -> Iterator[str]:
-        for table in read_batches(dataset.stage("review"), ["text", "question", "answer"]):
+        for table in read_batches(dataset.stage("review"), ["final_text", "final_question", "final_answer"]):
             for row in table.to_pylist():
-                yield visible(row["text"] or f"{row['question']} {row['answer']}")
+                yield visible(row["final_text"] or f"{row['final_question']} {row['final_answer']}")
 
     return [text for text, _ in zip(texts(), range(SHOWN_TEXTS), strict=False)] if dataset.stage("review").exists() else []
 

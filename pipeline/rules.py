@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.config import FilterConfig
 from pipeline.tables import FILTERED, require_columns, with_reason
-from pipeline.tasks.prompts import PROMPT_VERSIONS, prompt_texts
+from pipeline.tasks.prompts import NOTES, PROMPT_VERSIONS, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
 from pipeline.text.normalize import strip_opening, text_key, words_of
@@ -269,7 +269,8 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
 @lru_cache(4)
 def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
     """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
-    return artifacts.prompt_grams(text for version in PROMPT_VERSIONS for text in prompt_texts(tasks, None, version).values())
+    texts = [text for version in PROMPT_VERSIONS for text in prompt_texts(tasks, None, version).values()]
+    return artifacts.prompt_grams([*texts, NOTES])
 
 
 def _measure(text: str, language_code: str | None) -> tuple[Words, tuple[float, float, int, str | None, float, float]]:

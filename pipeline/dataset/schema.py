@@ -91,6 +91,8 @@ class Manifest(_Part):
         unknown += [name for name in self.pixel_columns if name not in PIXELS]
         if unknown or len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
             raise ValueError(f"has other columns than a version: {(unknown or self.columns)[0]!r}")
+        if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
+            raise ValueError("has a context that is not that of its columns")
         if strange := [name for name in self.scores if not any(name in schema.names for schema in SCORES.values())]:
             raise ValueError(f"has a score that is unknown here: {strange[0]!r}")
         if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:

@@ -93,7 +93,7 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
     if config.verify.judge:
         from pipeline.inference.judge import choose_judge
 
-        rated = f"; rated by {choose_judge(config, choice.revision).model}"
+        rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
     return f"{config.source} to {dataset.path}: asks {asked}{rated}; prompts: {prompts}"
 
 

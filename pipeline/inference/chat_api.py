@@ -26,7 +26,6 @@ OPTIONAL_IN_A_RUN = ("repetition_detection", "uuid")
 FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
 _UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
 _UUID_AS_DUMPED = re.compile(rb', "uuid": "[0-9a-f]{64}"')
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
@@ -100,17 +99,15 @@ def max_answer_bytes(request: Request) -> int:
     return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
 
 
-def read_reply(request: Request, answer: bytes, dialect: Dialect = FULL) -> Reply:
+def read_reply(request: Request, answer: bytes) -> Reply:
     """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice.
 
-    A text that is longer than the requested tokens can be is cut, and counts as cut short. Where the server does not enforce
-    the schema, the text is the JSON object in it, without thoughts, fences and words around it.
+    A text that is longer than the requested tokens can be is cut, and counts as cut short.
     """
     try:
         value = parse_json(answer)
         choice = value["choices"][0]
         text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage")
-        text = text if dialect.format == "json_schema" else json_within(str(text))
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
@@ -120,19 +117,6 @@ def read_reply(request: Request, answer: bytes, dialect: Dialect = FULL) -> Repl
     )
     most = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     return replace(reply, text=text[:most], finish_reason="length") if len(text) > most else reply
-
-
-def json_within(text: str) -> str:
-    """Return the first JSON object in a text, as it is written there; the text itself if it has none."""
-    said = _THOUGHTS.sub("", text, count=1)
-    decoder = json.JSONDecoder()
-    for brace in re.finditer(r"\{", said):
-        try:
-            _, end = decoder.raw_decode(said, brace.start())
-        except (ValueError, RecursionError):
-            continue
-        return said[brace.start() : end]
-    return said.strip()
 
 
 def _tokens(usage: Any, name: str) -> int:

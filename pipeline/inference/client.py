@@ -180,7 +180,7 @@ class Client:
         self._paces = {endpoint: Pace(settings.requests_per_minute, settings.tokens_per_minute) for endpoint in endpoints}
         for endpoint in self._endpoints:
             if endpoint.is_up.is_set():
-                await learn_dialect(endpoint, self._session_of(endpoint), self._name, settings, self._progress, self._busy)
+                await self._learn(endpoint)
             else:
                 self._endpoints.wait_for(endpoint)
         poller = asyncio.create_task(self._poll())
@@ -296,7 +296,7 @@ class Client:
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
         faults = busy = deaths = 0
-        busy_until = time.monotonic() + self._config.server.request_timeout_s
+        busy_until: float | None = None  # from the first refusal on
         while True:
             # A request in flight during two server crashes is retried alone, and abandoned after a third.
             async with self._suspects if deaths >= MAX_CRASHES else contextlib.nullcontext():
@@ -304,16 +304,22 @@ class Client:
                 endpoint.outstanding += 1
                 try:
                     await self._paces[endpoint].wait()
+                    await self._learn(endpoint)
+                    if not endpoint.is_up.is_set():  # it died meanwhile
+                        continue
                     return await self._post(endpoint, request, in_flight)
                 except OtherDialectError:
                     continue
                 except ServerBusyError as complaint:
+                    busy_until = busy_until or time.monotonic() + self._config.server.request_timeout_s
                     if time.monotonic() > busy_until:
                         return request.reply("the server is too busy", SERVER_ERROR)
                     self._concurrency.slow_down()
                     self._keep_images()
                     busy += 1
-                    pause = float(complaint.args[0] or FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6))
+                    pause = min(FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6), LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
+                    if stated := complaint.args[0]:
+                        pause = min(stated, self._config.server.request_timeout_s) * random.uniform(1.0, 1.2)
                 except ServerFaultError as fault:
                     if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
                         self._mark_down(endpoint)
@@ -326,12 +332,13 @@ class Client:
                         return request.reply(str(fault), SERVER_ERROR)
                     log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
                     # Another request's error may have closed the connection: retry at once on a new one.
-                    pause = 0.0 if faults == 1 else FIRST_BACKOFF_SECONDS * 2 ** (faults - 2)
+                    pause = 0.0 if faults == 1 else min(FIRST_BACKOFF_SECONDS * 2 ** (faults - 2), LONGEST_BACKOFF_SECONDS)
+                    pause *= random.uniform(0.5, 1.5)
                 finally:
                     endpoint.outstanding -= 1
             self._retried += 1
             if pause:
-                await self._rest(min(pause, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5), in_flight)
+                await self._rest(pause, in_flight)
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         try:
@@ -365,7 +372,7 @@ class Client:
         if answer.status >= 400:
             return self._refuse(request, endpoint, chat_api.error_message(text), in_flight)
         try:
-            reply = chat_api.read_reply(request, text, dialect)
+            reply = chat_api.read_reply(request, text)
         except chat_api.BadAnswerError as bad:
             self._refuse(request, endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
@@ -373,6 +380,14 @@ class Client:
         self._paces[endpoint].add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         return replace(reply, seconds=time.monotonic() - sent)
+
+    async def _learn(self, endpoint: Endpoint) -> None:
+        """Find out what a server takes, unless that is known: one that was down at first is asked when it is up."""
+        async with endpoint.learning:
+            if not endpoint.is_learned:
+                server = self._config.server
+                await learn_dialect(endpoint, self._session_of(endpoint), self._name, server, self._progress, self._busy)
+                endpoint.is_learned = True
 
     def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
         """Raise OtherDialectError if a server that refused a request in this dialect may take it in another one."""

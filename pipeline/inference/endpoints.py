@@ -95,6 +95,8 @@ class Endpoint:
     healthy_below: int = 300  # status of an answer from there
     has_metrics: bool = True
     dialect: Dialect = FULL
+    is_learned: bool = False  # whether the dialect is known
+    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
     outstanding: int = 0
     waiting: float = 0

@@ -196,6 +196,7 @@ def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:
 def _managed(model: str, path: str, revision: str, config: Config, log: Path, progress: Progress | None) -> Engine:
     from pipeline.inference.client import Client
 
+    config = config.model_copy(update={"server": config.server.model_copy(update={"enforced_schema": True})})  # ours does
     bound = max_pixels(path, revision.partition("+")[0])
     return Client(model, revision, config, plan_servers(path, revision, config, log), bound, progress)
 

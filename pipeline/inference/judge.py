@@ -11,11 +11,13 @@ from pipeline.inference.engines import EngineChoice
 from pipeline.progress import Progress
 
 
-def choose_judge(config: Config, writer_revision: str, progress: Progress | None = None) -> EngineChoice:
+def choose_judge(
+    config: Config, writer_revision: str, progress: Progress | None = None, writer: str | None = None
+) -> EngineChoice:
     """Choose the judge of `verify.judge`, MODEL@URL.
 
-    Raises ConfigError if no server is named, or the judge is the writer and must not be; EngineError if the server does not
-    answer, or does not serve the model.
+    Raises ConfigError if no server is named, or the judge is the writer (by its revision, or by its name `writer`) and must not
+    be; EngineError if the server does not answer, or does not serve the model.
     """
     name, at, rest = (config.verify.judge or "").partition(AT_SERVER)
     if not at:
@@ -26,7 +28,8 @@ def choose_judge(config: Config, writer_revision: str, progress: Progress | None
     of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
     key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
     served, revision = find_model(of_judge, key_name)
-    if revision == writer_revision and not config.verify.judge_may_be_writer:
+    is_writer = revision == writer_revision or (writer is not None and _without_revision(served) == _without_revision(writer))
+    if is_writer and not config.verify.judge_may_be_writer:
         hint = "name another model, or allow it: verify.judge_may_be_writer: true"
         raise ConfigError(f"the judge {name} is the model that writes, and a model likes its own texts", hint=hint)
 
@@ -34,6 +37,11 @@ def choose_judge(config: Config, writer_revision: str, progress: Progress | None
         return Client(served, revision, of_judge, progress=progress, key_name=key_name)
 
     return EngineChoice("vllm", served, revision, "--judge names a server", make)
+
+
+def _without_revision(name: str) -> str:
+    """Return the name of a model without what `synth serve` appends, and without its folder."""
+    return name.partition("@")[0].rpartition("/")[2]
 
 
 def _origin(url: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Find out what a server takes of the protocol, and whether it enforces schemas, before any request is paid for."""
 
 import asyncio
+import re
 
 import aiohttp
 
@@ -37,6 +38,8 @@ async def learn_dialect(
             break
         message = chat_api.error_message(answer) if status != 200 else ""
         better = endpoint.dialect.after_refusal(message, chat_api.OPTIONAL) if status in REFUSED_STATUSES else None
+        if better is None and message and not re.search("response_format|json_schema|schema|json_object", message):
+            raise EngineError(f"{endpoint.url} refuses the first request: {message}", hint="check --base-url and --model")
         if better is None and server.enforced_schema:
             raise EngineError(
                 f"{endpoint.url} does not enforce JSON schemas, so no reply of it can be trusted"

@@ -49,6 +49,7 @@ class List {
   }
 
   filter(fromStart = true) {
+    if (!fromStart && this.order?.value && this.body.querySelector("form")) return; // an open edit stays where it is
     const wanted = this.search.value.toLowerCase();
     const chosen = Object.entries(this.filters).map(([name, values]) => [this.select(name).value, values]).filter(([value]) => value);
     this.found = this.items.filter(item => item.searched.includes(wanted) && chosen.every(([value, values]) => values(item).includes(value)));

@@ -50,7 +50,7 @@ def _first_rejected(folder: Path) -> Iterator[dict[str, str]]:
             for row in _rejected(path):
                 counts[row["reason"]] += 1
                 if counts[row["reason"]] <= MAX_REJECTED:
-                    text = " ".join(row[name] for name in _TEXT_FIELDS if row.get(name))
+                    text = " ".join(row.get(f"clean_{name}") or row[name] for name in _TEXT_FIELDS if row.get(name))
                     yield {
                         "stage": stage,
                         "reason": visible(in_words(row["reason"])),
@@ -73,7 +73,8 @@ def _source_rows(folder: Path, wanted: set[str]) -> dict[str, str]:
 
 def _rejected(path: Path) -> Iterator[dict[str, Any]]:
     file = open_table(path, "reason")
-    columns = ("reason", "sample_id", "source_row", "task", *_TEXT_FIELDS, "reply_text", "detail")
+    texts = [*_TEXT_FIELDS, *(f"clean_{name}" for name in _TEXT_FIELDS)]
+    columns = ("reason", "sample_id", "source_row", "task", *texts, "reply_text", "detail")
     for batch in file.iter_batches(columns=[name for name in columns if name in file.schema_arrow.names]):
         yield from to_pylist(batch)
 

@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, ImageError
+from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
 from pipeline.images.similarity import ImageKind
@@ -98,9 +98,14 @@ def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rej
 
 
 def as_text(value: Any) -> str:
-    """Return a value of a column as a prompt says it: lists with commas, nothing for null."""
-    if isinstance(value, list):
+    """Return a value of a column as a prompt says it: lists with commas, nothing for null.
+
+    Raise SourceError for an object, or a list of lists: nobody would write them into a prompt.
+    """
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ", ".join(map(as_text, value))
+    if isinstance(value, dict | list):
+        raise SourceError("a column of the context holds objects or lists of lists", hint="name columns of texts or numbers")
     return "" if value is None else str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
 
 

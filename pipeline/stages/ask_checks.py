@@ -78,7 +78,7 @@ class Asking:
         config, subjects = self.plan.config.verify, [Subject(row) for row in rows]
         self._check_against_images(subjects)
         if config.repair:
-            self._repair([subject for subject in subjects if subject.caption is not None and self._is_contradicted(subject)])
+            self._repair([subject for subject in subjects if subject.caption is not None and _has_false_claim(subject)])
         self._check_coverage(subjects)
         if "alignment" in config.checks and not asks_about_decks(self.plan.config.tasks):
             self._align([subject for subject in subjects if subject.caption is not None])
@@ -117,7 +117,7 @@ class Asking:
     def _check_coverage(self, subjects: Sequence[Subject]) -> None:
         questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # of each sample, each once
         for subject in subjects:
-            if subject.caption is None:
+            if subject.caption is None and not self._is_contradicted(subject):
                 questions[subject.row["sample_id"]][subject.row["clean_question"], subject.row["clean_answer"]] = None
         verify = self.plan.config.verify
         self._answer(subjects, [coverage_checks(s.caption, verify, questions.get(s.row["sample_id"], ())) for s in subjects])
@@ -170,7 +170,7 @@ class Asking:
         self._check_against_images([draft for _, draft in drafts])
         repaired = 0
         for subject, draft in drafts:
-            if share_confirmed(draft.checks, "claims") is not None and not self._is_contradicted(draft):
+            if share_confirmed(draft.checks, "claims") == 1:
                 subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
                 repaired += 1
         self.services.progress.message(f"verify repaired {repaired:,} of {len(subjects):,} captions with false claims")
@@ -260,6 +260,11 @@ class Asking:
 
 def _chunks(requests: Iterator[Request]) -> Iterator[list[Request]]:
     return iter(lambda: list(islice(requests, CHUNK_REQUESTS)), [])
+
+
+def _has_false_claim(subject: Subject) -> bool:
+    share = share_confirmed(subject.checks, "claims")
+    return share is not None and share < 1
 
 
 def _facts(text: str) -> set[str]:

@@ -88,7 +88,9 @@ def add_results(table: pa.Table, subjects: Sequence[Subject]) -> pa.Table:
         for subject, text in zip(subjects, table["clean_text"].to_pylist(), strict=True)
     ]
     if any(subject.rewritten for subject in subjects):
-        rows = [row | (subject.rewritten or {}) for row, subject in zip(table.to_pylist(), subjects, strict=True)]
+        of_new_text = {"contaminated_by": None} if "contaminated_by" in table.column_names else {}
+        changes = (subject.rewritten and subject.rewritten | of_new_text for subject in subjects)
+        rows = [row | (change or {}) for row, change in zip(table.to_pylist(), changes, strict=True)]
         table = pa.Table.from_pylist(rows, schema=table.schema)
     columns = pa.Table.from_pylist(results, schema=CHECKED)
     for field in CHECKED:

@@ -12,6 +12,8 @@ from pipeline.text.refusals import is_declined
 from pipeline.types import Reply, Request
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one: JSON can escape it, but no table can hold it
+MAX_BRACES = 32  # where the object of a reply is looked for
+_DECODER = json.JSONDecoder()
 MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression")
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
@@ -50,10 +52,31 @@ def read_fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | Non
     try:
         value = json.loads(reply.text)
     except (ValueError, RecursionError):
-        return [({}, "not_json")]
+        value = object_within(reply.text)
+        if value is None:
+            return [({}, "not_json")]
     definition = find_task(task)
     rows = definition.rows_of(value) or [None]
     return [_row(definition, row) if _is_readable(row) else ({}, "off_schema") for row in rows]
+
+
+def object_within(text: str) -> dict[str, Any] | None:
+    """Return the first JSON object in a text, after its thoughts; None if there is none.
+
+    A server that does not enforce a schema puts fences, words or thoughts around it.
+    """
+    said = text.rpartition("</think>")[2]
+    position = -1
+    for _ in range(MAX_BRACES):
+        position = said.find("{", position + 1)
+        if position < 0:
+            return None
+        try:
+            value, _ = _DECODER.raw_decode(said, position)
+        except (ValueError, RecursionError):
+            continue
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _row(task: Task, row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -50,6 +50,7 @@ class Model:
 
     def __init__(self, ids: dict[str, int]) -> None:
         self.ids, self.says_yes, self.asked = ids, False, Counter[str]()
+        self.refutes_colors = False
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = body["response_format"]["json_schema"]["name"]
@@ -62,6 +63,10 @@ class Model:
         number = self.ids[uuid_of(body).split(".")[0]]
         if task == "answer":
             asked = task_of(body).removeprefix("Question: ")
+            if asked.startswith("What") or asked.startswith("Where"):
+                kind = ("What color", "What stands", "Where does").index(asked[:10])
+                wrong = self.refutes_colors and kind == 0
+                return Act(json.dumps({"answer": "purple" if wrong else truth_of(number)[kind]}))
             is_true = any(f" {part}?" in asked for part in truth_of(number))
             return Act(json.dumps({"answer": "Yes." if is_true or self.says_yes else "No."}))
         if task == "qa":
@@ -188,6 +193,26 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     assert "- `precision`: share of the caption" in card
 
 
+def test_a_caption_is_repaired_even_where_a_false_claim_would_be_let_through(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    (tmp_path / "synth.yaml").write_text("verify: {min_claims_supported: 0.5}\n")
+    generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims", "--repair")
+    captions = captions_of(tmp_path, model)
+    assert UNREPAIRABLE in captions and captions[UNREPAIRABLE]["precision"] == pytest.approx(2 / 3)
+    repaired = [number for number, caption in captions.items() if caption["prompt_id"].startswith("repair/v1@")]
+    assert repaired and {captions[number]["precision"] for number in repaired} == {1.0}
+
+
+def test_an_answer_that_was_refuted_says_nothing_of_a_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    both = ("--source", "folder:photos", "--styles", "plain", "--out", "d", "--verify", "covers,round_trip")
+    model.refutes_colors = True
+    generate(tmp_path, server, *both)
+    right = [caption["coverage"] for number, caption in captions_of(tmp_path, model).items() if number % 2 == 0]
+    assert len(right) == COUNT // 2 and set(right) == {1.0}
+    assert model.asked["covers"] <= 2 * COUNT  # of three questions, two are left
+
+
 def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Model, server: ChatServer) -> None:
     both = ("--source", "folder:photos", "--styles", "plain", "--out", "d", "--verify", "covers")
     generate(tmp_path, server, *both)
@@ -210,8 +235,12 @@ def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
     refused = run(tmp_path, server, *rated, SYNTH_API_KEY="of-the-writer")
     assert refused.returncode == 1 and "SYNTH_JUDGE_API_KEY" in refused.stderr, refused.stderr
     assert not model.asked and judge.authorizations == {None}  # the writer's key was not sent there, and nothing was paid
-    keys = {"SYNTH_API_KEY": "of-the-writer", "SYNTH_JUDGE_API_KEY": "of-the-judge"}
-    generate(tmp_path, server, *rated, **keys)
+    keys = {"SYNTH_API_KEY": "of-nobody", "MY_KEY": "of-the-writer", "SYNTH_JUDGE_API_KEY": "of-the-judge"}
+    (tmp_path / "key.yaml").write_text("server: {key_env: MY_KEY, headers: {X-Own: $MY_KEY}}\n")
+    generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)
+    assert judge.authorizations == {None, "Bearer of-the-judge"}
+    assert not any("X-Own" in headers for headers in judge.headers)
+    assert any(headers.get("X-Own") == "of-the-writer" for headers in server.headers)
     captions = captions_of(tmp_path, model)
     assert {(n, caption["grounding"]) for n, caption in captions.items()} == {
         (n, 2 if caption_of(n)[0] == "red" else 5) for n in range(COUNT)
@@ -220,8 +249,8 @@ def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
     text = (tmp_path / "d/versions/v1.0.0/manifest.json").read_text()
     assert json.loads(text)["config"]["verify"]["judge"] == "judge-7b" and judge.url not in text
     asked = len(judge.bodies)
-    assert not generate(tmp_path, server, *rated, **keys)["is_new"] and len(judge.bodies) == asked
-    (tmp_path / "synth.yaml").write_text("verify: {min_rating: 3}\n")
+    assert not generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)["is_new"] and len(judge.bodies) == asked
+    (tmp_path / "synth.yaml").write_text("verify: {min_rating: 3}\nserver: {key_env: MY_KEY}\n")
     stages = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["stages"]
     red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
     assert stages["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked

@@ -159,6 +159,23 @@ def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: 
     assert refused.returncode == 1 and "has a prompt of product, which is no style" in refused.stderr, refused.stderr
 
 
+def test_a_column_may_have_any_name_and_any_letters(shop: Path, server: ChatServer) -> None:
+    title = [f'R\u00e4der & "Tom\'s" <{n}>' for n in range(COUNT)]
+    write_metadata(shop, items=title, copy=["gut"] * COUNT, **{"der Preis": ["3 \u20ac"] * COUNT})
+    text = "title: {{ row.items | tojson }}\n({{ row.copy }}, {{ row['der Preis'] }})"
+    (shop / "synth.yaml").write_text(json.dumps({"generate": {"caption_styles": ["x"], "style_prompts": {"x": text}}}))
+    command = [str(SYNTH), "generate", "--source", "folder:photos", "--tasks", "caption", "--config", "synth.yaml"]
+    command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "d"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=shop, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert len(server.bodies) == COUNT
+    assert {text_of(body).splitlines()[0] for body in server.bodies} == {
+        f"title: {json.dumps(t, ensure_ascii=False)}" for t in title
+    }
+    assert all("(gut, 3 \u20ac)" in text_of(body) for body in server.bodies)
+
+
 def test_instructions_in_a_column_stay_a_note(shop: Path, server: ChatServer) -> None:
     write_metadata(shop, title=[EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)])
     assert generate(shop, server, "--columns", "context=title").returncode == 0

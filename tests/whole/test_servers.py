@@ -41,7 +41,7 @@ def test_a_strict_server_answers_all_and_is_asked_nothing_twice(kind: ServerKind
         asked = len(chat.bodies)
         assert generate(photos, chat, "--model", "model").returncode == 0 and len(chat.bodies) == asked == 60
     assert chat.authorizations == {"Bearer secret"}
-    assert "did not enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
+    assert "was not required to enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
 
 
 def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) -> None:
@@ -56,6 +56,6 @@ def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) ->
         asked = len(chat.bodies)
         assert generate(photos, chat, "--config", "settings.yaml").returncode == 0 and len(chat.bodies) == asked
     card = (photos / "d/versions/v1.0.0/README.md").read_text()
-    assert "The server did not enforce the JSON schema of the task" in card
+    assert "The server was not required to enforce the JSON schema of the task" in card
     manifest = json.loads((photos / "d/versions/v1.0.0/manifest.json").read_text())
     assert manifest["model"]["revision"].endswith("+unenforced")

@@ -13,6 +13,7 @@ from pipeline.inference import client, probing
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import find_model, named_endpoints, retry_seconds
 from pipeline.inference.journal import Journal
+from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
@@ -26,7 +27,6 @@ LEFT_OUT = {
     "openai that thinks": {"repetition_detection", "uuid", "temperature", "top_p", "max_tokens"},
     "gemini": {"repetition_detection", "uuid"},
     "mistral": {"repetition_detection", "uuid"},
-    "a proxy that lists nothing": {"repetition_detection", "uuid", "response_format"},
 }
 EVERYTHING = {"repetition_detection", "temperature", "top_p", "max_tokens", "response_format"}
 
@@ -139,6 +139,17 @@ def test_a_refusal_that_names_nothing_of_ours_is_shown(tmp_path: Path) -> None:
         ask(tmp_path / "j", chat)
 
 
+def test_a_first_request_that_is_refused_for_another_reason_is_no_matter_of_schemas(tmp_path: Path) -> None:
+    def refuse(body: dict[str, Any]) -> tuple[int, Any]:
+        return 400, {"error": {"message": "Your credit balance is too low."}}
+
+    kind = ServerKind(name="poor", model_fields={}, extra=refuse)
+    for settings in ({}, {"enforced_schema": False}):
+        with running_chat(ChatServer(kind=kind)) as chat, pytest.raises(EngineError, match="credit balance") as caught:
+            ask(tmp_path / "j", chat, **settings)
+        assert "schema" not in str(caught.value)
+
+
 def test_an_address_without_a_path_is_that_of_v1(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         chat.url = chat.url.removesuffix("/v1")
@@ -170,3 +181,46 @@ def test_a_key_and_headers_come_from_the_environment_and_go_to_their_server_alon
 )
 def test_a_server_says_how_long_to_wait_in_seconds_or_as_a_date(header: str, seconds: float | None) -> None:
     assert retry_seconds(header) == seconds
+
+
+def test_each_request_waits_for_the_pace_of_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Pace] = []
+
+    class Counted(Pace):
+        def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
+            super().__init__(requests_per_minute, tokens_per_minute)
+            self.taken = self.tokens = 0
+            made.append(self)
+
+        def take(self) -> float:
+            self.taken += 1
+            return 0.0
+
+        def add_tokens(self, count: int) -> None:
+            self.tokens += count
+
+    monkeypatch.setattr(client, "Pace", Counted)
+    with running_chat(ChatServer()) as chat:
+        ask(tmp_path / "j", chat, requests_per_minute=7, tokens_per_minute=900)
+    (pace,) = made
+    assert (pace.requests_per_minute, pace.tokens_per_minute) == (7, 900)
+    assert (pace.taken, pace.tokens) == (3 * len(SAMPLES), 3 * len(SAMPLES) * 52)  # type: ignore[attr-defined]
+
+
+def test_a_server_that_was_down_at_first_is_learned_when_it_comes(tmp_path: Path) -> None:
+    strict = next(kind for kind in KINDS if kind.name == "openai that thinks")
+    first, second = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer(kind=strict)
+    with running_chat(second):
+        port = int(second.url.split(":")[2].split("/")[0])
+    config = resolve(source="scenes", base_url=[second.url], model="model", server={"concurrency": 4})
+    with running_chat(first), ExitStack() as stack, Journal(tmp_path / "j") as journal:
+        config = config.model_copy(update={"base_url": (first.url, second.url)})
+        chunks = iter([[(sample.id, sample.images) for sample in scene_samples(60)]])
+        started = False
+        engine = lambda: stack.enter_context(Client("model", "r", config))  # noqa: E731
+        for _ in ask_about(chunks, config, "r", engine, journal, RequestStats()):
+            if not started:
+                stack.enter_context(running_chat(second, port))
+                started = True
+        assert journal.totals()["replies"] == 180
+    assert second.bodies and not any("temperature" in body for body in second.bodies)

@@ -237,3 +237,34 @@ def test_captions_beside_images_are_counted(tmp_path: Path) -> None:
     )
     references = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
     assert references == {"a.JPG": ("One caption.", "Another one."), "b/c/z.png": ("A red square.",)}
+
+
+def test_columns_of_metadata_are_context_in_every_slice(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number % 2}" / f"{number}.png")
+    (tmp_path / "0" / "metadata.csv").write_text("file_name;title\n0.png;A\n2.png;C\n")
+    columns = ("title", "folder")
+    whole = {
+        row.source_row: row.context
+        for row in open_folder(tmp_path, columns=("title", "folder")).rows
+        if isinstance(row, Sample)
+    }
+    assert whole == {
+        "0/0.png": (("title", "A"), ("folder", "0")),
+        "0/2.png": (("title", "C"), ("folder", "0")),
+        "1/1.png": (("title", ""), ("folder", "1")),
+    }
+    slices = (open_folder(tmp_path, SourceSlice(n, 5), columns=columns).rows for n in range(5))
+    assert {row.source_row: row.context for rows in slices for row in rows if isinstance(row, Sample)} == whole
+    with pytest.raises(SourceError, match="there is no column size"):
+        open_folder(tmp_path, columns=("size",))
+
+
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"a": 1}', '[["a"]]'])
+def test_a_value_that_no_prompt_can_say_is_one_error(value: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "title": {value}}}\n')
+    with pytest.raises(SourceError, match=r"cannot read|holds objects or lists"):
+        open_folder(tmp_path, columns=("title",))
+    assert open_folder(tmp_path).revision

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.inference.requests import build_requests
-from pipeline.tasks.replies import find_flaw, parse_reply
+from pipeline.tasks.replies import find_flaw, parse_reply, read_fields
 from pipeline.types import Reply, Request
 
 BRIEF, _, QA = build_requests("a" * 64, (), resolve(source="scenes"), "r")
@@ -105,3 +105,21 @@ def test_a_reply_is_flawed_only_when_nothing_in_it_is_sound() -> None:
     assert find_flaw(QA, reply(f'{{"qa":[{bad},{good}]}}')) is None
     assert find_flaw(QA, reply(f'{{"qa":[{bad},{bad}]}}')) == "answer_not_yes_or_no"
     assert find_flaw(BRIEF, reply('{"caption":""}')) == "caption_string_too_short"
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ('```json\n{"caption": "A cat."}\n```', "A cat."),
+        ('<think>{"caption": "A dog."} or {}?</think>\nHere: {"caption": "A cat."} Anything else?', "A cat."),
+        ('I see {} first.</think>\n{"caption":"A cat."}', "A cat."),
+        ('a } and { b {"caption": "A cat."}', "A cat."),
+        ("no object at all", None),
+        ("{" * 200_000, None),
+        (" " * 200_000 + "<think>" * 20_000, None),
+        ('["caption"]', None),
+    ],
+)
+def test_words_around_an_object_are_not_part_of_it(text: str, caption: str | None) -> None:
+    ((fields, error),) = read_fields("caption", BRIEF.reply(text, "stop"))
+    assert (fields.get("text"), error is None) == (caption, caption is not None)
