@@ -290,6 +290,12 @@ class Config(Section):
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
 
+    @model_validator(mode="after")
+    def _names_columns_that_a_row_can_hold(self) -> "Config":
+        if "_type" in self.context:
+            raise ValueError("a column of the context cannot be named _type, which `datasets` takes for a description")
+        return self
+
     @property
     def context(self) -> tuple[str, ...]:
         """The columns of the source that prompts may use, in the order in which they are named."""

@@ -4,6 +4,7 @@ An executor fills shards (it reads the source, asks the model, and judges rows o
 Stages that compare rows run in the process of the command, over the shards' files.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ class Executor(Protocol):
 
 def describe_engine(config: Config, choice: EngineChoice) -> str:
     """Return where the model is: the addresses of its servers, or how it runs here."""
-    return ", ".join(config.base_url) or {"vllm": "vLLM, started here"}.get(choice.name, "in this process")
+    return ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url) or {"vllm": "vLLM, started here"}.get(
+        choice.name, "in this process"
+    )
 
 
 def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:

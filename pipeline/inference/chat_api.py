@@ -8,7 +8,6 @@ Servers differ in what they take (`Dialect`). All of it is sent at first; what a
 
 import json
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -20,9 +19,8 @@ from pipeline.types import Reply, Request
 # A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times.
 _REPETITION = {"max_pattern_size": 32, "min_count": 6}
 _PROOF = "synth-7f3a"
-# Fields that servers may not know. Without a temperature, a server samples at one of its own: that is found out beforehand.
+# Fields that servers may not know. Without a temperature, a server samples at one of its own.
 OPTIONAL = ("repetition_detection", "uuid", "top_p", "temperature")
-OPTIONAL_IN_A_RUN = ("repetition_detection", "uuid")
 FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
 _UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
 _UUID_AS_DUMPED = re.compile(rb', "uuid": "[0-9a-f]{64}"')
@@ -30,6 +28,7 @@ MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any nu
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
 MAX_REASON_CHARACTERS = 100
+REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256  # for a model that thinks first
 ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
 
@@ -42,9 +41,9 @@ class Dialect:
     limit_name: str = "max_tokens"
     format: str = FORMATS[0]
 
-    def after_refusal(self, message: str, optional: Collection[str] = OPTIONAL_IN_A_RUN) -> "Dialect | None":
+    def after_refusal(self, message: str) -> "Dialect | None":
         """Return what a server takes that has refused a request with this message; None if it names nothing of ours."""
-        named = {name for name in optional if name not in self.left_out and re.search(rf"\b{name}\b", message)}
+        named = {name for name in OPTIONAL if name not in self.left_out and re.search(rf"\b{name}\b", message)}
         if named:
             return replace(self, left_out=self.left_out | named)
         if self.limit_name == "max_tokens" and "max_completion_tokens" in message:
@@ -107,7 +106,10 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     try:
         value = parse_json(answer)
         choice = value["choices"][0]
-        text, finish_reason, usage = choice["message"]["content"] or "", choice["finish_reason"], value.get("usage")
+        text, finish_reason = _said(choice["message"]), choice.get("finish_reason") or "stop"
+        if not text and choice["message"].get("refusal"):
+            text, finish_reason = choice["message"]["refusal"], REFUSED
+        usage = value.get("usage")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
@@ -117,6 +119,12 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     )
     most = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     return replace(reply, text=text[:most], finish_reason="length") if len(text) > most else reply
+
+
+def _said(message: dict[str, Any]) -> str:
+    """Return the text of a message, which may be in parts."""
+    content = message.get("content") or ""
+    return "".join(str(part.get("text") or "") for part in content) if isinstance(content, list) else content
 
 
 def _tokens(usage: Any, name: str) -> int:

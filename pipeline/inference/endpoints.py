@@ -324,8 +324,9 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
     for url in config.base_url:
         parts = urlsplit(url)
         name = key_name or config.server.key_env or (OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY)
-        address = url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
-        endpoints.append(Endpoint(address, request_headers(os.environ.get(name)) | own, name))
+        address = url.rstrip("/").removesuffix("/chat/completions") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+        key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
+        endpoints.append(Endpoint(address, request_headers(key or None) | own, name))
     return endpoints
 
 
@@ -339,7 +340,7 @@ def _from_environment(name: str, value: str) -> str:
         return value
     if value[1:] not in os.environ:
         raise EngineError(f"the header {name} is to be {value}, which is not set", hint=f"export {value[1:]}=...")
-    return os.environ[value[1:]]
+    return os.environ[value[1:]].strip()
 
 
 def request_headers(key: str | None) -> dict[str, str]:

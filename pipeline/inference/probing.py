@@ -37,7 +37,7 @@ async def learn_dialect(
         if status == 200 and (not is_enforcing or chat_api.proves_schemas(answer)):
             break
         message = chat_api.error_message(answer) if status != 200 else ""
-        better = endpoint.dialect.after_refusal(message, chat_api.OPTIONAL) if status in REFUSED_STATUSES else None
+        better = endpoint.dialect.after_refusal(message) if status in REFUSED_STATUSES else None
         if better is None and message and not re.search("response_format|json_schema|schema|json_object", message):
             raise EngineError(f"{endpoint.url} refuses the first request: {message}", hint="check --base-url and --model")
         if better is None and server.enforced_schema:

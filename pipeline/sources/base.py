@@ -103,10 +103,11 @@ def as_text(value: Any) -> str:
     Raise SourceError for an object, or a list of lists: nobody would write them into a prompt.
     """
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
-        return ", ".join(map(as_text, value))
+        return ", ".join(text for item in value if (text := as_text(item)))
     if isinstance(value, dict | list):
         raise SourceError("a column of the context holds objects or lists of lists", hint="name columns of texts or numbers")
-    return "" if value is None else str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+    is_missing = value is None or value != value  # NaN
+    return "" if is_missing else str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -230,7 +230,7 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
             lines = io.StringIO(text, newline="")
             rows: list[dict[str, Any]] = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # other line ends may be in a string
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
     except UnsafeFileError as error:

@@ -112,7 +112,9 @@ class Asking:
         def read(journal: Journal) -> dict[str | None, list[Claim]]:
             return {text: read_claims(text, config, revision, journal) for text in captions}
 
-        return self._ask("claims", _chunks(requests), len(captions), read)
+        claims = self._ask("claims", _chunks(requests), len(captions), read)
+        self._warn_of_unread(sum(not of_caption for of_caption in claims.values()), len(captions), "captions", "unchecked")
+        return claims
 
     def _check_coverage(self, subjects: Sequence[Subject]) -> None:
         questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # of each sample, each once
@@ -240,6 +242,11 @@ class Asking:
 
         with open_engine(lambda: judge) as engine:
             self._ask("judge", requests(), len(subjects), read, engine)
+        self._warn_of_unread(sum(subject.scores["form"] is None for subject in subjects), len(subjects), "texts", "unrated")
+
+    def _warn_of_unread(self, count: int, total: int, what: str, how: str) -> None:
+        if count:
+            self.services.progress.warn(f"verify: no usable reply about {count:,} of {total:,} {what}, which are kept {how}")
 
     def _ask(
         self,

@@ -100,7 +100,7 @@ def render(task: str, folder: Path | None = None, version: int = 1, row: Context
         text = _compiled(source).render(_DEFAULTS | {"row": Columns(notes)} | values).strip()
         if notes and not row_names(source):
             text = _before(notes) + text
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:  # of its expressions
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
         hint = (
             f"caption styles of this version: {', '.join(STYLES[version])}; others need your own template (generate.prompt_dir)"

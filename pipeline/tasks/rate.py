@@ -1,8 +1,10 @@
 """Task: rate. A judge's marks for one text about an image, by a rubric."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipeline.tasks.base import Line, Output, Task
+from pydantic import StringConstraints
+
+from pipeline.tasks.base import Output, Task
 
 Mark = Literal["1", "2", "3", "4", "5"]
 
@@ -10,7 +12,7 @@ Mark = Literal["1", "2", "3", "4", "5"]
 class Rating(Output):
     """Task `rate`: what is wrong, in a few words, and a mark for each part of the rubric; 5 is best."""
 
-    flaw: Line
+    flaw: Annotated[str, StringConstraints(max_length=2000)]  # empty where nothing is wrong
     relevance: Mark
     grounding: Mark
     correctness: Mark

@@ -56,7 +56,7 @@ def read_fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | Non
         if value is None:
             return [({}, "not_json")]
     definition = find_task(task)
-    rows = definition.rows_of(value) or [None]
+    rows = [_with_texts(row) for row in definition.rows_of(value) or [None]]
     return [_row(definition, row) if _is_readable(row) else ({}, "off_schema") for row in rows]
 
 
@@ -77,6 +77,13 @@ def object_within(text: str) -> dict[str, Any] | None:
             continue
         return value if isinstance(value, dict) else None
     return None
+
+
+def _with_texts(item: Any) -> Any:
+    """Return an item whose numbers are texts: a server that enforces no schema writes a count, or a mark, as a number."""
+    if not isinstance(item, dict):
+        return item
+    return {name: str(value) if type(value) in (int, float) else value for name, value in item.items()}
 
 
 def _row(task: Task, row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -1,5 +1,7 @@
 """Probing: of each kind of server it is found out what it takes, and a run on it loses nothing."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +19,7 @@ from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
-from tests.chat.server import Act, ChatServer, Script, running_chat
+from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import scene_samples
 
 SAMPLES = scene_samples(10)
@@ -224,3 +226,43 @@ def test_a_server_that_was_down_at_first_is_learned_when_it_comes(tmp_path: Path
                 started = True
         assert journal.totals()["replies"] == 180
     assert second.bodies and not any("temperature" in body for body in second.bodies)
+
+
+def test_a_field_that_is_refused_late_is_left_out_from_then_on(tmp_path: Path) -> None:
+    came: list[int] = []
+
+    def refuse(body: dict[str, Any]) -> tuple[int, Any] | None:
+        came.append(1)
+        if len(came) < 4 or "temperature" not in body:
+            return None
+        return 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model."}}
+
+    with running_chat(ChatServer(kind=ServerKind(name="a router", model_fields={}, extra=refuse))) as chat:
+        errors, texts, _ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None} and any("left out: temperature" in text for text in texts)
+
+
+def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path) -> None:
+    message = {"role": "assistant", "refusal": "I cannot help with that."}
+    refusal = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}).encode()
+    parts = {"role": "assistant", "content": [{"type": "text", "text": '{"caption":"A small '}, {"text": 'red ring."}'}]}
+    in_parts = json.dumps({"choices": [{"message": parts}], "usage": {}}).encode()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        task = task_of(body)
+        return Act(raw=refusal) if task == "Task: qa" else Act(raw=in_parts) if task.endswith("brief") else None
+
+    with running_chat(ChatServer(script)) as chat:
+        errors, _, _ = ask(tmp_path / "j", chat)
+        assert Counter(errors) == {None: 2 * len(SAMPLES), "content_filter": len(SAMPLES)}
+        asked = len(chat.bodies)
+        ask(tmp_path / "j", chat)
+    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # a refusal is asked for again twice, and then it is one
+
+
+def test_an_address_may_name_the_whole_path_and_a_key_may_end_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "mine\r\n")
+    with running_chat(ChatServer()) as chat:
+        chat.url += "/chat/completions"
+        ask(tmp_path / "j", chat)
+        assert chat.authorizations == {"Bearer mine"}

@@ -119,8 +119,9 @@ def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: P
     assert pair.images == PAGES and pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
     marks = dict.fromkeys(RUBRIC, "4")
-    replies = ({"flaw": "nothing"} | marks, marks, {"flaw": "nothing"} | marks | {"form": "6"})
-    for number, (reply, mark) in enumerate(zip(replies, (4, None, None), strict=True)):
+    numbers = {"flaw": "", **dict.fromkeys(RUBRIC, 4)}  # as a server writes them that enforces no schema
+    replies = ({"flaw": "nothing"} | marks, numbers, marks, {"flaw": "nothing"} | marks | {"form": "6"})
+    for number, (reply, mark) in enumerate(zip(replies, (4, 4, None, None), strict=True)):
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
             assert read_rating({**ROW, **texts}, settings, "r", journal) == dict.fromkeys(RUBRIC, mark)

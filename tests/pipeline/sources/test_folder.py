@@ -261,6 +261,14 @@ def test_columns_of_metadata_are_context_in_every_slice(tmp_path: Path) -> None:
         open_folder(tmp_path, columns=("size",))
 
 
+def test_a_title_may_hold_other_line_ends_and_no_number_is_no_text(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    line = '{"file_name": "a.png", "title": "one\u2028two", "size": NaN, "tags": ["x", null, 3]}\n'
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
+    (row,) = open_folder(tmp_path, columns=("title", "size", "tags")).rows
+    assert isinstance(row, Sample) and dict(row.context) == {"title": "one\u2028two", "size": "", "tags": "x, 3"}
+
+
 @pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"a": 1}', '[["a"]]'])
 def test_a_value_that_no_prompt_can_say_is_one_error(value: str, tmp_path: Path) -> None:
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")

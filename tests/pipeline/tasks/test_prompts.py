@@ -102,8 +102,15 @@ def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
     assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts(("caption",), None, 2))
     assert render("caption", None, 2, own=own, style="plain") == render("caption", None, 2, style="plain")
     assert render("qa", None, 2, own=own) == render("qa", None, 2)
-    with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
-        render("caption", None, 2, own=(("haiku", "{{ nothing }}"),), style="haiku")
+    for mistake in (
+        "{{ nothing }}",
+        "{{ 1 // (row.price | int) }}",
+        "{{ row.price + 1 }}",
+        "{% include 'x' %}",
+        "{{ row.x.y }}",
+    ):
+        with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
+            render("caption", None, 2, (("price", ""),), own=(("haiku", mistake),), style="haiku")
 
 
 def test_a_template_that_is_none_is_an_error(tmp_path: Path) -> None:

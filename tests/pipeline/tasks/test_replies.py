@@ -47,7 +47,7 @@ def test_each_question_is_a_row_with_its_place() -> None:
 
 def test_one_bad_question_does_not_cost_its_siblings() -> None:
     pair = '{"answer_type":"number","question":"How many?","answer":"1"}'
-    rows = parse_reply(QA, reply(f'{{"qa":[{pair},{{"question":3}},{pair}]}}'))
+    rows = parse_reply(QA, reply(f'{{"qa":[{pair},{{"question":[3]}},{pair}]}}'))
     assert [row["reply_error"] for row in rows] == [None, "off_schema", None]
 
 
@@ -57,7 +57,7 @@ def test_one_bad_question_does_not_cost_its_siblings() -> None:
         (BRIEF, '{"caption":"A red', "not_json"),
         (BRIEF, "", "not_json"),
         (BRIEF, "[1]", "off_schema"),
-        (BRIEF, '{"caption":3}', "off_schema"),
+        (BRIEF, '{"caption":[3]}', "off_schema"),
         (BRIEF, '{"caption":"half a pair: \\ud83d"}', "off_schema"),
         (BRIEF, "[" * 100_000, "not_json"),
         (QA, '{"qa":[]}', "off_schema"),
