@@ -173,6 +173,7 @@ SCORES = {
     "captions": pa.schema([*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC)]),
     "qa": pa.schema(fields(INT32, *RUBRIC)),
 }
+SCORE_NAMES = tuple(dict.fromkeys(name for schema in SCORES.values() for name in schema.names))
 SCORE_COLUMNS = {"precision": "agreement"}  # the column of annotations that a score comes from, if its name is another
 IMAGE = pa.struct({"bytes": pa.binary(), "path": STRING})  # as `datasets` stores an image
 

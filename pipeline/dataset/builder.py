@@ -28,7 +28,7 @@ from pipeline.tables import (
     REVIEWED,
     ROW,
     SCORE_COLUMNS,
-    SCORES,
+    SCORE_NAMES,
     SPLITS,
     TABLE_VERSION,
     features,
@@ -163,7 +163,7 @@ def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: in
 
 def _values(annotations: pa.Table, item: pa.Field) -> pa.Array:
     """Return the final values of a field; a score is null for a text that a person wrote, since it is of the text before."""
-    if not any(item.name in schema.names for schema in SCORES.values()):
+    if item.name not in SCORE_NAMES:
         return final_column(annotations, item.name, item.type).combine_chunks()
     scores = final_column(annotations, SCORE_COLUMNS.get(item.name, item.name), item.type)
     is_edited = pc.equal(final_column(annotations, "prompt_id", pa.string()), REVIEWED)

@@ -9,11 +9,11 @@ from pipeline.config import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.storage.files import read_batches
-from pipeline.tables import PIXELS, REVIEWED, SCORES
+from pipeline.tables import PIXELS, REVIEWED, SCORE_NAMES
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
-NOT_WRITTEN = frozenset(("pair_id", *(name for schema in SCORES.values() for name in schema.names)))
+NOT_WRITTEN = ("pair_id", *SCORE_NAMES)
 MAX_SHOWN = 160  # characters of a value
 Row = dict[str, Any]
 Settings = dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from pipeline.tables import PIXELS, ROW, SCORES, SPLITS
+from pipeline.tables import PIXELS, ROW, SCORE_NAMES, SPLITS
 
 MAX_NAME = 1000  # characters
 MAX_DEPTH = 40  # of nested values
@@ -93,7 +93,7 @@ class Manifest(_Part):
             raise ValueError(f"has other columns than a version: {(unknown or self.columns)[0]!r}")
         if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
             raise ValueError("has a context that is not that of its columns")
-        if strange := [name for name in self.scores if not any(name in schema.names for schema in SCORES.values())]:
+        if strange := [name for name in self.scores if name not in SCORE_NAMES]:
             raise ValueError(f"has a score that is unknown here: {strange[0]!r}")
         if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:
             raise ValueError(f"has a feature that is none: {strange[0]!r}")

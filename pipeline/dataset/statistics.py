@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
-from pipeline.tables import SCORES
+from pipeline.tables import SCORE_NAMES
 from pipeline.tasks import REPAIR
 
 _WORD = re.compile(r"\w+")
-_SCORE_NAMES = {name for schema in SCORES.values() for name in schema.names}
 
 
 @dataclass(slots=True)
@@ -58,8 +57,8 @@ class DatasetStatistics:
             for pair in row["qa"]:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
             for annotation in (*row["captions"], *row["qa"]):
-                for name in _SCORE_NAMES & annotation.keys():
-                    if annotation[name] is not None:
+                for name in SCORE_NAMES:
+                    if annotation.get(name) is not None:
                         self.scores[name].add(annotation[name])
             self._against_references(row)
             self._against_facts(row)

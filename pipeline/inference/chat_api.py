@@ -23,7 +23,6 @@ _PROOF = "synth-7f3a"
 OPTIONAL = ("repetition_detection", "uuid", "top_p", "temperature")
 FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
 _UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
-_UUID_AS_DUMPED = re.compile(rb', "uuid": "[0-9a-f]{64}"')
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
@@ -76,10 +75,10 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = FULL) -
     Where the server does not enforce the schema, it is part of the text. No seed is sent: it crashes vLLM's CPU engine.
     """
     if "uuid" in dialect.left_out:
-        images = _UUID_AS_DUMPED.sub(b"", _UUID.sub(b"", images))
+        images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    told = "" if dialect.format == "json_schema" else schema_in_words(request.task)
-    text = b'{"type":"text","text":%s}' % _text(request.text + told)
+    schema = "" if dialect.format == "json_schema" else schema_in_words(request.task)
+    text = b'{"type":"text","text":%s}' % _text(request.text + schema)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
         for role, content in zip((b"assistant", b"user"), request.failed, strict=True):
@@ -106,7 +105,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     try:
         value = parse_json(answer)
         choice = value["choices"][0]
-        text, finish_reason = _said(choice["message"]), choice.get("finish_reason") or "stop"
+        text, finish_reason = _text_of(choice["message"]), choice.get("finish_reason") or "stop"
         if not text and choice["message"].get("refusal"):
             text, finish_reason = choice["message"]["refusal"], REFUSED
         usage = value.get("usage")
@@ -121,7 +120,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
     return replace(reply, text=text[:most], finish_reason="length") if len(text) > most else reply
 
 
-def _said(message: dict[str, Any]) -> str:
+def _text_of(message: dict[str, Any]) -> str:
     """Return the text of a message, which may be in parts."""
     content = message.get("content") or ""
     return "".join(str(part.get("text") or "") for part in content) if isinstance(content, list) else content

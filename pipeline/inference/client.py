@@ -304,7 +304,8 @@ class Client:
                 endpoint.outstanding += 1
                 try:
                     await self._paces[endpoint].wait()
-                    await self._learn(endpoint)
+                    if not endpoint.is_learned:  # it was down at first
+                        await self._learn(endpoint)
                     if not endpoint.is_up.is_set():  # it died meanwhile
                         continue
                     return await self._post(endpoint, request, in_flight)
@@ -382,7 +383,7 @@ class Client:
         return replace(reply, seconds=time.monotonic() - sent)
 
     async def _learn(self, endpoint: Endpoint) -> None:
-        """Find out what a server takes, unless that is known: one that was down at first is asked when it is up."""
+        """Find out what a server takes, once for all requests that wait for it."""
         async with endpoint.learning:
             if not endpoint.is_learned:
                 server = self._config.server

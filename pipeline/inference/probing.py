@@ -38,7 +38,7 @@ async def learn_dialect(
             break
         message = chat_api.error_message(answer) if status != 200 else ""
         better = endpoint.dialect.after_refusal(message) if status in REFUSED_STATUSES else None
-        if better is None and message and not re.search("response_format|json_schema|schema|json_object", message):
+        if better is None and message and not re.search("response_format|schema|json_object", message):
             raise EngineError(f"{endpoint.url} refuses the first request: {message}", hint="check --base-url and --model")
         if better is None and server.enforced_schema:
             raise EngineError(

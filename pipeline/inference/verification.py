@@ -72,8 +72,13 @@ def build_claims(caption: str, sample_id: str, config: Config, revision: str) ->
     if generate.max_tokens < CLAIMS_TOKENS:
         generate = generate.model_copy(update={"max_tokens": CLAIMS_TOKENS})
     fields, shared_digest = shared_fields(CLAIMS, 0.0, generate, config.seed, revision, caption=caption)
+    return _without_image(fields, shared_digest, sample_id, "claims")
+
+
+def _without_image(fields: dict[str, Any], shared_digest: str, sample_id: str, style: str) -> Request:
+    """Return a request about a text; its id names no image, so equal texts of several images share one."""
     request_id = digest({"image": None, "pages": (), "about": shared_digest})
-    return Request(id=request_id, sample_id=sample_id, style="claims", images=(), pages=(), **fields)
+    return Request(id=request_id, sample_id=sample_id, style=style, images=(), pages=(), **fields)
 
 
 def read_claims(caption: str, config: Config, revision: str, journal: Journal) -> list[Claim]:
@@ -87,8 +92,7 @@ def build_repair(caption: str, answers: Sequence[tuple[str, str]], sample_id: st
     """Return the request for a caption without what these questions and answers contradict. It shows no image."""
     values = {"caption": caption, "answers": tuple(answers)}
     fields, shared_digest = shared_fields(REPAIR, 0.0, config.generate, config.seed, revision, **values)
-    request_id = digest({"image": None, "pages": (), "about": shared_digest})
-    return Request(id=request_id, sample_id=sample_id, style="repair", images=(), pages=(), **fields)
+    return _without_image(fields, shared_digest, sample_id, "repair")
 
 
 def read_repair(request: Request, journal: Journal) -> str | None:

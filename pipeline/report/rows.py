@@ -15,7 +15,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
 from pipeline.storage.files import open_table
-from pipeline.tables import PIXELS, SCORES
+from pipeline.tables import PIXELS, SCORE_NAMES
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.reasons import in_words
 
@@ -80,7 +80,6 @@ def _rejected(path: Path) -> Iterator[dict[str, Any]]:
 
 
 _TEXT_FIELDS = ("text", "question", "answer")
-_SCORES = tuple(dict.fromkeys(name for schema in SCORES.values() for name in schema.names))
 
 
 def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -138,7 +137,7 @@ def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[st
     entry: dict[str, Any] = {"content": content, "kind": visible(kind)} | shown
     if raw := {name: text for name, text in fields.items() if shown[name] != text}:
         entry["raw"] = {name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()}  # an edit starts from the raw text
-    scores = {name: annotation[name] for name in _SCORES if annotation.get(name) is not None}
+    scores = {name: annotation[name] for name in SCORE_NAMES if annotation.get(name) is not None}
     if scores:
         entry["scores"] = {name: round(score, 3) for name, score in scores.items()}
     if annotation.get("evidence_pages"):

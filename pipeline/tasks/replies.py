@@ -65,14 +65,14 @@ def object_within(text: str) -> dict[str, Any] | None:
 
     A server that does not enforce a schema puts fences, words or thoughts around it.
     """
-    said = text.rpartition("</think>")[2]
+    after_thoughts = text.rpartition("</think>")[2]
     position = -1
     for _ in range(MAX_BRACES):
-        position = said.find("{", position + 1)
+        position = after_thoughts.find("{", position + 1)
         if position < 0:
             return None
         try:
-            value, _ = _DECODER.raw_decode(said, position)
+            value, _ = _DECODER.raw_decode(after_thoughts, position)
         except (ValueError, RecursionError):
             continue
         return value if isinstance(value, dict) else None

@@ -1,7 +1,7 @@
 """Reasons in plain words: every rule of filter has words of its own, and an unknown reason is legible."""
 
 from pipeline.rules import RULES
-from pipeline.tables import SCORES
+from pipeline.tables import SCORE_NAMES
 from pipeline.text.reasons import IN_WORDS, SCORES_IN_WORDS, in_words
 
 
@@ -12,7 +12,7 @@ def test_every_rule_of_filter_is_said_in_words_of_its_own() -> None:
 
 
 def test_every_score_is_explained() -> None:
-    assert {*SCORES_IN_WORDS} == {name for schema in SCORES.values() for name in schema.names}
+    assert {*SCORES_IN_WORDS} == {*SCORE_NAMES}
 
 
 def test_an_unknown_reason_is_legible() -> None:
