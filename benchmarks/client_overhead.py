@@ -110,6 +110,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     from pipeline.inference.journal import Journal
     from pipeline.inference.queue import RequestStats, ask_about, read_annotations
     from pipeline.stages.validate import validate_annotations
+    from pipeline.types import SampleInfo
 
     config = resolve(
         source="folder:bench",
@@ -138,7 +139,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
         engine = lambda: stack.enter_context(Client("model", "m", config))  # noqa: E731
         for _ in ask_about(chunks(), config, "m", engine, journal, RequestStats(), contexts):
             pass
-        samples = ([(name, 1, None) for name in ids[start : start + 64]] for start in range(0, rows, 64))
+        samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
         for table in read_annotations(samples, config, "m", journal, contexts):
             kept += validate_annotations(table)["reason"].null_count

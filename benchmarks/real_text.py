@@ -50,6 +50,7 @@ def annotations(rows: list[dict[str, Any]]) -> pa.Table:
             task=task,
             style=style,
             prompt_id=f"{task}/v1",
+            schema="",
             system="",
             text="",
             images=(),

@@ -33,8 +33,7 @@ from pipeline.inference.requests import build_requests
 from pipeline.inference.vllm_server import Server
 from pipeline.progress import NullProgress
 from pipeline.sources.scenes import draw_sample
-from pipeline.tasks import wire_schema
-from pipeline.types import Request
+from pipeline.types import Request, SampleInfo
 
 IMAGE_TOKENS = 256
 SIDE_PX = 448
@@ -47,7 +46,7 @@ def body(request: Request, model: str) -> dict[str, object]:
     """Return the JSON body of a request, written by hand."""
     picture = {"url": f"data:image/png;base64,{base64.b64encode(request.images[0]).decode()}"}
     content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": request.text}]
-    schema = {"name": request.task, "schema": wire_schema(request.task), "strict": True}
+    schema = {"name": request.task, "schema": json.loads(request.schema), "strict": True}
     return {
         "model": model,
         "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
@@ -77,7 +76,7 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
         chunks = iter([images[start : start + 64] for start in range(0, len(images), 64)])
         for _ in ask_about(chunks, config, client.revision, lambda: client, journal, RequestStats()):
             pass
-        list(read_annotations([[(name, 1, None) for name, _ in images]], config, client.revision, journal))
+        list(read_annotations([[SampleInfo(name, 1) for name, _ in images]], config, client.revision, journal))
 
 
 def scenes(seed: int, count: int) -> Images:

@@ -1,5 +1,6 @@
 """Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -28,8 +29,11 @@ Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt templa
 MAX_SHOWN_CHARACTERS = 80
 CONTEXT = "context"  # the role of columns that prompts may use
 AT_SERVER = "@http"  # between the name of a judge and its address
+ANY_LANGUAGE = "any"
 JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#]+(/[^\s?#]*)?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
+FIELD = r"^[A-Za-z][A-Za-z0-9_]*$"
+NEED = r"^[a-z][a-z0-9_-]*$"
 BASE_URL = r"^https?://[^/\s?#]+(/[^\s?#]*)?$"
 HEADER = r"^[A-Za-z0-9-]+$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -43,6 +47,8 @@ PATTERNS = {  # what a value that does not match should be
     BASE_URL: "an address without a query, such as http://HOST:8000/v1",
     HEADER: "the name of a header",
     VARIABLE: "the name of an environment variable",
+    FIELD: "the name of a field: letters, digits and _",
+    NEED: "the name of a task or of a caption style",
     TITLE: "a title on one line",
     LICENSE: "the name of a license, such as cc-by-4.0",
 }
@@ -50,7 +56,7 @@ PATTERNS = {  # what a value that does not match should be
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "columns", "drop_context", "limit", "seed", "exclude", "tasks", "engine", "model",
+    ("source", "source_split", "columns", "drop_context", "limit", "seed", "exclude", "tasks", "own_tasks", "engine", "model",
      "generate", "filter", "verify", "dedupe", "balance", "split")
 )  # fmt: skip
 PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
@@ -99,6 +105,50 @@ def _pairs(values: Any) -> Any:
 StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
 # By name; as pairs, since settings of prompts are keys of caches.
 StylePrompts = Annotated[tuple[tuple[Style, StyleText], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
+
+
+Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
+
+
+def _json_text(value: Any) -> Any:
+    """Return a JSON schema as text, in which the order of its fields is kept; a text, which names a model, as it is."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+def _json_value(text: str | None) -> Any:
+    return json.loads(text) if text and text.startswith("{") else text
+
+
+# A JSON schema, or the `module:Model` of pydantic that has one. As text, since tasks are keys of caches.
+OutputSchema = Annotated[str, BeforeValidator(_json_text), PlainSerializer(_json_value)]
+Label = Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)]
+
+
+class TaskConfig(Section):
+    """A task of one's own: what is asked, the form of the reply, and what the dataset makes of it."""
+
+    name: Annotated[str, Field(pattern=TASK, max_length=40)]
+    kind: Kind  # captions and questions join those of `caption` and `qa`; the others fill a column of the task's name
+    prompt: Annotated[str, Field(pattern=r"\S", max_length=20_000)]  # a template; in a task's file also the path of one (.j2)
+    output: OutputSchema | None = None  # of a whole reply: a JSON schema, or module:Model; None: the usual one of the kind
+    field: Annotated[str, Field(pattern=FIELD)] | None = None  # of a reply that is the text or the value; None: its only one
+    rows: Annotated[str, Field(pattern=FIELD)] | None = None  # a list in the reply, each item of which is an annotation
+    labels: Distinct[Label] = ()  # the only ones that labels, or those of boxes, may be
+    needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()  # tasks or caption styles whose results the prompt uses
+    show_image: bool = True  # False: the prompt alone, with results of other tasks or columns of the source
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # None: generate.max_tokens
+    min_words: Annotated[int, Field(ge=1)] | None = None  # of a caption, a question or a text
+    max_words: Annotated[int, Field(ge=1)] | None = None
+    language: Annotated[str, Field(pattern=LANGUAGE)] | None = (
+        None  # of its texts; any; None: that of `filter`, if there is one
+    )
+    coordinates: Literal["pixels", "thousandths"] = "pixels"  # of boxes: of the image as the model sees it, or 0 to 1000
+
+
+def _named(entries: Any) -> Any:
+    """Return the names of own tasks, as far as they have one."""
+    return [entry.get("name") if isinstance(entry, dict) else getattr(entry, "name", None) for entry in entries or ()]
 
 
 class GenerateConfig(Section):
@@ -278,7 +328,8 @@ class Config(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
-    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)
+    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)  # own tasks are asked with or without being named
+    own_tasks: tuple[TaskConfig, ...] = ()
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
     base_url: Distinct[Annotated[str, Field(pattern=BASE_URL)]] = ()
@@ -289,6 +340,22 @@ class Config(Section):
     dedupe: DedupeConfig = DedupeConfig()
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_own_tasks(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("own_tasks"), list | tuple):
+            return values
+        names = [name for name in _named(values["own_tasks"]) if isinstance(name, str)]
+        asked = values.get("tasks") or ()
+        return values | {"tasks": [*asked, *(name for name in names if name not in asked)]} if names else values
+
+    @model_validator(mode="after")
+    def _names_own_tasks_apart(self) -> "Config":
+        names = [task.name for task in self.own_tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two own tasks have the name {twice[0]}")
+        return self
 
     @model_validator(mode="after")
     def _names_columns_that_a_row_can_hold(self) -> "Config":
@@ -336,9 +403,44 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
             values[name] |= value  # a section: keys that it does not name stay as in the file
         elif value is not None:
             values[name] = value
+    if not is_manifest or flags.get("own_tasks"):  # a manifest holds all of its tasks, and names no files
+        values = _with_task_files(values)
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
     return validate(Config, values)
+
+
+def _with_task_files(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which own tasks stand in full, where a path stood."""
+    entries = values.get("own_tasks")
+    if not isinstance(entries, list | tuple):
+        return values
+    return values | {
+        "own_tasks": [read_task(Path(e)) if isinstance(e, str | Path) else _with_texts(e, Path()) for e in entries]
+    }
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """Read a task of one's own from its file. Raises ConfigError if the file, or one that it names, cannot be read."""
+    return validate(
+        TaskConfig, _with_texts(read_yaml(path, "a line such as `kind: caption`"), path.parent), f"{path}: "
+    ).model_dump(exclude_unset=True)
+
+
+def _with_texts(task: Any, folder: Path) -> Any:
+    """Return a task with the texts of the template and the schema that it names as files."""
+    if not isinstance(task, dict):
+        return task
+    texts = {}
+    for key, suffix in (("prompt", ".j2"), ("output", ".json")):
+        name = task.get(key)
+        if isinstance(name, str) and name.endswith(suffix) and len(name.split()) == 1:
+            try:
+                text = (folder / name).read_text(encoding="utf-8")
+                texts[key] = json.loads(text) if suffix == ".json" else text
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"cannot read {folder / name}: {error}", hint=f"the {key} of a task names it") from None
+    return task | texts
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
@@ -367,6 +469,8 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else every_key)
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
         key = re.sub(r"\.\d+$", "", key)  # of an item of a list
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
         hint = f"`synth config --all` shows all settings; docs/settings.md explains {key}" if section is Config else every_key
         raise ConfigError(f"{where}bad value for {key}: {_flaw(first)}", hint=hint) from None
 
@@ -440,6 +544,9 @@ def _refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[s
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         values = settings.get(section)
         used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
+    for task in settings.get("own_tasks") or ():
+        if not isinstance(task, dict) or isinstance(task.get("output"), str):
+            raise ConfigError(f"the manifest {file} names Python code as the output of a task", hint=hint)
     verify = settings.get("verify")
     if isinstance(verify, dict) and AT_SERVER in str(verify.get("judge")):
         raise ConfigError(f"the manifest {file} names a judge's server, which would get your images and your key", hint=hint)

@@ -22,8 +22,10 @@ def canonical(value: Any) -> bytes:
 
 
 def annotation_digest(annotation: dict[str, Any]) -> str:
-    """Return the digest of an annotation's final text: that of a caption, or the question and answer of a pair."""
-    return digest([final_value(annotation, name) for name in ("text", "question", "answer")])
+    """Return the digest of an annotation's final text: that of a caption, the question and answer of a pair, or a record."""
+    record = final_value(annotation, "record")
+    of_own = [] if record is None else [annotation["task"], json.dumps(json.loads(record), sort_keys=True)]
+    return digest([final_value(annotation, name) for name in ("text", "question", "answer")] + of_own)
 
 
 def file_digest(path: Path) -> str:

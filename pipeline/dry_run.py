@@ -3,6 +3,7 @@
 The images go through the stages in a folder of their own; their replies stay in the journal for the real run.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pipeline.executors.base import describe_start, summarize_shards
 from pipeline.executors.local import LocalExecutor, run_locally
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats
+from pipeline.inference.queue import RequestStats, read_results
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import STAGES
@@ -27,6 +28,7 @@ from pipeline.sources import choose_image_kind, open_source, with_source_default
 from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
+from pipeline.text.values import in_short
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
@@ -115,7 +117,7 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
             rows.append(row)
             continue
         ids.add(row.id)
-        if all(journal.last(request.id) for request in build_requests(row.id, (), config, revision, row.context)):
+        if _is_answered(row, config, revision, journal):
             answered += 1
             filling += [row] if len(filling) < SAMPLED_IMAGES else []
         else:
@@ -126,13 +128,20 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
     return SampledRows([*rows, *filling[: SAMPLED_IMAGES - new]], new, answered)
 
 
+def _is_answered(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
+    """Return whether the journal has replies to all that can be asked about a sample by the results that are there."""
+    results = read_results(sample.id, config, revision, journal, sample.context)
+    return all(journal.last(request.id) for request in build_requests(sample.id, (), config, revision, sample.context, results))
+
+
 def _first_texts(dataset: DatasetDir) -> list[str]:
     """Return the first texts that all stages kept."""
 
     def texts() -> Iterator[str]:
-        for table in read_batches(dataset.stage("review"), ["final_text", "final_question", "final_answer"]):
+        for table in read_batches(dataset.stage("review"), ["final_text", "final_question", "final_answer", "final_record"]):
             for row in table.to_pylist():
-                yield visible(row["final_text"] or f"{row['final_question']} {row['final_answer']}")
+                own = row["final_record"] and in_short(json.loads(row["final_record"]))
+                yield visible(row["final_text"] or own or f"{row['final_question']} {row['final_answer']}")
 
     return [text for text, _ in zip(texts(), range(SHOWN_TEXTS), strict=False)] if dataset.stage("review").exists() else []
 

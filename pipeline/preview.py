@@ -1,5 +1,6 @@
 """`synth preview`: ask about a few images, and show them with their texts. The replies stay in the journal for the run."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +16,19 @@ from pipeline.errors import SourceError
 from pipeline.executors.base import describe_engine
 from pipeline.inference.engines import choose_engine, open_engine
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.requests import build_requests, check_prompts
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results
+from pipeline.inference.requests import build_requests, check_prompts, rounds
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.sources import open_source, with_source_defaults
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
+from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.text.escape import visible
-from pipeline.types import Rejected, Sample
+from pipeline.text.values import in_short
+from pipeline.types import Rejected, Request, Sample, SampleInfo
 
 THUMBNAIL_BYTES = 40_000
 
@@ -126,16 +129,15 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     ):
         chunk = [(sample.id, sample.images) for sample in samples.values()]
         contexts = {sample.id: sample.context for sample in samples.values()}
-        for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, contexts):
-            progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
+        for number in range(len(rounds(config))):
+            for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, contexts, number):
+                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
         images = [_read(sample, config, choice.revision, journal, stats.seconds or {}) for sample in samples.values()]
-    first = next(iter(samples))
-    prompts = {
-        f"{request.task} {request.style}".strip(): (request.system, request.text)
-        for request in build_requests(first, (), config, choice.revision, samples[first].context)
-    }
+        requests = _requests_of(next(iter(samples.values())), config, choice.revision, journal)
+    prompts = {f"{request.task} {request.style}".strip(): (request.system, request.text) for request in requests}
     generate = config.generate
-    described = describe_prompts(config.tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+    tasks = [find_task(name, config.own_tasks) for name in config.tasks]
+    described = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
     name = public_name(choice.model)
     where = describe_engine(config, choice)
     return Preview(config.source, name, where, described, prompts, images, folder.path, skipped)
@@ -143,10 +145,10 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
 
 def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
     replies = []
-    info = (sample.id, len(sample.images), sample.split)
+    info = SampleInfo(sample.id, len(sample.images), sample.split, sample.width_px, sample.height_px)
     (table,) = read_annotations([[info]], config, revision, journal, {sample.id: sample.context})
     texts = dict(_judged_texts(table, config))
-    for request in build_requests(sample.id, (), config, revision, sample.context):
+    for request in _requests_of(sample, config, revision, journal):
         last = journal.last(request.id)
         assert last is not None
         reply = last[0]
@@ -163,15 +165,22 @@ def _read(sample: Sample, config: Config, revision: str, journal: Journal, secon
     return PreviewImage(visible(sample.source_row), sample.images[0], sample.width_px, sample.height_px, replies)
 
 
+def _requests_of(sample: Sample, config: Config, revision: str, journal: Journal) -> list[Request]:
+    results = read_results(sample.id, config, revision, journal, sample.context)
+    return list(build_requests(sample.id, (), config, revision, sample.context, results))
+
+
 def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     """Yield, for each request, its texts with the reason for which validate or filter rejects them."""
-    validated = validate_annotations(table)
+    validated = validate_annotations(table, config.own_tasks)
     reasons = validated["reason"].to_pylist()
     grams = own_prompt_grams(tuple(config.tasks))
-    filtered = filter_annotations(validated.drop_columns(["reason"]), config.filter, grams)["reason"].to_pylist()
+    kept = validated.drop_columns(["reason"])
+    filtered = filter_annotations(kept, config.filter, grams, config.own_tasks)["reason"].to_pylist()
     texts: dict[str, list[tuple[str, str | None]]] = {}
     for row, invalid, unfit in zip(table.to_pylist(), reasons, filtered, strict=True):
-        text = row["text"] or " ".join(filter(None, (row["question"], row["answer"]))) or row["reply_text"] or ""
+        own = in_short(json.loads(row["record"])) if row["record"] else None
+        text = row["text"] or " ".join(filter(None, (row["question"], row["answer"]))) or own or row["reply_text"] or ""
         texts.setdefault(row["request_id"], []).append((visible(text), invalid or unfit))
     yield from texts.items()
 

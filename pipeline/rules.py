@@ -5,17 +5,21 @@ model's own texts. Each rule is a function of an annotation to True (reject). RU
 matches is the reason, so that counts by reason add up to the rejected rows.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.config import FilterConfig
+from pipeline.config import ANY_LANGUAGE, FilterConfig, TaskConfig
 from pipeline.tables import FILTERED, require_columns, with_reason
+from pipeline.tasks import TASKS
+from pipeline.tasks.base import texts_in
+from pipeline.tasks.own import JOINING, OwnTasks
 from pipeline.tasks.prompts import NOTES, PROMPT_VERSIONS, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
@@ -49,6 +53,7 @@ _HEDGE_WORDS = frozenset(
     ("appear", "appears", "possibly", "perhaps", "maybe", "might", "could", "seem", "seems", "unclear", "difficult", "hard")
 )
 REMEMBERED_TEXTS = 1 << 15
+MAX_RECORD_WORDS = 2000
 MIN_WORDS_FOR_REPETITION = 12
 MIN_WORDS_OF_A_SENTENCE = 4  # that must not be said twice
 MAX_EQUAL_PARTS = 5  # of a list: "a cat on the left, a cat on the right, ..."
@@ -70,7 +75,8 @@ class Scores(NamedTuple):
     clean_text: str | None
     clean_question: str | None
     clean_answer: str | None
-    word_count: int  # of a caption; else of the question
+    clean_record: str | None
+    word_count: int  # of a caption, else of the question; of a record, of all its texts
     answer_word_count: int
     duplicate_trigram_frac: float  # repeated 3-grams of words
     distinct_word_frac: float
@@ -100,6 +106,11 @@ class Subject:
     def is_caption(self) -> bool:
         """Whether it is a caption."""
         return self.scores.clean_text is not None
+
+    @property
+    def is_question(self) -> bool:
+        """Whether it is a question."""
+        return self.scores.clean_question is not None
 
 
 def is_refusal(of: Subject) -> bool:
@@ -140,12 +151,12 @@ def is_personal(of: Subject) -> bool:
 
 def is_too_short(of: Subject) -> bool:
     """Return True if a caption or a question has too few words."""
-    return of.scores.word_count < (of.config.min_caption_words if of.is_caption else of.config.min_question_words)
+    return of.scores.word_count < (of.config.min_question_words if of.is_question else of.config.min_caption_words)
 
 
 def is_too_long(of: Subject) -> bool:
     """Return True if a caption, a question or an answer has too many words; usually a repetition loop."""
-    most = of.config.max_caption_words if of.is_caption else of.config.max_question_words
+    most = of.config.max_question_words if of.is_question else of.config.max_caption_words
     return of.scores.word_count > most or of.scores.answer_word_count > of.config.max_answer_words
 
 
@@ -215,27 +226,59 @@ RULES: dict[str, Callable[[Subject], bool]] = {
     "answer_in_question": contains_answer,
     "speaks_of_elsewhere": refers_to_missing_context,
 }
+# Of a value that is neither caption nor question: it may be a word, a code, or what is written on a sign.
+RECORD_RULES = {name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")}
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 
 
-def filter_annotations(table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset()) -> pa.Table:
-    """Append the scores of each row (tables.FILTERED), and `reason`: the name of the first rule that rejects it."""
+def filter_annotations(
+    table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset(), own: OwnTasks = ()
+) -> pa.Table:
+    """Append the scores of each row (tables.FILTERED), and `reason`: the name of the first rule that rejects it.
+
+    `own` are the settings of the user's own tasks, which may have other bounds and another language.
+    """
     require_columns(table, "text", "question", "answer")
-    texts = (table[name].to_pylist() for name in ("text", "question", "answer"))
-    judged = [*map(_cached_judge(config, prompt_grams), *texts)]
+    texts = [table[name].to_pylist() for name in ("text", "question", "answer")]
+    if own:
+        judges = {task.name: _cached_judge(_config_of(task, config), prompt_grams) for task in own}
+        usual = _cached_judge(config, prompt_grams)
+        rows = zip(table["task"].to_pylist(), *texts, table["record"].to_pylist(), strict=True)
+        judged = [judges.get(task, usual)(*row) for task, *row in rows]
+    else:
+        judged = [*map(_cached_judge(config, prompt_grams), *texts)]
     columns = zip(*(scores for scores, _ in judged), strict=True) if judged else ([] for _ in FILTERED)
     for field, values in zip(FILTERED, columns, strict=True):
         table = table.append_column(field, pa.array(values, field.type))
     return with_reason(table, [reason for _, reason in judged])
 
 
-@lru_cache(1)
+@lru_cache(64)
+def _config_of(task: TaskConfig, config: FilterConfig) -> FilterConfig:
+    """Return the bounds of an own task: but for captions and questions there are none by default."""
+    kind = "question" if task.kind == "question" else "caption"
+    bounds = {f"min_{kind}_words": task.min_words, f"max_{kind}_words": task.max_words}
+    changes: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
+    if task.kind not in JOINING:
+        changes = {"min_caption_words": 1, "max_caption_words": MAX_RECORD_WORDS, "language": None} | changes
+        if task.kind != "text":
+            changes["min_caption_words"] = 0
+    if task.language:
+        changes["language"] = None if task.language == ANY_LANGUAGE else task.language
+    return config.model_copy(update=changes)
+
+
+@lru_cache(32)
 def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tuple[Scores, str | None]]:
-    """Return a function of (text, question, answer) that caches its results: questions and answers repeat."""
+    """Return a function of (text, question, answer, record) that caches its results: questions and answers repeat."""
     measure = lru_cache(REMEMBERED_TEXTS)(_measure)
 
     @lru_cache(REMEMBERED_TEXTS)
-    def judge(text: str | None, question: str | None, answer: str | None) -> tuple[Scores, str | None]:
+    def judge(
+        text: str | None, question: str | None, answer: str | None, record: str | None = None
+    ) -> tuple[Scores, str | None]:
+        if record is not None:
+            return _judge_record(record, measure, config, prompt_grams)
         clean_text, text_redactions = _clean(text, strip=True)
         clean_question, question_redactions = _clean(question)
         clean_answer, answer_redactions = _clean(answer)
@@ -247,6 +290,7 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
             clean_text,
             clean_question,
             clean_answer,
+            None,
             count_words(clean_text or clean_question or "", words),
             answer_words,
             repeats,
@@ -266,10 +310,40 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
     return judge
 
 
+def _judge_record(
+    record: str, measure: Callable[..., tuple[Words, Any]], config: FilterConfig, prompt_grams: Grams
+) -> tuple[Scores, str | None]:
+    """Return the scores of a value of a user's own task (JSON), with its texts redacted, and why it is rejected."""
+    clean, redactions = _redact_within(json.loads(record))
+    parts = list(texts_in(clean))
+    joined = " ".join(parts)
+    words, measures = measure(joined, config.language)
+    clean_record = json.dumps(clean, ensure_ascii=False) if redactions else record
+    repeats, distinct, hedges, name, certainty, non_latin = measures
+    count = count_words(joined, words)
+    scores = Scores(None, None, None, clean_record, count, 0, repeats, distinct, hedges, redactions, name, certainty, non_latin)
+    subject = Subject(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
+    return scores, next((name for name, rejects in RECORD_RULES.items() if rejects(subject)), None)
+
+
+def _redact_within(value: Any) -> tuple[Any, int]:
+    """Return a value of JSON with personal data masked in its texts, and how often."""
+    if isinstance(value, str):
+        clean, count = redact(value)
+        return clean, count
+    if isinstance(value, dict | list):
+        inner = [_redact_within(one) for one in (value.values() if isinstance(value, dict) else value)]
+        cleaned = [clean for clean, _ in inner]
+        redactions = sum(count for _, count in inner)
+        return dict(zip(value, cleaned, strict=True)) if isinstance(value, dict) else cleaned, redactions
+    return value, 0
+
+
 @lru_cache(4)
 def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
     """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
-    texts = [text for version in PROMPT_VERSIONS for text in prompt_texts(tasks, None, version).values()]
+    built_in = [TASKS[name] for name in tasks if name in TASKS]
+    texts = [text for version in PROMPT_VERSIONS for text in prompt_texts(built_in, None, version).values()]
     return artifacts.prompt_grams([*texts, NOTES])
 
 

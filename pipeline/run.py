@@ -88,7 +88,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                     hint="name the dataset folder that the report was made of",
                 )
             merged = merge_reviews(before, [review for review, _ in new], rows)
-            for name, flaw in check_edits(merged, rows).items():
+            for name, flaw in check_edits(merged, rows, config.own_tasks).items():
                 review, from_file = merged[name], {review.resulting_name: path for review, path in new}
                 text = review.text or f"{review.question} {review.answer}"
                 path = from_file.get(review.resulting_name, dataset.reviews)

@@ -4,7 +4,8 @@ Columns are grouped by the stage that fills them; a later stage writes a new col
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +30,8 @@ OLD_COLUMNS = {
     "review": "mark",
     "content_digest": "content",
 }
+# Columns of stage files that earlier releases did not write: null there.
+ADDED_COLUMNS = {"record": pa.string(), "clean_record": pa.string()}
 SPLITS = ("train", "validation", "test")
 SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # the higher, the more an image is held out
 
@@ -77,6 +80,7 @@ ANNOTATION = pa.schema(
         *fields(STRING, "text", "question", "answer", "answer_type"),
         pa.field("evidence_pages", PAGES),  # of deck_qa
         pa.field("expression", STRING),
+        pa.field("record", STRING),  # the value of an own task, as JSON, that is neither caption nor question
         pa.field("pages", INT32, nullable=False),  # how many the sample has
         pa.field("source_split", STRING),  # of the sample, as given by the source, else null
         pa.field("reply_error", STRING),  # why the reply could not be parsed; else null
@@ -87,7 +91,7 @@ ANNOTATION = pa.schema(
 # filter: the cleaned texts, and their measures
 FILTERED = pa.schema(
     [
-        *fields(STRING, "clean_text", "clean_question", "clean_answer"),
+        *fields(STRING, "clean_text", "clean_question", "clean_answer", "clean_record"),
         *fields(INT32, "word_count", "answer_word_count", nullable=False),  # of the caption or the question; of the answer
         *fields(FLOAT32, "duplicate_trigram_frac", "distinct_word_frac", nullable=False),
         *fields(INT32, "hedge_count", "redaction_count", nullable=False),
@@ -158,7 +162,7 @@ EVIDENCE = pa.field("evidence_pages", PAGES)
 REVIEW = pa.struct([*fields(STRING, "mark", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)])
 FINAL = pa.schema(
     [
-        *fields(STRING, "final_text", "final_question", "final_answer"),
+        *fields(STRING, "final_text", "final_question", "final_answer", "final_record"),
         pa.field("final_evidence_pages", PAGES),
         *fields(STRING, "final_expression", "final_prompt_id", "final_pair_id"),
     ]
@@ -201,12 +205,44 @@ PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 OPTIONAL = (*PIXELS, "context", "reference_qa", "facts", "page_facts")
 
 
-def row_schema(columns: Iterable[str], scores: Collection[str] = (), context: Sequence[str] = ()) -> pa.Schema:
-    """Return the schema of the rows of a version with these columns, scores of annotations, and fields of `context`."""
-    of_context = pa.field("context", pa.struct(fields(STRING, *context)))
-    return pa.schema(
-        [of_context if name == "context" and context else _with_scores(ROW.field(name), scores) for name in columns]
-    )
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What the rows of a version have beside the columns of ROW."""
+
+    scores: tuple[str, ...] = ()  # of annotations (SCORES)
+    context: tuple[str, ...] = ()  # fields of the column `context`
+    own: tuple["OwnColumn", ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns that rows may have, in order."""
+        return [*ROW.names, *(column.name for column in self.own)]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnColumn:
+    """The column of a user's own task."""
+
+    name: str
+    type: pa.DataType
+    kind: str  # as settings name it: labels, boxes, text or record
+    is_list: bool  # of annotations; else it holds one
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says of it beside its type."""
+        return {"kind": self.kind, "is_list": self.is_list}
+
+
+NO_EXTRAS = Extras()
+
+
+def row_schema(columns: Iterable[str], extras: Extras = NO_EXTRAS) -> pa.Schema:
+    """Return the schema of the rows of a version with these columns."""
+    known = {name: _with_scores(ROW.field(name), extras.scores) for name in ROW.names}
+    known |= {column.name: pa.field(column.name, column.type) for column in extras.own}
+    if extras.context:
+        known["context"] = pa.field("context", pa.struct(fields(STRING, *extras.context)))
+    return pa.schema([known[name] for name in columns])
 
 
 def _with_scores(field: pa.Field, scores: Collection[str]) -> pa.Field:
@@ -262,6 +298,18 @@ def features(schema: pa.Schema) -> dict[str, Any]:
 def with_features(schema: pa.Schema) -> pa.Schema:
     """Attach `features` to a schema under the key that `datasets` reads."""
     return schema.with_metadata({b"huggingface": json.dumps({"info": {"features": features(schema)}}).encode()})
+
+
+def arrow_type_of(feature: Any) -> pa.DataType:
+    """Return the type that `features` described so. Raise ValueError for a type that no column of an own task has."""
+    if "_type" not in feature:
+        return pa.struct([pa.field(name, arrow_type_of(inner)) for name, inner in feature.items()])
+    if feature["_type"] == "List":
+        return pa.list_(arrow_type_of(feature["feature"]))
+    for kind in (STRING, INT64, FLOAT64, BOOL):
+        if feature == _feature(kind):
+            return kind
+    raise ValueError(f"no type of a value: {feature}")
 
 
 def _feature(kind: pa.DataType) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Context = tuple[tuple[str, str], ...]  # names of columns of the source, with their values of one row
 
@@ -41,7 +41,16 @@ class Sample:
 
 
 SampleBatch = Sequence[tuple[str, tuple[bytes, ...]]]  # (sample_id, images) of some samples
-SampleInfo = Sequence[tuple[str, int, str | None]]  # (sample_id, number of pages, split given by the source)
+
+
+class SampleInfo(NamedTuple):
+    """What the annotations of a sample are read with."""
+
+    sample_id: str
+    pages: int
+    source_split: str | None = None
+    width_px: int = 0  # of the first page, upright
+    height_px: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +117,7 @@ class Request:
     prompt_id: str
     system: str
     text: str
+    schema: str  # of the reply, as JSON
     images: tuple[bytes, ...]
     sampling: Sampling
     pages: tuple[int, ...] | None = None  # which of the sample's images these are, counted from 1; None: all of them

@@ -18,7 +18,7 @@ from pipeline.scenes.text import STYLES, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
 from pipeline.storage.files import scratch_folder
-from pipeline.tables import LEDGER, SAMPLE
+from pipeline.tables import LEDGER, NO_EXTRAS, SAMPLE, Extras
 from pipeline.types import Sample
 
 PROVENANCE: dict[str, Any] = {
@@ -80,12 +80,11 @@ def make_version(
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
-    scores: Sequence[str] = (),
-    context: Sequence[str] = (),
+    extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
 ) -> tuple[Version, bool]:
-    """Write the samples as the next version of a dataset folder; `scores` are columns of the annotations."""
+    """Write the samples as the next version of a dataset folder; scores are columns of the annotations."""
     annotations = true_captions(samples) if annotations is None else annotations
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
@@ -98,8 +97,7 @@ def make_version(
         funnel,
         source,
         provenance,
-        scores,
-        context,
+        extras,
         decks=decks,
     )
 
@@ -112,16 +110,15 @@ def publish_rows(
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
-    scores: Sequence[str] = (),
-    context: Sequence[str] = (),
+    extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
     """Write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
-    tables = build_rows(annotations, batches, source, rows, scores, context, decks=decks)
-    return publish_tables(folder, tables, rows, ledger, funnel, provenance, scores, context)
+    tables = build_rows(annotations, batches, source, rows, extras, decks=decks)
+    return publish_tables(folder, tables, rows, ledger, funnel, provenance, extras)
 
 
 def publish_tables(
@@ -131,12 +128,11 @@ def publish_tables(
     ledger: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = PROVENANCE,
-    scores: Sequence[str] = (),
-    context: Sequence[str] = (),
+    extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
     """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:
-        writer = RowWriter(draft / "rows", scores, context)
+        writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
         for table in tables:
             writer.add(table)
@@ -151,8 +147,7 @@ def content_of(writer: RowWriter, rows: Rows) -> Content:
     digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
     return Content(
         writer.columns,
-        [*writer.scores],
-        [*writer.context],
+        writer.extras,
         digests,
         writer.counts(),
         files,

@@ -28,10 +28,10 @@ FILES = {
         slidevqa vqav2""",
     "pipeline/stages": "__init__ ask_checks balance base dedupe filter generate review source split validate verify version",
     "pipeline/storage": "__init__ database files lock object_store untrusted",
-    "pipeline/tasks": """__init__ answer arithmetic base caption claims covers deck_qa prompts qa rate repair
-        replies""",
+    "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa output_schema own prompts qa
+        rate repair replies""",
     "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize pii questions reasons "
-    "refusals spelling vqa_answers",
+    "refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ checkpoint config data distributed evaluate features generate image_index metrics
         optimizer tokenizer train vqa""",

@@ -140,12 +140,12 @@ def config(
 def init(
     folder: Annotated[Path | None, Argument(**LOCAL_PATH, help="Folder to write to.", show_default="this one")] = None,
 ) -> None:
-    """Write a commented synth.yaml and a folder of prompts to change."""
+    """Write a commented synth.yaml, a folder of prompts to change, and one of examples for tasks of your own."""
     from pipeline.project import write_project
 
-    settings, prompts = write_project(folder or Path())
-    echo(settings)
-    echo(prompts)
+    settings, *folders = write_project(folder or Path())
+    for path in (settings, *folders):
+        echo(path)
     say(f"next: edit them, then run: synth preview --config {settings}")
 
 

@@ -106,6 +106,14 @@ def run_settings(
             rich_help_panel=TEXTS,
         ),
     ] = None,
+    task: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FILE",
+            help="A task of your own, in YAML; may be given several times. Without --tasks, nothing else is asked.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
     language: Annotated[
         str | None,
         Option(
@@ -269,6 +277,7 @@ def run_settings(
         "limit": ("--limit", limit),
         "license": ("--license", license_),
         "tasks": ("--tasks", tasks.split(",") if tasks else None),
+        "own_tasks": ("--task", task or None),
         "filter": ("--language", {"language": None if language == "any" else language} if language else None),
         "generate": ("", generate or None),
         "split": ("--group-by", {"group_by": group_by} if group_by else None),

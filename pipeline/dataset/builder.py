@@ -4,7 +4,8 @@ The digest of a version does not depend on the order of its rows.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from pipeline.errors import TableError
 from pipeline.storage.files import open_parquet, write_json, write_table, write_text
 from pipeline.tables import (
     LEDGER,
+    NO_EXTRAS,
     OPTIONAL,
     PIXELS,
     REVIEWED,
-    ROW,
     SCORE_COLUMNS,
     SCORE_NAMES,
     SPLITS,
     TABLE_VERSION,
+    Extras,
+    OwnColumn,
     features,
     final_column,
     row_schema,
@@ -71,22 +74,20 @@ def build_rows(
     samples: Iterable[pa.RecordBatch],
     source: str,
     rows: Rows,
-    scores: Collection[str] = (),
-    context: Sequence[str] = (),
+    extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
     """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (tables.ROW) with their `split`.
 
-    `rows` receives digests and statistics. `scores` are those that annotations get (tables.SCORES), and `context` names the
-    fields of that column. With `decks`, a sample is a document, though it may have one page only. Raise TableError if
-    annotations belong to no sample, or are not in the order of the samples.
+    `rows` receives digests and statistics. With `decks`, a sample is a document, though it may have one page only. Raise
+    TableError if annotations belong to no sample, or are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
-    schema = with_split(row_schema(ROW.names, scores, context))
+    schema = with_split(row_schema(extras.columns, extras))
     for batch in samples:
         of_batch = reader.take(batch["sample_id"])
-        table = _join(pa.Table.from_batches([batch]), of_batch, source, schema, decks=decks)
+        table = _join(pa.Table.from_batches([batch]), of_batch, source, schema, extras, decks=decks)
         is_left = pc.is_valid(table["split"])
         rows.rejected += table.filter(pc.invert(is_left))["sample_id"].to_pylist()
         table = table.filter(is_left).combine_chunks()
@@ -116,7 +117,7 @@ class _AnnotationReader:
         return pa.concat_tables(tables) if tables else pa.table({"sample_id": pa.array([], pa.string())})
 
 
-def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Schema, *, decks: bool) -> pa.Table:
+def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Schema, extras: Extras, *, decks: bool) -> pa.Table:
     """Return the rows of some samples; `split` is null for those that have no annotation."""
     count = samples.num_rows
     owner = pc.index_in(annotations["sample_id"], samples["sample_id"].combine_chunks()).to_numpy()
@@ -127,7 +128,10 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
     is_deck = np.full(count, decks) | (np.diff(offsets) > 1)
     first_pages = stored.take(pa.array(offsets[:-1], mask=is_deck))
     pages = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
-    is_caption = pc.is_valid(final_column(annotations, "text", pa.string())).to_numpy(zero_copy_only=False)
+    is_caption, is_question = (
+        pc.is_valid(final_column(annotations, name, pa.string())).to_numpy(zero_copy_only=False)
+        for name in ("text", "question")
+    )
     splits = final_column(annotations, "split", pa.string()).combine_chunks()
     first_of_sample = np.full(count, -1)
     first_of_sample[owner[::-1]] = np.arange(len(owner))[::-1]
@@ -137,12 +141,26 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
         "source": pa.array([source] * count, pa.string()),
         "context": _context(samples, schema.field("context").type),
         "captions": _group_annotations(annotations, owner, is_caption, count, schema.field("captions").type),
-        "qa": _group_annotations(annotations, owner, ~is_caption, count, schema.field("qa").type),
+        "qa": _group_annotations(annotations, owner, is_question, count, schema.field("qa").type),
         "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
+        **{column.name: _own_values(annotations, owner, count, column) for column in extras.own},
     }
     others = {kind.name: final_column(samples, kind.name, kind.type) for kind in schema if kind.name not in computed}
     columns = computed | others
     return pa.table([columns[kind.name].cast(kind.type) for kind in schema], schema=schema)
+
+
+def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn) -> pa.Array:
+    """Return the values of an own task for each of `count` samples: one, or null, or a list."""
+    is_one = pc.equal(annotations["task"], column.name) if annotations.num_rows else pa.array([], pa.bool_())
+    records = final_column(annotations.filter(is_one), "record", pa.string()).to_pylist()
+    values: list[Any] = [[] if column.is_list else None for _ in range(count)]
+    for index, record in zip(owner[is_one.to_numpy(zero_copy_only=False)].tolist(), records, strict=True):
+        if column.is_list:
+            values[index].append(json.loads(record))
+        else:
+            values[index] = json.loads(record)
+    return pa.array(values, column.type)
 
 
 def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:
@@ -181,7 +199,7 @@ def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: 
 
     Rows are ordered by id.
     """
-    parts = [TABLE_VERSION, columns, *([scores] if scores else [])]
+    parts = [TABLE_VERSION, columns, *([[*scores]] if scores else [])]
     content = hashlib.sha256(canonical(parts)[:-1] + b",[")
     for n, row in enumerate(rows):
         content.update((b"," if n else b"") + canonical(row))
@@ -207,8 +225,7 @@ class RowWriter:
     """Writes rows to the Parquet files of a folder, each split to its own."""
 
     path: Path
-    scores: Sequence[str] = ()
-    context: Sequence[str] = ()
+    extras: Extras = NO_EXTRAS
     columns: list[str] = field(default_factory=list)
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
@@ -216,7 +233,9 @@ class RowWriter:
         """Write rows, as `build_rows` yields them. Raise TableError if some samples have a column that the first have not."""
         if not table.num_rows:
             return
-        self.columns = self.columns or [n for n in ROW.names if n not in OPTIONAL or table[n].null_count < table.num_rows]
+        self.columns = self.columns or [
+            n for n in self.extras.columns if n not in OPTIONAL or table[n].null_count < table.num_rows
+        ]
         if lost := [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]:
             hint = "a source fills such a column always or never"
             raise TableError(f"some samples have {', '.join(lost)} and the first ones have not", hint=hint)
@@ -228,7 +247,7 @@ class RowWriter:
             of_split = table.filter(pc.equal(table["split"], split))
             if of_split.num_rows:
                 if split not in self._writers:
-                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns, self.scores, self.context))
+                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns, self.extras))
                 self._writers[split].add(of_split)
 
     def counts(self) -> dict[str, int]:
@@ -247,8 +266,7 @@ class Content:
     """The rows of a version, as written to files."""
 
     columns: list[str]
-    scores: list[str]
-    context: list[str]
+    extras: Extras
     digests: pa.Table  # DIGESTS, ordered by id
     rows: dict[str, int]  # by split
     files: list[tuple[Path, str, dict[str, Any]]]  # path, name and manifest entry of each Parquet file
@@ -275,10 +293,11 @@ def publish_version(
         raise TableError("no row is left to make a version of", hint=hint)
     parent = next(reversed(dataset.versions()), None)
     pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
-    content_digest = version_digest(pairs, content.columns, content.scores)
+    content_digest = version_digest(pairs, content.columns, content.extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
         return parent, False
-    schema = row_schema(content.columns, content.scores, content.context)
+    extras = content.extras
+    schema = row_schema(content.columns, extras)
     name = next_version(parent, content.digests["sample_id"], schema)
     write_table(draft / LEDGER_FILE, rejections, LEDGER)
     manifest = {
@@ -287,8 +306,9 @@ def publish_version(
         "parent": parent.name if parent else None,
         "table_version": TABLE_VERSION,
         "columns": content.columns,
-        **({"scores": content.scores} if content.scores else {}),
-        **({"context": content.context} if content.context else {}),
+        **({"scores": [*extras.scores]} if extras.scores else {}),
+        **({"context": [*extras.context]} if extras.context else {}),
+        **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
         "features": features(schema),
         "licences": content.licenses,
         "rows": content.rows,

@@ -10,9 +10,11 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.errors import StoreError
-from pipeline.tasks import find_task
+from pipeline.tasks import TASKS
+from pipeline.tasks.own import CARD_CATEGORIES
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
 from pipeline.text.reasons import SCORES_IN_WORDS
+from pipeline.text.values import in_short
 
 CARD_SAMPLES = 5
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
@@ -56,7 +58,7 @@ def _render(template: str, header: dict[str, Any], **values: Any) -> str:
         autoescape=False,  # noqa: S701  # that is for HTML: `finalize` escapes every value for Markdown
         finalize=markdown,
     )
-    jinja.filters |= {"code": markdown_code, "block": markdown_block, "as_json": _as_json}
+    jinja.filters |= {"code": markdown_code, "block": markdown_block, "as_json": _as_json, "in_short": in_short}
     try:
         body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:
@@ -93,7 +95,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest)),
         **({"language": [language]} if (language := _language(manifest)) else {}),
-        "task_categories": [category for task in manifest["config"]["tasks"] if (category := find_task(task).card_category)],
+        "task_categories": _categories(manifest["config"]),
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
         "annotations_creators": ["machine-generated"],
         "language_creators": ["machine-generated"],
@@ -107,6 +109,13 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
             "dataset_size": sum(sizes.values()),
         },
     }
+
+
+def _categories(settings: dict[str, Any]) -> list[str]:
+    """Return the task categories of a dataset, each once."""
+    built_in = [TASKS[name].card_category for name in settings["tasks"] if name in TASKS]
+    own = [CARD_CATEGORIES.get(str(task.get("kind"))) for task in settings.get("own_tasks", [])]
+    return list(dict.fromkeys(category for category in [*built_in, *own] if category))
 
 
 def card_licenses(manifest: dict[str, Any]) -> list[str]:

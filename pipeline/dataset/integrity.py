@@ -8,13 +8,12 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, first_rows, publish
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows, publish
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import scratch_folder, write_json, write_text
-from pipeline.tables import PIXELS, ROW, TABLE_VERSION
+from pipeline.tables import PIXELS, TABLE_VERSION
 
-_TEXT_COLUMNS = [name for name in ROW.names if name not in PIXELS]
 ROWS_AT_ONCE = 1024
 
 
@@ -41,16 +40,17 @@ def content_digest(version: Version) -> str:
     """
     manifest = version.manifest
     stored = {*manifest["columns"]}
-    columns = [name for name in ROW.names if name in stored | {*manifest.get("pixel_columns", ())}]
-    scores = manifest.get("scores", [])
+    extras = extras_of(manifest)
+    columns = [name for name in extras.columns if name in stored | {*manifest.get("pixel_columns", ())}]
+    texts = [name for name in extras.columns if name not in PIXELS]
     tables = [DIGESTS.empty_table()]
-    for split, batch in version.batches([name for name in _TEXT_COLUMNS if name in stored], ROWS_AT_ONCE):
+    for split, batch in version.batches([name for name in texts if name in stored], ROWS_AT_ONCE):
         rows = batch.to_pylist()
-        of_batch = [row_digest({name: row.get(name) for name in _TEXT_COLUMNS} | {"split": split}) for row in rows]
+        of_batch = [row_digest({name: row.get(name) for name in texts} | {"split": split}) for row in rows]
         tables.append(pa.table([batch["sample_id"], pa.array(of_batch, pa.string())], schema=DIGESTS))
     ordered = pa.concat_tables(tables).sort_by("sample_id")
     digests = zip(ordered["sample_id"].to_pylist(), ordered["digest"].to_pylist(), strict=True)
-    return version_digest(digests, columns, scores)
+    return version_digest(digests, columns, extras.scores)
 
 
 def find_damage(version: Version) -> list[str]:

@@ -6,8 +6,10 @@ from typing import Any
 from pipeline.config import AT_SERVER, Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
-from pipeline.tables import RUBRIC
-from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, wire_schema
+from pipeline.tables import RUBRIC, Extras
+from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
+from pipeline.tasks.base import Task
+from pipeline.tasks.own import own_columns, publishable_task
 from pipeline.tasks.prompts import prompt_texts
 
 
@@ -22,7 +24,7 @@ class StageSummary:
     rejected: dict[str, int] = field(default_factory=dict)
 
 
-def asked_tasks(config: Config) -> tuple[str, ...]:
+def asked_tasks(config: Config) -> tuple[Task, ...]:
     """Return the tasks of a run, including those by which checks ask the model."""
     checks = set(config.verify.checks)
     asked = {
@@ -32,7 +34,8 @@ def asked_tasks(config: Config) -> tuple[str, ...]:
         COVERS: "covers" in checks,
         RATE: config.verify.judge,
     }
-    return (*config.tasks, *(task for task, is_asked in asked.items() if is_asked))
+    named = (find_task(name, config.own_tasks) for name in config.tasks)
+    return (*named, *(task for task, is_asked in asked.items() if is_asked))
 
 
 def measured_scores(config: Config) -> list[str]:
@@ -45,6 +48,11 @@ def measured_scores(config: Config) -> list[str]:
     return [score for score, is_measured in measured.items() if is_measured] + [*(RUBRIC if config.verify.judge else ())]
 
 
+def row_extras(config: Config) -> Extras:
+    """Return what the rows of a run have beside the usual columns."""
+    return Extras(tuple(measured_scores(config)), config.published_context, tuple(own_columns(config.own_tasks)))
+
+
 def describe_run(
     config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
 ) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def describe_run(
         "source": {name: source[name] for name in ("name", "revision")},
         "model": model,
         "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts),
-        "schemas": {task: wire_schema(task) for task in tasks},
+        "schemas": {task.name: wire_schema(task) for task in tasks},
         "config": publishable_settings(config, source["name"], model["name"]),
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics,
@@ -93,6 +101,9 @@ def publishable_settings(config: Config, source: str, model: str) -> dict[str, A
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
+    settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
+    if not config.own_tasks:
+        del settings["own_tasks"]  # manifests without any are as they ever were
     if config.balance.entries:
         settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.builder import RowWriter, with_split
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, publish, read_version, schema_of
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, publish, read_version
 from pipeline.errors import StoreError
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import scratch_folder, write_json
 from pipeline.storage.untrusted import read_regular
-from pipeline.tables import PIXELS, ROW, features
+from pipeline.tables import PIXELS, features, row_schema
 
 BATCH_ROWS = 64
 Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
@@ -43,9 +43,9 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
     count = len(rows)
     with scratch_folder(home) as draft:
         columns = {*version.manifest["columns"], *version.manifest["pixel_columns"]}
-        manifest = version.manifest | {"columns": [name for name in ROW.names if name in columns]}
-        writer = RowWriter(draft, manifest.get("scores", ()), manifest.get("context", ()), manifest["columns"])
-        schema = with_split(schema_of(manifest | {"columns": ROW.names}))
+        extras = extras_of(version.manifest)
+        writer = RowWriter(draft, extras, [name for name in extras.columns if name in columns])
+        schema = with_split(row_schema(extras.columns, extras))
         for pending in _joined_rows(rows, images):
             writer.write(pa.Table.from_pylist(pending, schema=schema))
         files = {name: {key: entry[key] for key in ("sha256", "bytes")} for name, entry in writer.close().items()}

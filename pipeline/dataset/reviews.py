@@ -16,7 +16,8 @@ from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import final_value
-from pipeline.tasks import find_broken_rule
+from pipeline.tasks import find_broken_rule, find_task
+from pipeline.tasks.own import OwnTasks
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
 REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
@@ -118,23 +119,25 @@ def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotat
     return merged
 
 
-def check_edits(marks: dict[TextName, Review], rows: Annotations) -> dict[TextName, str]:
+def check_edits(marks: dict[TextName, Review], rows: Annotations, own: OwnTasks = ()) -> dict[TextName, str]:
     """Return the flaws of edits of existing texts: a rule of the task is broken, or another text says the same."""
     edits = {name: review for name, review in marks.items() if review.mark == "edited" and name in rows}
-    flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name]))}
+    flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], own))}
     kept = (name for name in rows if name not in marks or marks[name].mark != "bad")
     counts = Counter(edits[name].resulting_name if name in edits else name for name in kept)
     repeated = [name for name, review in edits.items() if counts[review.resulting_name] > 1]
     return flaws | dict.fromkeys(repeated, "another text of this image says the same")
 
 
-def check_edit(mark: Review, row: dict[str, Any]) -> str | None:
+def check_edit(mark: Review, row: dict[str, Any], own: OwnTasks = ()) -> str | None:
     """Return the flaw of an annotation (tables.ANNOTATION) after an edit, or None."""
+    if final_value(row, "record") is not None:
+        return "the values of a task of one's own can be marked as good or bad, and not edited"
     is_caption = final_value(row, "text") is not None
     if (mark.text is None) == is_caption:
         return f"it is about a {'caption' if is_caption else 'question'}, and its new words are of another kind"
     fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(mark.words)
-    return find_broken_rule(row["task"], fields, row["pages"])
+    return find_broken_rule(find_task(row["task"], own), fields, row["pages"])
 
 
 def text_name(row: dict[str, Any]) -> TextName:

@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from pipeline.tables import PIXELS, ROW, SCORE_NAMES, SPLITS
+from pipeline.tables import PIXELS, ROW, SCORE_NAMES, SPLITS, arrow_type_of
 
 MAX_NAME = 1000  # characters
 MAX_DEPTH = 40  # of nested values
 Name = Annotated[str, StringConstraints(max_length=MAX_NAME)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
+OwnColumnName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
@@ -47,6 +48,15 @@ class Step(_Part):
     rejected: dict[Name, Count]
 
 
+class OwnColumnEntry(BaseModel):
+    """What a manifest says of a column of a user's own task."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    kind: Name
+    is_list: bool
+
+
 class Settings(_Part):
     """The settings of the run: those that cards and checks read."""
 
@@ -80,6 +90,7 @@ class Manifest(_Part):
     pixel_columns: list[Name] = []
     scores: list[Name] = []
     context: list[Name] = []
+    own_columns: dict[OwnColumnName, OwnColumnEntry] = {}
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
 
@@ -87,7 +98,14 @@ class Manifest(_Part):
     def _names_only_what_a_version_has(self) -> "Manifest":
         if strange := [name for name in self.files if not _SHARD.fullmatch(name)]:
             raise ValueError(f"names files that are no shards: {strange[0]!r}")  # nothing else may be read or published
-        unknown = [name for name in self.columns if name not in ROW.names]
+        if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:
+            raise ValueError(f"has a feature that is none: {strange[0]!r}")
+        if strange := [name for name in self.own_columns if name in (*ROW.names, "split") or name not in self.features]:
+            raise ValueError(f"has an own column that cannot be: {strange[0]!r}")
+        for name in self.own_columns:
+            arrow_type_of(self.features[name])
+        unknown = [name for name in self.columns if name not in {*ROW.names, *self.own_columns}]
+        unknown += [name for name in self.own_columns if name not in self.columns]
         unknown += [name for name in self.pixel_columns if name not in PIXELS]
         if unknown or len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
             raise ValueError(f"has other columns than a version: {(unknown or self.columns)[0]!r}")
@@ -95,8 +113,6 @@ class Manifest(_Part):
             raise ValueError("has a context that is not that of its columns")
         if strange := [name for name in self.scores if name not in SCORE_NAMES]:
             raise ValueError(f"has a score that is unknown here: {strange[0]!r}")
-        if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:
-            raise ValueError(f"has a feature that is none: {strange[0]!r}")
         if not {*self.rows} <= {*SPLITS}:
             raise ValueError(f"has a split {min({*self.rows} - {*SPLITS})!r}")
         return self

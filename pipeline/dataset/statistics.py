@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
-from pipeline.tables import SCORE_NAMES
+from pipeline.tables import ROW, SCORE_NAMES
 from pipeline.tasks import REPAIR
 
+USUAL_COLUMNS = {*ROW.names, "split"}
+MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
 _WORD = re.compile(r"\w+")
 
 
@@ -43,6 +45,8 @@ class DatasetStatistics:
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
     scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (tables.SCORES)
     repaired: int = 0  # captions
+    values: Counter[str] = field(default_factory=Counter)  # images with a value of an own task, by task
+    labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # in lists of them, by task
     shared: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style, and of "references" themselves
     captions: dict[str, CaptionScore] = field(default_factory=lambda: defaultdict(CaptionScore))
     true_answers: dict[str, AnswerScore] = field(default_factory=lambda: defaultdict(AnswerScore))
@@ -53,15 +57,24 @@ class DatasetStatistics:
         for row in rows:
             for caption in row["captions"]:
                 self.words[caption["style"]].add(len(_WORD.findall(caption["text"])))
-                self.repaired += caption["prompt_id"].startswith(f"{REPAIR}/")
+                self.repaired += caption["prompt_id"].startswith(f"{REPAIR.name}/")
             for pair in row["qa"]:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
             for annotation in (*row["captions"], *row["qa"]):
                 for name in SCORE_NAMES:
                     if annotation.get(name) is not None:
                         self.scores[name].add(annotation[name])
+            for name in row.keys() - USUAL_COLUMNS:
+                self._add_value(name, row[name])
             self._against_references(row)
             self._against_facts(row)
+
+    def _add_value(self, task: str, value: Any) -> None:
+        self.values[task] += value not in (None, [])
+        for one in value if isinstance(value, list) else ():
+            label = one.get("label") if isinstance(one, dict) else one
+            if isinstance(label, str) and len(label) <= MAX_LABEL_CHARACTERS:
+                self.labels[task][label] += 1
 
     def result(self) -> dict[str, Any]:
         """Return all statistics that have data, by name."""
@@ -75,6 +88,10 @@ class DatasetStatistics:
             },
             "scores": {name: {"mean": mean.value, "count": mean.count} for name, mean in sorted(self.scores.items())},
             "repaired_captions": self.repaired,
+            "own_tasks": {
+                task: {"images": images, "labels": dict(self.labels[task].most_common(MAX_LABELS))}
+                for task, images in sorted(self.values.items())
+            },
             "words_shared_with_references": {style: mean.value for style, mean in sorted(self.shared.items())},
             "true_captions": {
                 style: {"precision": round(score.precision, 4), "recall": round(score.recall, 4)}

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import flush_folder, move, open_parquet, read_json, remove
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
-from pipeline.tables import OPTIONAL, PIXELS, SPLITS, TABLE_VERSION, row_schema
+from pipeline.tables import OPTIONAL, PIXELS, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
 
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
@@ -122,7 +122,14 @@ class Version:
 
 def schema_of(manifest: dict[str, Any]) -> pa.Schema:
     """Return the schema of the rows that a manifest describes."""
-    return row_schema(manifest["columns"], manifest.get("scores", ()), manifest.get("context", ()))
+    return row_schema(manifest["columns"], extras_of(manifest))
+
+
+def extras_of(manifest: dict[str, Any]) -> Extras:
+    """Return what the rows that a manifest describes have beside the usual columns."""
+    described = manifest.get("own_columns", {}).items()
+    own = tuple(OwnColumn(name, arrow_type_of(manifest["features"][name]), **of) for name, of in described)
+    return Extras(tuple(manifest.get("scores", ())), tuple(manifest.get("context", ())), own)
 
 
 def require_values(rows: pa.Table | pa.RecordBatch) -> None:

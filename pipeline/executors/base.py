@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.manifest import StageSummary, measured_scores
+from pipeline.dataset.manifest import StageSummary, row_extras
 from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, TableError
@@ -38,6 +38,7 @@ from pipeline.stages.base import (
 from pipeline.stages.source import ADVICE
 from pipeline.stages.version import WrittenRows, publish_shards, write_rows
 from pipeline.storage.files import read_batches, read_json, scratch_folder
+from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 
 T = TypeVar("T")
@@ -91,7 +92,8 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
     """
     asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({describe_engine(config, choice)})"
     generate = config.generate
-    prompts = describe_prompts(config.tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+    tasks = [find_task(name, config.own_tasks) for name in config.tasks]
+    prompts = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
     rated = ""
     if config.verify.judge:
         from pipeline.inference.judge import choose_judge
@@ -136,9 +138,7 @@ def publish(
     check()
     with scratch_folder(plan.dataset.path / "versions") as draft:
         config = plan.config
-        write = partial(
-            write_rows, stages=names, source=source, scores=measured_scores(config), context=config.published_context
-        )
+        write = partial(write_rows, stages=names, source=source, extras=row_extras(config))
         written = executor.map_with_scratch(write, draft)
         version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
     return version, is_new, funnel

@@ -79,6 +79,13 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     return rgb
 
 
+def upright_size(data: bytes | memoryview) -> tuple[int, int]:
+    """Return the width and height in pixels of an image as its header says. Raise ImageError as `check_image` does."""
+    with open_image(data) as image:
+        is_turned = image.getexif().get(ORIENTATION, 1) > 4
+        return image.size[::-1] if is_turned else image.size
+
+
 @contextmanager
 def open_image(data: bytes | memoryview) -> Iterator[Image.Image]:
     """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError."""

@@ -9,11 +9,10 @@ Servers differ in what they take (`Dialect`). All of it is sent at first; what a
 import json
 import re
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from pipeline.inference.bodies import parse_json
-from pipeline.tasks import wire_schema
 from pipeline.types import Reply, Request
 
 # A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times.
@@ -77,7 +76,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = FULL) -
     if "uuid" in dialect.left_out:
         images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    schema = "" if dialect.format == "json_schema" else schema_in_words(request.task)
+    schema = "" if dialect.format == "json_schema" else schema_in_words(request.schema)
     text = b'{"type":"text","text":%s}' % _text(request.text + schema)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
@@ -88,7 +87,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = FULL) -
         _text(model),
         b",".join(turns),
         sampling,
-        _response_format(request.task, dialect.format),
+        _response_format(request.task, request.schema, dialect.format),
     )
 
 
@@ -171,10 +170,9 @@ def proves_schemas(answer: bytes) -> bool:
         return False
 
 
-@cache
-def schema_in_words(task: str) -> str:
+def schema_in_words(schema: str) -> str:
     """Return what a prompt says of the schema of a reply that the server does not enforce."""
-    return f"\nYour whole reply is one JSON object, which follows this JSON schema: {json.dumps(wire_schema(task))}"
+    return f"\nYour whole reply is one JSON object, which follows this JSON schema: {schema}"
 
 
 @lru_cache(256)
@@ -197,9 +195,10 @@ def _text(text: str) -> bytes:
     return json.dumps(text).encode()
 
 
-@cache
-def _response_format(task: str, kind: str) -> bytes:
+@lru_cache(256)
+def _response_format(task: str, schema: str, kind: str) -> bytes:
     if kind == "text":
         return b""
-    schema = {"json_schema": {"name": task, "schema": wire_schema(task), "strict": True}} if kind == "json_schema" else {}
-    return b',"response_format":' + json.dumps({"type": kind, **schema}).encode()
+    form = {"name": task, "schema": json.loads(schema), "strict": True}
+    schema_part = {"json_schema": form} if kind == "json_schema" else {}
+    return b',"response_format":' + json.dumps({"type": kind, **schema_part}).encode()

@@ -1,5 +1,6 @@
 """Send the requests that the journal has no reply to, and journal each reply; then read all replies back."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,13 +10,25 @@ from types import MappingProxyType
 import pyarrow as pa
 
 from pipeline.config import Config, ServerConfig
+from pipeline.digests import digest
+from pipeline.images.decode import upright_size
 from pipeline.inference.budget import Budget, CircuitBreaker
 from pipeline.inference.journal import Journal
-from pipeline.inference.requests import build_requests, build_retry
+from pipeline.inference.requests import (
+    NO_RESULTS,
+    build_requests,
+    build_retry,
+    requests_per_sample,
+    result_name,
+    rounds,
+)
 from pipeline.tables import ANNOTATION
-from pipeline.tasks.replies import find_flaw, parse_reply
+from pipeline.tasks import find_task
+from pipeline.tasks.boxes import Frame
+from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo
 
+RESULT_MISSING = "result_missing"  # a task was not asked, since another one that it needs has no usable reply
 Contexts = Mapping[str, Context]  # by sample id
 NO_CONTEXTS: Contexts = MappingProxyType({})
 
@@ -57,6 +70,7 @@ class RequestQueue:
     def __init__(self, chunks: Iterator[list[Request]], config: Config, journal: Journal, counts: RequestStats) -> None:
         self._chunks = chunks
         self._attempts = config.generate.max_attempts
+        self._own_tasks, self._max_pixels = config.own_tasks, config.generate.max_pixels
         self._journal = journal
         self._counts = counts
         self._budget = Budget.of(config.server, journal.totals()) if config.server.has_budget else None
@@ -104,7 +118,7 @@ class RequestQueue:
     def keep(self, replies: list[Reply]) -> None:
         """Journal replies, and queue a retry for each that is unusable. Raise EngineError if too many are unusable."""
         pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
-        judged = [(request, reply, find_flaw(request, reply)) for request, reply in pairs]
+        judged = [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
         self._journal.keep(judged)
         for request, reply, flaw in judged:
             self._counts.add_reply(reply)
@@ -127,6 +141,11 @@ class RequestQueue:
         if self._budget and self._budget.room(0) == 0:
             raise self._budget.error()
 
+    def _find_flaw(self, request: Request, reply: Reply) -> str | None:
+        if not self._own_tasks:
+            return find_flaw(request, reply)
+        return find_flaw(request, reply, self._own_tasks, _frame_of(request, self._max_pixels))
+
     def _enqueue(self, request: Request) -> None:
         self._counts.total += 1
         last = self._journal.last(request.id, answered=True)
@@ -141,6 +160,14 @@ class RequestQueue:
             self._counts.done += 1
 
 
+def _frame_of(request: Request, max_pixels: int | None) -> Frame | None:
+    """Return the frame of the boxes in a reply, from the image of its request."""
+    if len(request.images) != 1:
+        return None
+    size = upright_size(request.images[0])
+    return Frame(*size, max_pixels)
+
+
 def ask_about(
     chunks: Iterator[SampleBatch],
     config: Config,
@@ -149,21 +176,25 @@ def ask_about(
     journal: Journal,
     counts: RequestStats,
     contexts: Contexts = NO_CONTEXTS,
+    number: int = 0,
 ) -> Iterator[Engine]:
     """Send all requests about samples until the journal holds a reply to each; yield after each group of replies.
 
     `revision` is that of the engine's weights; the engine is made only if a request must be sent. `contexts` are those of the
-    samples by their ids.
+    samples by their ids. `number` is that of the round (requests.rounds): a later one uses results of those before.
     """
-    requests = (
-        [
-            request
-            for sample_id, images in chunk
-            for request in build_requests(sample_id, images, config, revision, contexts.get(sample_id, ()))
-        ]
-        for chunk in chunks
-    )
-    return ask_all(requests, config, engine, journal, counts)
+    asked = rounds(config)[number]
+
+    def requests() -> Iterator[list[Request]]:
+        for chunk in chunks:
+            of_chunk: list[Request] = []
+            for sample_id, images in chunk:
+                context = contexts.get(sample_id, ())
+                results = read_results(sample_id, config, revision, journal, context) if number else NO_RESULTS
+                of_chunk += build_requests(sample_id, images, config, revision, context, results, asked)
+            yield of_chunk
+
+    return ask_all(requests(), config, engine, journal, counts)
 
 
 def ask_all(
@@ -185,17 +216,44 @@ def ask_all(
 
 
 def read_annotations(
-    samples: Iterable[SampleInfo], config: Config, revision: str, journal: Journal, contexts: Contexts = NO_CONTEXTS
+    samples: Iterable[Sequence[SampleInfo]], config: Config, revision: str, journal: Journal, contexts: Contexts = NO_CONTEXTS
 ) -> Iterator[pa.Table]:
-    """Yield one table of annotations (tables.ANNOTATION) for each list of (sample_id, number of pages, split of the source).
+    """Yield one table of annotations (tables.ANNOTATION) for each list of samples.
 
     The journal must hold a reply to every request.
     """
     for chunk in samples:
         rows = []
-        for sample_id, pages, split in chunk:
-            for request in build_requests(sample_id, (), config, revision, contexts.get(sample_id, ())):
+        for sample_id, pages, split, width_px, height_px in chunk:
+            context = contexts.get(sample_id, ())
+            results = read_results(sample_id, config, revision, journal, context)
+            frame = Frame(width_px, height_px, config.generate.max_pixels)
+            for request in build_requests(sample_id, (), config, revision, context, results):
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
-                rows += [row | {"pages": pages, "source_split": split} for row in parse_reply(request, last[0])]
+                parsed = parse_reply(request, last[0], config.own_tasks, frame)
+                rows += [row | {"pages": pages, "source_split": split} for row in parsed]
+            rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, config, results)]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
+
+
+def read_results(sample_id: str, config: Config, revision: str, journal: Journal, context: Context = ()) -> dict[str, str]:
+    """Return the results about a sample that own tasks need and the journal has, as JSON by name."""
+    needed = {need for task in config.own_tasks for need in task.needs}
+    results: dict[str, str] = {}
+    for asked in rounds(config) if needed else ():
+        wanted = [pair for pair in asked if result_name(*pair) in needed]
+        for request in build_requests(sample_id, (), config, revision, context, results, wanted):
+            last = journal.last(request.id)
+            value = last and read_result(request, last[0], config.own_tasks)
+            if value is not None:
+                results[result_name(request.task, request.style)] = json.dumps(value, ensure_ascii=False)
+    return results
+
+
+def _not_asked(sample_id: str, config: Config, results: Mapping[str, str]) -> Iterator[dict[str, object]]:
+    """Yield rows that stand for tasks that were not asked about a sample, since a result that they need is missing."""
+    for name, style in requests_per_sample(config) if config.own_tasks else ():
+        if any(need not in results for need in find_task(name, config.own_tasks).needs):
+            empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": RESULT_MISSING}
+            yield {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "task": name, "style": style, **empty}

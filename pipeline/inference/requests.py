@@ -1,34 +1,60 @@
 """Build the requests about one image; the id of a request is a digest of everything that its reply depends on."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.config import Config, GenerateConfig
 from pipeline.digests import digest
-from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
-from pipeline.tasks.prompts import DRAWS, check_context, check_prompt_dir, render
+from pipeline.errors import ConfigError, did_you_mean
+from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS, find_task, wire_schema
+from pipeline.tasks.base import Task
+from pipeline.tasks.own import build_task
+from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, render
 from pipeline.text.language import language_name
 from pipeline.types import Context, Reply, Request, Sampling
 
+NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
 
 
 def build_requests(
-    sample_id: str, images: tuple[bytes, ...], config: Config, revision: str, context: Context = ()
+    sample_id: str,
+    images: tuple[bytes, ...],
+    config: Config,
+    revision: str,
+    context: Context = (),
+    results: Mapping[str, str] = NO_RESULTS,
+    asked: Sequence[tuple[str, str]] | None = None,
 ) -> Iterator[Request]:
-    """Yield the requests for one sample, in the order of the config's tasks and styles. Prompts may use its `context`."""
+    """Yield the requests for one sample, in the order of the config's tasks and styles, or of those that are `asked` alone.
+
+    Prompts may use its `context`, and `results` of other tasks (JSON by name); a task whose needs are not there is left out.
+    """
     row = {"row": tuple(map(tuple, context))} if context else {}
-    for task, style in requests_per_sample(config):
-        temperature: float = getattr(config.generate, find_task(task).temperature_key)
-        fields, shared_digest = shared_fields(
-            task, temperature, config.generate, config.seed, revision, style=style, **row, **_values_of(sample_id, config)
-        )
-        request_id = digest({"image": sample_id, "about": shared_digest})
-        yield Request(id=request_id, sample_id=sample_id, style=style, images=images, **fields)
+    for name, style in requests_per_sample(config) if asked is None else asked:
+        task = find_task(name, config.own_tasks)
+        if any(need not in results for need in task.needs):
+            continue
+        used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
+        generate = with_max_tokens(config.generate, task.max_tokens) if task.max_tokens else config.generate
+        values = row | used | _values_of(sample_id, config)
+        temperature = task.temperature(config.generate)
+        fields, shared_digest = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
+        request_id = digest({"image": sample_id, "about": shared_digest} | ({} if task.shows_image else {"pages": ()}))
+        shown = {"images": images} if task.shows_image else {"images": (), "pages": ()}
+        yield Request(id=request_id, sample_id=sample_id, style=style, **shown, **fields)
+
+
+@lru_cache(64)
+def with_max_tokens(generate: GenerateConfig, max_tokens: int) -> GenerateConfig:
+    """Return the settings with another limit of tokens."""
+    return generate.model_copy(update={"max_tokens": max_tokens})
 
 
 def _values_of(sample_id: str, config: Config) -> dict[str, Any]:
@@ -40,12 +66,15 @@ def _values_of(sample_id: str, config: Config) -> dict[str, Any]:
 def check_prompts(config: Config) -> None:
     """Render every prompt once: a broken template is a ConfigError before anything is written."""
     if config.generate.prompt_dir:
-        check_prompt_dir(config.generate.prompt_dir, (*config.tasks, *(CHECKING if config.verify.is_asked else ())))
+        asked = [find_task(name, config.own_tasks) for name in config.tasks]
+        check_prompt_dir(config.generate.prompt_dir, [*asked, *(CHECKING if config.verify.is_asked else ())])
     folder, version, own = config.generate.prompt_dir, config.generate.prompt_version, config.generate.style_prompts
     context = tuple((name, "") for name in config.context)
-    for task, style in requests_per_sample(config):
-        check_context(task, folder, version, config.context, own, style)
-        render(task, folder, version, context, own, style=style)
+    check_needs(config)
+    for name, style in requests_per_sample(config):
+        task = find_task(name, config.own_tasks)
+        check_names(task, folder, version, config.context, own, style)
+        render(task, folder, version, context, own, _results_to_try(config, task), style=style)
     if config.verify.is_asked:
         render(ANSWER, folder, version, question="?")
         render(CLAIMS, folder, version, caption="")
@@ -56,8 +85,65 @@ def check_prompts(config: Config) -> None:
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
     """Return the (task, style) pairs of the requests about every sample, in order; most tasks have the style ""."""
-    styles = {name: config.generate.caption_styles if find_task(name).has_styles else ("",) for name in config.tasks}
-    return tuple((name, style) for name in config.tasks for style in styles[name])
+    return tuple((name, style) for name in config.tasks for style in _styles_of(config, name))
+
+
+def _styles_of(config: Config, name: str) -> tuple[str, ...]:
+    if find_task(name, config.own_tasks).has_styles:
+        return config.generate.caption_styles
+    own = next((task for task in config.own_tasks if task.name == name), None)
+    return (own.name.replace("_", "-"),) if own and own.kind == "caption" else ("",)
+
+
+def result_name(name: str, style: str) -> str:
+    """Return the name by which other tasks need the result of a request: that of the task, or of the style of a caption."""
+    return style if TASKS.get(name) and TASKS[name].has_styles else name
+
+
+def rounds(config: Config) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Return the (task, style) pairs in the rounds in which they are asked: a task follows those whose results it needs.
+
+    Raises ConfigError if tasks need each other in a circle.
+    """
+    waiting, done = [*requests_per_sample(config)], set[str]()
+    found = []
+    while waiting:
+        ready = tuple(pair for pair in waiting if done.issuperset(find_task(pair[0], config.own_tasks).needs))
+        if not ready:
+            names = ", ".join(name for name, _ in waiting)
+            raise ConfigError(f"tasks need each other in a circle: {names}", hint="take one of their needs out")
+        found.append(ready)
+        done |= {result_name(*pair) for pair in ready}
+        waiting = [pair for pair in waiting if pair not in ready]
+    return tuple(found)
+
+
+def check_needs(config: Config) -> None:
+    """Build the user's own tasks. Raise ConfigError if one cannot be used, or needs a result that no other task gives."""
+    given = {result_name(*pair) for pair in requests_per_sample(config)}
+    for task in config.own_tasks:
+        if task.name in TASKS or task.name in config.generate.caption_styles:
+            raise ConfigError(
+                f"{task.name} is the name of a built-in task or of a caption style", hint="give your task another"
+            )
+        if not task.show_image and not task.needs and not config.context:
+            hint = "needs names tasks whose results the prompt uses; --columns context=NAME columns of the source"
+            raise ConfigError(f"the task {task.name} shows no image and nothing else of it", hint=hint)
+        for need in build_task(task).needs:
+            if need not in given:
+                names = sorted(given - {task.name})
+                hint = (
+                    did_you_mean(need, names) or f"there are {', '.join(names)}; built-in ones are asked with --tasks caption"
+                )
+                raise ConfigError(f"the task {task.name} needs {need}, which is not asked", hint=hint)
+    rounds(config)
+
+
+def _results_to_try(config: Config, task: Task) -> Results:
+    """Return results without content, with which a template is tried before anything is asked."""
+    own = {settings.name: build_task(settings).empty_result() for settings in config.own_tasks}
+    lists = {name for name in TASKS if TASKS[name].rows_field}
+    return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
 
 
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
@@ -78,7 +164,7 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
 
 @lru_cache(maxsize=1 << 14)  # of `answer`, a prompt for each question
 def shared_fields(
-    task: str, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: Any
+    task: Task, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: Any
 ) -> tuple[dict[str, Any], str]:
     """Return the fields of a request that all images share, and a digest of all that a reply depends on, except the images.
 
@@ -95,5 +181,17 @@ def shared_fields(
     }
     # A greedy reply does not depend on the seed: another seed must not pay for it again.
     identity |= {"seed": seed} if temperature > 0 else {}
-    fields = {"task": task, "prompt_id": prompt.id, "system": prompt.system, "text": prompt.text, "sampling": sampling}
+    fields = {
+        "task": task.name,
+        "prompt_id": prompt.id,
+        "system": prompt.system,
+        "text": prompt.text,
+        "schema": _schema_text(task),
+        "sampling": sampling,
+    }
     return fields, digest(identity)
+
+
+@cache
+def _schema_text(task: Task) -> str:
+    return json.dumps(wire_schema(task))

@@ -4,7 +4,6 @@ The grammar is byte for byte that of vLLM's guidance backend. Each request has i
 a reply does not depend on the rest of its batch, except for floating-point rounding.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +25,6 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.config import GenerateConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.images.decode import prepare_image
-from pipeline.tasks import wire_schema
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.prompts import Prompt
 from pipeline.types import Reply, Request, RequestSource
@@ -135,13 +133,12 @@ class Grammars:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
         self._prototypes: dict[str, LLMatcher] = {}
 
-    def matcher(self, task: str) -> LLMatcher:
-        """Return a fresh matcher for a task's wire schema."""
-        if task not in self._prototypes:
-            schema = json.dumps(wire_schema(task))
+    def matcher(self, schema: str) -> LLMatcher:
+        """Return a fresh matcher for the wire schema of a task, as JSON."""
+        if schema not in self._prototypes:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-            self._prototypes[task] = LLMatcher(self._tokenizer, grammar)
-        return self._prototypes[task].deep_copy()
+            self._prototypes[schema] = LLMatcher(self._tokenizer, grammar)
+        return self._prototypes[schema].deep_copy()
 
 
 class GrammarChooser(LogitsProcessor):
@@ -152,7 +149,7 @@ class GrammarChooser(LogitsProcessor):
     """
 
     def __init__(self, requests: list[Request], grammars: Grammars, vocab_size: int) -> None:
-        self._matchers = [grammars.matcher(request.task) for request in requests]
+        self._matchers = [grammars.matcher(request.schema) for request in requests]
         self._rngs = [np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests]
         self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
         self._mask = llguidance.torch.allocate_token_bitmask(len(requests), vocab_size)

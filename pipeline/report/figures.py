@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.report.rows import to_pylist
 from pipeline.storage.files import open_table
+from pipeline.tables import ADDED_COLUMNS
 from pipeline.text.content_keys import content_words
 from pipeline.text.escape import visible
 from pipeline.text.function_words import FUNCTION_WORDS
@@ -23,7 +24,7 @@ MAX_BARS = 15
 MAX_QUESTION_TYPES = 6
 WORDS_A_BAR = 5  # of the lengths of captions
 MAX_BAR_WORDS = 60  # longer captions share a bar
-_TEXTS = ("clean_text", "clean_question", "clean_answer")
+_TEXTS = ("clean_text", "clean_question", "clean_answer", "clean_record")
 _DEDUPED = ["annotation_id", "sample_id", *_TEXTS, "cluster", "duplicate_of", "image_group", "image_reason"]
 
 
@@ -74,7 +75,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
                 if row["clean_text"] is not None:
                     lengths[side][_length(row["clean_text"])] += 1
                     concepts[side].update(set(content_words(row["clean_text"])) - FUNCTION_WORDS)
-                else:
+                elif row["clean_question"] is not None:
                     answers[side][row["question_type"]][row["clean_answer"].casefold()] += 1
     by_length = sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+")))
     tables = [_table("Words of a caption", "captions", *lengths, by_length)]
@@ -102,7 +103,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     captions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for kept, rows in ((True, _read(kept_files, _DEDUPED)), (False, iter(rejected))):
         for row in rows:
-            text = visible(" ".join(row[name] for name in _TEXTS if row[name]))
+            text = visible(" ".join(row[name] for name in _TEXTS if row.get(name)))
             member = {"id": row["sample_id"], "said": text, "kept": kept}
             if row["image_group"] in groups:
                 reason = (row["image_reason"] or "").replace("_", " ")
@@ -148,7 +149,9 @@ def _groups_of_images(paths: Iterable[Path]) -> set[str]:
 
 def _read(paths: Iterable[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
-        for batch in open_table(path, *columns).iter_batches(columns=columns):
+        stored = open_table(path).schema_arrow.names
+        there = [name for name in columns if name in stored or name not in ADDED_COLUMNS]
+        for batch in open_table(path, *there).iter_batches(columns=there):
             yield from to_pylist(batch)
 
 

@@ -92,9 +92,9 @@ function element(tag, properties = {}, ...children) {
 }
 
 function drawImage(row) {
-  const said = row.texts.find(text => text.text);
+  const said = row.texts.find(text => text.text), boxes = row.texts.filter(text => text.box);
   const pictures = row.images.map((source, page) => source
-    ? picture(source, `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`)
+    ? picture(source, `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`, page ? [] : boxes, row.size)
     : element("p", {className: "soft", textContent: "no picture"}));
   const about = element("div", {}, element("code", {textContent: row.id.slice(0, 12)}), element("span", {className: "tag", textContent: row.split}));
   const references = folded("captions of the source", row.references), context = folded("context", row.context);
@@ -110,16 +110,36 @@ function folded(title, texts) {
 }
 
 /** A picture that a click shows as large as the window. */
-function picture(source, alt) {
-  const button = element("button", {type: "button", className: "picture"}, element("img", {loading: "lazy", src: source, alt}));
+function picture(source, alt, boxes = [], size = []) {
+  const image = element("img", {loading: "lazy", src: source, alt});
+  const button = element("button", {type: "button", className: "picture"}, image, boxes.length ? drawBoxes(boxes, size) : null);
   button.setAttribute("aria-label", `Enlarge: ${alt}`);
-  button.addEventListener("click", () => enlarge(source, alt));
+  button.addEventListener("click", () => enlarge(source, alt, boxes, size));
   return button;
 }
 
-function enlarge(source, alt) {
+/** Boxes over a picture, in its own pixels. */
+function drawBoxes(boxes, [width, height]) {
+  const svg = shape("svg", {class: "boxes", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true"});
+  for (const {box: [left, top, right, bottom], value} of boxes) {
+    svg.append(shape("rect", {x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top)}));
+    svg.lastChild.append(shape("title", {}, value));
+  }
+  return svg;
+}
+
+function shape(tag, attributes, text = "") {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.textContent = text;
+  return made;
+}
+
+function enlarge(source, alt, boxes, size) {
   const dialog = document.getElementById("large");
+  dialog.querySelector(".boxes")?.remove();
   dialog.querySelector("img").replaceWith(element("img", {src: source, alt}));
+  if (boxes.length) dialog.querySelector("img").after(drawBoxes(boxes, size));
   dialog.showModal();
 }
 
@@ -134,14 +154,14 @@ function drawText(row, text) {
 function fill(item, row, text) {
   const made = marks.get(nameOf(row, text));
   const now = made && made.mark === "edited" ? {...text, ...made} : text;
-  const words = now.text !== undefined
-    ? [element("p", {textContent: now.text})]
+  const words = now.text !== undefined || now.value !== undefined
+    ? [element("p", {textContent: now.text ?? now.value})]
     : [element("p", {textContent: now.question}), element("p", {className: "answer", textContent: now.answer})];
   const proof = [now.evidence_pages ? `pages ${now.evidence_pages.join(", ")}` : "", now.expression || ""].filter(Boolean).join("; ");
   if (proof) words.push(element("p", {className: "style", textContent: proof}));
   if (text.scores && now === text) words.push(element("p", {className: "style", textContent: scoresOf(text)}));
   const buttons = Object.entries({good: "Good", bad: "Bad", edited: "Edit"}).map(([kind, label]) => {
-    const button = element("button", {type: "button", textContent: label, disabled: kind === "edited" && Boolean(text.cut)});
+    const button = element("button", {type: "button", textContent: label, disabled: kind === "edited" && isFixed(text)});
     button.setAttribute("aria-pressed", String(Boolean(made) && made.mark === kind));
     button.addEventListener("click", () => mark(row, text, kind, item));
     return button;
@@ -151,6 +171,9 @@ function fill(item, row, text) {
   item.replaceChildren(head, ...words, ...(made && made.mark === "bad" ? [element("div", {className: "marks"}, ...why(nameOf(row, text)))] : []));
   return item;
 }
+
+/** Whether a text cannot be edited here: it is shown in part, or is a value that has a form of its own. */
+function isFixed(text) { return Boolean(text.cut) || text.value !== undefined; }
 
 function scoresOf(text) {
   return Object.entries(text.scores).map(([name, score]) => `${name.replace("_", " ")} ${score}`).join("; ");
@@ -178,7 +201,7 @@ function why(name) {
 /** Mark a text, or take the same mark back. */
 function mark(row, text, kind, item) {
   const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, mark: kind};
-  if (kind === "edited") return text.cut ? undefined : edit(row, text, item, about);
+  if (kind === "edited") return isFixed(text) ? undefined : edit(row, text, item, about);
   const made = kind === "bad" ? {...about, reason: report.reasons[0]} : about;
   if (marks.get(name)?.mark === "edited" && !confirm("This takes back the words that you gave to this text. Go on?")) return undefined;
   change(name, now => now?.mark === kind ? null : made);
@@ -344,7 +367,7 @@ window.addEventListener("storage", event => {
 
 lists.images = new List("images",
   {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage,
-  row => [row.id, row.from, ...row.references, ...row.context, ...row.texts.flatMap(text => FIELDS.map(name => text[name] ?? ""))], lowest);
+  row => [row.id, row.from, ...row.references, ...row.context, ...row.texts.flatMap(text => [...FIELDS, "value"].map(name => text[name] ?? ""))], lowest);
 lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected, Object.values);
 recall();
 count();

@@ -3,6 +3,7 @@
 All text is untrusted: long text is cut, control characters are written out, and invalid UTF-8 is replaced.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
 from pipeline.storage.files import open_table
 from pipeline.tables import PIXELS, SCORE_NAMES
+from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.reasons import in_words
+from pipeline.text.values import in_short
 
 MAX_REJECTED = 1000  # shown for each reason of each stage
 
@@ -28,7 +31,7 @@ def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, 
         if chosen is not None:
             indices = [index for index, sample_id in enumerate(batch["sample_id"].to_pylist()) if sample_id in chosen]
             batch = batch.take(pa.array(indices, pa.int64()))
-        yield [_row(row, split) for row in to_pylist(batch)]
+        yield [_row(row, split, version.manifest.get("own_columns", {})) for row in to_pylist(batch)]
 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
@@ -79,7 +82,7 @@ def _rejected(path: Path) -> Iterator[dict[str, Any]]:
         yield from to_pylist(batch)
 
 
-_TEXT_FIELDS = ("text", "question", "answer")
+_TEXT_FIELDS = ("text", "question", "answer", "record")
 
 
 def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -113,7 +116,7 @@ def _decoded(value: Any) -> Any:
     return {name: _decoded(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _row(row: dict[str, Any], split: str) -> dict[str, Any]:
+def _row(row: dict[str, Any], split: str, own: dict[str, Any]) -> dict[str, Any]:
     pages = row.get("pages") or ([row["image"]] if row.get("image") else [])
     captions = [_text(row, caption, caption.get("style") or "") for caption in row.get("captions") or ()]
     pairs = [_text(row, pair, pair.get("answer_type") or "") for pair in row.get("qa") or ()]
@@ -125,8 +128,26 @@ def _row(row: dict[str, Any], split: str) -> dict[str, Any]:
         "images": [page["bytes"] for page in pages],
         "references": [visible(text) for text in row.get("references") or ()],
         "context": [visible(f"{name}: {value}") for name, value in (row.get("context") or {}).items() if value],
-        "texts": captions + pairs,
+        "size": [row.get("width_px") or 0, row.get("height_px") or 0],
+        "texts": captions + pairs + [_value(row, name, value) for name, of in own.items() for value in _values(row[name], of)],
     }
+
+
+def _values(cell: Any, own: dict[str, Any]) -> list[Any]:
+    """Return the annotations in a cell of an own task's column."""
+    return (cell or []) if own["is_list"] else [] if cell is None else [cell]
+
+
+def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
+    """Return a value of an own task for the page: its name in reviews, its words, and the box that it draws, if it is one."""
+    _, content = text_name({"sample_id": row["sample_id"], "task": task, "record": json.dumps(value)})
+    entry: dict[str, Any] = {"content": content, "kind": visible(task), "value": visible(in_short(value))}
+    box = next((value[name] for name in BOX_FIELDS if name in value), None) if isinstance(value, dict) else None
+    return entry | ({"box": box} if _is_box(box) else {})
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
 
 
 def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:

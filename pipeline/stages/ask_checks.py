@@ -44,7 +44,7 @@ from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.types import Engine, Request
 
 CHUNK_REQUESTS = 256  # of texts, without images
-COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "evidence_pages", "pages")
+COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "clean_record", "evidence_pages", "pages")
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -74,8 +74,9 @@ class Asking:
     services: Services
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[Subject]:
-        """Return the annotations with their checks and scores, in order."""
-        config, subjects = self.plan.config.verify, [Subject(row) for row in rows]
+        """Return the annotations with their checks and scores, in order; values of own tasks that are no text have none."""
+        config, every = self.plan.config.verify, [Subject(row) for row in rows]
+        subjects = [subject for subject in every if subject.row["clean_record"] is None]
         self._check_against_images(subjects)
         if config.repair:
             self._repair([subject for subject in subjects if subject.caption is not None and _has_false_claim(subject)])
@@ -86,7 +87,7 @@ class Asking:
             self._compare_with_references([subject for subject in subjects if subject.caption is not None])
         if config.judge:
             self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
-        return subjects
+        return every
 
     def _is_contradicted(self, subject: Subject) -> bool:
         """Return whether the model, asked again, has said otherwise."""
@@ -181,7 +182,7 @@ class Asking:
         """Return the columns of the stage filter for captions; None for one that it would reject."""
         none = pa.nulls(len(texts), STRING)
         table = pa.table({"text": pa.array(texts, STRING), "question": none, "answer": none})
-        grams = own_prompt_grams((*self.plan.config.tasks, REPAIR))
+        grams = own_prompt_grams((*self.plan.config.tasks, REPAIR.name))
         rows = filter_annotations(table, self.plan.config.filter, grams).to_pylist()
         return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
 

@@ -23,7 +23,7 @@ from pipeline.text.spelling import comparable_keys, key_remainders, merge_misspe
 
 SCORES = ("agreement", "alignment", "hedge_count")  # what makes one annotation better than another
 IDS = ("annotation_id", "sample_id", "task", "content_key")
-TEXTS = pa.schema([ROW, *fields(STRING, *IDS), pa.field("is_caption", BOOL), *fields(FLOAT64, *SCORES)])
+TEXTS = pa.schema([ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_record"), *fields(FLOAT64, *SCORES)])
 MISSPELLED = pa.schema({"wrong": STRING, "right": STRING})
 # Equal annotations have one hash, `words`.
 QUERY = """
@@ -100,7 +100,7 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
     """
 
     def keys() -> Iterator[pa.Array]:
-        for table in read(db.sql("SELECT DISTINCT content_key FROM texts")):
+        for table in read(db.sql("SELECT DISTINCT content_key FROM texts WHERE NOT is_record")):
             yield table["content_key"].combine_chunks()
 
     remainders = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(key_remainders, keys())]))
@@ -112,10 +112,12 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
     available = rows.columns()
     scores = [name for name in SCORES if name in available]
-    for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", *scores):
+    for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_record", *scores):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
-        table = table.append_column("content_key", content_keys(texts))
+        # A record is compared as it is: its numbers have an order, and a label is no misspelled other one.
+        table = table.append_column("content_key", pc.coalesce(table["clean_record"], content_keys(texts)))
         table = table.append_column("is_caption", pc.is_valid(table["clean_text"]))
+        table = table.append_column("is_record", pc.is_valid(table["clean_record"]))
         for name in set(SCORES) - set(scores):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
         yield table.select(TEXTS.names)

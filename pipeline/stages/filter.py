@@ -26,7 +26,8 @@ def judge_texts(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Filter rows by the settings of a run; see `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
-    return filter_annotations(table, plan.config.filter, own_prompt_grams(tuple(plan.config.tasks)))
+    config = plan.config
+    return filter_annotations(table, config.filter, own_prompt_grams(tuple(config.tasks)), config.own_tasks)
 
 
 STAGE = Stage(

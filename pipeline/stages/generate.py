@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_CONTEXTS, Contexts, ask_about, read_annotations
+from pipeline.inference.requests import rounds
 from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
 from pipeline.storage.files import write_table
 from pipeline.tables import ANNOTATION
@@ -25,9 +26,11 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
             progress("generate", stats.done // requests, samples)  # the speed is measured from here on
             return engine
 
-        for engine in ask_about(sample_batches(shard), plan.config, plan.revision, start_engine, journal, stats, contexts):
-            metrics = engine.metrics() | stats.metrics(plan.config.server)
-            progress("generate", stats.done // requests, samples, metrics)
+        for number in range(len(rounds(plan.config))):
+            batches = sample_batches(shard)
+            for engine in ask_about(batches, plan.config, plan.revision, start_engine, journal, stats, contexts, number):
+                metrics = engine.metrics() | stats.metrics(plan.config.server)
+                progress("generate", stats.done // requests, samples, metrics)
         progress("generate", samples, samples)
         annotations = read_annotations(_sample_infos(shard), plan.config, plan.revision, journal, contexts)
         write_table(shard.stage("generate"), annotations, ANNOTATION)
@@ -42,7 +45,8 @@ def read_contexts(shard: DatasetDir) -> Contexts:
     }
 
 
-def _sample_infos(shard: DatasetDir) -> Iterator[SampleInfo]:
-    for batch in read_samples(shard, ["sample_id", "images", "split"]):
+def _sample_infos(shard: DatasetDir) -> Iterator[list[SampleInfo]]:
+    for batch in read_samples(shard, ["sample_id", "images", "split", "width_px", "height_px"]):
         pages = pc.list_value_length(batch["images"]).to_pylist()
-        yield list(zip(batch["sample_id"].to_pylist(), pages, batch["split"].to_pylist(), strict=True))
+        columns = (batch[name].to_pylist() for name in ("split", "width_px", "height_px"))
+        yield [SampleInfo(*values) for values in zip(batch["sample_id"].to_pylist(), pages, *columns, strict=True)]

@@ -14,17 +14,17 @@ import pyarrow.compute as pc
 from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load
-from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, with_reason
+from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, STRING, with_reason
 from pipeline.text.normalize import text_key
 from pipeline.text.vqa_answers import normalize_answer
 
 TEXT_COLUMNS = (
-    "sample_id", "task", "pages", "clean_text", "clean_question", "clean_answer", "answer_type", "evidence_pages", "expression",
-    "prompt_id", "pair_id",
+    "sample_id", "task", "pages", "clean_text", "clean_question", "clean_answer", "clean_record", "answer_type",
+    "evidence_pages", "expression", "prompt_id", "pair_id",
 )  # fmt: skip
 ADDS = pa.schema({"review": REVIEW, "is_pair_broken": BOOL})
 FINDINGS = pa.schema([ROW, *ADDS])
-CLEANED = ("text", "question", "answer")  # whose final text is that of the stage filter
+CLEANED = ("text", "question", "answer", "record")  # whose final text is that of the stage filter
 
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
@@ -35,7 +35,7 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
         return None
     rows = read_texts(comparison.rows, {sample_id for sample_id, _ in reviews}, "sample_id")
     by_name = {text_name(row): row for row in rows}
-    unusable = check_edits(reviews, by_name)
+    unusable = check_edits(reviews, by_name, comparison.plan.config.own_tasks)
     used = {name: review for name, review in reviews.items() if name in by_name and name not in unusable}
     lost = len(reviews) - len(used)
     waiting = f"; {lost} fit no text that is there now" if lost else ""
@@ -81,7 +81,11 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
 
 def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
     """Append the final text of each row (tables.FINAL), and the `reason` of rows that were marked as bad."""
-    final = {f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "prompt_id")}
+    if "clean_record" not in table.column_names:  # of an earlier release
+        table = table.append_column("clean_record", pa.nulls(table.num_rows, STRING))
+    final = {
+        f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "record", "prompt_id")
+    }
     final["final_pair_id"] = pc.if_else(pc.fill_null(table["is_pair_broken"], False), None, table["pair_id"])
     columns = pa.table({field.name: final[field.name].cast(field.type) for field in FINAL})
     reasons: list[str | None] = [None] * table.num_rows

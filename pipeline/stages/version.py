@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import DatasetDir, read_samples
-from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_run, measured_scores
+from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_run, row_extras
 from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
@@ -21,7 +21,7 @@ from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
-from pipeline.tables import LEDGER, SPLITS, STRING, fields
+from pipeline.tables import LEDGER, NO_EXTRAS, SPLITS, STRING, Extras, fields
 
 NAME = "version"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -47,20 +47,18 @@ def write_rows(
     path: Path,
     stages: Sequence[str],
     source: dict[str, Any],
-    scores: Sequence[str] = (),
-    context: Sequence[str] = (),
+    extras: Extras = NO_EXTRAS,
 ) -> WrittenRows:
     """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its stage files.
 
-    `stages` are the names of all stages before this one that reject rows; `source` is its provenance; `scores` are those that
-    annotations get (tables.SCORES), `context` the columns of the source that go along.
+    `stages` are the names of all stages before this one that reject rows; `source` is its provenance.
     """
-    rows, writer = Rows(), RowWriter(path, scores, context)
+    rows, writer = Rows(), RowWriter(path, extras)
     annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
     if source.get("image_metadata") != REMOVED:  # read by an earlier release
         samples = map(_without_metadata, samples)
     with collect_less_often():
-        for table in build_rows(annotations, samples, source["name"], rows, scores, context, decks=bool(source.get("decks"))):
+        for table in build_rows(annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))):
             writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
@@ -120,8 +118,7 @@ def publish_shards(
     }
     content = Content(
         columns=list(columns.pop()) if columns else [],
-        scores=measured_scores(plan.config),
-        context=[*plan.config.published_context],
+        extras=row_extras(plan.config),
         digests=digests,
         rows=rows,
         files=_number_files(written),

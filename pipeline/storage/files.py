@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import arrow_location, is_remote, move_all, remove_folder, translate_store_errors, upload
 from pipeline.storage.untrusted import read_regular
-from pipeline.tables import current_names, old_name
+from pipeline.tables import ADDED_COLUMNS, current_names, old_name
 
 log = logging.getLogger(__name__)
 _DISK_ERRORS = {
@@ -124,14 +124,23 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
     file = open_table(path)
     stored = file.schema_arrow.names
     names = stored if columns is None else [old_name(name, stored) for name in columns]
+    added = [name for name in names if name not in stored and name in ADDED_COLUMNS]
+    names = [name for name in names if name not in added]
     if missing := sorted(set(names) - set(stored)):
         raise TableError(f"{path} lacks {', '.join(missing)}", hint="run without --from-stage")
-    table = None
+
+    def current(table: pa.Table) -> pa.Table:
+        table = table.select(names).rename_columns(current_names(names))
+        for name in added:
+            table = table.append_column(name, pa.nulls(table.num_rows, ADDED_COLUMNS[name]))
+        return table
+
+    is_empty = True
     for batch in file.iter_batches(BATCH_ROWS, columns=names):
-        table = pa.Table.from_batches([batch]).select(names).rename_columns(current_names(names))
-        yield table
-    if table is None:
-        yield file.schema_arrow.empty_table().select(names).rename_columns(current_names(names))
+        is_empty = False
+        yield current(pa.Table.from_batches([batch]))
+    if is_empty:
+        yield current(file.schema_arrow.empty_table())
 
 
 @contextmanager

@@ -8,31 +8,35 @@ from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import answer, caption, claims, covers, deck_qa, qa, rate, repair
-from pipeline.tasks.base import Task, strip_schema
+from pipeline.tasks.base import Task
+from pipeline.tasks.own import OwnTasks, build_task
 
 _MODULES = (caption, qa, deck_qa, answer, claims, covers, rate, repair)
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES}
-ANSWER, CLAIMS, COVERS = answer.TASK.name, claims.TASK.name, covers.TASK.name
-RATE, REPAIR = rate.TASK.name, repair.TASK.name
+ANSWER, CLAIMS, COVERS = answer.TASK, claims.TASK, covers.TASK
+RATE, REPAIR = rate.TASK, repair.TASK
 CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)  # the tasks of the stage verify, for which no user asks
 
 
-def find_task(name: str) -> Task:
-    """Return the task of a name. Raise ConfigError for an unknown name."""
+def find_task(name: str, own: OwnTasks = ()) -> Task:
+    """Return the task of a name, built in or one of the user's `own`. Raise ConfigError for an unknown name."""
+    for settings in own:
+        if settings.name == name:
+            return build_task(settings)
     if name not in TASKS:
-        known = [task for task in TASKS if task not in CHECKING]
-        raise ConfigError(f"unknown task: {name}", hint=did_you_mean(name, known) or f"known tasks: {', '.join(known)}")
+        known = [task.name for task in TASKS.values() if task not in CHECKING] + [task.name for task in own]
+        hint = did_you_mean(name, known) or f"known tasks: {', '.join(known)}; one of your own: --task FILE"
+        raise ConfigError(f"unknown task: {name}", hint=hint)
     return TASKS[name]
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:
-    """Return True if any of these tasks asks about decks of pages."""
-    return any(find_task(name).asks_about_decks for name in names)
+    """Return True if any of these tasks asks about decks of pages; tasks of a user's own do not."""
+    return any(TASKS[name].asks_about_decks for name in names if name in TASKS)
 
 
-def find_broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | None:
+def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | None:
     """Return the first rule of a task that an annotation of a document breaks, as a rejection reason; None if it is valid."""
-    task = find_task(name)
     try:
         task.row.model_validate(task.fields_of(row), context={"pages": pages})
     except ValidationError as error:
@@ -42,6 +46,6 @@ def find_broken_rule(name: str, row: dict[str, Any], pages: int = 1) -> str | No
 
 
 @cache
-def wire_schema(name: str) -> dict[str, Any]:
+def wire_schema(task: Task) -> dict[str, Any]:
     """Return the JSON schema that the decoder enforces for a task. It is cached: do not change it."""
-    return dict(strip_schema(find_task(name).output.model_json_schema()))
+    return task.wire_schema()

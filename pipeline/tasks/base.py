@@ -6,14 +6,18 @@ lengths, a question that ends with "?", an answer that is not the question.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from pipeline.config import GenerateConfig
+from pipeline.tasks.boxes import Frame
 from pipeline.text.normalize import tidy
+from pipeline.text.refusals import is_declined
 
 # One line of text: no control characters, and not only spaces.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
@@ -21,6 +25,8 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_
 MAX_QA_PAIRS = 8
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # also of Chinese and Japanese, and of Arabic
 MAX_PAGES = 20  # of a deck; SlideVQA's have no more
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one: JSON can escape it, but no table can hold it
+MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
 # Lengths and patterns are checked afterwards, on the row model: a grammar that counts characters is slow, and a reply that the
 # grammar cuts off in the middle of a sentence is worth less than a rejected row.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
@@ -37,7 +43,7 @@ def tidy_texts(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tidy(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """A request to a model about a sample, and the conversion of its reply to rows."""
 
@@ -52,6 +58,18 @@ class Task:
     has_styles: bool = False  # one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # in the config section `generate`
     card_category: str | None = None  # task category on the Hub
+    needs: tuple[str, ...] = ()  # tasks or caption styles whose results the prompt uses
+    shows_image: bool = True  # False: the prompt alone
+    max_tokens: int | None = None  # of a reply; None: generate.max_tokens
+    own_prompt: str | None = None  # the template of a user's own task, which has no released ones
+
+    def wire_schema(self) -> dict[str, Any]:
+        """Return the JSON schema that the decoder enforces."""
+        return dict(strip_schema(self.output.model_json_schema()))
+
+    def temperature(self, generate: GenerateConfig) -> float:
+        """Return the sampling temperature of the first attempt."""
+        return float(getattr(generate, self.temperature_key))
 
     def prompt(self, version: int) -> str:
         """Return the name of a template by its version, or the last one if there is no such version."""
@@ -70,6 +88,59 @@ class Task:
         """Return the rows of a parsed reply; None if it has no rows."""
         rows = reply.get(self.rows_field) if self.rows_field and isinstance(reply, dict) else [reply]
         return rows if isinstance(rows, list) and rows else None
+
+    def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
+        """Return the columns of one row of a reply, and why it cannot be used. The `frame` is that of the image."""
+        item = _with_texts(item)
+        if not _is_readable(item):
+            return {}, "off_schema"
+        fields = self.tidy_row(item)
+        return self.columns_of(fields), find_unusable(texts_in(fields))
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
+
+def find_unusable(texts: Iterable[str]) -> str | None:
+    """Return why a reply with these texts cannot be used: the model declined, or went on and on."""
+    texts = list(texts)
+    if any(map(is_declined, texts)):
+        return "refusal"
+    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts) else None
+
+
+def has_surrogate(value: Any) -> bool:
+    """Return True if a value of JSON has a text, or the name of a field, with half of a surrogate pair."""
+    return bool(_SURROGATE.search(json.dumps(value, ensure_ascii=False)))
+
+
+def _repeats(words: list[str]) -> bool:
+    """Return True if the last one to eight words repeat MAX_REPEATS times in a row: the model is in a loop."""
+    sizes = range(1, min(8, len(words) // MAX_REPEATS) + 1)
+    return any(words[-size * MAX_REPEATS :] == words[-size:] * MAX_REPEATS for size in sizes)
+
+
+def _with_texts(item: Any) -> Any:
+    """Return an item whose numbers are texts: a server that enforces no schema writes a count, or a mark, as a number."""
+    if not isinstance(item, dict):
+        return item
+    return {name: str(value) if type(value) in (int, float) else value for name, value in item.items()}
+
+
+def _is_readable(item: Any) -> bool:
+    """Return True if a table can hold an item: texts, and small positive integers in `evidence_pages`."""
+    if not isinstance(item, dict):
+        return False
+    pages = item.get("evidence_pages", [])
+    has_pages = isinstance(pages, list) and all(type(page) is int and 0 < page < 2**31 for page in pages)
+    texts = [value for name, value in item.items() if name != "evidence_pages"]
+    return has_pages and all(isinstance(text, str) and not _SURROGATE.search(text) for text in texts)
 
 
 def check_question(question: str, answer: str) -> None:

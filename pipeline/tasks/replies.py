@@ -2,25 +2,27 @@
 with the reason in `reply_error`, so that no reply is lost between the journal and the tables."""
 
 import json
-import re
 from typing import Any
 
 from pipeline.digests import digest
 from pipeline.tasks import find_broken_rule, find_task
 from pipeline.tasks.base import Task
-from pipeline.text.refusals import is_declined
+from pipeline.tasks.boxes import Frame
+from pipeline.tasks.own import NOTHING_FOUND, OwnTasks
 from pipeline.types import Reply, Request
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one: JSON can escape it, but no table can hold it
 MAX_BRACES = 32  # where the object of a reply is looked for
 _DECODER = json.JSONDecoder()
-MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
-_COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression")
+_COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression", "record")
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
 
-def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
-    """Return the annotations of one reply as rows of tables.ANNOTATION; at least one."""
+def parse_reply(request: Request, reply: Reply, own: OwnTasks = (), frame: Frame | None = None) -> list[dict[str, Any]]:
+    """Return the annotations of one reply as rows of tables.ANNOTATION; at least one.
+
+    `own` are the settings of the user's own tasks; boxes are put into pixels of the image of the `frame`.
+    """
+    task = find_task(request.task, own)
     return [
         {
             "annotation_id": digest([request.id, position]),
@@ -34,18 +36,19 @@ def parse_reply(request: Request, reply: Reply) -> list[dict[str, Any]]:
             "reply_error": error,
             "reply_text": reply.text if error else None,  # an unreadable reply is kept for inspection
         }
-        for position, (values, error) in enumerate(read_fields(request.task, reply))
+        for position, (values, error) in enumerate(read_fields(task, reply, frame))
     ]
 
 
-def find_flaw(request: Request, reply: Reply) -> str | None:
-    """Return the first flaw of a reply without any valid annotation; None if at least one is valid."""
-    pages = max(1, len(request.images))
-    flaws = [error or find_broken_rule(request.task, values, pages) for values, error in read_fields(request.task, reply)]
-    return None if None in flaws else flaws[0]
+def find_flaw(request: Request, reply: Reply, own: OwnTasks = (), frame: Frame | None = None) -> str | None:
+    """Return the first flaw of a reply without any valid annotation; None if at least one is valid, or none was to be found."""
+    task, pages = find_task(request.task, own), max(1, len(request.images))
+    rows = read_fields(task, reply, frame)
+    flaws = [error or find_broken_rule(task, values, pages) for values, error in rows]
+    return None if None in flaws or NOTHING_FOUND in flaws else flaws[0]
 
 
-def read_fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | None]]:
+def read_fields(task: Task, reply: Reply, frame: Frame | None = None) -> list[tuple[dict[str, Any], str | None]]:
     """Return (fields, error) for each annotation; one that is off the schema does not reject the others."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
@@ -55,9 +58,23 @@ def read_fields(task: str, reply: Reply) -> list[tuple[dict[str, Any], str | Non
         value = object_within(reply.text)
         if value is None:
             return [({}, "not_json")]
-    definition = find_task(task)
-    rows = [_with_texts(row) for row in definition.rows_of(value) or [None]]
-    return [_row(definition, row) if _is_readable(row) else ({}, "off_schema") for row in rows]
+    rows = task.rows_of(value)
+    return [({}, NOTHING_FOUND)] if rows == [] else [task.read_row(row, frame) for row in rows or [None]]
+
+
+def read_result(request: Request, reply: Reply, own: OwnTasks = ()) -> Any:
+    """Return what a reply comes to for tasks that need it: a text, a value, or a list of rows; None if it is unusable."""
+    task = find_task(request.task, own)
+    rows = read_fields(task, reply)
+    usable = [fields for fields, error in rows if not error and not find_broken_rule(task, fields)]
+    values = [json.loads(row["record"]) if row.get("record") else row.get("text") or _told(row) for row in usable]
+    if task.rows_field:
+        return values if values or rows[0][1] == NOTHING_FOUND else None
+    return values[0] if values else None
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def object_within(text: str) -> dict[str, Any] | None:
@@ -77,38 +94,3 @@ def object_within(text: str) -> dict[str, Any] | None:
             continue
         return value if isinstance(value, dict) else None
     return None
-
-
-def _with_texts(item: Any) -> Any:
-    """Return an item whose numbers are texts: a server that enforces no schema writes a count, or a mark, as a number."""
-    if not isinstance(item, dict):
-        return item
-    return {name: str(value) if type(value) in (int, float) else value for name, value in item.items()}
-
-
-def _row(task: Task, row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    tidy = task.tidy_row(row)
-    return task.columns_of(tidy), _unusable(tidy)
-
-
-def _unusable(item: dict[str, Any]) -> str | None:
-    texts = [value for value in item.values() if isinstance(value, str)]
-    if any(map(is_declined, texts)):
-        return "refusal"
-    return "repeats_itself" if any(_repeats(text.casefold().split()) for text in texts) else None
-
-
-def _repeats(words: list[str]) -> bool:
-    """Return True if the last one to eight words repeat MAX_REPEATS times in a row: the model is in a loop."""
-    sizes = range(1, min(8, len(words) // MAX_REPEATS) + 1)
-    return any(words[-size * MAX_REPEATS :] == words[-size:] * MAX_REPEATS for size in sizes)
-
-
-def _is_readable(item: Any) -> bool:
-    """Return True if a table can hold an item: texts, and small positive integers in `evidence_pages`."""
-    if not isinstance(item, dict):
-        return False
-    pages = item.get("evidence_pages", [])
-    has_pages = isinstance(pages, list) and all(type(page) is int and 0 < page < 2**31 for page in pages)
-    texts = [value for name, value in item.items() if name != "evidence_pages"]
-    return has_pages and all(isinstance(text, str) and not _SURROGATE.search(text) for text in texts)

@@ -13,6 +13,7 @@ from pipeline.inference.client import Client
 from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.types import SampleInfo
 from tests.hostile import bounded_memory, part_of
 from tests.hostile.http import BODIES, Send, chat_answer, response, running_raw, well_behaved
 from tests.scene_data import scene_samples
@@ -43,7 +44,7 @@ def ask(folder: Path, url: str, **server: Any) -> list[str | None]:
         with Client("model", "r", config) as engine:
             for _ in ask_about(iter([chunk]), config, "r", lambda: engine, journal, RequestStats()):
                 pass
-        (table,) = read_annotations([[(sample.id, 1, None) for sample in SAMPLES]], config, "r", journal)
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], config, "r", journal)
     assert sum(file.stat().st_size for file in path.parent.iterdir()) < JOURNAL_BYTES
     return list(table["reply_error"].to_pylist())
 

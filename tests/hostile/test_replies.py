@@ -15,7 +15,7 @@ from pipeline.inference.queue import read_annotations
 from pipeline.inference.requests import build_requests
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import find_flaw, parse_reply
-from pipeline.types import Request
+from pipeline.types import Request, SampleInfo
 from tests.hostile import LONG
 
 CONFIG = resolve(source="scenes", tasks=["caption", "qa"], generate={"caption_styles": ["brief"]})
@@ -62,7 +62,7 @@ bodies = st.one_of(answers.map(lambda value: json.dumps(value).encode(errors="su
 
 
 def stored_rows(journal: Journal) -> list[dict[str, Any]]:
-    (table,) = read_annotations([[(SAMPLE, 1, None)]], CONFIG, "r", journal)
+    (table,) = read_annotations([[SampleInfo(SAMPLE, 1)]], CONFIG, "r", journal)
     assert table.schema == ANNOTATION
     return list(table.to_pylist())
 

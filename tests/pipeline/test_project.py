@@ -10,11 +10,13 @@ from pipeline.config import Config, describe_settings, resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import check_prompts
 from pipeline.project import write_project
+from pipeline.sources import with_source_defaults
+from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import describe_prompts, prompt_id
 
 
 def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) -> None:
-    settings, prompts = write_project(tmp_path)
+    settings, prompts, _ = write_project(tmp_path)
     lines = [re.sub(r"^# (?=\s*[a-z_]+:)", "", line) for line in settings.read_text().splitlines()]
     values = yaml.safe_load("\n".join(line for line in lines if not line.startswith("#")))
     defaults = Config(source="folder:photos").model_dump(mode="json")
@@ -23,18 +25,26 @@ def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) 
 
 
 def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
-    settings, prompts = write_project(tmp_path)
+    settings, prompts, _ = write_project(tmp_path)
     assert resolve(settings) == resolve(source="folder:photos", generate={"prompt_dir": prompts})
     check_prompts(resolve(settings))
 
 
 def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
-    _, prompts = write_project(tmp_path)
-    assert prompt_id("caption", prompts) == prompt_id("caption", None, 2)
-    assert describe_prompts(("caption",), prompts) == (
+    _, prompts, _ = write_project(tmp_path)
+    assert prompt_id(TASKS["caption"], prompts) == prompt_id(TASKS["caption"], None, 2)
+    assert describe_prompts([TASKS["caption"]], prompts) == (
         f"caption from {prompts}/caption/v2.j2; system from {prompts}/system/v1.j2"
     )
-    assert describe_prompts(("caption", "qa"), None) == "caption, qa built in"
+    assert describe_prompts([TASKS["caption"], TASKS["qa"]], None) == "caption, qa built in"
+
+
+def test_the_examples_of_tasks_can_be_used_as_they_are(tmp_path: Path) -> None:
+    settings, _, tasks = write_project(tmp_path)
+    files = sorted(tasks.glob("*.yaml"))
+    config = resolve(settings, own_tasks=files, tasks=("caption",), columns={"context": "title"})
+    check_prompts(with_source_defaults(config))
+    assert config.tasks == ("caption", *(path.stem for path in files)) and len(files) == 6
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

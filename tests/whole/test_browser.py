@@ -15,7 +15,7 @@ from pipeline.dataset.reviews import read_reviews
 from pipeline.dataset.version import Version
 from pipeline.report import build
 from pipeline.report.build import write_report
-from pipeline.tables import SPLITS
+from pipeline.tables import SPLITS, Extras
 from tests.browser import PHONE, WIDE, Open, violations
 from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -95,7 +95,7 @@ def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Pa
     captions = true_captions(samples)
     shares = [n % 17 / 16 for n in range(captions.num_rows)]
     captions = captions.append_column("coverage", pa.array(shares, pa.float64()))
-    version, _ = make_version(tmp_path, samples, captions, scores=("coverage",), context=("title",))
+    version, _ = make_version(tmp_path, samples, captions, extras=Extras(("coverage",), ("title",)))
     page = opened(write_report(version, tmp_path))
     page.get_by_label("Order").select_option("coverage")
     scores = [

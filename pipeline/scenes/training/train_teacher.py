@@ -35,6 +35,7 @@ from pipeline.scenes.training import common
 from pipeline.scenes.training.guide import DeckExample, PageGuide
 from pipeline.scenes.training.pack import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate
 from pipeline.scenes.training.wording import sample_wording
+from pipeline.tasks import TASKS
 from pipeline.tasks.answer import Answer
 from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
@@ -130,7 +131,7 @@ def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Ite
     for _ in range(phase.question_sets):
         pairs = [ask(deck, rng) for ask in ASK_DECK.values()]
         reply = dump(DeckQASet(qa=tuple(pairs)))
-        words = render("deck_qa").text.rpartition("\n")[0] if rng.random() < RELEASED_PROMPT_PROBABILITY else None
+        words = render(TASKS["deck_qa"]).text.rpartition("\n")[0] if rng.random() < RELEASED_PROMPT_PROBABILITY else None
         yield TrainingTask("Task: deck_qa", reply, words=words, decided_spans=tuple(_looks(reply, deck, pairs)))
 
 
@@ -191,7 +192,7 @@ class TeacherTraining:
     def _deck_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
         examples, pixels = [], []
         for deck, pages, rng in decks(phase, step):
-            system = render("deck_qa").system if rng.random() < RELEASED_PROMPT_PROBABILITY else None
+            system = render(TASKS["deck_qa"]).system if rng.random() < RELEASED_PROMPT_PROBABILITY else None
             packed = self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight, system)
             examples.append(DeckExample(packed, deck))
             pixels += pages

@@ -13,7 +13,7 @@ from pipeline.dataset.builder import Rows, version_digest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.errors import TableError
-from pipeline.tables import REVIEWED, SPLITS, TABLE_VERSION
+from pipeline.tables import REVIEWED, SPLITS, TABLE_VERSION, Extras
 from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
 
 
@@ -63,13 +63,13 @@ def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 def test_scores_lie_beside_their_texts_and_another_set_of_them_is_a_major_version(tmp_path: Path) -> None:
     samples = scene_samples(20)
     plain, _ = make_version(tmp_path, samples)
-    version, _ = make_version(tmp_path, samples, scored_captions(samples), scores=SCORED)
+    version, _ = make_version(tmp_path, samples, scored_captions(samples), extras=Extras(SCORED))
     assert (version.name, version.manifest["scores"], "scores" in plain.manifest) == ("v2.0.0", [*SCORED], False)
     loaded = load_dataset("parquet", data_files=[str(p) for p in version.shards("train")], cache_dir=str(tmp_path / "cache"))
     caption = loaded["train"][0]["captions"][1]
     assert {name: caption[name] for name in SCORED} == {"precision": 1.0, "coverage": 0.5, "form": caption["form"]}
     assert loaded["train"].features["captions"].feature["form"].dtype == "int32"
-    again, is_new = make_version(tmp_path, samples, scored_captions(samples, 0.6), scores=SCORED)
+    again, is_new = make_version(tmp_path, samples, scored_captions(samples, 0.6), extras=Extras(SCORED))
     assert (again.name, is_new) == ("v2.0.1", True)
 
 
@@ -77,7 +77,7 @@ def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
     samples = scene_samples(2)
     captions = scored_captions(samples)
     edited = pa.array([REVIEWED, *captions["prompt_id"].to_pylist()[1:]])
-    version, _ = make_version(tmp_path, samples, captions.append_column("final_prompt_id", edited), scores=SCORED)
+    version, _ = make_version(tmp_path, samples, captions.append_column("final_prompt_id", edited), extras=Extras(SCORED))
     rows = [row for split in SPLITS if version.shards(split) for row in version.read(split).to_pylist()]
     scores = {caption["prompt_id"] == REVIEWED: caption["coverage"] for row in rows for caption in row["captions"]}
     assert scores == {True: None, False: 0.5}

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.diff import diff_versions
 from pipeline.dataset.rejections import list_rejections
-from pipeline.tables import LEDGER
+from pipeline.tables import LEDGER, Extras
 from tests.scene_data import make_version, scene_samples, scored_captions, true_captions
 
 SAMPLES = scene_samples(20)
@@ -88,7 +88,7 @@ def test_scores_that_one_version_lacks_are_a_setting_and_others_are_no_new_text(
     versions = [make_version(tmp_path / "plain", SAMPLES)[0]]
     for name, coverage in (("half", 0.5), ("all", 1.0)):
         scored = scored_captions(SAMPLES, coverage)
-        versions.append(make_version(tmp_path / name, SAMPLES, scored, scores=("precision", "coverage"))[0])
+        versions.append(make_version(tmp_path / name, SAMPLES, scored, extras=Extras(("precision", "coverage")))[0])
     measured = diff_versions(versions[0], versions[1])
     assert (measured.counts()["changed"], measured.settings["scores"]) == (0, ([], ["precision", "coverage"]))
     assert diff_versions(versions[1], versions[2]).reasons() == {"other scores": len(SAMPLES)}

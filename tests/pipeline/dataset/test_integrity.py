@@ -12,6 +12,7 @@ from pipeline.dataset.integrity import content_digest, damaged_files, find_damag
 from pipeline.dataset.version import Version, file_entry, read_version
 from pipeline.errors import StoreError
 from pipeline.hub.package import without_pixels
+from pipeline.tables import Extras
 from tests.scene_data import SCORED, make_version, scene_samples, scored_captions
 
 RECORDED = Path(__file__).parents[2] / "recorded"
@@ -31,7 +32,7 @@ def change_rows(version: Version, change: Any) -> Version:
 @pytest.fixture(params=[False, True], ids=["plain", "scored"])
 def version(request: pytest.FixtureRequest, tmp_path: Path) -> Version:
     samples = scene_samples(30)
-    scored = {"annotations": scored_captions(samples), "scores": SCORED} if request.param else {}
+    scored = {"annotations": scored_captions(samples), "extras": Extras(SCORED)} if request.param else {}
     return make_version(tmp_path / "data", samples, **scored)[0]
 
 

@@ -11,6 +11,7 @@ from pipeline.errors import StoreError
 from pipeline.hub.package import build_package
 from pipeline.images.decode import deck_id
 from pipeline.storage.files import write_text
+from pipeline.tables import Extras
 from pipeline.types import Sample
 from tests.scene_data import SCORED, make_version, scene_samples, scored_captions, true_captions
 
@@ -28,7 +29,7 @@ def texts_of(version: Version, folder: Path) -> Version:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Version:
-    return make_version(tmp_path / "whole", SAMPLES, scored_captions(SAMPLES), scores=SCORED)[0]
+    return make_version(tmp_path / "whole", SAMPLES, scored_captions(SAMPLES), extras=Extras(SCORED))[0]
 
 
 @pytest.fixture

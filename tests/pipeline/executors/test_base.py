@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -95,7 +95,8 @@ def annotations(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
 
 def checked(table: pa.Table, plan: RunPlan) -> pa.Table:
     """Return the annotations that pass filter, with checks: some are answerable blind, and alignments are random."""
-    for judge in (validate_annotations, lambda rows: judge_texts(rows, plan)):
+    judges: tuple[Callable[[pa.Table], pa.Table], ...] = (validate_annotations, lambda rows: judge_texts(rows, plan))
+    for judge in judges:
         table = judge(table)
         table = table.filter(pc.is_null(table["reason"])).drop_columns(["reason"])
     rows = table.to_pylist()

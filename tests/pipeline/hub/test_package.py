@@ -15,6 +15,7 @@ from pipeline.errors import PushError, StoreError
 from pipeline.hub.package import CHECKPOINT_FILES, build_checkpoint_package, build_package
 from pipeline.images.metadata import strip_metadata
 from pipeline.storage.untrusted import UnsafeFileError
+from pipeline.tables import Extras
 from tests.pipeline.images.test_metadata import jpeg, leaked
 from tests.scene_data import PROVENANCE, SCORED, make_version, scene_samples, scored_captions, true_captions
 
@@ -29,7 +30,7 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
 @pytest.fixture(scope="module")
 def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     samples = [replace(sample, licence="flickr-terms") for sample in scene_samples(20)]
-    return make_version(tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), scores=SCORED)[0]
+    return make_version(tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), extras=Extras(SCORED))[0]
 
 
 def test_free_pixels_go_as_they_lie_here(free: Version) -> None:

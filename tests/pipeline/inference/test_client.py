@@ -22,7 +22,7 @@ from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
-from pipeline.types import Sample
+from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.scene_data import scene_samples
 
@@ -47,7 +47,7 @@ def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any
         chunks = iter([[(sample.id, sample.images) for sample in samples[n : n + 4]] for n in range(0, len(samples), 4)])
         for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(Client("model", "r", config)), journal, counts):
             pass
-        (table,) = read_annotations([[(sample.id, 1, None) for sample in samples]], config, "r", journal)
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, "r", journal)
         stored = journal.totals()["replies"]
     assert counts.done == counts.total == len(samples) * 3  # nothing lost, nothing twice
     assert stored >= counts.total

@@ -18,6 +18,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
+from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import scene_samples
@@ -64,7 +65,7 @@ def ask(path: Path, chat: ChatServer, **server: Any) -> tuple[list[str | None], 
         engine = lambda: stack.enter_context(Client(name, revision, config, progress=notes))  # noqa: E731
         for _ in ask_about(chunks, config, revision, engine, journal, RequestStats()):
             pass
-        (table,) = read_annotations([[(sample.id, 1, None) for sample in SAMPLES]], config, revision, journal)
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], config, revision, journal)
     return table["reply_error"].to_pylist(), notes.texts, revision
 
 

@@ -10,7 +10,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests
 from pipeline.inference.transformers_engine import groups
-from pipeline.types import Engine, Reply, RequestSource, SampleBatch
+from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
 
 IMAGES: SampleBatch = [(f"{n:064x}", (b"image",)) for n in range(6)]
 REPLIES = {
@@ -64,7 +64,7 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Req
     with Journal(path) as journal:
         for _ in ask_about(iter([IMAGES[:3], IMAGES[3:]]), settings, "1", lambda: engine, journal, counts):
             pass
-        tables = list(read_annotations([[(name, 1, None) for name, _ in IMAGES]], settings, "1", journal))
+        tables = list(read_annotations([[SampleInfo(name, 1) for name, _ in IMAGES]], settings, "1", journal))
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 

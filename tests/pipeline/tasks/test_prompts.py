@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.tasks import prompts
+from pipeline.tasks import TASKS, prompts
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_id, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -21,48 +21,48 @@ LAST = ["Task: caption, brief", "Task: caption, detailed", "Task: qa", "Question
 @pytest.mark.parametrize(("case", "last"), list(zip(CASES, LAST, strict=True)))
 def test_a_prompt_ends_with_its_task_line(case: tuple[str, dict[str, Any]], last: str) -> None:
     task, values = case
-    assert render(task, **values).text.splitlines()[-1] == last
+    assert render(TASKS[task], **values).text.splitlines()[-1] == last
 
 
 def test_all_tasks_share_the_system_text_so_that_a_server_can_reuse_it() -> None:
-    assert {render(task, **values).system for task, values in CASES} == {template("system/v1").strip()}
+    assert {render(TASKS[task], **values).system for task, values in CASES} == {template("system/v1").strip()}
 
 
 def test_the_image_stands_between_the_system_text_and_the_task() -> None:
-    system, user = render("qa").messages()
+    system, user = render(TASKS["qa"]).messages()
     assert system["role"] == "system"
     assert [part["type"] for part in user["content"]] == ["image", "text"]
 
 
 def test_a_value_that_is_missing_is_an_error_and_not_an_empty_word() -> None:
     with pytest.raises(ConfigError, match="'question' is undefined"):
-        render("answer")
+        render(TASKS["answer"])
 
 
 def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
     with pytest.raises(ConfigError, match="style 'sonnet'") as caught:
-        render("caption", style="sonnet")
+        render(TASKS["caption"], style="sonnet")
     assert "brief, detailed, plain, alt" in caught.value.hint
     with pytest.raises(ConfigError, match="style 'tags'"):
-        render("caption", style="tags")
+        render(TASKS["caption"], style="tags")
 
 
 @pytest.mark.parametrize("version", STYLES)
 def test_every_style_has_its_own_wording(version: int) -> None:
-    texts = [render("caption", None, version, style=style).text.splitlines() for style in STYLES[version]]
+    texts = [render(TASKS["caption"], None, version, style=style).text.splitlines() for style in STYLES[version]]
     assert len({lines[0] for lines in texts}) == len(texts)
     assert [lines[-1] for lines in texts] == [f"Task: caption, {style}" for style in STYLES[version]]
 
 
 def test_prompts_of_version_1_are_as_they_were_released() -> None:
-    ids = [prompt_id(task) for task in ("caption", "qa", "deck_qa", "answer")]
+    ids = [prompt_id(TASKS[task]) for task in ("caption", "qa", "deck_qa", "answer")]
     assert ids == ["caption/v1@cfbdc0c86f31", "qa/v1@f512a8e48587", "deck_qa/v1@a4b79fa25464", "answer/v1@9a35f27fbcd1"]
-    assert prompt_id("qa", None, 2) != ids[1] and prompt_id("answer", None, 2) == ids[3]
+    assert prompt_id(TASKS["qa"], None, 2) != ids[1] and prompt_id(TASKS["answer"], None, 2) == ids[3]
 
 
 def test_wordings_and_question_types_of_photographs_are_drawn_by_the_image() -> None:
-    captions = [render("caption", None, 2, style="plain", draw=draw).text for draw in range(DRAWS)]
-    questions = [render("qa", None, 2, draw=draw).text for draw in range(DRAWS)]
+    captions = [render(TASKS["caption"], None, 2, style="plain", draw=draw).text for draw in range(DRAWS)]
+    questions = [render(TASKS["qa"], None, 2, draw=draw).text for draw in range(DRAWS)]
     assert (len(set(captions)), len(set(questions))) == (3, 8)
     assert {text.splitlines()[-1] for text in questions} == {"Task: qa"}
     assert sum("here the answer is no" in text for text in questions) == DRAWS // 2
@@ -70,38 +70,38 @@ def test_wordings_and_question_types_of_photographs_are_drawn_by_the_image() -> 
 
 def test_a_length_and_a_language_stand_in_the_prompts_of_photographs() -> None:
     for draw in range(DRAWS):
-        text = render("caption", None, 2, style="detailed", draw=draw, words=33, language="German").text
+        text = render(TASKS["caption"], None, 2, style="detailed", draw=draw, words=33, language="German").text
         assert "33 words" in text and "Write in German." in text
-        assert "in German" in render("qa", None, 2, draw=draw, language="German").text
-    assert "Write in" not in render("caption", None, 2, style="plain").text
+        assert "in German" in render(TASKS["qa"], None, 2, draw=draw, language="German").text
+    assert "Write in" not in render(TASKS["caption"], None, 2, style="plain").text
 
 
 def test_a_users_template_of_either_version_wins(tmp_path: Path) -> None:
     (tmp_path / "qa").mkdir()
     (tmp_path / "qa" / "v1.j2").write_text("Ask.\nTask: qa\n")
-    assert {render("qa", tmp_path, version).text for version in (1, 2)} == {"Ask.\nTask: qa"}
+    assert {render(TASKS["qa"], tmp_path, version).text for version in (1, 2)} == {"Ask.\nTask: qa"}
     (tmp_path / "qa" / "v2.j2").write_text("Ask {{ draw }}.\nTask: qa\n")
-    assert [render("qa", tmp_path, version, draw=7).text for version in (1, 2)] == ["Ask.\nTask: qa", "Ask 7.\nTask: qa"]
+    assert [render(TASKS["qa"], tmp_path, version, draw=7).text for version in (1, 2)] == ["Ask.\nTask: qa", "Ask 7.\nTask: qa"]
 
 
 def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "v1.j2").write_text("Write a sonnet.\nTask: caption, {{ style }}\n")
-    own = render("caption", tmp_path, style="sonnet")
+    own = render(TASKS["caption"], tmp_path, style="sonnet")
     assert own.text == "Write a sonnet.\nTask: caption, sonnet"
-    assert own.id != render("caption", style="brief").id
-    assert render("qa", tmp_path) == render("qa")
+    assert own.id != render(TASKS["caption"], style="brief").id
+    assert render(TASKS["qa"], tmp_path) == render(TASKS["qa"])
 
 
 def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
     own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
-    prompt = render("caption", None, 2, own=own, style="haiku", language="German")
+    prompt = render(TASKS["caption"], None, 2, own=own, style="haiku", language="German")
     assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'
-    assert prompt.id in prompt_texts(("caption",), None, 2, own)
-    other = render("caption", None, 2, own=(("haiku", "Write a poem."),), style="haiku")
-    assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts(("caption",), None, 2))
-    assert render("caption", None, 2, own=own, style="plain") == render("caption", None, 2, style="plain")
-    assert render("qa", None, 2, own=own) == render("qa", None, 2)
+    assert prompt.id in prompt_texts([TASKS["caption"]], None, 2, own)
+    other = render(TASKS["caption"], None, 2, own=(("haiku", "Write a poem."),), style="haiku")
+    assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts([TASKS["caption"]], None, 2))
+    assert render(TASKS["caption"], None, 2, own=own, style="plain") == render(TASKS["caption"], None, 2, style="plain")
+    assert render(TASKS["qa"], None, 2, own=own) == render(TASKS["qa"], None, 2)
     for mistake in (
         "{{ nothing }}",
         "{{ 1 // (row.price | int) }}",
@@ -110,22 +110,22 @@ def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
         "{{ row.x.y }}",
     ):
         with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
-            render("caption", None, 2, (("price", ""),), own=(("haiku", mistake),), style="haiku")
+            render(TASKS["caption"], None, 2, (("price", ""),), own=(("haiku", mistake),), style="haiku")
 
 
 def test_a_template_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "qa").mkdir()
     (tmp_path / "qa" / "v1.j2").write_text("{% if %}")
     with pytest.raises(ConfigError, match="cannot be rendered"):
-        render("qa", tmp_path)
+        render(TASKS["qa"], tmp_path)
 
 
 def test_the_id_changes_with_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {task: prompt_id(task) for task in ("caption", "qa")}
+    before = {task: prompt_id(TASKS[task]) for task in ("caption", "qa")}
     original = template
     monkeypatch.setattr(prompts, "template", lambda name, folder=None: original(name) + (" now" if name == "qa/v1" else ""))
-    assert prompt_id("qa") != before["qa"]
-    assert prompt_id("caption") == before["caption"]
+    assert prompt_id(TASKS["qa"]) != before["qa"]
+    assert prompt_id(TASKS["caption"]) == before["caption"]
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_a_template_of_a_stranger_runs_no_code(template: str, tmp_path: Path) ->
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "v1.j2").write_text(template)
     with pytest.raises(ConfigError, match="cannot be rendered"):
-        render("caption", tmp_path, style="brief")
+        render(TASKS["caption"], tmp_path, style="brief")

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.inference.requests import build_requests
+from pipeline.tasks import TASKS
 from pipeline.tasks.replies import find_flaw, parse_reply, read_fields
 from pipeline.types import Reply, Request
 
@@ -121,5 +122,5 @@ def test_a_reply_is_flawed_only_when_nothing_in_it_is_sound() -> None:
     ],
 )
 def test_words_around_an_object_are_not_part_of_it(text: str, caption: str | None) -> None:
-    ((fields, error),) = read_fields("caption", BRIEF.reply(text, "stop"))
+    ((fields, error),) = read_fields(TASKS["caption"], BRIEF.reply(text, "stop"))
     assert (fields.get("text"), error is None) == (caption, caption is not None)

@@ -31,14 +31,14 @@ def keywords(node: Any) -> set[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_wire_schema_is_one_that_guidance_takes_whole(task: str) -> None:
-    schema = wire_schema(task)
+    schema = wire_schema(TASKS[task])
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))) == ""
     assert keywords(schema) <= ENFORCED
     assert schema["additionalProperties"] is False
 
 
 def test_properties_keep_their_order_since_the_model_writes_in_it() -> None:
-    assert list(wire_schema("qa")["$defs"]["QAPair"]["properties"]) == ["answer_type", "question", "answer"]
+    assert list(wire_schema(TASKS["qa"])["$defs"]["QAPair"]["properties"]) == ["answer_type", "question", "answer"]
 
 
 def test_an_output_is_written_in_one_way() -> None:
@@ -98,4 +98,4 @@ SUM = DECK_PAIR | {"answer_type": "arithmetic", "evidence_pages": [1, 3], "expre
     ],
 )
 def test_a_question_about_a_deck_has_its_rules(fields: dict[str, Any], reason: str | None) -> None:
-    assert find_broken_rule("deck_qa", fields, pages=4) == reason
+    assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason

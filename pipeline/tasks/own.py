@@ -1,0 +1,297 @@
+"""Tasks of a user's own: built from their settings (config.TaskConfig).
+
+By its kind a task joins what is there, captions or questions, or fills a column of its own: labels, boxes, a text, a record of
+fields. A value of such a column is kept as JSON (tables.ANNOTATION, `record`) until the rows of a version are written.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, get_args
+
+import pyarrow as pa
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+
+from pipeline.config import GenerateConfig, TaskConfig
+from pipeline.errors import ConfigError
+from pipeline.tables import ROW, OwnColumn
+from pipeline.tasks.base import Line, Output, Task, check_question, find_unusable, has_surrogate, texts_in, tidy_texts
+from pipeline.tasks.boxes import BOX_FIELDS, Frame, place_box
+from pipeline.tasks.caption import Caption, tidy_caption
+from pipeline.tasks.output_schema import (
+    Schema,
+    UnusableSchemaError,
+    arrow_type,
+    close_schema,
+    empty_value,
+    load_output,
+    validator_of,
+    without_null,
+)
+
+OwnTasks = Sequence[TaskConfig]
+NOTHING_FOUND = "nothing_found"  # a list of rows that is empty
+JOINING = ("caption", "question")  # kinds whose texts join those of the built-in tasks
+TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
+# By kind; task categories of the Hub.
+CARD_CATEGORIES = {
+    "caption": "image-to-text",
+    "question": "visual-question-answering",
+    "labels": "image-classification",
+    "boxes": "object-detection",
+    "text": "image-to-text",
+}
+_TEXT: Schema = {"type": "string"}
+_WRONG = {  # what pydantic finds wrong with a field, as the end of a reason
+    "literal_error": "not_allowed",
+    "missing": "missing",
+    "string_pattern_mismatch": "off_pattern",
+    "extra_forbidden": "not_asked_for",
+}
+
+
+class OwnPair(Output):
+    """A question of a user's own task, with its answer."""
+
+    question: Line
+    answer: Line
+
+    @model_validator(mode="after")
+    def _is_a_question_with_an_answer(self) -> "OwnPair":
+        check_question(self.question, self.answer)
+        return self
+
+
+ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}  # by kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OwnTask(Task):
+    """A task of a user's own."""
+
+    settings: TaskConfig
+    whole: Schema  # of a whole reply, closed
+    item: TypeAdapter[Any]  # checks one annotation
+    field: str | None  # of an annotation that is its text or value; None: all of it
+    value: Schema  # of the text or value, closed
+
+    def wire_schema(self) -> Schema:
+        """See Task."""
+        schema: Schema = _on_the_wire(self.whole)
+        return schema
+
+    def temperature(self, generate: GenerateConfig) -> float:  # noqa: ARG002
+        """See Task."""
+        return self.settings.temperature
+
+    def rows_of(self, reply: Any) -> list[Any] | None:
+        """Return the rows of a parsed reply, an empty list if it found nothing; None if it has no rows."""
+        if self.rows_field is None:
+            return [reply]
+        rows = reply.get(self.rows_field) if isinstance(reply, dict) else None
+        return rows if isinstance(rows, list) else None
+
+    def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:
+        """See Task. A box is put into pixels of the image of the `frame`."""
+        if has_surrogate(item):
+            return {}, "off_schema"
+        if flaw := find_unusable(texts_in(item)):
+            return {}, flaw
+        try:
+            checked = self.item.validate_python(_without_repeats(item))
+        except ValidationError as error:
+            return {}, _reason(error)
+        fields = self.item.dump_python(checked, mode="json", by_alias=True)
+        if self.settings.kind == "boxes" and frame and (flaw := place_box(fields, frame, self.settings.coordinates)):
+            return {}, flaw
+        return self._columns(fields), None
+
+    def _columns(self, fields: Any) -> dict[str, Any]:
+        if self.settings.kind == "question":
+            return tidy_texts({name: fields.get(name) for name in ("question", "answer", "answer_type")})
+        value = fields[self.field] if self.field else fields
+        if self.settings.kind == "caption":
+            return {"text": tidy_caption({"caption": value})["caption"]}
+        return {"record": json.dumps(value, ensure_ascii=False)}
+
+    @property
+    def column(self) -> OwnColumn | None:
+        """The column of a version that holds the values; None if they join captions or questions."""
+        if self.settings.kind in JOINING:
+            return None
+        kind = arrow_type(self.value)
+        is_list = self.rows_field is not None
+        return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
+
+    def empty_result(self) -> Any:
+        """Return a result without content, to try the prompts of tasks with that need it."""
+        return [] if self.rows_field else empty_value(self.value)
+
+
+def own_columns(tasks: OwnTasks) -> list[OwnColumn]:
+    """Return the columns that own tasks fill, in their order."""
+    return [column for task in tasks if (column := build_task(task).column)]
+
+
+def publishable_task(settings: TaskConfig) -> dict[str, Any]:
+    """Return the settings of a task for a manifest: with the schema of a model in the user's code instead of its name."""
+    task = build_task(settings)
+    schema = {"output": task.whole} if settings.output else {}
+    return settings.model_dump(mode="json", exclude_defaults=True) | schema
+
+
+@lru_cache(256)
+def build_task(settings: TaskConfig) -> OwnTask:
+    """Return the task of these settings. Raises ConfigError if they do not fit together."""
+    try:
+        return _build(settings)
+    except UnusableSchemaError as error:
+        raise ConfigError(
+            f"the task {settings.name} cannot be used: {error}", hint="docs/own-tasks.md says what a task may be"
+        ) from None
+
+
+def _build(settings: TaskConfig) -> OwnTask:
+    kind = settings.kind
+    schema, model = load_output(settings.output) if settings.output else (_usual_output(settings), None)
+    if settings.output and settings.labels:
+        raise UnusableSchemaError("labels goes with the usual output of labels and boxes; in an output, write an enum")
+    whole = close_schema(schema)
+    if whole["type"] != "object":
+        raise UnusableSchemaError("output must be an object: replies are JSON objects")
+    rows = settings.rows or ({"question": "qa", "boxes": "boxes"}.get(kind) if settings.output is None else None)
+    item = whole
+    if rows:
+        listed = whole["properties"].get(rows)
+        if listed is None or without_null(listed)["type"] != "array":
+            raise UnusableSchemaError(f"output has no list named {rows} (rows)")
+        item = without_null(listed)["items"]
+    field = _field_of(settings, item)
+    value = without_null(item["properties"][field]) if field else item
+    _check_kind(settings, value)
+    return OwnTask(
+        name=settings.name,
+        prompts=(),
+        output=Output,
+        row=ROW_MODELS.get(kind, Output),
+        rows_field=rows,
+        text_field="caption" if kind == "caption" else None,
+        card_category=CARD_CATEGORIES.get(kind),
+        needs=settings.needs,
+        shows_image=settings.show_image,
+        max_tokens=settings.max_tokens,
+        own_prompt=TEMPLATE.format(prompt=settings.prompt.strip(), name=settings.name),
+        settings=settings,
+        whole=whole,
+        item=_item_validator(model, rows) if model else validator_of(item),
+        field=field,
+        value=value,
+    )
+
+
+def _usual_output(settings: TaskConfig) -> Schema:
+    label: Schema = {"enum": [*settings.labels]} if settings.labels else _TEXT
+    if settings.kind == "record":
+        raise UnusableSchemaError("a record needs an output: a JSON schema that names its fields")
+    if settings.labels and settings.kind not in ("labels", "boxes"):
+        raise UnusableSchemaError(f"labels goes with the kinds labels and boxes, not with {settings.kind}")
+    corners = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
+    return {
+        "caption": lambda: _object(caption=_TEXT),
+        "text": lambda: _object(text=_TEXT),
+        "question": lambda: _object(qa=_list(_object(question=_TEXT, answer=_TEXT), 1)),
+        "labels": lambda: _object(labels=_list(label)),
+        "boxes": lambda: _object(boxes=_list(_object(bbox_2d=corners, label=label))),
+    }[settings.kind]()
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def _list(items: Schema, least: int = 0) -> Schema:
+    return {"type": "array", "items": items, "minItems": least}
+
+
+def _field_of(settings: TaskConfig, item: Schema) -> str | None:
+    """Return the field of an annotation that is its text or value: the named one, that of the kind's name, or the only one."""
+    item = without_null(item)
+    if item["type"] != "object":
+        if settings.field or settings.kind not in ("caption", "text", "labels"):
+            raise UnusableSchemaError(f"{settings.rows} lists no objects")
+        return None
+    names = item["properties"]
+    if settings.field:
+        if settings.field not in names:
+            raise UnusableSchemaError(f"output has no field {settings.field}; it has {', '.join(names)}")
+        return settings.field
+    if settings.kind in ("question", "boxes", "record"):
+        return None
+    if settings.kind in names or len(names) == 1:
+        return settings.kind if settings.kind in names else next(iter(names))
+    raise UnusableSchemaError(f"say which field is the {settings.kind}, as in `field: {next(reversed(names))}`")
+
+
+def _check_kind(settings: TaskConfig, value: Schema) -> None:
+    kind, form = settings.kind, value["type"]
+    names = value["properties"] if form == "object" else {}
+    if kind in ("caption", "text") and form != "string":
+        raise UnusableSchemaError(f"a {kind} is a text, and not {_a(form)}")
+    if kind == "labels" and (without_null(value["items"])["type"] if form == "array" else form) != "string":
+        raise UnusableSchemaError("labels are texts, or a list of them")
+    if kind == "question" and any(
+        without_null(names.get(name, {"type": None}))["type"] != "string" for name in ("question", "answer")
+    ):
+        raise UnusableSchemaError("a question has the fields question and answer, which are texts")
+    if kind == "boxes":
+        boxes = [without_null(names[name]) for name in BOX_FIELDS if name in names]
+        numbers = [
+            box["items"]["type"]
+            for box in boxes
+            if box["type"] == "array" and (box.get("minItems"), box.get("maxItems")) == (4, 4)
+        ]
+        if not numbers or (settings.output and not settings.rows):
+            raise UnusableSchemaError(f"boxes are rows with a list of four whole numbers named {' or '.join(BOX_FIELDS)}")
+        if numbers[0] != "integer":
+            raise UnusableSchemaError("the corners of a box are whole numbers: they become pixels")
+    if settings.name in ROW.names or settings.name == "split":
+        raise UnusableSchemaError(f"a dataset has a column {settings.name} already")
+    if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
+        raise UnusableSchemaError(f"min_words and max_words are of captions, questions and texts, and not of {kind}")
+
+
+def _a(form: str) -> str:
+    return {"array": "a list", "integer": "a number", "object": "an object"}.get(form, f"a {form}")
+
+
+def _item_validator(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
+    """Return what checks one annotation: a model, or that of the items of a list in it."""
+    return TypeAdapter(get_args(model.model_fields[rows].annotation)[0] if rows else model)
+
+
+def _on_the_wire(schema: Any) -> Any:
+    """Return a closed schema without what decoders do not enforce, which the check of a reply does."""
+    if isinstance(schema, list):
+        return [_on_the_wire(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "properties" in schema:
+        return schema | {"properties": {name: _on_the_wire(inner) for name, inner in schema["properties"].items()}}
+    return {key: _on_the_wire(value) for key, value in schema.items() if key not in ("pattern", "minLength", "maxLength")}
+
+
+def _without_repeats(item: Any) -> Any:
+    """Return an item whose lists of texts have each once: to say a label twice is no reason to ask again."""
+    if not isinstance(item, dict):
+        return item
+    return {
+        name: list(dict.fromkeys(value)) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+        for name, value in item.items()
+    }
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = [part for part in first["loc"] if isinstance(part, str)]
+    return "_".join([*where, _WRONG.get(first["type"], first["type"])]) if where else "off_schema"

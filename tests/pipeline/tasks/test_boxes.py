@@ -1,0 +1,48 @@
+"""Boxes: from the coordinates of a model to pixels of the image, and whether they lie inside of it."""
+
+import random
+
+import pytest
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from pipeline.tasks.boxes import EMPTY, MAX_PIXELS, MIN_PIXELS, OUTSIDE, Frame, place_box, seen_size
+
+
+def test_an_image_has_the_size_that_the_processor_of_the_model_gives_it() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        width = rng.randint(40, 6000)
+        height = rng.randint(max(40, width // 100), min(6000, width * 100))
+        limit = rng.choice((None, 50_000, 1_000_000))
+        down, across = smart_resize(height, width, factor=28, min_pixels=MIN_PIXELS, max_pixels=limit or MAX_PIXELS)
+        assert seen_size(Frame(width, height, limit)) == (across, down)
+
+
+@pytest.mark.parametrize(
+    ("frame", "coordinates", "box", "placed"),
+    [
+        (Frame(560, 280), "pixels", [56, 28, 112, 56], [56, 28, 112, 56]),
+        (Frame(570, 290), "pixels", [56, 28, 560, 280], [57, 29, 570, 290]),  # seen at 560 x 280
+        (Frame(2000, 1000, 500_000), "pixels", [98, 98, 196, 196], [200, 206, 400, 412]),  # seen at 980 x 476
+        (Frame(2000, 1000), "thousandths", [100, 100, 500, 500], [200, 100, 1000, 500]),
+        (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges
+    ],
+)
+def test_a_box_is_put_into_pixels_of_the_image(frame: Frame, coordinates: str, box: list[int], placed: list[int]) -> None:
+    row = {"bbox_2d": box, "label": "cat"}
+    assert place_box(row, frame, coordinates) is None
+    assert row == {"bbox_2d": placed, "label": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ([0, 0, 700, 100], OUTSIDE),
+        ([-100, 0, 50, 100], OUTSIDE),
+        ([100, 0, 50, 100], EMPTY),
+        ([50, 20, 50, 100], EMPTY),
+        ([10**17, 0, 10**18, 5], OUTSIDE),
+    ],
+)
+def test_a_box_outside_of_the_image_or_without_area_is_none(box: list[int], reason: str) -> None:
+    assert place_box({"box": box}, Frame(560, 280), "pixels") == reason

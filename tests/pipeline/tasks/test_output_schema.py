@@ -1,0 +1,136 @@
+"""Output schemas: what of JSON Schema can be used, and what follows from it."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from datasets import Features
+from pydantic import ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.tables import BOOL, FLOAT64, INT64, STRING, arrow_type_of, features
+from pipeline.tasks.output_schema import (
+    UnusableSchemaError,
+    arrow_type,
+    close_schema,
+    empty_value,
+    load_output,
+    shape_of,
+    validator_of,
+)
+
+WHOLE = {
+    "type": "object",
+    "title": "Finding",
+    "required": ["view", "count", "parts"],
+    "properties": {
+        "view": {"enum": ["front", "side"]},
+        "count": {"type": "integer", "minimum": 0},
+        "sure": {"type": ["boolean", "null"]},
+        "size": {"type": "number", "maximum": 9.5},
+        "note": {"type": "string", "pattern": "^[a-z]+$", "maxLength": 5},
+        "parts": {"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/Part"}},
+    },
+    "$defs": {"Part": {"type": "object", "required": ["class"], "properties": {"class": {"type": "string"}}}},
+}
+GOOD = {"view": "front", "count": 2, "sure": None, "size": None, "note": None, "parts": [{"class": "wing"}]}
+
+
+def test_a_schema_is_closed_and_each_field_is_there() -> None:
+    closed = close_schema(WHOLE)
+    assert closed["required"] == [*WHOLE["properties"]] and closed["additionalProperties"] is False
+    assert closed["properties"]["view"] == {"type": "string", "enum": ["front", "side"]}
+    assert closed["properties"]["sure"] == {"anyOf": [{"type": "boolean"}, {"type": "null"}]}
+    assert closed["properties"]["size"]["anyOf"][0] == {"type": "number", "maximum": 9.5}
+    assert closed["properties"]["parts"]["items"]["required"] == ["class"]
+    assert "title" not in closed and "$ref" not in json.dumps(closed)
+    assert close_schema(closed) == closed
+
+
+def test_a_value_of_it_fits_the_column_that_it_makes_and_comes_back() -> None:
+    kind = arrow_type(close_schema(WHOLE))
+    part = pa.list_(pa.struct({"class": STRING}))
+    wanted = {"view": STRING, "count": INT64, "sure": BOOL, "size": FLOAT64, "note": STRING, "parts": part}
+    assert kind == pa.struct(wanted)
+    assert pa.array([GOOD], kind).to_pylist() == [GOOD]
+    described = features(pa.schema({"own": kind}))
+    assert arrow_type_of(described["own"]) == kind
+    assert Features.from_dict(described).arrow_schema.field("own").type == kind
+
+
+def test_a_reply_is_checked_by_all_that_the_schema_says() -> None:
+    check = validator_of(close_schema(WHOLE))
+    for value in (GOOD, {key: value for key, value in GOOD.items() if value is not None}):
+        assert check.dump_python(check.validate_python(value), mode="json", by_alias=True) == GOOD
+    for wrong in (
+        {"view": "back"},
+        {"count": -1},
+        {"count": "many"},
+        {"count": 2**70},
+        {"size": 10},
+        {"size": float("inf")},
+        {"note": "ABC"},
+        {"note": "abcdef"},
+        {"parts": [{"class": "a"}] * 3},
+        {"parts": [{"class": "a", "more": 1}]},
+        {"other": 1},
+    ):
+        with pytest.raises(ValidationError):
+            check.validate_python(GOOD | wrong)
+    assert check.validate_python(GOOD | {"count": "3"}).f1 == 3  # of a server that enforces nothing
+
+
+def test_the_form_is_shown_in_a_prompt() -> None:
+    assert shape_of(close_schema(WHOLE)) == (
+        '{"view": "front" or "side", "count": 1, "sure": true or false or null, "size": 0.5 or null, "note": "..." or null, '
+        '"parts": [{"class": "..."}, ...]}'
+    )
+    assert empty_value(close_schema(WHOLE)) == {"view": "", "count": 0, "sure": False, "size": 0.0, "note": "", "parts": []}
+
+
+@pytest.mark.parametrize(
+    ("schema", "flaw"),
+    [
+        ("text", "output is no schema"),
+        ({"type": "object"}, "must name its fields"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "string"}},
+            "must name its fields",
+        ),
+        ({"type": "object", "properties": {"a": {}}}, r"output\.a has no type"),
+        ({"type": "object", "properties": {"a": {"type": "array"}}}, r"output\.a is a list without items"),
+        ({"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}, r"output\.a has format"),
+        ({"type": "object", "properties": {"a": {"type": ["string", "integer"]}}}, "several types"),
+        ({"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}}, "several forms"),
+        ({"type": "object", "properties": {"a": {"enum": ["x", 1]}}}, "not all texts"),
+        ({"type": "object", "properties": {"a": {"enum": []}}}, "not all texts"),
+        ({"type": "object", "properties": {"a": {"enum": ["x", "x"]}}}, "one twice"),
+        ({"type": "object", "properties": {"a": {"$ref": "#/$defs/B"}}}, "which is not there"),
+        ({"type": "object", "properties": {"_type": {"type": "string"}}}, "_type"),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}}}},
+            "refers to itself",
+        ),
+    ],
+)
+def test_what_cannot_be_enforced_or_held_is_named(schema: Any, flaw: str) -> None:
+    with pytest.raises(UnusableSchemaError, match=flaw):
+        close_schema(schema)
+
+
+def test_a_pattern_that_is_none_is_named() -> None:
+    with pytest.raises(UnusableSchemaError, match="regex parse error"):
+        validator_of({"type": "string", "pattern": "(["})
+
+
+def test_a_model_in_a_module_is_an_output(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shop_models.py").write_text(
+        "from pydantic import BaseModel\nclass Item(BaseModel):\n    name: str\n    price: float | None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    schema, model = load_output("shop_models:Item")
+    assert model is not None and [*close_schema(schema)["properties"]] == ["name", "price"]
+    for wrong in ("shop_models:Thing", "no_such_module:Item", "shop_models"):
+        with pytest.raises(ConfigError, match=f"no output at {wrong}"):
+            load_output(wrong)

@@ -1,0 +1,193 @@
+"""Own tasks: what is built from their settings, how replies are read, and which settings do not fit together."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.config import TaskConfig
+from pipeline.errors import ConfigError
+from pipeline.tables import INT64, STRING
+from pipeline.tasks import find_broken_rule, find_task, wire_schema
+from pipeline.tasks.boxes import Frame
+from pipeline.tasks.own import NOTHING_FOUND, OwnTask, build_task
+from pipeline.tasks.prompts import render
+from pipeline.tasks.replies import read_fields
+from pipeline.types import Reply
+
+FRAME = Frame(560, 280)
+PAIR = {
+    "type": "object",
+    "required": ["question", "answer"],
+    "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
+}
+
+
+def task(kind: str, **settings: Any) -> OwnTask:
+    return build_task(TaskConfig.model_validate({"name": "own", "kind": kind, "prompt": "Look."} | settings))
+
+
+def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
+    return read_fields(own, Reply("r", 0, json.dumps(value), "stop", 0, 0), FRAME)
+
+
+@pytest.mark.parametrize(
+    ("own", "reply", "columns"),
+    [
+        (task("caption"), {"caption": " A\ncat. "}, [{"text": "A cat."}]),
+        (task("text"), {"text": "EXIT\n12"}, [{"record": '"EXIT\\n12"'}]),
+        (task("labels", labels=["a", "b"]), {"labels": ["b", "a", "b"]}, [{"record": '["b", "a"]'}]),
+        (
+            task("question"),
+            {"qa": [{"question": "Who?", "answer": "me"}]},
+            [{"question": "Who?", "answer": "me", "answer_type": None}],
+        ),
+        (
+            task("boxes"),
+            {"boxes": [{"bbox_2d": [0, 0, 56, 28], "label": "cat"}, {"bbox_2d": [5, 5, 9, 9], "label": "dog"}]},
+            [
+                {"record": '{"bbox_2d": [0, 0, 56, 28], "label": "cat"}'},
+                {"record": '{"bbox_2d": [5, 5, 9, 9], "label": "dog"}'},
+            ],
+        ),
+        (
+            task("record", output={"type": "object", "properties": {"n": {"type": "integer"}}}),
+            {"n": 3},
+            [{"record": '{"n": 3}'}],
+        ),
+        (task("record", output={"type": "object", "properties": {"n": {"type": "integer"}}}), {}, [{"record": '{"n": null}'}]),
+        (
+            task("labels", output={"type": "object", "required": ["is"], "properties": {"is": {"enum": ["day", "night"]}}}),
+            {"is": "day"},
+            [{"record": '"day"'}],
+        ),
+        (
+            task(
+                "caption",
+                field="alt",
+                output={"type": "object", "properties": {"why": {"type": "string"}, "alt": {"type": "string"}}},
+            ),
+            {"why": "It is a shop.", "alt": "A lamp."},
+            [{"text": "A lamp."}],
+        ),
+        (
+            task(
+                "text",
+                rows="lines",
+                output={"type": "object", "properties": {"lines": {"type": "array", "items": {"type": "string"}}}},
+            ),
+            {"lines": ["one", "two"]},
+            [{"record": '"one"'}, {"record": '"two"'}],
+        ),
+    ],
+)
+def test_a_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, columns: list[dict[str, Any]]) -> None:
+    rows = read(own, reply)
+    assert [(fields, error) for fields, error in rows] == [(values, None) for values in columns]
+    assert all(find_broken_rule(own, fields) is None for fields, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("own", "reply", "reasons"),
+    [
+        (task("labels", labels=["a"]), {"labels": ["a", "c"]}, ["labels_not_allowed"]),
+        (task("labels", labels=["a"]), {"tags": ["a"]}, ["labels_missing"]),
+        (task("boxes"), {"boxes": [{"bbox_2d": [0, 0, 56], "label": "x"}]}, ["bbox_2d_too_short"]),
+        (
+            task("boxes"),
+            {"boxes": [{"bbox_2d": [0, 0, 5000, 9], "label": "x"}, {"bbox_2d": [0, 0, 9, 9], "label": "x"}]},
+            ["box_outside_image", None],
+        ),
+        (task("boxes"), {"boxes": []}, [NOTHING_FOUND]),
+        (task("boxes"), {"boxes": "none"}, ["off_schema"]),
+        (task("boxes"), [1], ["off_schema"]),
+        (task("text"), {"text": "I'm sorry, but I cannot help with that."}, ["refusal"]),
+        (task("text"), {"text": "la la la la la la la la"}, ["repeats_itself"]),
+        (task("text"), {"text": "\ud800"}, ["off_schema"]),
+        (task("text"), {"text": "x" * 30_000}, ["text_string_too_long"]),
+        (task("question"), {"qa": [{"question": "Who?", "answer": "me", "extra": 1}]}, ["extra_not_asked_for"]),
+    ],
+)
+def test_what_a_reply_lacks_is_named_row_by_row(own: OwnTask, reply: Any, reasons: list[str | None]) -> None:
+    assert [error for _, error in read(own, reply)] == reasons
+
+
+def test_a_question_without_a_mark_breaks_a_rule() -> None:
+    ((fields, error),) = read(task("question"), {"qa": [{"question": "Who", "answer": "me"}]})
+    assert error is None and find_broken_rule(task("question"), fields) == "question_without_mark"
+
+
+def test_the_column_has_the_type_and_the_form_of_its_kind() -> None:
+    labels, boxes = task("labels", labels=["a"]).column, task("boxes").column
+    assert labels and (str(labels.type), labels.is_list) == ("list<item: string>", False)
+    assert boxes and boxes.is_list
+    assert {boxes.type.value_type.field(n).name: boxes.type.value_type.field(n).type for n in range(2)}["label"] == STRING
+    assert boxes.type.value_type.field("bbox_2d").type.value_type == INT64
+    assert task("caption").column is None and task("question").column is None
+
+
+def test_what_the_decoder_enforces_has_allowed_values_and_no_lengths() -> None:
+    settings = {
+        "name": "own",
+        "kind": "text",
+        "prompt": "Look.",
+        "output": {"type": "object", "properties": {"t": {"type": "string", "maxLength": 5}}},
+    }
+    own = build_task(TaskConfig.model_validate(settings))
+    assert "maxLength" not in json.dumps(wire_schema(own)) and "maxLength" in json.dumps(own.whole)
+    pattern = {
+        "type": "object",
+        "required": ["pattern"],
+        "properties": {"pattern": {"type": "string"}},
+    }  # a field of that name stays
+    assert "pattern" in wire_schema(task("text", output=pattern))["properties"]
+
+
+def test_the_prompt_ends_with_the_form_and_the_name_of_the_task() -> None:
+    own = task("labels", labels=["{{ a }}", "b"])
+    assert render(own).text == 'Look.\nReply as {"labels": ["{{ a }}" or "b", ...]}.\nTask: own'
+    assert render(own).id.startswith("own@")
+
+
+def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
+    own = TaskConfig(name="tags", kind="labels", prompt="Look.")
+    assert find_task("tags", [own]) is build_task(own) and find_task("qa", [own]).name == "qa"
+    with pytest.raises(ConfigError, match="unknown task: tag") as error:
+        find_task("tag", [own])
+    assert error.value.hint == "did you mean tags?"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flaw"),
+    [
+        ({"kind": "record"}, "a record needs an output"),
+        ({"kind": "text", "labels": ["a"]}, "labels goes with the kinds labels and boxes"),
+        ({"kind": "labels", "labels": ["a"], "output": PAIR}, "write an enum"),
+        ({"kind": "caption", "output": PAIR}, "say which field is the caption"),
+        ({"kind": "caption", "output": PAIR, "field": "text"}, "has no field text; it has question, answer"),
+        ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
+        ({"kind": "boxes", "output": PAIR}, "boxes are rows with a list of four whole numbers"),
+        ({"kind": "record", "output": {"type": "array", "items": PAIR}}, "output must be an object"),
+        (
+            {
+                "kind": "caption",
+                "field": "caption",
+                "output": {"type": "object", "properties": {"caption": {"type": "integer"}}},
+            },
+            "a caption is a text, and not a number",
+        ),
+        (
+            {"kind": "labels", "field": "n", "output": {"type": "object", "properties": {"n": {"type": "integer"}}}},
+            "labels are texts",
+        ),
+        ({"kind": "labels", "min_words": 3}, "min_words and max_words are of captions"),
+        ({"kind": "text", "name": "image"}, "has a column image already"),
+        (
+            {"kind": "text", "output": {"type": "object", "properties": {"text": {"type": "string", "pattern": "(["}}}},
+            "regex parse error",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_one_error(settings: dict[str, Any], flaw: str) -> None:
+    with pytest.raises(ConfigError, match="the task .* cannot be used: .*" + flaw):
+        task(**settings)

@@ -1,0 +1,320 @@
+"""Own tasks: from a file of YAML to a pushed dataset with the right columns; what is asked again, and what is refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import List, Value, load_dataset
+
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.hub.server import running_hub
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import ROOT, SYNTH
+
+COUNT = 24
+EXAMPLES = ROOT / "prompts/examples"
+DETAILED = "A lamp stands on a wooden desk beside a stack of books, and a window behind it shows a garden in the rain"
+LOAD = """
+import datasets, pickle, sys
+loaded = datasets.load_dataset("me/shop")
+rows = {split: part.remove_columns(["image"]).to_list() for split, part in loaded.items()}
+pickle.dump((loaded["train"].features, rows), sys.stdout.buffer)
+"""
+TITLE = re.compile(r'sold as "(?:Lamp|Chair) (\d+)"')
+
+
+class Model:
+    """A model that replies to all example tasks; what it says depends on the image or on the prompt alone."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.prompts: dict[str, list[str]] = {}
+        self.replies: dict[str, Any] = {}  # by task, instead of the usual ones
+
+    def __call__(self, times: int, body: dict[str, Any]) -> Act:
+        task = body["response_format"]["json_schema"]["name"]
+        prompt = body["messages"][1]["content"][-1]["text"]
+        self.asked[task] += 1
+        self.prompts.setdefault(task, []).append(prompt)
+        reply = self.replies.get(task) or getattr(self, task)
+        return Act(json.dumps(reply(prompt, uuid_of(body)) if callable(reply) else reply))
+
+    def caption(self, prompt: str, image: str) -> Any:
+        return {"caption": f"{DETAILED}, number {image[:6]}."}
+
+    def kurz(self, prompt: str, image: str) -> Any:
+        number = re.search(r"number (\w+)", prompt)
+        assert not image and number
+        return {"caption": f"Eine Lampe steht auf einem Tisch neben vielen alten Büchern, Nummer {number[1]}."}
+
+    def alt_text(self, prompt: str, image: str) -> Any:
+        return {"caption": f"A brass lamp with a green shade, model {TITLE.findall(prompt)[0]}."}
+
+    def tags(self, prompt: str, image: str) -> Any:
+        return {"labels": ["indoors", "text", "indoors"] if int(image[0], 16) % 2 else []}
+
+    def boxes(self, prompt: str, image: str) -> Any:
+        return {"boxes": [{"bbox_2d": [28, 28, 84, 56], "label": "dog"}, {"bbox_2d": [0, 0, 9000, 20], "label": "car"}]}
+
+    def ocr(self, prompt: str, image: str) -> Any:
+        return {"text": f"EXIT {image[:4]} / call +49 30 1234567"}
+
+    def finding(self, prompt: str, image: str) -> Any:
+        return {"view": "frontal", "quality": "good", "findings": [{"name": "opacity", "side": None}], "impression": None}
+
+    def offer(self, prompt: str, image: str) -> Any:
+        return {"color": "green", "material": "brass", "rooms": ["office"]}
+
+    def headline(self, prompt: str, image: str) -> Any:
+        assert "green" in prompt and "made of brass" in prompt
+        return {"text": f"Green light for number {hashlib.sha256(prompt.encode()).hexdigest()[:3]}"}
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A folder of pictures with titles."""
+    (tmp_path / "photos").mkdir()
+    for number in range(COUNT):
+        photo(number).save(tmp_path / "photos" / f"{number:02}.png")
+    write_titles(tmp_path, [f"Lamp {n}" for n in range(COUNT)])
+    return tmp_path
+
+
+def write_titles(folder: Path, titles: list[str]) -> None:
+    lines = ["file_name,title", *(f"{n:02}.png,{title}" for n, title in enumerate(titles))]
+    (folder / "photos/metadata.csv").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def server(model: Model) -> Iterator[ChatServer]:
+    with running_chat(ChatServer(model)) as chat:
+        yield chat
+
+
+def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(SYNTH), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
+
+
+def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
+    options = ("--source", "folder:photos", "--base-url", chat.url, "--out", "d", "--json")
+    done = synth(folder, "generate", *options, *arguments)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result | {"stderr": done.stderr}
+
+
+def tasks(*names: str) -> list[str]:
+    return [part for name in names for part in ("--task", str(EXAMPLES / f"{name}.yaml"))]
+
+
+def rows_of(folder: Path, version: str = "v1.0.0") -> Any:
+    files = [str(path) for path in sorted((folder / f"d/versions/{version}").glob("*-*.parquet"))]
+    return load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+
+
+def test_all_examples_become_columns_of_the_right_types_and_are_pushed(shop: Path, server: ChatServer, model: Model) -> None:
+    names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+    assert names == ["alt_text", "boxes", "finding", "kurz", "ocr", "tags"]
+    generate(shop, server, "--columns", "context=title", "--tasks", "caption", "--styles", "detailed", *tasks(*names))
+    assert model.asked == {"caption": COUNT} | dict.fromkeys(names, COUNT)
+    assert synth(shop, "check", "d").returncode == 0
+    with running_hub(shop / "hub") as hub:
+        env = hub.env(shop / "home")
+        pushed = synth(shop, "push", "d", "--repo", "me/shop", env=env)
+        assert pushed.returncode == 0, pushed.stderr
+        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=120, cwd=shop)
+        assert loaded.returncode == 0, loaded.stderr
+        features, splits = pickle.loads(loaded.stdout)
+    assert features["tags"] == List(Value("string")) and features["ocr"] == Value("string")
+    assert features["boxes"] == List({"bbox_2d": List(Value("int64")), "label": Value("string")})
+    assert features["finding"]["findings"] == List({"name": Value("string"), "side": Value("string")})
+    rows = [row for split in splits.values() for row in split]
+    assert len(rows) == COUNT
+    for row in rows:
+        styles = {caption["style"]: caption["text"] for caption in row["captions"]}
+        assert styles.keys() == {"detailed", "alt-text", "kurz"}
+        assert styles["detailed"].split()[-1] == styles["kurz"].split()[-1] == f"{row['sample_id'][:6]}."
+        assert styles["alt-text"].endswith(f"model {row['context']['title'].split()[-1]}.")
+        assert row["tags"] in (["indoors", "text"], []) and row["ocr"] == f"EXIT {row['sample_id'][:4]} / call [phone]"
+        (box,) = row["boxes"]  # the other one is not in the image
+        assert box["label"] == "dog" and 0 < box["bbox_2d"][0] < box["bbox_2d"][2] <= row["width_px"]
+        assert row["finding"]["findings"] == [{"name": "opacity", "side": None}] and row["finding"]["impression"] is None
+    card = (shop / "d/versions/v1.0.0/README.md").read_text()
+    assert "tags: indoors, text" in card and "| `boxes` | 24 | dog: 24 |" in card, card
+
+
+def test_the_report_shows_values_and_draws_boxes(shop: Path, server: ChatServer) -> None:
+    generate(shop, server, *tasks("boxes", "finding"))
+    assert synth(shop, "report", "d").returncode == 0
+    page = (shop / "d/report.html").read_text()
+    assert '"value":"view: frontal; quality: good; findings: (name: opacity)"' in page
+    assert page.count('"box":[') == COUNT and '"kind":"boxes"' in page
+
+
+def test_a_task_that_is_added_is_the_only_one_that_is_asked(shop: Path, server: ChatServer, model: Model) -> None:
+    first = generate(shop, server, *tasks("tags"))
+    assert model.asked == {"tags": COUNT} and first["version"] == "v1.0.0"
+    assert not generate(shop, server, *tasks("tags"))["is_new"]
+    second = generate(shop, server, *tasks("tags", "ocr"))
+    assert model.asked == {"tags": COUNT, "ocr": COUNT} and second["version"] == "v2.0.0"
+    again = generate(shop, server, "--config", "d/versions/v2.0.0/manifest.json")  # which needs no file of a task
+    assert model.asked == {"tags": COUNT, "ocr": COUNT} and not again["is_new"]
+
+
+def test_only_images_whose_title_has_changed_are_asked_again_and_what_follows_from_them(
+    shop: Path, server: ChatServer, model: Model
+) -> None:
+    model.replies["words"] = lambda prompt, image: {"text": f"about {prompt.splitlines()[0]}"}
+    model.replies["shout"] = lambda prompt, image: {"text": prompt.splitlines()[0].upper()}
+    (shop / "words.yaml").write_text("{name: words, kind: text, prompt: '{{ row.title }}'}")
+    (shop / "shout.yaml").write_text(
+        "{name: shout, kind: text, show_image: false, needs: [words], prompt: '{{ results.words }}'}"
+    )
+    options = ("--columns", "context=title", "--task", "shout.yaml", "--task", "words.yaml")
+    generate(shop, server, *options)
+    assert model.asked == {"words": COUNT, "shout": COUNT}
+    assert {row["shout"] for row in rows_of(shop)} == {f"ABOUT LAMP {n}" for n in range(COUNT)}
+    write_titles(shop, [f"{'Chair' if n < 10 else 'Lamp'} {n}" for n in range(COUNT)])
+    generate(shop, server, *options)
+    assert model.asked == {"words": COUNT + 10, "shout": COUNT + 10}
+    assert {row["shout"] for row in rows_of(shop, "v1.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
+
+
+def test_a_task_is_not_asked_where_the_result_that_it_needs_is_unusable(shop: Path, server: ChatServer, model: Model) -> None:
+    model.replies["ocr"] = lambda prompt, image: {
+        "text": "fine" if int(image[0], 16) % 2 else "I'm sorry, I can't help with that."
+    }
+    model.replies["more"] = {"text": "more"}
+    (shop / "more.yaml").write_text(
+        "{name: more, kind: text, show_image: false, needs: [ocr], prompt: 'Go on: {{ results.ocr }}'}"
+    )
+    result = generate(shop, server, *tasks("ocr"), "--task", "more.yaml")
+    rows = rows_of(shop)
+    assert 0 < len(rows) == model.asked["more"] < COUNT and {(row["ocr"], row["more"]) for row in rows} == {("fine", "more")}
+    lost = COUNT - len(rows)
+    assert f"rejected: {lost} refusal, {lost} result_missing" in result["stderr"]
+
+
+def test_a_persons_marks_apply_to_values(shop: Path, server: ChatServer) -> None:
+    generate(shop, server, *tasks("boxes", "tags"))
+    assert synth(shop, "report", "d").returncode == 0
+    page = (shop / "d/report.html").read_text()
+    images = json.loads(re.search(r'add\("images", (\[.*?\])\);\n', page)[1])  # type: ignore[index]
+    boxed = images[0]
+    text = next(text for text in boxed["texts"] if text["kind"] == "boxes")
+    mark = {"sample_id": boxed["id"], "content": text["content"], "mark": "bad", "reason": "not_true"}
+    (shop / "marks.jsonl").write_text(json.dumps(mark) + "\n")
+    done = synth(shop, "review", "apply", "marks.jsonl", "--data", "d")
+    assert done.returncode == 0, done.stderr
+    rows = {row["sample_id"]: row for row in rows_of(shop, "v1.0.1" if (shop / "d/versions/v1.0.1").exists() else "v1.0.0")}
+    assert not rows.get(boxed["id"], {"boxes": []})["boxes"]
+    assert sum(len(row["boxes"]) for row in rows.values()) == COUNT - 1
+    edit = mark | {"mark": "edited", "text": "a dog"}
+    del edit["reason"]
+    (shop / "marks.jsonl").write_text(json.dumps(edit) + "\n")
+    refused = synth(shop, "review", "apply", "marks.jsonl", "--data", "d")
+    assert refused.returncode == 1 and "not edited" in refused.stderr
+
+
+def test_a_model_of_pydantic_checks_what_a_schema_cannot_say(shop: Path, server: ChatServer, model: Model) -> None:
+    (shop / "shapes.py").write_text(
+        "from pydantic import BaseModel, model_validator\n"
+        "class Range(BaseModel):\n"
+        "    low: int\n    high: int\n"
+        "    @model_validator(mode='after')\n"
+        "    def _in_order(self):\n"
+        "        if self.low > self.high:\n            raise ValueError('not in order')\n        return self\n"
+    )
+    model.replies["span"] = lambda prompt, image: {"low": int(image[0], 16), "high": 7}
+    (shop / "span.yaml").write_text("{name: span, kind: record, output: 'shapes:Range', prompt: Guess.}")
+    generate(shop, server, "--task", "span.yaml")
+    rows = rows_of(shop)
+    assert 0 < len(rows) < COUNT and all(row["span"]["low"] <= row["span"]["high"] == 7 for row in rows)
+    manifest = json.loads((shop / "d/versions/v1.0.0/manifest.json").read_text())
+    assert manifest["config"]["own_tasks"][0]["output"]["required"] == ["low", "high"] and "shapes" not in json.dumps(
+        manifest["config"]
+    )
+    manifest["config"]["own_tasks"][0]["output"] = "os:system"
+    (shop / "manifest.json").write_text(json.dumps(manifest))
+    done = synth(shop, "generate", "--config", "manifest.json", "--source", "folder:photos", "--base-url", server.url)
+    assert done.returncode == 1 and "names Python code as the output of a task" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{name: t, kind: text}", "t.yaml: prompt is missing"),
+        ("{name: t, kind: poem, prompt: a}", "t.yaml: bad value for kind: 'poem' is not one of"),
+        ("{name: t, kind: text, prompt: a, min_word: 3}", "t.yaml: unknown config key: min_word"),
+        ("{name: T, kind: text, prompt: a}", "t.yaml: bad value for name: 'T' is not the name of a task, in small letters"),
+        ("[1]", "must hold keys and values"),
+        ("{name: t, kind: text, prompt: lost.j2}", "lost.j2"),
+        ("{name: t, kind: text, prompt: '{{ row.title }}'}", "uses row.title, and no such column is mapped"),
+        ("{name: t, kind: text, prompt: '{{ results.ocr }}'}", "uses results.ocr, which its task does not need"),
+        ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which is not asked"),
+        ("{name: t, kind: text, prompt: '{{ results.t }}', needs: [t]}", "tasks need each other in a circle: t"),
+        ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
+        ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
+        ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
+        ("{name: plain, kind: caption, prompt: a}", "plain is the name of a built-in task or of a caption style"),
+        ("{name: captions, kind: text, prompt: a}", "a dataset has a column captions already"),
+        ("{name: t, kind: text, prompt: a, show_image: false}", "the task t shows no image and nothing else of it"),
+        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
+        ("{name: t, kind: record, prompt: a, output: {type: object}}", "must name its fields"),
+    ],
+)
+def test_a_mistake_in_a_task_is_one_error_before_anything_is_asked(
+    shop: Path, server: ChatServer, text: str, complaint: str
+) -> None:
+    (shop / "t.yaml").write_text(text)
+    done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, "--task", "t.yaml")
+    assert done.returncode == 1 and complaint in done.stderr and "hint:" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not server.bodies
+
+
+def test_the_journey_of_the_page_on_own_tasks_runs_as_it_is_written(shop: Path, server: ChatServer, model: Model) -> None:
+    page = (ROOT / "docs/own-tasks.md").read_text()
+    journey = page[: page.index("## Kinds")]
+    blocks = re.findall(r"```(console|yaml)\n(.*?)```", journey, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["console", "yaml", "yaml", "yaml", "yaml", "console", "console"]
+    model.replies["tags"] = {"labels": ["lamp"]}
+    with running_hub(shop / "hub") as hub:
+        env = hub.env(shop / "home")
+        for kind, text in blocks:
+            if kind == "yaml":
+                name, _, content = text.removeprefix("# ").partition("\n")
+                (shop / name).write_text(content.replace("http://localhost:8000/v1", server.url))
+                continue
+            for line in text.splitlines():
+                command = shlex.split(line.removeprefix("$ ").replace("ORG/NAME", "me/shop"))
+                assert command[0] == "synth"
+                done = synth(shop, *command[1:], env=env)
+                assert done.returncode == 0, f"{line}: {done.stderr}"
+        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=120, cwd=shop)
+        _, splits = pickle.loads(loaded.stdout)
+        assert model.asked == {"tags": COUNT, "offer": COUNT, "headline": COUNT}
+        assert sum(len(rows) for rows in splits.values()) == COUNT
+        assert {*splits["train"][0]} >= {"tags", "offer", "headline"}
+
+
+def test_the_embedded_model_answers_a_task_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "size.yaml").write_text("{name: size, kind: labels, labels: [small, large], prompt: 'How large is it?'}")
+    done = synth(tmp_path, "generate", "--source", "scenes", "--limit", "8", "--task", "size.yaml", "--out", "d", "--json")
+    assert done.returncode == 0, done.stderr
+    assert all({*row["size"]} <= {"small", "large"} for row in rows_of(tmp_path))
