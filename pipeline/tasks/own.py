@@ -255,7 +255,7 @@ def _check_kind(settings: TaskConfig, value: Schema) -> None:
             raise UnusableSchemaError(f"boxes are rows with a list of four whole numbers named {' or '.join(BOX_FIELDS)}")
         if numbers[0] != "integer":
             raise UnusableSchemaError("the corners of a box are whole numbers: they become pixels")
-    if settings.name in ROW.names or settings.name == "split":
+    if kind not in JOINING and (settings.name in ROW.names or settings.name == "split"):
         raise UnusableSchemaError(f"a dataset has a column {settings.name} already")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
         raise UnusableSchemaError(f"min_words and max_words are of captions, questions and texts, and not of {kind}")
