@@ -121,9 +121,10 @@ function picture(source, alt, boxes = [], size = []) {
 /** Boxes over a picture, in its own pixels. */
 function drawBoxes(boxes, [width, height]) {
   const svg = shape("svg", {class: "boxes", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true"});
-  for (const {box: [left, top, right, bottom], value} of boxes) {
+  const letters = Math.max(width, height) / 22; // their height, in pixels of the picture
+  for (const {box: [left, top, right, bottom], label} of boxes) {
     svg.append(shape("rect", {x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top)}));
-    svg.lastChild.append(shape("title", {}, value));
+    svg.append(shape("text", {x: left + letters / 4, y: top + letters, "font-size": letters}, label));
   }
   return svg;
 }

@@ -143,7 +143,7 @@ def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
     _, content = text_name({"sample_id": row["sample_id"], "task": task, "record": json.dumps(value)})
     entry: dict[str, Any] = {"content": content, "kind": visible(task), "value": visible(in_short(value))}
     box = next((value[name] for name in BOX_FIELDS if name in value), None) if isinstance(value, dict) else None
-    return entry | ({"box": box} if _is_box(box) else {})
+    return entry | ({"box": box, "label": visible(str(value.get("label") or task))} if _is_box(box) else {})
 
 
 def _is_box(box: Any) -> bool:

@@ -43,6 +43,11 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
         task = body["response_format"]["json_schema"]["name"]
         if task == "answer":
             text = json.dumps({"answer": "yes" if "Is there" in json.dumps(body["messages"]) else str(draws[4] % 3)})
+        elif task == "boxes":
+            boxes = [[0, 0, 28 + draws[5] % 28, 40], [5, 5, 9000, 9]][: draws[6] % 3]
+            text = json.dumps({"boxes": [{"bbox_2d": box, "label": thing} for box in boxes]})
+        elif task == "count":
+            text = json.dumps({"many": json.dumps(body["messages"]).count("bbox_2d"), "sure": None})
         elif task == "caption":
             text = json.dumps({"caption": f"A small {color} {thing} lies in the middle of a white sheet."})
         else:
@@ -82,14 +87,41 @@ def rows_of(version: Version) -> dict[str, Any]:
 
 
 def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: str, chat: ChatServer, tmp_path: Path) -> None:
-    flags = ("generate", "--source", photos, "--columns", "image=photo", "--base-url", chat.url, "--verify", "round_trip,blind")
-    exclude = ("--exclude", "parquet:photos#validation")
+    flags = (
+        "generate",
+        "--source",
+        photos,
+        "--columns",
+        "image=photo,context=caption",
+        "--base-url",
+        chat.url,
+        "--verify",
+        "round_trip,blind",
+    )
+    exclude = (
+        "--exclude",
+        "parquet:photos#validation",
+        "--tasks",
+        "caption,qa",
+        "--task",
+        "boxes.yaml",
+        "--task",
+        "count.yaml",
+    )
+    (tmp_path / "boxes.yaml").write_text("{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}")
+    output = "{type: object, required: [many], properties: {many: {type: integer}, sure: {type: boolean}}}"
+    count = (
+        f"{{name: count, kind: record, needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'}}"
+    )
+    (tmp_path / "count.yaml").write_text(count)
     assert synth(*flags, *exclude, "--out", "one").returncode == 0
     done = synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
     local, distributed = latest_version(tmp_path / "one"), latest_version(tmp_path / "many")
     assert distributed.manifest["digest"] == local.manifest["digest"] == json.loads(done.stdout)["digest"]
     assert rows_of(distributed) == rows_of(local)
+    assert {len(row["boxes"]) for row in rows_of(local).values()} == {0, 1}
+    assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
     shared = local.manifest.keys() - {"files", "ledger"}
     assert {name: distributed.manifest[name] for name in shared} == {name: local.manifest[name] for name in shared}
     ledgers = [pq.read_table(version.path / "ledger.parquet").to_pylist() for version in (local, distributed)]

@@ -156,6 +156,29 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     assert sum(equal) >= 0.85 * len(equal)
 
 
+def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_path: Path) -> None:
+    output = {
+        "type": "object",
+        "required": ["size", "parts", "sure"],
+        "properties": {
+            "size": {"enum": ["small", "large"]},
+            "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
+            "sure": {"type": "boolean"},
+            "count": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
+    }
+    task = tmp_path / "things.yaml"
+    task.write_text(json.dumps({"name": "things", "kind": "record", "prompt": "What is there?", "output": output}))
+    options = ("--task", str(task), "--base-url", served)
+    done = subprocess.run(generate(tmp_path / "d", *options, scenes=8), capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    version = DatasetDir(tmp_path / "d").version()
+    things = [row["things"] for _, batch in version.batches(["things"]) for row in batch.to_pylist()]
+    assert len(things) == 8 and {step["stage"]: step for step in version.manifest["funnel"]}["validate"]["rejected"] == {}
+    assert all(1 <= len(thing["parts"]) <= 2 and {*thing["parts"]} <= {"ring", "star"} for thing in things), things
+    assert all(thing["size"] in ("small", "large") and thing["count"] in (None, *range(10)) for thing in things), things
+
+
 def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
     key = {"Authorization": f"Bearer {KEY}"}
     with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=60) as response:
