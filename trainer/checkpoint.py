@@ -126,7 +126,7 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     if not 0 <= config.eos_id < vocab_size or largest >= vocab_size:
         raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
     words = CaptionTokenizer(tokenizer, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
-    tokenizer.encode_special_tokens = words.kind == "scratch"
+    tokenizer.encode_special_tokens = True  # the name of a token in a text is not the token
     for source, style in config.prompts:
         words.prompt(TargetText(source, "", style=style, question="" if style else "?"))
     return words

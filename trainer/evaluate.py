@@ -47,6 +47,7 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
     """
+    checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, references = _references(examples, style)
     with torch.inference_mode():

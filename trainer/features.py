@@ -65,8 +65,10 @@ def cache_features(
     ids = list(dict.fromkeys(example.sample_id for example in examples))
     example_of = {example.sample_id: example for example in reversed(examples)}
     online = OnlineFeatures(encoder, device)
-    first_NV = online([example_of[ids[0]]])[0]
-    name = digest([encoder.key(), ids])[:24]
+    pixels_1CHW = encoder.pixels([example_of[ids[0]].open()]).to(device)
+    first_NV = encoder(pixels_1CHW)[0]
+    # Earlier releases left the encoder in training mode: their files of an encoder with dropout hold noise.
+    name = digest([encoder.key(), ids, *(["eval"] if encoder.is_random_in_training(pixels_1CHW) else [])])[:24]
     folder.mkdir(parents=True, exist_ok=True)
     file, progress_file = folder / f"{name}.bin", folder / f"{name}.json"
     shape = (len(ids), *first_NV.shape)

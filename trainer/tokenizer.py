@@ -94,6 +94,12 @@ class CaptionTokenizer:
             torch.tensor([not text.question for _, text in pairs]),
         )
 
+    def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
+        """Return how many targets are longer than `max_tokens`, EOS included."""
+        space = " " if self.kind == "pretrained" else ""
+        encoded = self.tokenizer.encode_batch([f"{space}{text.text}" for text in texts], add_special_tokens=False)
+        return sum(len(one.ids) + 1 > max_tokens for one in encoded)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return str(self.tokenizer.decode(list(ids))).strip()

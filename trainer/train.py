@@ -6,9 +6,12 @@ a step depends on seed and step only; several processes (torchrun) split its ima
 
 import math
 import resource
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,14 @@ from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import TrainError, one_line
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
-from pipeline.progress import NullProgress
+from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import write_json
 from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, save_resume, write_captions
 from trainer.config import TrainConfig
 from trainer.data import Example, batches, examples_in, limit_captions, limit_images
 from trainer.distributed import all_reduce_gradients, best_device, join_processes
 from trainer.evaluate import EvalOptions, evaluate
-from trainer.features import FeatureSource, OnlineFeatures, Progress, cache_features
+from trainer.features import FeatureSource, OnlineFeatures, cache_features
 from trainer.generate import scored_prompt
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
@@ -38,9 +41,10 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.optimizer import parameter_groups, set_stage
-from trainer.tokenizer import TextBatch, train_tokenizer
+from trainer.tokenizer import TargetText, TextBatch, train_tokenizer
 
 CLIP = CLIP_MODELS["clip"]
+SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
 SPIKE = 10.0  # times the median gradient norm: such a step is skipped
 SPIKE_STEPS = 64  # steps in the median
 GIVE_UP = 10  # skipped steps in a row
@@ -178,6 +182,11 @@ def train(
         raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
     checkpoint = _build(version, config, train_set)
     encoder = checkpoint.captioner.to(device).encoder
+    if rank == 0 and (cut := checkpoint.words.count_cut(train_set_texts := _texts(train_set), config.max_caption_tokens)):
+        share = f"{cut:,} of {len(train_set_texts):,} texts are longer than {config.max_caption_tokens} tokens"
+        report.warn(f"{share}: their end is not learned (max_caption_tokens)")
+    if isinstance(checkpoint.captioner.decoder, PretrainedDecoder) and checkpoint.captioner.decoder.packing == "apart":
+        report.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
     out.mkdir(parents=True, exist_ok=True)
     features: FeatureSource = OnlineFeatures(encoder, device)
     if encoder.config.frozen:
@@ -218,20 +227,62 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
         (learner.model.get_decoder() if isinstance(learner, PretrainedDecoder) else learner).compile()
     total, started, images, tokens = config.align_steps + config.steps, time.monotonic(), 0, 0
     order = batches(len(trainer.train), min(config.batch_size, len(trainer.train)), config.seed, first_step)
-    for step, indices in zip(range(first_step, total), order, strict=False):
-        values, step_tokens = trainer.train_step(optimizer, step, [trainer.train[index] for index in indices])
-        if log is None:
-            continue
-        done, images, tokens, seconds = step + 1, images + len(indices), tokens + step_tokens, time.monotonic() - started
-        left = seconds / (done - first_step) * (total - done)
-        speed = {"seconds": seconds, "seconds_left": left, "images_per_s": images / seconds, "tokens_per_s": tokens / seconds}
-        log.write(step=done, **values, **speed, memory_mb=_memory_mb())
-        progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
-        if done % config.evaluate_every == 0 or done in (config.align_steps, total):
-            best = trainer.validate(out, log, done, best)
-            state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
-            save_resume(out, state | {"norms": trainer.norms, "run": run})
+    saved = time.monotonic()
+
+    def save(done: int) -> None:
+        state = {"captioner": captioner.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
+        save_resume(out, state | {"norms": trainer.norms, "run": run})
+
+    with signals_noted() as interrupted:
+        for step, indices in zip(range(first_step, total), order, strict=False):
+            values, step_tokens = trainer.train_step(optimizer, step, [trainer.train[index] for index in indices])
+            if log is None:
+                require_going_on(interrupted)
+                continue
+            done, images, tokens, seconds = step + 1, images + len(indices), tokens + step_tokens, time.monotonic() - started
+            left = seconds / (done - first_step) * (total - done)
+            speed = {
+                "seconds": seconds,
+                "seconds_left": left,
+                "images_per_s": images / seconds,
+                "tokens_per_s": tokens / seconds,
+            }
+            log.write(step=done, **values, **speed, memory_mb=_memory_mb())
+            progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
+            is_scored = done % config.evaluate_every == 0 or done in (config.align_steps, total)
+            if is_scored:
+                best = trainer.validate(out, log, done, best)
+            if is_scored or interrupted or time.monotonic() - saved >= SAVE_EVERY_S:
+                save(done)
+                saved = time.monotonic()
+            require_going_on(interrupted)
     return best
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Yield a list that gets the first Ctrl-C or SIGTERM, so that a step is finished and its state saved; a second one acts."""
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def require_going_on(interrupted: list[int]) -> None:
+    """Raise KeyboardInterrupt if a signal asked to stop."""
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _test(trainer: Trainer, out: Path, examples: list[Example], best: float) -> dict[str, Any]:
@@ -263,17 +314,27 @@ def read_examples(version: Version, split: str, config: TrainConfig, only: Conta
     return sorted(chosen, key=lambda example: example.sample_id)
 
 
+def _texts(examples: list[Example]) -> list[TargetText]:
+    return [text for example in examples for text in example.texts]
+
+
 def _of_learned_prompts(examples: list[Example], train_set: list[Example]) -> list[Example]:
     """Drop texts whose source and style are not in the training set: a word budget may remove a whole style."""
     learned = {(text.source, text.style) for example in train_set for text in example.texts}
     return [replace(e, texts=tuple(text for text in e.texts if (text.source, text.style) in learned)) for e in examples]
 
 
-def choose_encoder(message: Callable[[str], None]) -> str:
-    """Return CLIP if its config is cached or can be downloaded, else the shipped tiny encoder, with a message."""
+def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
+    """Return CLIP if its config is cached or can be downloaded, else for drawn scenes the shipped tiny encoder, with a message.
+
+    Raises TrainError for other images: an encoder that knows drawn scenes only would train for hours and learn nothing.
+    """
     try:
         snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
     except (OSError, HfHubHTTPError, httpx2.TransportError):
+        if not is_drawn:
+            hint = f"name a folder that holds one: --encoder FOLDER; {TINY_CLIP} knows drawn scenes only"
+            raise TrainError(f"{CLIP} cannot be had here, and these images need an encoder of photographs", hint=hint) from None
         message(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
         return TINY_CLIP
     return "clip"
@@ -281,7 +342,7 @@ def choose_encoder(message: Callable[[str], None]) -> str:
 
 def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
     encoder = load_encoder(config.encoder, layer=config.encoder_layer, frozen=config.encoder_lr == 0)
-    texts = [text for example in train_set for text in example.texts]
+    texts = _texts(train_set)
     if config.is_scratch:
         tokenizer = train_tokenizer(texts, config.vocab_size)
         sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}

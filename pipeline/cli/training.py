@@ -60,12 +60,15 @@ def train(
     from trainer.train import train as train_captioner
 
     if encoder == "auto" and "encoder" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"encoder": choose_encoder(say)})
+        settings = settings.model_copy(update={"encoder": choose_encoder(say, is_drawn="facts" in version.manifest["columns"])})
     say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
     name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
     folder = out or version.dataset_dir / "checkpoints" / name
     if not resume and has_other_settings(folder, settings):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
+    if not resume and (folder / "resume.pt").exists():
+        hint = f"go on with it: --resume; to start anew, remove {folder / 'resume.pt'}"
+        raise ConfigError(f"{folder} holds a training that was interrupted", hint=hint)
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
     lock = DatasetDir(folder).lock() if is_first else nullcontext()
     with show_progress() as progress, translate_disk_errors(folder), lock:

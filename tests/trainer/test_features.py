@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.tiny_models import save_clip
+from tests.trainer.tiny_models import save_clip, save_vit
 from trainer import features
 from trainer.data import Example, examples_in
 from trainer.features import OnlineFeatures, cache_features
@@ -54,6 +54,18 @@ def test_the_second_time_only_one_image_is_encoded(
     second = cache_features(encoder, examples, tmp_path, CPU, quiet)
     assert batch_sizes == [1]  # for the shape
     assert torch.equal(second(examples), first(examples))
+
+
+def test_states_that_an_earlier_release_computed_with_dropout_are_not_used(
+    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_vit(tmp_path / "vit")
+    encoder = load_encoder(str(tmp_path / "vit"))
+    cache_features(encoder, examples, tmp_path / "states", CPU, quiet)
+    assert len([*(tmp_path / "states").glob("*.bin")]) == 1
+    monkeypatch.setattr(encoder, "is_random_in_training", lambda pixels: True)
+    cache_features(encoder, examples, tmp_path / "states", CPU, quiet)
+    assert len([*(tmp_path / "states").glob("*.bin")]) == 2
 
 
 def test_a_build_that_was_cut_off_goes_on(

@@ -1,8 +1,12 @@
 """Tokenizer: a prompt names source and style, a target ends with EOS, and only targets are learned."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.trainer.tiny_models import save_language_model
+from trainer.model.language_model import load_decoder
 from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, train_tokenizer
 
 TEXTS = [
@@ -70,3 +74,16 @@ def test_texts_of_one_length_go_together_with_little_padding(words: CaptionToken
     assert groups[0].ids_CT.shape[1] == groups[0].length_C.max() < groups[1].ids_CT.shape[1]
     sequences = sorted(group.ids_CT[c, : group.length_C[c]].tolist() for group in groups for c in range(len(group.length_C)))
     assert sequences == sorted(batch.ids_CT[c, : batch.length_C[c]].tolist() for c in range(4))
+
+
+def test_targets_that_lose_their_end_are_counted(words: CaptionTokenizer) -> None:
+    lengths = [len(words.target(text)) for text in TEXTS]
+    for most in range(1, max(lengths) + 1):
+        assert words.count_cut(TEXTS, most) == sum(length > most for length in lengths)
+
+
+def test_the_name_of_a_token_in_a_text_is_not_the_token_of_a_language_model(tmp_path: Path) -> None:
+    _, words = load_decoder(save_language_model(tmp_path, "qwen3"))
+    ids = words.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))
+    assert (ids.count(words.eos_id), ids[-1]) == (1, words.eos_id)
+    assert words.decode(ids[:-1]) == "A sign that says <end> and <pad>."

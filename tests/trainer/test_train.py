@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import parameter_groups, schedule, set_stage
-from trainer.train import train
+from trainer.train import choose_encoder, train
 
 SMALL = TrainConfig(
     decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
@@ -275,7 +277,7 @@ from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
 from trainer.config import resolve
-from trainer.train import train
+from trainer.train import choose_encoder, train
 torch.set_num_threads(1)
 train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 """
@@ -302,3 +304,55 @@ def test_a_rate_warms_up_and_falls_to_a_tenth_in_each_stage() -> None:
         assert max(stage) == 1.0
         assert stage[-1] < 0.11
     assert all(math.isfinite(share) for share in shares)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Version, clip: str, tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"encoder": clip, "steps": 6, "evaluate_every": 100})
+    whole = train(version, config, tmp_path / "whole")
+
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            if stage == "train" and done == 3:
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut", progress=Stop())
+    assert signal.getsignal(number) is before
+    assert [line["step"] for line in read_log(tmp_path / "cut/log.jsonl")] == [1, 2, 3]
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_the_state_is_saved_from_time_to_time(
+    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.train, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(trainer.train, "save_resume", lambda folder, state: saved.append(state["step"]))
+    train(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
+    assert saved == [1, 2, 3]
+
+
+def test_texts_that_lose_their_end_are_told(version: Version, clip: str, tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    class Note(NullProgress):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    config = SMALL.model_copy(update={"encoder": clip, "steps": 1, "max_caption_tokens": 3})
+    train(version, config, tmp_path, progress=Note())
+    assert len(warnings) == 1 and "texts are longer than 3 tokens: their end is not learned" in warnings[0]
+
+
+def test_photographs_are_not_given_to_an_encoder_of_drawn_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(trainer.train, "snapshot_download", refuse)
+    said: list[str] = []
+    assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
+    with pytest.raises(TrainError, match="cannot be had here, and these images need an encoder of photographs"):
+        choose_encoder(said.append, is_drawn=False)

@@ -58,7 +58,23 @@ class Encoder(nn.Module):
         kind = _image_processor(config.processor)
         self._processor = kind(**processor_settings(kind, config.processor))
         if config.frozen:
-            self.requires_grad_(False)
+            self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Encoder":  # noqa: FBT001  # as torch has it
+        """Set the mode of training. A frozen encoder stays as it is used: no dropout, no random positions."""
+        super().train(mode and not self.config.frozen)
+        return self
+
+    @torch.inference_mode()
+    def is_random_in_training(self, pixels_BCHW: Tensor) -> bool:
+        """Return whether a tower in training mode gives other states than in use, as with dropout or random positions."""
+        was_training, states = self.tower.training, []
+        with torch.random.fork_rng():
+            for mode in (False, True):
+                self.tower.train(mode)
+                states.append(self(pixels_BCHW))
+        self.tower.train(was_training)
+        return not torch.equal(*states)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Map prepared pixels to the hidden states of the chosen layer: (B, 3, H, W) -> (B, N, V)."""
@@ -95,13 +111,14 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
     try:
         model_config = AutoConfig.from_pretrained(model_id)
         revision = getattr(model_config, "_commit_hash", None)
-        model_config = getattr(model_config, "vision_config", model_config)
+        model_config = getattr(model_config, "vision_config", model_config)  # there may be a text model as well
         tower_class: Any = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(model_config.model_type, AutoModel)
         saved = AutoImageProcessor.from_pretrained(model_id).to_dict()
         # What JSON can hold, and no path of this machine.
         processor = {name: value for name, value in saved.items() if isinstance(value, str | int | float | bool | list | dict)}
         with silence_transformers():
-            tower = tower_class.from_pretrained(model_id, dtype=torch.float32, **_tower_options(model_config))
+            options = {"config": model_config, "dtype": torch.float32, **_tower_options(model_config)}
+            tower = tower_class.from_pretrained(model_id, **options)
         shown = name if name in ENCODERS else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         encoder = Encoder(EncoderConfig(settings_of(model_config), processor, layer, frozen is not False, made_from))

@@ -1,13 +1,15 @@
 """Pretrained decoder: any causal language model of transformers, with the image as a prefix of the text.
 
 All texts about an image are packed into one sequence behind a shared prefix: position ids of each text continue from the
-prefix, and the mask lets a token attend to the prefix and its own text only. Logits are computed for target tokens only, and
-in chunks, since a vocabulary may have 150,000 tokens.
+prefix, and the mask lets a token attend to the prefix and its own text only. That is right for attention that obeys such a
+mask, and for nothing else: layers with convolutions or a recurrent state carry words from one text to the next. So before the
+first step two texts are computed packed and apart, and where they differ, each text gets a sequence of its own. Logits are
+computed for target tokens only, and in chunks, since a vocabulary may have 150,000 tokens.
 
-Shapes: B images, P prefix states, S tokens of all texts of an image, L = P + S, D width.
+Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all texts of an image, L = P + S, D width.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -16,13 +18,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import TrainError
+from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import config_of, settings_of, silence_transformers
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 HEAD_TOKENS = 1024  # whose logits are in memory at once
+Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
+PACKED: tuple[Packing, ...] = ("mask", "additive mask")
+PROBE_TOKENS = 6  # of each of two texts that are compared
+MAX_DIFFERENCE = 1e-4  # of the standard deviation of the states; rounding makes 1e-6, a convolution at least 4e-4
 
 
 class PretrainedDecoder(nn.Module):
@@ -33,26 +39,91 @@ class PretrainedDecoder(nn.Module):
         self.settings = settings
         self.model = AutoModelForCausalLM.from_config(config_of(settings))
         self.width: int = self.model.config.hidden_size
+        self._packing: Packing | None = None
+
+    @property
+    def packing(self) -> Packing:
+        """How the texts about an image are computed, found out at the first use. Raises TrainError if there is no way."""
+        if self._packing is None:
+            self._packing = self._choose_packing()
+        return self._packing
 
     def loss(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`."""
-        ids_BS, positions_BS, segments_BS, labels_BS = pack(texts, len(prefix_BPD))
-        P = prefix_BPD.shape[1]
-        words_BSD = self.model.get_input_embeddings()(ids_BS)
-        before_BP = torch.arange(P, device=ids_BS.device).expand(len(prefix_BPD), -1)
-        hidden_BLD = self.model.get_decoder()(
-            inputs_embeds=torch.cat([prefix_BPD.to(words_BSD.dtype), words_BSD], 1),
-            position_ids=torch.cat([before_BP, P + positions_BS], 1),
-            attention_mask=seen(P, segments_BS)[:, None],
-            use_cache=False,
-        ).last_hidden_state
-        learned_BS = labels_BS >= 0
-        states_KD, labels_K = hidden_BLD[:, P:][learned_BS], labels_BS[learned_BS]
-        total: Tensor = hidden_BLD.new_zeros((), dtype=torch.float32)
+        if self.packing == "apart":
+            learned_CT = texts.learned_CT
+            states_KD, labels_K = self._states_apart(prefix_BPD, texts)[:, :-1][learned_CT], texts.ids_CT[:, 1:][learned_CT]
+        else:
+            ids_BS, positions_BS, segments_BS, labels_BS = pack(texts, len(prefix_BPD))
+            states_BSD = self._states_packed(prefix_BPD, ids_BS, positions_BS, segments_BS, self.packing)
+            states_KD, labels_K = states_BSD[labels_BS >= 0], labels_BS[labels_BS >= 0]
+        total: Tensor = states_KD.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels_K), HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS)
             total = total + checkpoint(self._nll, states_KD[part], labels_K[part], use_reentrant=False)
         return total
+
+    def _states_packed(
+        self, prefix_BPD: Tensor, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, packing: Packing
+    ) -> Tensor:
+        """Return the states (B, S, D) of packed texts."""
+        P = prefix_BPD.shape[1]
+        words_BSD = self.model.get_input_embeddings()(ids_BS)
+        before_BP = torch.arange(P, device=ids_BS.device).expand(len(prefix_BPD), -1)
+        mask_BLL = seen(P, segments_BS)
+        if packing == "additive mask":  # of attention that adds a mask to its scores, to which True would be 1
+            mask_BLL = torch.zeros_like(mask_BLL, dtype=words_BSD.dtype).masked_fill(
+                ~mask_BLL, torch.finfo(words_BSD.dtype).min
+            )
+        hidden_BLD: Tensor = self.model.get_decoder()(
+            inputs_embeds=torch.cat([prefix_BPD.to(words_BSD.dtype), words_BSD], 1),
+            position_ids=torch.cat([before_BP, P + positions_BS], 1),
+            attention_mask=mask_BLL[:, None],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BLD[:, P:]
+
+    def _states_apart(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
+        """Return the states (C, T, D) of texts that each have a sequence of their own behind their image."""
+        words_CTD = self.model.get_input_embeddings()(texts.ids_CT)
+        before_CPD = prefix_BPD[texts.image_of_C].to(words_CTD.dtype)
+        tokens_L = torch.arange(before_CPD.shape[1] + words_CTD.shape[1], device=words_CTD.device)
+        hidden_CLD: Tensor = self.model.get_decoder()(
+            inputs_embeds=torch.cat([before_CPD, words_CTD], 1),
+            attention_mask=(tokens_L < before_CPD.shape[1] + texts.length_C[:, None]).long(),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_CLD[:, before_CPD.shape[1] :]
+
+    @torch.no_grad()
+    def _choose_packing(self) -> Packing:
+        """Compare two texts about one image, packed and apart; return the fastest way that gives the states of texts apart."""
+        device, was_training = next(self.model.parameters()).device, self.model.training
+        draw = torch.Generator().manual_seed(0)  # not that of training, whose dropout must not depend on this
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        ids_CT = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=draw)
+        zeros_C = torch.zeros(2, dtype=torch.long)
+        texts = TextBatch(zeros_C, ids_CT, zeros_C + 1, zeros_C + PROBE_TOKENS, zeros_C.bool()).to(device)
+        prefix_BPD = self.model.get_input_embeddings()(torch.randint(vocabulary, (1, 3), generator=draw).to(device))
+        self.model.eval()
+        try:
+            with torch.autocast(device.type, enabled=False):
+                apart_CTD = self._states_apart(prefix_BPD, texts)[:, :-1]
+                ids_BS, positions_BS, segments_BS, _ = pack(texts, 1)
+                for packing in PACKED:
+                    try:
+                        packed_BSD = self._states_packed(prefix_BPD, ids_BS, positions_BS, segments_BS, packing)
+                    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):  # it takes no such mask
+                        continue
+                    difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
+                    if difference <= MAX_DIFFERENCE * apart_CTD.std():
+                        return packing
+        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+            problem = f"the decoder cannot write behind an image: {one_line(error)}"
+            raise TrainError(problem, hint="choose a causal language model that takes embeddings: --decoder qwen3") from None
+        finally:
+            self.model.train(was_training)
+        return "apart"
 
     def read(self, texts: TextBatch) -> Tensor:
         """Return the state of the last token of each text, without any image: (C, D)."""
@@ -75,7 +146,7 @@ class PretrainedDecoder(nn.Module):
             do_sample=search.temperature > 0,
             eos_token_id=eos_id,
             pad_token_id=eos_id,
-            **({"temperature": search.temperature, "top_p": search.top_p} if search.temperature > 0 else {}),
+            **({"temperature": search.temperature, "top_p": search.top_p, "top_k": 0} if search.temperature > 0 else {}),
         )
         return [row[: row.index(eos_id)] if eos_id in row else row for row in written_BT.tolist()]
 
@@ -91,6 +162,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
             loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model_id)
             backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            backend.encode_special_tokens = True  # the text "<|endoftext|>" in a caption is not the EOS token
             caption_tokenizer = CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]

@@ -7,10 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from pipeline.errors import TrainError
-from tests.trainer.tiny_models import SIDE_PX, save_clip, save_vit
+from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_vit
 from trainer.model.encoder import Encoder, EncoderConfig, load_encoder
 
 
@@ -101,3 +112,35 @@ def test_a_folder_without_an_encoder_and_a_missing_layer_are_errors(tmp_path: Pa
     with pytest.raises(TrainError, match="has no layer 9") as refused:
         load_encoder(clip, layer=9)
     assert "layers are 0 (the embeddings) to 2" in refused.value.hint
+
+
+def test_a_frozen_encoder_with_dropout_gives_the_same_states_whatever_the_mode(tmp_path: Path) -> None:
+    settings = ViTConfig(**TOWER, **IMAGE, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    ViTModel(settings).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
+    frozen, learning = load_encoder(str(tmp_path)), load_encoder(str(tmp_path), frozen=False)
+    pixels = frozen.pixels([Image.new("RGB", (40, 30), "green")])
+    with torch.no_grad():
+        fresh, trained = frozen(pixels), frozen.train()(pixels)
+        assert torch.equal(fresh, trained) and not frozen.tower.training
+        assert not torch.equal(learning.train()(pixels), learning(pixels))
+    before = torch.get_rng_state()
+    assert frozen.is_random_in_training(pixels) and not frozen.tower.training
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_encoder_without_dropout_is_the_same_in_training(clip: str) -> None:
+    encoder = load_encoder(clip)
+    assert not encoder.is_random_in_training(encoder.pixels([Image.new("RGB", (40, 30), "green")]))
+
+
+def test_the_tower_of_a_siglip_is_loaded_with_its_weights(tmp_path: Path) -> None:
+    text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16}
+    torch.manual_seed(4)
+    whole = SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | IMAGE))
+    whole.save_pretrained(tmp_path)
+    SiglipImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), frozen=False).eval()
+    pixels = encoder.pixels([Image.new("RGB", (40, 30), "green")])
+    with torch.no_grad():
+        assert torch.equal(encoder(pixels), whole.eval().vision_model(pixels).last_hidden_state)

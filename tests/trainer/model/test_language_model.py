@@ -1,0 +1,98 @@
+"""Pretrained decoders: each family learns from texts that do not see each other, packed where that is right."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import TrainError
+from trainer.model.language_model import PretrainedDecoder
+from trainer.tokenizer import TextBatch
+
+BASE: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
+GPT2 = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "llama": (BASE, "mask"),
+    "qwen2": (BASE, "mask"),
+    "qwen3": (BASE, "mask"),
+    "mistral": (BASE, "mask"),
+    "gpt2": (GPT2, "mask"),
+    "opt": ({**BASE, "ffn_dim": 48, "word_embed_proj_dim": 32}, "mask"),
+    "gpt_neox": (BASE, "mask"),
+    "phi": (BASE, "mask"),
+    "smollm3": (BASE, "mask"),
+    "olmo2": (BASE, "mask"),
+    "granite": (BASE, "mask"),
+    "gemma2": (BASE, "mask"),
+    "gemma3_text": (BASE, "mask"),
+    "gpt_oss": ({**BASE, **EXPERTS}, "additive mask"),
+    "qwen3_5_text": ({**BASE, **LINEAR}, "apart"),
+    "qwen3_next": ({**BASE, **LINEAR, **EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "apart"),
+    "lfm2": ({**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "apart"),
+    "mamba": ({"vocab_size": 128, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, "apart"),
+    "bloom": ({"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 2}, "apart"),
+}
+
+
+def decoder_of(family: str) -> PretrainedDecoder:
+    torch.manual_seed(0)
+    return PretrainedDecoder({"model_type": family, **FAMILIES[family][0]})
+
+
+def batch(lengths: tuple[int, ...], image_of: tuple[int, ...]) -> TextBatch:
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 128, (len(lengths), max(lengths)), generator=draw)
+    prompts = torch.full((len(lengths),), 2)
+    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), torch.ones(len(lengths), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str) -> None:
+    decoder = decoder_of(family).eval()
+    texts = batch((9, 6, 8), (0, 0, 1))
+    prefix = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(6))
+    together = decoder.loss(prefix, texts)
+    assert decoder.packing == FAMILIES[family][1]
+    alone = 0.0
+    for n, (length, image) in enumerate(zip((9, 6, 8), (0, 0, 1), strict=True)):
+        words = decoder.model.get_input_embeddings()(texts.ids_CT[n : n + 1, :length])
+        hidden = decoder.model.get_decoder()(inputs_embeds=torch.cat([prefix[image : image + 1], words], 1), use_cache=False)
+        logits = decoder.model.get_output_embeddings()(hidden.last_hidden_state[0, 4 + 1 : -1])
+        alone += torch.nn.functional.cross_entropy(logits, texts.ids_CT[n, 2:length], reduction="sum").item()
+    assert together.item() == pytest.approx(alone, rel=2e-4)
+    together.backward()
+    assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
+
+
+def test_attention_that_adds_its_mask_gets_one_that_can_be_added() -> None:
+    decoder = decoder_of("llama")
+    decoder.model.set_attn_implementation("eager")
+    assert decoder.packing == "additive mask"
+
+
+def test_the_comparison_changes_neither_the_mode_nor_the_random_numbers() -> None:
+    decoder = decoder_of("gpt2").train()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert decoder.packing == "mask"
+    assert decoder.model.training and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_model_that_takes_no_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of("llama")
+
+    def refuse(**_: Any) -> Any:
+        raise ValueError("this model takes ids")
+
+    monkeypatch.setattr(decoder.model, "get_decoder", lambda: refuse)
+    with pytest.raises(TrainError, match="cannot write behind an image: this model takes ids"):
+        _ = decoder.packing
