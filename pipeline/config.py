@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -112,11 +112,14 @@ Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
 
 def _json_text(value: Any) -> Any:
     """Return a JSON schema as text, in which the order of its fields is kept; a text, which names a model, as it is."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else value
 
 
 def _json_value(text: str | None) -> Any:
-    return json.loads(text) if text and text.startswith("{") else text
+    try:
+        return json.loads(text) if text and text.startswith("{") else text
+    except ValueError:
+        return text
 
 
 # A JSON schema, or the `module:Model` of pydantic that has one. As text, since tasks are keys of caches.
@@ -346,9 +349,11 @@ class Config(Section):
     def _asks_own_tasks(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("own_tasks"), list | tuple):
             return values
+        if not isinstance(values.get("tasks") or (), list | tuple):
+            return values  # an error of its own
         names = [name for name in _named(values["own_tasks"]) if isinstance(name, str)]
         asked = values.get("tasks") or ()
-        return values | {"tasks": [*asked, *(name for name in names if name not in asked)]} if names else values
+        return values | {"tasks": [*asked, *(name for name in dict.fromkeys(names) if name not in asked)]} if names else values
 
     @model_validator(mode="after")
     def _names_own_tasks_apart(self) -> "Config":
@@ -398,6 +403,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
         values = _public_settings(values)
         if isinstance(values.setdefault("generate", {}), dict):
             values["generate"].setdefault("prompt_version", 1)  # earlier releases did not say it
+    if flags.get("own_tasks") and isinstance(values.get("own_tasks"), list):
+        flags |= {"own_tasks": _with_own_tasks(values["own_tasks"], flags["own_tasks"])}
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file
@@ -408,6 +415,14 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
     return validate(Config, values)
+
+
+def _with_own_tasks(of_file: list[Any], of_options: Iterable[Path]) -> list[Any]:
+    """Return own tasks of a file of settings with those of options, which replace others of the same name."""
+    added = [read_task(Path(path)) for path in of_options]
+    names = {task["name"] for task in added}
+    known = [read_task(Path(task)) if isinstance(task, str) else task for task in of_file]
+    return [*(task for task in known if not (isinstance(task, dict) and task.get("name") in names)), *added]
 
 
 def _with_task_files(values: dict[str, Any]) -> dict[str, Any]:
@@ -544,7 +559,8 @@ def _refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[s
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         values = settings.get(section)
         used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
-    for task in settings.get("own_tasks") or ():
+    own_tasks = settings.get("own_tasks")
+    for task in own_tasks if isinstance(own_tasks, list) else ():
         if not isinstance(task, dict) or isinstance(task.get("output"), str):
             raise ConfigError(f"the manifest {file} names Python code as the output of a task", hint=hint)
     verify = settings.get("verify")

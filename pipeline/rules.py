@@ -19,7 +19,7 @@ from pipeline.config import ANY_LANGUAGE, FilterConfig, TaskConfig
 from pipeline.tables import FILTERED, require_columns, with_reason
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import texts_in
-from pipeline.tasks.own import JOINING, OwnTasks
+from pipeline.tasks.own import JOINING, NOTHING, OwnTasks
 from pipeline.tasks.prompts import NOTES, PROMPT_VERSIONS, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
@@ -241,7 +241,7 @@ def filter_annotations(
     require_columns(table, "text", "question", "answer")
     texts = [table[name].to_pylist() for name in ("text", "question", "answer")]
     if own:
-        judges = {task.name: _cached_judge(_config_of(task, config), prompt_grams) for task in own}
+        judges = {task.name: _cached_judge(_config_of(task, config), _grams_of(task, prompt_grams)) for task in own}
         usual = _cached_judge(config, prompt_grams)
         rows = zip(table["task"].to_pylist(), *texts, table["record"].to_pylist(), strict=True)
         judged = [judges.get(task, usual)(*row) for task, *row in rows]
@@ -251,6 +251,12 @@ def filter_annotations(
     for field, values in zip(FILTERED, columns, strict=True):
         table = table.append_column(field, pa.array(values, field.type))
     return with_reason(table, [reason for _, reason in judged])
+
+
+@lru_cache(64)
+def _grams_of(task: TaskConfig, prompt_grams: Grams) -> Grams:
+    """Return the runs of words that a text of an own task must not repeat: those of its own prompt as well."""
+    return prompt_grams | artifacts.prompt_grams([task.prompt])
 
 
 @lru_cache(64)
@@ -323,7 +329,8 @@ def _judge_record(
     count = count_words(joined, words)
     scores = Scores(None, None, None, clean_record, count, 0, repeats, distinct, hedges, redactions, name, certainty, non_latin)
     subject = Subject(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
-    return scores, next((name for name, rejects in RECORD_RULES.items() if rejects(subject)), None)
+    rules = {} if record == NOTHING else RECORD_RULES
+    return scores, next((name for name, rejects in rules.items() if rejects(subject)), None)
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,6 +25,7 @@ from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
 STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
 ORDER = step_order(STAGES)
+FILTER_KEYS = ("min_words", "max_words", "language")  # of an own task
 
 
 def generate_dataset(
@@ -121,9 +123,17 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
         )
     free = {"base_url", "engine", "server", *ORDER[ORDER.index(start) :]}  # sections of stages that run now may have changed
     now = config.model_dump(mode="json")
+    if start in ORDER[ORDER.index("filter") :]:
+        now["own_tasks"], before["own_tasks"] = (_without_bounds(settings.get("own_tasks", [])) for settings in (now, before))
+    before.setdefault("own_tasks", [])  # of an earlier release
     changed = [name for name in now if start != ORDER[0] and name not in free and now[name] != before.get(name)]
     if changed:
         raise ConfigError(f"{changed[0]} has changed since the stages before {start} ran", hint="run without --from-stage")
+
+
+def _without_bounds(own_tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return own tasks without what the stage filter judges their texts by."""
+    return [{name: value for name, value in task.items() if name not in FILTER_KEYS} for task in own_tasks]
 
 
 def _settings_of(dataset: DatasetDir) -> Config:

@@ -38,6 +38,7 @@ from pipeline.tables import (
     final_column,
     row_schema,
 )
+from pipeline.tasks.own import NOTHING
 
 FIRST = "v1.0.0"
 NO_ANNOTATION = "no_annotation_left"
@@ -151,15 +152,15 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
 
 
 def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn) -> pa.Array:
-    """Return the values of an own task for each of `count` samples: one, or null, or a list."""
+    """Return the values of an own task for each of `count` samples: one, a list of them, or null."""
     is_one = pc.equal(annotations["task"], column.name) if annotations.num_rows else pa.array([], pa.bool_())
     records = final_column(annotations.filter(is_one), "record", pa.string()).to_pylist()
-    values: list[Any] = [[] if column.is_list else None for _ in range(count)]
+    values: list[Any] = [None] * count
     for index, record in zip(owner[is_one.to_numpy(zero_copy_only=False)].tolist(), records, strict=True):
-        if column.is_list:
-            values[index].append(json.loads(record))
-        else:
+        if not column.is_list:
             values[index] = json.loads(record)
+        else:  # an empty one says that nothing was found; null, that no reply could be used
+            values[index] = (values[index] or []) + ([] if record == NOTHING else [json.loads(record)])
     return pa.array(values, column.type)
 
 

@@ -3,6 +3,7 @@
 import re
 from typing import Annotated, Any
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from pipeline.tables import PIXELS, ROW, SCORE_NAMES, SPLITS, arrow_type_of
@@ -102,8 +103,9 @@ class Manifest(_Part):
             raise ValueError(f"has a feature that is none: {strange[0]!r}")
         if strange := [name for name in self.own_columns if name in (*ROW.names, "split") or name not in self.features]:
             raise ValueError(f"has an own column that cannot be: {strange[0]!r}")
-        for name in self.own_columns:
-            arrow_type_of(self.features[name])
+        for name, own in self.own_columns.items():
+            if own.is_list and not pa.types.is_list(arrow_type_of(self.features[name])):
+                raise ValueError(f"has a list {name!r} that is none")
         unknown = [name for name in self.columns if name not in {*ROW.names, *self.own_columns}]
         unknown += [name for name in self.own_columns if name not in self.columns]
         unknown += [name for name in self.pixel_columns if name not in PIXELS]

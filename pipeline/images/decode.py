@@ -72,11 +72,16 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _over_white(image)
-    if max_pixels and rgb.width * rgb.height > max_pixels:
-        scale = (max_pixels / (rgb.width * rgb.height)) ** 0.5
-        size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
-        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-    return rgb
+    size = scaled_size(*rgb.size, max_pixels)
+    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
+
+
+def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
+    """Return the size of an image that is scaled down, never up, to at most about so many pixels."""
+    if not max_pixels or width * height <= max_pixels:
+        return width, height
+    scale = (max_pixels / (width * height)) ** 0.5
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:

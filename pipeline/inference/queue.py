@@ -23,12 +23,11 @@ from pipeline.inference.requests import (
     rounds,
 )
 from pipeline.tables import ANNOTATION
-from pipeline.tasks import find_task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo
 
-RESULT_MISSING = "result_missing"  # a task was not asked, since another one that it needs has no usable reply
+RESULT_MISSING = "result_missing"  # a task was not asked: another one that it needs has no reply that can be used
 Contexts = Mapping[str, Context]  # by sample id
 NO_CONTEXTS: Contexts = MappingProxyType({})
 
@@ -228,12 +227,13 @@ def read_annotations(
             context = contexts.get(sample_id, ())
             results = read_results(sample_id, config, revision, journal, context)
             frame = Frame(width_px, height_px, config.generate.max_pixels)
-            for request in build_requests(sample_id, (), config, revision, context, results):
+            requests = list(build_requests(sample_id, (), config, revision, context, results))
+            for request in requests:
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
                 parsed = parse_reply(request, last[0], config.own_tasks, frame)
                 rows += [row | {"pages": pages, "source_split": split} for row in parsed]
-            rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, config, results)]
+            rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, config, requests)]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 
@@ -251,9 +251,10 @@ def read_results(sample_id: str, config: Config, revision: str, journal: Journal
     return results
 
 
-def _not_asked(sample_id: str, config: Config, results: Mapping[str, str]) -> Iterator[dict[str, object]]:
+def _not_asked(sample_id: str, config: Config, requests: Sequence[Request]) -> Iterator[dict[str, object]]:
     """Yield rows that stand for tasks that were not asked about a sample, since a result that they need is missing."""
+    asked = {(request.task, request.style) for request in requests}
     for name, style in requests_per_sample(config) if config.own_tasks else ():
-        if any(need not in results for need in find_task(name, config.own_tasks).needs):
+        if (name, style) not in asked:
             empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": RESULT_MISSING}
             yield {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "task": name, "style": style, **empty}

@@ -34,7 +34,8 @@ def build_requests(
 ) -> Iterator[Request]:
     """Yield the requests for one sample, in the order of the config's tasks and styles, or of those that are `asked` alone.
 
-    Prompts may use its `context`, and `results` of other tasks (JSON by name); a task whose needs are not there is left out.
+    Prompts may use its `context`, and `results` of other tasks (JSON by name). A task is left out if what it needs is not
+    there, or its prompt cannot be rendered with it.
     """
     row = {"row": tuple(map(tuple, context))} if context else {}
     for name, style in requests_per_sample(config) if asked is None else asked:
@@ -45,7 +46,12 @@ def build_requests(
         generate = with_max_tokens(config.generate, task.max_tokens) if task.max_tokens else config.generate
         values = row | used | _values_of(sample_id, config)
         temperature = task.temperature(config.generate)
-        fields, shared_digest = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
+        try:
+            fields, shared_digest = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
+        except ConfigError:
+            if not task.needs:
+                raise
+            continue  # this result does not fit the prompt, which was tried with others
         request_id = digest({"image": sample_id, "about": shared_digest} | ({} if task.shows_image else {"pages": ()}))
         shown = {"images": images} if task.shows_image else {"images": (), "pages": ()}
         yield Request(id=request_id, sample_id=sample_id, style=style, **shown, **fields)
@@ -74,7 +80,8 @@ def check_prompts(config: Config) -> None:
     for name, style in requests_per_sample(config):
         task = find_task(name, config.own_tasks)
         check_names(task, folder, version, config.context, own, style)
-        render(task, folder, version, context, own, _results_to_try(config, task), style=style)
+        for nulls in (False, True):  # a result may lack what is not required
+            render(task, folder, version, context, own, _results_to_try(config, task, nulls=nulls), style=style)
     if config.verify.is_asked:
         render(ANSWER, folder, version, question="?")
         render(CLAIMS, folder, version, caption="")
@@ -122,7 +129,7 @@ def check_needs(config: Config) -> None:
     """Build the user's own tasks. Raise ConfigError if one cannot be used, or needs a result that no other task gives."""
     given = {result_name(*pair) for pair in requests_per_sample(config)}
     for task in config.own_tasks:
-        if task.name in TASKS or task.name in config.generate.caption_styles:
+        if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*config.generate.caption_styles}:
             raise ConfigError(
                 f"{task.name} is the name of a built-in task or of a caption style", hint="give your task another"
             )
@@ -139,9 +146,9 @@ def check_needs(config: Config) -> None:
     rounds(config)
 
 
-def _results_to_try(config: Config, task: Task) -> Results:
+def _results_to_try(config: Config, task: Task, *, nulls: bool) -> Results:
     """Return results without content, with which a template is tried before anything is asked."""
-    own = {settings.name: build_task(settings).empty_result() for settings in config.own_tasks}
+    own = {settings.name: build_task(settings).empty_result(nulls=nulls) for settings in config.own_tasks}
     lists = {name for name in TASKS if TASKS[name].rows_field}
     return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
 

@@ -89,6 +89,10 @@ class Task:
         rows = reply.get(self.rows_field) if self.rows_field and isinstance(reply, dict) else [reply]
         return rows if isinstance(rows, list) and rows else None
 
+    def nothing_found(self) -> tuple[dict[str, Any], str | None]:
+        """Return what stands for an empty list of rows, and why it cannot be used."""
+        return {}, "off_schema"
+
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
         """Return the columns of one row of a reply, and why it cannot be used. The `frame` is that of the image."""
         item = _with_texts(item)

@@ -7,6 +7,8 @@ Technical Report, 2025, section 2.1; `smart_resize` of its processor). Other mod
 from math import ceil, floor, sqrt
 from typing import Any, NamedTuple
 
+from pipeline.images.decode import scaled_size
+
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # bbox_2d is what Qwen2.5-VL was trained to write
 PATCH_PX = 28  # of two merged patches of 14
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 12_845_056  # of Qwen2.5-VL's processor
@@ -16,7 +18,7 @@ OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 
 
 class Frame(NamedTuple):
-    """The upright size of an image, and the limit of pixels to which it is scaled down for a model."""
+    """The upright size of an image, and the limit of pixels to which it is scaled down before it is sent."""
 
     width_px: int
     height_px: int
@@ -25,11 +27,10 @@ class Frame(NamedTuple):
 
 def seen_size(frame: Frame) -> tuple[int, int]:
     """Return the width and height in pixels of an image as Qwen2.5-VL sees it."""
-    width, height = frame.width_px, frame.height_px
-    most = min(frame.max_pixels or MAX_PIXELS, MAX_PIXELS)
+    width, height = scaled_size(frame.width_px, frame.height_px, frame.max_pixels)
     across, down = (max(PATCH_PX, round(side / PATCH_PX) * PATCH_PX) for side in (width, height))
-    if across * down > most:
-        shrink = sqrt(width * height / most)
+    if across * down > MAX_PIXELS:
+        shrink = sqrt(width * height / MAX_PIXELS)
         return tuple(max(PATCH_PX, floor(side / shrink / PATCH_PX) * PATCH_PX) for side in (width, height))  # type: ignore[return-value]
     if across * down < MIN_PIXELS:
         grow = sqrt(MIN_PIXELS / (width * height))
@@ -37,9 +38,8 @@ def seen_size(frame: Frame) -> tuple[int, int]:
     return across, down
 
 
-def place_box(row: dict[str, Any], frame: Frame, coordinates: str) -> str | None:
-    """Put the box of a row (left, top, right, bottom) into pixels of the upright image; return why it cannot be used."""
-    name = next(name for name in BOX_FIELDS if name in row)
+def place_box(row: dict[str, Any], name: str, frame: Frame, coordinates: str) -> str | None:
+    """Put a field of a row (left, top, right, bottom) into pixels of the upright image; return why it is no box."""
     across, down = (THOUSAND, THOUSAND) if coordinates == "thousandths" else seen_size(frame)
     sides = (frame.width_px / across, frame.height_px / down) * 2
     box = [value * side for value, side in zip(row[name], sides, strict=True)]

@@ -8,7 +8,9 @@ checks a reply, the type of a column, and the words by which a prompt shows what
 
 import importlib
 import json
+import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +24,11 @@ from pipeline.tables import BOOL, FLOAT64, INT64, STRING
 
 Schema = dict[str, Any]
 MAX_DEPTH = 12  # of nested values
+MAX_NODES = 1000  # of a schema with its references resolved
 MAX_TEXT = 20_000  # characters
 MAX_ITEMS = 1000
+MAX_VALUES = 2000  # allowed ones of a field
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,100}")
 _WORDS_FOR_PEOPLE = frozenset(
     {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs", "definitions"}
 )
@@ -37,6 +42,7 @@ _KEYWORDS = {
 }
 _ARROW = {"string": STRING, "integer": INT64, "number": FLOAT64, "boolean": BOOL}
 _BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
+_NUMBERS = frozenset({*_BOUNDS, "minItems", "maxItems", "minLength", "maxLength"})
 _INT64 = (1 << 63) - 1
 _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -47,62 +53,115 @@ class UnusableSchemaError(ValueError):
 
 def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
     """Return the schema of an output, and its model if it is the `module:Model` of pydantic. Raises ConfigError."""
-    if output.lstrip().startswith("{"):
-        return json.loads(output), None
-    module, _, name = output.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a command that was installed does not look there
-        sys.path.insert(0, here)
     try:
+        if output.lstrip().startswith("{"):
+            return json.loads(output), None
+        module, _, name = output.partition(":")
+        here = str(Path.cwd())
+        if here not in sys.path:  # a command that was installed does not look there
+            sys.path.insert(0, here)
         model = getattr(importlib.import_module(module), name)
-        return model.model_json_schema(), model
+        # As it is written, not as it is read: a field with a default is always there.
+        written, read = model.model_json_schema(mode="serialization"), model.model_json_schema()
     except Exception as error:  # noqa: BLE001  # the user's own code runs
-        problem = f"no output at {output}: {type(error).__name__}: {one_line(error)}"
+        problem = f"no output at {output[:80]}: {type(error).__name__}: {one_line(error)}"
         raise ConfigError(problem, hint="name a pydantic model as module:Model, or write a JSON schema") from None
+    if _field_names(written) != _field_names(read):
+        raise ConfigError(
+            f"{output} reads fields under other names than it writes them", hint="give a field one alias, or none"
+        )
+    return written, model
 
 
-def close_schema(schema: Any, where: str = "output", defs: Schema | None = None, depth: int = 0) -> Schema:
+def _field_names(node: Any) -> set[str]:
+    if isinstance(node, list):
+        return set().union(*map(_field_names, node))
+    if not isinstance(node, dict):
+        return set()
+    properties = node.get("properties")
+    return {*(properties if isinstance(properties, dict) else ())}.union(*map(_field_names, node.values()))
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where in a schema a part stands."""
+
+    defs: Schema
+    where: str = "output"
+    depth: int = 0
+    references: tuple[str, ...] = ()  # that led here
+    nodes: list[int] = field(default_factory=lambda: [0])  # seen so far, of the whole schema
+
+    def within(self, name: str) -> "_Place":
+        return _Place(self.defs, f"{self.where}{name}", self.depth + 1, self.references, self.nodes)
+
+
+def close_schema(schema: Any) -> Schema:
     """Return a schema in the one form that is used. Raises UnusableSchemaError for anything that has no such form."""
+    defs: Schema = {}
+    for name in ("definitions", "$defs"):
+        part = schema.get(name) if isinstance(schema, dict) else None
+        defs |= part if isinstance(part, dict) else {}
+    return _close(schema, _Place(defs))
+
+
+def _close(schema: Any, place: _Place) -> Schema:
+    where = place.where
+    place.nodes[0] += 1
     if not isinstance(schema, dict):
         raise UnusableSchemaError(f"{where} is no schema: {str(schema)[:80]!r}")
-    if depth > MAX_DEPTH:
-        raise UnusableSchemaError(f"{where} is nested more than {MAX_DEPTH} deep, or refers to itself")
-    defs = {**schema.get("definitions", {}), **schema.get("$defs", {})} if defs is None else defs
+    if place.depth > MAX_DEPTH or place.nodes[0] > MAX_NODES:
+        raise UnusableSchemaError(
+            f"{where} is nested more than {MAX_DEPTH} deep, or the schema has more than {MAX_NODES} parts"
+        )
     if "$ref" in schema:
         name = str(schema["$ref"]).rpartition("/")[2]
-        if name not in defs:
+        if name not in place.defs:
             raise UnusableSchemaError(f"{where} refers to {schema['$ref']}, which is not there")
-        return close_schema(defs[name], where, defs, depth + 1)
+        if name in place.references:
+            raise UnusableSchemaError(f"{where} refers to itself by {schema['$ref']}")
+        return _close(place.defs[name], _Place(place.defs, where, place.depth, (*place.references, name), place.nodes))
     inner, is_nullable = _without_null(schema, where)
     if inner is not schema:
-        closed = close_schema(inner, where, defs, depth + 1)
+        closed = _close(inner, place)
         return nullable(closed) if is_nullable else closed
     kind = _kind_of(schema, where)
     known = {"type", *_KEYWORDS[kind], *_WORDS_FOR_PEOPLE}
-    if unknown := sorted(schema.keys() - known):
+    if unknown := sorted(str(key) for key in schema.keys() - known):
         raise UnusableSchemaError(f"{where} has {unknown[0]}, which a {kind} cannot have here")
     closed = {"type": kind} | {key: schema[key] for key in schema if key in _KEYWORDS[kind]}
+    if wrong := [key for key in closed if key in _NUMBERS and not _is_number(closed[key])]:
+        raise UnusableSchemaError(f"{where} has a {wrong[0]} that is no number")
     if "const" in closed:
         closed["enum"] = [closed.pop("const")]
     if kind == "object":
-        return _close_object(closed, where, defs, depth)
+        return _close_object(closed, place)
     if kind == "array":
         if "items" not in closed:
             raise UnusableSchemaError(f"{where} is a list without items")
-        return closed | {"items": close_schema(closed["items"], f"{where}[]", defs, depth + 1)}
-    if "enum" in closed and not (closed["enum"] and len({*closed["enum"]}) == len(closed["enum"])):
-        raise UnusableSchemaError(f"{where} has no allowed value, or one twice")
+        return closed | {"items": _close(closed["items"], place.within("[]"))}
+    if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
+        raise UnusableSchemaError(f"{where} allows one value twice")
+    if "pattern" in closed and not isinstance(closed["pattern"], str):
+        raise UnusableSchemaError(f"{where} has a pattern that is no text")
     return closed
 
 
-def _close_object(schema: Schema, where: str, defs: Schema, depth: int) -> Schema:
-    properties = schema.get("properties")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _INT64
+
+
+def _close_object(schema: Schema, place: _Place) -> Schema:
+    properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, dict) or not properties or schema.get("additionalProperties"):
-        raise UnusableSchemaError(f"{where} must name its fields (properties), and have no others: a table has columns")
-    required = schema.get("required", [])
-    closed = {name: close_schema(inner, f"{where}.{name}", defs, depth + 1) for name, inner in properties.items()}
-    if "_type" in closed:
-        raise UnusableSchemaError(f"{where} has a field _type, which `datasets` takes for a description")
+        raise UnusableSchemaError(f"{place.where} must name its fields (properties), and have no others: a table has columns")
+    if not isinstance(required, list):
+        raise UnusableSchemaError(f"{place.where} has a `required` that is no list of fields")
+    if odd := [name for name in properties if name == "_type" or not _NAME.fullmatch(str(name))]:
+        raise UnusableSchemaError(f"{place.where} has a field {str(odd[0])[:40]!r}, which no column can be named")
+    if unknown := [name for name in required if name not in properties]:
+        raise UnusableSchemaError(f"{place.where} requires {unknown[0]!r}, which is no field of it")
+    closed = {str(name): _close(inner, place.within(f".{name}")) for name, inner in properties.items()}
     return {
         "type": "object",
         "properties": {name: inner if name in required else nullable(inner) for name, inner in closed.items()},
@@ -113,18 +172,21 @@ def _close_object(schema: Schema, where: str, defs: Schema, depth: int) -> Schem
 
 def _without_null(schema: Schema, where: str) -> tuple[Schema, bool]:
     """Return what a schema allows beside null, and whether it allows null; the schema itself if it is no choice."""
+    values = schema.get("enum")
+    if isinstance(values, list) and None in values:
+        return _without_null(schema | {"enum": [value for value in values if value is not None]}, where)[0], True
     if isinstance(schema.get("type"), list):
         kinds = [kind for kind in schema["type"] if kind != "null"]
         if len(kinds) != 1:
             raise UnusableSchemaError(f"{where} has several types: a column has one")
-        values = {"enum": [value for value in schema["enum"] if value is not None]} if "enum" in schema else {}
-        return schema | {"type": kinds[0]} | values, "null" in schema["type"]
+        return schema | {"type": kinds[0]}, "null" in schema["type"]
     for keyword in ("anyOf", "oneOf", "allOf"):
         if keyword in schema:
-            choices = [choice for choice in schema[keyword] if choice != {"type": "null"}]
+            given = schema[keyword] if isinstance(schema[keyword], list) else []
+            choices = [choice for choice in given if choice != {"type": "null"}]
             if len(choices) != 1:
-                raise UnusableSchemaError(f"{where} has several forms ({keyword}): a column has one")
-            return choices[0], len(choices) < len(schema[keyword])
+                raise UnusableSchemaError(f"{where} has several forms ({keyword}), or none: a column has one")
+            return choices[0], len(choices) < len(given)
     return schema, False
 
 
@@ -132,15 +194,19 @@ def _kind_of(schema: Schema, where: str) -> str:
     kind = schema.get("type")
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if values is not None:
-        kinds = {"string" if isinstance(v, str) else "integer" if type(v) is int else "?" for v in values}
-        if len(kinds) == 1 and (kind is None or {kind} == kinds):
-            kind = kinds.pop()
-        else:
-            raise UnusableSchemaError(f"{where} allows values that are not all texts, or all whole numbers")
+        kinds = {_kind_of_value(value) for value in values} if isinstance(values, list) else {"?"}
+        if kinds not in ({"string"}, {"integer"}) or kind not in (None, *kinds) or len(values) > MAX_VALUES:
+            problem = f"allows values that are not all texts, or all whole numbers (at most {MAX_VALUES})"
+            raise UnusableSchemaError(f"{where} {problem}")
+        kind = kinds.pop()
     kind = kind or ("object" if "properties" in schema else None)
-    if kind not in _KEYWORDS:
+    if not isinstance(kind, str) or kind not in _KEYWORDS:
         raise UnusableSchemaError(f"{where} has no type of {', '.join(_KEYWORDS)}")
-    return str(kind)
+    return kind
+
+
+def _kind_of_value(value: Any) -> str:
+    return "string" if isinstance(value, str) else "integer" if type(value) is int and abs(value) <= _INT64 else "?"
 
 
 def nullable(schema: Schema) -> Schema:
@@ -150,7 +216,13 @@ def nullable(schema: Schema) -> Schema:
 
 def without_null(schema: Schema) -> Schema:
     """Return what a closed schema allows beside null."""
-    return schema["anyOf"][0] if "anyOf" in schema else schema
+    inner: Schema = schema["anyOf"][0] if "anyOf" in schema else schema
+    return inner
+
+
+def require_field(schema: Schema, name: str) -> Schema:
+    """Return the closed schema of an object in which a field cannot be null."""
+    return schema | {"properties": schema["properties"] | {name: without_null(schema["properties"][name])}}
 
 
 def validator_of(schema: Schema) -> TypeAdapter[Any]:
@@ -179,7 +251,7 @@ def _annotation(schema: Schema, name: str) -> Any:
         size = {"min_length": schema.get("minItems", 0), "max_length": schema.get("maxItems", MAX_ITEMS)}
         return Annotated[list[_annotation(schema["items"], f"{name}_")], Field(**size)]  # type: ignore[misc]
     if kind == "string":
-        longest = schema.get("maxLength", MAX_TEXT)
+        longest = min(schema.get("maxLength", MAX_TEXT), MAX_TEXT)
         shape = StringConstraints(pattern=schema.get("pattern"), min_length=schema.get("minLength"), max_length=longest)
         return Annotated[str, shape]
     if kind == "integer":
@@ -216,9 +288,11 @@ def shape_of(schema: Schema) -> str:
     return f"{shape} or null" if "anyOf" in schema else shape
 
 
-def empty_value(schema: Schema) -> Any:
-    """Return a value of a closed schema's form without content, to try a template with."""
+def empty_value(schema: Schema, *, nulls: bool = False) -> Any:
+    """Return a value of a closed schema's form without content, to try a template with; null where `nulls` and it may be."""
+    if nulls and "anyOf" in schema:
+        return None
     inner = without_null(schema)
     if inner["type"] == "object":
-        return {name: empty_value(value) for name, value in inner["properties"].items()}
+        return {name: empty_value(value, nulls=nulls) for name, value in inner["properties"].items()}
     return {"array": [], "integer": 0, "number": 0.0, "boolean": False}.get(inner["type"], "")

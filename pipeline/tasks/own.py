@@ -5,10 +5,11 @@ fields. A value of such a column is kept as JSON (tables.ANNOTATION, `record`) u
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
@@ -26,12 +27,16 @@ from pipeline.tasks.output_schema import (
     close_schema,
     empty_value,
     load_output,
+    require_field,
     validator_of,
     without_null,
 )
+from pipeline.text.normalize import tidy
 
+log = logging.getLogger(__name__)
 OwnTasks = Sequence[TaskConfig]
 NOTHING_FOUND = "nothing_found"  # a list of rows that is empty
+NOTHING = "[]"  # the record that stands for it
 JOINING = ("caption", "question")  # kinds whose texts join those of the built-in tasks
 TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
 # By kind; task categories of the Hub.
@@ -73,8 +78,10 @@ class OwnTask(Task):
     settings: TaskConfig
     whole: Schema  # of a whole reply, closed
     item: TypeAdapter[Any]  # checks one annotation
+    model: TypeAdapter[Any] | None  # the user's own check of it
     field: str | None  # of an annotation that is its text or value; None: all of it
     value: Schema  # of the text or value, closed
+    box_field: str | None  # of an annotation that is a box
 
     def wire_schema(self) -> Schema:
         """See Task."""
@@ -92,6 +99,10 @@ class OwnTask(Task):
         rows = reply.get(self.rows_field) if isinstance(reply, dict) else None
         return rows if isinstance(rows, list) else None
 
+    def nothing_found(self) -> tuple[dict[str, Any], str | None]:
+        """Return what stands for an empty list: that nothing is there is a result, but for captions and questions."""
+        return ({}, NOTHING_FOUND) if self.settings.kind in JOINING else ({"record": NOTHING}, None)
+
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:
         """See Task. A box is put into pixels of the image of the `frame`."""
         if has_surrogate(item):
@@ -99,11 +110,15 @@ class OwnTask(Task):
         if flaw := find_unusable(texts_in(item)):
             return {}, flaw
         try:
-            checked = self.item.validate_python(_without_repeats(item))
+            fields = self.item.dump_python(self.item.validate_python(item), mode="json", by_alias=True)
+            if self.model:
+                self.model.validate_python(fields)
         except ValidationError as error:
             return {}, _reason(error)
-        fields = self.item.dump_python(checked, mode="json", by_alias=True)
-        if self.settings.kind == "boxes" and frame and (flaw := place_box(fields, frame, self.settings.coordinates)):
+        except Exception:  # a user's own check may raise anything
+            log.warning("the check of the task %s failed", self.name, exc_info=True)
+            return {}, "check_failed"
+        if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, self.settings.coordinates)):
             return {}, flaw
         return self._columns(fields), None
 
@@ -113,6 +128,8 @@ class OwnTask(Task):
         value = fields[self.field] if self.field else fields
         if self.settings.kind == "caption":
             return {"text": tidy_caption({"caption": value})["caption"]}
+        if self.settings.kind == "labels" and isinstance(value, list):  # to say one twice is no reason to ask again
+            value = list(dict.fromkeys(label for label in map(tidy, value) if label))
         return {"record": json.dumps(value, ensure_ascii=False)}
 
     @property
@@ -124,9 +141,9 @@ class OwnTask(Task):
         is_list = self.rows_field is not None
         return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
 
-    def empty_result(self) -> Any:
-        """Return a result without content, to try the prompts of tasks with that need it."""
-        return [] if self.rows_field else empty_value(self.value)
+    def empty_result(self, *, nulls: bool = False) -> Any:
+        """Return a result without content, or with null where it may be, to try the prompts of tasks with that need it."""
+        return [] if self.rows_field else empty_value(self.value, nulls=nulls)
 
 
 def own_columns(tasks: OwnTasks) -> list[OwnColumn]:
@@ -157,19 +174,24 @@ def _build(settings: TaskConfig) -> OwnTask:
     schema, model = load_output(settings.output) if settings.output else (_usual_output(settings), None)
     if settings.output and settings.labels:
         raise UnusableSchemaError("labels goes with the usual output of labels and boxes; in an output, write an enum")
-    whole = close_schema(schema)
+    whole = without_null(close_schema(schema))
     if whole["type"] != "object":
         raise UnusableSchemaError("output must be an object: replies are JSON objects")
     rows = settings.rows or ({"question": "qa", "boxes": "boxes"}.get(kind) if settings.output is None else None)
     item = whole
     if rows:
-        listed = whole["properties"].get(rows)
-        if listed is None or without_null(listed)["type"] != "array":
+        if without_null(whole["properties"].get(rows, _TEXT))["type"] != "array":
             raise UnusableSchemaError(f"output has no list named {rows} (rows)")
-        item = without_null(listed)["items"]
+        whole = require_field(whole, rows)
+        item = without_null(whole["properties"][rows]["items"])
     field = _field_of(settings, item)
-    value = without_null(item["properties"][field]) if field else item
-    _check_kind(settings, value)
+    for name in _required_fields(kind, field):  # what a task is about cannot be null
+        item = require_field(item, name) if item["type"] == "object" and name in item["properties"] else item
+    if rows:
+        listed = whole["properties"][rows] | {"items": item}
+        whole = whole | {"properties": whole["properties"] | {rows: listed}}
+    value = item["properties"][field] if field else item
+    box_field = _check_kind(settings, value)
     return OwnTask(
         name=settings.name,
         prompts=(),
@@ -183,11 +205,19 @@ def _build(settings: TaskConfig) -> OwnTask:
         max_tokens=settings.max_tokens,
         own_prompt=TEMPLATE.format(prompt=settings.prompt.strip(), name=settings.name),
         settings=settings,
-        whole=whole,
-        item=_item_validator(model, rows) if model else validator_of(item),
+        whole=whole if rows else item,
+        item=validator_of(item),
+        model=_item_of(model, rows) if model else None,
         field=field,
         value=value,
+        box_field=box_field,
     )
+
+
+def _required_fields(kind: str, field: str | None) -> tuple[str, ...]:
+    if kind == "question":
+        return ("question", "answer")
+    return BOX_FIELDS if kind == "boxes" else (field,) if field else ()
 
 
 def _usual_output(settings: TaskConfig) -> Schema:
@@ -233,41 +263,52 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
     raise UnusableSchemaError(f"say which field is the {settings.kind}, as in `field: {next(reversed(names))}`")
 
 
-def _check_kind(settings: TaskConfig, value: Schema) -> None:
+def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
+    """Return the field of a box, for boxes. Raises UnusableSchemaError if the values do not have the form of the kind."""
     kind, form = settings.kind, value["type"]
     names = value["properties"] if form == "object" else {}
     if kind in ("caption", "text") and form != "string":
         raise UnusableSchemaError(f"a {kind} is a text, and not {_a(form)}")
-    if kind == "labels" and (without_null(value["items"])["type"] if form == "array" else form) != "string":
+    if kind == "labels" and (value["items"].get("type") if form == "array" else form) != "string":
         raise UnusableSchemaError("labels are texts, or a list of them")
-    if kind == "question" and any(
-        without_null(names.get(name, {"type": None}))["type"] != "string" for name in ("question", "answer")
-    ):
-        raise UnusableSchemaError("a question has the fields question and answer, which are texts")
-    if kind == "boxes":
-        boxes = [without_null(names[name]) for name in BOX_FIELDS if name in names]
-        numbers = [
-            box["items"]["type"]
-            for box in boxes
-            if box["type"] == "array" and (box.get("minItems"), box.get("maxItems")) == (4, 4)
-        ]
-        if not numbers or (settings.output and not settings.rows):
-            raise UnusableSchemaError(f"boxes are rows with a list of four whole numbers named {' or '.join(BOX_FIELDS)}")
-        if numbers[0] != "integer":
-            raise UnusableSchemaError("the corners of a box are whole numbers: they become pixels")
+    if kind == "question":
+        forms = {name: without_null(names[name])["type"] for name in ("question", "answer", "answer_type") if name in names}
+        if not {"question", "answer"} <= forms.keys() or {*forms.values()} != {"string"}:
+            raise UnusableSchemaError("a question has the fields question and answer, which are texts")
     if kind not in JOINING and (settings.name in ROW.names or settings.name == "split"):
         raise UnusableSchemaError(f"a dataset has a column {settings.name} already")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
         raise UnusableSchemaError(f"min_words and max_words are of captions, questions and texts, and not of {kind}")
+    if settings.rows and form == "array":
+        raise UnusableSchemaError("a row of a list cannot be a list itself")
+    return _box_field(settings, names) if kind == "boxes" else None
+
+
+def _box_field(settings: TaskConfig, names: Schema) -> str:
+    corners = [name for name in BOX_FIELDS if name in names]
+    box = names[corners[0]] if len(corners) == 1 else {}
+    is_box = box.get("type") == "array" and (box.get("minItems"), box.get("maxItems")) == (4, 4)
+    if not is_box or (settings.output and not settings.rows):
+        raise UnusableSchemaError(f"boxes are rows with one list of four whole numbers named {' or '.join(BOX_FIELDS)}")
+    if box["items"].get("type") != "integer":
+        raise UnusableSchemaError("the corners of a box are whole numbers: they become pixels")
+    return corners[0]
 
 
 def _a(form: str) -> str:
     return {"array": "a list", "integer": "a number", "object": "an object"}.get(form, f"a {form}")
 
 
-def _item_validator(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
-    """Return what checks one annotation: a model, or that of the items of a list in it."""
-    return TypeAdapter(get_args(model.model_fields[rows].annotation)[0] if rows else model)
+def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
+    """Return the user's own check of one annotation: a model, or that of the items of a list in it."""
+    if rows is None:
+        return TypeAdapter(model)
+    field = next(field for name, field in model.model_fields.items() if rows in (name, field.alias))
+    options = [field.annotation, *get_args(field.annotation)]  # a list, or a list and None
+    listed = next((option for option in options if get_origin(option) in (list, tuple, Sequence)), None)
+    if listed is None:
+        raise UnusableSchemaError(f"{rows} of {model.__name__} is no list")
+    return TypeAdapter(get_args(listed)[0])
 
 
 def _on_the_wire(schema: Any) -> Any:
@@ -279,16 +320,6 @@ def _on_the_wire(schema: Any) -> Any:
     if "properties" in schema:
         return schema | {"properties": {name: _on_the_wire(inner) for name, inner in schema["properties"].items()}}
     return {key: _on_the_wire(value) for key, value in schema.items() if key not in ("pattern", "minLength", "maxLength")}
-
-
-def _without_repeats(item: Any) -> Any:
-    """Return an item whose lists of texts have each once: to say a label twice is no reason to ask again."""
-    if not isinstance(item, dict):
-        return item
-    return {
-        name: list(dict.fromkeys(value)) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
-        for name, value in item.items()
-    }
 
 
 def _reason(error: ValidationError) -> str:

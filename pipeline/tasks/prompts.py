@@ -45,7 +45,16 @@ class Values:
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
+    def __str__(self) -> str:
+        raise TypeError(f"name one of its values, such as {next(iter(self._values), 'title')}")
 
+    __repr__ = __str__
+
+
+# What the expressions of a template may raise.
+RENDER_ERRORS = (
+    TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError, RecursionError, MemoryError
+)  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"draw": 0, "words": None, "language": "", "row": Values({}), "results": Values({})}
 MAX_NOTE_CHARACTERS = 1000  # of a value of the source
 # Whoever wrote a title or an alternative text may have written instructions there.
@@ -112,7 +121,7 @@ def render(
         text = _compiled(source).render(_DEFAULTS | known | _of_own(task) | values).strip()
         if notes and not task.own_prompt and not names_in(source, "row"):
             text = _before(notes) + text
-    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:  # of its expressions
+    except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
         styles = f"caption styles of this version: {', '.join(STYLES[version])}; others need your own template"
         hint = f"{styles} (generate.prompt_dir)" if values.get("style") else "mend the template"
@@ -225,6 +234,10 @@ def _environment() -> Environment:
     )
     # Jinja's own is for HTML, and writes other letters than ASCII as escapes.
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    del (
+        environment.filters["random"],
+        environment.globals["lipsum"],
+    )  # a prompt is the same in every run: replies are kept by it
     return environment
 
 

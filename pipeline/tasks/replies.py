@@ -59,7 +59,7 @@ def read_fields(task: Task, reply: Reply, frame: Frame | None = None) -> list[tu
         if value is None:
             return [({}, "not_json")]
     rows = task.rows_of(value)
-    return [({}, NOTHING_FOUND)] if rows == [] else [task.read_row(row, frame) for row in rows or [None]]
+    return [task.nothing_found()] if rows == [] else [task.read_row(row, frame) for row in rows or [None]]
 
 
 def read_result(request: Request, reply: Reply, own: OwnTasks = ()) -> Any:
@@ -69,7 +69,7 @@ def read_result(request: Request, reply: Reply, own: OwnTasks = ()) -> Any:
     usable = [fields for fields, error in rows if not error and not find_broken_rule(task, fields)]
     values = [json.loads(row["record"]) if row.get("record") else row.get("text") or _told(row) for row in usable]
     if task.rows_field:
-        return values if values or rows[0][1] == NOTHING_FOUND else None
+        return [value for value in values if value != []] if values or rows[0][1] == NOTHING_FOUND else None
     return values[0] if values else None
 
 

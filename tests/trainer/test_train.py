@@ -277,7 +277,7 @@ from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
 from trainer.config import resolve
-from trainer.train import choose_encoder, train
+from trainer.train import train
 torch.set_num_threads(1)
 train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 """

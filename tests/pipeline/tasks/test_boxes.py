@@ -5,6 +5,7 @@ import random
 import pytest
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from pipeline.images.decode import scaled_size
 from pipeline.tasks.boxes import EMPTY, MAX_PIXELS, MIN_PIXELS, OUTSIDE, Frame, place_box, seen_size
 
 
@@ -14,7 +15,8 @@ def test_an_image_has_the_size_that_the_processor_of_the_model_gives_it() -> Non
         width = rng.randint(40, 6000)
         height = rng.randint(max(40, width // 100), min(6000, width * 100))
         limit = rng.choice((None, 50_000, 1_000_000))
-        down, across = smart_resize(height, width, factor=28, min_pixels=MIN_PIXELS, max_pixels=limit or MAX_PIXELS)
+        sent_width, sent_height = scaled_size(width, height, limit)  # what the client sends
+        down, across = smart_resize(sent_height, sent_width, factor=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
         assert seen_size(Frame(width, height, limit)) == (across, down)
 
 
@@ -23,14 +25,19 @@ def test_an_image_has_the_size_that_the_processor_of_the_model_gives_it() -> Non
     [
         (Frame(560, 280), "pixels", [56, 28, 112, 56], [56, 28, 112, 56]),
         (Frame(570, 290), "pixels", [56, 28, 560, 280], [57, 29, 570, 290]),  # seen at 560 x 280
-        (Frame(2000, 1000, 500_000), "pixels", [98, 98, 196, 196], [200, 206, 400, 412]),  # seen at 980 x 476
+        (
+            Frame(2000, 1000, 500_000),
+            "pixels",
+            [98, 98, 196, 196],
+            [194, 194, 389, 389],
+        ),  # sent at 1000 x 500, seen at 1008 x 504
         (Frame(2000, 1000), "thousandths", [100, 100, 500, 500], [200, 100, 1000, 500]),
         (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges
     ],
 )
 def test_a_box_is_put_into_pixels_of_the_image(frame: Frame, coordinates: str, box: list[int], placed: list[int]) -> None:
     row = {"bbox_2d": box, "label": "cat"}
-    assert place_box(row, frame, coordinates) is None
+    assert place_box(row, "bbox_2d", frame, coordinates) is None
     assert row == {"bbox_2d": placed, "label": "cat"}
 
 
@@ -45,4 +52,4 @@ def test_a_box_is_put_into_pixels_of_the_image(frame: Frame, coordinates: str, b
     ],
 )
 def test_a_box_outside_of_the_image_or_without_area_is_none(box: list[int], reason: str) -> None:
-    assert place_box({"box": box}, Frame(560, 280), "pixels") == reason
+    assert place_box({"box": box}, "box", Frame(560, 280), "pixels") == reason

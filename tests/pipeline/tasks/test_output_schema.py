@@ -37,6 +37,27 @@ WHOLE = {
 GOOD = {"view": "front", "count": 2, "sure": None, "size": None, "note": None, "parts": [{"class": "wing"}]}
 
 
+WIDE = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/D0"}},
+    "$defs": {
+        **{f"D{n}": {"type": "object", "properties": {c: {"$ref": f"#/$defs/D{n + 1}"} for c in "abcdefgh"}} for n in range(8)},
+        "D8": {"type": "string"},
+    },
+}
+
+
+def test_null_among_the_allowed_values_may_be_null() -> None:
+    closed = close_schema({"type": "object", "required": ["a"], "properties": {"a": {"enum": ["x", None]}}})
+    assert closed["properties"]["a"] == {"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "null"}]}
+
+
+def test_references_are_no_depth() -> None:
+    parts = {f"D{n}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/D{n + 1}"}}} for n in range(9)}
+    schema = {"$ref": "#/$defs/D0", "$defs": {**parts, "D9": {"type": "string"}}}
+    assert json.dumps(close_schema(schema)).count("properties") == 9
+
+
 def test_a_schema_is_closed_and_each_field_is_there() -> None:
     closed = close_schema(WHOLE)
     assert closed["required"] == [*WHOLE["properties"]] and closed["additionalProperties"] is False
@@ -105,7 +126,7 @@ def test_the_form_is_shown_in_a_prompt() -> None:
         ({"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}}, "several forms"),
         ({"type": "object", "properties": {"a": {"enum": ["x", 1]}}}, "not all texts"),
         ({"type": "object", "properties": {"a": {"enum": []}}}, "not all texts"),
-        ({"type": "object", "properties": {"a": {"enum": ["x", "x"]}}}, "one twice"),
+        ({"type": "object", "properties": {"a": {"enum": ["x", "x"]}}}, "one value twice"),
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/B"}}}, "which is not there"),
         ({"type": "object", "properties": {"_type": {"type": "string"}}}, "_type"),
         (
@@ -131,6 +152,12 @@ def test_a_model_in_a_module_is_an_output(tmp_path: Any, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     schema, model = load_output("shop_models:Item")
     assert model is not None and [*close_schema(schema)["properties"]] == ["name", "price"]
+    assert close_schema(schema)["properties"]["price"]["anyOf"][0] == {"type": "number"}
+    (tmp_path / "renamed.py").write_text(
+        "from pydantic import BaseModel, Field\nclass Item(BaseModel):\n    name: str = Field(serialization_alias='n')\n"
+    )
+    with pytest.raises(ConfigError, match="reads fields under other names than it writes them"):
+        load_output("renamed:Item")
     for wrong in ("shop_models:Thing", "no_such_module:Item", "shop_models"):
         with pytest.raises(ConfigError, match=f"no output at {wrong}"):
             load_output(wrong)

@@ -22,6 +22,9 @@ PAIR = {
     "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
 }
 
+NO_PAIRS = {"type": "object", "properties": {"qa": {"type": "array", "items": PAIR}}}
+GRID = {"type": "object", "properties": {"grid": {"type": "array", "items": {"enum": ["x", "o"]}}}}
+
 
 def task(kind: str, **settings: Any) -> OwnTask:
     return build_task(TaskConfig.model_validate({"name": "own", "kind": kind, "prompt": "Look."} | settings))
@@ -98,7 +101,8 @@ def test_a_reply_becomes_the_columns_of_its_kind(own: OwnTask, reply: Any, colum
             {"boxes": [{"bbox_2d": [0, 0, 5000, 9], "label": "x"}, {"bbox_2d": [0, 0, 9, 9], "label": "x"}]},
             ["box_outside_image", None],
         ),
-        (task("boxes"), {"boxes": []}, [NOTHING_FOUND]),
+        (task("question", output=NO_PAIRS, rows="qa"), {"qa": []}, [NOTHING_FOUND]),
+        (task("boxes"), {"boxes": [{"bbox_2d": None, "label": "x"}]}, ["bbox_2d_list_type"]),
         (task("boxes"), {"boxes": "none"}, ["off_schema"]),
         (task("boxes"), [1], ["off_schema"]),
         (task("text"), {"text": "I'm sorry, but I cannot help with that."}, ["refusal"]),
@@ -166,7 +170,7 @@ def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
         ({"kind": "caption", "output": PAIR}, "say which field is the caption"),
         ({"kind": "caption", "output": PAIR, "field": "text"}, "has no field text; it has question, answer"),
         ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
-        ({"kind": "boxes", "output": PAIR}, "boxes are rows with a list of four whole numbers"),
+        ({"kind": "boxes", "output": PAIR}, "boxes are rows with one list of four whole numbers"),
         ({"kind": "record", "output": {"type": "array", "items": PAIR}}, "output must be an object"),
         (
             {

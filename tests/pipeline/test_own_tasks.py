@@ -1,0 +1,91 @@
+"""Own tasks in settings: files of tasks are read whole, and each mistake is one error before anything is asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import ConfigError
+from pipeline.inference.requests import check_prompts, requests_per_sample, rounds
+
+TEXT = {"name": "t", "kind": "text", "prompt": "Look."}
+
+
+def need(name: str, *needs: str) -> dict[str, Any]:
+    prompt = " ".join(f"{{{{ results.{other} }}}}" for other in needs) or "Look."
+    return {"name": name, "kind": "text", "prompt": prompt, "needs": list(needs)}
+
+
+def test_a_task_brings_the_texts_of_the_files_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "a.j2").write_text("Say it.")
+    (tmp_path / "a.json").write_text('{"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}')
+    (tmp_path / "a.yaml").write_text("{name: a, kind: text, prompt: a.j2, output: a.json, field: z}")
+    config = resolve(source="folder:x", own_tasks=[tmp_path / "a.yaml"])
+    (task,) = config.own_tasks
+    assert task.prompt == "Say it." and config.tasks == ("a",)
+    assert [*config.model_dump()["own_tasks"][0]["output"]["properties"]] == ["z", "a"]  # a model writes fields in this order
+    assert resolve(**config.model_dump(mode="json")) == config
+
+
+def test_own_tasks_are_asked_beside_those_that_are_named() -> None:
+    config = resolve(source="folder:x", own_tasks=[TEXT], tasks=["qa"])
+    assert config.tasks == ("qa", "t") and requests_per_sample(config) == (("qa", ""), ("t", ""))
+    caption = TEXT | {"name": "alt_text", "kind": "caption"}
+    assert requests_per_sample(resolve(source="folder:x", own_tasks=[caption])) == (("alt_text", "alt-text"),)
+
+
+def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
+    tasks = [need("c", "b", "brief"), need("b", "a"), need("a")]
+    config = resolve(source="folder:x", own_tasks=tasks, tasks=["caption"])
+    asked = rounds(config)
+    assert [sorted(name for name, _ in part) for part in asked] == [["a", "caption", "caption"], ["b"], ["c"]]
+    check_prompts(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{name: t, kind: text}", "prompt is missing"),
+        ("{name: t, kind: poem, prompt: a}", "bad value for kind: 'poem' is not one of"),
+        ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
+        ("{name: T, kind: text, prompt: a}", "bad value for name: 'T' is not the name of a task, in small letters"),
+        ("[1]", "must hold keys and values"),
+        ("{name: t, kind: text, prompt: lost.j2}", "lost.j2"),
+        ("{name: t, kind: text, prompt: '{{ row.title }}'}", "uses row.title, and no such column is mapped"),
+        ("{name: t, kind: text, prompt: '{{ results.ocr }}'}", "uses results.ocr, which its task does not need"),
+        ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which is not asked"),
+        ("{name: t, kind: text, prompt: '{{ results.t }}', needs: [t]}", "tasks need each other in a circle: t"),
+        ("{name: t, kind: text, prompt: '{{ row }}'}", "cannot be rendered: name one of its values"),
+        ("{name: t, kind: text, prompt: '{{ [1, 2] | random }}'}", "the prompt t cannot be rendered: No filter named 'random'"),
+        ("{name: t, kind: text, prompt: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'}", "maximum recursion depth"),
+        ("{name: t, kind: record, prompt: a, output: '{bad'}", "no output at {bad"),
+        ("{name: alt_x, kind: caption, prompt: a}", "alt_x is the name of a built-in task or of a caption style"),
+        ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
+        ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
+        ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
+        ("{name: plain, kind: caption, prompt: a}", "plain is the name of a built-in task or of a caption style"),
+        ("{name: captions, kind: text, prompt: a}", "a dataset has a column captions already"),
+        ("{name: t, kind: text, prompt: a, show_image: false}", "the task t shows no image and nothing else of it"),
+        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
+        ("{name: t, kind: record, prompt: a, output: {type: object}}", "must name its fields"),
+    ],
+)
+def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        check_prompts(
+            resolve(source="folder:x", own_tasks=[tmp_path / "t.yaml"], generate={"caption_styles": ["plain", "alt-x"]})
+        )
+    assert complaint in str(raised.value) and raised.value.hint
+
+
+@pytest.mark.parametrize("own_tasks", [5, True, "tags.yaml", [5], [[1]], {"name": "t"}])
+def test_own_tasks_that_are_no_list_of_tasks_are_an_error(own_tasks: Any) -> None:
+    with pytest.raises(ConfigError):
+        resolve(source="folder:x", own_tasks=own_tasks)
+
+
+def test_two_tasks_of_one_name_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="two own tasks have the name t"):
+        resolve(source="folder:x", own_tasks=[TEXT, TEXT])
