@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.dataset.version import file_entry
+from pipeline.tables import features
 from tests.hostile import Damage, link, pipe
 from tests.hostile.vectors import ALL
 from tests.scene_data import make_version, scene_samples
@@ -70,6 +71,25 @@ def texts(text: str) -> Damage:
     return column("captions", change)
 
 
+def own(value: Any, kind: pa.DataType, *, name: str = "own", is_list: bool = False, feature: Any = None) -> Damage:
+    """Return a damage that adds a column of a task of one's own, which a manifest describes."""
+
+    def damage(folder: Path) -> None:
+        column = pa.field(name, kind)
+        described = feature or features(pa.schema([column]))[name]
+        for shard in sorted(folder.glob("*-*.parquet")):
+            table = pq.read_table(shard)
+            pq.write_table(table.append_column(column, pa.array([value] * table.num_rows, kind)), shard)
+            manifest(lambda m, shard=shard: m["files"][shard.name].update(file_entry(shard)))(folder)  # type: ignore[misc]
+        entry = {name: {"kind": "boxes", "is_list": is_list}}
+        manifest(lambda m: m["columns"].append(name))(folder)
+        manifest(lambda m: m["features"].update({name: described}))(folder)
+        manifest(lambda m: m.update(own_columns=entry))(folder)
+
+    return damage
+
+
+BOXES = pa.list_(pa.struct({"bbox_2d": pa.list_(pa.float64()), "label": pa.string()}))
 DEEP: Any = []
 for _ in range(500):
     DEEP = [DEEP]
@@ -131,6 +151,16 @@ DAMAGES: dict[str, Damage] = {
     "images of 2,500 megapixels": image(png_of(50_000, 50_000)),
     "images of a hundred to one": image(png_of(20_000, 10)),
     "images that are scripts": image(b"%!PS\n(/etc/passwd) (r) file"),
+    "own values that are no numbers": own(float("nan"), pa.float64()),
+    "own values that are infinite boxes": own([{"bbox_2d": [float("inf")] * 4, "label": "x"}], BOXES, is_list=True),
+    "own values that are half a box": own([{"bbox_2d": [1.0], "label": None}, None], BOXES, is_list=True),
+    "own values that are vectors": own([vector.encode("utf-8", "replace").decode() for vector in ALL], pa.list_(pa.string())),
+    "own values that are no list": own(5, pa.int64(), is_list=True),
+    "own values of another type": own(5, pa.int64(), feature={"dtype": "string", "_type": "Value"}),
+    "own values that are images": own(None, pa.string(), feature={"_type": "Image"}),
+    "an own column of our name": own("x", pa.string(), name="captions"),
+    "an own column that is a path": own("x", pa.string(), name="../x"),
+    "an own column that is the split": own("x", pa.string(), name="split"),
     "captions that are null": column("captions", lambda t: [None] * t.num_rows),
     "captions that are numbers": column("captions", lambda t: pa.array(range(t.num_rows))),
     "captions of a megabyte": texts("word " * 200_000),
