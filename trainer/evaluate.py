@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from pipeline.dataset.version import Version
@@ -17,15 +16,16 @@ from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example, examples_in
-from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures
+from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.generate import scored_prompt, write_captions
 from trainer.metrics import bootstrap, derangement, meteor, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import ENCODERS
 from trainer.tokenizer import TargetText
-from trainer.vqa import evaluate_questions
+from trainer.vqa import Quiz
 
 SHOWN = 12
+HELD_IMAGES = 256  # whose states are in memory at once: 155 MB of a ViT-B/16
 CLIPSCORE_WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
 
@@ -50,9 +50,15 @@ def evaluate(
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, references = _references(examples, style)
-    with torch.inference_mode():
-        states = [features(examples[index : index + BATCH_IMAGES]) for index in range(0, len(examples), BATCH_IMAGES)]
-    hypotheses = write_captions(checkpoint, states, TargetText(source, "", style=style), options.search)
+    prompt, quiz = TargetText(source, "", style=style), Quiz.of(checkpoint, examples) if options.questions else None
+    hypotheses: list[str] = []
+    for start in range(0, len(examples), HELD_IMAGES):
+        part = examples[start : start + HELD_IMAGES]
+        held = hold_features(features, part)
+        batches = (held(part[index : index + BATCH_IMAGES]) for index in range(0, len(part), BATCH_IMAGES))
+        hypotheses += write_captions(checkpoint, batches, prompt, options.search)
+        if quiz:
+            quiz.ask(checkpoint, held, part)
     tokens = [tokenize(text) for text in hypotheses]
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     shuffled = [tokens[index] for index in derangement(len(tokens))]
@@ -89,9 +95,9 @@ def evaluate(
         images, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
         for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, images, hypotheses, *orders), strict=True):
             result[name]["clip_score"] = statistics.fmean(values)
-    if options.questions and (answered := evaluate_questions(checkpoint, examples, features)):
-        result["questions"], of_images = answered
-        for row, items in zip(per_image, of_images, strict=True):
+    if quiz:
+        result["questions"] = quiz.scores()
+        for row, items in zip(per_image, quiz.rows(), strict=True):
             row["questions"] = items
     return result
 

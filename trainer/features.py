@@ -54,7 +54,26 @@ class OnlineFeatures:
         return states_BNV
 
 
-FeatureSource = Features | OnlineFeatures
+@dataclass(frozen=True, slots=True)
+class HeldFeatures:
+    """Hidden states of a few images, in memory."""
+
+    rows: dict[str, int]
+    states_KNV: Tensor
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """Return the hidden states of the images of examples: (B, N, V)."""
+        return self.states_KNV[[self.rows[example.sample_id] for example in examples]]
+
+
+FeatureSource = Features | OnlineFeatures | HeldFeatures
+
+
+@torch.inference_mode()
+def hold_features(features: FeatureSource, examples: Sequence[Example]) -> HeldFeatures:
+    """Return the features of examples, each image computed once."""
+    parts = [features(examples[start : start + BATCH_IMAGES]) for start in range(0, len(examples), BATCH_IMAGES)]
+    return HeldFeatures({example.sample_id: row for row, example in enumerate(examples)}, torch.cat(parts))
 
 
 @torch.inference_mode()

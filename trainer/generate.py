@@ -1,6 +1,6 @@
 """Generate captions and answers with a trained captioner."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.tokenizer import TargetText
 
 
-def write_captions(checkpoint: Checkpoint, states: Sequence[Tensor], prompt: TargetText, search: DecodingConfig) -> list[str]:
+def write_captions(checkpoint: Checkpoint, states: Iterable[Tensor], prompt: TargetText, search: DecodingConfig) -> list[str]:
     """Generate one text per image after a shared prompt, for batches of hidden states (B, N, V), in order."""
     captioner, prompt_T = checkpoint.captioner.eval(), torch.tensor(checkpoint.words.prompt(prompt))
     batches = [captioner.generate(states_BNV, prompt_T.expand(len(states_BNV), -1), search) for states_BNV in states]

@@ -2,6 +2,8 @@
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.text.vqa_answers import normalize_answer
@@ -12,38 +14,60 @@ from trainer.generate import answer_questions, answering_prompt
 from trainer.metrics import derangement
 
 
-def evaluate_questions(
-    checkpoint: Checkpoint, examples: list[Example], features: FeatureSource
-) -> tuple[dict[str, dict[str, float]], list[list[dict[str, Any]]]] | None:
-    """Return VQA accuracy by answer type, and the answers for each image; None if the captioner learned no answers.
+@dataclass(frozen=True, slots=True)
+class Quiz:
+    """The questions about some examples, each asked about its own image and about another one."""
 
-    Baselines: accuracy with shuffled images, and of always giving the most frequent answer.
-    """
-    if not any(not style for _, style in checkpoint.captioner.config.prompts):
-        return None
-    source, _ = answering_prompt(checkpoint.captioner.config.prompts)
-    pairs = [(example, question) for example in examples for question in example.questions]
-    partner = {example.sample_id: examples[i] for example, i in zip(examples, derangement(len(examples)), strict=True)}
-    answers = answer_questions(checkpoint, features, [(example, q.question) for example, q in pairs], source)
-    shuffled_pairs = [(partner[example.sample_id], question.question) for example, question in pairs]
-    shuffled_answers = answer_questions(checkpoint, features, shuffled_pairs, source)
-    accuracies = [vqa_accuracy(answer, question) for answer, (_, question) in zip(answers, pairs, strict=True)]
-    scores = {}
-    for kind in sorted({question.answer_type for _, question in pairs}):
-        indices = [i for i, (_, question) in enumerate(pairs) if question.answer_type == kind]
-        truths = [pairs[i][1] for i in indices]
-        majority = Counter(normalize_answer(most_common(truth.answers)) for truth in truths).most_common(1)[0][0]
-        scores[kind] = {
-            "count": len(indices),
-            "accuracy": statistics.fmean(accuracies[i] for i in indices),
-            "shuffled": statistics.fmean(vqa_accuracy(shuffled_answers[i], pairs[i][1]) for i in indices),
-            "majority": statistics.fmean(vqa_accuracy(majority, truth) for truth in truths),
-        }
-    rows_of: dict[str, list[dict[str, Any]]] = {example.sample_id: [] for example in examples}
-    for (example, question), answer, accuracy in zip(pairs, answers, accuracies, strict=True):
-        row = {"question": question.question, "type": question.answer_type, "said": answer, "answers": list(question.answers)}
-        rows_of[example.sample_id].append(row | {"accuracy": accuracy})
-    return scores, [rows_of[example.sample_id] for example in examples]
+    examples: Sequence[Example]
+    source: str  # in the prompts of answers
+    answers: dict[tuple[int, int, bool], str] = field(default_factory=dict)  # by example, question, and whether shuffled
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, examples: Sequence[Example]) -> "Quiz | None":
+        """Return the questions; None if the captioner learned no answers."""
+        prompts = checkpoint.captioner.config.prompts
+        return cls(examples, answering_prompt(prompts)[0]) if any(not style for _, style in prompts) else None
+
+    def ask(self, checkpoint: Checkpoint, features: FeatureSource, shown: Sequence[Example]) -> None:
+        """Ask all that is to be asked about the images of these examples, so that each image is encoded once."""
+        position = {example.sample_id: index for index, example in enumerate(self.examples)}
+        other = derangement(len(self.examples))  # whose image is shown with the questions of each example
+        asked_with = {image: index for index, image in enumerate(other)}
+        keys, pairs = [], []
+        for image in shown:
+            own = position[image.sample_id]
+            for index, is_shuffled in ((own, False), (asked_with[own], True)):
+                for number, question in enumerate(self.examples[index].questions):
+                    keys.append((index, number, is_shuffled))
+                    pairs.append((image, question.question))
+        self.answers.update(zip(keys, answer_questions(checkpoint, features, pairs, self.source), strict=True))
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Return VQA accuracy by answer type, that with shuffled images, and that of always the most frequent answer."""
+        scores = {}
+        asked = [(i, n, q) for i, example in enumerate(self.examples) for n, q in enumerate(example.questions)]
+        for kind in sorted({question.answer_type for _, _, question in asked}):
+            of_kind = [(i, n, question) for i, n, question in asked if question.answer_type == kind]
+            counts = Counter(normalize_answer(most_common(question.answers)) for _, _, question in of_kind)
+            majority = counts.most_common(1)[0][0]
+            scores[kind] = {
+                "count": len(of_kind),
+                "accuracy": statistics.fmean(vqa_accuracy(self.answers[i, n, False], q) for i, n, q in of_kind),
+                "shuffled": statistics.fmean(vqa_accuracy(self.answers[i, n, True], q) for i, n, q in of_kind),
+                "majority": statistics.fmean(vqa_accuracy(majority, question) for _, _, question in of_kind),
+            }
+        return scores
+
+    def rows(self) -> list[list[dict[str, Any]]]:
+        """Return the questions of each example with what was said."""
+        return [
+            [
+                {"question": question.question, "type": question.answer_type, "said": self.answers[index, number, False]}
+                | {"answers": list(question.answers), "accuracy": vqa_accuracy(self.answers[index, number, False], question)}
+                for number, question in enumerate(example.questions)
+            ]
+            for index, example in enumerate(self.examples)
+        ]
 
 
 def vqa_accuracy(answer: str, truth: Question) -> float:

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as data_replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+import trainer.evaluate
 import trainer.train
+import trainer.vqa
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
@@ -23,7 +27,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.checkpoint import load_checkpoint, read_log, save_resume
 from trainer.config import TrainConfig
-from trainer.data import examples_in
+from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
 from trainer.model.language_model import PretrainedDecoder
@@ -272,7 +276,9 @@ def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) 
 
 PROCESS = """
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as data_replace
 from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
@@ -356,3 +362,40 @@ def test_photographs_are_not_given_to_an_encoder_of_drawn_scenes(monkeypatch: py
     assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
     with pytest.raises(TrainError, match="cannot be had here, and these images need an encoder of photographs"):
         choose_encoder(said.append, is_drawn=False)
+
+
+def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
+    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(version, replace(encoder=clip), tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    loaded.captioner.config.prompts.append(("synthetic", ""))
+    questions = (Question("Is it red?", ("yes",), "yes/no"), Question("How many are there?", ("2",), "number"))
+    examples = [data_replace(example, questions=questions) for example in examples_in(version, "train")]
+    encoded: list[str] = []
+
+    @dataclass(frozen=True)
+    class Counting:
+        features: OnlineFeatures
+
+        def __call__(self, asked: Sequence[Example]) -> torch.Tensor:
+            encoded.extend(example.sample_id for example in asked)
+            return self.features(asked)
+
+    answered: list[tuple[str, str]] = []
+
+    def answer(checkpoint: Any, features: Any, pairs: Sequence[tuple[Example, str]], source: str) -> list[str]:
+        answered.extend((example.sample_id, question) for example, question in pairs)
+        return [example.sample_id for example, _ in pairs]
+
+    monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 7)
+    monkeypatch.setattr(trainer.vqa, "answer_questions", answer)
+    features: Any = Counting(OnlineFeatures(loaded.captioner.encoder, CPU))
+    scored = evaluate(loaded, examples, EvalOptions(("synthetic", "brief"), questions=True), features)
+    assert sorted(encoded) == sorted(example.sample_id for example in examples)
+    assert len(answered) == 4 * len(examples) and len({*answered}) == 2 * len(examples)  # own questions, and another's
+    for row in scored["each"]:
+        assert [item["said"] for item in row["questions"]] == [row["sample_id"]] * 2
+    assert {kind: found["count"] for kind, found in scored["questions"].items()} == dict.fromkeys(
+        ("yes/no", "number"), len(examples)
+    )
