@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from pydantic import TypeAdapter
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
@@ -82,7 +83,8 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
     config = read_config(folder)
     require_shapes(config, folder / "model.safetensors")
     tokenizer = read_tokenizer(folder / "tokenizer.json", config)
-    with redirect_stdout(StringIO()):  # huggingface_hub prints there, and stdout is for data
+    # huggingface_hub prints to stdout, which is for data. Every weight is in the file: none needs a random value before.
+    with redirect_stdout(StringIO()), no_init_weights():
         captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     return Checkpoint(captioner, tokenizer)
 
