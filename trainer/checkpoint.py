@@ -25,8 +25,8 @@ from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
-from pipeline.storage.files import atomic_write, remove, write_text
-from pipeline.storage.untrusted import read_regular
+from pipeline.storage.files import atomic_write, read_json, remove, write_text
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, no_captioner, require_checkpoint
 from trainer.distributed import best_device
 from trainer.model.captioner import Captioner, CaptionerConfig
@@ -66,6 +66,32 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
         raise
     except Exception as error:  # noqa: BLE001  # whatever transformers raises for a config that is odd
         raise no_captioner(folder, one_line(error)) from None
+
+
+def describe_checkpoint(folder: Path) -> str:
+    """Return what a checkpoint folder holds, in words, after every file in it was read. Raises TrainError for a damaged one."""
+    if not any((folder / name).exists() for name in CAPTIONER_FILES):
+        if not (folder / "resume.pt").exists():
+            return "a training that has saved nothing so far"
+        return f"an unfinished training at step {_read_resume(folder / 'resume.pt')['step']:,}, without a captioner so far"
+    captioner = load_checkpoint(folder, torch.device("cpu")).captioner
+    if odd := [name for name, weights in captioner.named_parameters() if not torch.isfinite(weights).all()]:
+        raise no_captioner(folder, f"{odd[0]} has weights that are no numbers")
+    steps = max((entry["step"] for entry in read_log(folder / "log.jsonl")), default=0)
+    parts = [
+        f"a captioner of {sum(weights.numel() for weights in captioner.parameters()):,} weights",
+        f"{steps:,} steps logged",
+    ]
+    for name in ("train.json", "metrics.json"):
+        try:
+            if (folder / name).exists():
+                read_json(folder / name)
+        except (OSError, ValueError, RecursionError, UnsafeFileError) as error:
+            raise no_captioner(folder, f"{name} is damaged: {one_line(error)}") from None
+    parts.append("scored" if (folder / "metrics.json").exists() else "not scored yet")
+    if (folder / "resume.pt").exists():
+        parts.append(f"a state to resume from at step {_read_resume(folder / 'resume.pt')['step']:,}")
+    return ", ".join(parts)
 
 
 @contextmanager
@@ -145,14 +171,21 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
+    state = _read_resume(path)
+    if state["run"] != run:
+        raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
+    return state
+
+
+def _read_resume(path: Path) -> dict[str, Any]:
+    """Return the state in a resume.pt. Raises TrainError for a truncated file, or one of another program."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        trained_by = state["run"]
-    except Exception as error:  # noqa: BLE001  # a truncated file, or one of another program
-        hint = "leave --resume out to start anew"
+        if not {"run", "step"} <= state.keys() or not isinstance(state["step"], int):
+            raise ValueError("it is of another program")
+    except Exception as error:  # noqa: BLE001  # whatever torch raises
+        hint = f"remove {path}, and start anew without --resume"
         raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
-    if trained_by != run:
-        raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
     return state
 
 

@@ -45,7 +45,8 @@ def evaluate(
     """Return scores against the references of the source or, if there are none, against the teacher's captions.
 
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
-    intervals over images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
+    intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
+    ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
     """
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
@@ -80,6 +81,7 @@ def evaluate(
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
+        "gain": bootstrap(_gains(own_scores, shuffled_scores)) if options.questions else {},
         "words": {
             "mean": round(statistics.fmean(lengths), 2),
             "different": len({word for words in tokens for word in words}),
@@ -130,6 +132,11 @@ def is_same(name: str, made_from: dict[str, str]) -> bool:
     """Whether a CLIP is the captioner's own encoder, whose score would be biased."""
     own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
     return ENCODERS.get(own_name, own_name) in (model_id, Path(name).name if Path(name).is_dir() else model_id)
+
+
+def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return by how much CIDEr-D of each image is above that with the caption of another image."""
+    return {"cider_d": [one - other for one, other in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
 
 
 def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[list[str]]]]:

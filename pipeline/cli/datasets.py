@@ -47,18 +47,23 @@ def versions(data: DataDir = None, as_json: AsJson = False) -> None:
 def check(
     data: Annotated[
         str | None,
-        Argument(metavar="[DIR|ORG/NAME@V]", help="A dataset folder or version, here or on the Hub.", show_default=LAST_MADE),
+        Argument(
+            metavar="[DIR|ORG/NAME@V]",
+            help="A dataset folder or version, here or on the Hub; or a captioner.",
+            show_default=LAST_MADE,
+        ),
     ] = None,
     repair: Annotated[
         bool, Option("--repair", help="Replace a damaged journal by one of the replies that are intact; change nothing else.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every reply, stage file and version of a dataset, and say what is damaged and what can be made again.
+    """Verify every reply, stage file, version and captioner of a dataset; say what is damaged and what can be made again.
 
     Exits with 1 if anything is damaged.
     """
     from pipeline.check import check_dataset, check_version, check_version_folder
+    from pipeline.cli.training import check_checkpoint
     from pipeline.dataset.directory import DatasetDir, last_made
     from pipeline.dataset.version import MANIFEST
     from pipeline.errors import StoreError
@@ -71,10 +76,14 @@ def check(
             return
         folder = parse_dataset_path(data) if data else last_made()
         with translate_disk_errors(folder):
-            if (folder / MANIFEST).exists():
+            if any((folder / name).exists() for name in ("train.json", "model.safetensors")):
+                yield check_checkpoint(folder)
+            elif (folder / MANIFEST).exists():
                 yield check_version_folder(folder)
             else:
                 yield from check_dataset(DatasetDir(folder), repair=repair)
+                for trained in sorted(folder.glob("checkpoints/*/train.json"), key=str):
+                    yield check_checkpoint(trained.parent)
 
     checked = []
     for result in results():

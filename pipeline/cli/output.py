@@ -97,6 +97,10 @@ def print_scores(metrics: dict[str, Any]) -> None:
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""
         say(f"  {name:<8} {value:6.3f}   with shuffled images {metrics['shuffled_scores'][name]:6.3f}{interval}")
+    low, high = metrics.get("gain", {}).get("cider_d", (None, None))
+    if low is not None and low <= 0:
+        say(f"  the captions of other images score about as well (CIDEr-D by {low:.3f} to {high:.3f} less):", LOSS)
+        say("  this captioner ignores its images, or there are too few of them to tell", LOSS)
     for kind, scores in metrics.get("questions", {}).items():
         say(
             f"  {kind:<8} {scores['accuracy']:6.3f}   with shuffled images {scores['shuffled']:6.3f}"

@@ -15,6 +15,7 @@ from pipeline.progress import show_progress
 from pipeline.storage.object_store import parse_dataset_path
 
 if TYPE_CHECKING:
+    from pipeline.check import Checked
     from pipeline.dataset.version import Version
 
 
@@ -76,6 +77,18 @@ def train(
     if metrics:  # only the first of several processes has them
         print_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")
+
+
+def check_checkpoint(folder: Path) -> "Checked":
+    """Return the state of a checkpoint folder."""
+    from pipeline.check import Checked
+    from pipeline.errors import SynthError
+    from trainer.checkpoint import describe_checkpoint
+
+    try:
+        return Checked(str(folder), describe_checkpoint(folder))
+    except SynthError as error:
+        return Checked(str(folder), str(error), False, "train again, or fetch it again; resume.pt may still be good")
 
 
 def evaluate(

@@ -2,9 +2,10 @@
 
 import pytest
 
+from pipeline.cli.output import print_scores
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
-from trainer.evaluate import _references
+from trainer.evaluate import _gains, _references
 from trainer.generate import answering_prompt, scored_prompt
 from trainer.metrics import bootstrap, derangement, score_each
 from trainer.tokenizer import TargetText
@@ -75,3 +76,19 @@ def test_an_interval_holds_the_score_and_narrows_with_more_images() -> None:
     few, many = (bootstrap(score_each(texts[:n], references[:n]))["rouge_l"] for n in (20, 400))
     assert many[1] - many[0] < few[1] - few[0]
     assert bootstrap(score_each(texts, references)) == bootstrap(score_each(texts, references))
+
+
+@pytest.mark.parametrize(("differs", "is_told"), [(True, False), (False, True)])
+def test_a_captioner_that_ignores_its_images_is_told(
+    *, differs: bool, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"thing{n} stands near wall{n}".split() for n in range(40)]
+    captions = words if differs else [words[0]] * 40
+    shuffled = [captions[index] for index in derangement(40)]
+    references = [[text] for text in words]
+    own, other = score_each(captions, references), score_each(shuffled, references)
+    gain = bootstrap(_gains(own, other))
+    metrics = {"split": "test", "images": 40, "style": "brief", "against": "references", "scores": {}, "intervals": {}}
+    print_scores(metrics | {"shuffled_scores": {}, "gain": gain})
+    assert ("this captioner ignores its images" in capsys.readouterr().err) == is_told
+    assert (gain["cider_d"][0] > 0) == differs

@@ -38,6 +38,7 @@ class PretrainedDecoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.model = AutoModelForCausalLM.from_config(config_of(settings))
+        self.model.tie_weights()  # which goes with drawing weights, and is left out where they are loaded
         self.width: int = self.model.config.hidden_size
         self._packing: Packing | None = None
 
