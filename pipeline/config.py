@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -403,36 +403,33 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
         values = _public_settings(values)
         if isinstance(values.setdefault("generate", {}), dict):
             values["generate"].setdefault("prompt_version", 1)  # earlier releases did not say it
-    if flags.get("own_tasks") and isinstance(values.get("own_tasks"), list):
-        flags |= {"own_tasks": _with_own_tasks(values["own_tasks"], flags["own_tasks"])}
+    elif isinstance(values.get("own_tasks"), list):  # a manifest holds its tasks in full, and names no files
+        values["own_tasks"] = [_whole_task(task) for task in values["own_tasks"]]
+    if (given := flags.pop("own_tasks", None)) is not None:
+        values["own_tasks"] = _with_others(given, values.get("own_tasks"))
     for name, value in flags.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             values[name] |= value  # a section: keys that it does not name stay as in the file
         elif value is not None:
             values[name] = value
-    if not is_manifest or flags.get("own_tasks"):  # a manifest holds all of its tasks, and names no files
-        values = _with_task_files(values)
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
     return validate(Config, values)
 
 
-def _with_own_tasks(of_file: list[Any], of_options: Iterable[Path]) -> list[Any]:
+def _with_others(given: Any, of_file: Any) -> Any:
     """Return own tasks of a file of settings with those of options, which replace others of the same name."""
-    added = [read_task(Path(path)) for path in of_options]
-    names = {task["name"] for task in added}
-    known = [read_task(Path(task)) if isinstance(task, str) else task for task in of_file]
+    if not isinstance(given, list | tuple):
+        return given  # an error of its own
+    added = [_whole_task(task) for task in given]
+    names = _named(added)
+    known = of_file if isinstance(of_file, list) else []
     return [*(task for task in known if not (isinstance(task, dict) and task.get("name") in names)), *added]
 
 
-def _with_task_files(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings in which own tasks stand in full, where a path stood."""
-    entries = values.get("own_tasks")
-    if not isinstance(entries, list | tuple):
-        return values
-    return values | {
-        "own_tasks": [read_task(Path(e)) if isinstance(e, str | Path) else _with_texts(e, Path()) for e in entries]
-    }
+def _whole_task(task: Any) -> Any:
+    """Return a task in full, with the texts of the files that it names, from its file if it is a path."""
+    return read_task(Path(task)) if isinstance(task, str | Path) else _with_texts(task, Path())
 
 
 def read_task(path: Path) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     ):
         chunk = [(sample.id, sample.images) for sample in samples.values()]
         contexts = {sample.id: sample.context for sample in samples.values()}
-        for number in range(len(rounds(config))):
-            for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, contexts, number):
+        for round_number in range(len(rounds(config))):
+            for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, contexts, round_number):
                 progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
         images = [_read(sample, config, choice.revision, journal, stats.seconds or {}) for sample in samples.values()]
         requests = _requests_of(next(iter(samples.values())), config, choice.revision, journal)

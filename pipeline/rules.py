@@ -19,7 +19,7 @@ from pipeline.config import ANY_LANGUAGE, FilterConfig, TaskConfig
 from pipeline.tables import FILTERED, require_columns, with_reason
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import texts_in
-from pipeline.tasks.own import JOINING, NOTHING, OwnTasks
+from pipeline.tasks.own import JOINING, NOTHING, OwnTasks, build_task
 from pipeline.tasks.prompts import NOTES, PROMPT_VERSIONS, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
@@ -255,8 +255,8 @@ def filter_annotations(
 
 @lru_cache(64)
 def _grams_of(task: TaskConfig, prompt_grams: Grams) -> Grams:
-    """Return the runs of words that a text of an own task must not repeat: those of its own prompt as well."""
-    return prompt_grams | artifacts.prompt_grams([task.prompt])
+    """Return the runs of words that a text of an own task must not repeat: those of its prompt, but for its allowed values."""
+    return prompt_grams | (artifacts.prompt_grams([task.prompt]) - artifacts.prompt_grams(build_task(task).allowed_texts()))
 
 
 @lru_cache(64)

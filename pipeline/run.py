@@ -25,7 +25,7 @@ from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
 STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
 ORDER = step_order(STAGES)
-FILTER_KEYS = ("min_words", "max_words", "language")  # of an own task
+FILTER_KEYS = ("min_words", "max_words")  # of an own task
 
 
 def generate_dataset(

@@ -173,7 +173,8 @@ def load_resume(folder: Path, run: str) -> dict[str, Any]:
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
     state = _read_resume(path)
     if state["run"] != run:
-        raise TrainError(f"{folder} was trained with other settings or data", hint="use the same, or leave --resume out")
+        hint = f"use the same, name another folder (--out DIR), or remove {path} to start anew without --resume"
+        raise TrainError(f"{folder} was trained with other settings or data", hint=hint)
     return state
 
 

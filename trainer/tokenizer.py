@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
+COUNTED_TEXTS = 10_000  # encoded at once
 PAD_ID, EOS_ID = 0, 1  # fixed in every tokenizer that is trained here
 
 
@@ -96,9 +97,11 @@ class CaptionTokenizer:
 
     def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
         """Return how many targets are longer than `max_tokens`, EOS included."""
-        space = " " if self.kind == "pretrained" else ""
-        encoded = self.tokenizer.encode_batch([f"{space}{text.text}" for text in texts], add_special_tokens=False)
-        return sum(len(one.ids) + 1 > max_tokens for one in encoded)
+        space, cut = " " if self.kind == "pretrained" else "", 0
+        for start in range(0, len(texts), COUNTED_TEXTS):
+            part = [f"{space}{text.text}" for text in texts[start : start + COUNTED_TEXTS]]
+            cut += sum(len(one.ids) + 1 > max_tokens for one in self.tokenizer.encode_batch(part, add_special_tokens=False))
+        return cut
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""

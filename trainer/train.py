@@ -182,10 +182,15 @@ def train(
         raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
     checkpoint = _build(version, config, train_set)
     encoder = checkpoint.captioner.to(device).encoder
-    if rank == 0 and (cut := checkpoint.words.count_cut(train_set_texts := _texts(train_set), config.max_caption_tokens)):
-        share = f"{cut:,} of {len(train_set_texts):,} texts are longer than {config.max_caption_tokens} tokens"
+    texts = _texts(train_set)
+    if rank == 0 and (cut := checkpoint.words.count_cut(texts, config.max_caption_tokens)):
+        share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
         report.warn(f"{share}: their end is not learned (max_caption_tokens)")
-    if isinstance(checkpoint.captioner.decoder, PretrainedDecoder) and checkpoint.captioner.decoder.packing == "apart":
+    if (
+        rank == 0
+        and isinstance(checkpoint.captioner.decoder, PretrainedDecoder)
+        and checkpoint.captioner.decoder.packing == "apart"
+    ):
         report.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
     out.mkdir(parents=True, exist_ok=True)
     features: FeatureSource = OnlineFeatures(encoder, device)
@@ -220,7 +225,7 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
             optimizer.load_state_dict(state["optimizer"])
             first_step, best, trainer.norms = state["step"], state["best"], state["norms"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            hint = "leave --resume out to start anew"
+            hint = f"remove {out / 'resume.pt'} to start anew without --resume"
             raise TrainError(f"{out / 'resume.pt'} is damaged: {one_line(error)}", hint=hint) from None
     if config.compile:
         learner = captioner.decoder
@@ -261,14 +266,18 @@ def _run(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progr
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Yield a list that gets the first Ctrl-C or SIGTERM, so that a step is finished and its state saved; a second one acts."""
+    """Yield a list that gets Ctrl-C and SIGTERM, so that a step is finished and its state saved; the same a second time acts.
+
+    A parent that was interrupted as well sends the other one: the step goes on.
+    """
     noted: list[int] = []
     before: dict[int, Any] = {}
 
     def note(number: int, _: object) -> None:
+        if number in noted:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
         noted.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

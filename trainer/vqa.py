@@ -20,23 +20,28 @@ class Quiz:
 
     examples: Sequence[Example]
     source: str  # in the prompts of answers
+    position: dict[str, int]  # of each example, by sample id
+    asked_with: list[int]  # by example: that whose questions are asked about its image, too
     answers: dict[tuple[int, int, bool], str] = field(default_factory=dict)  # by example, question, and whether shuffled
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, examples: Sequence[Example]) -> "Quiz | None":
         """Return the questions; None if the captioner learned no answers."""
         prompts = checkpoint.captioner.config.prompts
-        return cls(examples, answering_prompt(prompts)[0]) if any(not style for _, style in prompts) else None
+        if all(style for _, style in prompts):
+            return None
+        asked_with = [0] * len(examples)
+        for index, image in enumerate(derangement(len(examples))):
+            asked_with[image] = index
+        position = {example.sample_id: index for index, example in enumerate(examples)}
+        return cls(examples, answering_prompt(prompts)[0], position, asked_with)
 
     def ask(self, checkpoint: Checkpoint, features: FeatureSource, shown: Sequence[Example]) -> None:
         """Ask all that is to be asked about the images of these examples, so that each image is encoded once."""
-        position = {example.sample_id: index for index, example in enumerate(self.examples)}
-        other = derangement(len(self.examples))  # whose image is shown with the questions of each example
-        asked_with = {image: index for index, image in enumerate(other)}
         keys, pairs = [], []
         for image in shown:
-            own = position[image.sample_id]
-            for index, is_shuffled in ((own, False), (asked_with[own], True)):
+            own = self.position[image.sample_id]
+            for index, is_shuffled in ((own, False), (self.asked_with[own], True)):
                 for number, question in enumerate(self.examples[index].questions):
                     keys.append((index, number, is_shuffled))
                     pairs.append((image, question.question))

@@ -23,6 +23,7 @@ from pipeline.inference.requests import (
     rounds,
 )
 from pipeline.tables import ANNOTATION
+from pipeline.tasks import find_task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo
@@ -143,7 +144,8 @@ class RequestQueue:
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:
         if not self._own_tasks:
             return find_flaw(request, reply)
-        return find_flaw(request, reply, self._own_tasks, _frame_of(request, self._max_pixels))
+        has_boxes = find_task(request.task, self._own_tasks).box_field is not None
+        return find_flaw(request, reply, self._own_tasks, _frame_of(request, self._max_pixels) if has_boxes else None)
 
     def _enqueue(self, request: Request) -> None:
         self._counts.total += 1
@@ -161,10 +163,7 @@ class RequestQueue:
 
 def _frame_of(request: Request, max_pixels: int | None) -> Frame | None:
     """Return the frame of the boxes in a reply, from the image of its request."""
-    if len(request.images) != 1:
-        return None
-    size = upright_size(request.images[0])
-    return Frame(*size, max_pixels)
+    return Frame(*upright_size(request.images[0]), max_pixels) if len(request.images) == 1 else None
 
 
 def ask_about(
@@ -175,21 +174,21 @@ def ask_about(
     journal: Journal,
     counts: RequestStats,
     contexts: Contexts = NO_CONTEXTS,
-    number: int = 0,
+    round_number: int = 0,
 ) -> Iterator[Engine]:
     """Send all requests about samples until the journal holds a reply to each; yield after each group of replies.
 
     `revision` is that of the engine's weights; the engine is made only if a request must be sent. `contexts` are those of the
-    samples by their ids. `number` is that of the round (requests.rounds): a later one uses results of those before.
+    samples by their ids. `round_number` counts rounds (requests.rounds): a later one uses results of those before.
     """
-    asked = rounds(config)[number]
+    asked = rounds(config)[round_number]
 
     def requests() -> Iterator[list[Request]]:
         for chunk in chunks:
             of_chunk: list[Request] = []
             for sample_id, images in chunk:
                 context = contexts.get(sample_id, ())
-                results = read_results(sample_id, config, revision, journal, context) if number else NO_RESULTS
+                results = read_results(sample_id, config, revision, journal, context) if round_number else NO_RESULTS
                 of_chunk += build_requests(sample_id, images, config, revision, context, results, asked)
             yield of_chunk
 

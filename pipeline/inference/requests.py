@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.config import Config, GenerateConfig
+from pipeline.config import ANY_LANGUAGE, Config, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS, find_task, wire_schema
@@ -44,7 +44,7 @@ def build_requests(
             continue
         used = {"results": tuple((need, results[need]) for need in task.needs)} if task.needs else {}
         generate = with_max_tokens(config.generate, task.max_tokens) if task.max_tokens else config.generate
-        values = row | used | _values_of(sample_id, config)
+        values = row | used | _values_of(sample_id, config, task)
         temperature = task.temperature(config.generate)
         try:
             fields, shared_digest = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
@@ -63,9 +63,10 @@ def with_max_tokens(generate: GenerateConfig, max_tokens: int) -> GenerateConfig
     return generate.model_copy(update={"max_tokens": max_tokens})
 
 
-def _values_of(sample_id: str, config: Config) -> dict[str, Any]:
+def _values_of(sample_id: str, config: Config, task: Task) -> dict[str, Any]:
     """Return the values of templates that depend on the image, so that wordings and question types are spread over images."""
-    language = language_name(config.filter.language)
+    code = task.language or config.filter.language
+    language = language_name(None if code == ANY_LANGUAGE else code)
     return {"draw": int(sample_id[:8], 16) % DRAWS, "words": config.generate.caption_words, "language": language}
 
 
@@ -177,7 +178,7 @@ def shared_fields(
 
     `values` are those of the prompt's template. Never rename the keys of the digest: replies would be paid again.
     """
-    prompt = render(task, generate.prompt_dir, generate.prompt_version, own=generate.style_prompts, **values)
+    prompt = render(task, generate.prompt_dir, generate.prompt_version, own_styles=generate.style_prompts, **values)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

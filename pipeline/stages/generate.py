@@ -26,9 +26,9 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
             progress("generate", stats.done // requests, samples)  # the speed is measured from here on
             return engine
 
-        for number in range(len(rounds(plan.config))):
+        for round_number in range(len(rounds(plan.config))):
             batches = sample_batches(shard)
-            for engine in ask_about(batches, plan.config, plan.revision, start_engine, journal, stats, contexts, number):
+            for engine in ask_about(batches, plan.config, plan.revision, start_engine, journal, stats, contexts, round_number):
                 metrics = engine.metrics() | stats.metrics(plan.config.server)
                 progress("generate", stats.done // requests, samples, metrics)
         progress("generate", samples, samples)

@@ -61,6 +61,8 @@ class Task:
     needs: tuple[str, ...] = ()  # tasks or caption styles whose results the prompt uses
     shows_image: bool = True  # False: the prompt alone
     max_tokens: int | None = None  # of a reply; None: generate.max_tokens
+    language: str | None = None  # of its texts, or any; None: filter.language
+    box_field: str | None = None  # of an annotation that is a box in the image
     own_prompt: str | None = None  # the template of a user's own task, which has no released ones
 
     def wire_schema(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ fields. A value of such a column is kept as JSON (tables.ANNOTATION, `record`) u
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_origin
@@ -81,7 +81,6 @@ class OwnTask(Task):
     model: TypeAdapter[Any] | None  # the user's own check of it
     field: str | None  # of an annotation that is its text or value; None: all of it
     value: Schema  # of the text or value, closed
-    box_field: str | None  # of an annotation that is a box
 
     def wire_schema(self) -> Schema:
         """See Task."""
@@ -145,6 +144,17 @@ class OwnTask(Task):
         """Return a result without content, or with null where it may be, to try the prompts of tasks with that need it."""
         return [] if self.rows_field else empty_value(self.value, nulls=nulls)
 
+    def allowed_texts(self) -> Iterator[str]:
+        """Yield the texts that its schema allows by name."""
+        parts: list[Any] = [self.whole]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict):
+                yield from (value for value in part.get("enum", ()) if isinstance(value, str))
+                parts += [inner for key, inner in part.items() if key != "enum"]
+            elif isinstance(part, list):
+                parts += part
+
 
 def own_columns(tasks: OwnTasks) -> list[OwnColumn]:
     """Return the columns that own tasks fill, in their order."""
@@ -203,6 +213,7 @@ def _build(settings: TaskConfig) -> OwnTask:
         needs=settings.needs,
         shows_image=settings.show_image,
         max_tokens=settings.max_tokens,
+        language=settings.language,
         own_prompt=TEMPLATE.format(prompt=settings.prompt.strip(), name=settings.name),
         settings=settings,
         whole=whole if rows else item,
@@ -271,6 +282,8 @@ def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
         raise UnusableSchemaError(f"a {kind} is a text, and not {_a(form)}")
     if kind == "labels" and (value["items"].get("type") if form == "array" else form) != "string":
         raise UnusableSchemaError("labels are texts, or a list of them")
+    if kind == "boxes" and not settings.show_image:
+        raise UnusableSchemaError("boxes are drawn on an image: leave out show_image: false")
     if kind == "question":
         forms = {name: without_null(names[name])["type"] for name in ("question", "answer", "answer_type") if name in names}
         if not {"question", "answer"} <= forms.keys() or {*forms.values()} != {"string"}:

@@ -92,7 +92,7 @@ def page_label(number: int) -> str:
 
 
 Results = Sequence[tuple[str, str]]  # of other tasks by name, as JSON
-Own = Sequence[tuple[str, str]]  # caption styles of the user with the texts of their prompts
+OwnStyles = Sequence[tuple[str, str]]  # caption styles of the user with the texts of their prompts
 OWN_STYLE = '{text} Reply as {{"caption": "..."}}.\nTask: caption, {style}\n'
 
 
@@ -101,7 +101,7 @@ def render(
     folder: Path | None = None,
     version: int = 1,
     row: Context = (),
-    own: Own = (),
+    own_styles: OwnStyles = (),
     results: Results = (),
     **values: Any,
 ) -> Prompt:
@@ -111,10 +111,10 @@ def render(
     "" for English). `row` has columns of the source: `row.title`. Where a built-in task's template does not use it, they stand
     before the text as notes. `results` are those of other tasks, as JSON: `results.detailed`.
 
-    `folder` holds the user's templates, under the same names; the package has the missing ones. `own` has texts of further
-    styles of captions. Raise ConfigError if the template is invalid, or does not support a value, such as a style.
+    `folder` holds the user's templates, under the same names; the package has the missing ones. `own_styles` has texts of
+    further styles of captions. Raise ConfigError if the template is invalid, or does not support a value, such as a style.
     """
-    name, source = _source_of(task, folder, version, own, values.get("style"))
+    name, source = _source_of(task, folder, version, own_styles, values.get("style"))
     try:
         notes = {column: _as_note(value) for column, value in row}
         known = {"row": Values(notes), "results": Values({name: json.loads(value) for name, value in results})}
@@ -136,11 +136,11 @@ def _of_own(task: Task) -> dict[str, str]:
     return {"reply": shape_of(wire_schema(task))} if task.own_prompt else {}
 
 
-def _source_of(task: Task, folder: Path | None, version: int, own: Own, style: str | None) -> tuple[str, str]:
+def _source_of(task: Task, folder: Path | None, version: int, own_styles: OwnStyles, style: str | None) -> tuple[str, str]:
     """Return the name and the source of the template of a task, or of a style of the user's own."""
     if task.own_prompt:
         return task.name, task.own_prompt
-    text = dict(own).get(style or "") if task.has_styles else None
+    text = dict(own_styles).get(style or "") if task.has_styles else None
     if text is not None:
         return f"{task.name}/{style}", OWN_STYLE.format(text=text.strip(), style=style)
     name = prompt_name(task, folder, version)
@@ -161,10 +161,10 @@ def names_in(source: str, of: str) -> frozenset[str]:
 
 
 def check_names(
-    task: Task, folder: Path | None, version: int, columns: Sequence[str], own: Own = (), style: str | None = None
+    task: Task, folder: Path | None, version: int, columns: Sequence[str], own_styles: OwnStyles = (), style: str | None = None
 ) -> None:
     """Raise ConfigError if a prompt uses a column of the source that is not mapped, or other results than its task needs."""
-    name, source = _source_of(task, folder, version, own, style)
+    name, source = _source_of(task, folder, version, own_styles, style)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
     except TemplateError as error:
@@ -223,10 +223,17 @@ def template(name: str, folder: Path | None = None) -> str:
     return (files("prompts") / f"{name}.j2").read_text(encoding="utf-8")
 
 
+class _PromptEnvironment(ImmutableSandboxedEnvironment):
+    """An environment in which `results.cart.items` is a field of that name, if there is one, and no method of a dict."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return obj[attribute] if isinstance(obj, dict) and attribute in obj else super().getattr(obj, attribute)
+
+
 @cache
 def _environment() -> Environment:
     # Prompts are plain text for a model: nothing to escape. Sandboxed, because a folder of prompts may be a stranger's.
-    environment = ImmutableSandboxedEnvironment(
+    environment = _PromptEnvironment(
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
@@ -261,7 +268,7 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
         raise ConfigError(f"{folder} holds no prompt of {', '.join(task.name for task in tasks)}", hint=hint)
 
 
-def describe_prompts(tasks: Sequence[Task], folder: Path | None, version: int = 1, styles: Own = ()) -> str:
+def describe_prompts(tasks: Sequence[Task], folder: Path | None, version: int = 1, styles: OwnStyles = ()) -> str:
     """Return where the prompts come from, for people: `caption from prompts/caption/v1.j2; qa built in`."""
     released = [task for task in tasks if not task.own_prompt]
     sources = {task.name: folder and (folder / f"{prompt_name(task, folder, version)}.j2") for task in released}
@@ -273,11 +280,11 @@ def describe_prompts(tasks: Sequence[Task], folder: Path | None, version: int = 
     return "; ".join([*own, *([f"{', '.join(built_in)} built in"] if built_in else []), *of_settings])
 
 
-def prompt_texts(tasks: Iterable[Task], folder: Path | None, version: int = 1, own: Own = ()) -> dict[str, str]:
+def prompt_texts(tasks: Iterable[Task], folder: Path | None, version: int = 1, own_styles: OwnStyles = ()) -> dict[str, str]:
     """Return the system template, and the templates of the tasks and of the user's own styles by prompt id, in full."""
     sources = [
-        _source_of(task, folder, version, own, style)
+        _source_of(task, folder, version, own_styles, style)
         for task in tasks
-        for style in (None, *(name for name, _ in own if task.has_styles))
+        for style in (None, *(name for name, _ in own_styles if task.has_styles))
     ]
     return {SYSTEM: template(SYSTEM, folder), **{_with_digest(name, source, folder): source for name, source in sources}}

@@ -1,5 +1,6 @@
 """Own tasks in settings: files of tasks are read whole, and each mistake is one error before anything is asked."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError
-from pipeline.inference.requests import check_prompts, requests_per_sample, rounds
+from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample, rounds
 
 TEXT = {"name": "t", "kind": "text", "prompt": "Look."}
 
@@ -89,3 +90,46 @@ def test_own_tasks_that_are_no_list_of_tasks_are_an_error(own_tasks: Any) -> Non
 def test_two_tasks_of_one_name_are_an_error() -> None:
     with pytest.raises(ConfigError, match="two own tasks have the name t"):
         resolve(source="folder:x", own_tasks=[TEXT, TEXT])
+
+
+def test_a_field_of_a_result_wins_over_a_method_of_that_name() -> None:
+    output = {"type": "object", "properties": {name: {"type": "string"} for name in ("items", "keys", "copy")}}
+    cart = {"name": "cart", "kind": "record", "prompt": "Look.", "output": output}
+    prompt = "{{ results.cart.items }} {{ results.cart['keys'] }} {{ results.cart.copy }}"
+    say = {"name": "say", "kind": "text", "prompt": prompt, "needs": ["cart"]}
+    config = resolve(source="folder:x", own_tasks=[cart, say])
+    check_prompts(config)
+    result = {"cart": '{"items": "a bell", "keys": "of brass", "copy": null}'}
+    (request,) = build_requests("0" * 64, (), config, "r", results=result, asked=[("say", "")])
+    assert request.text.splitlines()[0] == "a bell of brass None"
+
+
+def test_a_prompt_knows_the_language_of_its_task() -> None:
+    for language, words in (("de", "German"), ("any", ""), (None, "French")):
+        task = TEXT | {"prompt": "Write in [{{ language }}].", "language": language}
+        config = resolve(source="folder:x", own_tasks=[task], filter={"language": "fr"})
+        (request,) = build_requests("0" * 64, (), config, "r")
+        assert request.text.startswith(f"Write in [{words}].")
+
+
+def test_a_manifest_names_no_file_even_beside_one_that_an_option_names(tmp_path: Path) -> None:
+    (tmp_path / "secret.j2").write_text("a private key")
+    (tmp_path / "mine.yaml").write_text("{name: mine, kind: text, prompt: Look.}")
+    task = TEXT | {"prompt": str(tmp_path / "secret.j2")}
+    manifest = tmp_path / "manifest.json"
+    settings = {"tasks": ["t"], "own_tasks": [task], "source": "flickr30k"}
+    manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings}))
+    config = resolve(manifest, own_tasks=[tmp_path / "mine.yaml"])
+    assert [task.name for task in config.own_tasks] == ["t", "mine"]
+    assert config.own_tasks[0].prompt == str(tmp_path / "secret.j2")
+    for odd in (5, True, "x.yaml", ["x.yaml"], [5], [TEXT | {"output": "os:system"}]):
+        manifest.write_text(json.dumps({"version": "v1.0.0", "config": settings | {"own_tasks": odd}}))
+        with pytest.raises(ConfigError):
+            resolve(manifest)
+
+
+def test_an_option_takes_the_place_of_a_task_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
+    (tmp_path / "synth.yaml").write_text(json.dumps({"source": "folder:x", "own_tasks": [TEXT, need("u")]}))
+    config = resolve(tmp_path / "synth.yaml", own_tasks=[tmp_path / "t.yaml"])
+    assert {task.name: task.prompt for task in config.own_tasks} == {"t": "New.", "u": "Look."}

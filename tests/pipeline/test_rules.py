@@ -1,13 +1,14 @@
 """Rules: each fault has its reason, corrected texts go into columns of their own, and clean rows pass."""
 
 import itertools
+import json
 import random
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from pipeline.config import FilterConfig
+from pipeline.config import FilterConfig, TaskConfig
 from pipeline.rules import RULES, filter_annotations, own_prompt_grams
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import ASK, STYLES, caption
@@ -204,3 +205,29 @@ def test_results_are_remembered_for_one_setting_only() -> None:
     assert reasons("A man rides a bike.") == [None]
     assert reasons("A man rides a bike.", min_caption_words=9) == ["too_short"]
     assert reasons("A man rides a bike.") == [None]
+
+
+def test_what_a_task_of_ones_own_allows_by_name_is_no_echo_of_its_prompt() -> None:
+    label = "a dog that runs across the grass"
+    prompt = f"Choose the labels that are true of this picture, such as {label}."
+    tasks = [
+        TaskConfig(name="tags", kind="labels", prompt=prompt, labels=(label, "none")),
+        TaskConfig(name="note", kind="text", prompt=prompt),
+    ]
+    values = [("tags", [label]), ("note", "Choose the labels that are true of this picture"), ("note", label)]
+    none = pa.nulls(len(values), pa.string())
+    columns = {"task": [task for task, _ in values], "text": none, "question": none, "answer": none}
+    table = pa.table(columns | {"record": [json.dumps(value) for _, value in values]})
+    assert filter_annotations(table, FilterConfig(), own=tasks)["reason"].to_pylist() == [None, "prompt_echo", "prompt_echo"]
+
+
+def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
+    record = {"phones": ["+49 30 1234567"], "who": {"mail": "a.b@example.org", "age": 7}}
+    none = pa.nulls(1, pa.string())
+    table = pa.table({"task": ["t"], "text": none, "question": none, "answer": none, "record": [json.dumps(record)]})
+    task = TaskConfig(
+        name="t", kind="record", prompt="Look.", output={"type": "object", "properties": {"n": {"type": "integer"}}}
+    )
+    marked = filter_annotations(table, FilterConfig(), own=[task])
+    assert json.loads(marked["clean_record"][0].as_py()) == {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
+    assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]

@@ -31,6 +31,7 @@ from trainer.config import TrainConfig
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
+from trainer.metrics import derangement
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import parameter_groups, schedule, set_stage
 from trainer.train import choose_encoder, train
@@ -277,9 +278,6 @@ def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) 
 
 PROCESS = """
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import replace as data_replace
 from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
@@ -321,7 +319,8 @@ def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Ve
     class Stop(NullProgress):
         def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
             if stage == "train" and done == 3:
-                os.kill(os.getpid(), number)
+                for each in (number, {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGINT}[signal.Signals(number)]):
+                    os.kill(os.getpid(), each)  # the second as by a parent that was interrupted as well
 
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
@@ -371,8 +370,12 @@ def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
     train(version, replace(encoder=clip), tmp_path)
     loaded = load_checkpoint(tmp_path)
     loaded.captioner.config.prompts.append(("synthetic", ""))
-    questions = (Question("Is it red?", ("yes",), "yes/no"), Question("How many are there?", ("2",), "number"))
-    examples = [data_replace(example, questions=questions) for example in examples_in(version, "train")]
+    examples = [
+        data_replace(
+            example, questions=(Question(f"Is it {n}?", ("yes",), "yes/no"), Question(f"How many {n}?", ("2",), "number"))
+        )
+        for n, example in enumerate(examples_in(version, "train"))
+    ]
     encoded: list[str] = []
 
     @dataclass(frozen=True)
@@ -394,7 +397,13 @@ def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
     features: Any = Counting(OnlineFeatures(loaded.captioner.encoder, CPU))
     scored = evaluate(loaded, examples, EvalOptions(("synthetic", "brief"), questions=True), features)
     assert sorted(encoded) == sorted(example.sample_id for example in examples)
-    assert len(answered) == 4 * len(examples) and len({*answered}) == 2 * len(examples)  # own questions, and another's
+    own = {(example.sample_id, question.question) for example in examples for question in example.questions}
+    others = {
+        (examples[image].sample_id, question.question)
+        for example, image in zip(examples, derangement(len(examples)), strict=True)
+        for question in example.questions
+    }
+    assert {*answered} == own | others and len(answered) == len(own) + len(others)
     for row in scored["each"]:
         assert [item["said"] for item in row["questions"]] == [row["sample_id"]] * 2
     assert {kind: found["count"] for kind, found in scored["questions"].items()} == dict.fromkeys(

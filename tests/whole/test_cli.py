@@ -14,7 +14,7 @@ from pipeline.cli.options import OLD_OPTIONS
 from pipeline.config import Check
 from pipeline.run import ORDER
 from pipeline.tasks import CHECKING, TASKS
-from tests.whole.conftest import SYNTH, Run
+from tests.whole.conftest import ROOT, SYNTH, Run, read_failure
 
 COMMANDS = (
     "generate", "serve", "doctor", "sources", "versions", "diff", "push", "train", "evaluate", "caption", "experiment",
@@ -88,7 +88,7 @@ def test_help_loads_no_heavy_package() -> None:
 
 
 def test_a_project_of_ones_own_is_previewed_with_its_own_prompts(synth: Run, tmp_path: Path) -> None:
-    assert synth("init").stdout.split() == ["synth.yaml", "prompts"]
+    assert synth("init").stdout.split() == ["synth.yaml", "prompts", "tasks"]
     (tmp_path / "photos").mkdir()
     Image.effect_noise((80, 60), 40).save(tmp_path / "photos" / "a.png")
     prompt = tmp_path / "prompts" / "caption" / "v2.j2"
@@ -107,3 +107,14 @@ def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> No
     assert ", ".join(ORDER) in help_text
     assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in help_text
     assert f"What to check: {', '.join(get_args(Check))}." in help_text
+
+
+def test_a_training_that_was_interrupted_is_not_begun_anew_without_a_word(synth: Run, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/resume.pt").write_bytes(b"half")
+    flags = ("train", "--data", str(ROOT / "tests/recorded/scenes/versions/v1.0.0"), "--encoder", "tiny-clip", "--out", "c")
+    problem, hint = read_failure(synth(*flags))
+    assert "holds a training that was interrupted" in problem and "--resume" in hint and "resume.pt" in hint
+    checked = synth("check", "c")
+    assert checked.returncode == 1 and checked.stdout.startswith("BAD c: c/resume.pt is damaged")
+    assert (tmp_path / "c/resume.pt").exists()

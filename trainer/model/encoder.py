@@ -69,7 +69,7 @@ class Encoder(nn.Module):
     def is_random_in_training(self, pixels_BCHW: Tensor) -> bool:
         """Return whether a tower in training mode gives other states than in use, as with dropout or random positions."""
         was_training, states = self.tower.training, []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([pixels_BCHW.device] if pixels_BCHW.is_cuda else []):
             for mode in (False, True):
                 self.tower.train(mode)
                 states.append(self(pixels_BCHW))

@@ -184,6 +184,7 @@ def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
             {"kind": "labels", "field": "n", "output": {"type": "object", "properties": {"n": {"type": "integer"}}}},
             "labels are texts",
         ),
+        ({"kind": "boxes", "show_image": False}, "boxes are drawn on an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are of captions"),
         ({"kind": "text", "name": "image"}, "has a column image already"),
         (

@@ -95,13 +95,13 @@ def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
 
 def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
     own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
-    prompt = render(TASKS["caption"], None, 2, own=own, style="haiku", language="German")
+    prompt = render(TASKS["caption"], None, 2, own_styles=own, style="haiku", language="German")
     assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'
     assert prompt.id in prompt_texts([TASKS["caption"]], None, 2, own)
-    other = render(TASKS["caption"], None, 2, own=(("haiku", "Write a poem."),), style="haiku")
+    other = render(TASKS["caption"], None, 2, own_styles=(("haiku", "Write a poem."),), style="haiku")
     assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts([TASKS["caption"]], None, 2))
-    assert render(TASKS["caption"], None, 2, own=own, style="plain") == render(TASKS["caption"], None, 2, style="plain")
-    assert render(TASKS["qa"], None, 2, own=own) == render(TASKS["qa"], None, 2)
+    assert render(TASKS["caption"], None, 2, own_styles=own, style="plain") == render(TASKS["caption"], None, 2, style="plain")
+    assert render(TASKS["qa"], None, 2, own_styles=own) == render(TASKS["qa"], None, 2)
     for mistake in (
         "{{ nothing }}",
         "{{ 1 // (row.price | int) }}",
@@ -110,7 +110,7 @@ def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
         "{{ row.x.y }}",
     ):
         with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
-            render(TASKS["caption"], None, 2, (("price", ""),), own=(("haiku", mistake),), style="haiku")
+            render(TASKS["caption"], None, 2, (("price", ""),), own_styles=(("haiku", mistake),), style="haiku")
 
 
 def test_a_template_that_is_none_is_an_error(tmp_path: Path) -> None:
