@@ -76,7 +76,7 @@ def check(
             return
         folder = parse_dataset_path(data) if data else last_made()
         with translate_disk_errors(folder):
-            if any((folder / name).exists() for name in ("train.json", "model.safetensors")):
+            if any((folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")):
                 yield check_checkpoint(folder)
             elif (folder / MANIFEST).exists():
                 yield check_version_folder(folder)

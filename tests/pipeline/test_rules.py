@@ -225,9 +225,8 @@ def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
     record = {"phones": ["+49 30 1234567"], "who": {"mail": "a.b@example.org", "age": 7}}
     none = pa.nulls(1, pa.string())
     table = pa.table({"task": ["t"], "text": none, "question": none, "answer": none, "record": [json.dumps(record)]})
-    task = TaskConfig(
-        name="t", kind="record", prompt="Look.", output={"type": "object", "properties": {"n": {"type": "integer"}}}
-    )
+    output = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    task = TaskConfig.model_validate({"name": "t", "kind": "record", "prompt": "Look.", "output": output})
     marked = filter_annotations(table, FilterConfig(), own=[task])
     assert json.loads(marked["clean_record"][0].as_py()) == {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]
