@@ -17,6 +17,7 @@ FILES = {
         schema shards statistics version""",
     "pipeline/executors": "__init__ base local",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
+    "pipeline/export": "__init__ export formats items",
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": "__init__ clip decode isolation metadata similarity",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines gpus journal queue
@@ -47,7 +48,7 @@ LAYERS = (
     ("pipeline.executors",),
     ("pipeline.stages",),
     ("pipeline.inference",),
-    ("pipeline.sources", "pipeline.hub", "pipeline.report", "pipeline.rules"),
+    ("pipeline.sources", "pipeline.hub", "pipeline.report", "pipeline.export", "pipeline.rules"),
     ("pipeline.dataset",),
     ("pipeline.scenes",),
     ("pipeline.tasks",),

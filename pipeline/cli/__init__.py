@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import generate
-from pipeline.cli.datasets import check, diff, push, report, review_apply, versions
+from pipeline.cli.datasets import check, diff, export, push, report, review_apply, versions
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.training import caption, evaluate, experiment, train
@@ -34,6 +34,7 @@ EXAMPLES = {  # by command, shown below its options
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
+    "export": ("synth export --format webdataset", "synth export --in-place photos --style plain"),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
     "caption": ("synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photo.jpg",),
@@ -93,6 +94,7 @@ add(versions, USE)
 add(diff, USE)
 add(check, USE)
 add(push, USE)
+add(export, USE)
 add(report, USE)
 app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("apply")(review_apply)

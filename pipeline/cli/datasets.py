@@ -4,11 +4,11 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Exit, Option
 
-from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir
+from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images
 from pipeline.cli.output import echo, print_run_result, say, show
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
@@ -220,6 +220,62 @@ def push(
             DatasetDir(record_dir).record_push(chosen_version.name, pushed.repo, pushed.commit)
         say("load it with:\n  from datasets import load_dataset")
         say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
+
+
+def export(
+    data: DataName = None,
+    kind: Annotated[
+        str | None,
+        Option(
+            "--format",
+            metavar="FORMAT",
+            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco or csv.",
+            show_default="imagefolder",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(**LOCAL_PATH, help="A new folder.", show_default="DATASET/exports/VERSION-FORMAT")
+    ] = None,
+    in_place: Annotated[
+        Path | None,
+        Option(**LOCAL_PATH, help="Write one text file beside each image of this folder, which the dataset was made of."),
+    ] = None,
+    style: Annotated[
+        str | None, Option(help="Captions of this style alone.", show_default="all, or where one has room: plain, brief, ...")
+    ] = None,
+    split: Annotated[str | None, Option(help="train, validation or test.", show_default="all")] = None,
+    images: Images = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace text files that are there.")] = False,
+    append: Annotated[bool, Option("--append", help="Add a line to text files that are there.")] = False,
+    skip_existing: Annotated[bool, Option("--skip-existing", help="Leave text files that are there as they are.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a version as files for other tools, or its captions beside your own images."""
+    from pipeline.cli.training import open_data
+    from pipeline.export.export import export_version, write_beside
+    from pipeline.export.formats import FORMATS
+    from pipeline.storage.files import translate_disk_errors
+    from pipeline.tables import SPLITS
+
+    chosen = [name for name, is_set in (("overwrite", overwrite), ("append", append), ("skip", skip_existing)) if is_set]
+    if len(chosen) > 1 or (chosen and in_place is None):
+        raise BadParameter("one of --overwrite, --append and --skip-existing goes with --in-place", param_hint="--in-place")
+    if in_place is not None and (kind not in (None, "sidecar") or out or split):
+        raise BadParameter("text files beside images have no --format, --out and --split", param_hint="--in-place")
+    if (kind := kind or "imagefolder") not in FORMATS:
+        raise BadParameter(f"{kind} is none of {', '.join(FORMATS)}", param_hint="--format")
+    if split and split not in SPLITS:
+        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+    version = open_data(data, images)
+    folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
+    with show_progress() as progress, translate_disk_errors(folder):
+        if in_place is not None:
+            existing: Any = chosen[0] if chosen else "refuse"
+            done = write_beside(version, in_place, style=style, existing=existing, progress=progress)
+        else:
+            done = export_version(version, kind, folder, style=style, splits=(split,) if split else SPLITS, progress=progress)
+    say(f"wrote {done.images:,} images{f'; {done.without_text:,} had no text for it' if done.without_text else ''}")
+    show({"path": str(done.folder), "images": done.images, "without_text": done.without_text}, as_json, "path")
 
 
 def report(

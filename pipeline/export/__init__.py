@@ -1,0 +1,1 @@
+"""Write a version in the formats of other tools."""

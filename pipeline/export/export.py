@@ -1,0 +1,139 @@
+"""`synth export`: write a version as files for another tool, or its captions beside the user's own images.
+
+An export appears under its name when it is complete. Until then it lies in a folder beside it, where one that was interrupted
+goes on.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.dataset.version import Version
+from pipeline.digests import file_digest
+from pipeline.errors import ConfigError
+from pipeline.export.formats import FORMATS
+from pipeline.export.items import read_items
+from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
+from pipeline.progress import NullProgress, Progress
+from pipeline.storage.files import remove, write_text
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.tables import SPLITS
+
+CHECKSUMS = "SHA256SUMS"
+MARKER = ".export.json"  # in an unfinished export: what it is of
+Existing = Literal["refuse", "skip", "overwrite", "append"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote: the folder, images with texts, and images that had none for this format."""
+
+    folder: Path
+    images: int
+    without_text: int
+
+
+def export_version(
+    version: Version,
+    kind: str,
+    out: Path,
+    *,
+    style: str | None = None,
+    splits: Iterable[str] = SPLITS,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a version to a new folder in a format of FORMATS; `style` names the captions that are wanted.
+
+    Raises ConfigError if the folder is there, the version has no pixels, or no image has such a caption.
+    """
+    report, splits = progress or NullProgress(), tuple(splits)
+    if out.exists():
+        raise ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
+    draft = out.with_name(f".{out.name}.unfinished")
+    about = {"digest": version.manifest["digest"], "format": kind, "style": style, "splits": splits}
+    _go_on(draft, about)
+    written = without = 0
+    total = sum(version.manifest["rows"].get(split, 0) for split in splits)
+    format_ = FORMATS[kind](draft, style)
+    try:
+        for item in read_items(version, splits):
+            has_text = format_.add(item)
+            written, without = written + has_text, without + (not has_text)
+            report("export", written + without, total)
+        format_.close()
+    finally:
+        format_.abandon()
+    _require_some(written, version, style)
+    (draft / MARKER).unlink()
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
+    write_text(draft / CHECKSUMS, sums)
+    draft.rename(out)
+    return Exported(out, written, without)
+
+
+def write_beside(
+    version: Version, folder: Path, *, style: str | None = None, existing: Existing = "refuse", progress: Progress | None = None
+) -> Exported:
+    """Write each caption as a text file beside the user's own image, which is found by its name and known by its bytes.
+
+    Files that are there are kept, unless `existing` says to overwrite them or to append to them. Raises ConfigError if there
+    are some and it says nothing, before anything is written; or if an image is not the one that the version knows.
+    """
+    report = progress or NullProgress()
+    found = list(_own_images(version, folder, style))
+    names = Counter(path for path, _ in found)
+    if twice := [path for path, count in names.items() if count > 1]:
+        raise ConfigError(f"two images would have the text file {twice[0]}", hint="give one of them another name")
+    there = [path for path, _ in found if path.exists()]
+    if there and existing == "refuse":
+        hint = "say what becomes of them: --skip-existing, --append or --overwrite"
+        raise ConfigError(f"{len(there)} of {len(found)} text files are there already, such as {there[0]}", hint=hint)
+    written = 0
+    for number, (path, text) in enumerate(found, start=1):
+        if existing == "append" and path.exists():
+            before = read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES).decode("utf-8")
+            text = before if text in before.splitlines() else f"{before.rstrip()}\n{text}".lstrip()
+        if existing != "skip" or not path.exists():
+            write_text(path, text.rstrip() + "\n")
+            written += 1
+        report("export", number, len(found))
+    _require_some(len(found), version, style)
+    return Exported(folder, written, version.num_rows - len(found))
+
+
+def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str]]:
+    """Yield the text file beside each image of the user's folder, with its caption."""
+    for item in read_items(version):
+        text = item.caption(style)
+        if text is None:
+            continue
+        path = folder / item.source_row
+        try:
+            is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
+        except (OSError, ValueError, UnsafeFileError) as error:
+            hint = "name the folder that the images came from: --in-place DIR"
+            raise ConfigError(f"{path} is not there: {error}", hint=hint) from None
+        if not is_same:
+            raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
+        yield path.with_suffix(".txt"), text
+
+
+def _go_on(draft: Path, about: dict[str, Any]) -> None:
+    """Make the folder of an unfinished export, or keep that of an interrupted one of the very same."""
+    marker = draft / MARKER
+    content = json.dumps(about, sort_keys=True)
+    if not marker.exists() or marker.read_text(encoding="utf-8") != content:
+        remove(draft)
+        draft.mkdir(parents=True)
+        write_text(marker, content)
+
+
+def _require_some(count: int, version: Version, style: str | None) -> None:
+    if not count:
+        known = ", ".join(version.manifest["measured"].get("captions", {})) or "none"
+        wanted = f"a caption of the style {style}" if style else "a text"
+        raise ConfigError(f"no image of {version.name} has {wanted} for this format", hint=f"styles of its captions: {known}")

@@ -1,0 +1,297 @@
+"""The formats of exports: each takes images one by one, and keeps in memory no more than it must.
+
+| format | read by |
+|---|---|
+| imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
+| sidecar | trainers of diffusion models: a text beside each image |
+| webdataset | the package webdataset, open_clip, img2dataset's readers |
+| llava | LLaVA's trainers: conversations in JSON |
+| sharegpt | LLaMA-Factory and others: messages in JSON lines |
+| coco | pycocotools: captions, and boxes as instances |
+| csv | open_clip (`--csv-separator ,`): one line a caption |
+"""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from pipeline.export.items import Item
+from pipeline.tasks.boxes import BOX_FIELDS
+
+SHARD_BYTES = 500_000_000  # of a tar file, before the next one begins
+QUESTIONS = {  # that the captions of a style answer, in a conversation
+    "plain": "Describe this image in one sentence.",
+    "brief": "Describe this image briefly.",
+    "detailed": "Describe this image in detail.",
+    "alt": "Write alternative text for this image.",
+    "tags": "List tags for this image.",
+    "ocr": "What text can be read in this image?",
+}
+
+
+class Format(Protocol):
+    """Writes images and texts to a folder."""
+
+    def add(self, item: Item) -> bool:
+        """Write one image with its texts; return whether there was any to write."""
+
+    def close(self) -> None:
+        """Finish all files, after the last image."""
+
+    def abandon(self) -> None:
+        """Close what is open; what is not finished is not kept for the next time. Nothing, after `close`."""
+
+
+class _Format:
+    """Base of formats: the folder, the style that is wanted, and files that stay open until the end."""
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        self.folder, self.style = folder, style
+        self._stack = ExitStack()
+        self._files: dict[str, TextIO] = {}
+
+    def captions(self, item: Item) -> list[tuple[str, str]]:
+        """Return the captions that are wanted: all, or those of a style."""
+        return [(style, text) for style, text in item.captions if self.style in (None, style)]
+
+    def put_image(self, item: Item, folder: str) -> str:
+        """Write the file of an image, unless an interrupted export has; return its path within the export."""
+        path = self.folder / folder / item.file_name
+        if not path.exists() or path.stat().st_size != len(item.image):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(item.image)
+        return f"{folder}/{item.file_name}"
+
+    def file(self, name: str) -> TextIO:
+        """Return a text file of the export, opened once."""
+        if name not in self._files:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            file = self._stack.enter_context((self.folder / name).open("w", encoding="utf-8", newline=""))
+            self._files[name] = file
+        return self._files[name]
+
+    def line(self, name: str, value: Any) -> None:
+        """Append a line of JSON to a file."""
+        self.file(name).write(_json(value) + "\n")
+
+    def close(self) -> None:
+        """See Format."""
+        self._stack.close()
+
+    def abandon(self) -> None:
+        """See Format."""
+        self._stack.close()
+
+
+class ImageFolder(_Format):
+    """A folder a split, with metadata.jsonl."""
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        self.put_image(item, item.split)
+        captions = [{"style": style, "text": text} for style, text in self.captions(item)]
+        questions = [{"question": question, "answer": answer} for question, answer in item.questions]
+        texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
+        about = {"file_name": item.file_name, **texts, **item.values, "license": item.license, "source_row": item.source_row}
+        self.line(f"{item.split}/metadata.jsonl", about)
+        return True
+
+
+class Sidecar(_Format):
+    """A text file beside each image, with one caption."""
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        text = item.caption(self.style)
+        if text is None:
+            return False
+        self.put_image(item, item.split)
+        (self.folder / item.split / f"{item.name}.txt").write_text(text + "\n", encoding="utf-8")
+        return True
+
+
+class WebDataset(_Format):
+    """Tar files with an image, a text and a JSON file for each sample."""
+
+    def __init__(self, folder: Path, style: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+        super().__init__(folder, style)
+        self.shard_bytes = shard_bytes
+        self._split, self._number, self._bytes = "", 0, 0
+        self._tar: tarfile.TarFile | None = None
+        self._path = folder
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        if item.split != self._split or self._bytes >= self.shard_bytes:
+            self._next_shard(item.split)
+        about = {
+            "captions": [{"style": style, "text": text} for style, text in self.captions(item)],
+            "qa": [{"question": question, "answer": answer} for question, answer in item.questions],
+            **item.values,
+            "width": item.width_px,
+            "height": item.height_px,
+            "license": item.license,
+        }
+        members = {item.suffix: item.image, "json": _json(about).encode()}
+        text = item.caption(self.style)
+        members |= {"txt": text.encode()} if text is not None else {}
+        for suffix, data in members.items():
+            self._bytes += len(data)
+            if self._tar:
+                member = tarfile.TarInfo(f"{item.name}.{suffix}")
+                member.size = len(data)
+                self._tar.addfile(member, io.BytesIO(data))
+        return True
+
+    def close(self) -> None:
+        """See Format."""
+        self._end_shard()
+        super().close()
+
+    def abandon(self) -> None:
+        """See Format."""
+        if self._tar:
+            self._tar.close()
+        super().abandon()
+
+    def _next_shard(self, split: str) -> None:
+        self._end_shard()
+        self._number = self._number + 1 if split == self._split else 0
+        self._split, self._bytes = split, 0
+        self._path = self.folder / f"{split}-{self._number:06d}.tar"
+        # A shard that is there was finished by an export that was interrupted later.
+        unfinished = self._path.with_suffix(".unfinished")
+        self._tar = None if self._path.exists() else tarfile.open(unfinished, "w")  # noqa: SIM115  # until the shard is full
+
+    def _end_shard(self) -> None:
+        if self._tar:
+            self._tar.close()
+            self._path.with_suffix(".unfinished").rename(self._path)
+            self._tar = None
+
+
+class Llava(_Format):
+    """A JSON list a split: one conversation for each image."""
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        turns = [*_turns(item, self.captions(item))]
+        if not turns:
+            return False
+        conversation = []
+        for number, (question, answer) in enumerate(turns):
+            image = "<image>\n" if number == 0 else ""
+            conversation += [{"from": "human", "value": f"{image}{question}"}, {"from": "gpt", "value": answer}]
+        entry = {"id": item.name, "image": self.put_image(item, "images"), "conversations": conversation}
+        name = f"{item.split}.json"
+        self.file(name).write(("[\n" if self.file(name).tell() == 0 else ",\n") + _json(entry))
+        return True
+
+    def close(self) -> None:
+        """See Format."""
+        for file in self._files.values():
+            file.write("\n]\n")
+        super().close()
+
+
+class ShareGpt(_Format):
+    """JSON lines of messages with the paths of images."""
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        turns = [*_turns(item, self.captions(item))]
+        if not turns:
+            return False
+        messages = []
+        for number, (question, answer) in enumerate(turns):
+            image = "<image>" if number == 0 else ""
+            messages += [{"role": "user", "content": f"{image}{question}"}, {"role": "assistant", "content": answer}]
+        self.line(f"{item.split}.jsonl", {"messages": messages, "images": [self.put_image(item, "images")]})
+        return True
+
+
+class Coco(_Format):
+    """Captions and boxes as COCO's annotations; lists are held until the end, without pixels."""
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        super().__init__(folder, style)
+        self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self._images = 0
+        self._categories: dict[str, int] = {}
+        self._licenses: dict[str, int] = {}
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        captions = self.captions(item)
+        if not captions and not item.boxes:
+            return False
+        part = self._parts.setdefault(item.split, {"images": [], "captions": [], "instances": []})
+        self._images += 1
+        self.put_image(item, f"images/{item.split}")
+        license_id = self._licenses.setdefault(item.license, len(self._licenses) + 1)
+        sizes = {"width": item.width_px, "height": item.height_px, "license": license_id}
+        part["images"].append({"id": self._images, "file_name": item.file_name, **sizes})
+        for _, text in captions:
+            part["captions"].append({"id": len(part["captions"]) + 1, "image_id": self._images, "caption": text})
+        for box in item.boxes:
+            left, top, right, bottom = next(box[name] for name in BOX_FIELDS if name in box)
+            label = str(box.get("label") or "object")
+            category = self._categories.setdefault(label, len(self._categories) + 1)
+            shape = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top), "iscrowd": 0}
+            entry = {"id": len(part["instances"]) + 1, "image_id": self._images, "category_id": category, **shape}
+            part["instances"].append(entry)
+        return True
+
+    def close(self) -> None:
+        """See Format."""
+        licenses = [{"id": number, "name": name} for name, number in self._licenses.items()]
+        categories = [{"id": number, "name": name} for name, number in self._categories.items()]
+        for split, part in self._parts.items():
+            for kind in ("captions", "instances"):
+                if part[kind]:
+                    values = {"info": {}, "licenses": licenses, "images": part["images"], "annotations": part[kind]}
+                    values |= {"categories": categories} if kind == "instances" else {}
+                    self.file(f"annotations/{kind}_{split}.json").write(_json(values) + "\n")
+        super().close()
+
+
+class Csv(_Format):
+    """A table a split, with the names of columns that open_clip reads by default: one line a caption."""
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        captions = self.captions(item)
+        for style, text in captions:
+            name = f"{item.split}.csv"
+            writer = csv.writer(self.file(name))
+            if self.file(name).tell() == 0:
+                writer.writerow(["filepath", "title", "style"])
+            writer.writerow([self.put_image(item, "images"), text, style])
+        return bool(captions)
+
+
+FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
+    "imagefolder": ImageFolder,
+    "sidecar": Sidecar,
+    "webdataset": WebDataset,
+    "llava": Llava,
+    "sharegpt": ShareGpt,
+    "coco": Coco,
+    "csv": Csv,
+}
+
+
+def _turns(item: Item, captions: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield what a user asks and an assistant answers: for each caption, then the questions about the image."""
+    for style, text in captions:
+        yield QUESTIONS.get(style, f"Write a caption of this image in the style {style}."), text
+    yield from item.questions
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

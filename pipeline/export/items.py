@@ -1,0 +1,94 @@
+"""The rows of a version as exports see them: one image with all that is said of it."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.dataset.version import Version, extras_of
+from pipeline.errors import ConfigError, ImageError
+from pipeline.images.decode import open_image
+from pipeline.tables import SPLITS
+
+ROWS_AT_ONCE = 64  # with their images
+PREFERRED_STYLES = ("plain", "brief", "detailed")  # of which one caption is taken where a format has room for one
+_ID = re.compile(r"[0-9a-f]{64}")
+_SUFFIXES = {"JPEG": "jpg"}  # other formats have their own name in small letters
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a version with its texts and values."""
+
+    name: str  # of its file, without a suffix: the sample's id
+    suffix: str
+    split: str
+    image: bytes
+    width_px: int
+    height_px: int
+    license: str
+    source_row: str
+    sample_id: str
+    captions: Sequence[tuple[str, str]]  # style and text
+    questions: Sequence[tuple[str, str]]  # and their answers
+    references: Sequence[str]
+    values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
+    boxes: Sequence[dict[str, Any]] = ()  # of own tasks of that kind
+
+    @property
+    def file_name(self) -> str:
+        """The name of its file."""
+        return f"{self.name}.{self.suffix}"
+
+    def caption(self, style: str | None) -> str | None:
+        """Return the caption of a style, or without one the preferred caption; None if there is none."""
+        if style:
+            return next((text for of, text in self.captions if of == style), None)
+        by_style = dict(reversed(self.captions))
+        named = next((by_style[name] for name in PREFERRED_STYLES if name in by_style), None)
+        return named or (self.captions[0][1] if self.captions else None)
+
+
+def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Item]:
+    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks."""
+    columns = version.manifest["columns"]
+    if "image" not in columns:
+        if "pages" in columns:
+            raise ConfigError(f"{version.name} holds decks, which these formats have no place for", hint="export single images")
+        raise ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
+    own = {column.name: column.kind for column in extras_of(version.manifest).own}
+    wanted = ["sample_id", "image", "width_px", "height_px", "licence", "source_row", "references", "captions", "qa", *own]
+    for split, batch in version.batches([name for name in wanted if name in columns], ROWS_AT_ONCE, splits):
+        for row in batch.to_pylist():
+            yield _item(row, split, own)
+
+
+def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
+    sample_id = row["sample_id"]
+    # A version may be a stranger's, and its ids anything, even a path.
+    name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
+    image = row["image"]["bytes"]
+    try:
+        with open_image(image) as header:
+            kind = header.format or ""
+    except ImageError as error:
+        raise ConfigError(
+            f"the image {sample_id[:12]} cannot be read: {error}", hint="`synth check` says what is damaged"
+        ) from None
+    return Item(
+        name=name,
+        suffix=_SUFFIXES.get(kind, kind.lower()),
+        split=split,
+        image=image,
+        width_px=row["width_px"],
+        height_px=row["height_px"],
+        license=row["licence"],
+        source_row=row["source_row"],
+        sample_id=sample_id,
+        captions=[(caption["style"] or "", caption["text"]) for caption in row.get("captions") or ()],
+        questions=[(pair["question"], pair["answer"]) for pair in row.get("qa") or ()],
+        references=row.get("references") or (),
+        values={task: row[task] for task in own},
+        boxes=[box for task, kind in own.items() if kind == "boxes" for box in row[task] or ()],
+    )

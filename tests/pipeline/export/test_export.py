@@ -1,0 +1,264 @@
+"""Exports: each format is read by the package that it is for, and nothing of the user's is overwritten."""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import webdataset
+from datasets import load_dataset
+from PIL import Image
+from pycocotools.coco import COCO
+
+from pipeline.dataset.builder import Rows
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError
+from pipeline.export.export import CHECKSUMS, export_version, write_beside
+from pipeline.export.formats import FORMATS, WebDataset
+from pipeline.export.items import read_items
+from pipeline.progress import NullProgress
+from pipeline.tables import STRING, Extras, OwnColumn
+from pipeline.tasks.output_schema import arrow_type, close_schema
+from pipeline.types import Sample
+from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
+
+COUNT = 30
+CORNERS = {"type": "array", "items": {"type": "integer"}}
+BOX = {"type": "object", "required": ["bbox_2d", "label"], "properties": {"bbox_2d": CORNERS, "label": {"type": "string"}}}
+BOXES = OwnColumn("things", pa.list_(arrow_type(close_schema(BOX))), "boxes", is_list=True)
+NOTE = OwnColumn("note", STRING, "text", is_list=False)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return scene_samples(COUNT)
+
+
+@pytest.fixture(scope="module")
+def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Version:
+    """A version with captions of two styles, a question, boxes and a note of each image."""
+    texts = true_captions(samples).to_pylist()
+    split_of = {row["sample_id"]: row["split"] for row in texts}
+    for row in texts:
+        row["annotation_id"] = hashlib.sha256(f"{row['sample_id']}{row['style']}".encode()).hexdigest()
+    for number, sample in enumerate(samples):
+        usual = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
+        texts.append(usual | {"task": "qa", "question": "How many?", "answer": str(number), "answer_type": "number"})
+        box = {"bbox_2d": [1, 2, 11, 22], "label": f"thing {number % 3}"}
+        texts.append(usual | {"task": "things", "record": json.dumps(box)})
+        texts.append(usual | {"task": "note", "record": json.dumps(f'A "note", {number}')})
+    order = {sample.id: number for number, sample in enumerate(samples)}
+    texts.sort(key=lambda row: order[row["sample_id"]])
+    names = list(dict.fromkeys(name for row in texts for name in row))
+    table = pa.table({name: pa.array([row.get(name) for row in texts], STRING) for name in names})
+    batches = sample_table(samples).to_batches()
+    folder = tmp_path_factory.mktemp("data")
+    return publish_rows(folder, [table], batches, rows=Rows(), extras=Extras(own=(BOXES, NOTE)))[0]
+
+
+def by_id(version: Version) -> dict[str, Any]:
+    return {item.name: item for item in read_items(version)}
+
+
+def test_an_imagefolder_is_loaded_with_all_texts_and_values(version: Version, tmp_path: Path) -> None:
+    done = export_version(version, "imagefolder", tmp_path / "out")
+    assert (done.images, done.without_text) == (COUNT, 0)
+    items = by_id(version)
+    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(part) for split, part in loaded.items()} == {k: v for k, v in version.manifest["rows"].items() if v}
+    row = loaded["train"][0]
+    item = next(item for item in items.values() if item.source_row == row["source_row"])
+    assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption(None)
+    assert [(caption["style"], caption["text"]) for caption in row["captions"]] == item.captions
+    assert row["things"] == item.values["things"] and row["note"] == item.values["note"]
+    assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1]}]
+
+
+def test_sidecars_stand_beside_their_images(version: Version, tmp_path: Path) -> None:
+    export_version(version, "sidecar", tmp_path / "out", style="detailed", splits=("train",))
+    items = by_id(version)
+    images = sorted((tmp_path / "out/train").glob("*.png"))
+    assert len(images) == version.manifest["rows"]["train"] and not (tmp_path / "out/test").exists()
+    for path in images:
+        assert path.read_bytes() == items[path.stem].image
+        assert path.with_suffix(".txt").read_text() == items[path.stem].caption("detailed") + "\n"
+
+
+def test_webdataset_reads_the_shards(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WebDataset.__init__, "__defaults__", (None, 6000))
+    export_version(version, "webdataset", tmp_path / "out")
+    shards = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
+    assert len(shards) > 2
+    items, seen = by_id(version), 0
+    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("pil"):
+        item = items[sample["__key__"].rpartition("/")[2]]
+        assert sample["txt"] == item.caption(None) and sample["json"]["note"] == item.values["note"]
+        assert sample["png"].size == (item.width_px, item.height_px)
+        seen += 1
+    assert seen == version.manifest["rows"]["train"]
+
+
+def test_conversations_have_one_image_and_turns_in_order(version: Version, tmp_path: Path) -> None:
+    export_version(version, "llava", tmp_path / "llava")
+    export_version(version, "sharegpt", tmp_path / "share")
+    items = by_id(version)
+    for entry in json.loads((tmp_path / "llava/train.json").read_text()):
+        item = items[entry["id"]]
+        assert Image.open(tmp_path / "llava" / entry["image"]).size == (item.width_px, item.height_px)
+        said = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
+        assert said == [*(text for _, text in item.captions), item.questions[0][1]]
+        assert [turn["value"].startswith("<image>\n") for turn in entry["conversations"]] == [True] + [False] * 5
+    loaded = load_dataset(
+        "json", data_files=str(tmp_path / "share/train.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(loaded) == version.manifest["rows"]["train"]
+    for row in loaded:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 3
+        assert sum(message["content"].count("<image>") for message in row["messages"]) == 1
+        assert (tmp_path / "share" / row["images"][0]).is_file()
+
+
+def test_coco_tools_read_captions_and_boxes(version: Version, tmp_path: Path) -> None:
+    export_version(version, "coco", tmp_path / "out")
+    items = by_id(version)
+    captions, instances = (COCO(str(tmp_path / f"out/annotations/{kind}_train.json")) for kind in ("captions", "instances"))
+    assert len(captions.getImgIds()) == version.manifest["rows"]["train"]
+    for number in captions.getImgIds():
+        (image,) = captions.loadImgs([number])
+        item = items[Path(image["file_name"]).stem]
+        texts = [entry["caption"] for entry in captions.loadAnns(captions.getAnnIds(imgIds=[number]))]
+        assert texts == [text for _, text in item.captions]
+        (box,) = instances.loadAnns(instances.getAnnIds(imgIds=[number]))
+        assert box["bbox"] == [1, 2, 10, 20] and box["area"] == 200
+        assert instances.loadCats([box["category_id"]])[0]["name"] == item.values["things"][0]["label"]
+        assert (tmp_path / "out/images/train" / image["file_name"]).is_file()
+
+
+def test_a_table_has_a_line_for_each_caption(version: Version, tmp_path: Path) -> None:
+    export_version(version, "csv", tmp_path / "out")
+    with (tmp_path / "out/train.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    items = by_id(version)
+    assert len(rows) == 2 * version.manifest["rows"]["train"]
+    for row in rows:
+        assert (row["style"], row["title"]) in items[Path(row["filepath"]).stem].captions
+        assert (tmp_path / "out" / row["filepath"]).is_file()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_export_is_whole_or_not_there_and_goes_on(version: Version, kind: str, tmp_path: Path) -> None:
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+            if done == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_version(version, kind, tmp_path / "cut", progress=Stop())
+    assert not (tmp_path / "cut").exists()
+    export_version(version, kind, tmp_path / "cut")
+    export_version(version, kind, tmp_path / "whole")
+    sums = [(tmp_path / name / CHECKSUMS).read_text() for name in ("cut", "whole")]
+    assert sums[0] == sums[1]
+    for line in sums[0].splitlines():
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() == digest
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_shard_that_was_finished_is_not_written_again(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WebDataset.__init__, "__defaults__", (None, 6000))
+
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+            if done == 12:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_version(version, "webdataset", tmp_path / "out", progress=Stop())
+    first = tmp_path / ".out.unfinished/train-000000.tar"
+    written = first.stat().st_mtime_ns
+    export_version(version, "webdataset", tmp_path / "out")
+    assert (tmp_path / "out/train-000000.tar").stat().st_mtime_ns == written
+    names: list[str] = []
+    for path in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names += tar.getnames()
+    assert len(names) == len({*names}) == 3 * COUNT
+
+
+def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sample], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        export_version(version, "csv", tmp_path / "there")
+    with pytest.raises(ConfigError, match="has a caption of the style poem for this format"):
+        export_version(version, "sidecar", tmp_path / "poem", style="poem")
+    two_pages = [replace(sample, images=sample.images * 2, facts=None) for sample in samples[:4]]
+    decks, _ = publish_rows(
+        tmp_path / "decks", [true_captions(samples[:4])], sample_table(two_pages).to_batches(), source="decks", decks=True
+    )
+    with pytest.raises(ConfigError, match="holds decks"):
+        export_version(decks, "csv", tmp_path / "out")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> tuple[Path, Version]:
+    """A user's folder of photos, and a version that was made of it."""
+    folder, made = tmp_path / "photos", []
+    for number, sample in enumerate(scene_samples(4)):
+        name = f"{'deep/' if number % 2 else ''}my photo {number}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(sample.images[0])
+        made.append(replace(sample, source_row=name))
+    return folder, make_version(tmp_path / "d", made)[0]
+
+
+def test_captions_are_written_beside_ones_own_images(photos: tuple[Path, Version]) -> None:
+    folder, version = photos
+    assert write_beside(version, folder, style="brief").images == 4
+    texts = {item.source_row: item.caption("brief") for item in read_items(version)}
+    for name, text in texts.items():
+        assert (folder / name).with_suffix(".txt").read_text() == f"{text}\n"
+    first = (folder / next(iter(texts))).with_suffix(".txt")
+    first.write_text("by hand\n")
+    with pytest.raises(ConfigError, match="4 of 4 text files are there already"):
+        write_beside(version, folder)
+    write_beside(version, folder, style="brief", existing="skip")
+    assert first.read_text() == "by hand\n"
+    for _ in range(2):  # a second time adds nothing
+        write_beside(version, folder, style="brief", existing="append")
+        assert first.read_text() == f"by hand\n{texts[next(iter(texts))]}\n"
+    write_beside(version, folder, style="brief", existing="overwrite")
+    assert first.read_text() == f"{texts[next(iter(texts))]}\n"
+
+
+def test_an_image_that_is_another_one_gets_no_caption(photos: tuple[Path, Version]) -> None:
+    folder, version = photos
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(out, "PNG")
+    (folder / "my photo 2.png").write_bytes(out.getvalue())
+    with pytest.raises(ConfigError, match=r"my photo 2\.png is another image than the version has"):
+        write_beside(version, folder)
+    assert not [*folder.rglob("*.txt")]
+    (folder / "my photo 2.png").unlink()
+    with pytest.raises(ConfigError, match=r"my photo 2\.png is not there"):
+        write_beside(version, folder)
+
+
+@pytest.mark.parametrize("row", ["../outside.png", "/etc/passwd", "link.png", "a\0b"])
+def test_a_row_of_a_stranger_leads_nowhere_else(row: str, tmp_path: Path) -> None:
+    sample = scene_samples(1)[0]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "outside.png").write_bytes(sample.images[0])
+    (tmp_path / "photos/link.png").symlink_to(tmp_path / "outside.png")
+    version, _ = make_version(tmp_path / "d", [replace(sample, source_row=row)])
+    with pytest.raises(ConfigError):
+        write_beside(version, tmp_path / "photos")
+    assert not [*tmp_path.glob("*.txt"), *tmp_path.glob("photos/*.txt")]
