@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Exit, Option
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipeline.check import Checked
     from pipeline.dataset.version import Version
+    from pipeline.export.export import Existing
     from pipeline.hub.package import Package
     from pipeline.hub.push import PushResult
 
@@ -270,7 +271,7 @@ def export(
     folder = in_place or out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
         if in_place is not None:
-            existing: Any = chosen[0] if chosen else "refuse"
+            existing = cast("Existing", chosen[0] if chosen else "refuse")
             done = write_beside(version, in_place, style=style, existing=existing, progress=progress)
         else:
             done = export_version(version, kind, folder, style=style, splits=(split,) if split else SPLITS, progress=progress)

@@ -95,15 +95,14 @@ def describe_decontamination(
 
 def publishable_settings(config: Config, source: str, model: str) -> dict[str, Any]:
     """Return the settings as a manifest holds them: without addresses, and with digests or names instead of local paths."""
-    settings = config.model_dump(mode="json", exclude={"base_url", "server"}) | {"source": source, "model": model}
+    settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"}) | {"source": source, "model": model}
+    if config.own_tasks:
+        settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
     settings["exclude"] = [name for name in config.exclude if not name.startswith(("folder:", "parquet:"))]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:
         settings["generate"]["prompt_dir"] = config.generate.prompt_dir.name
-    settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
-    if not config.own_tasks:
-        del settings["own_tasks"]  # manifests without any are as they ever were
     if config.balance.entries:
         settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)

@@ -66,7 +66,9 @@ def export_version(
         format_.close()
     finally:
         format_.abandon()
-    _require_some(written, version, style)
+    if not written:
+        remove(draft)
+        raise _nothing_to_write(version, style)
     (draft / MARKER).unlink()
     files = sorted(path for path in draft.rglob("*") if path.is_file())
     sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
@@ -84,25 +86,26 @@ def write_beside(
     are some and it says nothing, before anything is written; or if an image is not the one that the version knows.
     """
     report = progress or NullProgress()
-    found = list(_own_images(version, folder, style))
-    names = Counter(path for path, _ in found)
-    if twice := [path for path, count in names.items() if count > 1]:
+    captions = list(_own_images(version, folder, style))
+    if not captions:
+        raise _nothing_to_write(version, style)
+    counts = Counter(path for path, _ in captions)
+    if twice := [path for path, count in counts.items() if count > 1]:
         raise ConfigError(f"two images would have the text file {twice[0]}", hint="give one of them another name")
-    there = [path for path, _ in found if path.exists()]
+    there = [path for path in counts if path.exists()]
     if there and existing == "refuse":
         hint = "say what becomes of them: --skip-existing, --append or --overwrite"
-        raise ConfigError(f"{len(there)} of {len(found)} text files are there already, such as {there[0]}", hint=hint)
+        raise ConfigError(f"{len(there)} of {len(captions)} text files are there already, such as {there[0]}", hint=hint)
     written = 0
-    for number, (path, text) in enumerate(found, start=1):
+    for number, (path, text) in enumerate(captions, start=1):
         if existing == "append" and path.exists():
             before = read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES).decode("utf-8")
             text = before if text in before.splitlines() else f"{before.rstrip()}\n{text}".lstrip()
         if existing != "skip" or not path.exists():
             write_text(path, text.rstrip() + "\n")
             written += 1
-        report("export", number, len(found))
-    _require_some(len(found), version, style)
-    return Exported(folder, written, version.num_rows - len(found))
+        report("export", number, len(captions))
+    return Exported(folder, written, version.num_rows - len(captions))
 
 
 def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str]]:
@@ -119,6 +122,8 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
             raise ConfigError(f"{path} is not there: {error}", hint=hint) from None
         if not is_same:
             raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
+        if path.suffix == ".txt":
+            raise ConfigError(f"{path} is an image, and has the name of its text file", hint="give it another name")
         yield path.with_suffix(".txt"), text
 
 
@@ -132,8 +137,7 @@ def _go_on(draft: Path, about: dict[str, Any]) -> None:
         write_text(marker, content)
 
 
-def _require_some(count: int, version: Version, style: str | None) -> None:
-    if not count:
-        known = ", ".join(version.manifest["measured"].get("captions", {})) or "none"
-        wanted = f"a caption of the style {style}" if style else "a text"
-        raise ConfigError(f"no image of {version.name} has {wanted} for this format", hint=f"styles of its captions: {known}")
+def _nothing_to_write(version: Version, style: str | None) -> ConfigError:
+    known = ", ".join(version.manifest["measured"].get("captions", {})) or "none"
+    wanted = f"a caption of the style {style}" if style else "a text"
+    return ConfigError(f"no image of {version.name} has {wanted} for this format", hint=f"styles of its captions: {known}")

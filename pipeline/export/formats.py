@@ -1,6 +1,6 @@
 """The formats of exports: each takes images one by one, and keeps in memory no more than it must.
 
-| format | read by |
+| format | for |
 |---|---|
 | imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
 | sidecar | trainers of diffusion models: a text beside each image |
@@ -62,7 +62,7 @@ class _Format:
     def put_image(self, item: Item, folder: str) -> str:
         """Write the file of an image, unless an interrupted export has; return its path within the export."""
         path = self.folder / folder / item.file_name
-        if not path.exists() or path.stat().st_size != len(item.image):
+        if not path.exists() or path.read_bytes() != item.image:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(item.image)
         return f"{folder}/{item.file_name}"
@@ -266,13 +266,14 @@ class Csv(_Format):
     def add(self, item: Item) -> bool:
         """See Format."""
         captions = self.captions(item)
-        for style, text in captions:
-            name = f"{item.split}.csv"
-            writer = csv.writer(self.file(name))
-            if self.file(name).tell() == 0:
-                writer.writerow(["filepath", "title", "style"])
-            writer.writerow([self.put_image(item, "images"), text, style])
-        return bool(captions)
+        if not captions:
+            return False
+        file, path = self.file(f"{item.split}.csv"), self.put_image(item, "images")
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(["filepath", "title", "style"])
+        writer.writerows([path, text, style] for style, text in captions)
+        return True
 
 
 FORMATS: dict[str, Callable[[Path, str | None], Format]] = {

@@ -1,4 +1,4 @@
-"""The rows of a version as exports see them: one image with all that is said of it."""
+"""The rows of a version as exports see them: one image with its texts and values."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from pipeline.tables import SPLITS
 ROWS_AT_ONCE = 64  # with their images
 PREFERRED_STYLES = ("plain", "brief", "detailed")  # of which one caption is taken where a format has room for one
 _ID = re.compile(r"[0-9a-f]{64}")
-_SUFFIXES = {"JPEG": "jpg"}  # other formats have their own name in small letters
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: of cameras, several JPEGs in one file; other formats have their own name
 
 
 @dataclass(frozen=True, slots=True)

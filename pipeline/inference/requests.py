@@ -114,16 +114,16 @@ def rounds(config: Config) -> tuple[tuple[tuple[str, str], ...], ...]:
     Raises ConfigError if tasks need each other in a circle.
     """
     waiting, done = [*requests_per_sample(config)], set[str]()
-    found = []
+    in_order = []
     while waiting:
         ready = tuple(pair for pair in waiting if done.issuperset(find_task(pair[0], config.own_tasks).needs))
         if not ready:
             names = ", ".join(name for name, _ in waiting)
             raise ConfigError(f"tasks need each other in a circle: {names}", hint="take one of their needs out")
-        found.append(ready)
+        in_order.append(ready)
         done |= {result_name(*pair) for pair in ready}
         waiting = [pair for pair in waiting if pair not in ready]
-    return tuple(found)
+    return tuple(in_order)
 
 
 def check_needs(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Exports: each format is read by the package that it is for, and nothing of the user's is overwritten."""
+"""Exports: readers of other packages find all images, texts and values, and nothing of the user's is overwritten."""
 
 import csv
 import hashlib
@@ -200,6 +200,7 @@ def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sa
         export_version(version, "csv", tmp_path / "there")
     with pytest.raises(ConfigError, match="has a caption of the style poem for this format"):
         export_version(version, "sidecar", tmp_path / "poem", style="poem")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # no unfinished one is left
     two_pages = [replace(sample, images=sample.images * 2, facts=None) for sample in samples[:4]]
     decks, _ = publish_rows(
         tmp_path / "decks", [true_captions(samples[:4])], sample_table(two_pages).to_batches(), source="decks", decks=True
@@ -237,6 +238,42 @@ def test_captions_are_written_beside_ones_own_images(photos: tuple[Path, Version
         assert first.read_text() == f"by hand\n{texts[next(iter(texts))]}\n"
     write_beside(version, folder, style="brief", existing="overwrite")
     assert first.read_text() == f"{texts[next(iter(texts))]}\n"
+
+
+def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: tuple[Path, Version], tmp_path: Path) -> None:
+    folder, _ = photos
+    image = (folder / "my photo 0.png").read_bytes()
+    (folder / "odd.txt").write_bytes(image)
+    odd, _ = make_version(tmp_path / "odd", [replace(scene_samples(1)[0], source_row="odd.txt")])
+    with pytest.raises(ConfigError, match="has the name of its text file"):
+        write_beside(odd, folder, existing="overwrite")
+    assert (folder / "odd.txt").read_bytes() == image
+
+
+def test_a_file_of_an_unfinished_export_with_other_bytes_is_written_again(version: Version, tmp_path: Path) -> None:
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_version(version, "sidecar", tmp_path / "out", progress=Stop())
+    (image,) = (tmp_path / ".out.unfinished").rglob("*.png")
+    image.write_bytes(bytes(image.stat().st_size))  # as a disk may leave it, of the same size
+    export_version(version, "sidecar", tmp_path / "out")
+    assert {path.stem: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")} == {
+        name: item.image for name, item in by_id(version).items()
+    }
+
+
+def test_a_photo_of_several_pictures_in_one_file_is_a_jpg(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    first, second = (Image.effect_noise((64, 48), 40 + n).convert("RGB") for n in range(2))
+    first.save(out, "MPO", save_all=True, append_images=[second])
+    data = out.getvalue()
+    sample = replace(scene_samples(1)[0], id=hashlib.sha256(data).hexdigest(), images=(data,), facts=None)
+    captions = true_captions(scene_samples(1)).set_column(0, "sample_id", pa.array([sample.id] * 2))
+    version, _ = make_version(tmp_path / "d", [sample], captions)
+    assert [item.suffix for item in read_items(version)] == ["jpg"]
 
 
 def test_an_image_that_is_another_one_gets_no_caption(photos: tuple[Path, Version]) -> None:
