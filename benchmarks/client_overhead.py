@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.types import Context, SampleBatch
+    from pipeline.types import SampleBatch
 
 HERE = Path(__file__).parent
 CONCURRENCY = 256
@@ -110,7 +110,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     from pipeline.inference.journal import Journal
     from pipeline.inference.queue import RequestStats, ask_about, read_annotations
     from pipeline.stages.validate import validate_annotations
-    from pipeline.types import SampleInfo
+    from pipeline.types import SampleInfo, SourceTexts
 
     config = resolve(
         source="folder:bench",
@@ -121,7 +121,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
         server={"concurrency": CONCURRENCY},
     )
     ids: list[str] = []
-    contexts: dict[str, Context] = {}
+    texts: dict[str, SourceTexts] = {}
 
     def chunks() -> "Iterator[SampleBatch]":
         for first in range(0, rows, 64):
@@ -130,18 +130,17 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
             ids.extend(name for name, _ in chunk)
             if with_context:
                 titles = ((name, number) for number, (name, _) in enumerate(chunk, start=first))
-                contexts.update(
-                    {name: (("title", f"Lamp {number}"), ("tags", "brass, desk, green")) for name, number in titles}
-                )
+                for name, number in titles:
+                    texts[name] = SourceTexts((("title", f"Lamp {number}"), ("tags", "brass, desk, green")))
             yield chunk
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         engine = lambda: stack.enter_context(Client("model", "m", config))  # noqa: E731
-        for _ in ask_about(chunks(), config, "m", engine, journal, RequestStats(), contexts):
+        for _ in ask_about(chunks(), config, "m", engine, journal, RequestStats(), texts):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
-        for table in read_annotations(samples, config, "m", journal, contexts):
+        for table in read_annotations(samples, config, "m", journal, texts):
             kept += validate_annotations(table)["reason"].null_count
     assert kept == rows, f"{kept} of {rows} captions are valid"
 

@@ -56,11 +56,13 @@ PATTERNS = {  # what a value that does not match should be
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "columns", "drop_context", "limit", "seed", "exclude", "tasks", "own_tasks", "engine", "model",
-     "generate", "filter", "verify", "dedupe", "balance", "split")
+    ("source", "source_split", "columns", "drop_context", "limit", "seed", "exclude", "human_texts", "tasks", "own_tasks",
+     "engine", "model", "generate", "filter", "verify", "dedupe", "balance", "split")
 )  # fmt: skip
 PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
 TINY = "tiny"  # the model of the teachers of drawn scenes
+NO_MODEL = "none"  # stands for the model where nothing is asked
+NO_TASKS = "none"
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -314,6 +316,13 @@ class SplitConfig(Section):
         return self
 
 
+# What becomes of the captions and questions that a source has, which people wrote:
+#   compare  they stay references, with which those of the model are compared
+#   keep     they become captions and questions of the dataset, too, and go through all stages like those of the model
+#   fill     the same; and the model is asked only for what an image has none of
+HumanTexts = Literal["compare", "keep", "fill"]
+
+
 class Config(Section):
     """Everything that decides what a dataset holds. Saved as `run.json`."""
 
@@ -331,7 +340,9 @@ class Config(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
-    tasks: Distinct[Task] = Field(default=("caption", "qa"), min_length=1)  # own tasks are asked with or without being named
+    captions: Distinct[Path] = ()  # files of captions, or questions, that people wrote about the images of a folder
+    human_texts: HumanTexts = "compare"
+    tasks: Distinct[Task] = ("caption", "qa")  # none: no model is asked; own tasks are asked with or without being named
     own_tasks: tuple[TaskConfig, ...] = ()
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
@@ -354,6 +365,19 @@ class Config(Section):
         names = [name for name in _named(values["own_tasks"]) if isinstance(name, str)]
         asked = values.get("tasks") or ()
         return values | {"tasks": [*asked, *(name for name in dict.fromkeys(names) if name not in asked)]} if names else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_texts_if_it_asks_for_none(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("tasks") not in (NO_TASKS, [NO_TASKS], (NO_TASKS,)):
+            return values
+        return {"human_texts": "keep"} | values | {"tasks": []}
+
+    @model_validator(mode="after")
+    def _makes_something(self) -> "Config":
+        if not self.tasks and self.human_texts == "compare":
+            raise ValueError("no task is asked and no text of people is kept: name tasks, or human_texts: keep")
+        return self
 
     @model_validator(mode="after")
     def _names_own_tasks_apart(self) -> "Config":
@@ -378,6 +402,16 @@ class Config(Section):
     def published_context(self) -> tuple[str, ...]:
         """Those that go into the rows of a version."""
         return () if self.drop_context else self.context
+
+    @property
+    def keeps_human_texts(self) -> bool:
+        """Whether the texts that people wrote become captions and questions of the dataset."""
+        return self.human_texts != "compare"
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a model is asked for anything but the ratings of another one."""
+        return bool(self.tasks or self.verify.is_asked)
 
     @property
     def splits_claims(self) -> bool:
@@ -481,6 +515,8 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else every_key)
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
         key = re.sub(r"\.\d+$", "", key)  # of an item of a list
+        if not key:  # a rule about several of them
+            raise ConfigError(f"{where}{first['msg'].removeprefix('Value error, ')}", hint=every_key) from None
         if first["type"] == "missing":
             raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
         hint = f"`synth config --all` shows all settings; docs/settings.md explains {key}" if section is Config else every_key
@@ -552,7 +588,7 @@ def _refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[s
     hint = "copy the settings that you want to a file of your own, and name your files and servers there"
     if foreign := [key for key in ("base_url", "server") if settings.get(key)]:
         raise ConfigError(f"the manifest {file} names {foreign[0]}, which would get your images and your key", hint=hint)
-    used = ["split_list"] if settings.get("split_list") and not flags.get("split_list") else []
+    used = [key for key in ("split_list", "captions") if settings.get(key) and not flags.get(key)]
     for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
         values = settings.get(section)
         used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []

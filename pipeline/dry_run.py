@@ -21,11 +21,12 @@ from pipeline.executors.local import LocalExecutor, run_locally
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_results
-from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample
+from pipeline.inference.requests import build_requests, check_prompts, requests_about, requests_per_sample
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import STAGES
 from pipeline.sources import choose_image_kind, open_source, with_source_defaults
 from pipeline.stages.base import RunPlan
+from pipeline.stages.generate import as_row, source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
 from pipeline.text.values import in_short
@@ -131,7 +132,9 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
 def _is_answered(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
     """Return whether the journal has replies to all that can be asked about a sample by the results that are there."""
     results = read_results(sample.id, config, revision, journal, sample.context)
-    return all(journal.last(request.id) for request in build_requests(sample.id, (), config, revision, sample.context, results))
+    asked = requests_about(config, source_texts(as_row(sample), config))
+    requests = build_requests(sample.id, (), config, revision, sample.context, results, asked)
+    return all(journal.last(request.id) for request in requests)
 
 
 def _first_texts(dataset: DatasetDir) -> list[str]:
@@ -159,7 +162,7 @@ def _predict(
     remaining = max(0, images - sample.answered)
     of_remaining = remaining / sample.new if sample.new else 0.0
     prompt_tokens, reply_tokens = round(stats.prompt_tokens * of_remaining), round(stats.reply_tokens * of_remaining)
-    first_attempts = read.kept * len(requests_per_sample(config))
+    first_attempts = of_stage["generate"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
         "sampled_images": read.kept,

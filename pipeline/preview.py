@@ -17,18 +17,20 @@ from pipeline.executors.base import describe_engine
 from pipeline.inference.engines import choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results
-from pipeline.inference.requests import build_requests, check_prompts, rounds
+from pipeline.inference.requests import build_requests, check_prompts, requests_about, rounds
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.sources import open_source, with_source_defaults
+from pipeline.stages.generate import as_row, sample_info, source_texts
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
+from pipeline.tables import HUMAN
 from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.text.escape import visible
 from pipeline.text.values import in_short
-from pipeline.types import Rejected, Request, Sample, SampleInfo
+from pipeline.types import Rejected, Request, Sample
 
 THUMBNAIL_BYTES = 40_000
 
@@ -128,13 +130,14 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         open_engine(lambda: choice) as start,
     ):
         chunk = [(sample.id, sample.images) for sample in samples.values()]
-        contexts = {sample.id: sample.context for sample in samples.values()}
+        texts = {sample.id: source_texts(as_row(sample), config) for sample in samples.values()}
         for round_number in range(len(rounds(config))):
-            for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, contexts, round_number):
+            for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, texts, round_number):
                 progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
         images = [_read(sample, config, choice.revision, journal, stats.seconds or {}) for sample in samples.values()]
-        requests = _requests_of(next(iter(samples.values())), config, choice.revision, journal)
-    prompts = {f"{request.task} {request.style}".strip(): (request.system, request.text) for request in requests}
+        requests = [request for one in samples.values() for request in _requests_of(one, config, choice.revision, journal)]
+    first = {f"{request.task} {request.style}".strip(): request for request in reversed(requests)}
+    prompts = {name: (first[name].system, first[name].text) for name in reversed(first)}
     generate = config.generate
     tasks = [find_task(name, config.own_tasks) for name in config.tasks]
     described = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
@@ -144,10 +147,12 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
 
 
 def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
-    replies = []
-    info = SampleInfo(sample.id, len(sample.images), sample.split, sample.width_px, sample.height_px)
-    (table,) = read_annotations([[info]], config, revision, journal, {sample.id: sample.context})
+    row = as_row(sample)
+    info = sample_info(row, len(sample.images), config)
+    (table,) = read_annotations([[info]], config, revision, journal, {sample.id: source_texts(row, config)})
     texts = dict(_judged_texts(table, config))
+    by_people = {human["request_id"]: human for human in info.human}
+    replies = [PreviewReply(one["task"], HUMAN, texts[name], 0, 0, None) for name, one in by_people.items()]
     for request in _requests_of(sample, config, revision, journal):
         last = journal.last(request.id)
         assert last is not None
@@ -167,7 +172,8 @@ def _read(sample: Sample, config: Config, revision: str, journal: Journal, secon
 
 def _requests_of(sample: Sample, config: Config, revision: str, journal: Journal) -> list[Request]:
     results = read_results(sample.id, config, revision, journal, sample.context)
-    return list(build_requests(sample.id, (), config, revision, sample.context, results))
+    asked = requests_about(config, source_texts(as_row(sample), config))
+    return list(build_requests(sample.id, (), config, revision, sample.context, results, asked))
 
 
 def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:

@@ -157,7 +157,8 @@ BALANCED = pa.schema(
 )
 
 # review: a person's review of an annotation (dataset/reviews.py), and the final fields
-REVIEWED = "review"  # the prompt_id of text that a person wrote
+REVIEWED = "review"  # the prompt_id of text that a person wrote in a review
+HUMAN = "human"  # the prompt_id of text that people wrote before, and the style of such captions
 EVIDENCE = pa.field("evidence_pages", PAGES)
 REVIEW = pa.struct([*fields(STRING, "mark", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)])
 FINAL = pa.schema(

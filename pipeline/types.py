@@ -51,6 +51,15 @@ class SampleInfo(NamedTuple):
     source_split: str | None = None
     width_px: int = 0  # of the first page, upright
     height_px: int = 0
+    human: tuple[dict[str, Any], ...] = ()  # annotations of texts that people wrote, if they are kept (tasks/human.py)
+
+
+class SourceTexts(NamedTuple):
+    """What the source says of a sample, as far as requests depend on it."""
+
+    context: Context = ()
+    has_captions: bool = False  # that people wrote
+    has_questions: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,11 +25,11 @@ FILES = {
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
-    "pipeline/sources": """__init__ base columns exclusions flickr30k folder hub image_urls parquet questions remote scenes
-        slidevqa vqav2""",
+    "pipeline/sources": """__init__ base captions columns exclusions flickr30k folder hub image_urls parquet questions remote
+        scenes slidevqa vqav2""",
     "pipeline/stages": "__init__ ask_checks balance base dedupe filter generate review source split validate verify version",
     "pipeline/storage": "__init__ database files lock object_store untrusted",
-    "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa output_schema own prompts qa
+    "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",
     "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize pii questions reasons "
     "refusals spelling values vqa_answers",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Section, read_yaml, validate
+from pipeline.config import NO_MODEL, Section, read_yaml, validate
 from pipeline.errors import TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
@@ -124,3 +124,11 @@ def has_other_settings(folder: Path, config: TrainConfig) -> bool:
     given = config.model_dump(exclude_unset=True)
     compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in DERIVED_KEYS} | given
     return any(getattr(trained, name) != value for name, value in compared.items())
+
+
+def usual_texts(manifest: dict[str, Any]) -> Mixture:
+    """Return whose texts a version holds as captions: those of a model, of people whose texts were kept, or of both."""
+    by_people = manifest["measured"].get("human_captions")
+    if not by_people:
+        return "synthetic"
+    return "human" if manifest["model"]["name"] == NO_MODEL else "mixed"

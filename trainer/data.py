@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
-from pipeline.tables import PIXELS
+from pipeline.tables import HUMAN, PIXELS
 from trainer.config import Mixture
 from trainer.image_index import map_images
 from trainer.tokenizer import TargetText
@@ -72,7 +72,8 @@ def read_examples(
         raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")
     names = ["sample_id", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
-    examples = [_example(row, images[row["sample_id"]], mixture, questions=questions) for row in rows]
+    keeps = keeps_human_texts(rows)
+    examples = [_example(row, images[row["sample_id"]], mixture, questions=questions, keeps_human=keeps) for row in rows]
     if styles:
         examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
     if not source_in_prompt:
@@ -83,14 +84,28 @@ def read_examples(
     return [example for example in examples if example.texts]
 
 
-def _example(row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool) -> Example:
-    synthetic = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in row.get("qa") or ()]
+def keeps_human_texts(rows: Iterable[dict[str, Any]]) -> bool:
+    """Return True if rows of a version hold texts of people as captions or questions, and not as references alone."""
+    return any(item.get("prompt_id") == HUMAN for row in rows for item in (*row["captions"], *(row.get("qa") or ())))
+
+
+def _example(
+    row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool, keeps_human: bool
+) -> Example:
+    by_people, by_model = (
+        [[item for item in row.get(name) or () if (item.get("prompt_id") == HUMAN) == is_human] for name in ("captions", "qa")]
+        for is_human in (True, False)
+    )
+    synthetic = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in by_model[1]]
     human = [(pair["question"], tuple(pair["answers"]), pair["answer_type"]) for pair in row.get("reference_qa") or ()]
     texts: list[TargetText] = []
     if mixture != "human":
-        texts += [TargetText("synthetic", caption["text"], style=caption["style"]) for caption in row["captions"]]
+        texts += [TargetText("synthetic", caption["text"], style=caption["style"]) for caption in by_model[0]]
         texts += [TargetText("synthetic", answers[0], question=question) for question, answers, _ in synthetic if questions]
-    if mixture != "synthetic":
+    if mixture != "synthetic" and keeps_human:  # those that went through all stages
+        texts += [TargetText("human", caption["text"], style=HUMAN_STYLE) for caption in by_people[0]]
+        texts += [TargetText("human", pair["answer"], question=pair["question"]) for pair in by_people[1] if questions]
+    elif mixture != "synthetic":
         texts += [TargetText("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
         answered = [(question, answers) for question, answers, _ in human if questions and answers]
         texts += [TargetText("human", most_common(answers), question=question) for question, answers in answered]

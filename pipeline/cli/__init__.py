@@ -32,6 +32,7 @@ EXAMPLES = {  # by command, shown below its options
         "synth generate --source folder:photos --base-url http://localhost:8000/v1",
         "synth generate --config synth.yaml --dry-run",
     ),
+    "import": ("synth import --source folder:photos --captions captions_val2017.json",),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": ("synth export --format webdataset", "synth export --in-place photos --style plain"),
@@ -81,13 +82,14 @@ review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a re
 
 def add(command: Callable[..., None], group: str, **more: Any) -> None:
     """Add a command to the application, in a group of its help, with its examples."""
-    name = command.__name__
+    name = command.__name__.rstrip("_")  # of `import_`
     examples = EXAMPLES.get(name, ())
     epilog = "\n\n".join([f"Example: {example}" for example in examples]) or None
     app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
 
 
 add(generate.generate, MAKE, context_settings=VLLM_FLAGS)
+add(generate.import_, MAKE)
 add(generate.preview, MAKE, context_settings=VLLM_FLAGS)
 add(generate.serve, MAKE, context_settings=VLLM_FLAGS)
 add(versions, USE)

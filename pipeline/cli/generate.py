@@ -1,4 +1,4 @@
-"""Commands that make a dataset: generate, preview, config, init, serve, doctor, sources."""
+"""Commands that make a dataset: generate, import, preview, config, init, serve, doctor, sources."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, vllm_flags
 from pipeline.cli.output import echo, print_prediction, print_preview, print_run_result, say, show
-from pipeline.cli.run_options import CLUSTER, DATASET, RunSettings, with_run_settings
+from pipeline.cli.run_options import CLUSTER, DATASET, RunSettings, with_import_settings, with_run_settings
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote
 
@@ -88,6 +88,32 @@ def generate(
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, from_stage, progress, cluster)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), settings.config.server, as_json=as_json)
+
+
+@with_import_settings
+def import_(
+    settings: RunSettings,
+    out: Annotated[
+        Path | None,
+        Option(
+            **DATASET_PATH,
+            help="Dataset folder; run again to continue it.",
+            show_default="data/SOURCE",
+            rich_help_panel=DATASET,
+        ),
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON to stdout.", rich_help_panel=DATASET)] = False,
+) -> None:
+    """Turn images and the captions that people wrote into the same kind of dataset, without a model.
+
+    `synth generate --only-missing` then asks a model about the images that have none.
+    """
+    from pipeline.executors.base import describe_losses
+    from pipeline.run import STAGES, generate_dataset
+
+    with show_progress() as progress:
+        result = generate_dataset(settings.config, out, progress=progress)
+    print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
 
 
 @with_run_settings

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pipeline.config import NO_MODEL
 from pipeline.progress import LOSS, WARNING, duration
+from pipeline.tables import HUMAN
 from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
@@ -56,18 +58,17 @@ def print_preview(preview: "Preview") -> None:
         show_picture(image.image)
         for reply in image.replies:
             took = "kept from before" if reply.seconds is None else f"{reply.seconds:.1f} s"
-            say(
-                f"  {reply.task} {reply.style}".rstrip()
-                + f" ({reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {took})",
-                "dim",
-            )
+            cost = f"{reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {took}"
+            by_people = reply.style == HUMAN
+            say(f"  {reply.task} {reply.style}".rstrip() + f" ({'written by people' if by_people else cost})", "dim")
             for text, reason in reply.texts:
                 say(f"    {text}")
                 if reason:
                     say(f"      would be rejected: {reason.replace('_', ' ')}", LOSS)
     for text in preview.skipped:
         say(f"not usable: {text}", WARNING)
-    say(f"\nmodel: {preview.model} ({preview.engine}); prompts: {preview.prompt_sources}", "dim")
+    model = f"{preview.model} ({preview.engine}); prompts: {preview.prompt_sources}"
+    say(f"\nmodel: {'none is asked' if preview.model == NO_MODEL else model}", "dim")
 
 
 def show_picture(image: bytes) -> None:
@@ -131,7 +132,8 @@ def print_run_result(
     retries = counts.asked - sum(counts.attempts.values())
     known = f"; {counts.total - sum(counts.attempts.values()):,} were in the journal" if counts.asked < counts.total else ""
     known += f"; {retries:,} were sent again" if retries > 0 else ""
-    say(f"asked the model {counts.asked} times for {counts.total} replies{known}")
+    if result.version.manifest["model"]["name"] != NO_MODEL:
+        say(f"asked the model {counts.asked} times for {counts.total} replies{known}")
     if counts.asked:
         cost = server.price(counts.prompt_tokens, counts.reply_tokens) if server else None
         paid = f"; cost: {cost:,.2f}" if cost is not None else ""

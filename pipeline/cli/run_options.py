@@ -1,7 +1,7 @@
 """The options of a run, defined once: `generate`, `preview` and `config` take all of them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # groups of options in --help
 DATASET, CLUSTER = "Dataset", "Cluster"
+NO_TASKS = "none"
+IMPORT_OPTIONS = (
+    "context", "source", "split", "columns", "captions", "allow_urls", "follow_links", "split_list", "exclude", "limit",
+    "license_", "language", "group_by", "seed", "title", "config",
+)  # fmt: skip
 
 SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
     "flags": "what stands after --",
@@ -55,7 +60,17 @@ def run_settings(
         str | None,
         Option(
             metavar="ROLE=COLUMN,...",
-            help="Which column is what: image, references, pages, split; context=A,B: what prompts may use as row.A.",
+            help="Which column is what: image, references, question, answer, pages, split; context=A,B: what prompts may use "
+            "as row.A.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    captions: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FILE",
+            help="Captions or questions that people wrote about the images of a folder: JSON of COCO or Karpathy, CSV, JSON "
+            "lines; may be given several times.",
             rich_help_panel=IMAGES,
         ),
     ] = None,
@@ -101,7 +116,7 @@ def run_settings(
         str | None,
         Option(
             metavar="TASKS",
-            help="What to ask: caption, qa, deck_qa.",
+            help="What to ask: caption, qa, deck_qa; none: keep what people wrote, and ask no model.",
             show_default="caption,qa; decks: deck_qa",
             rich_help_panel=TEXTS,
         ),
@@ -111,6 +126,18 @@ def run_settings(
         Option(
             metavar="FILE",
             help="A task of your own, in YAML; may be given several times. Without --tasks, nothing else is asked.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    keep_human: Annotated[
+        bool | None,
+        Option("--keep-human", help="Take captions and questions that people wrote into the dataset.", rich_help_panel=TEXTS),
+    ] = None,
+    only_missing: Annotated[
+        bool | None,
+        Option(
+            "--only-missing",
+            help="The same, and ask only for what an image has none of.",
             rich_help_panel=TEXTS,
         ),
     ] = None,
@@ -265,10 +292,12 @@ def run_settings(
     generate = {name: value for name, value in generate.items() if value is not None}
     checks = {"checks": verify.split(",") if verify else None, "repair": repair, "judge": judge}
     checks = {name: value for name, value in checks.items() if value is not None}
+    human_texts = ("--only-missing", "fill") if only_missing else ("--keep-human", "keep" if keep_human else None)
     given: dict[str, tuple[str, Any]] = {  # config key -> (option, value)
         "source": ("--source", source),
         "source_split": ("--split", split),
         "columns": ("--columns", read_pairs(columns, "--columns") if columns else None),
+        "captions": ("--captions", captions or None),
         "drop_context": ("--drop-context", drop_context),
         "allow_urls": ("--allow-urls", allow_urls),
         "follow_links": ("--follow-links", follow_links),
@@ -276,6 +305,7 @@ def run_settings(
         "exclude": ("--exclude", exclude or None),
         "limit": ("--limit", limit),
         "license": ("--license", license_),
+        "human_texts": human_texts,
         "tasks": ("--tasks", tasks.split(",") if tasks else None),
         "own_tasks": ("--task", task or None),
         "filter": ("--language", {"language": None if language == "any" else language} if language else None),
@@ -298,17 +328,31 @@ def run_settings(
     return RunSettings(resolve(config, **{key: value for key, (_, value) in given.items()}), config, options)
 
 
-def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
+Command = Callable[..., None]
+
+
+def with_run_settings(command: Command) -> Command:
     """Return a command with the options of `run_settings` before its own; it receives what they come to as `settings`."""
-    shared = inspect.signature(run_settings).parameters
+    return _with_settings(command, tuple(inspect.signature(run_settings).parameters), {})
+
+
+def with_import_settings(command: Command) -> Command:
+    """Return a command with the options of `run_settings` that concern no model, in the same way; it asks for no task."""
+    return _with_settings(command, IMPORT_OPTIONS, {"tasks": NO_TASKS})
+
+
+def _with_settings(command: Command, names: Collection[str], fixed: dict[str, Any]) -> Command:
+    parameters = inspect.signature(run_settings).parameters
+    shared = {name: value for name, value in parameters.items() if name in names}
     own = {name: value for name, value in inspect.signature(command).parameters.items() if name != "settings"}
+    unset = {name: None for name in parameters if name not in shared}
 
     def run(**values: Any) -> None:
-        settings = run_settings(**{name: values[name] for name in shared})
+        settings = run_settings(**(unset | {name: values[name] for name in shared} | fixed))
         command(settings=settings, **{name: values[name] for name in own})
 
-    parameters = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in (*shared.values(), *own.values())]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    taken = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in (*shared.values(), *own.values())]
+    run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]  # read by Typer
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run

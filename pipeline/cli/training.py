@@ -28,7 +28,7 @@ def train(
     encoder_layer: Annotated[int | None, Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
     decoder: Annotated[str, Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
     text_source: Annotated[
-        str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="synthetic")
+        str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="those in the version")
     ] = None,
     align_steps: Annotated[
         int | None, Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
@@ -51,7 +51,7 @@ def train(
     from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.paths import slugify
     from pipeline.storage.files import translate_disk_errors
-    from trainer.config import has_other_settings, resolve
+    from trainer.config import has_other_settings, resolve, usual_texts
 
     flags = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
     settings = resolve(config, **flags, align_steps=align_steps, steps=steps, seed=seed)
@@ -62,7 +62,10 @@ def train(
 
     if encoder == "auto" and "encoder" not in settings.model_fields_set:
         settings = settings.model_copy(update={"encoder": choose_encoder(say, is_drawn="facts" in version.manifest["columns"])})
-    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}")
+    if "text_source" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"text_source": usual_texts(version.manifest)})
+    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
+    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
     name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
     folder = out or version.dataset_dir / "checkpoints" / name
     if not resume and has_other_settings(folder, settings):

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
 
+from pipeline.config import NO_MODEL
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
@@ -17,6 +18,8 @@ from pipeline.text.reasons import SCORES_IN_WORDS
 from pipeline.text.values import in_short
 
 CARD_SAMPLES = 5
+MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # that wrote the texts
+_CREATORS = {MODEL: ["machine-generated"], PEOPLE: ["found"], PEOPLE_AND_MODEL: ["found", "machine-generated"]}
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -28,7 +31,14 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
     except (TypeError, AttributeError, LookupError) as error:  # a manifest may be a stranger's
         raise _no_card(error) from None
     return _render(
-        "dataset.md.j2", header, manifest=manifest, licenses=licenses, samples=samples, repo=repo, scores=SCORES_IN_WORDS
+        "dataset.md.j2",
+        header,
+        manifest=manifest,
+        licenses=licenses,
+        samples=samples,
+        repo=repo,
+        scores=SCORES_IN_WORDS,
+        writers=_writers(manifest),
     )
 
 
@@ -95,12 +105,12 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest)),
         **({"language": [language]} if (language := _language(manifest)) else {}),
-        "task_categories": _categories(manifest["config"]),
+        "task_categories": _categories(manifest),
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
-        "annotations_creators": ["machine-generated"],
-        "language_creators": ["machine-generated"],
+        "annotations_creators": _CREATORS[_writers(manifest)],
+        "language_creators": _CREATORS[_writers(manifest)],
         "source_datasets": [upstream[0] if upstream else "original"],
-        "tags": ["synthetic", "synth"],
+        "tags": [*(["synthetic"] if _writers(manifest) != PEOPLE else []), "synth"],
         "configs": [{"config_name": "default", "data_files": data_files}],
         "dataset_info": {
             "features": [{"name": name, **_feature(kind)} for name, kind in manifest["features"].items()],
@@ -111,9 +121,19 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _categories(settings: dict[str, Any]) -> list[str]:
+def _writers(manifest: dict[str, Any]) -> str:
+    """Return who wrote the texts of a version: a model, people, or both."""
+    if not any(manifest["measured"].get(name) for name in ("human_captions", "human_questions")):
+        return MODEL
+    return PEOPLE if manifest["model"]["name"] == NO_MODEL else PEOPLE_AND_MODEL
+
+
+def _categories(manifest: dict[str, Any]) -> list[str]:
     """Return the task categories of a dataset, each once."""
-    built_in = [TASKS[name].card_category for name in settings["tasks"] if name in TASKS]
+    settings, measured = manifest["config"], manifest["measured"]
+    questions = "deck_qa" if "pages" in manifest["columns"] else "qa"
+    by_people = [name for name, count in (("caption", "human_captions"), (questions, "human_questions")) if measured.get(count)]
+    built_in = [TASKS[name].card_category for name in [*settings["tasks"], *by_people] if name in TASKS]
     own = [CARD_CATEGORIES.get(str(task.get("kind"))) for task in settings.get("own_tasks", [])]
     return list(dict.fromkeys(category for category in [*built_in, *own] if category))
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.config import AT_SERVER, Config
+from pipeline.config import AT_SERVER, NO_MODEL, Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
 from pipeline.tables import RUBRIC, Extras
@@ -61,7 +61,7 @@ def describe_run(
     return {
         "source": {name: source[name] for name in ("name", "revision")},
         "model": model,
-        "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts),
+        "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts) if tasks else {},
         "schemas": {task.name: wire_schema(task) for task in tasks},
         "config": publishable_settings(config, source["name"], model["name"]),
         "funnel": [asdict(summary) for summary in funnel],
@@ -98,6 +98,10 @@ def publishable_settings(config: Config, source: str, model: str) -> dict[str, A
     settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"}) | {"source": source, "model": model}
     if config.own_tasks:
         settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
+    if model == NO_MODEL:
+        settings["model"] = None
+    if config.captions:
+        settings["captions"] = [file_digest(path) for path in config.captions]
     settings["exclude"] = [name for name in config.exclude if not name.startswith(("folder:", "parquet:"))]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)

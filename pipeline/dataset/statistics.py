@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
-from pipeline.tables import ROW, SCORE_NAMES
+from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks import REPAIR
 
 USUAL_COLUMNS = {*ROW.names, "split"}
@@ -45,6 +45,8 @@ class DatasetStatistics:
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
     scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (tables.SCORES)
     repaired: int = 0  # captions
+    human_captions: int = 0
+    human_questions: int = 0
     values: Counter[str] = field(default_factory=Counter)  # images with a value of an own task, by task
     labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # in lists of them, by task
     shared: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by style, and of "references" themselves
@@ -58,6 +60,8 @@ class DatasetStatistics:
             for caption in row["captions"]:
                 self.words[caption["style"]].add(len(_WORD.findall(caption["text"])))
                 self.repaired += caption["prompt_id"].startswith(f"{REPAIR.name}/")
+            self.human_captions += sum(caption["prompt_id"] == HUMAN for caption in row["captions"])
+            self.human_questions += sum(pair["prompt_id"] == HUMAN for pair in row["qa"])
             for pair in row["qa"]:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
             for annotation in (*row["captions"], *row["qa"]):
@@ -88,6 +92,8 @@ class DatasetStatistics:
             },
             "scores": {name: {"mean": mean.value, "count": mean.count} for name, mean in sorted(self.scores.items())},
             "repaired_captions": self.repaired,
+            "human_captions": self.human_captions,
+            "human_questions": self.human_questions,
             "own_tasks": {
                 task: {"images": images, "labels": dict(self.labels[task].most_common(MAX_LABELS))}
                 for task, images in sorted(self.values.items())
@@ -106,7 +112,8 @@ class DatasetStatistics:
 
     def _against_references(self, row: dict[str, Any]) -> None:
         references = [_word_counts(text) for text in row["references"]]
-        for caption in row["captions"] if references else []:
+        by_model = (caption for caption in row["captions"] if caption["prompt_id"] != HUMAN)
+        for caption in by_model if references else ():  # those of people are the references
             self.shared[caption["style"]].add(_shared(_word_counts(caption["text"]), references))
         if len(references) > 1:
             self.shared["references"].add(_shared(references[0], references[1:]))

@@ -13,9 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import pyarrow.compute as pc
-
-from pipeline.config import Config
+from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary, row_extras
 from pipeline.dataset.version import Version
@@ -35,9 +33,10 @@ from pipeline.stages.base import (
     step_order,
     summarize_stage,
 )
+from pipeline.stages.generate import count_asked, count_wanted
 from pipeline.stages.source import ADVICE
 from pipeline.stages.version import WrittenRows, publish_shards, write_rows
-from pipeline.storage.files import read_batches, read_json, scratch_folder
+from pipeline.storage.files import read_json, scratch_folder
 from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 
@@ -86,11 +85,17 @@ def describe_engine(config: Config, choice: EngineChoice) -> str:
 
 
 def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
-    """Return the opening line of a run: what is asked of which model, with which prompts, and where it goes.
+    """Return the opening line of a run: what is asked of which model, with which prompts, what people wrote, where it goes.
 
     Raises ConfigError or EngineError if texts are to be rated by a judge that cannot be asked: nothing is paid for before that.
     """
-    asked = f"{', '.join(config.tasks)} of {public_name(choice.model)} ({describe_engine(config, choice)})"
+    kept = "keeps the captions and questions that people wrote"
+    if choice.model == NO_MODEL:
+        return f"{config.source} to {dataset.path}: {kept}; asks no model"
+    what = ", ".join(config.tasks) or "checks"
+    asked = f"{what} of {public_name(choice.model)} ({describe_engine(config, choice)})"
+    people = f"{kept}, and " if config.keeps_human_texts else ""
+    missing = " what is missing:" if config.human_texts == "fill" else ""
     generate = config.generate
     tasks = [find_task(name, config.own_tasks) for name in config.tasks]
     prompts = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
@@ -99,7 +104,7 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
         from pipeline.inference.judge import choose_judge
 
         rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
-    return f"{config.source} to {dataset.path}: asks {asked}{rated}; prompts: {prompts}"
+    return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}"
 
 
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
@@ -129,6 +134,9 @@ def publish(
 ) -> tuple[Version, bool, list[StageSummary]]:
     """Publish the rows that the shards hold as a version; see `stages.version.publish_shards`."""
     funnel = summarize_shards(executor, stages, plan)
+    if not funnel[2].input and plan.config.keeps_human_texts:
+        hint = "name a file of them: --captions FILE, or a column: --columns references=COLUMN; --tasks caption asks a model"
+        raise TableError(f"{plan.config.source} has no caption and no question that people wrote", hint=hint)
     if not funnel[-1].kept:
         losses = "; ".join(describe_losses(stages, funnel)) or "every stage rejected some"
         hint = "change that, then run the same command; stages/*/rejected.parquet hold every row, review/ people's marks"
@@ -163,14 +171,14 @@ def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan)
     before it kept.
     """
     names = step_order(stages)[:-1]
-    counts = executor.map(partial(_count_rows, names=names))
+    counts = executor.map(partial(_count_rows, names=names, plan=plan))
     funnel: list[StageSummary] = []
     for name in names:
-        kept = sum(of_shard[name][0] for of_shard in counts)
-        rejected = sum((Counter(of_shard[name][1]) for of_shard in counts), Counter[str]())
+        kept = sum(of_shard[name][0] for of_shard, _ in counts)
+        rejected = sum((Counter(of_shard[name][1]) for of_shard, _ in counts), Counter[str]())
         most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
         funnel.append(summarize_stage(name, UNITS.get(name, "annotations"), kept, most_first))
-    if funnel[1].kept != funnel[0].kept * len(plan.requests):
+    if not all(is_asked for _, is_asked in counts):
         raise ConfigError("not every image has been asked about yet", hint="run once without --from-stage")
     for previous, summary in pairwise(funnel[2:]):
         if summary.input != previous.kept:
@@ -180,18 +188,8 @@ def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan)
     return funnel
 
 
-def _count_rows(shard: DatasetDir, names: Sequence[str]) -> dict[str, tuple[int, dict[str, int]]]:
+def _count_rows(shard: DatasetDir, names: Sequence[str], plan: RunPlan) -> tuple[dict[str, tuple[int, dict[str, int]]], bool]:
+    """Return for each stage how many rows it kept, and rejected by reason; and whether all requests were asked."""
+    asked = count_asked(shard)
     counts = {name: require_stage(shard, name) for name in names if name != "generate"}
-    return counts | {"generate": (count_requests(shard), {})}
-
-
-def count_requests(shard: DatasetDir) -> int:
-    """Return the number of requests of a shard's annotations, where those of one request are adjacent."""
-    count, last_id = 0, None
-    for table in read_batches(shard.stage("generate"), ["request_id"]):
-        ids = table["request_id"].combine_chunks()
-        if len(ids):
-            changes = pc.sum(pc.not_equal(ids[1:], ids[:-1])).as_py() or 0
-            count += changes + (ids[0].as_py() != last_id)
-            last_id = ids[-1].as_py()
-    return count
+    return counts | {"generate": (asked, {})}, asked == count_wanted(shard, plan)

@@ -9,10 +9,10 @@ from typing import Any
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image
-from pipeline.tables import SPLITS
+from pipeline.tables import HUMAN, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
-PREFERRED_STYLES = ("plain", "brief", "detailed")  # of which one caption is taken where a format has room for one
+PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # of which one caption is taken where a format has room for one
 _ID = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: of cameras, several JPEGs in one file; other formats have their own name
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.config import TINY, Config, ServerConfig
+from pipeline.config import NO_MODEL, TINY, Config, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError, one_line
 from pipeline.inference.gpus import group_gpus, visible_gpus
@@ -60,6 +60,8 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
 
     Raises EngineError if no model can answer for this source on this machine, or the servers of --base-url do not.
     """
+    if not config.asks_model:
+        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "nothing is asked", _no_engine)
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
@@ -135,6 +137,10 @@ def max_pixels(path: str, revision: str | None = None) -> int | None:
             limit = settings.get("max_pixels") or (side if is_area or not side else side * side)
             return int(limit) if limit else None
     return None
+
+
+def _no_engine() -> Engine:
+    raise EngineError("a run without a model has a request to send", hint="please report this bug")
 
 
 def _model(config: Config) -> str:

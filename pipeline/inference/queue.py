@@ -18,7 +18,7 @@ from pipeline.inference.requests import (
     NO_RESULTS,
     build_requests,
     build_retry,
-    requests_per_sample,
+    requests_about,
     result_name,
     rounds,
 )
@@ -26,11 +26,11 @@ from pipeline.tables import ANNOTATION
 from pipeline.tasks import find_task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
-from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo
+from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 
 RESULT_MISSING = "result_missing"  # a task was not asked: another one that it needs has no reply that can be used
-Contexts = Mapping[str, Context]  # by sample id
-NO_CONTEXTS: Contexts = MappingProxyType({})
+TextsById = Mapping[str, SourceTexts]  # by sample id
+NO_TEXTS: TextsById = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -173,13 +173,13 @@ def ask_about(
     engine: Callable[[], Engine],
     journal: Journal,
     counts: RequestStats,
-    contexts: Contexts = NO_CONTEXTS,
+    texts: TextsById = NO_TEXTS,
     round_number: int = 0,
 ) -> Iterator[Engine]:
     """Send all requests about samples until the journal holds a reply to each; yield after each group of replies.
 
-    `revision` is that of the engine's weights; the engine is made only if a request must be sent. `contexts` are those of the
-    samples by their ids. `round_number` counts rounds (requests.rounds): a later one uses results of those before.
+    `revision` is that of the engine's weights; the engine is made only if a request must be sent. `texts` are what the source
+    says of the samples. `round_number` counts rounds (requests.rounds): a later one uses results of those before.
     """
     asked = rounds(config)[round_number]
 
@@ -187,9 +187,11 @@ def ask_about(
         for chunk in chunks:
             of_chunk: list[Request] = []
             for sample_id, images in chunk:
-                context = contexts.get(sample_id, ())
-                results = read_results(sample_id, config, revision, journal, context) if round_number else NO_RESULTS
-                of_chunk += build_requests(sample_id, images, config, revision, context, results, asked)
+                said = texts.get(sample_id, SourceTexts())
+                results = read_results(sample_id, config, revision, journal, said.context) if round_number else NO_RESULTS
+                wanted = requests_about(config, said)
+                now = [pair for pair in asked if pair in wanted]
+                of_chunk += build_requests(sample_id, images, config, revision, said.context, results, now)
             yield of_chunk
 
     return ask_all(requests(), config, engine, journal, counts)
@@ -214,25 +216,27 @@ def ask_all(
 
 
 def read_annotations(
-    samples: Iterable[Sequence[SampleInfo]], config: Config, revision: str, journal: Journal, contexts: Contexts = NO_CONTEXTS
+    samples: Iterable[Sequence[SampleInfo]], config: Config, revision: str, journal: Journal, texts: TextsById = NO_TEXTS
 ) -> Iterator[pa.Table]:
-    """Yield one table of annotations (tables.ANNOTATION) for each list of samples.
+    """Yield one table of annotations (tables.ANNOTATION) for each list of samples, those of people first.
 
     The journal must hold a reply to every request.
     """
     for chunk in samples:
         rows = []
-        for sample_id, pages, split, width_px, height_px in chunk:
-            context = contexts.get(sample_id, ())
-            results = read_results(sample_id, config, revision, journal, context)
+        for sample_id, pages, split, width_px, height_px, human in chunk:
+            said = texts.get(sample_id, SourceTexts())
+            results = read_results(sample_id, config, revision, journal, said.context)
             frame = Frame(width_px, height_px, config.generate.max_pixels)
-            requests = list(build_requests(sample_id, (), config, revision, context, results))
+            asked = requests_about(config, said)
+            requests = list(build_requests(sample_id, (), config, revision, said.context, results, asked))
+            rows += [row | {"pages": pages, "source_split": split} for row in human]
             for request in requests:
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
                 parsed = parse_reply(request, last[0], config.own_tasks, frame)
                 rows += [row | {"pages": pages, "source_split": split} for row in parsed]
-            rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, config, requests)]
+            rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, asked, requests)]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 
@@ -250,10 +254,10 @@ def read_results(sample_id: str, config: Config, revision: str, journal: Journal
     return results
 
 
-def _not_asked(sample_id: str, config: Config, requests: Sequence[Request]) -> Iterator[dict[str, object]]:
+def _not_asked(sample_id: str, wanted: Sequence[tuple[str, str]], requests: Sequence[Request]) -> Iterator[dict[str, object]]:
     """Yield rows that stand for tasks that were not asked about a sample, since a result that they need is missing."""
     asked = {(request.task, request.style) for request in requests}
-    for name, style in requests_per_sample(config) if config.own_tasks else ():
+    for name, style in wanted:
         if (name, style) not in asked:
             empty = {"request_id": "", "position": 0, "prompt_id": "", "reply_error": RESULT_MISSING}
             yield {"annotation_id": digest([sample_id, name]), "sample_id": sample_id, "task": name, "style": style, **empty}

@@ -16,7 +16,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.own import build_task
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, render
 from pipeline.text.language import language_name
-from pipeline.types import Context, Reply, Request, Sampling
+from pipeline.types import Context, Reply, Request, Sampling, SourceTexts
 
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
@@ -94,6 +94,21 @@ def check_prompts(config: Config) -> None:
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
     """Return the (task, style) pairs of the requests about every sample, in order; most tasks have the style ""."""
     return tuple((name, style) for name in config.tasks for style in _styles_of(config, name))
+
+
+def requests_about(config: Config, texts: SourceTexts) -> tuple[tuple[str, str], ...]:
+    """Return the (task, style) pairs of the requests about a sample, in order.
+
+    Where the model only fills what is missing, no caption is asked for an image that has one, and no question about one that
+    has any; but for captions that a task of the user's own needs.
+    """
+    asked = requests_per_sample(config)
+    if config.human_texts != "fill":
+        return asked
+    needed = {need for task in config.own_tasks for need in task.needs}
+    done = {"caption"} if texts.has_captions else set[str]()
+    done |= {"qa", "deck_qa"} if texts.has_questions else set()
+    return tuple(pair for pair in asked if pair[0] not in done or result_name(*pair) in needed)
 
 
 def _styles_of(config: Config, name: str) -> tuple[str, ...]:

@@ -76,7 +76,12 @@ def choose_image_kind(config: Config) -> ImageKind | None:
     if config.dedupe.images != "auto":
         return config.dedupe.images
     spec = find_source(config.source)
-    return "graphics" if spec.image_kind and asks_about_decks(config.tasks) else spec.image_kind
+    return "graphics" if spec.image_kind and holds_decks(config) else spec.image_kind
+
+
+def holds_decks(config: Config) -> bool:
+    """Return True if the samples of a source are decks, as far as its settings say."""
+    return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
 
 
 def is_divisible(config: Config) -> bool:
@@ -93,7 +98,7 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
         raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {spec.example}")
     source = spec.open(config, argument, part)
     tasks = with_source_defaults(config).tasks
-    if source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1):
+    if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content, supported = ("decks of pages", "deck_qa") if source.decks else ("single images", "caption,qa")
         problem = f"{config.source} holds {content}, and cannot be asked for {', '.join(tasks)}"
         raise ConfigError(problem, hint=f"pass --tasks {supported}")

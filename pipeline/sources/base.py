@@ -26,6 +26,7 @@ OPTIONS = {
         "states the license of its images, but --license was given",
         "--license goes with folder:PATH and parquet:PATH",
     ),
+    "captions": ("has its own captions, but --captions was given", "--captions goes with --source folder:PATH alone"),
     "split.group_by": ("has no folders of images, but --group-by was given", "--group-by goes with --source folder:PATH alone"),
     "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
 }

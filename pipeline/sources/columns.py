@@ -16,13 +16,14 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.sources.captions import read_question
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
-ROLES = ("image", "pages", "references", "split", CONTEXT)
+ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
@@ -62,9 +63,9 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 references = tuple(text for text in texts if isinstance(text, str) and text.strip())
                 stored, allow_urls = stored_split(row_split, split), config.allow_urls
                 context = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
-                yield build_sample(
-                    row_name, images, tables.licence, stored, allow_urls=allow_urls, references=references, context=context
-                )
+                asked = {"reference_qa": _questions(row, columns)} if "question" in columns else {}
+                more: dict[str, Any] = {"references": references, "context": context, **asked}
+                yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
 
     decks = "pages" in columns
     return Source(name=name, revision=tables.revision, rows=check_samples(rows()), count=count, decks=decks)
@@ -108,6 +109,8 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     if "references" not in mapping:
         texts = [name for name in _REFERENCE_NAMES if name in schema.names and _is_text(schema.field(name).type)]
         columns["references"] = texts[:1]
+    if ("question" in columns) != ("answer" in columns):
+        raise SourceError("questions need answers", hint="name both columns: --columns question=COLUMN,answer=COLUMN")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
@@ -184,6 +187,14 @@ def build_sample(
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))
     return RawSample(source_row=name, images=pages, licence=licence, fields={"split": split, **more})
+
+
+def _questions(row: dict[str, Any], columns: Columns) -> tuple[ReferenceQA, ...]:
+    """Return the questions of a row: one, with an answer or a list of them; or a list, with a list of as many answers."""
+    questions, answers = _listed(row[columns["question"][0]]), row[columns["answer"][0]]
+    of_each = answers if isinstance(answers, list) and isinstance(row[columns["question"][0]], list) else [answers]
+    pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, of_each, strict=False))
+    return tuple(question for pair in pairs if (question := read_question(pair)))
 
 
 def _listed(value: Any) -> list[Any]:

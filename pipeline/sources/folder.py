@@ -20,8 +20,9 @@ from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, first_names
+from pipeline.sources.captions import QUESTION, describe_unknown, match_images, read_captions, read_question
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
-from pipeline.types import ALL, Context, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
@@ -60,6 +61,8 @@ class References:
     """Captions and other texts beside images, by image path, with messages about what was not used."""
 
     captions: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    questions: dict[Path, tuple[ReferenceQA, ...]] = field(default_factory=dict)
+    splits: dict[Path, str] = field(default_factory=dict)  # of the images that a file of captions puts into one
     values: dict[Path, dict[str, str]] = field(default_factory=dict)  # of columns of metadata files that were asked for
     columns: set[str] = field(default_factory=set)  # of all metadata files
     files: set[Path] = field(default_factory=set)  # that they were read from
@@ -67,11 +70,18 @@ class References:
 
 
 def open_folder(
-    root: Path, part: SourceSlice = ALL, licence: str = UNKNOWN, columns: Sequence[str] = (), *, follow_links: bool = False
+    root: Path,
+    part: SourceSlice = ALL,
+    licence: str = UNKNOWN,
+    columns: Sequence[str] = (),
+    caption_files: Sequence[Path] = (),
+    *,
+    follow_links: bool = False,
 ) -> Source:
     """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none.
 
-    `columns` are those of metadata files that become the context; SourceError is raised for one that no file has.
+    `columns` are those of metadata files that become the context; SourceError is raised for one that no file has. The
+    `caption_files` say what people wrote about the images (sources/captions.py).
     Links to files outside of `root` are rejected, unless `follow_links` is set: their content would be published.
     """
     if not root.is_dir():
@@ -86,30 +96,66 @@ def open_folder(
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
     paths = [row for _, row in own if isinstance(row, Path)]
     bound = None if follow_links else root
-    references = read_references(root, paths, columns, follow_links=follow_links)
-    captions = references.captions
+    references = read_references(root, paths, columns, content.images, follow_links=follow_links)
+    _add_caption_files(references, caption_files, root, content.images)
+    has_questions = bool(references.questions)
     contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
     unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE}]
     if unknown and part == ALL:  # a slice may have no image beside the file that has the column
         known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
     contents = (
-        [name, _digest(row, bound), captions.get(row, ()), *([contexts[row]] if contexts else [])]
+        [
+            name,
+            _digest(row, bound),
+            references.captions.get(row, ()),
+            *([contexts[row]] if contexts else []),
+            *_more(references, row),
+        ]
         for name, row in own
         if isinstance(row, Path)
     )
+
+    def read(row: Path, name: str) -> RawSample | Rejected:
+        texts: dict[str, Any] = {"references": references.captions.get(row, ()), "context": contexts.get(row, ())}
+        if has_questions:
+            texts["reference_qa"] = references.questions.get(row, ())
+        return _read(row, bound, name, licence, **texts, split=references.splits.get(row))
+
     return Source(
         name="folder",
         revision=digest(list(contents)) if part == ALL else "",
-        rows=check_samples(
-            row
-            if isinstance(row, Rejected)
-            else _read(row, bound, name, licence, references=captions.get(row, ()), context=contexts.get(row, ()))
-            for name, row in own
-        ),
+        rows=check_samples(row if isinstance(row, Rejected) else read(row, name) for name, row in own),
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )
+
+
+def _more(references: References, path: Path) -> list[Any]:
+    """Return what the revision has of an image beside its captions: nothing where there is none, as in earlier releases."""
+    asked = [[one.question, one.answers, one.answer_type] for one in references.questions.get(path, ())]
+    split = references.splits.get(path)
+    return [*([asked] if asked else []), *([{"split": split}] if split else [])]
+
+
+def _add_caption_files(references: References, files: Sequence[Path], root: Path, images: Sequence[Path]) -> None:
+    """Add what files of captions say of the images of a folder. Raise SourceError if none of it is about them."""
+    by_name = {_row_name(path, root): path for path in images}
+    for file in files:
+        matched, unknown = match_images(read_captions(file.expanduser()), list(by_name))
+        if not matched:
+            hint = f"names as the images have them are looked for, such as {next(iter(by_name))}"
+            raise SourceError(f"{file} names no image of {root}; it names {first_names(unknown)}", hint=hint)
+        references.files.add(file)
+        references.messages += describe_unknown(file, unknown)
+        for name, about in matched.items():
+            path = by_name[name]
+            references.captions[path] = (*references.captions.get(path, ()), *about.captions)
+            references.questions[path] = (*references.questions.get(path, ()), *about.questions)
+            if about.split:
+                references.splits[path] = about.split
+    if not any(references.questions.values()):
+        references.questions.clear()
 
 
 def list_files(root: Path) -> FolderContent:
@@ -146,7 +192,10 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
     if references.captions:
         captioned = [references.captions[path] for path in content.images if path in references.captions]
         count, total = sum(map(len, captioned)), len(content.images)
-        yield f"captions beside images: {count:,} for {len(captioned):,} of {total:,} images"
+        yield f"captions of people: {count:,} for {len(captioned):,} of {total:,} images"
+    if references.questions:
+        asked = [references.questions[path] for path in content.images if references.questions.get(path)]
+        yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
     yield from references.messages
     if content.links:
         names = sorted(path.name for path in content.links)
@@ -171,15 +220,21 @@ def _describe_folders(content: FolderContent) -> list[str]:
 
 
 def read_references(
-    root: Path, paths: Sequence[Path], columns: Sequence[str] = (), *, follow_links: bool = False
+    root: Path,
+    paths: Sequence[Path],
+    columns: Sequence[str] = (),
+    among: Sequence[Path] | None = None,
+    *,
+    follow_links: bool = False,
 ) -> References:
-    """Return the captions beside the images, and their values of other `columns`.
+    """Return the captions beside the images, their values of other `columns`, and questions about all images `among` them.
 
     Raise SourceError if a metadata file or a row of it is unusable.
     """
-    references, captions, images = References(), dict[Path, list[str]](), set(paths)
+    images = set(paths if among is None else among)
+    references, captions = References(), dict[Path, list[str]]()
     bound, unread = None if follow_links else root, list[str]()
-    for folder in sorted({folder for path in paths for folder in path.parents if folder.is_relative_to(root)}):
+    for folder in sorted({folder for path in images for folder in path.parents if folder.is_relative_to(root)}):
         for file in (folder / name for name in METADATA_FILES):
             if file.is_file() or file.is_symlink():
                 references.files.add(file)
@@ -189,6 +244,9 @@ def read_references(
                     own = {name: as_text(row[name]) for name in columns if name in row}
                     references.values.setdefault(folder / str(row["file_name"]), {}).update(own)
                 references.messages += _add_captions(file, rows, captions, images)
+                for row in rows:
+                    if (question := read_question(row)) and (path := folder / str(row["file_name"])) in images:
+                        references.questions[path] = (*references.questions.get(path, ()), question)
     for path in paths:
         if (caption_file := path.with_suffix(".txt")).is_file():
             references.files.add(caption_file)
@@ -216,7 +274,7 @@ def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, l
         # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
         captions.setdefault(path, []).extend(str(text).encode("utf-8", "replace").decode() for text in values)
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
-    if rows and not any(column in row for row in rows for column in REFERENCE_NAMES):
+    if rows and not any(column in row for row in rows for column in (*REFERENCE_NAMES, QUESTION)):
         columns = ", ".join(str(name) for name in rows[0])
         messages.append(f"{file} gives no captions: they stand in {', '.join(REFERENCE_NAMES)}, and it has {columns}")
     return messages
@@ -275,7 +333,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
         hint = "a folder has files: --columns context=A,B names columns of metadata.csv for prompts"
         raise ConfigError(f"a folder has no column to be the {roles[0]}", hint=hint)
     folder, licence = Path(path).expanduser(), config.license or UNKNOWN
-    return open_folder(folder, part, licence, config.context, follow_links=config.follow_links)
+    return open_folder(folder, part, licence, config.context, config.captions, follow_links=config.follow_links)
 
 
 SPEC = SourceSpec(
@@ -287,5 +345,5 @@ SPEC = SourceSpec(
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
     open=_open,
-    options=frozenset({"columns", "split.group_by", "license", "follow_links"}),
+    options=frozenset({"columns", "captions", "split.group_by", "license", "follow_links"}),
 )

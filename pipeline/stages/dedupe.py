@@ -17,13 +17,13 @@ from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samp
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
-from pipeline.tables import BOOL, DEDUPED, FLOAT64, IMAGE_GROUPS, STRING, fields
+from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields
 from pipeline.text.content_keys import content_keys
 from pipeline.text.spelling import comparable_keys, key_remainders, merge_misspelled
 
 SCORES = ("agreement", "alignment", "hedge_count")  # what makes one annotation better than another
 IDS = ("annotation_id", "sample_id", "task", "content_key")
-TEXTS = pa.schema([ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_record"), *fields(FLOAT64, *SCORES)])
+TEXTS = pa.schema([ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_record", "is_human"), *fields(FLOAT64, *SCORES)])
 MISSPELLED = pa.schema({"wrong": STRING, "right": STRING})
 # Equal annotations have one hash, `words`.
 QUERY = """
@@ -60,7 +60,8 @@ WITH hashed AS (
 )
 SELECT row, other_group AS image_group, image_reason, near_duplicate_of, cluster, duplicate_of, reason FROM judged
 """
-BEST = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST, annotation_id"
+# What people wrote stays, whatever a model made of it.
+BEST = "is_human DESC, agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST, annotation_id"
 
 
 def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
@@ -112,11 +113,14 @@ def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
     available = rows.columns()
     scores = [name for name in SCORES if name in available]
-    for table in rows.batches("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_record", *scores):
+    for table in rows.batches(
+        "annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_record", "prompt_id", *scores
+    ):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
         # A record is compared as it is: its numbers have an order, and a label is no misspelled other one.
         table = table.append_column("content_key", pc.coalesce(table["clean_record"], content_keys(texts)))
         table = table.append_column("is_caption", pc.is_valid(table["clean_text"]))
+        table = table.append_column("is_human", pc.equal(table["prompt_id"], HUMAN))
         table = table.append_column("is_record", pc.is_valid(table["clean_record"]))
         for name in set(SCORES) - set(scores):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))

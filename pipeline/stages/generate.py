@@ -1,52 +1,102 @@
 """Stage: generate. Ask a model about every sample of a shard, and write its replies as annotations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import pyarrow.compute as pc
 
+from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import NO_CONTEXTS, Contexts, ask_about, read_annotations
-from pipeline.inference.requests import rounds
+from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
+from pipeline.inference.requests import requests_about, rounds
+from pipeline.sources import holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
-from pipeline.storage.files import write_table
-from pipeline.tables import ANNOTATION
-from pipeline.types import Engine, SampleInfo
+from pipeline.storage.files import read_batches, write_table
+from pipeline.tables import ANNOTATION, HUMAN
+from pipeline.tasks.human import human_annotations
+from pipeline.types import Engine, Sample, SampleInfo, SourceTexts
 
 
 def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -> None:
     """Ask what the journal of a shard does not hold yet, then write what all replies say (tables.ANNOTATION)."""
     samples, _ = require_stage(shard, "source")
-    requests, stats, progress = len(plan.requests), services.stats, services.progress
-    contexts = read_contexts(shard) if plan.config.context else NO_CONTEXTS
+    stats, progress = services.stats, services.progress
+    texts = read_source_texts(shard, plan.config)
+    requests_per_sample = count_wanted(shard, plan) / max(1, samples)
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
         def start_engine() -> Engine:
             engine = services.engine()
-            progress("generate", stats.done // requests, samples)  # the speed is measured from here on
+            progress("generate", int(stats.done / requests_per_sample), samples)  # the speed is measured from here on
             return engine
 
         for round_number in range(len(rounds(plan.config))):
             batches = sample_batches(shard)
-            for engine in ask_about(batches, plan.config, plan.revision, start_engine, journal, stats, contexts, round_number):
+            for engine in ask_about(batches, plan.config, plan.revision, start_engine, journal, stats, texts, round_number):
                 metrics = engine.metrics() | stats.metrics(plan.config.server)
-                progress("generate", stats.done // requests, samples, metrics)
+                progress("generate", int(stats.done / requests_per_sample), samples, metrics)
         progress("generate", samples, samples)
-        annotations = read_annotations(_sample_infos(shard), plan.config, plan.revision, journal, contexts)
+        annotations = read_annotations(_sample_infos(shard, plan.config), plan.config, plan.revision, journal, texts)
         write_table(shard.stage("generate"), annotations, ANNOTATION)
 
 
-def read_contexts(shard: DatasetDir) -> Contexts:
-    """Return the contexts of all samples of a shard by their ids."""
-    return {
-        sample_id: tuple(context or ())
-        for batch in read_samples(shard, ["sample_id", "context"])
-        for sample_id, context in zip(batch["sample_id"].to_pylist(), batch["context"].to_pylist(), strict=True)
-    }
+def as_row(sample: Sample) -> dict[str, Any]:
+    """Return a sample as a row of tables.SAMPLE."""
+    return {"sample_id": sample.id, **asdict(sample)}
 
 
-def _sample_infos(shard: DatasetDir) -> Iterator[list[SampleInfo]]:
-    for batch in read_samples(shard, ["sample_id", "images", "split", "width_px", "height_px"]):
+def kept_human_texts(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], ...]:
+    """Return the annotations of what people wrote about a sample (a row of tables.SAMPLE); none if it is only compared with."""
+    if not config.keeps_human_texts:
+        return ()
+    return human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), about_deck=holds_decks(config))
+
+
+def source_texts(row: Mapping[str, Any], config: Config) -> SourceTexts:
+    """Return what the source says of a sample (a row of tables.SAMPLE), as far as requests depend on it."""
+    tasks = {annotation["task"] for annotation in kept_human_texts(row, config)}
+    return SourceTexts(tuple(row["context"] or ()), "caption" in tasks, bool(tasks - {"caption"}))
+
+
+def read_source_texts(shard: DatasetDir, config: Config) -> TextsById:
+    """Return what the source says of all samples of a shard."""
+    if not config.context and config.human_texts != "fill":
+        return NO_TEXTS
+    batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa"])
+    return {row["sample_id"]: source_texts(row, config) for batch in batches for row in batch.to_pylist()}
+
+
+def count_wanted(shard: DatasetDir, plan: RunPlan) -> int:
+    """Return the number of requests that the samples of a shard are to be asked."""
+    if plan.config.human_texts != "fill":
+        return require_stage(shard, "source")[0] * len(plan.requests)
+    return sum(len(requests_about(plan.config, texts)) for texts in read_source_texts(shard, plan.config).values())
+
+
+def count_asked(shard: DatasetDir) -> int:
+    """Return the number of requests that a shard's annotations are of: those of one request are adjacent."""
+    count, last = 0, None
+    for table in read_batches(shard.stage("generate"), ["sample_id", "task", "style", "prompt_id"]):
+        by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
+        if not by_model.num_rows:
+            continue
+        keys = pc.binary_join_element_wise(*by_model.columns, " ").combine_chunks()
+        count += (pc.sum(pc.not_equal(keys[1:], keys[:-1])).as_py() or 0) + (keys[0].as_py() != last)
+        last = keys[-1].as_py()
+    return count
+
+
+def _sample_infos(shard: DatasetDir, config: Config) -> Iterator[list[SampleInfo]]:
+    texts = ["references", "reference_qa"] if config.keeps_human_texts else []
+    for batch in read_samples(shard, ["sample_id", "images", "split", "width_px", "height_px", *texts]):
         pages = pc.list_value_length(batch["images"]).to_pylist()
-        columns = (batch[name].to_pylist() for name in ("split", "width_px", "height_px"))
-        yield [SampleInfo(*values) for values in zip(batch["sample_id"].to_pylist(), pages, *columns, strict=True)]
+        rows = batch.drop_columns(["images"]).to_pylist()
+        yield [sample_info(row, count, config) for row, count in zip(rows, pages, strict=True)]
+
+
+def sample_info(row: Mapping[str, Any], pages: int, config: Config) -> SampleInfo:
+    """Return what the annotations of a sample (a row of tables.SAMPLE) are read with."""
+    human = kept_human_texts(row, config)
+    return SampleInfo(row["sample_id"], pages, row["split"], row["width_px"], row["height_px"], human)

@@ -25,7 +25,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("source: scenes\ngenerate: {temprature: 1}\n", "unknown config key: generate.temprature"),
         ("source: scenes\nlimit: 0\n", "bad value for limit"),
         ("source: scenes\ngenerate: {caption_styles: [A poem]}\n", "bad value for generate.caption_styles"),
-        ("source: scenes\ntasks: []\n", "bad value for tasks"),
+        ("source: scenes\ntasks: []\n", "no task is asked and no text of people is kept"),
         ("source: scenes\ntasks: [caption, caption]\n", "named twice"),
         ("- a\n", "must hold keys and values"),
         ("a: [\n", "is not YAML"),

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import TrainError
+from trainer.config import usual_texts
 from trainer.data import batches, count_words, limit_captions, limit_images, most_common, read_examples
 from trainer.tokenizer import TargetText
 
@@ -37,6 +38,32 @@ def test_the_texts_of_the_model_those_of_people_or_both() -> None:
     for mixture, expected in (("synthetic", synthetic), ("human", human), ("mixed", synthetic | human)):
         (example,) = read_examples(table({}), IMAGES, mixture)  # type: ignore[arg-type]
         assert set(example.texts) == expected
+
+
+def test_texts_of_people_that_went_through_all_stages_are_learned_in_place_of_the_references() -> None:
+    kept = {"text": "One ring.", "style": "human", "prompt_id": "human"}
+    asked = {"question": "What?", "answer": "ring", "answer_type": "other", "prompt_id": "human"}
+    row = {"captions": [*ROW["captions"], kept], "qa": [{**ROW["qa"][0], "prompt_id": "p"}, asked]}
+    rejected = {"sample_id": "b", "captions": [], "qa": [], "references": ["x"]}
+    human = {TargetText("human", "One ring.", style="brief"), TargetText("human", "ring", question="What?")}
+    synthetic = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
+    for mixture, expected in (("synthetic", synthetic), ("human", human), ("mixed", synthetic | human)):
+        examples = read_examples(table(row, rejected), IMAGES | {"b": b"x"}, mixture)  # type: ignore[arg-type]
+        assert [set(example.texts) for example in examples] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("measured", "model", "expected"),
+    [
+        ({}, "m", "synthetic"),
+        ({"human_captions": 3}, "none", "human"),
+        ({"human_captions": 3}, "m", "mixed"),
+    ],
+)
+def test_a_version_says_whose_texts_are_learned_unless_the_user_does(
+    measured: dict[str, int], model: str, expected: str
+) -> None:
+    assert usual_texts({"measured": measured, "model": {"name": model}}) == expected
 
 
 def test_questions_can_be_left_out_of_learning_and_are_still_there_to_score() -> None:

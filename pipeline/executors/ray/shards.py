@@ -124,6 +124,7 @@ def named_files(config: Config) -> dict[str, Any]:
     return {
         "prompts": prompt_texts(asked_tasks(config), generate.prompt_dir, generate.prompt_version, generate.style_prompts),
         "split_list": file_digest(config.split_list) if config.split_list and config.split_list.exists() else None,
+        **({"captions": [file_digest(path) for path in config.captions if path.exists()]} if config.captions else {}),
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,
     }

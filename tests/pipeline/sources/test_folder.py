@@ -230,7 +230,7 @@ def test_captions_beside_images_are_counted(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.JPG", "title": "Blue"}\n')
     source = open_folder(tmp_path)
     assert source.messages[:3] == (
-        "captions beside images: 3 for 2 of 3 images",
+        "captions of people: 3 for 2 of 3 images",
         f"{tmp_path}/metadata.jsonl gives no captions: they stand in text, caption, captions, description, "
         "and it has file_name, title",
         f"{tmp_path}/b/metadata.csv names 1 images that are not here: gone.png",

@@ -16,14 +16,16 @@ from pipeline.text.spelling import equal_but_for_spelling, merge_misspelled
 from tests.stage_runs import run_stage
 
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text")]
+    [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "prompt_id", "clean_text")]
     + [("clean_question", pa.string()), ("agreement", pa.float64()), ("alignment", pa.float64()), ("hedge_count", pa.int32())]
 )
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
     """Return rows named by their position, each of its own sample unless the row gives one."""
-    defaults = [{"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "task": "caption"} for n in range(len(rows))]
+    defaults = [
+        {"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "task": "caption", "prompt_id": "p"} for n in range(len(rows))
+    ]
     return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=SCHEMA)
 
 
@@ -82,6 +84,15 @@ def test_a_caption_and_a_question_are_not_duplicates() -> None:
 def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
     reason_of = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
     assert list(reason_of.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
+
+
+def test_of_equal_captions_that_of_a_person_stays() -> None:
+    by_model: dict[str, Any] = {"sample_id": "s", "clean_text": "A red ring", "agreement": 1.0}
+    by_person: dict[str, Any] = {"sample_id": "s", "clean_text": "a red ring!", "prompt_id": "human"}
+    for rows in ([by_model, by_person], [by_person, by_model]):
+        found = deduped(table(*rows))
+        kept = [row["prompt_id"] for row in found.to_pylist() if row["reason"] is None]
+        assert kept == ["human"]
 
 
 @pytest.mark.parametrize(

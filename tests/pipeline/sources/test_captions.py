@@ -1,0 +1,170 @@
+"""Files of captions that people wrote: each common form is read, names find their images, and bad files are one error."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import SourceError
+from pipeline.sources import captions
+from pipeline.sources.captions import Written, match_images, read_captions
+from pipeline.sources.folder import open_folder
+from pipeline.types import Sample, SourceSlice
+
+COCO = {
+    "info": {},
+    "images": [{"id": 9, "file_name": "000009.jpg"}, {"id": 12, "file_name": "000012.jpg"}],
+    "annotations": [
+        {"image_id": 9, "id": 1, "caption": "A dog."},
+        {"image_id": 12, "id": 2, "caption": "A cat. "},
+        {"image_id": 9, "id": 3, "caption": "A brown dog."},
+    ],
+}
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {"filename": "000009.jpg", "split": "restval", "sentences": [{"raw": "A dog."}, {"raw": "A brown dog."}]},
+        {"filename": "000012.jpg", "split": "val", "sentences": [{"raw": "A cat."}]},
+    ],
+}
+FORMS = {
+    "coco.json": json.dumps(COCO),
+    "karpathy.json": json.dumps(KARPATHY),
+    "object.json": json.dumps({"000009.jpg": ["A dog.", "A brown dog."], "000012.jpg": "A cat."}),
+    "list.json": json.dumps(
+        [{"image": "000009.jpg", "captions": ["A dog.", "A brown dog."]}, {"image": "000012.jpg", "text": "A cat."}]
+    ),
+    "rows.jsonl": '{"file_name": "000009.jpg", "text": "A dog."}\n{"file_name": "000012.jpg", "text": "A cat."}\n\n'
+    '{"file_name": "000009.jpg", "text": "A brown dog."}\n',
+    "token.txt": "000009.jpg#0\tA dog.\n000009.jpg#1\tA brown dog.\n000012.jpg#0\tA cat.\n",
+    "flickr8k.txt": "image,caption\n000009.jpg,A dog.\n000009.jpg,A brown dog.\n000012.jpg,A cat.\n",
+    "flickr30k.csv": "image_name| comment_number| comment\n000009.jpg| 0| A dog.\n000009.jpg| 1| A brown dog.\n"
+    "000012.jpg| 0| A cat.\n",
+    "sheet.csv": '\ufeffFile_Name;Caption\n000009.jpg;A dog.\n000009.jpg;"A brown dog."\n000012.jpg;A cat.\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_each_common_form_says_the_same(tmp_path: Path, name: str, suffix: str) -> None:
+    path = tmp_path / f"{name}{suffix}"
+    text = FORMS[name].encode()
+    path.write_bytes(gzip.compress(text) if suffix else text)
+    written = read_captions(path)
+    assert {image: about.captions for image, about in written.items()} == {
+        "000009.jpg": ["A dog.", "A brown dog."],
+        "000012.jpg": ["A cat."],
+    }
+    splits = [about.split for about in written.values()]
+    assert splits == (["train", "validation"] if name == "karpathy.json" else [None, None])
+
+
+def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
+    rows = [
+        {"image": "1", "question": "Is it a dog?", "answer": "yes", "answer_type": "yes/no"},
+        {"image": "1", "question": "What is it?", "answers": ["dog", {"answer": "a dog", "answer_id": 2}, "dog"]},
+        {"image": "2", "question": "How many?", "answer": 2},
+        {"image": "2", "question": "Why?", "answer": ""},
+    ]
+    (tmp_path / "vqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    written = read_captions(tmp_path / "vqa.jsonl")
+    first, second = written["1"].questions
+    assert (first.question, first.answers, first.answer_type) == ("Is it a dog?", ("yes",), "yes/no")
+    assert second.answers == ("dog", "a dog", "dog")
+    assert [one.answers for one in written["2"].questions] == [("2",)]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "has no caption and no question"),
+        (b"{}", "has no caption and no question"),
+        (b"[1]", "cannot read"),
+        (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]}', "KeyError"),
+        (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "has no caption"),
+        (b"caption\nA dog.\n", "a row names no image"),
+        (b"a.jpg#0\tA dog.\nA cat.\n", "not of the form NAME#0"),
+        (b"\xff\xfe\x00", "codec can"),
+        (b"[" * 100_000, "cannot read"),
+        (b'{"a.jpg": "x"\n', "cannot read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, data: bytes, problem: str) -> None:
+    (tmp_path / "c.json").write_bytes(data)
+    with pytest.raises(SourceError, match=problem):
+        read_captions(tmp_path / "c.json")
+
+
+def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "MAX_METADATA_BYTES", 10_000)
+    (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b" " * 1_000_000))
+    with pytest.raises(SourceError, match="unpacks to more than"):
+        read_captions(tmp_path / "bomb.json.gz")
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(FORMS["coco.json"].encode())[:-9])
+    with pytest.raises(SourceError, match="cannot read"):
+        read_captions(tmp_path / "cut.json.gz")
+
+
+def test_names_find_their_image_by_path_by_name_by_stem_or_by_number() -> None:
+    images = ["a/COCO_val2014_000000000007.jpg", "a/dog.png", "b/dog.png", "b/cat 1.png"]
+    names = ["./b/dog.png", "elsewhere/cat 1.png", "cat 1", "7", "dog", "dog.png", "gone.jpg"]
+    matched, unknown = match_images({name: Written([name]) for name in names}, images)
+    assert {image: about.captions for image, about in matched.items()} == {
+        "b/dog.png": ["./b/dog.png"],
+        "b/cat 1.png": ["elsewhere/cat 1.png", "cat 1"],
+        "a/COCO_val2014_000000000007.jpg": ["7"],
+    }
+    assert unknown == ["dog", "dog.png", "gone.jpg"]  # of two images of one name neither is meant
+
+
+def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (9, 12, 13):
+        Image.new("RGB", (8, number), "red").save(folder / f"{number:06}.jpg")
+    (folder / "000013.txt").write_text("A bird.\n")
+    (tmp_path / "karpathy.json").write_text(FORMS["karpathy.json"])
+    (tmp_path / "vqa.jsonl").write_text(
+        '{"image": "12", "question": "Is it a cat?", "answer": "yes"}\n{"image": 99, "text": "x"}'
+    )
+    files = [tmp_path / "karpathy.json", tmp_path / "vqa.jsonl"]
+    source = open_folder(folder, caption_files=files)
+    assert source.messages == (
+        "captions of people: 4 for 3 of 3 images",
+        "questions of people: 1 about 1 of 3 images",
+        f"{tmp_path}/vqa.jsonl names 1 images that are not here: 99",
+    )
+    rows = {row.source_row: row for row in source.rows if isinstance(row, Sample)}
+    assert [(row.references, row.split) for row in rows.values()] == [
+        (("A dog.", "A brown dog."), "train"), (("A cat.",), "validation"), (("A bird.",), None)
+    ]  # fmt: skip
+    asked = [[pair.question for pair in row.reference_qa or ()] for row in rows.values()]
+    assert asked == [[], ["Is it a cat?"], []]
+    slices = (open_folder(folder, SourceSlice(n, 2), caption_files=files).rows for n in range(2))
+    assert {row.source_row: row for part in slices for row in part if isinstance(row, Sample)} == rows
+    plain = open_folder(folder)
+    assert all(row.reference_qa is None for row in plain.rows if isinstance(row, Sample))  # as in earlier releases
+    assert len({source.revision, plain.revision, open_folder(folder, caption_files=files[:1]).revision}) == 3
+
+
+def test_questions_of_a_metadata_file_are_read_in_every_slice(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,question,answer\n1.png,Is it red?,yes\n1.png,Is it blue?,no\n")
+    whole = {row.source_row: row.reference_qa for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
+    assert {name: [pair.answers for pair in asked or ()] for name, asked in whole.items()} == {
+        "0.png": [], "1.png": [("yes",), ("no",)], "2.png": []
+    }  # fmt: skip
+    assert None not in whole.values()
+    slices = (open_folder(tmp_path, SourceSlice(n, 3)).rows for n in range(3))
+    assert {row.source_row: row.reference_qa for part in slices for row in part if isinstance(row, Sample)} == whole
+
+
+def test_a_file_about_other_images_is_an_error(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "c.json").write_text(FORMS["coco.json"])
+    with pytest.raises(SourceError, match=r"names no image of .*it names 000009\.jpg, 000012\.jpg") as caught:
+        open_folder(tmp_path, caption_files=[tmp_path / "c.json"])
+    assert "a.png" in str(caught.value.hint)

@@ -1,0 +1,60 @@
+"""Texts of people become annotations like those of a model, with the most frequent answer and a fitting type."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.tables import ANNOTATION
+from pipeline.tasks import find_broken_rule, find_task
+from pipeline.tasks.human import human_annotations
+
+
+def asked(question: str, *answers: str, kind: str | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "question": question, "answers": list(answers), "answer_type": kind, "evidence_pages": None, "expression": None, **more
+    }  # fmt: skip
+
+
+def test_captions_and_questions_become_annotations_of_the_usual_tasks() -> None:
+    rows = human_annotations(
+        "s", ["A dog\n runs. ", " ", "A dog runs."], [asked("is it a dog", "yes", "no", "yes", kind="yes/no")]
+    )
+    assert [(row["task"], row["style"], row["position"], row.get("text")) for row in rows] == [
+        ("caption", "human", 0, "A dog runs."),
+        ("caption", "human", 1, "A dog runs."),
+        ("qa", "", 0, None),
+    ]
+    assert (rows[2]["question"], rows[2]["answer"], rows[2]["answer_type"]) == ("is it a dog?", "yes", "yes/no")
+    assert {row["prompt_id"] for row in rows} == {"human"}
+    assert len({row["annotation_id"] for row in rows}) == len(rows)
+    assert set().union(*rows) <= {*ANNOTATION.names}
+
+
+@pytest.mark.parametrize(
+    ("pair", "answer", "kind"),
+    [
+        (asked("How many?", "2", "3", "3"), "3", "number"),
+        (asked("What time is it?", "5,30 %"), "5,30 %", "number"),
+        (asked("Is it?", "Yes."), "yes", "yes/no"),
+        (asked("Is it?", "white", kind="yes/no"), "white", "other"),
+        (asked("What is it?", "no", kind="other"), "no", "yes/no"),
+        (asked("What is it?", "a", "b", kind="unknown"), "a", "other"),
+    ],
+)
+def test_the_type_of_a_question_fits_its_answer(pair: dict[str, Any], answer: str, kind: str) -> None:
+    (row,) = human_annotations("s", [], [pair])
+    assert (row["answer"], row["answer_type"]) == (answer, kind)
+    assert find_broken_rule(find_task("qa"), row) is None
+
+
+def test_a_question_without_an_answer_is_left_out() -> None:
+    assert not human_annotations("s", [], [asked("Is it?"), asked("Is it?", " ")])
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer", "kind"), [("1 + 2", "3", "arithmetic"), (None, "3", "number"), ("", "Ohm", "span")]
+)
+def test_questions_about_a_deck_are_of_its_own_task(expression: str | None, answer: str, kind: str) -> None:
+    (row,) = human_annotations("s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], about_deck=True)
+    assert (row["task"], row["answer_type"], row["expression"]) == ("deck_qa", kind, expression or "")
+    assert find_broken_rule(find_task("deck_qa"), row, 2) is None

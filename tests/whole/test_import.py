@@ -1,0 +1,197 @@
+"""Captions that people wrote: to a version and a captioner without a model, or beside those of a model that fills the rest."""
+
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_dataset
+
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import SYNTH
+
+COUNT = 16
+NAMES = "amber birch cedar delta ember fjord grove heron inlet jetty knoll larch marsh north ocean pearl"
+WORDS = NAMES.split()
+
+
+def caption_of(number: int) -> str:
+    return f"A {WORDS[number]} bowl stands beside two {WORDS[-number]} cups on a table."
+
+
+class Model:
+    """A model that captions and asks; it says of one image what a person says of it, too."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.images: dict[str, set[str]] = {"caption": set(), "qa": set()}
+
+    def __call__(self, times: int, body: dict[str, Any]) -> Act:
+        task = body["response_format"]["json_schema"]["name"]
+        self.asked[task] += 1
+        self.images[task].add(uuid_of(body))
+        word = WORDS[self.asked[task] % COUNT]
+        if task == "qa":
+            return Act(json.dumps({"qa": [{"answer_type": "other", "question": f"Where is the {word} bowl?", "answer": word}]}))
+        same = self.asked[task] <= 2 * COUNT and "plain" in str(body)
+        return Act(
+            json.dumps({"caption": caption_of(0) if same else f"The {word} bowl is near the window, {uuid_of(body)[:5]}."})
+        )
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def server(model: Model) -> Iterator[ChatServer]:
+    with running_chat(ChatServer(model)) as chat:
+        yield chat
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of pictures; a file in COCO's form has two captions of each with an even number, another one a question."""
+    (tmp_path / "photos").mkdir()
+    images, annotations, asked = [], [], []
+    for number in range(COUNT):
+        photo(number).save(tmp_path / "photos" / f"{number:02}.png")
+        images.append({"id": number, "file_name": f"{number:02}.png"})
+        if number % 2 == 0:
+            texts = (caption_of(number), f"Somebody has put a {WORDS[number]} bowl there.")
+            annotations += [{"image_id": number, "id": number, "caption": text} for text in texts]
+            asked.append({"image_id": number, "question": f"is the {WORDS[number]} bowl full", "answers": ["yes", "no", "yes"]})
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "vqa.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    return tmp_path
+
+
+def synth(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(SYNTH), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def made(folder: Path, command: str, *arguments: str, captions: str = "coco.json") -> dict[str, Any]:
+    options = ("--source", "folder:photos", "--captions", captions, "--out", "d", "--json")
+    result: dict[str, Any] = json.loads(synth(folder, command, *options, *arguments).stdout)
+    return result
+
+
+def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    loaded = load_dataset(str(folder / result["path"]))
+    return {row["source_row"]: row for part in loaded.values() for row in part.remove_columns(["image"])}
+
+
+def test_captions_and_questions_of_people_become_a_version_and_a_captioner_without_a_model(photos: Path) -> None:
+    result = made(photos, "import", "--captions", "vqa.jsonl")
+    assert result["requests"] == {"asked": 0, "total": 0, "flaws": {}}
+    assert result["stages"]["validate"]["input"] == 3 * COUNT // 2
+    assert result["stages"]["version"]["rejected"] == {"no_annotation_left": COUNT // 2}
+    rows = rows_of(photos, result)
+    assert [*rows] and {int(name[:2]) % 2 for name in rows} == {0} and len(rows) == COUNT // 2
+    texts = [caption["text"] for caption in rows["02.png"]["captions"]]
+    assert sorted(texts) == sorted(rows["02.png"]["references"]) and len(texts) == 2
+    assert {(one["style"], one["prompt_id"]) for row in rows.values() for one in row["captions"]} == {("human", "human")}
+    ((asked,),) = [row["qa"] for name, row in rows.items() if name == "04.png"]
+    assert (asked["question"], asked["answer"], asked["answer_type"]) == ("is the ember bowl full?", "yes", "yes/no")
+    manifest = json.loads((photos / result["path"] / "manifest.json").read_text())
+    assert manifest["model"] == {"name": "none", "revision": "none"} and not manifest["prompts"]
+    assert (manifest["measured"]["human_captions"], manifest["measured"]["human_questions"]) == (COUNT, COUNT // 2)
+    card = (photos / result["path"] / "README.md").read_text()
+    assert "were written by people" in card and "machine-generated" not in card
+    assert "- visual-question-answering" in card and "- image-to-text" in card
+    again = made(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
+    assert (again["is_new"], again["digest"]) == (False, result["digest"])
+    trained = synth(photos, "train", "--data", "d", "--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
+    assert "texts of people" in trained.stderr
+    metrics = json.loads((photos / "captioner/metrics.json").read_text())
+    assert metrics["data"]["texts"] == "human" and metrics["against"] == "references of the source"
+
+
+def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path, server: ChatServer, model: Model) -> None:
+    options = ("--base-url", server.url, "--styles", "detailed", "--captions", "vqa.jsonl")
+    imported = made(photos, "import", "--captions", "vqa.jsonl")
+    result = made(photos, "generate", *options, "--only-missing")
+    rows = rows_of(photos, result)
+    without = {row["sample_id"] for name, row in rows.items() if int(name[:2]) % 2}
+    assert len(without) == COUNT // 2
+    assert model.images == {"caption": without, "qa": without} and model.asked == {"caption": COUNT // 2, "qa": COUNT // 2}
+    assert result["stages"]["generate"]["kept"] == COUNT
+    for name, row in rows.items():
+        by_people = {one["prompt_id"] for one in (*row["captions"], *row["qa"])} == {"human"}
+        assert by_people == (int(name[:2]) % 2 == 0)
+    before = rows_of(photos, imported)
+    assert {name: rows[name] for name in before} == before  # what people wrote is as it was
+    card = (photos / result["path"] / "README.md").read_text()
+    assert f"**{COUNT} captions and {COUNT // 2} questions were written by people**" in card
+    assert "All others are machine-generated" in card
+    made(photos, "generate", *options, "--only-missing")
+    assert model.asked.total() == COUNT  # nothing is asked twice
+    both = made(photos, "generate", *options, "--keep-human")
+    assert model.asked.total() == 2 * COUNT  # the replies that are there are used
+    assert {len({one["prompt_id"] for one in row["captions"]}) for row in rows_of(photos, both).values()} == {1, 2}
+
+
+def test_questions_alone_leave_the_captions_to_the_model(photos: Path, server: ChatServer, model: Model) -> None:
+    options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
+    result = made(photos, "generate", *options, captions="vqa.jsonl")
+    assert model.asked == {"caption": COUNT, "qa": COUNT // 2}
+    assert result["stages"]["generate"]["kept"] == COUNT + COUNT // 2
+
+
+def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(photos: Path, server: ChatServer) -> None:
+    (photos / "one.jsonl").write_text(json.dumps({"file_name": "03.png", "caption": caption_of(0)}))
+    options = ("--base-url", server.url, "--styles", "plain", "--tasks", "caption", "--keep-human")
+    result = made(photos, "generate", *options, captions="one.jsonl")
+    assert result["stages"]["dedupe"]["rejected"]["duplicate"] == 1
+    (kept,) = rows_of(photos, result)["03.png"]["captions"]
+    assert (kept["text"], kept["prompt_id"]) == (caption_of(0), "human")
+
+
+def test_an_own_task_gets_the_captions_that_it_needs_also_where_people_wrote_some(
+    photos: Path, server: ChatServer, model: Model
+) -> None:
+    (photos / "short.yaml").write_text(
+        "name: short\nkind: text\nneeds: [detailed]\nprompt: 'Shorten: {{ results.detailed }}'\n"
+        "output: {type: object, properties: {caption: {type: string}}, required: [caption], additionalProperties: false}\n"
+    )
+    model.images["short"] = set()
+    options = ("--base-url", server.url, "--styles", "detailed", "--tasks", "caption", "--task", "short.yaml", "--only-missing")
+    made(photos, "generate", *options)
+    assert model.asked == {"caption": COUNT, "short": COUNT}
+
+
+def test_images_without_any_caption_are_one_clear_error(photos: Path) -> None:
+    done = synth(photos, "import", "--source", "folder:photos", "--out", "d", code=1)
+    assert "folder:photos has no caption and no question that people wrote" in done.stderr and "--captions FILE" in done.stderr
+    done = synth(photos, "import", "--source", "scenes", "--captions", "coco.json", "--out", "e", code=1)
+    assert "source scenes has its own captions, but --captions was given" in done.stderr
+    done = synth(
+        photos, "generate", "--source", "folder:photos", "--captions", "gone.json", "--tasks", "none", "--out", "d", code=1
+    )
+    assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_manifest_asks_for_the_captions_that_its_version_was_made_of(photos: Path) -> None:
+    result = made(photos, "import")
+    manifest = f"{result['path']}/manifest.json"
+    done = synth(photos, "generate", "--source", "folder:photos", "--config", manifest, "--out", "e", code=1)
+    assert "was made with a file of its maker: captions" in done.stderr
+    again = synth(
+        photos, "generate", "--source", "folder:photos", "--config", manifest, "--captions", "coco.json", "--out", "e", "--json"
+    )
+    assert json.loads(again.stdout)["digest"] == result["digest"]
