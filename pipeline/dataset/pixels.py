@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.dataset.builder import RowWriter, with_split
+from pipeline.dataset.builder import RowWriter, file_schema, with_split
+from pipeline.dataset.conversation import reader_columns
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, publish, read_version
 from pipeline.errors import StoreError
@@ -53,9 +53,9 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
             problem = f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}"
             hint = "sample_id is the sha256 of an image's file: the very files are needed, unchanged"
             raise StoreError(problem, hint=hint)
-        schema = pq.read_schema(draft / next(iter(files)))
-        joined = {"columns": schema.names, "features": features(schema), "files": files, "pixels": "joined"}
-        joined["image_metadata"] = REMOVED
+        described = {"columns": writer.columns, "features": features(file_schema(writer.columns, extras))}
+        joined = {**described, "files": files, "pixels": "joined", "image_metadata": REMOVED}
+        joined |= {"reader_columns": reader_columns(writer.columns)}
         write_json(draft / MANIFEST, version.manifest | joined)
         for name in (LEDGER_FILE, CARD_FILE):
             shutil.copy(version.path / name, draft / name)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
+from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.tables import PIXELS, ROW, SCORE_NAMES, SPLITS, arrow_type_of
 
 MAX_NAME = 1000  # characters
@@ -92,6 +93,7 @@ class Manifest(_Part):
     scores: list[Name] = []
     context: list[Name] = []
     own_columns: dict[OwnColumnName, OwnColumnEntry] = {}
+    reader_columns: list[Name] = []
     acknowledged: list[Name] = []
     review: dict[Name, Count] = {}
 
@@ -111,6 +113,8 @@ class Manifest(_Part):
         unknown += [name for name in self.pixel_columns if name not in PIXELS]
         if unknown or len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
             raise ValueError(f"has other columns than a version: {(unknown or self.columns)[0]!r}")
+        if strange := [name for name in self.reader_columns if name not in READER_COLUMNS.names or name not in self.features]:
+            raise ValueError(f"has a column for readers that is unknown here: {strange[0]!r}")
         if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
             raise ValueError("has a context that is not that of its columns")
         if strange := [name for name in self.scores if name not in SCORE_NAMES]:

@@ -45,6 +45,7 @@ class DatasetStatistics:
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type
     scores: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))  # by name (tables.SCORES)
     repaired: int = 0  # captions
+    without_text: int = 0  # rows that have values of own tasks alone
     human_captions: int = 0
     human_questions: int = 0
     values: Counter[str] = field(default_factory=Counter)  # images with a value of an own task, by task
@@ -57,6 +58,7 @@ class DatasetStatistics:
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Count rows of a version."""
         for row in rows:
+            self.without_text += not row["captions"] and not row["qa"]
             for caption in row["captions"]:
                 self.words[caption["style"]].add(len(_WORD.findall(caption["text"])))
                 self.repaired += caption["prompt_id"].startswith(f"{REPAIR.name}/")
@@ -92,6 +94,7 @@ class DatasetStatistics:
             },
             "scores": {name: {"mean": mean.value, "count": mean.count} for name, mean in sorted(self.scores.items())},
             "repaired_captions": self.repaired,
+            "rows_without_text": self.without_text,
             "human_captions": self.human_captions,
             "human_questions": self.human_questions,
             "own_tasks": {

@@ -15,23 +15,16 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from pipeline.dataset.conversation import turns
 from pipeline.export.items import Item
 from pipeline.tasks.boxes import BOX_FIELDS
 
 SHARD_BYTES = 500_000_000  # of a tar file, before the next one begins
-QUESTIONS = {  # that the captions of a style answer, in a conversation
-    "plain": "Describe this image in one sentence.",
-    "brief": "Describe this image briefly.",
-    "detailed": "Describe this image in detail.",
-    "alt": "Write alternative text for this image.",
-    "tags": "List tags for this image.",
-    "ocr": "What text can be read in this image?",
-}
 
 
 class Format(Protocol):
@@ -180,11 +173,11 @@ class Llava(_Format):
 
     def add(self, item: Item) -> bool:
         """See Format."""
-        turns = [*_turns(item, self.captions(item))]
-        if not turns:
+        asked = [*turns(self.captions(item), item.questions)]
+        if not asked:
             return False
         conversation = []
-        for number, (question, answer) in enumerate(turns):
+        for number, (question, answer) in enumerate(asked):
             image = "<image>\n" if number == 0 else ""
             conversation += [{"from": "human", "value": f"{image}{question}"}, {"from": "gpt", "value": answer}]
         entry = {"id": item.name, "image": self.put_image(item, "images"), "conversations": conversation}
@@ -204,11 +197,11 @@ class ShareGpt(_Format):
 
     def add(self, item: Item) -> bool:
         """See Format."""
-        turns = [*_turns(item, self.captions(item))]
-        if not turns:
+        asked = [*turns(self.captions(item), item.questions)]
+        if not asked:
             return False
         messages = []
-        for number, (question, answer) in enumerate(turns):
+        for number, (question, answer) in enumerate(asked):
             image = "<image>" if number == 0 else ""
             messages += [{"role": "user", "content": f"{image}{question}"}, {"role": "assistant", "content": answer}]
         self.line(f"{item.split}.jsonl", {"messages": messages, "images": [self.put_image(item, "images")]})
@@ -285,13 +278,6 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "coco": Coco,
     "csv": Csv,
 }
-
-
-def _turns(item: Item, captions: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield what a user asks and an assistant answers: for each caption, then the questions about the image."""
-    for style, text in captions:
-        yield QUESTIONS.get(style, f"Write a caption of this image in the style {style}."), text
-    yield from item.questions
 
 
 def _json(value: Any) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.dataset.conversation import preferred_caption
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image
-from pipeline.tables import HUMAN, SPLITS
+from pipeline.tables import SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
-PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # of which one caption is taken where a format has room for one
 _ID = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: of cameras, several JPEGs in one file; other formats have their own name
 
@@ -45,9 +45,7 @@ class Item:
         """Return the caption of a style, or without one the preferred caption; None if there is none."""
         if style:
             return next((text for of, text in self.captions if of == style), None)
-        by_style = dict(reversed(self.captions))
-        named = next((by_style[name] for name in PREFERRED_STYLES if name in by_style), None)
-        return named or (self.captions[0][1] if self.captions else None)
+        return preferred_caption(self.captions)
 
 
 def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Item]:

@@ -99,7 +99,8 @@ def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     files = _copy_shards(version, folder, columns, lambda table: table)
     left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
     schema = schema_of(version.manifest | {"columns": columns})
-    return version.manifest | {"columns": columns, "features": features(schema), "files": files} | left_out
+    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
+    return version.manifest | described | left_out
 
 
 def _copy_shards(
