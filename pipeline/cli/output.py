@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.config import NO_MODEL
 from pipeline.progress import LOSS, WARNING, duration
-from pipeline.tables import HUMAN
 from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
@@ -53,6 +51,9 @@ def print_prediction(prediction: dict[str, Any]) -> None:
 
 def print_preview(preview: "Preview") -> None:
     """Print pictures and texts: pictures by the terminal's own protocol or as half blocks, on terminals only."""
+    from pipeline.config import NO_MODEL
+    from pipeline.tables import HUMAN
+
     for image in preview.images:
         say(f"\n{image.name}  {image.width_px} x {image.height_px} px")
         show_picture(image.image)
@@ -124,6 +125,8 @@ def print_run_result(
     result: "RunResult", warnings: Sequence[str] = (), server: "ServerConfig | None" = None, *, as_json: bool
 ) -> None:
     """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout."""
+    from pipeline.config import NO_MODEL
+
     for step in result.funnel:
         lost = ", ".join(f"{count:,} {reason}" for reason, count in step.rejected.items())
         text = f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}"

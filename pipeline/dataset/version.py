@@ -93,12 +93,12 @@ class Version:
                     raise self.damage_error(error) from None
 
     def read(self, split: str, columns: list[str] | None = None) -> pa.Table:
-        """Read the rows of a split. Raises StoreError if the split is empty."""
+        """Read the rows of a split, of all columns of the manifest or of some. Raises StoreError if the split is empty."""
         shards = self.shards(split)
         if not shards:
             raise StoreError(f"{self.name} has no rows in its {split} split", hint="use more images, or raise split.test_frac")
         try:
-            table = pa.concat_tables([self.open_shard(shard).read(columns) for shard in shards])
+            table = pa.concat_tables([self.open_shard(shard).read(columns or self.manifest["columns"]) for shard in shards])
             require_values(table)
             return table
         except (OSError, ValueError, pa.ArrowException) as error:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.card import CARD_SAMPLES, card_licenses, render_card, render_model_card
+from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN, non_redistributable
@@ -88,7 +89,8 @@ def build_package(
         acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
         manifest, files = version.manifest | acknowledgement | (stated or {}), version.path
         if pixel_columns and manifest.get("image_metadata") != REMOVED:  # made by an earlier release
-            entries = _copy_shards(version, Path(folder), version.manifest["columns"], _without_metadata)
+            columns = [*version.manifest["columns"], *version.manifest.get("reader_columns", ())]
+            entries = _copy_shards(version, Path(folder), columns, _without_metadata)
             manifest, files = manifest | {"files": entries, "image_metadata": REMOVED}, Path(folder)
         yield _pack(version, repo, manifest, files)
 
@@ -108,7 +110,9 @@ def _copy_shards(
 ) -> dict[str, Any]:
     """Write a changed copy of some columns of each shard; return the manifest's entries of the files."""
     files = {}
-    schema = with_features(schema_of(version.manifest | {"columns": columns}))
+    own = [name for name in columns if name in version.manifest["columns"]]
+    for_readers = [READER_COLUMNS.field(name) for name in columns if name not in own]
+    schema = with_features(pa.schema([*schema_of(version.manifest | {"columns": own}), *for_readers]))
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
         with pq.ParquetWriter(folder / name, schema, **writer_options(schema)) as writer:

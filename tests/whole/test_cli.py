@@ -105,7 +105,7 @@ def test_a_project_of_ones_own_is_previewed_with_its_own_prompts(synth: Run, tmp
 def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> None:
     help_text = " ".join(word for word in synth("generate", "--help", env=os.environ | {"COLUMNS": "200"}).stdout.split())
     assert ", ".join(ORDER) in help_text
-    assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in help_text
+    assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)};" in help_text
     assert f"What to check: {', '.join(get_args(Check))}." in help_text
 
 
