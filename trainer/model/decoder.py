@@ -110,9 +110,12 @@ class ScratchDecoder(nn.Module):
         if cache is not None:
             cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
             cache.length += ids_CT.shape[1]
+        T = ids_CT.shape[1]
+        # New token t has position start + t, and attends to itself and all tokens before it.
+        seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start)
         x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):
-            x_CTD = block(x_CTD, memory_BND, image_of_C, start, cache.blocks[index] if cache else None)
+            x_CTD = block(x_CTD, memory_BND, image_of_C, start, seen_TS, cache.blocks[index] if cache else None)
         normed_CTD: Tensor = self.norm(x_CTD)
         return normed_CTD
 
@@ -132,15 +135,27 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, start: int, cache: BlockCache | None) -> Tensor:
-        """Return the updated stream (C, T, D); `start` is the position of the first of the T tokens."""
-        x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), start, cache))
+    def forward(
+        self,
+        x_CTD: Tensor,
+        memory_BND: Tensor | None,
+        image_of_C: Tensor,
+        start: int,
+        seen_TS: Tensor,
+        cache: BlockCache | None,
+    ) -> Tensor:
+        """Return the updated stream (C, T, D).
+
+        `start` is the position of the first of the T tokens. `seen_TS` is True where a token attends to one of the S tokens so
+        far: of all texts, or (C, 1, T, S) of each.
+        """
+        x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), start, seen_TS, cache))
         if memory_BND is not None:
             x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, image_of_C, cache))
         out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
-    def _words(self, x_CTD: Tensor, start: int, cache: BlockCache | None) -> Tensor:
+    def _words(self, x_CTD: Tensor, start: int, seen_TS: Tensor, cache: BlockCache | None) -> Tensor:
         attend = self.attend_words
         q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), start)
         k_CHSK, v_CHSK = attend.keys_values(x_CTD)
@@ -149,9 +164,6 @@ class Block(nn.Module):
             if cache.words is not None:
                 k_CHSK, v_CHSK = (torch.cat(pair, 2) for pair in zip(cache.words, (k_CHSK, v_CHSK), strict=True))
             cache.words = k_CHSK, v_CHSK
-        T, S = q_CHTK.shape[2], k_CHSK.shape[2]
-        # New token t has position S - T + t, and attends to itself and all tokens before it.
-        seen_TS = torch.ones(T, S, dtype=torch.bool, device=x_CTD.device).tril(S - T)
         return attend.attend(q_CHTK, k_CHSK, v_CHSK, seen_TS)
 
     def _image(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, cache: BlockCache | None) -> Tensor:

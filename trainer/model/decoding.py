@@ -73,9 +73,10 @@ def beam_search(
         token_BK = torch.full((B, K), eos_id, device=device)
         for b in range(B):
             kept, texts = 0, []
-            for value, index in zip(value_BE[b].tolist(), index_BE[b].tolist(), strict=True):
+            for rank, (value, index) in enumerate(zip(value_BE[b].tolist(), index_BE[b].tolist(), strict=True)):
                 beam, token = divmod(index, V)
-                if token == eos_id or length == max_tokens:
+                # An end that is none of the likeliest candidates ends nothing, as in transformers and fairseq.
+                if rank < K and (token == eos_id or length == max_tokens):
                     text = written[b][beam] + ([] if token == eos_id else [token])
                     best[b] = max(best[b], (value / length, text), key=lambda scored: scored[0])
                 if token != eos_id and kept < K:

@@ -1,0 +1,83 @@
+"""The files with which a captioner loads in transformers, beside its weights and its tokenizer."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import TrainError
+from pipeline.storage.files import read_json
+from trainer.config import require_checkpoint
+
+HERE = Path(__file__).parent
+MODULE = "modeling_synth_captioner"
+FROM_PACKAGE = "from trainer.model.decoder import"  # the line whose place the definitions take
+DEFINITIONS = ("DecoderConfig", "BlockCache", "Block", "Attention", "apply_rope")
+IMPORTS = "from dataclasses import dataclass, field\n"
+HEADER = "# This file comes with the captioner and needs torch, transformers and Pillow; it is written by `synth push`.\n"
+
+
+def transformers_files(folder: Path) -> dict[str, bytes]:
+    """Return the files, by name, that make a checkpoint folder a model of transformers; config.json among them.
+
+    Raises TrainError if the folder holds no captioner.
+    """
+    require_checkpoint(folder)
+    try:
+        config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
+        eos_token = next(token["content"] for token in tokenizer["added_tokens"] if token["id"] == config["eos_id"])
+        is_scratch = "language_model" not in config["decoder"]
+        pad_id, pad_token = (0, tokenizer["added_tokens"][0]["content"]) if is_scratch else (config["eos_id"], eos_token)
+        processor = config["encoder"]["processor"]
+    except (KeyError, TypeError, StopIteration, ValueError) as error:
+        raise TrainError(f"{folder} is no captioner: {error!r}", hint="train one: `synth train`") from None
+    classes = {"AutoConfig": "SynthCaptionerConfig", "AutoModelForImageTextToText": "SynthCaptioner"}
+    values: dict[str, dict[str, Any]] = {
+        "config.json": {
+            **config,
+            "model_type": "synth_captioner",
+            "architectures": ["SynthCaptioner"],
+            "auto_map": {name: f"{MODULE}.{kind}" for name, kind in classes.items()},
+            "dtype": "float32",
+        },
+        "generation_config.json": {
+            "eos_token_id": config["eos_id"],
+            "pad_token_id": pad_id,
+            "max_new_tokens": config["max_caption_tokens"],
+            "do_sample": False,
+        },
+        "preprocessor_config.json": processor,
+        "processor_config.json": {
+            "processor_class": "SynthCaptionerProcessor",
+            "auto_map": {"AutoProcessor": f"{MODULE}.SynthCaptionerProcessor"},
+            "prompts": config["prompts"],
+            "kind": "scratch" if is_scratch else "pretrained",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos_token,
+            "pad_token": pad_token,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+    files = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in values.items()}
+    return files | {f"{MODULE}.py": modeling_source().encode()}
+
+
+def modeling_source() -> str:
+    """Return the module of the model, in which definitions of this package stand in place of their import."""
+    text = (HERE / "modeling.py").read_text(encoding="utf-8")
+    decoder = (HERE.parent / "model" / "decoder.py").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith(FROM_PACKAGE)]
+    defined = "\n\n\n".join(_source_of(decoder, name) for name in DEFINITIONS)
+    return HEADER + text.replace("from typing import Any\n", f"{IMPORTS}from typing import Any\n", 1).replace(
+        line, f"functional = nn.functional\n\n\n{defined}\n"
+    )
+
+
+def _source_of(text: str, name: str) -> str:
+    """Return the source of a class or a function of a module, with its decorators."""
+    (node,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name]
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])

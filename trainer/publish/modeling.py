@@ -1,0 +1,349 @@
+"""A captioner of synth as a model of transformers: config, model and processor in one file, without the package `synth`.
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(REPO, trust_remote_code=True)
+    inputs = processor(images=image, text="", return_tensors="pt")  # text: "", the name of a style, or a question
+    print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+
+Shapes: B images (and texts), N image states, T new tokens, S tokens so far, P prefix states, V encoder width, D decoder width.
+"""
+
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BatchFeature,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.image_utils import load_image
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from trainer.model.decoder import Block, DecoderConfig
+
+ANSWER = "<answer>"
+
+
+class SynthCaptionerConfig(PreTrainedConfig):
+    """Settings of a captioner; `prompts` are the pairs of source and style that it has learned, "" of answers."""
+
+    model_type = "synth_captioner"
+
+    def __init__(
+        self,
+        encoder: dict[str, Any] | None = None,
+        decoder: dict[str, Any] | None = None,
+        prompts: Any = (),
+        eos_id: int = 1,
+        max_caption_tokens: int = 64,
+        contrast_width: int = 0,
+        data: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        self.encoder, self.decoder = encoder or {}, decoder or {}
+        self.prompts = [tuple(prompt) for prompt in prompts]
+        self.eos_id, self.max_caption_tokens, self.contrast_width = eos_id, max_caption_tokens, contrast_width
+        self.data = data or {}
+        text = self.decoder.get("language_model", self.decoder)
+        self.vocab_size = text.get("vocab_size", 0)
+        self.hidden_size = text.get("hidden_size", text.get("width", 0))
+        # A block keeps keys and values of words and of the image: two layers of a cache.
+        self.num_hidden_layers = 2 * text["depth"] if "depth" in text else text.get("num_hidden_layers", 0)
+        super().__init__(**more)
+
+    def get_text_config(self, *_: Any, **__: Any) -> "SynthCaptionerConfig":
+        """Return this config: `encoder` and `decoder` are settings here, and no configs."""
+        return self
+
+
+class _Tower(nn.Module):
+    """The vision encoder."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        config = AutoConfig.for_model(**settings["model"])
+        self.width = config.hidden_size
+        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        self.tower = AutoModel.from_config(config, **options)
+        self.layer, self.is_rounded = settings.get("layer", -1), settings.get("frozen", False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the hidden states (B, N, V) of images; those that were learned from a cache are rounded as there."""
+        if self.layer == -1:
+            states_BNV: Tensor = self.tower(pixels_BCHW).last_hidden_state
+        else:
+            states_BNV = self.tower(pixels_BCHW, output_hidden_states=True).hidden_states[self.layer]
+        return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
+
+
+class _Kept:
+    """Keys and values of one block, kept in two layers of a cache of transformers: those of words, and those of the image."""
+
+    def __init__(self, cache: Cache, index: int, depth: int) -> None:
+        while len(cache.layers) < 2 * depth:
+            cache.layers.append(DynamicLayer())
+        self._words, self._image = cache.layers[index], cache.layers[depth + index]
+
+    @property
+    def words(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the words so far."""
+        return _read(self._words)
+
+    @words.setter
+    def words(self, pair: tuple[Tensor, Tensor]) -> None:
+        _write(self._words, pair)
+
+    @property
+    def image(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the image."""
+        return _read(self._image)
+
+    @image.setter
+    def image(self, pair: tuple[Tensor, Tensor]) -> None:
+        _write(self._image, pair)
+
+
+def _read(layer: Any) -> tuple[Tensor, Tensor] | None:
+    return (layer.keys, layer.values) if layer.get_seq_length() else None
+
+
+def _write(layer: Any, pair: tuple[Tensor, Tensor]) -> None:
+    if not layer.is_initialized:
+        layer.lazy_initialization(*pair)
+    layer.keys, layer.values = pair
+
+
+class _CrossAttending(nn.Module):
+    """The decoder from scratch: words attend to the states of the image."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        config = DecoderConfig(**settings)
+        self.width = config.width
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.norm = nn.RMSNorm(config.width)
+
+    def forward(self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None) -> Tensor:
+        """Return logits (B, T, vocabulary); the states of the image may be left out where the cache has their keys."""
+        T, S = ids_BT.shape[1], mask_BS.shape[1]
+        causal_TS = torch.ones(T, S, dtype=torch.bool, device=ids_BT.device).tril(S - T)
+        # A token sees itself also where it pads: a row that sees nothing would be no number.
+        itself_TS = torch.eye(S, dtype=torch.bool, device=ids_BT.device)[S - T :]
+        seen_B1TS = (causal_TS & mask_BS[:, None, None].bool()) | itself_TS
+        x_BTD, image_of_B = self.embedding(ids_BT), torch.arange(len(ids_BT), device=ids_BT.device)
+        memory_BND = x_BTD if states_BND is None else states_BND  # not read where the cache has keys and values
+        for index, block in enumerate(self.blocks):
+            kept = _Kept(cache, index, len(self.blocks)) if cache is not None else None
+            x_BTD = block(x_BTD, memory_BND, image_of_B, S - T, seen_B1TS, kept)
+        return nn.functional.linear(self.norm(x_BTD), self.embedding.weight)
+
+
+class _Prefixed(nn.Module):
+    """A language model that reads the states of the image before the words."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        self.width = self.model.config.hidden_size
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The embedding of tokens."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
+
+    def forward(self, ids_BT: Tensor, states_BPD: Tensor | None, mask_BS: Tensor, cache: Cache | None, prefix: int) -> Tensor:
+        """Return logits of words (B, T, vocabulary); the `prefix` states of the image are left out where the cache has them."""
+        words_BTD = self.embedding(ids_BT)
+        parts = [words_BTD] if states_BPD is None else [states_BPD.to(words_BTD.dtype), words_BTD]
+        embeds_BLD = torch.cat(parts, 1)
+        mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
+        positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)[:, -embeds_BLD.shape[1] :]
+        out = self.model(
+            inputs_embeds=embeds_BLD,
+            attention_mask=mask_BL,
+            position_ids=positions_BL,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        logits_BTV: Tensor = out.logits[:, -ids_BT.shape[1] :]
+        return logits_BTV
+
+
+class SynthCaptioner(PreTrainedModel, GenerationMixin):
+    """Writes a caption of an image, or the answer to a question about it."""
+
+    config_class = SynthCaptionerConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as transformers' own models have it
+    _keys_to_ignore_on_load_unexpected = [r"^contrast\."]  # noqa: RUF012  # as transformers has it
+    _supports_sdpa = True
+
+    def __init__(self, config: SynthCaptionerConfig) -> None:
+        super().__init__(config)
+        self.encoder = _Tower(config.encoder)
+        V = self.encoder.width
+        self.decoder: _CrossAttending | _Prefixed
+        if "language_model" in config.decoder:
+            self.decoder = _Prefixed(config.decoder["language_model"])
+            D = self.decoder.width
+            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+        else:
+            self.decoder = _CrossAttending(config.decoder)
+            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding of tokens."""
+        return self.decoder.embedding
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Return the states of images as the decoder reads them: (B, 3, H, W) -> (B, N, D)."""
+        states_BND: Tensor = self.connector(self.encoder(pixel_values.to(self.dtype)))
+        return states_BND
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits of the token after each of `input_ids` (B, T, vocabulary), and with `labels` (-100: none) the loss."""
+        if image_states is None and pixel_values is not None:
+            image_states = self.encode(pixel_values)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        prefix = image_states.shape[1] if image_states is not None and isinstance(self.decoder, _Prefixed) else 0
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), max(0, past - prefix) + input_ids.shape[1])
+        shown = None if past else image_states
+        if isinstance(self.decoder, _Prefixed):
+            logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
+        else:
+            logits = self.decoder(input_ids, shown, attention_mask, past_key_values)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the others are in `_`
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        image_states: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Return the inputs of the next step: all of the prompt at first, then the last token."""
+        is_first = past_key_values is None or not past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids if is_first else input_ids[:, -1:],
+            "image_states": image_states,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": True,
+        }
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]  # options are those of GenerationMixin
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Return token ids, the prompt first, as `GenerationMixin.generate` does with these options.
+
+        Images are encoded once, whatever the number of beams.
+        """
+        if pixel_values is not None:
+            options["image_states"] = self.encode(pixel_values)
+        given = options.get("generation_config") or self.generation_config
+        if options.get("num_beams", given.num_beams) not in (None, 1):
+            options.setdefault("early_stopping", "never")  # a longer text may have the better mean
+        return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
+
+
+class SynthCaptionerProcessor(ProcessorMixin):
+    """Prepares images, and makes prompts of nothing (the usual style), the name of a style, or a question."""
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, prompts: Any = (), kind: str = "scratch", **more: Any
+    ) -> None:
+        self.prompts, self.kind = [tuple(prompt) for prompt in prompts], kind
+        super().__init__(image_processor, tokenizer, **more)  # type: ignore[no-untyped-call]
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # the name of a token in a question is not the token
+
+    def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
+        """Return `pixel_values`, `input_ids` and `attention_mask` of images (PIL, paths or URLs), with one text or one each.
+
+        Raises ValueError for a question to a captioner that has learned no answers.
+        """
+        images = images if isinstance(images, list | tuple) else [images]
+        texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
+        if len(texts) != len(images):
+            raise ValueError(f"there are {len(images)} images and {len(texts)} texts")
+        prompts = [self.prompt(one or "") for one in texts]
+        longest = max(map(len, prompts))
+        padded = [[self.tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        pixels = self.image_processor(images=[upright_rgb(image) for image in images], return_tensors=return_tensors)
+        return BatchFeature(
+            {"pixel_values": pixels["pixel_values"], "input_ids": padded, "attention_mask": mask}, tensor_type=return_tensors
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the token ids of a prompt."""
+        styles = list(dict.fromkeys(style for _, style in self.prompts if style))
+        question = text if text and text not in styles else ""
+        style = "" if question else text or ("brief" if "brief" in styles else styles[0])
+        sources = [source for source, learned in self.prompts if learned == style]
+        if not sources:
+            raise ValueError(f"this captioner answers no questions; it knows the styles {', '.join(styles)}")
+        source = "human" if "human" in sources else sources[0]
+        if self.kind == "pretrained":
+            return self._ids(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):")
+        name = self.tokenizer.convert_tokens_to_ids
+        last = name(ANSWER if question else f"<{style}>")
+        return [name(f"<{source}>"), *(self._ids(question) if question else []), last]
+
+    def batch_decode(self, *given: Any, **options: Any) -> list[str]:
+        """Return the texts of token ids, without the space before the first word."""
+        return [text.strip() for text in self.tokenizer.batch_decode(*given, **options)]
+
+    def post_process_image_text_to_text(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        **options: Any,  # noqa: FBT001, FBT002
+    ) -> list[str]:
+        """Return the texts of generated token ids, as pipelines show them."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **options)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def upright_rgb(given: Any) -> Image.Image:
+    """Return an image (PIL, a path or a URL) upright, in RGB, over white."""
+    is_url = str(given).startswith(("http://", "https://"))
+    opened = given if isinstance(given, Image.Image) else load_image(given) if is_url else Image.open(given)
+    image = ImageOps.exif_transpose(opened)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda level: level / 257).convert("L")
+    return image.convert("RGB")
