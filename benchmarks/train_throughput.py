@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from trainer.model.captioner import Captioner, CaptionerConfig
+from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
 from trainer.tokenizer import TextBatch
 
@@ -72,7 +72,7 @@ def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | N
     """Return one training step of ours; with `cached`, hidden states are precomputed."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
     config = encoder_config(**(tower or TOWER))
-    captioner = Captioner(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **fields))
+    captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **fields))
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=1e-4)
     pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX)

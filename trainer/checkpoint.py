@@ -29,11 +29,12 @@ from pipeline.storage.files import atomic_write, read_json, remove, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, no_captioner, require_checkpoint
 from trainer.distributed import best_device
-from trainer.model.captioner import Captioner, CaptionerConfig
+from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.hf_config import require_few_layers
 from trainer.tokenizer import CaptionTokenizer, TargetText
 
 MAX_CONFIG_BYTES = 10_000_000
+PUBLISHED_KEYS = ("model_type", "architectures", "auto_map", "dtype")  # for transformers (publish/files.py); not read here
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_LOG_BYTES = 1_000_000_000
 MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
@@ -43,7 +44,7 @@ MAX_SHARED = 2  # times the stored weights that a model may have: some decoders 
 class Checkpoint:
     """A trained captioner with its tokenizer."""
 
-    captioner: Captioner
+    captioner: CaptionerModel
     words: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
@@ -111,13 +112,14 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
     tokenizer = read_tokenizer(folder / "tokenizer.json", config)
     # huggingface_hub prints to stdout, which is for data. Every weight is in the file: none needs a random value before.
     with redirect_stdout(StringIO()), no_init_weights():
-        captioner = Captioner.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
+        captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     return Checkpoint(captioner, tokenizer)
 
 
 def read_config(folder: Path) -> CaptionerConfig:
     """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    values = {name: value for name, value in values.items() if name not in PUBLISHED_KEYS}
     if unknown := sorted(values.keys() - {field.name for field in fields(CaptionerConfig)}):
         raise ValueError(f"config.json has an unknown key {unknown[0]}")
     config = TypeAdapter(CaptionerConfig).validate_python(values)
@@ -134,7 +136,7 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
     with safe_open(weights, "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     with torch.device("meta"):
-        captioner = Captioner(config)
+        captioner = CaptionerModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
     if captioner.encoder.config.layer not in range(-captioner.encoder.layers - 1, captioner.encoder.layers + 1):
         raise ValueError(f"the encoder has no layer {captioner.encoder.config.layer}")

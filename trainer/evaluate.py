@@ -17,10 +17,11 @@ from pipeline.images.clip import ClipScorer
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
-from trainer.generate import scored_prompt, write_captions
+from trainer.generate import write_captions
 from trainer.metrics import bootstrap, derangement, meteor, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import ENCODERS
+from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import Quiz
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch.distributed
 
 from trainer.config import TrainConfig
-from trainer.model.captioner import Captioner
+from trainer.model.captioner import CaptionerModel
 
 ALIGNED = ("connector", "contrast")  # parts trained in the first stage
 
 
-def parameter_groups(captioner: Captioner, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
     """Return parameter groups with the learning rate of their part. Only matrices have weight decay, not biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
     rates |= {"contrast": config.connector_lr} if config.contrastive_weight else {}

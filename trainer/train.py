@@ -34,13 +34,13 @@ from trainer.data import Example, batches, examples_in, limit_captions, limit_im
 from trainer.distributed import all_reduce_gradients, best_device, join_processes
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import FeatureSource, OnlineFeatures, cache_features
-from trainer.generate import scored_prompt
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.optimizer import parameter_groups, set_stage
+from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText, TextBatch, train_tokenizer
 
 CLIP = CLIP_MODELS["clip"]

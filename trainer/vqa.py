@@ -10,8 +10,9 @@ from pipeline.text.vqa_answers import normalize_answer
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example, Question, most_common
 from trainer.features import FeatureSource
-from trainer.generate import answer_questions, answering_prompt
+from trainer.generate import answer_questions
 from trainer.metrics import derangement
+from trainer.prompts import answering_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,9 @@ def push(
         if license_ or title or language:
             raise BadParameter("--license, --title and --language go with datasets", param_hint="PATH")
         say(f"captioner: {data}")
-        send(build_checkpoint_package(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
+        from trainer.publish.files import transformers_files
+
+        send(build_checkpoint_package(data, repo, transformers_files), repo, private=private, dry_run=dry_run, as_json=as_json)
         return
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):

@@ -2,21 +2,23 @@
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style
 from pipeline.cli.output import echo, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import show_progress
+from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import parse_dataset_path
 
 if TYPE_CHECKING:
     from pipeline.check import Checked
     from pipeline.dataset.version import Version
+    from trainer.caption_files import Existing
 
 
 def train(
@@ -134,30 +136,55 @@ def evaluate(
 
 
 def caption(
-    checkpoint: Checkpoint,
-    images: Annotated[list[Path], Argument(help="Image files.")],
-    style: Style = None,
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    images: Annotated[list[str], Argument(help="Image files, folders, patterns in quotes; - reads names from stdin.")],
+    style: Annotated[
+        str | None, Option(help="Which style to write; all: each that it has learned.", show_default="brief")
+    ] = None,
     question: Annotated[str, Option(help="Answer this about each image instead.")] = "",
     num_beams: NumBeams = 1,
+    batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
+    out: Annotated[
+        Path | None,
+        Option(help="A .jsonl, .csv or .parquet file; txt: a text file beside each image.", show_default="stdout"),
+    ] = None,
+    skip: Annotated[bool, Option("--skip-existing", help="Leave images that have a text file.")] = False,
+    append: Annotated[bool, Option("--append", help="Add to what is there.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Write anew what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a caption for each image, or the answer to a question about it."""
+    """Write a caption for each image, or the answer to a question about it. The same command goes on where it was stopped."""
+    from pipeline.storage.files import translate_disk_errors
+    from trainer.caption_files import find_images
     from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
 
-    require_checkpoint(checkpoint)
-    for path in images:
-        if not path.is_file():
-            problem = "is a folder" if path.is_dir() else "does not exist"
-            raise TrainError(f"{path} {problem}", hint="pass image files, such as photos/*.jpg")
+    chosen = [name for name, is_given in (("skip", skip), ("append", append), ("overwrite", overwrite)) if is_given]
+    if len(chosen) > 1 or (chosen and out is None):
+        raise BadParameter("--skip-existing, --append and --overwrite go with --out, and not with each other")
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+    names = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
+    paths = find_images(names)
 
-    from trainer.checkpoint import load_checkpoint  # see train
-    from trainer.generate import describe_files
-    from trainer.model.decoding import DecodingConfig
+    from trainer.caption_images import Task, caption_images
+    from trainer.captioning import Captioner  # see train
 
-    written = describe_files(load_checkpoint(checkpoint), images, style, question, DecodingConfig(beams=num_beams))
-    key = "answer" if question else "caption"
-    for path, text in zip(images, written, strict=True):
-        echo(json.dumps({"image": str(path), key: text}) if as_json else f"{path}: {text}")
+    loaded = Captioner.from_pretrained(folder)
+    styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
+    task = Task(loaded, paths, styles, question, num_beams, batch_size)
+    with show_progress() as progress, translate_disk_errors(out or Path()):
+        existing = cast("Existing", chosen[0] if chosen else "refuse")
+        unread = caption_images(task, out, existing, folder, progress, lambda row: _print_caption(row, as_json=as_json))
+    for path, error in unread:
+        say(f"cannot read {path}: {error}", WARNING)
+    if len(unread) == len(paths):
+        raise TrainError("no image could be read", hint="pass image files")
+
+
+def _print_caption(row: dict[str, str], *, as_json: bool) -> None:
+    text = row.get("caption", row.get("answer"))
+    echo(json.dumps(row) if as_json else f"{row['image']}: {text}")
 
 
 def experiment(

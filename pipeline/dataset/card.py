@@ -51,11 +51,13 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> 
     link = None
     if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and re.fullmatch(r"v[\d.]+", data["version"]):
         link = Markdown(f"[{markdown(dataset)}](https://huggingface.co/datasets/{dataset}/tree/{data['version']})")
-    values = about | {"title": repo, "data": data, "dataset": link}
+    answers = any(not style for _, style in about["config"]["prompts"])
+    values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
     header = {
         "language": ["en"],
         "license": "other",
-        "pipeline_tag": "image-to-text",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
     }

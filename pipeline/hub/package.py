@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +153,10 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
     )
 
 
-def build_checkpoint_package(folder: Path, repo: str) -> Package:
+def build_checkpoint_package(folder: Path, repo: str, more: Callable[[Path], Mapping[str, bytes]]) -> Package:
     """Return the package of a captioner, tagged by its data and a digest of its files. Raise PushError if it is not trained.
 
+    `more` makes files beside those of the checkpoint, or in place of them: with them it loads in transformers.
     Raise UnsafeFileError for a file that is a link to the outside of the folder: its content would be published.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
@@ -165,10 +166,10 @@ def build_checkpoint_package(folder: Path, repo: str) -> Package:
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
         saved["train"][part] = Path(saved["train"][part]).name if Path(saved["train"][part]).is_dir() else saved["train"][part]
-    train = _json(saved["train"])
+    written = {"train.json": _json(saved["train"]), **more(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
-    files["train.json"] = {"sha256": hashlib.sha256(train).hexdigest(), "bytes": len(train)}
-    content_digest = digest([files[name]["sha256"] for name in CHECKPOINT_FILES])
+    files |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in written.items()}
+    content_digest = digest([files[name]["sha256"] for name in (*CHECKPOINT_FILES, *sorted({*files} - {*CHECKPOINT_FILES}))])
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
@@ -181,7 +182,7 @@ def build_checkpoint_package(folder: Path, repo: str) -> Package:
         manifest=manifest,
         files={
             **{name: folder / name for name in CHECKPOINT_FILES},
-            "train.json": train,
+            **written,
             "README.md": card.encode(),
             "manifest.json": _json(manifest),
         },

@@ -70,10 +70,15 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     """Decode to upright RGB over white, and scale down (never up) to `max_pixels`. Raise ImageError as `check_image` does."""
     with open_image(data) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
         rgb = _over_white(image)
     size = scaled_size(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
+
+
+def prepare_opened(image: Image.Image) -> Image.Image:
+    """Return an image that Pillow has opened, upright in RGB over white."""
+    return _over_white(ImageOps.exif_transpose(image))
 
 
 def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:

@@ -12,9 +12,8 @@ from pipeline.errors import SynthError
 from pipeline.storage.untrusted import read_regular
 from tests.hostile import limit_memory, memory_bytes
 from tests.hostile.audit import Watch
-from trainer.checkpoint import load_checkpoint
+from trainer.captioning import Captioner
 from trainer.config import require_checkpoint
-from trainer.generate import describe_files
 
 MORE_BYTES = 1_500_000_000
 
@@ -22,7 +21,7 @@ MORE_BYTES = 1_500_000_000
 def main() -> None:
     folder, photo = Path(sys.argv[1]), Path(sys.argv[2])
     Image.new("RGB", (32, 32), "red").save(photo)
-    describe_files(load_checkpoint(folder / "good"), [photo])  # imports what is imported late
+    Captioner.from_pretrained(folder / "good").caption([photo])  # imports what is imported late
     read_regular(photo, max_bytes=10_000)
     virtual_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit_memory(virtual_bytes + MORE_BYTES)
@@ -34,7 +33,7 @@ def main() -> None:
         try:
             with watch.reading(folder, photo.parent):
                 require_checkpoint(checkpoint)
-                texts = describe_files(load_checkpoint(checkpoint), [photo])
+                texts = Captioner.from_pretrained(checkpoint).caption([photo])
             outcome = f"a text of {len(texts[0]) < 10_000}"
         except SynthError as error:
             outcome = f"error: {error}"

@@ -6,8 +6,8 @@ from pipeline.cli.output import print_scores
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
 from trainer.evaluate import _gains, _references
-from trainer.generate import answering_prompt, scored_prompt
 from trainer.metrics import bootstrap, derangement, score_each
+from trainer.prompts import answering_prompt, scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import vqa_accuracy
 

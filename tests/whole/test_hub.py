@@ -130,11 +130,20 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     card = hub.hub.storage.path(files["README.md"].sha256).read_text()
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["me/scenes"]
     assert DatasetDir(maker.folder / "data" / "scenes").version().manifest["digest"] in card
-    snippet = card.split("```python")[1].split("```")[0]
-    code = snippet.replace("load_checkpoint(folder)", f"load_checkpoint({checkpoint!r})").replace("photo.jpg", "scene.png")
+    header = yaml.safe_load(card.split("---")[1])
+    assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "image-text-to-text")
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
-    done = subprocess.run([sys.executable, "-c", code], cwd=maker.folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    told = []
+    for snippet in (part.split("```")[0].replace("photo.jpg", "scene.png") for part in card.split("```python")[1:]):
+        *lines, last = snippet.strip().splitlines()
+        code = "\n".join([*lines, f"print({last.partition('  #')[0]})"])
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=maker.folder, capture_output=True, text=True, env=hub.env(maker.folder / "home")
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.strip().splitlines()[-1])
+    caption = maker.synth("caption", "me/captioner", "scene.png", "--json").stdout
+    assert json.loads(caption)["caption"] in told[0] and json.loads(caption)["caption"] in told[1]
     repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in repeated.stderr
     assert len(repo.commits) == 2

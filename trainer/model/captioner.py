@@ -35,7 +35,7 @@ class CaptionerConfig:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-class Captioner(nn.Module, PyTorchModelHubMixin):
+class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     """Saved and loaded with `save_pretrained` and `from_pretrained`: config.json and model.safetensors.
 
     `loss` and `generate` take hidden states, so that those of a frozen encoder can be cached.
@@ -102,10 +102,10 @@ class ContrastiveHead(nn.Module):
         return (to_images + to_texts[own_KB.any(0)].mean()) / 2
 
 
-def build_captioner(encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any) -> Captioner:
+def build_captioner(encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any) -> CaptionerModel:
     """Return a captioner with a loaded encoder, and a new or pretrained decoder; `fields` are those of CaptionerConfig."""
     settings = asdict(decoder) if isinstance(decoder, DecoderConfig) else {"language_model": decoder.settings}
-    captioner = Captioner(CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **fields))
+    captioner = CaptionerModel(CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **fields))
     captioner.encoder.load_state_dict(encoder.state_dict())
     if isinstance(decoder, PretrainedDecoder):
         captioner.decoder.load_state_dict(decoder.state_dict())

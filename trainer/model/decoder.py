@@ -90,7 +90,7 @@ class ScratchDecoder(nn.Module):
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
-        """Generate one text per image; see Captioner.generate."""
+        """Generate one text per image; see CaptionerModel.generate."""
         cache = Cache()
         image_of_R = torch.arange(len(memory_BND), device=memory_BND.device).repeat_interleave(search.beams)
 

@@ -136,7 +136,7 @@ class PretrainedDecoder(nn.Module):
     def generate(
         self, prefix_BPD: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
-        """Generate one text per image; see Captioner.generate."""
+        """Generate one text per image; see CaptionerModel.generate."""
         words_BTD = self.model.get_input_embeddings()(prompt_BT)
         embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
         written_BT = self.model.generate(

@@ -5,7 +5,8 @@
     processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(REPO, trust_remote_code=True)
     inputs = processor(images=image, text="", return_tensors="pt")  # text: "", the name of a style, or a question
-    print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+    tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]  # the prompt comes first
+    print(processor.batch_decode(tokens, skip_special_tokens=True))
 
 Shapes: B images (and texts), N image states, T new tokens, S tokens so far, P prefix states, V encoder width, D decoder width.
 """
@@ -156,6 +157,11 @@ class _Prefixed(nn.Module):
         super().__init__()
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
         self.width = self.model.config.hidden_size
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """Weights of which a file holds one for two, by name; `post_init` of the whole model asks its parts for them."""
+        return {f"model.{name}": f"model.{source}" for name, source in self.model.all_tied_weights_keys.items()}
 
     @property
     def embedding(self) -> nn.Module:
@@ -322,14 +328,11 @@ class SynthCaptionerProcessor(ProcessorMixin):
         """Return the texts of token ids, without the space before the first word."""
         return [text.strip() for text in self.tokenizer.batch_decode(*given, **options)]
 
-    def post_process_image_text_to_text(
-        self,
-        generated_outputs: Any,
-        skip_special_tokens: bool = True,
-        **options: Any,  # noqa: FBT001, FBT002
+    def post_process_image_text_to_text(  # type: ignore[override]  # the other argument is an option
+        self, generated_outputs: Any, **options: Any
     ) -> list[str]:
-        """Return the texts of generated token ids, as pipelines show them."""
-        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **options)
+        """Return the texts of generated token ids, as pipelines show them; options are those of the tokenizer."""
+        return self.batch_decode(generated_outputs, **{"skip_special_tokens": True, **options})
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

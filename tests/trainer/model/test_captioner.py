@@ -1,4 +1,4 @@
-"""Captioner: both decoders learn real tokens only, texts share an image without mixing, and decoding stops at EOS."""
+"""CaptionerModel: both decoders learn real tokens only, texts share an image without mixing, and decoding stops at EOS."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
-from trainer.model.captioner import Captioner, ContrastiveHead, build_captioner
+from trainer.model.captioner import CaptionerModel, ContrastiveHead, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
@@ -19,7 +19,7 @@ from trainer.tokenizer import TextBatch
 
 WORDS, V, N, EOS = 30, 32, 5, 1
 KINDS = ("scratch", "qwen3", "llama")
-Build = Callable[[str], Captioner]
+Build = Callable[[str], CaptionerModel]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     root = tmp_path_factory.mktemp("models")
     encoders = {"scratch": save_vit(root / "vit"), "qwen3": save_clip(root / "clip"), "llama": save_clip(root / "clip2")}
 
-    def built(kind: str) -> Captioner:
+    def built(kind: str) -> CaptionerModel:
         torch.manual_seed(0)
         decoder: Any = DecoderConfig(vocab_size=WORDS, width=32, depth=2, heads=4)
         eos = EOS
@@ -163,7 +163,7 @@ def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
 def test_a_saved_captioner_is_the_same_when_it_is_loaded(build: Build, kind: str, tmp_path: Path) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     captioner.save_pretrained(tmp_path)
-    loaded = Captioner.from_pretrained(str(tmp_path)).eval()
+    loaded = CaptionerModel.from_pretrained(str(tmp_path)).eval()
     assert loaded.config == captioner.config
     batch = texts(ROWS, PROMPTS, IMAGES)
     assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))

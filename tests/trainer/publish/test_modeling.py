@@ -1,0 +1,166 @@
+"""A published captioner loads in transformers alone, and writes the tokens that it writes here."""
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import TrainError
+from pipeline.images.decode import prepare_image
+from tests.pipeline.images.test_similarity import photo
+from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
+from trainer.checkpoint import Checkpoint, load_checkpoint
+from trainer.model.captioner import build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.decoding import DecodingConfig
+from trainer.model.encoder import load_encoder
+from trainer.model.language_model import load_decoder
+from trainer.publish.files import modeling_source, transformers_files
+from trainer.tokenizer import TargetText, train_tokenizer
+
+IMAGES = 100
+QUESTIONS = ("How many?", "What is it?", "Is the one on the left red?")
+PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
+# Isolated, without `site`: the package that is being tested cannot be imported.
+SCRIPT = """
+import json, sys
+sys.path += [sys.argv[1]]
+try:
+    import trainer
+    raise SystemExit("the package is there")
+except ImportError:
+    pass
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder, photos, questions = sys.argv[2], sys.argv[3:-1], json.loads(sys.argv[-1])
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+
+def write(images, text, **options):
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    eos = model.generation_config.eos_token_id
+    rows = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1]:].tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+opened = [Image.open(path) for path in photos]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+told = pipe(images=photos[:3], text=["", "", ""], batch_size=2)
+json.dump({
+    "greedy": write(photos, ""),
+    "beams": write(opened[:40], "", num_beams=3),
+    "detailed": write(opened[:8], "detailed"),
+    "questions": [write(photos[:8], question) for question in questions],
+    "padded": write(photos[: len(questions)], questions),
+    "pipeline": [one["generated_text"] for one in told],
+    "answer": pipe(images=photos[0], text=questions[0], return_full_text=False)[0]["generated_text"],
+    "texts": processor.batch_decode(write(photos[:3], ""), skip_special_tokens=True),
+    "sampled": len(write(photos[:2], "", do_sample=True, temperature=0.7)),
+    "classes": [type(model).__name__, type(processor).__name__],
+}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(IMAGES):
+        photo(number).save(folder / f"{number:03}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module", params=["scratch", "qwen3", "llama"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captioner with random weights, large enough that its texts differ from image to image."""
+    root = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(4)
+    decoder: Any
+    if request.param == "scratch":
+        texts = [
+            TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
+        ]
+        words = train_tokenizer([*texts, *(TargetText("synthetic", "two", question=asked) for asked in QUESTIONS)], 400)
+        decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=32, depth=2, heads=4)
+        encoder = load_encoder(save_vit(root / "vit"))
+    else:
+        decoder, words = load_decoder(save_language_model(root / "lm", request.param))
+        encoder = load_encoder(save_clip(root / "clip"), layer=-2)
+    captioner = build_captioner(
+        encoder, decoder, prompts=PROMPTS, eos_id=words.eos_id, max_caption_tokens=12, contrast_width=8, data={}
+    )
+    with torch.no_grad():  # strong enough for images to matter
+        for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
+            weight.mul_(6 if weight.dim() > 1 else 1)
+    (root / "checkpoint").mkdir()
+    Checkpoint(captioner, words).save(root / "checkpoint")
+    return root / "checkpoint"
+
+
+def publish(checkpoint: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(checkpoint / name, folder / name)
+    for name, data in transformers_files(checkpoint).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def ours(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int = 1) -> list[list[int]]:
+    encoder = loaded.captioner.encoder
+    with torch.inference_mode():
+        states = encoder(encoder.pixels([prepare_image(path.read_bytes()) for path in photos]))
+    ids = torch.tensor(loaded.words.prompt(prompt)).expand(len(photos), -1)
+    return loaded.captioner.generate(states, ids, DecodingConfig(beams=beams))
+
+
+def test_a_published_captioner_writes_the_same_tokens_without_this_package(
+    checkpoint: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    folder = publish(checkpoint, tmp_path / "published")
+    command = [sys.executable, "-I", "-S", "-c", SCRIPT, sysconfig.get_paths()["purelib"], str(folder), *map(str, photos)]
+    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, json.dumps(QUESTIONS)], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written, loaded = json.loads(done.stdout), load_checkpoint(checkpoint)
+    brief, detailed = TargetText("human", "", style="brief"), TargetText("synthetic", "", style="detailed")
+    assert written["classes"] == ["SynthCaptioner", "SynthCaptionerProcessor"]
+    assert written["greedy"] == ours(loaded, photos, brief)
+    assert len({tuple(row) for row in written["greedy"]}) > IMAGES / 4  # the images matter
+    assert written["beams"] == ours(loaded, photos[:40], brief, beams=3)
+    assert written["detailed"] == ours(loaded, photos[:8], detailed)
+    asked = [TargetText("synthetic", "", question=question) for question in QUESTIONS]
+    assert written["questions"] == [ours(loaded, photos[:8], question) for question in asked]
+    assert written["padded"] == [ours(loaded, [path], one)[0] for path, one in zip(photos, asked, strict=False)]
+    texts = [loaded.words.decode(ids) for ids in ours(loaded, photos[:3], brief)]
+    assert [text.strip() for text in written["pipeline"]] == written["texts"] == texts
+    assert written["answer"].strip() == loaded.words.decode(ours(loaded, photos[:1], asked[0])[0])
+    assert written["sampled"] == 2
+
+
+def test_our_own_loader_takes_what_was_published(checkpoint: Path, tmp_path: Path) -> None:
+    folder = publish(checkpoint, tmp_path / "published")
+    before, after = load_checkpoint(checkpoint), load_checkpoint(folder)
+    assert before.captioner.config == after.captioner.config
+    for name, weight in before.captioner.state_dict().items():
+        assert torch.equal(weight, after.captioner.state_dict()[name]), name
+
+
+def test_the_module_needs_nothing_of_this_package() -> None:
+    source = modeling_source()
+    compile(source, "modeling", "exec")
+    assert "import trainer" not in source and "from trainer" not in source and "from pipeline" not in source
+
+
+def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="no captioner in"):
+        transformers_files(tmp_path)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(TrainError, match="is no captioner"):
+        transformers_files(tmp_path)

@@ -1,0 +1,180 @@
+"""Captions of folders: to a file or beside the images; a run that was stopped goes on, and nothing is written over unasked."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.progress import NullProgress
+from tests.pipeline.images.test_similarity import photo
+from tests.trainer.test_captioning import save_captioner
+from trainer import Captioner
+from trainer.caption_files import Existing, find_images
+from trainer.caption_images import Task, Unread, caption_images
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_captioner(tmp_path_factory.mktemp("models") / "c")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos/sub").mkdir(parents=True)
+    for number in range(COUNT):
+        photo(number).save(tmp_path / "photos" / ("sub" if number % 2 else "") / f"{number}.png")
+    return tmp_path / "photos"
+
+
+class Stop(NullProgress):
+    """Ends a run, as Ctrl-C does, after so many images."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+        if done == self.after:
+            raise KeyboardInterrupt
+
+
+def run(
+    model: Path, names: list[str], out: Path | None, existing: Existing = "refuse", stop: int = -1, **options: Any
+) -> tuple[Unread, list[dict[str, Any]], list[Path]]:
+    """Caption images; return those that could not be read, the rows that were shown, and the images that were looked at."""
+    seen: list[Path] = []
+    rows: list[dict[str, Any]] = []
+    captioner = Captioner.from_pretrained(model, device="cpu")
+    stream = captioner.stream
+
+    def watched(pairs: Any, *more: Any) -> Any:
+        for path, text in stream(pairs, *more):
+            seen.append(path)
+            yield path, text
+
+    captioner.stream = watched  # type: ignore[assignment, method-assign]
+    settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | options
+    task = Task(captioner, find_images(names), **settings)
+    try:
+        unread = caption_images(task, out, existing, model, Stop(stop), rows.append)
+    except KeyboardInterrupt:
+        unread = []
+    return unread, rows, seen
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return list(pq.read_table(path).to_pylist())
+    if path.suffix == ".csv":
+        return list(csv.DictReader(path.open(newline="")))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.csv", "c.parquet"])
+def test_a_run_that_was_stopped_goes_on_and_gives_the_same_file(model: Path, photos: Path, tmp_path: Path, name: str) -> None:
+    _, shown, _ = run(model, [str(photos)], None)
+    run(model, [str(photos)], tmp_path / "whole" / name)
+    assert read(tmp_path / "whole" / name) == shown and len(shown) == COUNT
+    run(model, [str(photos)], tmp_path / name, stop=5)
+    assert not (tmp_path / name).exists()
+    _, _, seen = run(model, [str(photos)], tmp_path / name)
+    assert len(seen) == COUNT - 5
+    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [name]  # no draft is left
+
+
+def test_a_line_that_was_cut_off_is_written_again(model: Path, photos: Path, tmp_path: Path) -> None:
+    run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
+    draft = tmp_path / ".c.jsonl.unfinished"
+    draft.write_bytes(draft.read_bytes()[:-9])
+    _, _, seen = run(model, [str(photos)], tmp_path / "c.jsonl")
+    assert len(seen) == COUNT - 3
+    assert len(read(tmp_path / "c.jsonl")) == COUNT
+
+
+def test_other_settings_do_not_go_on_with_a_file(model: Path, photos: Path, tmp_path: Path) -> None:
+    run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
+    with pytest.raises(ConfigError, match="begun with another captioner or other settings"):
+        run(model, [str(photos)], tmp_path / "c.jsonl", styles=("detailed",))
+    with pytest.raises(ConfigError, match="begun with another captioner or other settings"):
+        run(save_captioner(tmp_path / "other", seed=5), [str(photos)], tmp_path / "c.jsonl")
+
+
+def test_a_file_that_is_there_is_kept_added_to_or_written_anew(model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    run(model, [str(photos / "sub")], out)
+    before = read(out)
+    with pytest.raises(ConfigError, match="is there already"):
+        run(model, [str(photos)], out)
+    _, _, seen = run(model, [str(photos)], out, "append")
+    assert len(seen) == COUNT - len(before) and read(out)[: len(before)] == before and len(read(out)) == COUNT
+    _, _, seen = run(model, [str(photos / "sub")], out, "overwrite")
+    assert len(seen) == len(before) and read(out) == before
+    (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(ConfigError, match="is no file of captions"):
+        run(model, [str(photos)], tmp_path / "other.jsonl", "append")
+    assert (tmp_path / "other.jsonl").read_text() == '{"text": "mine"}\n'
+    with pytest.raises(ConfigError, match="is no kind of file for captions"):
+        run(model, [str(photos)], tmp_path / "c.xlsx")
+
+
+def test_all_styles_and_questions_have_rows_of_their_own(model: Path, photos: Path, tmp_path: Path) -> None:
+    run(model, [str(photos)], tmp_path / "c.jsonl", styles=("brief", "detailed"))
+    rows = read(tmp_path / "c.jsonl")
+    assert [row["style"] for row in rows] == ["brief"] * COUNT + ["detailed"] * COUNT
+    _, answers, _ = run(model, [str(photos / "0.png")], None, styles=("",), question="How many?")
+    assert [{*row} for row in answers] == [{"image", "question", "answer"}]
+
+
+def test_texts_beside_images_are_written_added_to_or_left(model: Path, photos: Path) -> None:
+    _, shown, _ = run(model, [str(photos)], None, styles=("brief", "detailed"))
+    by_image = {row["image"]: [one["caption"] for one in shown if one["image"] == row["image"]] for row in shown}
+    (photos / "0.txt").write_text("My own.\n")
+    with pytest.raises(ConfigError, match="1 of 10 text files are there already"):
+        run(model, [str(photos)], Path("txt"))
+    assert sorted(photos.rglob("*.txt")) == [photos / "0.txt"]
+    _, _, seen = run(model, [str(photos)], Path("txt"), "skip", styles=("brief", "detailed"))
+    assert len(seen) == 2 * (COUNT - 1) and (photos / "0.txt").read_text() == "My own.\n"
+    assert (photos / "2.txt").read_text().splitlines() == by_image[str(photos / "2.png")]
+    for _ in range(2):  # a second time adds nothing
+        run(model, [str(photos)], Path("txt"), "append", styles=("brief", "detailed"))
+        assert (photos / "0.txt").read_text().splitlines() == ["My own.", *by_image[str(photos / "0.png")]]
+    run(model, [str(photos)], Path("txt"), "overwrite")
+    assert (photos / "0.txt").read_text() == by_image[str(photos / "0.png")][0] + "\n"
+
+
+def test_images_that_would_share_a_text_file_are_one_error(model: Path, photos: Path) -> None:
+    photo(0).save(photos / "0.webp")
+    with pytest.raises(ConfigError, match=r"two images would have the text file .*0\.txt"):
+        run(model, [str(photos)], Path("txt"))
+    (photos / "1.txt").write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(ConfigError, match="has the name of its text file"):
+        run(model, [str(photos / "1.txt")], Path("txt"), "overwrite")
+
+
+def test_files_that_are_no_images_are_listed_and_stop_nothing(model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    unread, _, _ = run(model, [str(photos)], tmp_path / "c.jsonl", styles=("brief", "detailed"))
+    assert [path.name for path, _ in unread] == ["bad.png"]
+    assert len(read(tmp_path / "c.jsonl")) == 2 * COUNT
+    unread, _, _ = run(model, [str(photos)], Path("txt"), styles=("brief", "detailed"))
+    assert [path.name for path, _ in unread] == ["bad.png"] and not (photos / "bad.txt").exists()
+
+
+def test_names_mean_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
+    (photos / "notes.md").write_text("x")
+    everything = sorted(photos.rglob("*.png"))
+    assert find_images([str(photos)]) == everything
+    assert find_images([f"{photos}/**/*.png", str(photos / "0.png")]) == everything
+    assert find_images([str(photos / "notes.md")]) == [photos / "notes.md"]  # who names a file means it
+    for bad, problem in ((str(tmp_path / "gone.png"), "does not exist"), (f"{photos}/*.jpg", "does not exist")):
+        with pytest.raises(ConfigError, match=problem):
+            find_images([bad])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no image in"):
+        find_images([str(tmp_path / "empty")])

@@ -1,0 +1,125 @@
+"""`Captioner`: any kind of image gives the same caption, in order, with a few batches in memory."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trainer
+from pipeline.errors import ImageError, TrainError
+from tests.pipeline.images.test_similarity import photo
+from tests.trainer.tiny_models import save_vit
+from trainer import Captioner
+from trainer.captioning import PREPARED_BATCHES
+from trainer.checkpoint import Checkpoint
+from trainer.model.captioner import build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.encoder import load_encoder
+from trainer.tokenizer import TargetText, train_tokenizer
+
+PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
+
+
+def save_captioner(folder: Path, prompts: list[tuple[str, str]] = PROMPTS, seed: int = 4) -> Path:
+    """Save a captioner with random weights, strong enough for its texts to differ from image to image."""
+    torch.manual_seed(seed)
+    texts = [TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in prompts if style]
+    words = train_tokenizer([*texts, TargetText("synthetic", "two", question="How many?")], 400)
+    decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=32, depth=2, heads=4)
+    encoder = load_encoder(save_vit(folder.with_name(f"{folder.name}-vit")))
+    captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=words.eos_id, max_caption_tokens=8, data={})
+    with torch.no_grad():
+        for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
+            weight.mul_(6 if weight.dim() > 1 else 1)
+    folder.mkdir()
+    Checkpoint(captioner, words).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    return Captioner.from_pretrained(save_captioner(tmp_path_factory.mktemp("models") / "c"), device="cpu")
+
+
+def test_every_kind_of_image_gives_the_same_caption(captioner: Captioner, tmp_path: Path) -> None:
+    image = photo(3).convert("RGB")
+    image.save(tmp_path / "a.png")
+    data, array = (tmp_path / "a.png").read_bytes(), np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    same: list[Any] = [image, tmp_path / "a.png", str(tmp_path / "a.png"), data, array, tensor, tensor / 255]
+    texts = captioner.caption(same)
+    assert len({*texts}) == 1 and texts[0]
+    assert captioner.caption(image) == texts[:1]
+    assert captioner.caption(Image.fromarray(array[:, :, 0])) == captioner.caption(array[:, :, 0])
+    assert image.size == photo(3).size  # what was given is as it was
+
+
+def test_styles_questions_and_beams_are_those_that_it_has_learned(captioner: Captioner) -> None:
+    images = [photo(number) for number in range(6)]
+    assert (captioner.styles, captioner.usual_style, captioner.answers) == (["brief", "detailed"], "brief", True)
+    texts = [captioner.caption(images, style=style) for style in (None, "brief", "detailed")]
+    assert texts[0] == texts[1] != texts[2]
+    assert captioner.caption(images, question="How many?") != texts[0]
+    assert captioner.caption(images, num_beams=3) != texts[0]
+    with pytest.raises(TrainError, match="knows no style poem"):
+        captioner.caption(images, style="poem")
+
+
+def test_a_photo_that_lies_on_its_side_is_captioned_upright(captioner: Captioner, tmp_path: Path) -> None:
+    upright, exif = photo(5).convert("RGB").crop((0, 0, 96, 64)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    assert captioner.caption([tmp_path / "a.png", Image.open(tmp_path / "a.png")]) == captioner.caption(upright) * 2
+
+
+def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Captioner) -> None:
+    read: list[int] = []
+
+    def images() -> Iterator[tuple[int, Image.Image]]:
+        for number in range(40):
+            read.append(number)
+            yield number, photo(number)
+
+    stream = captioner.stream(images(), batch_size=4)
+    first = next(stream)
+    assert len(read) <= 4 * (PREPARED_BATCHES + 1)
+    told = dict([first, *stream])
+    assert [*told] == [*range(40)] == read
+    assert list(told.values()) == captioner.caption([photo(number) for number in range(40)], batch_size=32)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"no image", "gone.png", np.zeros((3, 3, 7), np.uint8), np.zeros((8, 8, 3)), torch.zeros(2, 3, 8, 8)],
+)
+def test_what_is_no_image_is_named_and_stops_no_other(captioner: Captioner, bad: Any) -> None:
+    told = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
+    assert isinstance(told[1], ImageError) and isinstance(told[0], str) and isinstance(told[2], str)
+    assert [told[0], told[2]] == captioner.caption([photo(0), photo(1)])
+    with pytest.raises(TrainError, match="cannot read image 1"):
+        captioner.caption([photo(0), bad])
+
+
+def test_a_damaged_file_that_pillow_has_opened_is_named(captioner: Captioner, tmp_path: Path) -> None:
+    out = io.BytesIO()
+    photo(1).convert("RGB").save(out, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(out.getvalue()[:-800])
+    for bad in (tmp_path / "cut.jpg", Image.open(tmp_path / "cut.jpg")):
+        ((_, error),) = captioner.stream([(0, bad)])
+        assert isinstance(error, ImageError)
+
+
+def test_a_captioner_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainError, match="it lacks config"):
+        Captioner.from_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainError, match="me/nope is no folder here and not in the cache"):
+        Captioner.from_pretrained("me/nope")
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = trainer.Nothing

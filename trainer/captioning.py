@@ -1,0 +1,172 @@
+"""`Captioner`: captions of images, and answers to questions about them, in a few lines of Python.
+
+from trainer import Captioner
+
+captioner = Captioner.from_pretrained("ORG/NAME")
+captioner.caption(["photo.jpg"], style="brief")
+captioner.caption(image, question="How many dogs are there?")
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.errors import ImageError, TrainError, one_line
+from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image, prepare_opened
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from trainer.checkpoint import Checkpoint, load_checkpoint
+from trainer.hub import find_captioner
+from trainer.model.decoding import DecodingConfig
+from trainer.prompts import answering_prompt, scored_prompt
+from trainer.tokenizer import TargetText
+
+BATCH_SIZE = 32  # images
+PREPARED_BATCHES = 2  # ahead of the one that is captioned
+GRAY, COLOR = 2, 3  # dimensions of an array
+Picture = Image.Image | str | PathLike[str] | bytes | np.ndarray[Any, Any] | Tensor
+
+
+class Captioner:
+    """A trained captioner with its tokenizer."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str | None = None) -> "Captioner":
+        """Load a captioner from its folder, or from the Hub (ORG/NAME, ORG/NAME@REVISION). Raises TrainError if there is none.
+
+        `device` is that of torch; by default a GPU if there is one.
+        """
+        return cls(load_checkpoint(find_captioner(name), torch.device(device) if device else None))
+
+    @property
+    def styles(self) -> list[str]:
+        """The styles of captions that it has learned."""
+        return list(dict.fromkeys(style for _, style in self._checkpoint.captioner.config.prompts if style))
+
+    @property
+    def usual_style(self) -> str:
+        """The style that is written where none is asked for."""
+        return scored_prompt(self._checkpoint.captioner.config.prompts)[1]
+
+    @property
+    def answers(self) -> bool:
+        """Whether it has learned to answer questions."""
+        return any(not style for _, style in self._checkpoint.captioner.config.prompts)
+
+    def caption(
+        self,
+        images: Picture | Iterable[Picture],
+        style: str | None = None,
+        question: str = "",
+        batch_size: int = BATCH_SIZE,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """Return a caption of each image, or with a `question` an answer about each.
+
+        An image is a PIL image, the path or the bytes of a file, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W)
+        of uint8, or of floats from 0 to 1. Raises TrainError for a style or an image that cannot be used.
+        """
+        several = [images] if isinstance(images, Image.Image | str | PathLike | bytes | np.ndarray | Tensor) else images
+        pairs = ((number, cast("Picture", image)) for number, image in enumerate(several))
+        texts = []
+        for number, text in self.stream(pairs, style, question, batch_size, num_beams):
+            if isinstance(text, ImageError):
+                raise TrainError(f"cannot read image {number}: {text}", hint="pass image files, or images")
+            texts.append(text)
+        return texts
+
+    def stream(
+        self,
+        images: Iterable[tuple[Any, Picture]],
+        style: str | None = None,
+        question: str = "",
+        batch_size: int = BATCH_SIZE,
+        num_beams: int = 1,
+    ) -> Iterator[tuple[Any, str | ImageError]]:
+        """Yield the key of each image with its text, or with the error for which it cannot be read, in order.
+
+        Images are read by other threads, a few batches ahead, so that any number takes the same memory.
+        """
+        prompt = self._prompt(style, question)
+        prompt_T = torch.tensor(self._checkpoint.words.prompt(prompt))
+        search = DecodingConfig(beams=num_beams)
+        with ThreadPoolExecutor(2) as pool:
+            for batch in _ahead(pool, images, batch_size):
+                read = [(key, image.result()) for key, image in batch]
+                usable = [image for _, image in read if not isinstance(image, ImageError)]
+                texts = iter(self._describe(usable, prompt_T, search) if usable else ())
+                for key, image in read:
+                    yield key, image if isinstance(image, ImageError) else next(texts)
+
+    def _prompt(self, style: str | None, question: str) -> TargetText:
+        prompts = self._checkpoint.captioner.config.prompts
+        source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
+        return TargetText(source, "", style=chosen, question=question)
+
+    def _describe(self, images: Sequence[Image.Image], prompt_T: Tensor, search: DecodingConfig) -> list[str]:
+        captioner, words = self._checkpoint.captioner, self._checkpoint.words
+        device = next(captioner.encoder.parameters()).device
+        with torch.inference_mode():
+            states_BNV = captioner.encoder(captioner.encoder.pixels(list(images)).to(device))
+        return [words.decode(ids) for ids in captioner.generate(states_BNV, prompt_T.expand(len(images), -1), search)]
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int
+) -> Iterator[list[tuple[Any, Future[Image.Image | ImageError]]]]:
+    """Yield batches of images that are being read, while later ones are read already."""
+    left = iter(images)
+
+    def next_batch() -> list[tuple[Any, Future[Image.Image | ImageError]]]:
+        return [(key, pool.submit(_read, image)) for key, image in islice(left, batch_size)]
+
+    waiting = deque(next_batch() for _ in range(PREPARED_BATCHES))
+    while batch := waiting.popleft():
+        waiting.append(next_batch())
+        yield batch
+
+
+def _read(picture: Picture) -> Image.Image | ImageError:
+    """Return an image upright in RGB, or why it cannot be read."""
+    try:
+        if isinstance(picture, Image.Image):
+            return prepare_opened(picture)
+        if isinstance(picture, np.ndarray | Tensor):
+            return prepare_opened(_from_array(picture))
+        if isinstance(picture, str | PathLike):
+            picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
+        return prepare_image(picture)
+    except UnsafeFileError as error:
+        return ImageError(error.reason, str(error))
+    except OSError as error:
+        return ImageError("unreadable_file", error.strerror or str(error))
+    except ImageError as error:
+        return error
+    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
+        return ImageError("unreadable_image", one_line(error))
+
+
+def _from_array(values: np.ndarray[Any, Any] | Tensor) -> Image.Image:
+    """Return an array (H, W, 3) or (H, W), or a tensor (3, H, W), as an image. Raises ImageError for another shape or type."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        scaled = (values.float().clamp(0, 1) * 255).round().byte() if values.is_floating_point() else values
+        array = scaled.numpy()
+        array = array.transpose(1, 2, 0) if array.ndim == COLOR else array
+        array = array[:, :, 0] if array.ndim == COLOR and array.shape[2] == 1 else array
+    else:
+        array = values
+    if array.dtype != np.uint8 or array.ndim not in (GRAY, COLOR) or (array.ndim == COLOR and array.shape[2] not in (3, 4)):
+        raise ImageError("unreadable_image", f"an array of {array.dtype} and shape {array.shape} is no image")
+    return Image.fromarray(np.ascontiguousarray(array))
