@@ -56,10 +56,10 @@ PATTERNS = {  # what a value that does not match should be
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "columns", "drop_context", "limit", "seed", "exclude", "human_texts", "tasks", "own_tasks",
-     "engine", "model", "generate", "filter", "verify", "dedupe", "balance", "split")
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "seed", "exclude", "human_texts", "tasks",
+     "own_tasks", "engine", "model", "generate", "filter", "verify", "dedupe", "balance", "split")
 )  # fmt: skip
-PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?)?")
+PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
 TINY = "tiny"  # the model of the teachers of drawn scenes
 NO_MODEL = "none"  # stands for the model where nothing is asked
 NO_TASKS = "none"
@@ -335,6 +335,7 @@ class Config(Section):
     columns: dict[str, str] = {}  # role -> column, for tables with other column names; several with commas for `context`
     drop_context: bool = False  # columns for prompts alone, which no version holds
     allow_urls: bool = False  # fetch images that rows name by URL
+    allow_partial: bool = False  # read what the Hub has converted, where that is a first part only
     follow_links: bool = False  # read files outside of the folder that links in it lead to
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None

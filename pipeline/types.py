@@ -91,6 +91,7 @@ class Source:
     count: Callable[[], int | None] = lambda: None  # number of rows, if it is known without reading all
     messages: tuple[str, ...] = ()  # what a user should know before the run: files that are not read, captions that were found
     decks: bool = False  # whether its samples are documents of several pages
+    is_partial: bool = False  # whether it holds a first part only of what it is named after
 
 
 @dataclass(frozen=True, slots=True)

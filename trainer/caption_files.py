@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
-from pipeline.sources.folder import IMAGE_SUFFIXES, list_files
+from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES
 from pipeline.storage.files import atomic_write, write_text
 from pipeline.storage.untrusted import read_regular
 
@@ -36,7 +36,8 @@ def find_images(names: Iterable[str]) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            images = sorted(list_files(path).images)
+            below = (one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
+            images = sorted(one for one in below if not one.name.startswith(APPLE_DOUBLE))
             if not images:
                 raise ConfigError(f"no image in {name}", hint=f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read")
         elif path.is_file():

@@ -176,7 +176,7 @@ def push(
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.licenses import non_redistributable
     from pipeline.dataset.manifest import describe_data
-    from pipeline.hub.package import build_checkpoint_package, build_package
+    from pipeline.hub.package import build_package
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import DamagedPushError, check_repo_name
     from pipeline.storage.files import translate_disk_errors
@@ -186,9 +186,9 @@ def push(
         if license_ or title or language:
             raise BadParameter("--license, --title and --language go with datasets", param_hint="PATH")
         say(f"captioner: {data}")
-        from trainer.publish.files import transformers_files
+        from pipeline.cli.training import package_captioner
 
-        send(build_checkpoint_package(data, repo, transformers_files), repo, private=private, dry_run=dry_run, as_json=as_json)
+        send(package_captioner(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
         return
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):

@@ -17,8 +17,8 @@ IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # gro
 DATASET, CLUSTER = "Dataset", "Cluster"
 NO_TASKS = "none"
 IMPORT_OPTIONS = (
-    "context", "source", "split", "columns", "captions", "allow_urls", "follow_links", "split_list", "exclude", "limit",
-    "license_", "language", "group_by", "seed", "title", "config",
+    "context", "source", "split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
+    "limit", "license_", "language", "group_by", "seed", "title", "config",
 )  # fmt: skip
 
 SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
@@ -77,6 +77,14 @@ def run_settings(
     allow_urls: Annotated[
         bool | None,
         Option("--allow-urls", help="Fetch images that rows name by URL, from the public network.", rich_help_panel=IMAGES),
+    ] = None,
+    allow_partial: Annotated[
+        bool | None,
+        Option(
+            "--allow-partial",
+            help="Read a Hub dataset also where the Hub has converted only its first part.",
+            rich_help_panel=IMAGES,
+        ),
     ] = None,
     follow_links: Annotated[
         bool | None,
@@ -300,6 +308,7 @@ def run_settings(
         "captions": ("--captions", captions or None),
         "drop_context": ("--drop-context", drop_context),
         "allow_urls": ("--allow-urls", allow_urls),
+        "allow_partial": ("--allow-partial", allow_partial),
         "follow_links": ("--follow-links", follow_links),
         "split_list": ("--split-list", split_list),
         "exclude": ("--exclude", exclude or None),

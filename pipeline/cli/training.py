@@ -18,6 +18,7 @@ from pipeline.storage.object_store import parse_dataset_path
 if TYPE_CHECKING:
     from pipeline.check import Checked
     from pipeline.dataset.version import Version
+    from pipeline.hub.package import Package
     from trainer.caption_files import Existing
 
 
@@ -94,6 +95,14 @@ def check_checkpoint(folder: Path) -> "Checked":
         return Checked(str(folder), describe_checkpoint(folder))
     except SynthError as error:
         return Checked(str(folder), str(error), False, "train again, or fetch it again; resume.pt may still be good")
+
+
+def package_captioner(folder: Path, repo: str) -> "Package":
+    """Return what to push of a checkpoint folder: a captioner that transformers loads, too."""
+    from pipeline.hub.package import build_checkpoint_package
+    from trainer.publish.files import transformers_files
+
+    return build_checkpoint_package(folder, repo, transformers_files)
 
 
 def evaluate(

@@ -105,7 +105,8 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     splits = [split for split, count in manifest["rows"].items() if count]
     sizes = {split: _sizes(manifest, split) for split in splits}
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
-    upstream = re.search(r"[^:/\s]+/[^:/\s]+$", manifest["source"]["name"])  # the source is a repository of the Hub
+    # The source is a repository of the Hub.
+    upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest)),
@@ -114,7 +115,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
         "annotations_creators": _CREATORS[_writers(manifest)],
         "language_creators": _CREATORS[_writers(manifest)],
-        "source_datasets": [upstream[0] if upstream else "original"],
+        "source_datasets": [upstream[1] if upstream else "original"],
         "tags": [*(["synthetic"] if _writers(manifest) != PEOPLE else []), "synth"],
         "configs": [{"config_name": name, "data_files": data_files, **columns} for name, columns in _configs(manifest).items()],
         "dataset_info": _one_or_list(

@@ -19,6 +19,10 @@ from pipeline.errors import ImageError, one_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
+)
+APPLE_DOUBLE = "._"  # before the name of a file: attributes of the file, written by a Mac
 ORIENTATION = 0x0112  # a tag of EXIF
 MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding

@@ -21,6 +21,7 @@ OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
     "columns": ("knows its columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
     "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
+    "allow_partial": ("is read as a whole, but --allow-partial was given", "leave --allow-partial out"),
     "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
     "license": (
         "states the license of its images, but --license was given",

@@ -26,6 +26,7 @@ Columns = dict[str, list[str]]  # of each role
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
+PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
 
@@ -67,8 +68,15 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 more: dict[str, Any] = {"references": references, "context": context, **asked}
                 yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
 
-    decks = "pages" in columns
-    return Source(name=name, revision=tables.revision, rows=check_samples(rows()), count=count, decks=decks)
+    return Source(
+        name=name,
+        revision=tables.revision,
+        rows=check_samples(rows()),
+        count=count,
+        decks="pages" in columns,
+        is_partial=tables.is_partial,
+        messages=(PARTIAL_MESSAGE.format(name=tables.name),) if tables.is_partial else (),
+    )
 
 
 def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> Tables:

@@ -34,7 +34,7 @@ def read_split_list(path: Path) -> dict[str, str]:
 
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
     """Open photos with their captions and true splits. Raise SourceError if the tables lack the split, and no list has it."""
-    tables = replace(open_hub(repo or REPO), part=part, licence=FLICKR_TERMS)
+    tables = replace(open_hub(repo or REPO, allow_partial=config.allow_partial), part=part, licence=FLICKR_TERMS)
     split, split_list = config.source_split, config.split_list
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
     if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):
@@ -54,6 +54,6 @@ SPEC = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source flickr30k",
     open=_open,
-    options=frozenset({"source_split", "split_list"}),
+    options=frozenset({"allow_partial", "source_split", "split_list"}),
     usual_split="test",
 )

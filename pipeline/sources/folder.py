@@ -18,15 +18,12 @@ from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ConfigError, SourceError
-from pipeline.images.decode import MAX_IMAGE_BYTES
+from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, first_names
 from pipeline.sources.captions import QUESTION, describe_unknown, match_images, read_captions, read_question
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
-)
 UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
     f".{name}"
     for name in (
@@ -43,7 +40,6 @@ _REFUSALS = {  # by reason, without a path of this machine
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }
-APPLE_DOUBLE = "._"  # before the name of a file: attributes of the file, written by a Mac
 
 
 @dataclass(slots=True)

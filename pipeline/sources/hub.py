@@ -3,42 +3,56 @@
 The Hub converts script-based repositories on a separate branch. Scripts are never run.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import GATED, UNDECLARED
-from pipeline.errors import SourceError, one_line
+from pipeline.dataset.version import LEDGER_FILE
+from pipeline.errors import SourceError, did_you_mean, one_line
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
-from pipeline.sources.parquet import Tables, group_by_split
+from pipeline.sources.parquet import SPLITS, Tables, group_by_split, split_of_path
 from pipeline.types import Source, SourceSlice
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CONVERSION_BRANCH = "refs/convert/parquet"
+PARTIAL = re.compile(r"(^|/)partial-")  # of a split, of which the Hub has converted the first 5 GB
 BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a small --limit needs in all
 
 
-def open_hub(name: str) -> Tables:
-    """Return the tables of ORG/NAME or ORG/NAME@REVISION, pinned to a commit. Raise SourceError if they cannot be read."""
+def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
+    """Return the tables of ORG/NAME, ORG/NAME:CONFIG or either @REVISION, pinned to a commit.
+
+    Raise SourceError if they cannot be read, or the Hub has converted a part of them only, unless that is allowed.
+    """
     from huggingface_hub import HfApi, HfFileSystem  # half of the time in which a command starts that does not need them
 
-    repo, _, revision = name.partition("@")
+    repo, config, revision = parse_name(name)
     api = HfApi()
     with translate_errors(repo, api.endpoint):
-        info = api.dataset_info(repo, revision=revision or None)
-        commit, files = str(info.sha), _parquet(api, repo, str(info.sha))
-        if not files and not revision:
-            commit, files = _converted(api, repo)
-    if not files:
+        info = api.dataset_info(repo, revision=revision)
+        commit, paths = str(info.sha), _parquet(api, repo, str(info.sha))
+        is_converted = not paths and not revision
+        if is_converted:
+            commit, paths = _converted(api, repo)
+    if not paths:
         hint = "download it, and use --source folder:PATH or parquet:PATH"
         raise SourceError(f"{repo} holds no Parquet files, nor has the Hub converted it", hint=hint)
-    files = _one_config(repo, files)
+    declared = {} if is_converted or not info.card_data else _declared_configs(info.card_data.get("configs"), paths)
+    files = group_by_split(paths) if config is None else {}
+    files = _of_config(repo, config, declared, paths) if config is not None else _one_config(repo, files, declared)
+    is_partial = any(PARTIAL.search(path) for of_split in files.values() for path in of_split)
+    if is_partial and not allow_partial:
+        hint = "--allow-partial takes what is there; all of it: download the data set, and use folder:PATH or parquet:PATH"
+        raise SourceError(f"the Hub has converted only a first part of {repo} to Parquet", hint=hint)
     card_license = info.card_data.get("license") if info.card_data else None
     licence = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
     filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
@@ -48,7 +62,15 @@ def open_hub(name: str) -> Tables:
         name = f"datasets/{repo}@{commit}/{path}"
         return cast(BinaryIO, filesystem.open(name, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
 
-    return Tables(repo, commit, licence, files, open_file, partial(translate_errors, repo, api.endpoint))
+    where = partial(translate_errors, repo, api.endpoint)
+    return Tables(repo, commit, licence, files, open_file, where, is_partial=is_partial)
+
+
+def parse_name(name: str) -> tuple[str, str | None, str | None]:
+    """Return (repository, config, revision) of ORG/NAME, ORG/NAME:CONFIG, ORG/NAME@REVISION or ORG/NAME:CONFIG@REVISION."""
+    before, _, revision = name.partition("@")
+    repo, _, config = before.partition(":")
+    return repo, config or None, revision or None
 
 
 @contextmanager
@@ -79,25 +101,59 @@ def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
     raise SourceError(problem, hint=hint)
 
 
-def _one_config(repo: str, files: dict[str | None, list[str]]) -> dict[str | None, list[str]]:
+Files = dict[str | None, list[str]]  # paths by split
+
+
+def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
+    """Return the files of each config that the card of a repository declares, by split. What is odd is left out."""
+    declared: dict[str, Files] = {}
+    for config in configs if isinstance(configs, list) else ():
+        data_files = config.get("data_files") if isinstance(config, dict) else None
+        entries = data_files if isinstance(data_files, list) else [data_files]
+        files: Files = {}
+        for entry in entries:
+            split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else (None, entry)
+            for path in paths:
+                if any(fnmatch(path, str(one)) for one in (patterns if isinstance(patterns, list) else [patterns])):
+                    files.setdefault(SPLITS.get(str(split)) if split else split_of_path(path), []).append(path)
+        if files and isinstance(config.get("config_name"), str):
+            declared[config["config_name"]] = files
+    return declared
+
+
+def _of_config(repo: str, config: str, declared: dict[str, Files], paths: list[str]) -> Files:
+    """Return the files of a config: one that the card declares, else a folder. Raise SourceError if there is none."""
+    if config in declared:
+        return declared[config]
+    in_folder = [path for path in paths if path.startswith(f"{config}/") or f"/{config}/" in path]
+    if not in_folder:
+        known = sorted({*declared, *(path.partition("/")[0] for path in paths if "/" in path)})
+        hint = f"{did_you_mean(config, known)} it has {', '.join(known) or 'one table'}".strip()
+        raise SourceError(f"{repo} has no config {config}", hint=hint)
+    return group_by_split(in_folder)
+
+
+def _one_config(repo: str, files: Files, declared: dict[str, Files]) -> Files:
     """Return all files of a repository with one configuration (a folder), else those of `default`, or raise SourceError."""
     folders = {path.partition("/")[0] if path.count("/") > 1 else "" for paths in files.values() for path in paths}
     if len(folders) == 1:
         return files
+    if "default" in declared:
+        return declared["default"]
     if "default" not in folders:
-        hint = "download the one you want, and use parquet:PATH"
-        raise SourceError(f"{repo} holds several tables: {', '.join(sorted(folders))}", hint=hint)
+        hint = f"name one: --source hub:{repo}:{sorted(declared or folders)[0]}"
+        raise SourceError(f"{repo} holds several tables: {', '.join(sorted(declared or folders))}", hint=hint)
     default_files = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
     return {split: paths for split, paths in default_files.items() if paths}
 
 
-def _parquet(api: "HfApi", repo: str, commit: str) -> dict[str | None, list[str]]:
-    """Return the Parquet files at a commit by split, sorted."""
+def _parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
+    """Return the Parquet files at a commit, sorted."""
     paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
-    return group_by_split(path for path in paths if path.endswith(".parquet"))
+    return [path for path in paths if path.endswith(".parquet") and path.rpartition("/")[2] != LEDGER_FILE]
 
 
-def _converted(api: "HfApi", repo: str) -> tuple[str, dict[str | None, list[str]]]:
+def _converted(api: "HfApi", repo: str) -> tuple[str, list[str]]:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
@@ -105,23 +161,24 @@ def _converted(api: "HfApi", repo: str) -> tuple[str, dict[str | None, list[str]
     except GatedRepoError:
         raise
     except HfHubHTTPError:
-        return "", {}
+        return "", []
     return commit, _parquet(api, repo, commit)
 
 
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
-    tables, name = replace(open_hub(repo), part=part), f"hub:{repo.partition('@')[0]}"
+    tables = replace(open_hub(repo, allow_partial=config.allow_partial), part=part)
+    name = f"hub:{repo.partition('@')[0]}"
     return open_mapped(tables, read_mapping(tables.schema, config.columns), config, name)
 
 
 SPEC = SourceSpec(
     name="hub:ORG/NAME",
-    what="any data set of the Hub that is Parquet, or that the Hub has converted; @REVISION pins another commit",
+    what="any data set of the Hub that is Parquet, or that the Hub has converted; ORG/NAME:CONFIG; @REVISION pins a commit",
     splits="as upstream files them",
     size="streamed: --limit downloads little",
     license="as its card says",
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",
     open=_open,
-    options=frozenset({"source_split", "columns", "allow_urls"}),
+    options=frozenset({"source_split", "columns", "allow_urls", "allow_partial"}),
 )

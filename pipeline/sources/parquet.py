@@ -45,6 +45,7 @@ class Tables:
     files: dict[str | None, list[str]]  # None: the path names no split
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the storage into SourceError
+    is_partial: bool = False  # of rows, of which the Hub has converted a first part only
     part: SourceSlice = ALL  # the rows to read: whole files if there are at least `part.of`, else row groups
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.sources.base import check_samples
-from pipeline.sources.columns import build_sample, check_split, stored_split
+from pipeline.sources.columns import PARTIAL_MESSAGE, build_sample, check_split, stored_split
 from pipeline.sources.parquet import Tables
 from pipeline.types import RawSample, ReferenceQA, Rejected, Source
 
@@ -51,4 +51,6 @@ def open_questions(
         rows=check_samples(rows()),
         count=lambda: len(set(tables.values(key, split))),
         decks=decks,
+        is_partial=tables.is_partial,
+        messages=(PARTIAL_MESSAGE.format(name=tables.name),) if tables.is_partial else (),
     )

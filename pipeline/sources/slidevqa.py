@@ -32,7 +32,7 @@ def _optional(value: Any) -> str | None:
 
 
 def _open(config: Config, repo: str, _: SourceSlice) -> Source:
-    tables = open_hub(repo or REPO)
+    tables = open_hub(repo or REPO, allow_partial=config.allow_partial)
     pages = named_columns(tables.require("page_1", *_TEXT_COLUMNS), "pages", "page_*")
     return open_questions(config, tables, "deck_name", pages, _TEXT_COLUMNS, _question, NTT_EVALUATION, decks=True)
 
@@ -47,7 +47,7 @@ SPEC = SourceSpec(
     example="synth generate --source slidevqa --split validation --limit 50",
     open=_open,
     tasks=DECK_TASKS,
-    options=frozenset({"source_split"}),
+    options=frozenset({"allow_partial", "source_split"}),
     usual_split="test",
     is_divisible=False,
 )

@@ -25,7 +25,7 @@ def _question(row: dict[str, Any]) -> ReferenceQA:
 
 
 def _open(config: Config, repo: str, _: SourceSlice) -> Source:
-    tables = open_hub(repo or REPO)
+    tables = open_hub(repo or REPO, allow_partial=config.allow_partial)
     tables.require("image", *_TEXT_COLUMNS)
     return open_questions(config, tables, "image_id", ["image"], _TEXT_COLUMNS, _question, FLICKR_TERMS)
 
@@ -39,7 +39,7 @@ SPEC = SourceSpec(
     needs="the Hub, a vision-language model",
     example="synth generate --source vqav2 --split validation --limit 1000",
     open=_open,
-    options=frozenset({"source_split"}),
+    options=frozenset({"allow_partial", "source_split"}),
     usual_split="validation",
     is_divisible=False,
 )

@@ -90,7 +90,8 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
         for given in config.exclude:
             name, split = parse_exclusion(given)
             urls = config.allow_urls and name.startswith(("hub:", "parquet:"))
-            source = open_source(resolve(source=name, source_split=split, allow_urls=urls))
+            partial = config.allow_partial and "allow_partial" in find_source(name).options
+            source = open_source(resolve(source=name, source_split=split, allow_urls=urls, allow_partial=partial))
             label = f"{source.name}#{split}" if split else source.name
             rows: list[dict[str, Any]] = []
             unread = 0
@@ -118,6 +119,7 @@ def describe_source(source: Source, excluded: list[dict[str, Any]], kind: ImageK
         "name": source.name,
         "revision": source.revision,
         "decks": source.decks,
+        **({"partial": True} if source.is_partial else {}),
         "never": excluded,
         "compared_as": kind,
         "near_bits": MAX_NEAR_BITS.get(kind or ""),

@@ -16,7 +16,9 @@ from pipeline.config import resolve
 from pipeline.dataset.licenses import non_redistributable
 from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import deck_id, image_id
+from pipeline.run import generate_dataset
 from pipeline.sources import open_source
+from pipeline.sources.hub import parse_name
 from pipeline.types import ReferenceQA, Rejected, Sample, Source
 from tests.hub import datasets
 from tests.hub.app import TOKEN
@@ -258,8 +260,65 @@ def test_a_split_is_read_off_a_path_or_left_open(hub: RunningHub, path: str, spl
 def test_several_tables_in_one_repository_are_not_mixed(hub: RunningHub) -> None:
     table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
     hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": table, "fr/train/0.parquet": table})
-    with pytest.raises(SourceError, match="holds several tables: en, fr"):
+    with pytest.raises(SourceError, match="holds several tables: en, fr") as caught:
         opened("hub:me/mixed")
+    assert "--source hub:me/mixed:en" in caught.value.hint
+
+
+def test_a_config_is_read_by_its_name(hub: RunningHub) -> None:
+    tables = {n: datasets.parquet([{"photo": datasets.cell(n)}], PLAIN) for n in range(4)}
+    files = {"en/train/0.parquet": tables[0], "fr/train/0.parquet": tables[1], "fr/test/0.parquet": tables[2]}
+    hub.hub.storage.seed("dataset", "me/mixed", files)
+    source = opened("hub:me/mixed:fr", columns={"image": "photo"})
+    assert source.name == "hub:me/mixed:fr"
+    rows = [row for row in source.rows if isinstance(row, Sample)]
+    assert sorted((row.images[0], row.split) for row in rows) == sorted(
+        [(datasets.photo(1), "train"), (datasets.photo(2), "test")]
+    )
+    with pytest.raises(SourceError, match="has no config de") as caught:
+        opened("hub:me/mixed:de")
+    assert "it has en, fr" in caught.value.hint
+    card = (
+        b"---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: en/*/*.parquet}\n"
+        b"- config_name: french\n  data_files:\n  - {split: test, path: [fr/train/*, fr/test/*]}\n- nonsense\n---\n"
+    )
+    hub.hub.storage.seed("dataset", "me/declared", {**files, "README.md": card})
+    declared, _ = read("hub:me/declared:french", columns={"image": "photo"})
+    assert [row.split for row in declared] == ["test", "test"]  # as the card says, whatever the path
+    default, _ = read("hub:me/declared", columns={"image": "photo"})
+    assert [row.images for row in default] == [(datasets.photo(0),)]
+
+
+def test_a_config_may_be_pinned_to_a_commit(hub: RunningHub) -> None:
+    table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
+    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": table, "fr/train/0.parquet": table})
+    first = opened("hub:me/mixed:en", columns={"image": "photo"}).revision
+    hub.hub.storage.seed("dataset", "me/mixed", {"de/train/0.parquet": table})
+    assert opened(f"hub:me/mixed:en@{first}", columns={"image": "photo"}).revision == first
+    assert parse_name("a/b") == ("a/b", None, None)
+    assert parse_name("a/b@refs/pr/1") == ("a/b", None, "refs/pr/1")
+
+
+def test_what_the_hub_has_converted_in_part_is_refused_and_told(hub: RunningHub, tmp_path: Path) -> None:
+    table = datasets.parquet(
+        [{"photo": datasets.cell(n), "alt_text": f"Two red boats near pier {n}."} for n in range(3)], PLAIN
+    )
+    hub.hub.storage.seed("dataset", "me/large", {"large.py": datasets.SCRIPT})
+    files = {"default/partial-train/0000.parquet": table, "default/test/0000.parquet": datasets.parquet([], PLAIN)}
+    hub.hub.storage.seed("dataset", "me/large", files, branch="refs/convert/parquet")
+    columns = {"image": "photo", "references": "alt_text"}
+    with pytest.raises(SourceError, match="converted only a first part of me/large") as caught:
+        opened("hub:me/large", columns=columns)
+    assert "--allow-partial" in caught.value.hint
+    source = opened("hub:me/large", columns=columns, allow_partial=True)
+    assert source.is_partial and "the rest is not read" in source.messages[0]
+    assert [row.split for row in source.rows if isinstance(row, Sample)] == ["train"] * 3
+    config = resolve(source="hub:me/large", columns=columns, allow_partial=True, tasks="none")
+    version = generate_dataset(config, tmp_path / "d").version
+    assert version.manifest["source"]["partial"] is True
+    assert "**a first part of it only**" in (version.path / "README.md").read_text()
+    with pytest.raises(ConfigError, match="is read as a whole, but --allow-partial was given"):
+        open_source(resolve(source="scenes", allow_partial=True))
 
 
 def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read(hub: RunningHub) -> None:
