@@ -37,7 +37,7 @@ FILES = {
     "trainer": """__init__ caption_files caption_images captioning checkpoint config data distributed evaluate features generate
         hub image_index metrics optimizer prompts tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
-    "trainer/publish": "__init__ files modeling",
+    "trainer/publish": "__init__ files modeling onnx run_onnx",
     "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.

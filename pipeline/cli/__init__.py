@@ -17,7 +17,7 @@ from pipeline.cli import generate
 from pipeline.cli.datasets import check, diff, export, push, report, review_apply, versions
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
-from pipeline.cli.training import caption, evaluate, experiment, train
+from pipeline.cli.training import caption, evaluate, experiment, export_model, train
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
 from pipeline.logs import show_log
@@ -38,7 +38,11 @@ EXAMPLES = {  # by command, shown below its options
     "export": ("synth export --format webdataset", "synth export --in-place photos --style plain"),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
-    "caption": ("synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photo.jpg",),
+    "caption": (
+        "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
+        "synth caption ORG/NAME photos --out txt --skip-existing",
+    ),
+    "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
     "config": ("synth config --config synth.yaml --limit 100",),
     "init": ("synth init my-captions",),
 }
@@ -82,7 +86,7 @@ review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a re
 
 def add(command: Callable[..., None], group: str, **more: Any) -> None:
     """Add a command to the application, in a group of its help, with its examples."""
-    name = command.__name__.rstrip("_")  # of `import_`
+    name = command.__name__.rstrip("_").replace("_", "-")  # `import_` is the command import
     examples = EXAMPLES.get(name, ())
     epilog = "\n\n".join([f"Example: {example}" for example in examples]) or None
     app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
@@ -103,6 +107,7 @@ review.command("apply")(review_apply)
 add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
+add(export_model, TRAIN)
 add(experiment, TRAIN)
 add(generate.init, HELP)
 add(generate.config, HELP, context_settings=VLLM_FLAGS)

@@ -1,4 +1,4 @@
-"""Commands about captioners: train, evaluate, caption, experiment."""
+"""Commands about captioners: train, evaluate, caption, export-model, experiment."""
 
 import json
 import os
@@ -194,6 +194,32 @@ def caption(
 def _print_caption(row: dict[str, str], *, as_json: bool) -> None:
     text = row.get("caption", row.get("answer"))
     echo(json.dumps(row) if as_json else f"{row['image']}: {text}")
+
+
+def export_model(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    out: Annotated[Path | None, Option(**LOCAL_PATH, help="A new folder for the files.", show_default="CAPTIONER-onnx")] = None,
+    int8: Annotated[bool, Option("--int8", help="Also with weights of 8 bits: smaller, and less exact.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a captioner with a decoder from scratch to ONNX, which runs without torch."""
+    from pipeline.storage.files import translate_disk_errors
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+
+    from trainer.publish.onnx import RUNNER, export_onnx  # see train
+
+    target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
+    with show_progress() as progress, translate_disk_errors(target):
+        files = export_onnx(folder, target, progress, int8=int8)
+    for file, size in files.items():
+        if file.endswith(".onnx"):
+            say(f"{file}: {size / 1e6:.1f} MB")
+    say(f"try it: python {target / RUNNER} photo.jpg", "dim")
+    show({"path": str(target), "files": files}, as_json, "path")
 
 
 def experiment(

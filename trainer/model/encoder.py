@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.width: int = model_config.hidden_size
         self.layers: int = model_config.num_hidden_layers
         kind = _image_processor(config.processor)
-        self._processor = kind(**processor_settings(kind, config.processor))
+        self.processor = kind(**processor_settings(kind, config.processor))
         if config.frozen:
             self.requires_grad_(False).eval()
 
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Preprocess RGB images as in the encoder's training: -> (B, 3, H, W)."""
-        prepared: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        prepared: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return prepared
 
     def key(self) -> str:

@@ -1,0 +1,243 @@
+"""Export a captioner to ONNX: an encoder, and a decoder for the first and for the following tokens.
+
+Names of files, inputs and outputs are those of transformers.js and Optimum. Each part is compared with PyTorch.
+
+Shapes: B images, N image states, T tokens, S tokens before, V encoder width, D decoder width, H heads, K = D / H.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional
+
+from pipeline.errors import TrainError
+from pipeline.install import install_command
+from pipeline.progress import Progress
+from trainer.checkpoint import load_checkpoint
+from trainer.model.captioner import CaptionerModel
+from trainer.model.decoder import BlockCache, ScratchDecoder
+from trainer.model.hf_config import SIDES
+from trainer.publish.files import transformers_files
+from trainer.publish.run_onnx import prepare
+
+ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_model"
+INT8 = "_quantized"  # behind the name of a part
+RUNNER = "caption.py"
+KINDS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")  # of a block: of the words, and of the image
+MAX_DIFFERENCE = 1e-3  # of any value, from that of PyTorch
+PIXEL_SETTINGS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std",
+)  # fmt: skip
+MAX_PIXEL_DIFFERENCE = 0.05  # on average, of normalized pixels: two libraries resize a little differently
+
+
+class _Encoder(nn.Module):
+    """Pixels to the states that the decoder reads."""
+
+    def __init__(self, captioner: CaptionerModel) -> None:
+        super().__init__()
+        self.encoder, self.connector = captioner.encoder, captioner.connector
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the states of images: (B, N, D)."""
+        states_BND: Tensor = self.connector(self.encoder(pixels_BCHW))
+        return states_BND
+
+
+class _Decoder(nn.Module):
+    """One step of the decoder, with the keys and values of a step before, or of none."""
+
+    def __init__(self, decoder: ScratchDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def step(self, ids_BT: Tensor, states_BND: Tensor | None, caches: list[BlockCache], before: int) -> Tensor:
+        """Return the logits (B, T, vocabulary), and leave keys and values in the caches."""
+        decoder, T = self.decoder, ids_BT.shape[1]
+        seen_TS = torch.ones(T, before + T, dtype=torch.bool).tril(before)
+        x_BTD, image_of_B = decoder.embedding(ids_BT), torch.arange(ids_BT.shape[0])
+        memory_BND = x_BTD if states_BND is None else states_BND  # not read where the caches have the image
+        for block, cache in zip(decoder.blocks, caches, strict=True):
+            x_BTD = block(x_BTD, memory_BND, image_of_B, before, seen_TS, cache)
+        return functional.linear(decoder.norm(x_BTD), decoder.embedding.weight)
+
+
+class _First(_Decoder):
+    def forward(self, ids_BT: Tensor, states_BND: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits of a prompt, and the keys and values of all blocks in the order of KINDS."""
+        caches = [BlockCache() for _ in self.decoder.blocks]
+        logits_BTV = self.step(ids_BT, states_BND, caches, 0)
+        return logits_BTV, *(part for cache in caches for part in (*(cache.words or ()), *(cache.image or ())))
+
+
+class _Next(_Decoder):
+    def forward(self, ids_B1: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the logits of a token, and the keys and values of the words of all blocks."""
+        parts = [past[first : first + len(KINDS)] for first in range(0, len(past), len(KINDS))]
+        caches = [BlockCache(words=(part[0], part[1]), image=(part[2], part[3])) for part in parts]
+        logits_B1V = self.step(ids_B1, None, caches, past[0].shape[2])
+        return logits_B1V, *(part for cache in caches for part in cache.words or ())
+
+
+def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool = False) -> dict[str, int]:
+    """Write a captioner to a new folder, and return the bytes of each file.
+
+    `onnx/` holds the parts; with `int8` also with weights of 8 bits. `caption.py` runs them with onnxruntime, tokenizers, NumPy
+    and Pillow alone. Raises TrainError if the decoder is a language model, a package is missing, the folder is there already,
+    or a part gives other values than PyTorch.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise TrainError(f"the export needs the package {error.name}", hint=install_command("onnx")) from None
+    if out.exists():
+        raise TrainError(f"{out} is there already", hint="choose another: --out DIR")
+    captioner = load_checkpoint(checkpoint, torch.device("cpu")).captioner
+    if not isinstance(captioner.decoder, ScratchDecoder):
+        hint = "train one with --decoder scratch; Optimum exports language models"
+        raise TrainError("a captioner whose decoder is a language model is not exported", hint=hint)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
+        draft = Path(folder) / out.name
+        parts = draft / "onnx"
+        parts.mkdir(parents=True)
+        for done, name in enumerate(_export_parts(captioner, parts), start=1):
+            progress("export", done, 6 if int8 else 3, {"last": name})
+        for done, name in enumerate((ENCODER, FIRST, NEXT) if int8 else (), start=4):
+            _quantize(parts / f"{name}.onnx", parts / f"{name}{INT8}.onnx")
+            progress("export", done, 6, {"last": f"{name}{INT8}"})
+        for name, data in transformers_files(checkpoint).items():
+            if not name.endswith(".py"):
+                (draft / name).write_bytes(data)
+        (draft / "preprocessor_config.json").write_text(
+            json.dumps(_pixel_settings(captioner), indent=2) + "\n", encoding="utf-8"
+        )
+        shutil.copy(checkpoint / "tokenizer.json", draft / "tokenizer.json")
+        shutil.copy(Path(__file__).with_name("run_onnx.py"), draft / RUNNER)
+        draft.rename(out)
+    return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def _pixel_settings(captioner: CaptionerModel) -> dict[str, Any]:
+    """Return how images are prepared, with every default. Raises TrainError if the file that runs the parts cannot do it."""
+    processor = captioner.encoder.processor
+    settings: dict[str, Any] = {name: getattr(processor, name, None) for name in PIXEL_SETTINGS}
+    for name in ("size", "crop_size"):
+        sides = settings[name]
+        settings[name] = {side: getattr(sides, side) for side in SIDES if getattr(sides, side, None)}
+    if settings["resample"] is not None:
+        settings["resample"] = int(settings["resample"])
+    image = _gradient(0).resize((90, 60))
+    try:
+        difference = np.abs(prepare(image.copy(), settings) - captioner.encoder.pixels([image])[0].numpy()).mean()
+    except (KeyError, TypeError, ValueError):
+        difference = np.inf
+    if difference > MAX_PIXEL_DIFFERENCE:
+        problem = f"{RUNNER} cannot prepare images as {type(processor).__name__} does"
+        raise TrainError(problem, hint="train with an encoder whose images are resized, cropped and normalized alone")
+    return {"image_processor_type": captioner.encoder.config.processor["image_processor_type"], **settings}
+
+
+def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
+    """Write the parts, and yield the name of each when it is written and compared."""
+    decoder = captioner.decoder
+    assert isinstance(decoder, ScratchDecoder)
+    # Sizes of an example must not be 1, nor equal each other: the exporter takes such for constants.
+    pixels_BCHW = captioner.encoder.pixels([_gradient(number) for number in range(2)])
+    batch, tokens, states, before = Dim("batch"), Dim("tokens"), Dim("states"), Dim("before")
+    images, first, following = _Encoder(captioner).eval(), _First(decoder).eval(), _Next(decoder).eval()
+    with torch.inference_mode():
+        states_BND = images(pixels_BCHW).clone()
+        ids_BT = torch.tensor([[2, 3, 4], [4, 3, 2]])
+        past = [part.clone() for part in first(ids_BT, states_BND)[1:]]
+    blocks = range(len(decoder.blocks))
+    kept = [f"{block}.{kind}" for block in blocks for kind in KINDS]
+    grown = [name for name in kept if ".decoder." in name]
+    _export(images, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["encoder_hidden_states"], [{0: batch}])
+    yield ENCODER
+    outputs = ["logits", *(f"present.{name}" for name in kept)]
+    shapes: list[Any] = [{0: batch, 1: tokens}, {0: batch, 1: states}]
+    _export(first, (ids_BT, states_BND), folder / FIRST, ["input_ids", "encoder_hidden_states"], outputs, shapes)
+    yield FIRST
+    inputs = ["input_ids", *(f"past_key_values.{name}" for name in kept)]
+    outputs = ["logits", *(f"present.{name}" for name in grown)]
+    shapes = [{0: batch}, [{0: batch, 2: before if ".decoder." in name else states} for name in kept]]
+    _export(following, (ids_BT[:, :1], past), folder / NEXT, inputs, outputs, shapes)
+    yield NEXT
+
+
+def _export(
+    module: nn.Module, arguments: tuple[Any, ...], path: Path, inputs: list[str], outputs: list[str], shapes: Sequence[Any]
+) -> None:
+    """Write one part, and compare its values with those of PyTorch. Raises TrainError if they differ."""
+    file = path.with_suffix(".onnx")
+    with _quietly():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=tuple(shapes),
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(file), external_data=False)
+    values = [value for argument in arguments for value in (argument if isinstance(argument, list) else [argument])]
+    with torch.inference_mode():
+        expected = module(*arguments)
+    found = _session(file).run(None, {name: value.numpy() for name, value in zip(inputs, values, strict=True)})
+    for name, one, other in zip(outputs, found, expected if isinstance(expected, tuple) else [expected], strict=True):
+        if one.shape != tuple(other.shape) or np.abs(one - other.numpy()).max() > MAX_DIFFERENCE:
+            raise TrainError(f"{file.name} gives other values of {name} than PyTorch", hint="please report this bug")
+
+
+def _quantize(file: Path, out: Path) -> None:
+    """Write a part with weights of 8 bits; activations are quantized as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quietly(), TemporaryDirectory(dir=file.parent) as scratch:
+        quantize_dynamic(str(file), Path(scratch) / out.name, weight_type=QuantType.QInt8)
+        (Path(scratch) / out.name).rename(out)
+
+
+def _session(file: Path) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def _gradient(number: int) -> Any:
+    from PIL import Image
+
+    return Image.linear_gradient("L").rotate(90 * number).convert("RGB")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence the exporter's warnings, about names of axes and deprecations of its own."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "root")]
+    before = [logger.level for logger in loggers]
+    with catch_warnings():
+        simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
