@@ -86,14 +86,14 @@ def caption_folder(model: Path, photos: Path) -> float:
     from pipeline.progress import NullProgress
     from trainer import Captioner
     from trainer.caption_files import find_images
-    from trainer.caption_images import Task, caption_images
+    from trainer.caption_images import Job, caption_images
 
     captioner = Captioner.from_pretrained(model, device="cpu")
     start = time.monotonic()
     images = find_images([str(photos)])
-    task = Task(captioner, images, ("brief",), batch_size=BATCH)
+    job = Job(captioner, images, ("brief",), batch_size=BATCH)
     out = photos.parent / "captions.jsonl"
-    caption_images(task, out, "overwrite", model, NullProgress(), lambda row: None)
+    caption_images(job, out, "overwrite", model, NullProgress(), lambda row: None)
     return len(images) / (time.monotonic() - start)
 
 

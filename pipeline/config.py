@@ -63,6 +63,7 @@ PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\
 TINY = "tiny"  # the model of the teachers of drawn scenes
 NO_MODEL = "none"  # stands for the model where nothing is asked
 NO_TASKS = "none"
+HUMAN_STYLE = "human"
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -341,7 +342,9 @@ class Config(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
-    captions: Distinct[Path] = ()  # files of captions, or questions, that people wrote about the images of a folder
+    captions: Distinct[
+        Annotated[Path, AfterValidator(Path.expanduser)]
+    ] = ()  # files of captions, or questions, that people wrote about the images of a folder
     human_texts: HumanTexts = "compare"
     tasks: Distinct[Task] = ("caption", "qa")  # none: no model is asked; own tasks are asked with or without being named
     own_tasks: tuple[TaskConfig, ...] = ()
@@ -369,10 +372,21 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _keeps_texts_if_it_asks_for_none(cls, values: Any) -> Any:
+    def _keeps_human_texts_without_tasks(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("tasks") not in (NO_TASKS, [NO_TASKS], (NO_TASKS,)):
             return values
         return {"human_texts": "keep"} | values | {"tasks": []}
+
+    @model_validator(mode="after")
+    def _knows_whose_texts_are_whose(self) -> "Config":
+        styles = (*self.generate.caption_styles, *(name for name, _ in self.generate.style_prompts))
+        if HUMAN_STYLE in (*styles, *(task.name for task in self.own_tasks)):
+            raise ValueError(f"{HUMAN_STYLE} is the style of captions that people wrote: give yours another name")
+        if NO_TASKS in self.tasks:
+            raise ValueError(f"tasks: {NO_TASKS} stands alone")
+        if not self.tasks and self.human_texts == "fill":
+            raise ValueError("human_texts: fill asks for what is missing, and tasks: none for nothing")
+        return self
 
     @model_validator(mode="after")
     def _makes_something(self) -> "Config":
@@ -517,7 +531,8 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
         key = re.sub(r"\.\d+$", "", key)  # of an item of a list
         if not key:  # a rule about several of them
-            raise ConfigError(f"{where}{first['msg'].removeprefix('Value error, ')}", hint=every_key) from None
+            problem = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{where}{problem}", hint="docs/settings.md explains each setting") from None
         if first["type"] == "missing":
             raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
         hint = f"`synth config --all` shows all settings; docs/settings.md explains {key}" if section is Config else every_key

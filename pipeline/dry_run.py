@@ -33,6 +33,7 @@ from pipeline.text.values import in_short
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
+COMPLETE_IMAGES = 512  # that are looked at on the way to images that need a request
 SHOWN_TEXTS = 5
 BYTES_A_TOKEN = 4  # of English text
 FOLDER = ".dry-run"  # within the dataset folder
@@ -89,11 +90,15 @@ class StagesOnly(NullProgress):
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """Some rows of a source: `new` images were not asked about before, `answered` ones were met on the way to them."""
+    """Some rows of a source: `new` images were not asked about before, `answered` ones were met on the way to them.
+
+    `complete` images are among the rows, and need no request: people have written what would be asked.
+    """
 
     rows: list[Sample | Rejected]
     new: int
     answered: int
+    complete: int = 0
 
 
 @contextmanager
@@ -112,21 +117,24 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
     rows: list[Sample | Rejected] = []
     filling: list[Sample] = []
     ids: set[str] = set()
-    new = answered = 0
+    new = answered = complete = 0
     for row in source.rows:
         if isinstance(row, Rejected) or row.id in ids:
             rows.append(row)
             continue
         ids.add(row.id)
-        if _is_answered(row, config, revision, journal):
+        if not requests_about(config, source_texts(as_row(row), config)):
+            complete += 1
+            rows.append(row)
+        elif _is_answered(row, config, revision, journal):
             answered += 1
             filling += [row] if len(filling) < SAMPLED_IMAGES else []
         else:
             new += 1
             rows.append(row)
-        if new == SAMPLED_IMAGES or len(ids) == config.limit:
+        if new == SAMPLED_IMAGES or complete == COMPLETE_IMAGES or len(ids) == config.limit:
             break
-    return SampledRows([*rows, *filling[: SAMPLED_IMAGES - new]], new, answered)
+    return SampledRows([*rows, *filling[: SAMPLED_IMAGES - new]], new, answered, complete)
 
 
 def _is_answered(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
@@ -159,7 +167,8 @@ def _predict(
     scales += [config.limit / read.kept] if config.limit and read.kept else []
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
-    remaining = max(0, images - sample.answered)
+    of_unanswered = sample.new / (sample.new + sample.complete) if sample.new else 0.0
+    remaining = round(max(0, images - sample.answered) * of_unanswered)
     of_remaining = remaining / sample.new if sample.new else 0.0
     prompt_tokens, reply_tokens = round(stats.prompt_tokens * of_remaining), round(stats.reply_tokens * of_remaining)
     first_attempts = of_stage["generate"].kept

@@ -8,6 +8,7 @@ import csv
 import glob
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +56,7 @@ def find_images(names: Iterable[str]) -> list[Path]:
 class CaptionFile:
     """A file of captions, one row an image and style. Rows of an interrupted run with the same settings are kept.
 
-    Use it as a context manager; `done` names the (image, style) pairs that are there.
+    Use it as a context manager; `done` names the (image, style) pairs that are there. Rows are held in memory, without images.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], existing: Existing = "refuse") -> None:
@@ -65,25 +66,23 @@ class CaptionFile:
             )
         self.path, self.settings = path, settings
         self._draft = path.with_name(f".{path.name}.unfinished")
-        self.rows: list[dict[str, Any]] = []
-        if path.exists() and existing == "refuse" and not self._draft.exists():
+        begun = self._resume() if self._draft.exists() else None
+        if begun is None and path.exists() and existing == "refuse":
             hint = "--append adds images that it lacks, --overwrite writes it anew"
             raise ConfigError(f"{path} is there already", hint=hint)
-        if existing != "overwrite" and path.exists():
-            self.rows += _read_rows(path)
-        self._kept = len(self.rows)
-        if self._draft.exists():
-            there = {_key(row) for row in self.rows}
-            self.rows += [row for row in self._resume() if _key(row) not in there]
+        self._is_anew, new = begun or (existing == "overwrite", [])
+        kept = [] if self._is_anew or not path.exists() else _read_rows(path)
+        there = {_key(row) for row in kept}
+        self._new = [row for row in new if _key(row) not in there]
+        self.rows = [*kept, *self._new]
         self.done = {_key(row) for row in self.rows}
         self._file: TextIO | None = None
 
     def __enter__(self) -> "CaptionFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._draft.open("w", encoding="utf-8")
-        self._file.write(_line(self.settings))
-        self._file.writelines(_line(row) for row in self.rows[self._kept :])
-        self._file.flush()
+        header = {"settings": self.settings, "anew": self._is_anew}
+        write_text(self._draft, "".join(map(_line, [header, *self._new])))
+        self._file = self._draft.open("a", encoding="utf-8")
         return self
 
     def add(self, row: dict[str, Any]) -> None:
@@ -97,20 +96,24 @@ class CaptionFile:
         assert self._file
         self._file.close()
         if kind is None:
-            _write_rows(self.path, self.rows)
+            if self.rows:
+                _write_rows(self.path, self.rows)
             self._draft.unlink()
 
-    def _resume(self) -> list[dict[str, Any]]:
-        """Return the rows of an interrupted run; a line without its end was cut off. Raises ConfigError for other settings."""
+    def _resume(self) -> tuple[bool, list[dict[str, Any]]]:
+        """Return whether an interrupted run writes the file anew, and its rows; a line without its end was cut off.
+
+        Raises ConfigError for other settings.
+        """
         first, *lines = read_regular(self._draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace").split("\n")
         try:
-            settings, rows = json.loads(first), [json.loads(line) for line in lines[:-1]]
-        except ValueError:
-            settings, rows = None, []
-        if settings != self.settings:
-            hint = f"use the same, remove {self._draft}, or choose another --out"
-            raise ConfigError(f"{self.path} was begun with another captioner or other settings", hint=hint)
-        return rows
+            header, rows = json.loads(first), [json.loads(line) for line in lines[:-1]]
+            if header["settings"] == self.settings and all(isinstance(row["image"], str) for row in rows):
+                return bool(header["anew"]), rows
+        except (ValueError, LookupError, TypeError):
+            pass
+        hint = f"use the same, remove {self._draft}, or choose another --out"
+        raise ConfigError(f"{self.path} was begun with another captioner or other settings", hint=hint)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str]:
@@ -128,11 +131,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
         else:
             text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
-            rows = (
-                list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else list(map(json.loads, text.splitlines()))
-            )
+            lines = (line for line in text.split("\n") if line.strip())  # other line ends may be in a text
+            rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else list(map(json.loads, lines))
         if not all(isinstance(row["image"], str) for row in rows):
             raise ValueError("a row names no image")
+        if odd := [name for row in rows for name, value in row.items() if not isinstance(value, str | None)]:
+            raise ValueError(f"its column {odd[0]} holds more than text")
     except (OSError, ValueError, LookupError, TypeError, csv.Error, pa.ArrowException) as error:
         raise ConfigError(f"{path} is no file of captions: {error}", hint="choose another --out, or --overwrite") from None
     return rows
@@ -162,17 +166,19 @@ def without_sidecars(images: Sequence[Path], existing: Existing) -> list[Path]:
     targets: dict[Path, Path] = {}
     for image in images:
         target = image.with_suffix(".txt")
-        if target in (image, *targets):
+        if target == image or target in targets:
             problem = (
                 f"{image} has the name of its text file" if target == image else f"two images would have the text file {target}"
             )
             raise ConfigError(problem, hint="give one of them another name, or choose a file: --out captions.jsonl")
         targets[target] = image
-    there = [target for target in targets if target.exists()]
+    there = [target for target in targets if os.path.lexists(target)]
+    if existing == "append" and (links := [target for target in there if target.is_symlink()]):
+        raise ConfigError(f"{links[0]} is a link, and would be written to", hint="remove it, or --overwrite replaces it")
     if there and existing == "refuse":
         hint = "say what becomes of them: --skip-existing, --append or --overwrite"
         raise ConfigError(f"{len(there)} of {len(targets)} text files are there already, such as {there[0]}", hint=hint)
-    return [image for target, image in targets.items() if existing != "skip" or not target.exists()]
+    return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
 
 
 def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None:

@@ -31,6 +31,7 @@ from trainer.tokenizer import TargetText
 
 BATCH_SIZE = 32  # images
 PREPARED_BATCHES = 2  # ahead of the one that is captioned
+READERS = 2  # threads, each of which holds one image at its full size
 GRAY, COLOR = 2, 3  # dimensions of an array
 Picture = Image.Image | str | PathLike[str] | bytes | np.ndarray[Any, Any] | Tensor
 
@@ -80,61 +81,73 @@ class Captioner:
         several = [images] if isinstance(images, Image.Image | str | PathLike | bytes | np.ndarray | Tensor) else images
         pairs = ((number, cast("Picture", image)) for number, image in enumerate(several))
         texts = []
-        for number, text in self.stream(pairs, style, question, batch_size, num_beams):
-            if isinstance(text, ImageError):
-                raise TrainError(f"cannot read image {number}: {text}", hint="pass image files, or images")
-            texts.append(text)
+        for number, answer in self.stream(pairs, (style,), question, batch_size, num_beams):
+            if isinstance(answer, ImageError):
+                raise TrainError(f"cannot read image {number}: {answer}", hint="pass image files, or images")
+            texts += answer
         return texts
 
     def stream(
         self,
         images: Iterable[tuple[Any, Picture]],
-        style: str | None = None,
+        styles: Sequence[str | None] = (None,),
         question: str = "",
         batch_size: int = BATCH_SIZE,
         num_beams: int = 1,
-    ) -> Iterator[tuple[Any, str | ImageError]]:
-        """Yield the key of each image with its text, or with the error for which it cannot be read, in order.
+    ) -> Iterator[tuple[Any, list[str] | ImageError]]:
+        """Yield the key of each image with its text in each style, or with the error for which it cannot be read, in order.
 
-        Images are read by other threads, a few batches ahead, so that any number takes the same memory.
+        Images are read and resized by other threads, a few batches ahead; an image is encoded once for all styles.
         """
-        prompt = self._prompt(style, question)
-        prompt_T = torch.tensor(self._checkpoint.words.prompt(prompt))
+        prompts = [torch.tensor(self._checkpoint.words.prompt(self._prompt(style, question))) for style in styles]
         search = DecodingConfig(beams=num_beams)
-        with ThreadPoolExecutor(2) as pool:
-            for batch in _ahead(pool, images, batch_size):
-                read = [(key, image.result()) for key, image in batch]
-                usable = [image for _, image in read if not isinstance(image, ImageError)]
-                texts = iter(self._describe(usable, prompt_T, search) if usable else ())
-                for key, image in read:
-                    yield key, image if isinstance(image, ImageError) else next(texts)
+        with ThreadPoolExecutor(READERS) as pool:
+            for batch in self._ahead(pool, images, batch_size):
+                read = [(key, pixels.result()) for key, pixels in batch]
+                usable = [pixels for _, pixels in read if not isinstance(pixels, ImageError)]
+                texts = iter(self._describe(torch.stack(usable), prompts, search) if usable else ())
+                for key, pixels in read:
+                    yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def _prompt(self, style: str | None, question: str) -> TargetText:
         prompts = self._checkpoint.captioner.config.prompts
         source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
         return TargetText(source, "", style=chosen, question=question)
 
-    def _describe(self, images: Sequence[Image.Image], prompt_T: Tensor, search: DecodingConfig) -> list[str]:
+    def _describe(self, pixels_BCHW: Tensor, prompts: Sequence[Tensor], search: DecodingConfig) -> list[list[str]]:
         captioner, words = self._checkpoint.captioner, self._checkpoint.words
         device = next(captioner.encoder.parameters()).device
         with torch.inference_mode():
-            states_BNV = captioner.encoder(captioner.encoder.pixels(list(images)).to(device))
-        return [words.decode(ids) for ids in captioner.generate(states_BNV, prompt_T.expand(len(images), -1), search)]
+            states_BNV = captioner.encoder(pixels_BCHW.to(device))
+        B = len(pixels_BCHW)
+        by_style = [captioner.generate(states_BNV, prompt_T.expand(B, -1), search) for prompt_T in prompts]
+        return [[words.decode(ids) for ids in of_image] for of_image in zip(*by_style, strict=True)]
 
+    def _ahead(
+        self, pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int
+    ) -> Iterator[list[tuple[Any, Future[Tensor | ImageError]]]]:
+        """Yield batches of images that are being prepared, while later ones are prepared already."""
+        left = iter(images)
 
-def _ahead(
-    pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int
-) -> Iterator[list[tuple[Any, Future[Image.Image | ImageError]]]]:
-    """Yield batches of images that are being read, while later ones are read already."""
-    left = iter(images)
+        def prepare(picture: Picture) -> Future[Tensor | ImageError]:
+            if not isinstance(picture, Image.Image):
+                return pool.submit(self._prepare, picture)
+            done: Future[Tensor | ImageError] = Future()  # here: two threads must not load one image, which may come twice
+            done.set_result(self._prepare(picture))
+            return done
 
-    def next_batch() -> list[tuple[Any, Future[Image.Image | ImageError]]]:
-        return [(key, pool.submit(_read, image)) for key, image in islice(left, batch_size)]
+        def next_batch() -> list[tuple[Any, Future[Tensor | ImageError]]]:
+            return [(key, prepare(picture)) for key, picture in islice(left, batch_size)]
 
-    waiting = deque(next_batch() for _ in range(PREPARED_BATCHES))
-    while batch := waiting.popleft():
-        waiting.append(next_batch())
-        yield batch
+        waiting = deque(next_batch() for _ in range(PREPARED_BATCHES))
+        while batch := waiting.popleft():
+            waiting.append(next_batch())
+            yield batch
+
+    def _prepare(self, picture: Picture) -> Tensor | ImageError:
+        """Return an image as the encoder wants it (3, H, W), or why it cannot be read."""
+        image = _read(picture)
+        return image if isinstance(image, ImageError) else self._checkpoint.captioner.encoder.pixels([image])[0]
 
 
 def _read(picture: Picture) -> Image.Image | ImageError:

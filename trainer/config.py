@@ -126,9 +126,13 @@ def has_other_settings(folder: Path, config: TrainConfig) -> bool:
     return any(getattr(trained, name) != value for name, value in compared.items())
 
 
+def keeps_human_texts(manifest: dict[str, Any]) -> bool:
+    """Return True if a version holds texts that people wrote as captions and questions, and not as references alone."""
+    return any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
+
+
 def usual_texts(manifest: dict[str, Any]) -> Mixture:
     """Return whose texts a version holds as captions: those of a model, of people whose texts were kept, or of both."""
-    by_people = manifest["measured"].get("human_captions")
-    if not by_people:
+    if not keeps_human_texts(manifest):
         return "synthetic"
     return "human" if manifest["model"]["name"] == NO_MODEL else "mixed"

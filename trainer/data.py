@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,8 +14,8 @@ from pipeline.dataset.version import Version
 from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
-from pipeline.tables import HUMAN, PIXELS
-from trainer.config import Mixture
+from pipeline.tables import HUMAN, PIXELS, REVIEWED
+from trainer.config import Mixture, keeps_human_texts
 from trainer.image_index import map_images
 from trainer.tokenizer import TargetText
 
@@ -49,6 +49,7 @@ class Example:
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
     """Return the examples of a split, images in memory-mapped files (`read_examples`). Raises StoreError for an empty split."""
+    options |= {"keeps_human": keeps_human_texts(version.manifest)}
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None
     return read_examples(version.read(split, columns), images, mixture, **options)
@@ -62,39 +63,48 @@ def read_examples(
     questions: bool = True,
     styles: Sequence[str] = (),
     source_in_prompt: bool = True,
+    keeps_human: bool = False,
 ) -> list[Example]:
     """Return one example per row of a version (tables.ROW, one split, without pixels) that has a text to learn.
 
-    `images` are image bytes by sample id; None if the samples are decks. The options are those of TrainConfig.
+    `images` are image bytes by sample id; None if the samples are decks. `keeps_human`: people's texts are among the captions,
+    where they went through all stages, and not references alone. Other options are those of TrainConfig.
     Raises TrainError if the samples are decks, or if no row has a text of that kind.
     """
     if images is None:
         raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")
     names = ["sample_id", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
-    keeps = keeps_human_texts(rows)
-    examples = [_example(row, images[row["sample_id"]], mixture, questions=questions, keeps_human=keeps) for row in rows]
+    options = {"questions": questions, "keeps_human": keeps_human}
+    examples = [_example(row, images[row["sample_id"]], mixture, **options) for row in rows]
     if styles:
         examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
     if not source_in_prompt:
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     if not any(text.style for example in examples for text in example.texts):
-        hint = "generate with --tasks caption,qa, or choose --text-source"
+        hint = "a captioner learns captions, and answers beside them: generate with --tasks caption,qa, or choose --text-source"
         raise TrainError(f"no {mixture} captions to learn from", hint=hint)
     return [example for example in examples if example.texts]
 
 
-def keeps_human_texts(rows: Iterable[dict[str, Any]]) -> bool:
-    """Return True if rows of a version hold texts of people as captions or questions, and not as references alone."""
-    return any(item.get("prompt_id") == HUMAN for row in rows for item in (*row["captions"], *(row.get("qa") or ())))
+def is_by_people(item: dict[str, Any]) -> bool:
+    """Return True if a person wrote a caption or a question of a version that keeps such; also if a review has changed it."""
+    return (
+        item.get("style") == HUMAN
+        or item.get("prompt_id") == HUMAN
+        or ("question" in item and item.get("prompt_id") == REVIEWED)
+    )
 
 
 def _example(
     row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool, keeps_human: bool
 ) -> Example:
     by_people, by_model = (
-        [[item for item in row.get(name) or () if (item.get("prompt_id") == HUMAN) == is_human] for name in ("captions", "qa")]
-        for is_human in (True, False)
+        [
+            [item for item in row.get(name) or () if (keeps_human and is_by_people(item)) == wanted]
+            for name in ("captions", "qa")
+        ]
+        for wanted in (True, False)
     )
     synthetic = [(pair["question"], (pair["answer"],), pair["answer_type"]) for pair in by_model[1]]
     human = [(pair["question"], tuple(pair["answers"]), pair["answer_type"]) for pair in row.get("reference_qa") or ()]

@@ -12,21 +12,15 @@ from trainer.config import CAPTIONER_FILES
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 
 
-def is_hub_name(name: str) -> bool:
-    """Return whether a text names a repository of the Hub, ORG/NAME or ORG/NAME@REVISION, and no local path."""
-    return bool(_NAME.fullmatch(name)) and not Path(name).exists()
-
-
 def find_captioner(name: str | Path) -> Path:
     """Return the folder of a captioner: the one that is named, or that of a download from the Hub.
 
     Only the settings, the tokenizer and the weights are fetched, and no code. Raises TrainError if there is no such
     repository, it holds no captioner, or the Hub does not answer and nothing is cached.
     """
-    if not is_hub_name(str(name)):
-        return Path(name).expanduser()
     match = _NAME.fullmatch(str(name))
-    assert match
+    if not match or Path(name).exists():
+        return Path(name).expanduser()
     repo, revision = match[1], match[2]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))

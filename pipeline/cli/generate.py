@@ -10,6 +10,7 @@ from typer import Argument, BadParameter, Context, Option
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, vllm_flags
 from pipeline.cli.output import echo, print_prediction, print_preview, print_run_result, say, show
 from pipeline.cli.run_options import CLUSTER, DATASET, RunSettings, with_import_settings, with_run_settings
+from pipeline.errors import ConfigError
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote
 
@@ -111,6 +112,11 @@ def import_(
     from pipeline.executors.base import describe_losses
     from pipeline.run import STAGES, generate_dataset
 
+    if settings.config.asks_model:
+        asked = ", ".join(settings.config.tasks) or "checks"
+        raise ConfigError(
+            f"`synth import` asks no model, and the settings ask for {asked}", hint="use: synth generate --keep-human"
+        )
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, progress=progress)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)

@@ -162,7 +162,10 @@ def caption(
     overwrite: Annotated[bool, Option("--overwrite", help="Write anew what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a caption for each image, or the answer to a question about it. The same command goes on where it was stopped."""
+    """Write a caption for each image, or the answer to a question about it.
+
+    With --out FILE, the same command goes on where it was stopped.
+    """
     from pipeline.storage.files import translate_disk_errors
     from trainer.caption_files import find_images
     from trainer.config import require_checkpoint
@@ -174,17 +177,19 @@ def caption(
     folder = find_captioner(captioner)
     require_checkpoint(folder)
     names = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
+    if not names:
+        raise BadParameter("no image was named", param_hint="IMAGES")
     paths = find_images(names)
 
-    from trainer.caption_images import Task, caption_images
+    from trainer.caption_images import Job, caption_images
     from trainer.captioning import Captioner  # see train
 
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
-    task = Task(loaded, paths, styles, question, num_beams, batch_size)
+    job = Job(loaded, paths, styles, question, num_beams, batch_size)
     with show_progress() as progress, translate_disk_errors(out or Path()):
         existing = cast("Existing", chosen[0] if chosen else "refuse")
-        unread = caption_images(task, out, existing, folder, progress, lambda row: _print_caption(row, as_json=as_json))
+        unread = caption_images(job, out, existing, folder, progress, lambda row: _print_caption(row, as_json=as_json))
     for path, error in unread:
         say(f"cannot read {path}: {error}", WARNING)
     if len(unread) == len(paths):

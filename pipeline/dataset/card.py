@@ -156,9 +156,10 @@ def _one_or_list(values: Iterable[Any]) -> Any:
 
 def _writers(manifest: dict[str, Any]) -> str:
     """Return who wrote the texts of a version: a model, people, or both."""
-    if not any(manifest["measured"].get(name) for name in ("human_captions", "human_questions")):
-        return MODEL
-    return PEOPLE if manifest["model"]["name"] == NO_MODEL else PEOPLE_AND_MODEL
+    if manifest["model"]["name"] == NO_MODEL:
+        return PEOPLE
+    has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
+    return PEOPLE_AND_MODEL if has_human else MODEL
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:

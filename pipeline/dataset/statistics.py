@@ -62,7 +62,7 @@ class DatasetStatistics:
             for caption in row["captions"]:
                 self.words[caption["style"]].add(len(_WORD.findall(caption["text"])))
                 self.repaired += caption["prompt_id"].startswith(f"{REPAIR.name}/")
-            self.human_captions += sum(caption["prompt_id"] == HUMAN for caption in row["captions"])
+            self.human_captions += sum(HUMAN in (caption["prompt_id"], caption["style"]) for caption in row["captions"])
             self.human_questions += sum(pair["prompt_id"] == HUMAN for pair in row["qa"])
             for pair in row["qa"]:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
@@ -115,7 +115,7 @@ class DatasetStatistics:
 
     def _against_references(self, row: dict[str, Any]) -> None:
         references = [_word_counts(text) for text in row["references"]]
-        by_model = (caption for caption in row["captions"] if caption["prompt_id"] != HUMAN)
+        by_model = (caption for caption in row["captions"] if HUMAN not in (caption["prompt_id"], caption["style"]))
         for caption in by_model if references else ():  # those of people are the references
             self.shared[caption["style"]].add(_shared(_word_counts(caption["text"]), references))
         if len(references) > 1:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
@@ -113,6 +114,9 @@ class Version:
                 raise ValueError(f"{path.name} has not one column {column.name}")
             if self.manifest["table_version"] == TABLE_VERSION and schema.field(column.name).type != column.type:
                 raise ValueError(f"the column {column.name} of {path.name} holds {schema.field(column.name).type}")
+        for name in self.manifest.get("reader_columns", ()):
+            if schema.names.count(name) != 1 or schema.field(name).type != READER_COLUMNS.field(name).type:
+                raise ValueError(f"{path.name} has not the column {name}")
         return file
 
     def damage_error(self, error: Exception) -> StoreError:

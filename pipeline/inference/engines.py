@@ -19,8 +19,8 @@ from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
 from pipeline.inference.vllm_server import run_servers
 from pipeline.install import install_command
 from pipeline.progress import Progress
-from pipeline.sources import find_source
-from pipeline.tasks import TASKS, asks_about_decks
+from pipeline.sources import find_source, holds_decks
+from pipeline.tasks import TASKS
 from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
@@ -72,7 +72,7 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
         served, revision = find_model(config)
         return EngineChoice(name, served, revision, reason, lambda: Client(served, revision, config, progress=progress))
     model = _model(config)
-    tiny_weights = TINY_DECK_WEIGHTS if asks_about_decks(config.tasks) else TINY_WEIGHTS
+    tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
     path = str(tiny_weights) if model == TINY else model
     revision = _revision(model, path)
     if name == "vllm":

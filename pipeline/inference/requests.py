@@ -99,8 +99,8 @@ def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
 def requests_about(config: Config, texts: SourceTexts) -> tuple[tuple[str, str], ...]:
     """Return the (task, style) pairs of the requests about a sample, in order.
 
-    Where the model only fills what is missing, no caption is asked for an image that has one, and no question about one that
-    has any; but for captions that a task of the user's own needs.
+    Where the model only fills what is missing, an image with a caption is not captioned, and one with a question is not asked
+    about. Captions that a task of the user's own needs are asked for in any case.
     """
     asked = requests_per_sample(config)
     if config.human_texts != "fill":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.inference.gpus import split_flag
-from pipeline.tasks import asks_about_decks
+from pipeline.sources import holds_decks
 from pipeline.tasks.base import MAX_PAGES
 
 STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
@@ -50,7 +50,7 @@ def plan_vllm_command(
     its share of the machine's.
     """
     server = config.server
-    decks = asks_about_decks(config.tasks)
+    decks = holds_decks(config)
     name = f"{Path(model).name}@{revision}"
     length = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
     seqs = 256 if gpus else 32

@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ CAPTIONS = ("text", "caption", "captions", "description", "comment", "sentences"
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's NAME#0<tab>CAPTION"
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
-_NUMBER = re.compile(r"(\d+)$")
+_NUMBER, _DIGITS, MAX_DIGITS = re.compile(r"([0-9]+)$"), re.compile("[0-9]+"), 18
 
 
 @dataclass(slots=True)
@@ -95,12 +95,19 @@ def _rows(text: str) -> Iterator[Row]:
         except ValueError:  # one object a line; other line ends may be in a string
             return (_row(json.loads(line)) for line in text.split("\n") if line.strip())
         return _rows_of_object(value)
-    lines = text.splitlines()
-    if lines and _TOKEN.fullmatch(lines[0]):
-        return map(_token_row, (line for line in lines if line.strip()))
-    header = lines[0] if lines else ""
+    lines = text.split("\n")  # other line ends may be in a text
+    if _TOKEN.fullmatch(lines[0].rstrip("\r")):
+        return (_token_row(line.rstrip("\r")) for line in lines if line.strip())
+    header = lines[0]
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=header.count), skipinitialspace=True)
-    return (_row({str(name).strip().lower(): value for name, value in row.items()}) for row in table)
+    return (_row(_columns(row, table.line_num)) for row in table)
+
+
+def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
+    """Return a row of a table with names of columns in small letters. Raise ValueError if it has more values than names."""
+    if None in row:
+        raise ValueError(f"line {line} has more columns than the first line: put texts with commas in quotes")
+    return {str(name).strip().lower(): value for name, value in row.items()}
 
 
 def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
@@ -150,7 +157,8 @@ def _texts(value: Any) -> list[str]:
             if isinstance(item, dict)
             else item
         )
-        text = _encodable(str(inner)).strip() if inner is not None else ""
+        is_missing = inner is None or inner != inner  # NaN
+        text = "" if is_missing else _encodable(str(inner)).strip()
         texts += [text] if text else []
     return texts
 
@@ -163,44 +171,63 @@ def _encodable(text: str) -> str:
 def match_images(written: Mapping[str, Written], images: Sequence[str]) -> tuple[dict[str, Written], list[str]]:
     """Return what was written by the paths of images, relative to their folder; and the names that are those of no image.
 
-    A name is a path, a name without its folder or suffix, or the number at its end (COCO's `image_id`), if one image has it.
+    A name is a path, a name without its folder or suffix, or the number at its end (COCO's `image_id`). It counts only if one
+    image has it, and one name of the file.
     """
-    index: dict[str, dict[str, str]] = {}
-    for level in _LEVELS:
-        keys = [(level(name), name) for name in images]
-        counts = Counter(key for key, _ in keys)
-        index[level.__name__] = {key: name for key, name in keys if key and counts[key] == 1}
-    matched, unknown = dict[str, Written](), list[str]()
-    for name, about in written.items():
-        image = next((found for level in _LEVELS if (found := index[level.__name__].get(level(name)))), None)
-        if image is None:
-            unknown.append(name)
-            continue
-        known = matched.setdefault(image, Written())
-        known.captions += about.captions
-        known.questions += about.questions
-        known.split = about.split or known.split
-    return matched, unknown
+    left, matched = list(written), dict[str, Written]()
+    for key_of_image, key_of_name in _KEYS:
+        of_images, of_names = _only_ones(images, key_of_image), _only_ones(left, key_of_name)
+        for key, name in of_names.items():
+            if key in of_images:
+                _merge(matched.setdefault(of_images[key], Written()), written[name])
+        left = [name for name in left if key_of_name(name) not in of_images or key_of_name(name) not in of_names]
+    return matched, left
 
 
-def _as_it_is(name: str) -> str:
+def _only_ones(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, str]:
+    """Return names by their keys, without those that share one."""
+    keys = [(key_of(name), name) for name in names]
+    counts = Counter(key for key, _ in keys)
+    return {key: name for key, name in keys if key and counts[key] == 1}
+
+
+def _merge(known: Written, more: Written) -> None:
+    known.captions += more.captions
+    known.questions += more.questions
+    known.split = more.split or known.split
+
+
+def _path(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _without_folder(name: str) -> str:
+def _file_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _without_suffix(name: str) -> str:
-    return Path(_without_folder(name)).stem
+def _stem(name: str) -> str:
+    return Path(_file_name(name)).stem
 
 
-def _number(name: str) -> str:
-    match = _NUMBER.search(_without_suffix(name))
+def _last_number(name: str) -> str:
+    """Return the number at the end of an image's name; "" without one."""
+    match = _NUMBER.search(_stem(name)[-MAX_DIGITS:])
     return str(int(match[1])) if match else ""
 
 
-_LEVELS = (_as_it_is, _without_folder, _without_suffix, _number)
+def _whole_number(name: str) -> str:
+    """Return a name that is a number; "" for others: `dog_2` is not `cat_2`."""
+    stem = _stem(name)
+    return str(int(stem)) if len(stem) <= MAX_DIGITS and _DIGITS.fullmatch(stem) else ""
+
+
+# How an image, and a name for it, are compared, from the surest way to the last.
+_KEYS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
+    (_path, _path),
+    (_file_name, _file_name),
+    (_stem, _stem),
+    (_last_number, _whole_number),
+)
 
 
 def describe_unknown(path: Path, unknown: Iterable[str]) -> Iterator[str]:

@@ -64,7 +64,14 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 references = tuple(text for text in texts if isinstance(text, str) and text.strip())
                 stored, allow_urls = stored_split(row_split, split), config.allow_urls
                 context = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
-                asked = {"reference_qa": _questions(row, columns)} if "question" in columns else {}
+                asked: dict[str, Any] = {}
+                if "question" in columns:
+                    questions, answers = _paired(row, columns)
+                    if len(questions) != len(answers):
+                        detail = f"{len(questions)} questions, and {len(answers)} answers"
+                        yield Rejected(source_row=row_name, reason="unpaired_answers", detail=detail)
+                        continue
+                    asked["reference_qa"] = _questions(questions, answers)
                 more: dict[str, Any] = {"references": references, "context": context, **asked}
                 yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
 
@@ -197,11 +204,14 @@ def build_sample(
     return RawSample(source_row=name, images=pages, licence=licence, fields={"split": split, **more})
 
 
-def _questions(row: dict[str, Any], columns: Columns) -> tuple[ReferenceQA, ...]:
-    """Return the questions of a row: one, with an answer or a list of them; or a list, with a list of as many answers."""
-    questions, answers = _listed(row[columns["question"][0]]), row[columns["answer"][0]]
-    of_each = answers if isinstance(answers, list) and isinstance(row[columns["question"][0]], list) else [answers]
-    pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, of_each, strict=False))
+def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]]:
+    """Return the questions of a row and the answers to each: of one question they may be a list."""
+    question, answer = (row[columns[role][0]] for role in ("question", "answer"))
+    return (question, _listed(answer)) if isinstance(question, list) else ([question], [answer])
+
+
+def _questions(questions: list[Any], answers: list[Any]) -> tuple[ReferenceQA, ...]:
+    pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, answers, strict=True))
     return tuple(question for pair in pairs if (question := read_question(pair)))
 
 

@@ -137,8 +137,9 @@ def _more(references: References, path: Path) -> list[Any]:
 def _add_caption_files(references: References, files: Sequence[Path], root: Path, images: Sequence[Path]) -> None:
     """Add what files of captions say of the images of a folder. Raise SourceError if none of it is about them."""
     by_name = {_row_name(path, root): path for path in images}
-    for file in files:
-        matched, unknown = match_images(read_captions(file.expanduser()), list(by_name))
+    read_before = {path.resolve() for path in references.files}
+    for file in (path for path in files if path.resolve() not in read_before):
+        matched, unknown = match_images(read_captions(file), list(by_name))
         if not matched:
             hint = f"names as the images have them are looked for, such as {next(iter(by_name))}"
             raise SourceError(f"{file} names no image of {root}; it names {first_names(unknown)}", hint=hint)
@@ -196,7 +197,8 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
     if content.links:
         names = sorted(path.name for path in content.links)
         yield f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"
-    if unread := [path for path in content.others if path not in references.files]:
+    files = {path.resolve() for path in references.files}
+    if unread := [path for path in content.others if path.resolve() not in files]:
         yield f"not read: {count_by_suffix(unread)}"
 
 
@@ -223,8 +225,9 @@ def read_references(
     *,
     follow_links: bool = False,
 ) -> References:
-    """Return the captions beside the images, their values of other `columns`, and questions about all images `among` them.
+    """Return what metadata files say of `paths`: captions, values of other `columns`, and questions.
 
+    The files are those beside any of the images `among` which the paths are.
     Raise SourceError if a metadata file or a row of it is unusable.
     """
     images = set(paths if among is None else among)
@@ -334,7 +337,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 
 SPEC = SourceSpec(
     name="folder:PATH",
-    what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv beside them",
+    what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
     splits="by hash",
     size="yours",
     license="unknown, unless --license says it; unknown images are pushed to a private repository",

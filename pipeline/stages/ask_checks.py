@@ -35,10 +35,10 @@ from pipeline.inference.verification import (
 )
 from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.scenes.claims import Claim
-from pipeline.sources import find_source
+from pipeline.sources import find_source, holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost
-from pipeline.tables import FILTERED, STRING
-from pipeline.tasks import REPAIR, asks_about_decks
+from pipeline.tables import FILTERED, HUMAN, STRING
+from pipeline.tasks import REPAIR
 from pipeline.text.content_keys import content_words
 from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.types import Engine, Request
@@ -79,9 +79,10 @@ class Asking:
         subjects = [subject for subject in every if subject.row["clean_record"] is None]
         self._check_against_images(subjects)
         if config.repair:
-            self._repair([subject for subject in subjects if subject.caption is not None and _has_false_claim(subject)])
+            by_model = (one for one in subjects if one.caption is not None and one.row["prompt_id"] != HUMAN)
+            self._repair([subject for subject in by_model if _has_false_claim(subject)])
         self._check_coverage(subjects)
-        if "alignment" in config.checks and not asks_about_decks(self.plan.config.tasks):
+        if "alignment" in config.checks and not holds_decks(self.plan.config):
             self._align([subject for subject in subjects if subject.caption is not None])
         if "references" in config.checks:
             self._compare_with_references([subject for subject in subjects if subject.caption is not None])

@@ -15,7 +15,7 @@ from pipeline.sources import holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
 from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
-from pipeline.tasks.human import human_annotations
+from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, Sample, SampleInfo, SourceTexts
 
 
@@ -47,17 +47,14 @@ def as_row(sample: Sample) -> dict[str, Any]:
     return {"sample_id": sample.id, **asdict(sample)}
 
 
-def kept_human_texts(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], ...]:
-    """Return the annotations of what people wrote about a sample (a row of tables.SAMPLE); none if it is only compared with."""
-    if not config.keeps_human_texts:
-        return ()
-    return human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), about_deck=holds_decks(config))
-
-
 def source_texts(row: Mapping[str, Any], config: Config) -> SourceTexts:
     """Return what the source says of a sample (a row of tables.SAMPLE), as far as requests depend on it."""
-    tasks = {annotation["task"] for annotation in kept_human_texts(row, config)}
-    return SourceTexts(tuple(row["context"] or ()), "caption" in tasks, bool(tasks - {"caption"}))
+    context = tuple(row["context"] or ())
+    return (
+        SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
+        if config.keeps_human_texts
+        else SourceTexts(context)
+    )
 
 
 def read_source_texts(shard: DatasetDir, config: Config) -> TextsById:
@@ -76,7 +73,7 @@ def count_wanted(shard: DatasetDir, plan: RunPlan) -> int:
 
 
 def count_asked(shard: DatasetDir) -> int:
-    """Return the number of requests that a shard's annotations are of: those of one request are adjacent."""
+    """Return how many requests the annotations of a shard answer; those of one request are adjacent."""
     count, last = 0, None
     for table in read_batches(shard.stage("generate"), ["sample_id", "task", "style", "prompt_id"]):
         by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
@@ -98,5 +95,8 @@ def _sample_infos(shard: DatasetDir, config: Config) -> Iterator[list[SampleInfo
 
 def sample_info(row: Mapping[str, Any], pages: int, config: Config) -> SampleInfo:
     """Return what the annotations of a sample (a row of tables.SAMPLE) are read with."""
-    human = kept_human_texts(row, config)
+    human: tuple[dict[str, Any], ...] = ()
+    if config.keeps_human_texts:
+        deck_pages = pages if holds_decks(config) else None
+        human = human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), deck_pages)
     return SampleInfo(row["sample_id"], pages, row["split"], row["width_px"], row["height_px"], human)

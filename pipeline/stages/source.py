@@ -27,6 +27,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "unsupported_format": "convert the files to JPEG; HEIC is read with the package pillow-heif (extra `heic`)",
     "several_images": "--columns pages=COLUMN reads them as a deck",
     "too_many_pages": "split the decks",
+    "unpaired_answers": "a list of questions needs a list of as many answers",
     "unknown_split": "leave split= out of --columns",
     "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
     "near_held_out_image": "dedupe.images: none keeps images that look alike",

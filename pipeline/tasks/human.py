@@ -4,6 +4,7 @@ They take the way of a model's texts through all stages. Their `prompt_id` is `h
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,18 +19,29 @@ _KINDS = {"qa": ("yes/no", "number", "other"), "deck_qa": ("span", "number", "ar
 
 
 def human_annotations(
-    sample_id: str, captions: Sequence[str], questions: Sequence[dict[str, Any]], *, about_deck: bool = False
+    sample_id: str, captions: Sequence[str], questions: Sequence[dict[str, Any]], deck_pages: int | None = None
 ) -> tuple[dict[str, Any], ...]:
     """Return the annotations (tables.ANNOTATION) of captions and questions that people wrote about a sample.
 
-    `questions` are of the form tables.REFERENCE_QA; those without an answer are left out.
+    `questions` are of the form tables.REFERENCE_QA; those without an answer are left out. `deck_pages` is the number of pages
+    of a deck: all of them are the evidence of a question that names none.
     """
-    task = "deck_qa" if about_deck else "qa"
-    asked = (_with_answer(pair, task) for pair in questions if any(answer.strip() for answer in pair["answers"] or ()))
+    task = "qa" if deck_pages is None else "deck_qa"
+    pages = list(range(1, (deck_pages or 0) + 1))
+    asked = (_with_answer(pair, task, pages) for pair in questions if _is_answered(pair))
     return (
         *_rows(sample_id, "caption", HUMAN, (tidy_texts({"text": text}) for text in captions if text.strip())),
         *_rows(sample_id, task, "", asked),
     )
+
+
+def has_texts(captions: Sequence[str], questions: Sequence[dict[str, Any]]) -> tuple[bool, bool]:
+    """Return whether `human_annotations` of these would hold a caption, and a question."""
+    return any(text.strip() for text in captions), any(map(_is_answered, questions))
+
+
+def _is_answered(pair: dict[str, Any]) -> bool:
+    return any(answer.strip() for answer in pair["answers"] or ())
 
 
 def _rows(sample_id: str, task: str, style: str, texts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -47,16 +59,16 @@ def _rows(sample_id: str, task: str, style: str, texts: Iterator[dict[str, Any]]
         }
 
 
-def _with_answer(pair: dict[str, Any], task: str) -> dict[str, Any]:
+def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str, Any]:
     """Return a question with the answer that most people gave, of two equally frequent ones the first."""
-    answers = [answer.strip() for answer in pair["answers"] if answer.strip()]
-    answer = max(answers, key=answers.count)
+    answers = Counter(answer.strip() for answer in pair["answers"] if answer.strip())
+    answer = max(answers, key=lambda one: answers[one])
     question = " ".join(pair["question"].split())
-    if question[-1:].isalnum() and not question.endswith(QUESTION_MARKS):  # people leave the mark out
+    if not question.endswith((*QUESTION_MARKS, ".", "!", ":", ";")):  # people leave the mark out
         question += "?"
     fields: dict[str, Any] = {"question": question, "answer": answer, "answer_type": _kind_of(pair, answer, task)}
     if task == "deck_qa":
-        fields |= {"evidence_pages": pair["evidence_pages"], "expression": pair["expression"] or ""}
+        fields |= {"evidence_pages": pair["evidence_pages"] or pages, "expression": pair["expression"] or ""}
     return tidy_pair(fields)
 
 

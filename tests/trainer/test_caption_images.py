@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,8 +15,8 @@ from pipeline.progress import NullProgress
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
-from trainer.caption_files import Existing, find_images
-from trainer.caption_images import Task, Unread, caption_images
+from trainer.caption_files import Existing, find_images, without_sidecars
+from trainer.caption_images import Job, Unread, caption_images
 
 COUNT = 10
 
@@ -59,9 +61,9 @@ def run(
 
     captioner.stream = watched  # type: ignore[assignment, method-assign]
     settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | options
-    task = Task(captioner, find_images(names), **settings)
+    job = Job(captioner, find_images(names), **settings)
     try:
-        unread = caption_images(task, out, existing, model, Stop(stop), rows.append)
+        unread = caption_images(job, out, existing, model, Stop(stop), rows.append)
     except KeyboardInterrupt:
         unread = []
     return unread, rows, seen
@@ -126,7 +128,7 @@ def test_a_file_that_is_there_is_kept_added_to_or_written_anew(model: Path, phot
 def test_all_styles_and_questions_have_rows_of_their_own(model: Path, photos: Path, tmp_path: Path) -> None:
     run(model, [str(photos)], tmp_path / "c.jsonl", styles=("brief", "detailed"))
     rows = read(tmp_path / "c.jsonl")
-    assert [row["style"] for row in rows] == ["brief"] * COUNT + ["detailed"] * COUNT
+    assert [row["style"] for row in rows] == ["brief", "detailed"] * COUNT
     _, answers, _ = run(model, [str(photos / "0.png")], None, styles=("",), question="How many?")
     assert [{*row} for row in answers] == [{"image", "question", "answer"}]
 
@@ -139,7 +141,7 @@ def test_texts_beside_images_are_written_added_to_or_left(model: Path, photos: P
         run(model, [str(photos)], Path("txt"))
     assert sorted(photos.rglob("*.txt")) == [photos / "0.txt"]
     _, _, seen = run(model, [str(photos)], Path("txt"), "skip", styles=("brief", "detailed"))
-    assert len(seen) == 2 * (COUNT - 1) and (photos / "0.txt").read_text() == "My own.\n"
+    assert len(seen) == COUNT - 1 and (photos / "0.txt").read_text() == "My own.\n"
     assert (photos / "2.txt").read_text().splitlines() == by_image[str(photos / "2.png")]
     for _ in range(2):  # a second time adds nothing
         run(model, [str(photos)], Path("txt"), "append", styles=("brief", "detailed"))
@@ -155,6 +157,48 @@ def test_images_that_would_share_a_text_file_are_one_error(model: Path, photos: 
     (photos / "1.txt").write_bytes((photos / "0.png").read_bytes())
     with pytest.raises(ConfigError, match="has the name of its text file"):
         run(model, [str(photos / "1.txt")], Path("txt"), "overwrite")
+
+
+def test_a_link_in_place_of_a_text_file_is_not_written_through(model: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret\n")
+    (photos / "0.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match=r"0\.txt is a link"):
+        run(model, [str(photos)], Path("txt"), "append")
+    run(model, [str(photos)], Path("txt"), "overwrite")
+    assert (tmp_path / "secret").read_text() == "secret\n" and not (photos / "0.txt").is_symlink()
+
+
+def test_a_name_that_is_no_text_is_written_with_escapes(model: Path, photos: Path, tmp_path: Path) -> None:
+    photo(3).save(os.fsencode(photos) + b"/\xff.png", "PNG")
+    for name in ("c.jsonl", "c.csv", "c.parquet"):
+        run(model, [str(photos)], tmp_path / name)
+        assert f"{photos}/\\xff.png" in [row["image"] for row in read(tmp_path / name)]
+
+
+def test_rows_of_another_file_are_added_to_only_if_they_are_texts(model: Path, photos: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a"], "score": [1.0]}), tmp_path / "c.parquet")
+    with pytest.raises(ConfigError, match="its column score holds more than text"):
+        run(model, [str(photos)], tmp_path / "c.parquet", "append")
+
+
+def test_a_file_that_is_written_anew_is_gone_on_with_as_such(model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    run(model, [str(photos / "sub")], out)
+    run(model, [str(photos)], out, "overwrite", stop=4)
+    before = out.read_bytes()
+    _, _, seen = run(model, [str(photos)], out)
+    assert len(seen) == COUNT - 4 and len(read(out)) == COUNT and out.read_bytes() != before
+
+
+def test_nothing_is_written_where_no_image_can_be_read(model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    run(model, [str(photos / "bad.png")], tmp_path / "c.jsonl")
+    assert not list(tmp_path.glob("*c.jsonl*"))
+
+
+def test_thousands_of_images_are_looked_through_at_once(tmp_path: Path) -> None:
+    images = [tmp_path / f"{number}.png" for number in range(50_000)]
+    assert without_sidecars(images, "refuse") == images  # minutes, where each image is compared with each
 
 
 def test_files_that_are_no_images_are_listed_and_stop_nothing(model: Path, photos: Path, tmp_path: Path) -> None:

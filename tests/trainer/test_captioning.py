@@ -90,7 +90,9 @@ def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Cap
     assert len(read) <= 4 * (PREPARED_BATCHES + 1)
     told = dict([first, *stream])
     assert [*told] == [*range(40)] == read
-    assert list(told.values()) == captioner.caption([photo(number) for number in range(40)], batch_size=32)
+    assert [text for texts in told.values() if isinstance(texts, list) for text in texts] == captioner.caption(
+        [photo(number) for number in range(40)], batch_size=32
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,10 +101,25 @@ def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Cap
 )
 def test_what_is_no_image_is_named_and_stops_no_other(captioner: Captioner, bad: Any) -> None:
     told = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
-    assert isinstance(told[1], ImageError) and isinstance(told[0], str) and isinstance(told[2], str)
-    assert [told[0], told[2]] == captioner.caption([photo(0), photo(1)])
+    assert isinstance(told[1], ImageError) and isinstance(told[0], list) and isinstance(told[2], list)
+    assert told[0] + told[2] == captioner.caption([photo(0), photo(1)])
     with pytest.raises(TrainError, match="cannot read image 1"):
         captioner.caption([photo(0), bad])
+
+
+def test_one_opened_image_may_come_several_times(captioner: Captioner, tmp_path: Path) -> None:
+    """Pillow reads an image when its pixels are wanted, and two threads must not do that at once."""
+    photo(2).convert("RGB").resize((900, 900)).save(tmp_path / "a.jpg")
+    texts = captioner.caption([Image.open(tmp_path / "a.jpg")] * 8, batch_size=3)
+    opened = Image.open(tmp_path / "a.jpg")
+    assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
+
+
+def test_all_styles_are_written_of_one_encoding(captioner: Captioner) -> None:
+    both = dict(captioner.stream([(n, photo(n)) for n in range(3)], ["brief", "detailed"]))
+    images = [photo(n) for n in range(3)]
+    apart = [captioner.caption(images, style=style) for style in ("brief", "detailed")]
+    assert list(both.values()) == [list(pair) for pair in zip(*apart, strict=True)]
 
 
 def test_a_damaged_file_that_pillow_has_opened_is_named(captioner: Captioner, tmp_path: Path) -> None:

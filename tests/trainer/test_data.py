@@ -48,8 +48,20 @@ def test_texts_of_people_that_went_through_all_stages_are_learned_in_place_of_th
     human = {TargetText("human", "One ring.", style="brief"), TargetText("human", "ring", question="What?")}
     synthetic = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
     for mixture, expected in (("synthetic", synthetic), ("human", human), ("mixed", synthetic | human)):
-        examples = read_examples(table(row, rejected), IMAGES | {"b": b"x"}, mixture)  # type: ignore[arg-type]
+        examples = read_examples(table(row, rejected), IMAGES | {"b": b"x"}, mixture, keeps_human=True)  # type: ignore[arg-type]
         assert [set(example.texts) for example in examples] == [expected]
+
+
+def test_a_persons_text_that_a_review_has_changed_is_still_a_persons() -> None:
+    edited = {"text": "Two rings.", "style": "human", "prompt_id": "review"}
+    asked = {"question": "What?", "answer": "rings", "answer_type": "other", "prompt_id": "review"}
+    row = {"captions": [edited], "qa": [asked]}
+    (example,) = read_examples(table(row), IMAGES, "human", keeps_human=True)
+    human = {TargetText("human", "Two rings.", style="brief"), TargetText("human", "rings", question="What?")}
+    assert set(example.texts) == human
+    row["captions"] = [{**edited, "style": "plain"}]  # of a model, before
+    (example,) = read_examples(table(row), IMAGES, "synthetic", keeps_human=True)
+    assert set(example.texts) == {TargetText("synthetic", "Two rings.", style="plain")}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +70,7 @@ def test_texts_of_people_that_went_through_all_stages_are_learned_in_place_of_th
         ({}, "m", "synthetic"),
         ({"human_captions": 3}, "none", "human"),
         ({"human_captions": 3}, "m", "mixed"),
+        ({"human_questions": 3}, "m", "mixed"),
     ],
 )
 def test_a_version_says_whose_texts_are_learned_unless_the_user_does(

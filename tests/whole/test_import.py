@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
@@ -195,3 +197,54 @@ def test_a_manifest_asks_for_the_captions_that_its_version_was_made_of(photos: P
         photos, "generate", "--source", "folder:photos", "--config", manifest, "--captions", "coco.json", "--out", "e", "--json"
     )
     assert json.loads(again.stdout)["digest"] == result["digest"]
+
+
+def test_the_prediction_counts_the_images_that_need_no_request(photos: Path, server: ChatServer) -> None:
+    options = ("--source", "folder:photos", "--captions", "coco.json", "--base-url", server.url, "--styles", "detailed")
+    done = synth(photos, "generate", *options, "--tasks", "caption", "--only-missing", "--dry-run", "--json", "--out", "d")
+    predicted = json.loads(done.stdout)
+    assert (predicted["images"], predicted["requests"], predicted["remaining_images"]) == (COUNT, COUNT // 2, COUNT // 2)
+
+
+def test_an_import_asks_no_model_whatever_the_settings_say(photos: Path) -> None:
+    (photos / "s.yaml").write_text("source: folder:photos\ncaptions: [coco.json]\nverify: {checks: [claims]}\n")
+    done = synth(photos, "import", "--config", "s.yaml", "--out", "d", code=1)
+    assert "`synth import` asks no model, and the settings ask for checks" in done.stderr
+    for text, problem in (
+        ("tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for what is missing"),
+        ("tasks: [none, caption]\n", "tasks: none stands alone"),
+        ("generate: {style_prompts: {human: Say it.}}\n", "human is the style of captions that people wrote"),
+    ):
+        (photos / "s.yaml").write_text(f"source: folder:photos\n{text}")
+        assert problem in synth(photos, "generate", "--config", "s.yaml", "--out", "d", code=1).stderr
+
+
+def test_questions_of_a_table_come_with_as_many_answers(photos: Path) -> None:
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((photos / "photos").iterdir())[:3]]
+    asked = [["is it red", "how many are there"], ["is it a bowl"], "where is it"]
+    answers = [["yes", "two"], ["yes", "no"], "here"]
+    rows = [
+        {"image": image, "q": q if isinstance(q, list) else [q], "a": a if isinstance(a, list) else [a]}
+        for image, q, a in zip(images, asked, answers, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
+    columns = ("--columns", "question=q,answer=a")
+    done = json.loads(synth(photos, "import", "--source", "parquet:t.parquet", *columns, "--out", "t", "--json").stdout)
+    assert done["stages"]["source"]["rejected"] == {"unpaired_answers": 1}
+    loaded = load_dataset(str(photos / done["path"]))
+    found = sorted(
+        (pair["question"], pair["answer"])
+        for part in loaded.values()
+        for row in part.remove_columns(["image"])
+        for pair in row["qa"]
+    )
+    assert found == [("how many are there?", "two"), ("is it red?", "yes"), ("where is it?", "here")]
+
+
+def test_decks_with_questions_become_a_version_without_a_model(photos: Path) -> None:
+    pages = [[{"bytes": path.read_bytes(), "path": None}] * 2 for path in sorted((photos / "photos").iterdir())[:4]]
+    rows = [{"pages": deck, "q": f"Who wrote page {number}?", "a": "Ada"} for number, deck in enumerate(pages)]
+    pq.write_table(pa.Table.from_pylist(rows), photos / "decks.parquet")
+    columns = ("--columns", "pages=pages,question=q,answer=a")
+    done = json.loads(synth(photos, "import", "--source", "parquet:decks.parquet", *columns, "--out", "k", "--json").stdout)
+    assert done["stages"]["validate"] == {"input": 4, "kept": 4, "rejected": {}}

@@ -236,6 +236,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         prefix = image_states.shape[1] if image_states is not None and isinstance(self.decoder, _Prefixed) else 0
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), max(0, past - prefix) + input_ids.shape[1])
+        if image_states is None and not past:
+            raise ValueError("a captioner needs an image: pass pixel_values")
         shown = None if past else image_states
         if isinstance(self.decoder, _Prefixed):
             logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
@@ -274,8 +276,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         """
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
-        given = options.get("generation_config") or self.generation_config
-        if options.get("num_beams", given.num_beams) not in (None, 1):
+        if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
             options.setdefault("early_stopping", "never")  # a longer text may have the better mean
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
 

@@ -250,7 +250,8 @@ def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any
     """Return the digest of everything that decides the content of filled shards."""
     config = run.config
     later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split", "title"}
-    later |= set() if config.license else {"license"}  # earlier releases had no such setting
+    earlier = {"license": None, "captions": (), "human_texts": "compare", "allow_partial": False}  # releases had none of these
+    later |= {name for name, value in earlier.items() if getattr(config, name) == value}
     settings = config.model_dump(mode="json", exclude=later)
     files = named_files(config)
     del files["entries"]  # of balance

@@ -62,7 +62,7 @@ class ShardedRun:
         if self.files not in _KNOWN_FILES:
             if digest(named_files(self.config)) != self.files:
                 raise ClusterError(
-                    "a worker sees other files than the command: prompts, split list, entries, or the folder of a CLIP",
+                    "a worker sees other files than the command: prompts, split list, captions, entries, or a CLIP's folder",
                     hint="put the same ones at the same path on all nodes",
                 )
             _KNOWN_FILES.add(self.files)

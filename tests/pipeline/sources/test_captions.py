@@ -61,6 +61,13 @@ def test_each_common_form_says_the_same(tmp_path: Path, name: str, suffix: str) 
     assert splits == (["train", "validation"] if name == "karpathy.json" else [None, None])
 
 
+def test_odd_values_are_no_captions_and_odd_line_ends_no_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "captions": ["A\u2028dog.", NaN, null, " ", 7]}\n')
+    assert read_captions(tmp_path / "a.jsonl")["a.jpg"].captions == ["A\u2028dog.", "7"]
+    (tmp_path / "b.txt").write_bytes("a.jpg#0\tA dog\u2028runs.\r\na.jpg#1\tA dog.\r\n".encode())
+    assert read_captions(tmp_path / "b.txt")["a.jpg"].captions == ["A dog\u2028runs.", "A dog."]
+
+
 def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
     rows = [
         {"image": "1", "question": "Is it a dog?", "answer": "yes", "answer_type": "yes/no"},
@@ -89,6 +96,7 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "codec can"),
         (b"[" * 100_000, "cannot read"),
         (b'{"a.jpg": "x"\n', "cannot read"),
+        (b"file_name,caption\na.jpg,A dog, running\n", "line 2 has more columns than the first line"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, data: bytes, problem: str) -> None:
@@ -109,14 +117,28 @@ def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: py
 
 def test_names_find_their_image_by_path_by_name_by_stem_or_by_number() -> None:
     images = ["a/COCO_val2014_000000000007.jpg", "a/dog.png", "b/dog.png", "b/cat 1.png"]
-    names = ["./b/dog.png", "elsewhere/cat 1.png", "cat 1", "7", "dog", "dog.png", "gone.jpg"]
+    names = ["./b/dog.png", "elsewhere/cat 1.png", "7", "dog", "dog.png", "gone.jpg"]
     matched, unknown = match_images({name: Written([name]) for name in names}, images)
     assert {image: about.captions for image, about in matched.items()} == {
         "b/dog.png": ["./b/dog.png"],
-        "b/cat 1.png": ["elsewhere/cat 1.png", "cat 1"],
+        "b/cat 1.png": ["elsewhere/cat 1.png"],
         "a/COCO_val2014_000000000007.jpg": ["7"],
     }
     assert unknown == ["dog", "dog.png", "gone.jpg"]  # of two images of one name neither is meant
+
+
+@pytest.mark.parametrize(
+    ("names", "images"),
+    [
+        (["dog_2.jpg"], ["cat_2.jpg"]),  # a number alone names an image, and no number behind another word
+        (["train/IMG_0042.jpg"], ["DSC_42.jpg"]),
+        (["train/1.jpg", "test/1.jpg"], ["val/1.jpg"]),  # of two names for one image neither counts
+        (["9" * 5000], ["a9.jpg"]),
+        (["7"], ["a_7.jpg", "b_07.jpg"]),
+    ],
+)
+def test_a_name_of_another_image_is_none_of_this_one(names: list[str], images: list[str]) -> None:
+    assert match_images({name: Written([name]) for name in names}, images) == ({}, names)
 
 
 def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: Path) -> None:

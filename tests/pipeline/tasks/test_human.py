@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.tables import ANNOTATION
 from pipeline.tasks import find_broken_rule, find_task
-from pipeline.tasks.human import human_annotations
+from pipeline.tasks.human import has_texts, human_annotations
 
 
 def asked(question: str, *answers: str, kind: str | None = None, **more: Any) -> dict[str, Any]:
@@ -55,6 +55,24 @@ def test_a_question_without_an_answer_is_left_out() -> None:
     ("expression", "answer", "kind"), [("1 + 2", "3", "arithmetic"), (None, "3", "number"), ("", "Ohm", "span")]
 )
 def test_questions_about_a_deck_are_of_its_own_task(expression: str | None, answer: str, kind: str) -> None:
-    (row,) = human_annotations("s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], about_deck=True)
+    (row,) = human_annotations("s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], 3)
     assert (row["task"], row["answer_type"], row["expression"]) == ("deck_qa", kind, expression or "")
     assert find_broken_rule(find_task("deck_qa"), row, 2) is None
+
+
+def test_all_pages_are_the_evidence_of_a_question_that_names_none() -> None:
+    (row,) = human_annotations("s", [], [asked("What?", "Ohm")], 3)
+    assert row["evidence_pages"] == [1, 2, 3] and find_broken_rule(find_task("deck_qa"), row, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("is it", "is it?"), ('what is "it"', 'what is "it"?'), ("Name it.", "Name it."), ("Was?", "Was?")]
+)
+def test_a_mark_that_people_leave_out_is_added(text: str, expected: str) -> None:
+    (row,) = human_annotations("s", [], [asked(text, "a")])
+    assert row["question"] == expected
+
+
+def test_whether_there_are_texts_is_known_without_making_them() -> None:
+    assert has_texts([" "], [asked("Is it?", " ")]) == (False, False)
+    assert has_texts(["A dog."], [asked("Is it?", "", "yes")]) == (True, True)
