@@ -5,11 +5,13 @@ text file beside each image.
 """
 
 import csv
+import fcntl
 import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
@@ -20,11 +22,12 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConfigError
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES
 from pipeline.storage.files import atomic_write, write_text
-from pipeline.storage.untrusted import read_regular
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 SIDECARS = Path("txt")  # as the name of an output: a text file beside each image
-MAX_TEXT_BYTES = 100_000_000
+MAX_TEXT_BYTES = 8_000_000_000  # of a file of captions
+MAX_SIDECAR_BYTES = 10_000_000
 Existing = Literal["refuse", "skip", "append", "overwrite"]  # what becomes of files that are there
 
 
@@ -64,25 +67,32 @@ class CaptionFile:
             raise ConfigError(
                 f"{path} is no kind of file for captions", hint=f"--out takes a name in {', '.join(SUFFIXES)}, or txt"
             )
-        self.path, self.settings = path, settings
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder", hint="choose another --out")
+        self.path, self.settings, self.existing = path, settings, existing
+        self.rows: list[dict[str, Any]] = []
+        self.done: set[tuple[str, str, str]] = set()
         self._draft = path.with_name(f".{path.name}.unfinished")
-        begun = self._resume() if self._draft.exists() else None
-        if begun is None and path.exists() and existing == "refuse":
-            hint = "--append adds images that it lacks, --overwrite writes it anew"
-            raise ConfigError(f"{path} is there already", hint=hint)
-        self._is_anew, new = begun or (existing == "overwrite", [])
-        kept = [] if self._is_anew or not path.exists() else _read_rows(path)
-        there = {_key(row) for row in kept}
-        self._new = [row for row in new if _key(row) not in there]
-        self.rows = [*kept, *self._new]
-        self.done = {_key(row) for row in self.rows}
+        self._stack = ExitStack()
         self._file: TextIO | None = None
 
     def __enter__(self) -> "CaptionFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"settings": self.settings, "anew": self._is_anew}
-        write_text(self._draft, "".join(map(_line, [header, *self._new])))
-        self._file = self._draft.open("a", encoding="utf-8")
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self.path.with_name(f".{self.path.name}.lock")))
+            begun = self._resume() if self._draft.exists() else None
+            if begun is None and self.path.exists() and self.existing == "refuse":
+                hint = "--append adds images that it lacks, --overwrite writes it anew"
+                raise ConfigError(f"{self.path} is there already", hint=hint)
+            is_anew, new = begun or (self.existing == "overwrite", [])
+            kept = [] if is_anew or not self.path.exists() else _read_rows(self.path)
+            there = {_key(row) for row in kept}
+            new = [row for row in new if _key(row) not in there]
+            self.rows = [*kept, *new]
+            self.done = {_key(row) for row in self.rows}
+            write_text(self._draft, "".join(map(_line, [{"settings": self.settings, "anew": is_anew}, *new])))
+            self._file = stack.enter_context(self._draft.open("a", encoding="utf-8"))
+            self._stack = stack.pop_all()
         return self
 
     def add(self, row: dict[str, Any]) -> None:
@@ -93,12 +103,11 @@ class CaptionFile:
         self.rows.append(row)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._file
-        self._file.close()
-        if kind is None:
-            if self.rows:
-                _write_rows(self.path, self.rows)
-            self._draft.unlink()
+        with self._stack:
+            if kind is None:
+                if self.rows:
+                    _write_rows(self.path, self.rows)
+                self._draft.unlink()
 
     def _resume(self) -> tuple[bool, list[dict[str, Any]]]:
         """Return whether an interrupted run writes the file anew, and its rows; a line without its end was cut off.
@@ -108,16 +117,41 @@ class CaptionFile:
         first, *lines = read_regular(self._draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace").split("\n")
         try:
             header, rows = json.loads(first), [json.loads(line) for line in lines[:-1]]
-            if header["settings"] == self.settings and all(isinstance(row["image"], str) for row in rows):
-                return bool(header["anew"]), rows
-        except (ValueError, LookupError, TypeError):
+            if header["settings"] == self.settings:
+                return bool(header["anew"]), _checked(rows)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass
         hint = f"use the same, remove {self._draft}, or choose another --out"
         raise ConfigError(f"{self.path} was begun with another captioner or other settings", hint=hint)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str]:
-    return row["image"], row.get("style") or row.get("question") or ""
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what a row is about: the image, the style, the question."""
+    return row["image"], row.get("style") or "", row.get("question") or ""
+
+
+def _checked(rows: list[Any]) -> list[dict[str, Any]]:
+    """Return rows of texts that each name an image. Raises ValueError for others."""
+    for row in rows:
+        if not isinstance(row["image"], str):
+            raise ValueError("a row names no image")
+        if odd := [name for name, value in row.items() if not isinstance(value, str | None)]:
+            raise ValueError(f"its column {odd[0]} holds more than text")
+    return rows
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, and remove it at the end. Raises ConfigError if another process holds it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is writing {path.name[1:-5]}", hint="wait for it, or choose another --out"
+            ) from None
+        yield
+        path.unlink()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -130,16 +164,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".parquet":
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
         else:
-            text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
+            text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
             lines = (line for line in text.split("\n") if line.strip())  # other line ends may be in a text
             rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else list(map(json.loads, lines))
-        if not all(isinstance(row["image"], str) for row in rows):
-            raise ValueError("a row names no image")
-        if odd := [name for row in rows for name, value in row.items() if not isinstance(value, str | None)]:
-            raise ValueError(f"its column {odd[0]} holds more than text")
-    except (OSError, ValueError, LookupError, TypeError, csv.Error, pa.ArrowException) as error:
+        return _checked(rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
         raise ConfigError(f"{path} is no file of captions: {error}", hint="choose another --out, or --overwrite") from None
-    return rows
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -178,13 +208,25 @@ def without_sidecars(images: Sequence[Path], existing: Existing) -> list[Path]:
     if there and existing == "refuse":
         hint = "say what becomes of them: --skip-existing, --append or --overwrite"
         raise ConfigError(f"{len(there)} of {len(targets)} text files are there already, such as {there[0]}", hint=hint)
+    if folders := [target for target in there if target.is_dir()]:
+        raise ConfigError(f"{folders[0]} is a folder", hint="give it another name")
+    for target in there if existing == "append" else ():
+        _lines(target)
     return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
 
 
 def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None:
     """Write captions beside an image, one a line; appended are those that are not there."""
     target = image.with_suffix(".txt")
-    lines: list[str] = []
-    if existing == "append" and target.exists():
-        lines = read_regular(target, max_bytes=MAX_TEXT_BYTES).decode("utf-8").splitlines()
+    lines = _lines(target) if existing == "append" and target.exists() else []
     write_text(target, "\n".join([*lines, *(text for text in texts if text not in lines)]) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file. Raises ConfigError if it is no text."""
+    try:
+        return read_regular(path, max_bytes=MAX_SIDECAR_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
+        raise ConfigError(
+            f"cannot add to {path}: {error}", hint="save it in UTF-8, or say --skip-existing or --overwrite"
+        ) from None

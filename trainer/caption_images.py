@@ -65,7 +65,7 @@ def caption_images(
         return _write_rows(job, file.done, file.add, progress)
 
 
-def _write_rows(job: Job, done: set[tuple[str, str]], add: Callable[[dict[str, Any]], None], progress: Progress) -> Unread:
+def _write_rows(job: Job, done: set[tuple[str, str, str]], add: Callable[[dict[str, Any]], None], progress: Progress) -> Unread:
     unread: Unread = []
     left = [path for path in job.images if any(key not in done for key in _keys(job, path))]
     for count, (path, texts) in enumerate(job.texts(left), start=len(job.images) - len(left) + 1):
@@ -79,8 +79,9 @@ def _write_rows(job: Job, done: set[tuple[str, str]], add: Callable[[dict[str, A
     return unread
 
 
-def _keys(job: Job, path: Path) -> list[tuple[str, str]]:
-    return [(shown_path(path), style or job.question) for style in job.styles]
+def _keys(job: Job, path: Path) -> list[tuple[str, str, str]]:
+    """Return the keys of the rows of an image, as a file of captions has them."""
+    return [(shown_path(path), style, job.question) for style in job.styles]
 
 
 def _write_sidecars(job: Job, existing: Existing, progress: Progress) -> Unread:

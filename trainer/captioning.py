@@ -99,6 +99,8 @@ class Captioner:
 
         Images are read and resized by other threads, a few batches ahead; an image is encoded once for all styles.
         """
+        if batch_size < 1 or num_beams < 1:
+            raise TrainError("batch_size and num_beams are 1 or more", hint="leave them out")
         prompts = [torch.tensor(self._checkpoint.words.prompt(self._prompt(style, question))) for style in styles]
         search = DecodingConfig(beams=num_beams)
         with ThreadPoolExecutor(READERS) as pool:
@@ -147,7 +149,13 @@ class Captioner:
     def _prepare(self, picture: Picture) -> Tensor | ImageError:
         """Return an image as the encoder wants it (3, H, W), or why it cannot be read."""
         image = _read(picture)
-        return image if isinstance(image, ImageError) else self._checkpoint.captioner.encoder.pixels([image])[0]
+        if isinstance(image, ImageError):
+            return image
+        try:
+            return self._checkpoint.captioner.encoder.pixels([image])[0]
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # of settings in a stranger's file
+            problem = f"the captioner cannot prepare images: {one_line(error)}"
+            raise TrainError(problem, hint="its config.json has odd settings of the image processor") from None
 
 
 def _read(picture: Picture) -> Image.Image | ImageError:
@@ -180,6 +188,11 @@ def _from_array(values: np.ndarray[Any, Any] | Tensor) -> Image.Image:
         array = array[:, :, 0] if array.ndim == COLOR and array.shape[2] == 1 else array
     else:
         array = values
-    if array.dtype != np.uint8 or array.ndim not in (GRAY, COLOR) or (array.ndim == COLOR and array.shape[2] not in (3, 4)):
+    if (
+        array.dtype != np.uint8
+        or not array.size
+        or array.ndim not in (GRAY, COLOR)
+        or (array.ndim == COLOR and array.shape[2] not in (3, 4))
+    ):
         raise ImageError("unreadable_image", f"an array of {array.dtype} and shape {array.shape} is no image")
     return Image.fromarray(np.ascontiguousarray(array))

@@ -34,7 +34,7 @@ from trainer.model.hf_config import require_few_layers
 from trainer.tokenizer import CaptionTokenizer, TargetText
 
 MAX_CONFIG_BYTES = 10_000_000
-PUBLISHED_KEYS = ("model_type", "architectures", "auto_map", "dtype")  # for transformers (publish/files.py); not read here
+PUBLISHED_TYPE = "synth_captioner"  # the model type of a captioner for transformers
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_LOG_BYTES = 1_000_000_000
 MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
@@ -119,8 +119,10 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
 def read_config(folder: Path) -> CaptionerConfig:
     """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
-    values = {name: value for name, value in values.items() if name not in PUBLISHED_KEYS}
-    if unknown := sorted(values.keys() - {field.name for field in fields(CaptionerConfig)}):
+    known = {field.name for field in fields(CaptionerConfig)}
+    if values.get("model_type") == PUBLISHED_TYPE:  # of publish/files.py, or saved by transformers; its keys are not read here
+        values = {name: value for name, value in values.items() if name in known}
+    if unknown := sorted(values.keys() - known):
         raise ValueError(f"config.json has an unknown key {unknown[0]}")
     config = TypeAdapter(CaptionerConfig).validate_python(values)
     if not config.prompts:

@@ -6,6 +6,8 @@ from pipeline.errors import TrainError
 def scored_prompt(prompts: list[tuple[str, str]], style: str | None = None) -> tuple[str, str]:
     """Return the (source, style) to prompt with: `style` or brief, human if learned. Raises TrainError if it is not learned."""
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
+    if not styles:
+        raise TrainError("the captioner has learned answers alone", hint="ask it something: --question")
     chosen = style or ("brief" if "brief" in styles else styles[0])
     sources = [source for source, learned in prompts if learned == chosen]
     if not sources:

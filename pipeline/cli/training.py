@@ -174,6 +174,8 @@ def caption(
     chosen = [name for name, is_given in (("skip", skip), ("append", append), ("overwrite", overwrite)) if is_given]
     if len(chosen) > 1 or (chosen and out is None):
         raise BadParameter("--skip-existing, --append and --overwrite go with --out, and not with each other")
+    if style and question:
+        raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
     require_checkpoint(folder)
     names = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]

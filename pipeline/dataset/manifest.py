@@ -63,7 +63,8 @@ def describe_run(
         "model": model,
         "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts) if tasks else {},
         "schemas": {task.name: wire_schema(task) for task in tasks},
-        "config": publishable_settings(config, source["name"], model["name"]),
+        # Files of captions by their digests when they were read: a later stage may begin without them.
+        "config": publishable_settings(config, source["name"], model["name"]) | {"captions": source.get("captions", [])},
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics,
         "image_metadata": REMOVED,
@@ -100,8 +101,6 @@ def publishable_settings(config: Config, source: str, model: str) -> dict[str, A
         settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
     if model == NO_MODEL:
         settings["model"] = None
-    if config.captions:
-        settings["captions"] = [file_digest(path) for path in config.captions]
     settings["exclude"] = [name for name in config.exclude if not name.startswith(("folder:", "parquet:"))]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)

@@ -120,7 +120,8 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
     excluded = write_exclusions(dataset, config, progress)
     kind = choose_image_kind(config)
     forget_near_duplicates(dataset)
-    write_source(dataset, source.rows, ExclusionIndex.of(read_exclusions(dataset), kind), config.limit, progress)
+    index = ExclusionIndex.of(read_exclusions(dataset), kind)
+    write_source(dataset, source.rows, index, config.limit, progress, merges_texts=config.keeps_human_texts)
     if kind is not None:
         reject_near_duplicates(dataset, kind)
     described = list(describe_rejected(dataset))
@@ -131,7 +132,7 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
         files = "mend the files, or choose another source; stages/source/rejected.parquet names every row"
         hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
         raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
-    write_json(dataset.provenance("source"), describe_source(source, excluded, kind))
+    write_json(dataset.provenance("source"), describe_source(source, excluded, kind, config.captions))
 
 
 def _was_compared(dataset: DatasetDir, config: Config) -> bool:

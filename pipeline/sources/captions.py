@@ -27,12 +27,13 @@ from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
 from pipeline.sources.parquet import SPLITS
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.tables import SPLIT_RANK
 from pipeline.types import ReferenceQA
 
 NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path", "image_id", "name")
-CAPTIONS = ("text", "caption", "captions", "description", "comment", "sentences", "references")
+CAPTIONS = ("text", "caption", "captions", "description", "comment", "sentences", "references", "title")
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
-HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's NAME#0<tab>CAPTION"
+HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
 _NUMBER, _DIGITS, MAX_DIGITS = re.compile(r"([0-9]+)$"), re.compile("[0-9]+"), 18
 
@@ -55,7 +56,8 @@ def read_captions(path: Path) -> dict[str, Written]:
                 data = file.read(MAX_METADATA_BYTES + 1)
             if len(data) > MAX_METADATA_BYTES:
                 raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-        rows = list(_rows(data.decode("utf-8-sig")))  # spreadsheets put a mark first
+        utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        rows = list(_rows(data.decode("utf-16" if utf_16 else "utf-8-sig").lstrip()))  # spreadsheets put a mark first
     except UnsafeFileError as error:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except (
@@ -76,7 +78,7 @@ def read_captions(path: Path) -> dict[str, Written]:
         about = written[name]
         about.captions += captions
         about.questions += [question] if question else []
-        about.split = split or about.split
+        about.split = most_held_out(split, about.split)
     if not any(about.captions or about.questions for about in written.values()):
         raise SourceError(f"{path} has no caption and no question", hint=HINT)
     return dict(written)
@@ -88,19 +90,24 @@ Row = tuple[str, list[str], ReferenceQA | None, str | None]  # name, captions, a
 def _rows(text: str) -> Iterator[Row]:
     start = text.lstrip()[:1]
     if start == "[":
-        return map(_row, json.loads(text))
+        return map(_object_row, json.loads(text))
     if start == "{":
         try:
             value = json.loads(text)
         except ValueError:  # one object a line; other line ends may be in a string
-            return (_row(json.loads(line)) for line in text.split("\n") if line.strip())
+            return (_object_row(json.loads(line)) for line in text.split("\n") if line.strip())
         return _rows_of_object(value)
     lines = text.split("\n")  # other line ends may be in a text
     if _TOKEN.fullmatch(lines[0].rstrip("\r")):
         return (_token_row(line.rstrip("\r")) for line in lines if line.strip())
     header = lines[0]
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=header.count), skipinitialspace=True)
-    return (_row(_columns(row, table.line_num)) for row in table)
+    delimiter = max(",;\t|", key=header.count)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    if delimiter in "\t|":  # where a quote at the beginning of a text is the text's own
+        table.reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
+        )
+    return (_row(_columns(row, table.line_num)) for row in table if any(row.values()))
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
     images = value.get("images")
     if isinstance(images, list) and "annotations" in value:
         names = {image["id"]: image["file_name"] for image in images}
-        return (_row({**one, "file_name": names[one["image_id"]]}) for one in value["annotations"])
+        return (_row({**one, "file_name": names.get(one["image_id"], one["image_id"])}) for one in value["annotations"])
     if isinstance(images, list):
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
     if any(name in value for name in NAMES):
@@ -129,38 +136,54 @@ def _token_row(line: str) -> Row:
     return match[1], _texts(match[2]), None, None
 
 
+def _object_row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"a row is no object with names and values, but {json.dumps(value)[:80]}")
+    return _row(value)
+
+
 def _row(row: Mapping[str, Any]) -> Row:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
         raise ValueError(f"a row names no image; it has {', '.join(map(str, row))[:200]}")
     captions = next((_texts(row[key]) for key in CAPTIONS if row.get(key)), [])
-    split = row.get(SPLIT)
-    return str(name).strip(), captions, read_question(row), SPLITS.get(str(split).strip()) if split else None
+    return str(name).strip(), captions, read_question(row), _split(row.get(SPLIT))
+
+
+def _split(value: Any) -> str | None:
+    """Return the split of a word such as `val`. Raise ValueError for an unknown one, whose images could land anywhere."""
+    word = str(value).strip().casefold() if value else ""
+    if word and word not in SPLITS:
+        raise ValueError(f"{value!r} is no split: it may be train, validation, test, or a usual word for one of them")
+    return SPLITS.get(word)
 
 
 def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
     """Return the question of a row with a column `question` and one of `answers` or `answer`; None if it has none."""
     question = row.get(QUESTION)
-    answers = next((_texts(row[key]) for key in ANSWERS if row.get(key) not in (None, "", [])), [])
+    answers = next((_texts(row[key], _answer) for key in ANSWERS if row.get(key) not in (None, "", [])), [])
     if not isinstance(question, str) or not question.strip() or not answers:
         return None
     kind = row.get(ANSWER_TYPE)
     return ReferenceQA(question=_encodable(question.strip()), answers=tuple(answers), answer_type=str(kind) if kind else None)
 
 
-def _texts(value: Any) -> list[str]:
-    """Return the texts of a value: itself, those of a list, or those of objects with a `raw`, `caption`, `text` or `answer`."""
-    texts = []
-    for item in value if isinstance(value, list) else [value]:
-        inner = (
-            next((item[key] for key in ("raw", "caption", "text", "answer") if key in item), "")
-            if isinstance(item, dict)
-            else item
-        )
-        is_missing = inner is None or inner != inner  # NaN
-        text = "" if is_missing else _encodable(str(inner)).strip()
-        texts += [text] if text else []
-    return texts
+def _texts(value: Any, text_of: Callable[[Any], str] = lambda item: item if isinstance(item, str) else "") -> list[str]:
+    """Return the texts in a value: itself, those of lists, or those of objects with a `raw`, `caption`, `text` or `answer`."""
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item, text_of)]
+    if isinstance(value, dict):
+        return _texts(next((value[key] for key in ("raw", "caption", "text", "answer") if key in value), None), text_of)
+    text = _encodable(text_of(value)).strip()
+    return [text] if text else []
+
+
+def _answer(value: Any) -> str:
+    """Return an answer as people say it: yes for true, 2 for 2.0, nothing for null."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    is_missing = value is None or value != value  # NaN
+    return "" if is_missing else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _encodable(text: str) -> str:
@@ -194,7 +217,12 @@ def _only_ones(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, 
 def _merge(known: Written, more: Written) -> None:
     known.captions += more.captions
     known.questions += more.questions
-    known.split = more.split or known.split
+    known.split = most_held_out(more.split, known.split)
+
+
+def most_held_out(one: str | None, other: str | None) -> str | None:
+    """Return the split, of two that an image is said to be in, that is held out more."""
+    return max(one, other, key=SPLIT_RANK.__getitem__)
 
 
 def _path(name: str) -> str:

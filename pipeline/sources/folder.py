@@ -20,7 +20,7 @@ from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, first_names
-from pipeline.sources.captions import QUESTION, describe_unknown, match_images, read_captions, read_question
+from pipeline.sources.captions import QUESTION, describe_unknown, match_images, most_held_out, read_captions, read_question
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
@@ -149,8 +149,8 @@ def _add_caption_files(references: References, files: Sequence[Path], root: Path
             path = by_name[name]
             references.captions[path] = (*references.captions.get(path, ()), *about.captions)
             references.questions[path] = (*references.questions.get(path, ()), *about.questions)
-            if about.split:
-                references.splits[path] = about.split
+            if split := most_held_out(about.split, references.splits.get(path)):
+                references.splits[path] = split
     if not any(references.questions.values()):
         references.questions.clear()
 

@@ -1,7 +1,8 @@
 """Stage: source. Write the samples of a source; reject unreadable rows, copies of an image, and excluded images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config, resolve
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_samples
+from pipeline.digests import canonical, file_digest
 from pipeline.errors import SourceError
 from pipeline.images.metadata import REMOVED
 from pipeline.images.similarity import COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples
@@ -39,12 +41,21 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
 _REJECTED_FOR_ANOTHER_IMAGE = ("duplicate_image", "near_duplicate_image", "near_held_out_image", "banned_image")
 
 
+RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # the row of a source, its references and questions
+
+
 @dataclass(slots=True)
 class DuplicateImages:
-    """The samples that were kept so far; of copies of one image, the same one stays in whatever order they come."""
+    """The samples that were kept so far; of copies of one image, the same one stays in whatever order they come.
 
+    With `merges_texts`, the image has the captions and questions of all copies, in the order of their rows: a table of
+    questions often has a row for each.
+    """
+
+    merges_texts: bool = False
     kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # by sample id: row of the source, split
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by sample id: new values of columns
+    texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # by sample id: of all copies but the first that came
 
     def add(self, sample: Sample) -> Sample | Rejected:
         """Return a sample that is new, or the rejection of one of two copies.
@@ -56,6 +67,9 @@ class DuplicateImages:
             return sample
         row, split = self.kept[sample.id]
         changes: dict[str, Any] = {}
+        if self.merges_texts:
+            values = asdict(sample)
+            self.texts.setdefault(sample.id, []).append((sample.source_row, values["references"], values["reference_qa"]))
         if sample.source_row < row:
             changes = {name: value for name, value in asdict(sample).items() if name not in ("id", "images", "split")}
         if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:  # a copy in a held-out split holds out all of them
@@ -67,10 +81,23 @@ class DuplicateImages:
 
     def apply(self, batch: pa.RecordBatch) -> pa.Table:
         """Return samples (tables.SAMPLE) with the changes that their copies have led to."""
-        if not self.changes.keys() & set(batch["sample_id"].to_pylist()):
+        if (self.changes.keys() | self.texts.keys()).isdisjoint(batch["sample_id"].to_pylist()):
             return pa.Table.from_batches([batch])
-        rows = [row | self.changes.get(row["sample_id"], {}) for row in batch.to_pylist()]
+        rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in batch.to_pylist()]
         return pa.Table.from_pylist(rows, schema=SAMPLE)
+
+    def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the captions and questions of all copies of an image; nothing if it has none, or they are not merged."""
+        if row["sample_id"] not in self.texts:
+            return {}
+        own = (row["source_row"], row["references"], row["reference_qa"])
+        copies = sorted([own, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
+        references = dict.fromkeys(
+            text for _, texts, _ in copies for text in texts
+        )  # a table may repeat them with each question
+        asked = {canonical(question): question for _, _, questions in copies for question in questions or ()}
+        has_questions = any(questions is not None for _, _, questions in copies)
+        return {"references": list(references), "reference_qa": list(asked.values()) if has_questions else None}
 
 
 def parse_exclusion(name: str) -> tuple[str, str | None]:
@@ -114,8 +141,10 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
     return described
 
 
-def describe_source(source: Source, excluded: list[dict[str, Any]], kind: ImageKind | None) -> dict[str, Any]:
-    """Return the provenance of a source, whose images were compared as `kind` with those that are `excluded`."""
+def describe_source(
+    source: Source, excluded: list[dict[str, Any]], kind: ImageKind | None, captions: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Return the provenance of a source with its files of captions, whose images were compared as `kind` with the excluded."""
     return {
         "name": source.name,
         "revision": source.revision,
@@ -125,15 +154,25 @@ def describe_source(source: Source, excluded: list[dict[str, Any]], kind: ImageK
         "compared_as": kind,
         "near_bits": MAX_NEAR_BITS.get(kind or ""),
         "image_metadata": REMOVED,
+        **({"captions": [file_digest(path) for path in captions]} if captions else {}),
     }
 
 
 def write_source(
-    shard: DatasetDir, rows: Iterable[Sample | Rejected], excluded: ExclusionIndex, limit: int | None, progress: Progress
+    shard: DatasetDir,
+    rows: Iterable[Sample | Rejected],
+    excluded: ExclusionIndex,
+    limit: int | None,
+    progress: Progress,
+    *,
+    merges_texts: bool = False,
 ) -> None:
-    """Write rows of a source, kept and rejected; of several copies of an image one is kept, of an excluded one none."""
+    """Write rows of a source, kept and rejected; of several copies of an image one is kept, of an excluded one none.
+
+    `merges_texts` gives it the captions and questions of all copies.
+    """
     rejected: list[dict[str, str]] = []
-    images = DuplicateImages()
+    images = DuplicateImages(merges_texts)
 
     def tables() -> Iterator[pa.Table]:
         batch: list[dict[str, Any]] = []
@@ -155,7 +194,7 @@ def write_source(
         progress("source", len(images.kept), limit and len(images.kept))
 
     write_table(shard.stage("source"), tables(), SAMPLE)
-    if images.changes:
+    if images.changes or images.texts:
         write_table(shard.stage("source"), map(images.apply, read_samples(shard)), SAMPLE)
     _write_rejected(shard, rejected)
 

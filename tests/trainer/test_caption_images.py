@@ -15,7 +15,7 @@ from pipeline.progress import NullProgress
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
-from trainer.caption_files import Existing, find_images, without_sidecars
+from trainer.caption_files import CaptionFile, Existing, find_images, without_sidecars
 from trainer.caption_images import Job, Unread, caption_images
 
 COUNT = 10
@@ -188,6 +188,42 @@ def test_a_file_that_is_written_anew_is_gone_on_with_as_such(model: Path, photos
     before = out.read_bytes()
     _, _, seen = run(model, [str(photos)], out)
     assert len(seen) == COUNT - 4 and len(read(out)) == COUNT and out.read_bytes() != before
+
+
+def test_two_runs_do_not_write_one_file(model: Path, photos: Path, tmp_path: Path) -> None:
+    with CaptionFile(tmp_path / "c.jsonl", {}) as file:
+        file.add({"image": "a", "style": "brief", "caption": "x"})
+        with pytest.raises(ConfigError, match=r"another process is writing c\.jsonl"):
+            run(model, [str(photos)], tmp_path / "c.jsonl")
+    assert len(read(tmp_path / "c.jsonl")) == 1 and sorted(path.name for path in tmp_path.glob("*c.jsonl*")) == ["c.jsonl"]
+
+
+@pytest.mark.parametrize("damage", ["[1]\n", '{"x": 1}\n', '{"image": "a", "caption": 7}\n', "x\n"])
+def test_a_draft_that_somebody_has_changed_is_one_error(model: Path, photos: Path, tmp_path: Path, damage: str) -> None:
+    run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
+    with (tmp_path / ".c.jsonl.unfinished").open("a") as file:
+        file.write(damage)
+    with pytest.raises(ConfigError, match=r"remove .*unfinished|begun with another"):
+        run(model, [str(photos)], tmp_path / "c.jsonl")
+
+
+def test_a_text_file_that_is_no_text_and_a_folder_of_its_name_are_one_error(model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "0.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"cannot add to .*0\.txt"):
+        run(model, [str(photos)], Path("txt"), "append")
+    (photos / "0.txt").unlink()
+    (photos / "0.txt").mkdir()
+    with pytest.raises(ConfigError, match=r"0\.txt is a folder"):
+        run(model, [str(photos)], Path("txt"), "overwrite")
+    with pytest.raises(ConfigError, match="is a folder"):
+        (tmp_path / "c.jsonl").mkdir()
+        run(model, [str(photos)], tmp_path / "c.jsonl", "overwrite")
+
+
+def test_a_style_and_a_question_of_one_name_are_two_things(model: Path, photos: Path, tmp_path: Path) -> None:
+    run(model, [str(photos / "0.png")], tmp_path / "c.jsonl", styles=("",), question="brief")
+    run(model, [str(photos / "0.png")], tmp_path / "c.jsonl", "append")
+    assert [{*row} - {"image"} for row in read(tmp_path / "c.jsonl")] == [{"question", "answer"}, {"style", "caption"}]
 
 
 def test_nothing_is_written_where_no_image_can_be_read(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -131,6 +131,16 @@ def test_a_damaged_file_that_pillow_has_opened_is_named(captioner: Captioner, tm
         assert isinstance(error, ImageError)
 
 
+def test_a_captioner_of_answers_alone_and_odd_numbers_are_one_error(captioner: Captioner, tmp_path: Path) -> None:
+    asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
+    with pytest.raises(TrainError, match="has learned answers alone"):
+        asked.caption(photo(1))
+    assert len(asked.caption(photo(1), question="How many?")) == 1
+    for options in ({"batch_size": 0}, {"num_beams": 0}):
+        with pytest.raises(TrainError, match="are 1 or more"):
+            captioner.caption(photo(1), **options)  # type: ignore[arg-type]
+
+
 def test_a_captioner_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainError, match="it lacks config"):
         Captioner.from_pretrained(tmp_path)

@@ -241,6 +241,44 @@ def test_questions_of_a_table_come_with_as_many_answers(photos: Path) -> None:
     assert found == [("how many are there?", "two"), ("is it red?", "yes"), ("where is it?", "here")]
 
 
+def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> None:
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((photos / "photos").iterdir())[:2]]
+    asked = [
+        (0, "Is it a red bowl?", "no"),
+        (1, "Is it a cup?", "yes"),
+        (0, "Is it a green bowl?", "yes"),
+        (0, "Is it a red bowl?", "no"),
+    ]
+    rows = [
+        {"image": images[n], "q": question, "a": answer, "caption": "A bowl stands on a table."}
+        for n, question, answer in asked
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
+    columns = ("--columns", "question=q,answer=a")
+    for executor in ((), ("--executor", "ray", "--shards", "2")):
+        command = ("generate", "--tasks", "none") if executor else ("import",)
+        done = json.loads(
+            synth(
+                photos, *command, "--source", "parquet:t.parquet", *columns, "--out", f"t{len(executor)}", "--json", *executor
+            ).stdout
+        )
+        loaded = load_dataset(str(photos / done["path"]))
+        found = [row for part in loaded.values() for row in part.remove_columns(["image"])]
+        assert sorted(len(row["qa"]) for row in found) == [1, 2]
+        assert [row["references"] for row in found] == [["A bowl stands on a table."]] * 2
+        assert done["stages"]["source"]["rejected"] == {"duplicate_image": 2}
+    digests = {json.loads(path.read_text())["digest"] for path in photos.glob("t*/versions/v1.0.0/manifest.json")}
+    assert len(digests) == 1
+
+
+def test_a_later_stage_begins_without_the_file_of_captions(photos: Path) -> None:
+    first = made(photos, "import")
+    (photos / "coco.json").unlink()
+    options = ("--source", "folder:photos", "--captions", "coco.json", "--tasks", "none", "--out", "d", "--json")
+    again = json.loads(synth(photos, "generate", *options, "--from-stage", "filter").stdout)
+    assert again["digest"] == first["digest"]
+
+
 def test_decks_with_questions_become_a_version_without_a_model(photos: Path) -> None:
     pages = [[{"bytes": path.read_bytes(), "path": None}] * 2 for path in sorted((photos / "photos").iterdir())[:4]]
     rows = [{"pages": deck, "q": f"Who wrote page {number}?", "a": "Ada"} for number, deck in enumerate(pages)]

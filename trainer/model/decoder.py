@@ -215,7 +215,8 @@ def apply_rope(x_CHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
     angles_TP = positions_T[:, None] * frequencies_P
     cos_TP, sin_TP = angles_TP.cos(), angles_TP.sin()
     first, second = x_CHTK.chunk(2, -1)
-    return torch.cat([first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP], -1)
+    turned_CHTK = torch.cat([first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP], -1)
+    return turned_CHTK.to(x_CHTK.dtype)  # angles are float32 also where the model is not
 
 
 def _initialise(module: nn.Module) -> None:

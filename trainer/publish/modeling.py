@@ -187,13 +187,21 @@ class _Prefixed(nn.Module):
         return logits_BTV
 
 
+class _Contrast(nn.Module):
+    """Weights of a loss that this captioner was trained with; kept, and not used here."""
+
+    def __init__(self, width: int, shared: int) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(width, shared, bias=False), nn.Linear(width, shared, bias=False)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+
 class SynthCaptioner(PreTrainedModel, GenerationMixin):
     """Writes a caption of an image, or the answer to a question about it."""
 
     config_class = SynthCaptionerConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as transformers' own models have it
-    _keys_to_ignore_on_load_unexpected = [r"^contrast\."]  # noqa: RUF012  # as transformers has it
     _supports_sdpa = True
 
     def __init__(self, config: SynthCaptionerConfig) -> None:
@@ -208,11 +216,20 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         else:
             self.decoder = _CrossAttending(config.decoder)
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
+        if config.contrast_width:
+            self.contrast = _Contrast(self.decoder.width, config.contrast_width)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of tokens."""
         return self.decoder.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of tokens, as `resize_token_embeddings` does."""
+        if isinstance(self.decoder, _Prefixed):
+            self.decoder.model.set_input_embeddings(value)
+        else:
+            self.decoder.embedding = value  # type: ignore[assignment]  # it is an embedding
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the states of images as the decoder reads them: (B, 3, H, W) -> (B, N, D)."""
@@ -341,7 +358,14 @@ class SynthCaptionerProcessor(ProcessorMixin):
 
 
 def upright_rgb(given: Any) -> Image.Image:
-    """Return an image (PIL, a path or a URL) upright, in RGB, over white."""
+    """Return an image (PIL, a path, a URL, an array or tensor of 0 to 255 or 0 to 1) upright, in RGB, over white."""
+    if hasattr(given, "numpy"):  # a tensor
+        given = given.numpy()
+    if hasattr(given, "ndim"):
+        channels_first = given.ndim == 3 and given.shape[0] in (1, 3)
+        array = given.transpose(1, 2, 0) if channels_first else given
+        array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        given = Image.fromarray(array if array.dtype == "uint8" else (array.clip(0, 1) * 255).round().astype("uint8"))
     is_url = str(given).startswith(("http://", "https://"))
     opened = given if isinstance(given, Image.Image) else load_image(given) if is_url else Image.open(given)
     image = ImageOps.exif_transpose(opened)

@@ -95,7 +95,7 @@ def run_on_cluster(
         (excluded,) = map_on_cluster(1, partial(_write_exclusions, run))
         for text in excluded.messages:
             progress.message(text)
-        described = describe_source(source, excluded.described, plan.image_kind)
+        described = describe_source(source, excluded.described, plan.image_kind, config.captions)
         model = {"name": public_name(choice.model), "revision": choice.revision}
         write_json(dataset.provenance("source"), described)
         write_json(dataset.provenance("generate"), model)

@@ -63,7 +63,7 @@ def test_each_common_form_says_the_same(tmp_path: Path, name: str, suffix: str) 
 
 def test_odd_values_are_no_captions_and_odd_line_ends_no_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "captions": ["A\u2028dog.", NaN, null, " ", 7]}\n')
-    assert read_captions(tmp_path / "a.jsonl")["a.jpg"].captions == ["A\u2028dog.", "7"]
+    assert read_captions(tmp_path / "a.jsonl")["a.jpg"].captions == ["A\u2028dog."]
     (tmp_path / "b.txt").write_bytes("a.jpg#0\tA dog\u2028runs.\r\na.jpg#1\tA dog.\r\n".encode())
     assert read_captions(tmp_path / "b.txt")["a.jpg"].captions == ["A dog\u2028runs.", "A dog."]
 
@@ -89,7 +89,8 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"", "has no caption and no question"),
         (b"{}", "has no caption and no question"),
         (b"[1]", "cannot read"),
-        (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]}', "KeyError"),
+        (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}', "KeyError"),
+        (b'["a", "b"]', "a row is no object"),
         (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "has no caption"),
         (b"caption\nA dog.\n", "a row names no image"),
         (b"a.jpg#0\tA dog.\nA cat.\n", "not of the form NAME#0"),
@@ -190,3 +191,40 @@ def test_a_file_about_other_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"names no image of .*it names 000009\.jpg, 000012\.jpg") as caught:
         open_folder(tmp_path, caption_files=[tmp_path / "c.json"])
     assert "a.png" in str(caught.value.hint)
+
+
+def test_values_that_are_no_text_are_no_captions_and_answers_are_said_as_people_say_them(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a", "captions": [["A dog.", {"raw": "Two dogs."}], True, 3.5, {"x": 1}]},
+        *({"image": "a", "question": f"Q{n}?", "answer": answer} for n, answer in enumerate((False, 2.0, 0.5, "x"))),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    written = read_captions(tmp_path / "a.json")["a"]
+    assert written.captions == ["A dog.", "Two dogs."]
+    assert [one.answers for one in written.questions] == [("no",), ("2",), ("0.5",), ("x",)]
+
+
+def test_a_split_is_read_in_any_case_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+    rows = [{"image": "a", "text": "A dog.", "split": "Test"}, {"image": "a", "text": "It.", "split": "TRAIN"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # of two the one that is held out more
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"image": "b", "text": "x", "split": "private"}]))
+    with pytest.raises(SourceError, match="'private' is no split"):
+        read_captions(tmp_path / "a.json")
+
+
+def test_spreadsheets_write_other_encodings_empty_rows_and_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('file_name\tcaption\na.jpg\t"Stop" says a sign.\nb.jpg\t"unbalanced\n\t\n', "utf-16")
+    written = read_captions(tmp_path / "a.txt")
+    assert {name: about.captions for name, about in written.items()} == {
+        "a.jpg": ['"Stop" says a sign.'],
+        "b.jpg": ['"unbalanced'],
+    }
+    (tmp_path / "b.csv").write_text('\n\nfile_name,caption\n,\na.jpg,"A dog, running"\n')
+    assert read_captions(tmp_path / "b.csv")["a.jpg"].captions == ["A dog, running"]
+
+
+def test_an_annotation_of_an_image_that_the_file_does_not_list_is_about_its_number(tmp_path: Path) -> None:
+    part = {**COCO, "images": COCO["images"][:1]}  # type: ignore[index]
+    (tmp_path / "a.json").write_text(json.dumps(part))
+    assert [*read_captions(tmp_path / "a.json")] == ["000009.jpg", "12"]

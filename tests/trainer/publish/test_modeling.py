@@ -8,8 +8,11 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -25,6 +28,7 @@ from trainer.publish.files import modeling_source, transformers_files
 from trainer.tokenizer import TargetText, train_tokenizer
 
 IMAGES = 100
+BRIEF = TargetText("human", "", style="brief")
 QUESTIONS = ("How many?", "What is it?", "Is the one on the left red?")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 # Isolated, without `site`: the package that is being tested cannot be imported.
@@ -141,6 +145,29 @@ def test_a_published_captioner_writes_the_same_tokens_without_this_package(
     assert [text.strip() for text in written["pipeline"]] == written["texts"] == texts
     assert written["answer"].strip() == loaded.words.decode(ours(loaded, photos[:1], asked[0])[0])
     assert written["sampled"] == 2
+
+
+def test_a_captioner_that_transformers_has_saved_again_loads_here(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    folder = publish(checkpoint, tmp_path / "published")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "again")
+    one, other = (ours(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "again"))
+    assert one == other
+
+
+def test_half_precision_arrays_and_tensors_are_taken(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+    folder = publish(checkpoint, tmp_path / "published")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    pixels = np.asarray(Image.open(photos[0]).convert("RGB"))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    same = processor(images=[photos[0], pixels, tensor, tensor / 255])["pixel_values"]
+    assert all(torch.equal(same[0], one) for one in same)
+    for dtype in (torch.bfloat16, torch.float16):
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        assert model.generate(**processor(images=photos[:2], text="").to(dtype)).shape[0] == 2
+    with pytest.raises(ValueError, match="a captioner needs an image"):
+        model.generate(input_ids=torch.tensor([[1, 2]]))
 
 
 def test_our_own_loader_takes_what_was_published(checkpoint: Path, tmp_path: Path) -> None:
