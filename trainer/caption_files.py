@@ -5,6 +5,7 @@ text file beside each image.
 """
 
 import csv
+import errno
 import fcntl
 import glob
 import io
@@ -142,16 +143,23 @@ def _checked(rows: list[Any]) -> list[dict[str, Any]]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, and remove it at the end. Raises ConfigError if another process holds it."""
-    with path.open("w") as file:
+    """Hold a lock file, and remove it at the end. Raises ConfigError if another process holds it, or it is a link."""
+    hint = "wait for it, or choose another --out"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ConfigError(f"{path} is a link, which nothing here has made", hint="remove it") from None
+    with os.fdopen(handle) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"another process is writing {path.name[1:-5]}", hint="wait for it, or choose another --out"
-            ) from None
-        yield
-        path.unlink()
+            raise ConfigError(f"another process is writing {path.name[1:-5]}", hint=hint) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -113,6 +113,7 @@ def test_a_file_that_is_there_is_kept_added_to_or_written_anew(model: Path, phot
     before = read(out)
     with pytest.raises(ConfigError, match="is there already"):
         run(model, [str(photos)], out)
+    assert sorted(path.name for path in tmp_path.glob("*c.jsonl*")) == ["c.jsonl"]  # no lock is left
     _, _, seen = run(model, [str(photos)], out, "append")
     assert len(seen) == COUNT - len(before) and read(out)[: len(before)] == before and len(read(out)) == COUNT
     _, _, seen = run(model, [str(photos / "sub")], out, "overwrite")
@@ -195,6 +196,11 @@ def test_two_runs_do_not_write_one_file(model: Path, photos: Path, tmp_path: Pat
         file.add({"image": "a", "style": "brief", "caption": "x"})
         with pytest.raises(ConfigError, match=r"another process is writing c\.jsonl"):
             run(model, [str(photos)], tmp_path / "c.jsonl")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / ".d.jsonl.lock").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match="is a link, which nothing here has made"):
+        run(model, [str(photos)], tmp_path / "d.jsonl")
+    assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1 and sorted(path.name for path in tmp_path.glob("*c.jsonl*")) == ["c.jsonl"]
 
 
