@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -178,10 +180,10 @@ def caption(
         raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
     require_checkpoint(folder)
-    names = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
-    if not names:
+    given = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
+    if not given:
         raise BadParameter("no image was named", param_hint="IMAGES")
-    paths = find_images(names)
+    paths = find_images(given)
 
     from trainer.caption_images import Job, caption_images
     from trainer.captioning import Captioner  # see train
@@ -191,16 +193,24 @@ def caption(
     job = Job(loaded, paths, styles, question, num_beams, batch_size)
     with show_progress() as progress, translate_disk_errors(out or Path()):
         existing = cast("Existing", chosen[0] if chosen else "refuse")
-        unread = caption_images(job, out, existing, folder, progress, lambda row: _print_caption(row, as_json=as_json))
+        names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))
+        show_row = partial(_print_caption, names=names, as_json=as_json)
+        unread = caption_images(job, out, existing, folder, progress, show_row)
     for path, error in unread:
         say(f"cannot read {path}: {error}", WARNING)
     if len(unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
 
 
-def _print_caption(row: dict[str, str], *, as_json: bool) -> None:
+def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool) -> None:
+    """Print a row of `caption_images`: as JSON with these of its values, or as a line."""
+    style = f" ({row['style']})" if "style" in names else ""
     text = row.get("caption", row.get("answer"))
-    echo(json.dumps(row) if as_json else f"{row['image']}: {text}")
+    echo(
+        json.dumps({name: value for name, value in row.items() if name in names})
+        if as_json
+        else f"{row['image']}{style}: {text}"
+    )
 
 
 def export_model(

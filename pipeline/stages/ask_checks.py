@@ -44,7 +44,9 @@ from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.types import Engine, Request
 
 CHUNK_REQUESTS = 256  # of texts, without images
-COLUMNS = ("sample_id", "task", "clean_text", "clean_question", "clean_answer", "clean_record", "evidence_pages", "pages")
+COLUMNS = (
+    "sample_id", "task", "prompt_id", "clean_text", "clean_question", "clean_answer", "clean_record", "evidence_pages", "pages"
+)  # fmt: skip
 Row = dict[str, Any]
 T = TypeVar("T")
 

@@ -193,6 +193,17 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     assert "- `precision`: share of the caption" in card
 
 
+def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
+    names = sorted(path.name for path in (tmp_path / "photos").glob("*.png"))
+    lines = [f"{name},A {' '.join(caption_of(number))} can be seen." for number, name in enumerate(names)]
+    (tmp_path / "photos/metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    options = ("--source", "folder:photos", "--out", "d", "--tasks", "none", "--verify", "claims", "--repair")
+    stages = generate(tmp_path, server, *options)["stages"]
+    assert model.asked["repair"] == 0 and model.asked["claims"] > 0
+    assert stages["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
+    assert {caption["prompt_id"] for caption in captions_of(tmp_path, model).values()} == {"human"}
+
+
 def test_a_caption_is_repaired_even_where_a_false_claim_would_be_let_through(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
