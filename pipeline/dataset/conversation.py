@@ -51,12 +51,12 @@ def _rank(style: str) -> tuple[int, str]:
 
 def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
     """Return turns as messages, the first of which shows the image."""
-    told: list[dict[str, Any]] = []
+    conversation: list[dict[str, Any]] = []
     for question, answer in asked:
-        shown = [] if told else [IMAGE_PART]
-        told.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
-        told.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return told
+        shown = [] if conversation else [IMAGE_PART]
+        conversation.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return conversation
 
 
 def reader_columns(columns: Sequence[str]) -> list[str]:
@@ -67,12 +67,12 @@ def reader_columns(columns: Sequence[str]) -> list[str]:
 def with_reader_columns(rows: pa.Table, names: Sequence[str]) -> pa.Table:
     """Return rows of a version with these reader columns behind their own."""
     texts: list[str | None] = []
-    told: list[list[dict[str, Any]]] = []
+    conversations: list[list[dict[str, Any]]] = []
     for row in rows.select(["captions", "qa"]).to_pylist():
         captions = [(caption["style"], caption["text"]) for caption in row["captions"]]
         texts.append(preferred_caption(captions))
-        told.append(messages(turns(captions, ((pair["question"], pair["answer"]) for pair in row["qa"]))))
-    made = {"text": texts, "messages": told}
+        conversations.append(messages(turns(captions, ((pair["question"], pair["answer"]) for pair in row["qa"]))))
+    made = {"text": texts, "messages": conversations}
     for name in names:
         rows = rows.append_column(READER_COLUMNS.field(name), pa.array(made[name], READER_COLUMNS.field(name).type))
     return rows

@@ -187,11 +187,11 @@ def ask_about(
         for chunk in chunks:
             of_chunk: list[Request] = []
             for sample_id, images in chunk:
-                said = texts.get(sample_id, SourceTexts())
-                results = read_results(sample_id, config, revision, journal, said.context) if round_number else NO_RESULTS
-                wanted = requests_about(config, said)
+                of_source = texts.get(sample_id, SourceTexts())
+                results = read_results(sample_id, config, revision, journal, of_source.context) if round_number else NO_RESULTS
+                wanted = requests_about(config, of_source)
                 now = [pair for pair in asked if pair in wanted]
-                of_chunk += build_requests(sample_id, images, config, revision, said.context, results, now)
+                of_chunk += build_requests(sample_id, images, config, revision, of_source.context, results, now)
             yield of_chunk
 
     return ask_all(requests(), config, engine, journal, counts)
@@ -225,11 +225,11 @@ def read_annotations(
     for chunk in samples:
         rows = []
         for sample_id, pages, split, width_px, height_px, human in chunk:
-            said = texts.get(sample_id, SourceTexts())
-            results = read_results(sample_id, config, revision, journal, said.context)
+            of_source = texts.get(sample_id, SourceTexts())
+            results = read_results(sample_id, config, revision, journal, of_source.context)
             frame = Frame(width_px, height_px, config.generate.max_pixels)
-            asked = requests_about(config, said)
-            requests = list(build_requests(sample_id, (), config, revision, said.context, results, asked))
+            asked = requests_about(config, of_source)
+            requests = list(build_requests(sample_id, (), config, revision, of_source.context, results, asked))
             rows += [row | {"pages": pages, "source_split": split} for row in human]
             for request in requests:
                 last = journal.last(request.id)
