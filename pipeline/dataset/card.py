@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from importlib.resources import files
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -19,6 +20,13 @@ from pipeline.text.reasons import SCORES_IN_WORDS
 from pipeline.text.values import in_short
 
 CARD_SAMPLES = 5
+# Scores of a captioner, with the metric's type on the Hub and its name.
+METRICS = {
+    "bleu_4": ("bleu", "BLEU-4"),
+    "rouge_l": ("rouge", "ROUGE-L"),
+    "meteor": ("meteor", "METEOR"),
+    "cider_d": ("cider", "CIDEr-D"),
+}
 MESSAGES = "messages"  # a column, and the config that reads it
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # that wrote the texts
 _CREATORS = {MODEL: ["machine-generated"], PEOPLE: ["found"], PEOPLE_AND_MODEL: ["found", "machine-generated"]}
@@ -60,8 +68,36 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> 
         "pipeline_tag": "image-text-to-text",
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
+        **({"base_model": models} if (models := _base_models(about["train"])) else {}),
+        **_evaluation(about["metrics"], repo, dataset or data["source"]["name"]),
     }
     return _render("model.md.j2", header, **values)
+
+
+def _base_models(train: dict[str, Any]) -> list[str]:
+    """Return the Hub ids of the models that a captioner was made of, as far as its settings name them."""
+    from pipeline.images.clip import CLIP_MODELS
+
+    names = [CLIP_MODELS.get(str(train[part]), str(train[part])) for part in ("encoder", "decoder")]
+    return [name for name in names if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)]
+
+
+def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, Any]:
+    """Return the scores of a captioner in the form of the Hub's model cards: `metrics` and `model-index`."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    scores = {name: metrics["scores"].get(name) for name in METRICS}
+    where = {"task_type": "image-to-text", "dataset_type": dataset, "dataset_name": dataset, "dataset_split": metrics["split"]}
+    results = [
+        EvalResult(**where, metric_type=METRICS[name][0], metric_name=METRICS[name][1], metric_value=round(float(value), 4))
+        for name, value in scores.items()
+        if isinstance(value, int | float) and isfinite(value)
+    ]
+    if not results:
+        return {}
+    types = [result.metric_type for result in results]
+    return {"metrics": types, "model-index": eval_results_to_model_index(repo.rpartition("/")[2], results)}
 
 
 def _render(template: str, header: dict[str, Any], **values: Any) -> str:

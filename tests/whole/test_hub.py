@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
@@ -132,6 +133,18 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     assert DatasetDir(maker.folder / "data" / "scenes").version().manifest["digest"] in card
     header = yaml.safe_load(card.split("---")[1])
     assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "image-text-to-text")
+    loaded: dict[str, Any] = ModelCard(card).data.to_dict()  # type: ignore[no-untyped-call]  # as the Hub's own client reads it
+    (entry,) = loaded["model-index"]
+    (result,) = entry["results"]
+    assert result["dataset"] == {"name": "me/scenes", "type": "me/scenes", "split": "test"}
+    saved = json.loads((maker.folder / checkpoint / "metrics.json").read_text())["scores"]
+    scores = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert scores == {
+        "bleu": round(saved["bleu_4"], 4),
+        "rouge": round(saved["rouge_l"], 4),
+        "cider": round(saved["cider_d"], 4),
+    }
+    assert header["metrics"] == [*scores] and "base_model" not in header  # a shipped encoder is no model of the Hub
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
     told = []
     for snippet in (part.split("```")[0].replace("photo.jpg", "scene.png") for part in card.split("```python")[1:]):
