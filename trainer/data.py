@@ -19,7 +19,7 @@ from trainer.config import Mixture, keeps_human_texts
 from trainer.image_index import map_images
 from trainer.tokenizer import TargetText
 
-HUMAN_STYLE = "brief"  # the style of human captions
+REFERENCE_STYLE = "brief"  # as which a caption by people is learned
 ANY_SOURCE = "any"  # source in prompts that do not name one
 
 
@@ -113,10 +113,10 @@ def _example(
         texts += [TargetText("synthetic", caption["text"], style=caption["style"]) for caption in by_model[0]]
         texts += [TargetText("synthetic", answers[0], question=question) for question, answers, _ in synthetic if questions]
     if mixture != "synthetic" and keeps_human:  # those that went through all stages
-        texts += [TargetText("human", caption["text"], style=HUMAN_STYLE) for caption in by_people[0]]
+        texts += [TargetText("human", caption["text"], style=REFERENCE_STYLE) for caption in by_people[0]]
         texts += [TargetText("human", pair["answer"], question=pair["question"]) for pair in by_people[1] if questions]
     elif mixture != "synthetic":
-        texts += [TargetText("human", reference, style=HUMAN_STYLE) for reference in row["references"]]
+        texts += [TargetText("human", reference, style=REFERENCE_STYLE) for reference in row["references"]]
         answered = [(question, answers) for question, answers, _ in human if questions and answers]
         texts += [TargetText("human", most_common(answers), question=question) for question, answers in answered]
     asked = tuple(Question(question, answers, kind or "other") for question, answers, kind in human or synthetic if answers)

@@ -139,6 +139,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the YAML header of the card, as the Hub's dataset card specification names its keys."""
     total = sum(manifest["rows"].values())
     splits = [split for split, count in manifest["rows"].items() if count]
+    configs, writers = _configs(manifest), _writers(manifest)
     sizes = {split: _sizes(manifest, split) for split in splits}
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
     # The source is a repository of the Hub.
@@ -149,14 +150,14 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         **({"language": [language]} if (language := _language(manifest)) else {}),
         "task_categories": _categories(manifest),
         "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
-        "annotations_creators": _CREATORS[_writers(manifest)],
-        "language_creators": _CREATORS[_writers(manifest)],
+        "annotations_creators": _CREATORS[writers],
+        "language_creators": _CREATORS[writers],
         "source_datasets": [upstream[1] if upstream else "original"],
-        "tags": [*(["synthetic"] if _writers(manifest) != PEOPLE else []), "synth"],
-        "configs": [{"config_name": name, "data_files": data_files, **columns} for name, columns in _configs(manifest).items()],
+        "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
+        "configs": [{"config_name": name, "data_files": data_files, **columns} for name, columns in configs.items()],
         "dataset_info": _one_or_list(
             {
-                **({"config_name": name} if len(_configs(manifest)) > 1 else {}),
+                **({"config_name": name} if len(configs) > 1 else {}),
                 "features": [
                     {"name": column, **_feature(kind)}
                     for column, kind in manifest["features"].items()
@@ -168,7 +169,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
                 "download_size": sum(sizes.values()),
                 "dataset_size": sum(sizes.values()),
             }
-            for name, columns in _configs(manifest).items()
+            for name, columns in configs.items()
         ),
     }
 

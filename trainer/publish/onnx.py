@@ -6,6 +6,7 @@ Shapes: B images, N image states, T tokens, S tokens before, V encoder width, D 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
@@ -198,8 +200,8 @@ def _export(
     values = [value for argument in arguments for value in (argument if isinstance(argument, list) else [argument])]
     with torch.inference_mode():
         expected = module(*arguments)
-    found = _session(file).run(None, {name: value.numpy() for name, value in zip(inputs, values, strict=True)})
-    for name, one, other in zip(outputs, found, expected if isinstance(expected, tuple) else [expected], strict=True):
+    values_of_part = _session(file).run(None, {name: value.numpy() for name, value in zip(inputs, values, strict=True)})
+    for name, one, other in zip(outputs, values_of_part, expected if isinstance(expected, tuple) else [expected], strict=True):
         if one.shape != tuple(other.shape) or np.abs(one - other.numpy()).max() > MAX_DIFFERENCE:
             raise TrainError(f"{file.name} gives other values of {name} than PyTorch", hint="please report this bug")
 
@@ -220,16 +222,12 @@ def _session(file: Path) -> Any:
 
 
 def _gradient(number: int) -> Any:
-    from PIL import Image
-
     return Image.linear_gradient("L").rotate(90 * number).convert("RGB")
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence the exporter's warnings, about names of axes and deprecations of its own."""
-    import logging
-
+    """Leave out the exporter's warnings, about names of axes and deprecations of its own."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "root")]
     before = [logger.level for logger in loggers]
     with catch_warnings():
