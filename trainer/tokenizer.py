@@ -4,7 +4,7 @@ A prompt names the source (human or synthetic) and either a caption style or a q
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -45,12 +45,6 @@ class TextBatch:
     def only(self, chosen_C: Tensor) -> "TextBatch":
         """Return the chosen texts."""
         return TextBatch(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
-
-    def by_length(self, groups: int) -> "list[TextBatch]":
-        """Return the texts in groups of similar length, each padded to its own longest text."""
-        order_C = self.length_C.argsort()
-        chunks = [self.only(chosen) for chosen in order_C.chunk(groups)]
-        return [replace(group, ids_CT=group.ids_CT[:, : int(group.length_C.max())]) for group in chunks]
 
     def last_token(self, states_CTD: Tensor) -> Tensor:
         """Return the state of the last token of each text: (C, D)."""

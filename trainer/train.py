@@ -100,13 +100,12 @@ class Trainer:
         for index in range(self.rank * micro_batches, (self.rank + 1) * micro_batches):
             if (text_batch := texts[index]) is None:
                 continue
-            batch = text_batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 states_BNV = self.features(parts[index]).to(self.device)
-                loss = captioner.loss(states_BNV, batch) / tokens
+                loss = captioner.loss(states_BNV, text_batch) / tokens
                 total += loss.item()
                 if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
-                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, batch) / count
+                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, text_batch) / count
             loss.backward()
         return (all_reduce_gradients(captioner, total, self.device) if self.processes > 1 else total), tokens
 
@@ -131,7 +130,7 @@ class Trainer:
         for start in range(0, len(examples), self.config.batch_size):
             part = examples[start : start + self.config.batch_size]
             texts = self.collate(part)
-            total += captioner.loss(self.features(part).to(self.device), texts.to(self.device)).item()
+            total += captioner.loss(self.features(part).to(self.device), texts).item()
             tokens += int(texts.learned_CT.sum())
         return total / max(1, tokens)
 

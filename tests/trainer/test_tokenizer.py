@@ -66,16 +66,6 @@ def test_answers_are_no_captions_and_some_can_be_taken(words: CaptionTokenizer) 
     assert captions.length_C.tolist() == batch.length_C.tolist()[:2]
 
 
-def test_texts_of_one_length_go_together_with_little_padding(words: CaptionTokenizer) -> None:
-    long = TargetText("human", "A blue ring lies beside a red circle.", style="brief")
-    batch = words.collate([[TEXTS[0], long], [TEXTS[1], TEXTS[2]]], max_tokens=64)
-    groups = batch.by_length(2)
-    assert sum(len(group.length_C) for group in groups) == 4
-    assert groups[0].ids_CT.shape[1] == groups[0].length_C.max() < groups[1].ids_CT.shape[1]
-    sequences = sorted(group.ids_CT[c, : group.length_C[c]].tolist() for group in groups for c in range(len(group.length_C)))
-    assert sequences == sorted(batch.ids_CT[c, : batch.length_C[c]].tolist() for c in range(4))
-
-
 def test_targets_that_lose_their_end_are_counted(words: CaptionTokenizer) -> None:
     lengths = [len(words.target(text)) for text in TEXTS]
     for most in range(1, max(lengths) + 1):

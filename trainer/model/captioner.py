@@ -58,14 +58,19 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         if config.contrast_width:
             self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
 
-    def loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods of all target tokens; no text about an image attends to another."""
-        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts)
+    def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the sum of negative log-likelihoods of all target tokens; no text about an image attends to another.
+
+        `label_smoothing` is the share of the target that all tokens of the vocabulary have in common (Szegedy et al., 2016).
+        Texts on the CPU are packed without waiting for the device of the states.
+        """
+        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing)
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:
         """Return the contrastive loss of pooled images and captions read without an image; 0 with fewer than two of either."""
-        image_of_K, captions = texts.image_of_C[texts.caption_C], texts.only(texts.caption_C)
+        captions = texts.only(texts.caption_C).to(states_BNV.device)
+        image_of_K = captions.image_of_C
         if len(image_of_K) < 2 or len(states_BNV) < 2:
             return states_BNV.new_zeros(())
         loss: Tensor = self.contrast(self.connector(states_BNV).mean(1), self.decoder.read(captions), image_of_K)

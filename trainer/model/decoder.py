@@ -1,10 +1,11 @@
 """Decoder from scratch: a pre-norm transformer with cross-attention to the hidden states of an image.
 
-Each block has self-attention (rotary positions), cross-attention to the image, and an MLP. During generation, keys and values
-of the image are computed once per block, and those of the tokens are cached.
+Each block has self-attention (rotary positions), cross-attention to the image, and an MLP. While training, all texts about an
+image are one row (trainer/model/packing.py), so that its keys and values are computed once; and during generation, where beams
+share them and those of the tokens are cached.
 
-Shapes: B images, C texts (one per image unless noted), T new tokens, S tokens so far, N hidden states of an image, D width,
-H heads, K = D / H, V vocabulary.
+Shapes: B images, C rows of tokens (C / B adjacent ones for each image), T new tokens, S tokens so far, N hidden states of an
+image, D width, H heads, K = D / H, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, beam_search, write
+from trainer.model.packing import pack, visible
 from trainer.tokenizer import TextBatch
 
-LENGTH_GROUPS = 3  # groups of similar length in a batch
+RopeTable = tuple[Tensor, Tensor]  # cosines and sines, each (T, K / 2) or (C, 1, T, K / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class DecoderConfig:
 
 @dataclass(slots=True)
 class BlockCache:
-    """Keys and values of one block: fixed for the image, growing for the tokens (each B, H, *, K)."""
+    """Keys and values of one block: fixed for the images (B, H, N, K), growing for the tokens (C, H, S, K)."""
 
     image: tuple[Tensor, Tensor] | None = None
     words: tuple[Tensor, Tensor] | None = None
@@ -49,11 +51,18 @@ class Cache:
     blocks: list[BlockCache] = field(default_factory=list)
     length: int = 0
 
-    def reorder(self, rows_B: Tensor) -> None:
-        """Continue row i from the tokens of row rows_B[i], which must be about the same image."""
+    def reorder(self, rows_C: Tensor) -> None:
+        """Continue row i from the tokens of row rows_C[i], which must be about the same image."""
         for block in self.blocks:
             assert block.words is not None
-            block.words = block.words[0][rows_B], block.words[1][rows_B]
+            block.words = block.words[0][rows_C], block.words[1][rows_C]
+
+    def keep(self, rows_C: Tensor) -> None:
+        """Go on with these rows alone, where each row has an image of its own."""
+        self.reorder(rows_C)
+        for block in self.blocks:
+            assert block.image is not None
+            block.image = block.image[0][rows_C], block.image[1][rows_C]
 
 
 class ScratchDecoder(nn.Module):
@@ -61,7 +70,7 @@ class ScratchDecoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.width = config.width
+        self.width, self.head_width = config.width, config.width // config.heads
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         blocks = [Block(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -73,49 +82,51 @@ class ScratchDecoder(nn.Module):
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
-    def loss(self, memory_BND: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods of the target tokens of `texts`."""
-        total = memory_BND.new_zeros(())
-        for group in texts.by_length(LENGTH_GROUPS):  # an answer is not padded to the length of a description
-            states_CTD = self(group.ids_CT[:, :-1], memory_BND, group.image_of_C)
-            learned_CT = group.learned_CT  # no logits for other positions
-            scores_KV = self.head(states_CTD[learned_CT])
-            total = total + functional.cross_entropy(scores_KV.float(), group.ids_CT[:, 1:][learned_CT], reduction="sum")
-        return total
+    def loss(self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
+        packed = pack(texts, len(memory_BND)).to(memory_BND.device)
+        table = rope_table(packed.positions_BS[:, None], self.head_width)
+        states_BSD = self._states(packed.ids_BS, memory_BND, table, visible(packed.segments_BS)[:, None])
+        scores_KV = self.head(packed.learned(states_BSD)).float()  # no logits for other positions
+        return functional.cross_entropy(scores_KV, packed.labels_K, reduction="sum", label_smoothing=label_smoothing)
 
     def read(self, texts: TextBatch) -> Tensor:
         """Return the state of the last token of each text, without any image: (C, D)."""
-        return texts.last_token(self(texts.ids_CT, None, texts.image_of_C))
+        return texts.last_token(self(texts.ids_CT, None))
 
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image; see CaptionerModel.generate."""
         cache = Cache()
-        image_of_R = torch.arange(len(memory_BND), device=memory_BND.device).repeat_interleave(search.beams)
 
-        def step(new_RT: Tensor) -> Tensor:
-            return self.head(self(new_RT, memory_BND, image_of_R, cache)[:, -1])
+        def step(new_CT: Tensor) -> Tensor:
+            return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
 
         if search.beams > 1:
             return beam_search(step, cache.reorder, prompt_BT, search, max_tokens, eos_id)
-        return write(step, prompt_BT, search, max_tokens, eos_id)
+        return write(step, cache.keep, prompt_BT, search, max_tokens, eos_id)
 
-    def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, image_of_C: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return states (C, T, D) that predict the token after each of `ids_CT`; with a cache, only of new tokens.
 
-        `memory_BND` are states of the images (None: no image); not read again once the cache holds their keys and values.
+        `memory_BND` are the states of the images; None: there is no image, or the cache holds its keys and values.
         """
-        start = cache.length if cache else 0
+        start, T = cache.length if cache else 0, ids_CT.shape[1]
         if cache is not None:
             cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
-            cache.length += ids_CT.shape[1]
-        T = ids_CT.shape[1]
-        # New token t has position start + t, and attends to itself and all tokens before it.
-        seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start)
+            cache.length += T
+        # New token t has position start + t, and sees itself and all tokens before it: a single one sees all that there are.
+        seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start) if T > 1 else None
+        table = rope_table(torch.arange(start, start + T, device=ids_CT.device), self.head_width)
+        return self._states(ids_CT, memory_BND, table, seen_TS, cache)
+
+    def _states(
+        self, ids_CT: Tensor, memory_BND: Tensor | None, table: RopeTable, seen: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
         x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):
-            x_CTD = block(x_CTD, memory_BND, image_of_C, start, seen_TS, cache.blocks[index] if cache else None)
+            x_CTD = block(x_CTD, memory_BND, table, seen, cache.blocks[index] if cache else None)
         normed_CTD: Tensor = self.norm(x_CTD)
         return normed_CTD
 
@@ -139,42 +150,43 @@ class Block(nn.Module):
         self,
         x_CTD: Tensor,
         memory_BND: Tensor | None,
-        image_of_C: Tensor,
-        start: int,
-        seen_TS: Tensor,
+        table: tuple[Tensor, Tensor],
+        seen: Tensor | None,
         cache: BlockCache | None,
     ) -> Tensor:
         """Return the updated stream (C, T, D).
 
-        `start` is the position of the first of the T tokens. `seen_TS` is True where a token attends to one of the S tokens so
-        far: of all texts, or (C, 1, T, S) of each.
+        `table` is that of the positions of the tokens. `seen` is True where a token attends to one of the S tokens so far:
+        (T, S) of all rows, or (C, 1, T, S) of each; None: to all.
         """
-        x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), start, seen_TS, cache))
-        if memory_BND is not None:
-            x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, image_of_C, cache))
+        x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), table, seen, cache))
+        if memory_BND is not None or (cache is not None and cache.image is not None):
+            x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, cache))
         out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
-    def _words(self, x_CTD: Tensor, start: int, seen_TS: Tensor, cache: BlockCache | None) -> Tensor:
+    def _words(
+        self, x_CTD: Tensor, table: tuple[Tensor, Tensor], seen: Tensor | None, cache: BlockCache | None
+    ) -> Tensor:
         attend = self.attend_words
-        q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), start)
+        q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), table)
         k_CHSK, v_CHSK = attend.keys_values(x_CTD)
-        k_CHSK = apply_rope(k_CHSK, start)
+        k_CHSK = apply_rope(k_CHSK, table)
         if cache is not None:
             if cache.words is not None:
                 k_CHSK, v_CHSK = (torch.cat(pair, 2) for pair in zip(cache.words, (k_CHSK, v_CHSK), strict=True))
             cache.words = k_CHSK, v_CHSK
-        return attend.attend(q_CHTK, k_CHSK, v_CHSK, seen_TS)
+        return attend.attend(q_CHTK, k_CHSK, v_CHSK, seen)
 
-    def _image(self, x_CTD: Tensor, memory_BND: Tensor, image_of_C: Tensor, cache: BlockCache | None) -> Tensor:
+    def _image(self, x_CTD: Tensor, memory_BND: Tensor | None, cache: BlockCache | None) -> Tensor:
         attend = self.attend_image
-        if cache is not None and cache.image is not None:
-            k_CHNK, v_CHNK = cache.image
-        else:  # computed once per image, not per text
-            k_CHNK, v_CHNK = (projected_BHNK[image_of_C] for projected_BHNK in attend.keys_values(memory_BND))
+        k_BHNK, v_BHNK = cache.image if cache is not None and cache.image is not None else attend.keys_values(memory_BND)
         if cache is not None:
-            cache.image = k_CHNK, v_CHNK
-        return attend.attend(attend.heads(attend.query(x_CTD)), k_CHNK, v_CHNK, None)
+            cache.image = k_BHNK, v_BHNK
+        # Rows about one image are adjacent: to its keys and values they are one row.
+        joined_BXD = x_CTD.reshape(len(k_BHNK), -1, x_CTD.shape[-1])
+        out_BXD = attend.attend(attend.heads(attend.query(joined_BXD)), k_BHNK, v_BHNK, None)
+        return out_BXD.view_as(x_CTD)
 
 
 class Attention(nn.Module):
@@ -197,25 +209,28 @@ class Attention(nn.Module):
         k_BND, v_BND = self.key_value(x_BND).chunk(2, -1)
         return self.heads(k_BND), self.heads(v_BND)
 
-    def attend(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen_TS: Tensor | None) -> Tensor:
+    def attend(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen: Tensor | None) -> Tensor:
         """Attend and merge the heads: -> (C, T, D)."""
-        mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen_TS)
+        mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen)
         out_CTD: Tensor = self.out(mixed_CHTK.transpose(1, 2).flatten(2))
         return out_CTD
 
 
-def apply_rope(x_CHTK: Tensor, start: int, base: float = 10_000.0) -> Tensor:
-    """Apply rotary position embeddings (RoPE, Su et al., 2021) for positions from `start` on.
+def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of rotary position embeddings (RoPE, Su et al., 2021): (..., T) -> two of (..., T, K / 2).
 
-    Pair i at position p is rotated by p * base^(-2i / K); attention scores depend only on differences of positions.
+    Pair i of K features at position p is rotated by p * base^(-2i / K); attention scores depend only on differences of positions.
     """
-    T, K = x_CHTK.shape[-2:]
-    positions_T = torch.arange(start, start + T, device=x_CHTK.device, dtype=torch.float32)
-    frequencies_P = base ** (-torch.arange(0, K, 2, device=x_CHTK.device, dtype=torch.float32) / K)
-    angles_TP = positions_T[:, None] * frequencies_P
-    cos_TP, sin_TP = angles_TP.cos(), angles_TP.sin()
+    frequencies_P = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angles = positions[..., None].float() * frequencies_P
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_CHTK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries or keys by the angles of their positions."""
+    cos, sin = table
     first, second = x_CHTK.chunk(2, -1)
-    turned_CHTK = torch.cat([first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP], -1)
+    turned_CHTK = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     return turned_CHTK.to(x_CHTK.dtype)  # angles are float32 also where the model is not
 
 

@@ -21,21 +21,33 @@ class DecodingConfig:
 
 
 GREEDY = DecodingConfig()
+LEFT_OUT = 0.25  # of the rows have ended when they are no longer computed
 Step = Callable[[Tensor], Tensor]  # new tokens (R, T) -> logits of the next token (R, V)
 Reorder = Callable[[Tensor], None]  # for each row, the index of the row that it continues: (R,)
+Keep = Callable[[Tensor], None]  # the indices of the rows that go on
 
 
-def write(step: Step, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int) -> list[list[int]]:
-    """Decode greedily or by sampling; return ids without EOS. Stops as soon as every row has ended."""
-    new_BT = prompt_BT
-    written_TB: list[Tensor] = []
-    ended_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
-    while len(written_TB) < max_tokens and not ended_B.all():
-        next_B = choose(step(new_BT), search).masked_fill(ended_B, eos_id)
-        ended_B |= next_B == eos_id
-        written_TB.append(next_B)
-        new_BT = next_B[:, None]
-    return [[token for token in row if token != eos_id] for row in torch.stack(written_TB, 1).tolist()]
+def write(step: Step, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int) -> list[list[int]]:
+    """Decode greedily or by sampling; return ids without EOS. Rows that have ended are left out, a few at a time."""
+    written: list[list[int]] = [[] for _ in prompt_BT]
+    rows, new_RT = list(range(len(written))), prompt_BT  # the row of the prompt that each computed row goes on with
+    ended = [False] * len(rows)
+    for _ in range(max_tokens):
+        next_R = choose(step(new_RT), search)
+        for index, token in enumerate(next_R.tolist()):
+            ended[index] |= token == eos_id
+            if not ended[index]:
+                written[rows[index]].append(token)
+        if all(ended):
+            break
+        new_RT = next_R[:, None]
+        if sum(ended) >= LEFT_OUT * len(ended):
+            going_on = [index for index, is_over in enumerate(ended) if not is_over]
+            rows, ended = [rows[index] for index in going_on], [False] * len(going_on)
+            going_on_R = torch.tensor(going_on, device=new_RT.device)
+            keep(going_on_R)
+            new_RT = new_RT[going_on_R]
+    return written
 
 
 def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import config_of, settings_of, silence_transformers
+from trainer.model.packing import PackedTexts, pack, visible
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
@@ -49,36 +50,34 @@ class PretrainedDecoder(nn.Module):
             self._packing = self._choose_packing()
         return self._packing
 
-    def loss(self, prefix_BPD: Tensor, texts: TextBatch) -> Tensor:
-        """Return the sum of negative log-likelihoods of the target tokens of `texts`."""
+    def loss(self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
         if self.packing == "apart":
+            texts = texts.to(prefix_BPD.device)
             learned_CT = texts.learned_CT
             states_KD, labels_K = self._states_apart(prefix_BPD, texts)[:, :-1][learned_CT], texts.ids_CT[:, 1:][learned_CT]
         else:
-            ids_BS, positions_BS, segments_BS, labels_BS = pack(texts, len(prefix_BPD))
-            states_BSD = self._states_packed(prefix_BPD, ids_BS, positions_BS, segments_BS, self.packing)
-            states_KD, labels_K = states_BSD[labels_BS >= 0], labels_BS[labels_BS >= 0]
+            packed = pack(texts, len(prefix_BPD)).to(prefix_BPD.device)
+            states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed, self.packing)), packed.labels_K
         total: Tensor = states_KD.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels_K), HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS)
-            total = total + checkpoint(self._nll, states_KD[part], labels_K[part], use_reentrant=False)
+            total = total + checkpoint(self._nll, states_KD[part], labels_K[part], label_smoothing, use_reentrant=False)
         return total
 
-    def _states_packed(
-        self, prefix_BPD: Tensor, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, packing: Packing
-    ) -> Tensor:
+    def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
         """Return the states (B, S, D) of packed texts."""
         P = prefix_BPD.shape[1]
-        words_BSD = self.model.get_input_embeddings()(ids_BS)
-        before_BP = torch.arange(P, device=ids_BS.device).expand(len(prefix_BPD), -1)
-        mask_BLL = seen(P, segments_BS)
+        words_BSD = self.model.get_input_embeddings()(packed.ids_BS)
+        before_BP = torch.arange(P, device=words_BSD.device).expand(len(prefix_BPD), -1)
+        mask_BLL = visible(packed.segments_BS, P)
         if packing == "additive mask":  # of attention that adds a mask to its scores, to which True would be 1
             mask_BLL = torch.zeros_like(mask_BLL, dtype=words_BSD.dtype).masked_fill(
                 ~mask_BLL, torch.finfo(words_BSD.dtype).min
             )
         hidden_BLD: Tensor = self.model.get_decoder()(
             inputs_embeds=torch.cat([prefix_BPD.to(words_BSD.dtype), words_BSD], 1),
-            position_ids=torch.cat([before_BP, P + positions_BS], 1),
+            position_ids=torch.cat([before_BP, P + packed.positions_BS], 1),
             attention_mask=mask_BLL[:, None],
             use_cache=False,
         ).last_hidden_state
@@ -110,10 +109,10 @@ class PretrainedDecoder(nn.Module):
         try:
             with torch.autocast(device.type, enabled=False):
                 apart_CTD = self._states_apart(prefix_BPD, texts)[:, :-1]
-                ids_BS, positions_BS, segments_BS, _ = pack(texts, 1)
+                packed = pack(texts, 1)
                 for packing in PACKED:
                     try:
-                        packed_BSD = self._states_packed(prefix_BPD, ids_BS, positions_BS, segments_BS, packing)
+                        packed_BSD = self._states_packed(prefix_BPD, packed, packing)
                     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):  # it takes no such mask
                         continue
                     difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
@@ -151,8 +150,9 @@ class PretrainedDecoder(nn.Module):
         )
         return [row[: row.index(eos_id)] if eos_id in row else row for row in written_BT.tolist()]
 
-    def _nll(self, states_KD: Tensor, labels_K: Tensor) -> Tensor:
-        return functional.cross_entropy(self.model.get_output_embeddings()(states_KD).float(), labels_K, reduction="sum")
+    def _nll(self, states_KD: Tensor, labels_K: Tensor, label_smoothing: float) -> Tensor:
+        scores_KV = self.model.get_output_embeddings()(states_KD).float()
+        return functional.cross_entropy(scores_KV, labels_K, reduction="sum", label_smoothing=label_smoothing)
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
@@ -172,27 +172,3 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
     decoder = PretrainedDecoder(settings_of(loaded.config))
     decoder.model.load_state_dict(loaded.state_dict())
     return decoder, caption_tokenizer
-
-
-def pack(texts: TextBatch, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Concatenate the texts of each image: ids, positions within a text, segment numbers, and labels, all (B, S).
-
-    Segment number and label are -1 for padding; the label is also -1 where the next token is not a target.
-    """
-    rows: list[list[tuple[int, int, int, int]]] = [[] for _ in range(images)]
-    tensors = (texts.image_of_C, texts.length_C, texts.ids_CT, texts.learned_CT)
-    for image, length, ids, learned in zip(*(tensor.tolist() for tensor in tensors), strict=True):
-        segment = rows[image][-1][2] + 1 if rows[image] else 0
-        rows[image] += [(ids[t], t, segment, ids[t + 1] if learned[t] else -1) for t in range(length - 1)]
-    S = max(map(len, rows))
-    packed = torch.tensor([row + [(0, 0, -1, -1)] * (S - len(row)) for row in rows], device=texts.ids_CT.device)
-    ids_BS, positions_BS, segments_BS, labels_BS = packed.unbind(-1)
-    return ids_BS, positions_BS, segments_BS, labels_BS
-
-
-def seen(prefix: int, segments_BS: Tensor) -> Tensor:
-    """Return the attention mask: (B, L, L), True where attention is allowed. The prefix itself is causal."""
-    order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, visible to all texts
-    same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
-    visible_BLL = same_BLL | (order_BL == -2)[:, None, :]
-    return visible_BLL & torch.ones(same_BLL.shape[1:], dtype=torch.bool, device=segments_BS.device).tril()

@@ -12,7 +12,7 @@ from trainer.config import require_checkpoint
 HERE = Path(__file__).parent
 MODULE = "modeling_synth_captioner"
 FROM_PACKAGE = "from trainer.model.decoder import"  # the line whose place the definitions take
-DEFINITIONS = ("DecoderConfig", "BlockCache", "Block", "Attention", "apply_rope")
+DEFINITIONS = ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope")
 IMPORTS = "from dataclasses import dataclass, field\n"
 HEADER = "# This file comes with the captioner and needs torch, transformers and Pillow; it is written by `synth push`.\n"
 

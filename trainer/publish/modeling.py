@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from trainer.model.decoder import Block, DecoderConfig
+from trainer.model.decoder import Block, DecoderConfig, rope_table
 
 ANSWER = "<answer>"
 
@@ -130,7 +130,7 @@ class _CrossAttending(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         config = DecoderConfig(**settings)
-        self.width = config.width
+        self.width, self.head_width = config.width, config.width // config.heads
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
@@ -142,11 +142,10 @@ class _CrossAttending(nn.Module):
         # A token sees itself also where it pads: a row that sees nothing would be no number.
         itself_TS = torch.eye(S, dtype=torch.bool, device=ids_BT.device)[S - T :]
         seen_B1TS = (causal_TS & mask_BS[:, None, None].bool()) | itself_TS
-        x_BTD, image_of_B = self.embedding(ids_BT), torch.arange(len(ids_BT), device=ids_BT.device)
-        memory_BND = x_BTD if states_BND is None else states_BND  # not read where the cache has keys and values
+        x_BTD, table = self.embedding(ids_BT), rope_table(torch.arange(S - T, S, device=ids_BT.device), self.head_width)
         for index, block in enumerate(self.blocks):
             kept = _Kept(cache, index, len(self.blocks)) if cache is not None else None
-            x_BTD = block(x_BTD, memory_BND, image_of_B, S - T, seen_B1TS, kept)
+            x_BTD = block(x_BTD, states_BND, table, seen_B1TS, kept)
         return nn.functional.linear(self.norm(x_BTD), self.embedding.weight)
 
 

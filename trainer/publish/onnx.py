@@ -20,14 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.nn import functional
 
 from pipeline.errors import TrainError
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from trainer.checkpoint import load_checkpoint
 from trainer.model.captioner import CaptionerModel
-from trainer.model.decoder import BlockCache, ScratchDecoder
+from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.hf_config import SIDES
 from trainer.publish.files import transformers_files
 from trainer.publish.run_onnx import prepare
@@ -66,13 +65,7 @@ class _Decoder(nn.Module):
 
     def step(self, ids_BT: Tensor, states_BND: Tensor | None, caches: list[BlockCache], before: int) -> Tensor:
         """Return the logits (B, T, vocabulary), and leave keys and values in the caches."""
-        decoder, T = self.decoder, ids_BT.shape[1]
-        seen_TS = torch.ones(T, before + T, dtype=torch.bool).tril(before)
-        x_BTD, image_of_B = decoder.embedding(ids_BT), torch.arange(ids_BT.shape[0])
-        memory_BND = x_BTD if states_BND is None else states_BND  # not read where the caches have the image
-        for block, cache in zip(decoder.blocks, caches, strict=True):
-            x_BTD = block(x_BTD, memory_BND, image_of_B, before, seen_TS, cache)
-        return functional.linear(decoder.norm(x_BTD), decoder.embedding.weight)
+        return self.decoder.head(self.decoder(ids_BT, states_BND, Cache(caches, before)))
 
 
 class _First(_Decoder):

@@ -14,7 +14,7 @@ from trainer.model.captioner import CaptionerModel, ContrastiveHead, build_capti
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import load_decoder, pack
+from trainer.model.language_model import load_decoder
 from trainer.tokenizer import TextBatch
 
 WORDS, V, N, EOS = 30, 32, 5, 1
@@ -110,7 +110,7 @@ def test_the_loss_is_the_negative_log_likelihood_of_the_next_tokens(build: Build
     for position in range(2, len(row)):
         before = torch.tensor([row[:position]])
         if isinstance(captioner.decoder, ScratchDecoder):
-            scores = captioner.decoder.head(captioner.decoder(before, memory, torch.tensor([0]))[:, -1])
+            scores = captioner.decoder.head(captioner.decoder(before, memory)[:, -1])
         else:
             words = captioner.decoder.model.get_input_embeddings()(before)
             scores = captioner.decoder.model(inputs_embeds=torch.cat([memory, words], 1)).logits[:, -1]
@@ -176,15 +176,6 @@ def test_writing_stops_as_soon_as_all_texts_have_ended(build: Build, monkeypatch
     monkeypatch.setattr(captioner.decoder, "head", lambda states: always_eos.expand(len(states), -1))
     assert captioner.generate(torch.randn(4, N, V), torch.tensor([[2, 3]] * 4), GREEDY) == [[], [], [], []]
     assert len(calls) == 1
-
-
-def test_packed_texts_start_again_behind_the_prefix() -> None:
-    ids, positions, segments, labels = pack(texts(ROWS, PROMPTS, IMAGES), images=2)
-    assert positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert segments[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert labels[0].tolist() == [-1, 7, 8, EOS, -1, 9, EOS]
-    assert ids[1].tolist() == [2, 5, 6, 4, 11, 12, 0]
-    assert segments[1].tolist() == [0] * 6 + [-1]
 
 
 def test_scores_are_computed_in_pieces_that_add_up(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

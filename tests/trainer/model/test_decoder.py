@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder, apply_rope
+from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder, apply_rope, rope_table
 
 WORDS, WIDTH = 23, 32
 
@@ -14,39 +14,50 @@ def decoder() -> ScratchDecoder:
     return ScratchDecoder(DecoderConfig(vocab_size=WORDS, width=WIDTH, depth=2, heads=4)).eval()
 
 
-ONE = torch.tensor([0])
-
-
 def test_a_token_does_not_see_what_comes_after_it(decoder: ScratchDecoder) -> None:
     ids, memory = torch.randint(WORDS, (1, 8)), torch.randn(1, 5, WIDTH)
     changed = ids.clone()
     changed[0, 5] = (ids[0, 5] + 1) % WORDS
-    before, after = decoder(ids, memory, ONE), decoder(changed, memory, ONE)
+    before, after = decoder(ids, memory), decoder(changed, memory)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
 def test_the_image_reaches_every_token(decoder: ScratchDecoder) -> None:
     ids = torch.randint(WORDS, (1, 4))
-    first, second = decoder(ids, torch.randn(1, 5, WIDTH), ONE), decoder(ids, torch.randn(1, 5, WIDTH), ONE)
+    first, second = decoder(ids, torch.randn(1, 5, WIDTH)), decoder(ids, torch.randn(1, 5, WIDTH))
     assert ((first - second).abs().amax(-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 4], [9]])
 def test_with_a_cache_the_states_are_the_same(decoder: ScratchDecoder, pieces: list[int]) -> None:
-    ids, memory, images = torch.randint(WORDS, (3, 9)), torch.randn(2, 5, WIDTH), torch.tensor([0, 1, 1])
+    ids, memory = torch.randint(WORDS, (4, 9)), torch.randn(2, 5, WIDTH)
     cache, start, states = Cache(), 0, []
     for length in pieces:
-        states.append(decoder(ids[:, start : start + length], memory, images, cache))
+        states.append(decoder(ids[:, start : start + length], memory, cache))
         start += length
-    torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory, images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_about_one_image_see_what_they_would_see_apart(decoder: ScratchDecoder) -> None:
+    ids, memory = torch.randint(WORDS, (4, 6)), torch.randn(2, 5, WIDTH)
+    apart = torch.cat([decoder(ids[[row]], memory[[row // 2]]) for row in range(4)])
+    torch.testing.assert_close(decoder(ids, memory), apart, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_kept_go_on_as_if_alone(decoder: ScratchDecoder) -> None:
+    ids, memory, cache = torch.randint(WORDS, (3, 6)), torch.randn(3, 5, WIDTH), Cache()
+    decoder(ids[:, :5], memory, cache)
+    cache.keep(torch.tensor([2, 0]))
+    alone = decoder(ids[[2, 0]], memory[[2, 0]])[:, 5:]
+    torch.testing.assert_close(decoder(ids[[2, 0], 5:], None, cache), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_keys_of_the_image_are_computed_once(decoder: ScratchDecoder) -> None:
     cache = Cache()
-    decoder(torch.randint(WORDS, (1, 1)), torch.randn(1, 5, WIDTH), ONE, cache)
+    decoder(torch.randint(WORDS, (1, 1)), torch.randn(1, 5, WIDTH), cache)
     first = cache.blocks[0].image
-    decoder(torch.randint(WORDS, (1, 1)), torch.full((1, 5, WIDTH), torch.nan), ONE, cache)  # the memory is not read again
+    decoder(torch.randint(WORDS, (1, 1)), torch.full((1, 5, WIDTH), torch.nan), cache)  # the memory is not read again
     assert cache.blocks[0].image == first
     assert first is not None
     assert torch.isfinite(first[0]).all()
@@ -56,7 +67,8 @@ def test_scores_of_apply_roped_vectors_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def product(position_q: int, position_k: int) -> float:
-        return float((apply_rope(q, position_q) * apply_rope(k, position_k)).sum())
+        tables = [rope_table(torch.tensor([position]), 8) for position in (position_q, position_k)]
+        return float((apply_rope(q, tables[0]) * apply_rope(k, tables[1])).sum())
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)

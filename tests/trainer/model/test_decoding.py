@@ -13,6 +13,10 @@ EOS, WORDS = 0, 4
 PROMPT = torch.zeros(1, 1, dtype=torch.long)
 
 
+def all_go_on(rows: Tensor) -> None:
+    raise AssertionError(f"rows {rows} were to go on alone")
+
+
 class Chain:
     """A language model whose next word depends on the last one; it counts its calls."""
 
@@ -35,20 +39,41 @@ TRAP = [[0.01, 0.5, 0.45, 0.04], [0.1, 0.3, 0.3, 0.3], [0.97, 0.01, 0.01, 0.01],
 
 def test_greedy_takes_the_likeliest_word_and_stops_at_eos() -> None:
     chain = Chain([[0.1, 0.1, 0.8, 0.0], [0.7, 0.1, 0.1, 0.1], [0.1, 0.8, 0.05, 0.05], [0.25] * 4])
-    assert write(chain.step, PROMPT, DecodingConfig(), 9, EOS) == [[2, 1]]
+    assert write(chain.step, all_go_on, PROMPT, DecodingConfig(), 9, EOS) == [[2, 1]]
     assert chain.calls == 3
+
+
+def test_rows_that_have_ended_are_no_longer_computed() -> None:
+    """Row n of five ends after n words; the state of each row must follow it."""
+    lengths, computed, kept = torch.tensor([4, 0, 2, 1, 3]), [], []
+
+    def step(new_RT: Tensor) -> Tensor:
+        nonlocal lengths
+        computed.append(len(new_RT))
+        words = (lengths > 0).long()  # 0 is EOS
+        lengths = lengths - 1
+        return torch.nn.functional.one_hot(words, WORDS).float()
+
+    def keep(rows: Tensor) -> None:
+        nonlocal lengths
+        kept.append(rows.tolist())
+        lengths = lengths[rows]
+
+    assert write(step, keep, PROMPT.expand(5, 1), DecodingConfig(), 9, EOS) == [[1] * 4, [], [1] * 2, [1], [1] * 3]
+    assert computed == [5, 5, 3, 2, 1]  # one of five is not worth it
+    assert kept == [[0, 2, 4], [0, 2], [0]]
 
 
 def test_a_text_without_end_is_cut_at_the_longest() -> None:
     chain = Chain([[0.0, 1.0, 0.0, 0.0]] * WORDS)
-    assert write(chain.step, PROMPT, DecodingConfig(), 5, EOS) == [[1] * 5]
+    assert write(chain.step, all_go_on, PROMPT, DecodingConfig(), 5, EOS) == [[1] * 5]
     assert beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=2), 5, EOS) == [[1] * 5]
 
 
 @pytest.mark.parametrize("beams", [2, 3])
 def test_beams_find_the_likeliest_text_where_greedy_walks_into_a_trap(beams: int) -> None:
     chain = Chain(TRAP)
-    (greedy,) = write(chain.step, PROMPT, DecodingConfig(), 4, EOS)
+    (greedy,) = write(chain.step, all_go_on, PROMPT, DecodingConfig(), 4, EOS)
     (best,) = beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=beams), 4, EOS)
     candidates = [list(text) for n in range(1, 4) for text in itertools.product(range(1, WORDS), repeat=n)]
     assert best == [2] == max(candidates, key=chain.mean_log)

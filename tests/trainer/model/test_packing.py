@@ -1,0 +1,64 @@
+"""Texts of an image in one row: each begins anew, sees itself and the prefix alone, and is learned behind its prompt."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.model.packing import pack, visible
+from trainer.tokenizer import TextBatch
+
+EOS = 1
+ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
+
+
+def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
+
+
+def test_packed_texts_start_again_behind_the_prefix() -> None:
+    packed = pack(texts(ROWS, [2, 2, 4], [0, 0, 1]), images=2)
+    assert packed.positions_BS[0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert packed.segments_BS[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert packed.ids_BS.tolist() == [[2, 3, 7, 8, 2, 3, 9], [2, 5, 6, 4, 11, 12, 0]]
+    assert packed.segments_BS[1].tolist() == [0] * 6 + [-1]
+    assert packed.learned_K.tolist() == [1, 2, 3, 5, 6, 7 + 3, 7 + 4, 7 + 5]
+    assert packed.labels_K.tolist() == [7, 8, EOS, 9, EOS, 11, 12, EOS]
+
+
+def test_a_token_sees_the_prefix_and_what_stands_before_it_in_its_text() -> None:
+    mask = visible(torch.tensor([[0, 0, 1, 1, -1]]), prefix=1)[0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1],
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 9)), max_size=4), min_size=1, max_size=5))
+def test_packing_keeps_every_text_whatever_their_lengths(lengths: list[list[tuple[int, int]]]) -> None:
+    """Compares with a loop over the tokens."""
+    pairs = [(image, length, min(prompt, length)) for image, row in enumerate(lengths) for length, prompt in row]
+    if not pairs:
+        return
+    draw = torch.Generator().manual_seed(len(pairs))
+    rows = [torch.randint(2, 99, (length,), generator=draw).tolist() for _, length, _ in pairs]
+    packed = pack(texts(rows, [prompt for *_, prompt in pairs], [image for image, *_ in pairs]), len(lengths))
+    ids: list[list[int]] = [[] for _ in lengths]
+    learned = []
+    for row, (image, length, prompt) in zip(rows, pairs, strict=True):
+        for t in range(length - 1):
+            ids[image].append(row[t])
+            if t + 1 >= prompt:
+                learned.append((image, len(ids[image]) - 1, row[t + 1]))
+    S = packed.ids_BS.shape[1]
+    assert S == max(1, *map(len, ids))
+    assert packed.ids_BS.tolist() == [row + [0] * (S - len(row)) for row in ids]
+    assert (packed.segments_BS >= 0).sum(1).tolist() == list(map(len, ids))
+    assert packed.learned_K.tolist() == [image * S + place for image, place, _ in learned]
+    assert packed.labels_K.tolist() == [label for *_, label in learned]
