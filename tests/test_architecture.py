@@ -34,11 +34,11 @@ FILES = {
     "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize pii questions reasons "
     "refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ caption_files caption_images captioning checkpoint config data distributed evaluate features generate
-        hub image_index metrics optimizer prompts tokenizer train vqa""",
+    "trainer": """__init__ averaging caption_files caption_images captioning checkpoint config data distributed evaluate
+        features forecast generate hub image_index loop metrics optimizer presets prompts tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx run_onnx",
-    "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model",
+    "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model lora packing",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (

@@ -9,7 +9,7 @@ before their shapes are those that the config asks for.
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from io import StringIO
@@ -50,7 +50,7 @@ class Checkpoint:
     def save(self, folder: Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
         with tempfile.TemporaryDirectory(dir=folder) as draft:
-            self.captioner.save_pretrained(draft)
+            self.captioner.without_adapters().save_pretrained(draft)
             self.words.tokenizer.save(str(Path(draft) / "tokenizer.json"))
             for name in CAPTIONER_FILES:
                 (Path(draft) / name).replace(folder / name)
@@ -170,13 +170,16 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, draft)
 
 
-def load_resume(folder: Path, run: str) -> dict[str, Any]:
-    """Return the state that `save_resume` wrote. Raises TrainError if there is none, or if another run wrote it."""
+def load_resume(folder: Path, run_of: Callable[[int], str], processes: int) -> dict[str, Any]:
+    """Return the state that `save_resume` wrote. Raises TrainError if there is none, or if another run wrote it.
+
+    `run_of` gives the digest of a run of so many processes: it may go on with more of them, or fewer.
+    """
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
     state = _read_resume(path)
-    if state["run"] != run:
+    if state["run"] != run_of(state.get("processes", processes)):
         hint = f"use the same, name another folder (--out DIR), or remove {path} to start anew without --resume"
         raise TrainError(f"{folder} was trained with other settings or data", hint=hint)
     return state

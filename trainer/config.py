@@ -1,5 +1,6 @@
 """Settings of a training run, saved with each checkpoint."""
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,12 +10,18 @@ from pipeline.config import NO_MODEL, Section, read_yaml, validate
 from pipeline.errors import TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
+from trainer.presets import PRESETS, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
 DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
+# Settings of later releases: at their defaults they are no part of a digest, so that earlier runs can go on.
+LATER_KEYS = (
+    "label_smoothing", "average_decay", "lr_floor_frac", "align_epochs", "evaluate_epochs", "patience", "lora_rank",
+    "lora_dropout", "checkpoint_blocks",
+)  # fmt: skip
 
 
 class TrainConfig(Section):
@@ -31,6 +38,7 @@ class TrainConfig(Section):
         "beams": "num_beams",
     }  # fmt: skip
 
+    preset: Preset | None = None  # whose values stand where nothing else is said: trainer/presets.py
     encoder: str = "tiny-vit"
     encoder_layer: int = -1  # whose hidden states are used: -1 the last, -2 the one before
     decoder: str = "scratch"
@@ -46,7 +54,8 @@ class TrainConfig(Section):
     train_images: int = Field(default=0, ge=0)  # limit on training images; 0: all
     caption_word_budget: int = Field(default=0, ge=0)  # limit on the words of all training captions; 0: none
     max_caption_tokens: int = Field(default=64, ge=4, le=MAX_CAPTION_TOKENS)
-    align_steps: int = Field(default=0, ge=0)  # first stage, which trains only the connector
+    align_steps: int = Field(default=0, ge=0)  # first stage, which trains only the connector; 0: derived from `align_epochs`
+    align_epochs: float = Field(default=0.0, ge=0)
     align_lr: float = Field(default=1e-3, gt=0)
     contrastive_weight: float = Field(default=0.0, ge=0)  # of the loss that aligns pooled images and captions
     contrast_width: int = Field(default=128, ge=8)
@@ -56,16 +65,31 @@ class TrainConfig(Section):
     epochs: int = Field(default=16, ge=1)
     steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
     batch_size: int = Field(default=32, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)  # micro-batches in a step
+    gradient_accumulation_steps: int = Field(default=1, ge=1)  # micro-batches in a step; more on a GPU where they do not fit
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
+    lr_floor_frac: float = Field(default=0.1, ge=0, le=1)  # of a learning rate that is left at the end of a stage
     weight_decay: float = Field(default=0.05, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the targets while training
+    average_decay: float = Field(default=0.0, ge=0, lt=1)  # of the moving average of weights that is scored and saved; 0: none
+    lora_rank: int = Field(default=0, ge=0)  # of the matrices that a language model learns beside its own (LoRA); 0: all of it
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    checkpoint_blocks: bool = False  # compute the blocks of a language model twice instead of keeping their states
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products on a GPU; weights are float32 in each
     compile: bool = False
-    evaluate_every: int = Field(default=0, ge=0)  # steps; 0: four times in all
+    evaluate_every: int = Field(default=0, ge=0)  # steps; 0: derived from `evaluate_epochs`
+    evaluate_epochs: float = Field(default=0.0, ge=0)  # 0: four times in all
+    patience: int = Field(default=0, ge=0)  # evaluations in a row without a better score after which training ends; 0: never
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
     num_beams: int = Field(default=1, ge=1)  # for the final test
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _adapts_a_language_model(self) -> "TrainConfig":
+        if self.is_scratch and (self.lora_rank or self.checkpoint_blocks):
+            name = "lora_rank" if self.lora_rank else "checkpoint_blocks"
+            raise ValueError(f"{name} is of a language model, and the decoder is from scratch: choose one, as --decoder qwen3")
+        return self
 
     @model_validator(mode="after")
     def _divides_into_heads(self) -> "TrainConfig":
@@ -81,23 +105,39 @@ class TrainConfig(Section):
     def digest_values(self) -> dict[str, Any]:
         """Return all settings as digests take them: under their first names, so that runs of earlier releases can resume."""
         first_names = {name: old for old, name in self.OLD_KEYS.items()}
-        return {first_names.get(name, name): value for name, value in self.model_dump(mode="json").items()}
+        usual = {"preset": self.preset, **{name: type(self).model_fields[name].default for name in LATER_KEYS}}
+        values = self.model_dump(mode="json")
+        return {first_names.get(name, name): value for name, value in values.items() if usual.get(name, ...) != value}
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return the settings with all defaults filled in, for training on this number of images."""
-        steps = self.steps or -(-self.epochs * images // min(self.batch_size, images))
+        batch_size = min(self.batch_size, images)
+        steps = self.steps or -(-self.epochs * images // batch_size)
+        align_steps = self.align_steps or math.ceil(self.align_epochs * images / batch_size)
         rates = {"connector_lr": 1e-3, "decoder_lr": 1e-3} if self.is_scratch else {"connector_lr": 2e-4, "decoder_lr": 2e-5}
+        if self.lora_rank:
+            rates["decoder_lr"] = 2e-4
         rates["encoder_lr"] = 1e-3 if self.encoder == "tiny-vit" else 0.0
         defaults = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
-        interval = self.evaluate_every or -(-(steps + self.align_steps) // 4)
-        return self.model_copy(update={"steps": steps, "evaluate_every": interval, **defaults})
+        interval = self.evaluate_every or math.ceil(self.evaluate_epochs * images / batch_size)
+        defaults |= {"evaluate_every": interval or -(-(steps + align_steps) // 4)}
+        return self.model_copy(update={"steps": steps, "align_steps": align_steps, **defaults})
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
-    """Merge defaults, config file and flags (`auto` and None: the default). Raises ConfigError for an invalid key or value."""
-    values = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
-    values |= {name: value for name, value in flags.items() if value not in (None, "auto")}
-    return validate(TrainConfig, {name: value for name, value in values.items() if value != "auto"})
+    """Merge defaults, those of a preset, config file and flags (`auto` and None: the default).
+
+    Raises ConfigError for an invalid key or value.
+    """
+    given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
+    values = {TrainConfig.OLD_KEYS.get(name, name): value for name, value in given.items() if _says_something(name, value)}
+    values |= {name: value for name, value in flags.items() if value is not None and _says_something(name, value)}
+    preset = values.get("preset")
+    return validate(TrainConfig, {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values)
+
+
+def _says_something(name: str, value: Any) -> bool:
+    return value != "auto" or name == "preset"  # which the command chooses
 
 
 def no_captioner(folder: Path, reason: str = "") -> TrainError:
@@ -122,8 +162,9 @@ def has_other_settings(folder: Path, config: TrainConfig) -> bool:
     except (OSError, ValueError, UnsafeFileError):
         return True
     given = config.model_dump(exclude_unset=True)
-    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in DERIVED_KEYS} | given
-    return any(getattr(trained, name) != value for name, value in compared.items())
+    derived = {"preset", *DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
+    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived} | given
+    return any(getattr(trained, name) != value for name, value in compared.items() if name != "preset")
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:

@@ -37,6 +37,24 @@ def _all_reduce_sum(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def largest(number: int, device: torch.device, processes: int) -> int:
+    """Return the largest of the numbers of all processes, in each of them."""
+    if processes == 1:
+        return number
+    value = torch.tensor([number], device=device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return int(value.item())
+
+
+def is_agreed(first: bool, device: torch.device, processes: int) -> bool:  # noqa: FBT001  # it is a vote
+    """Return what the first of several processes says, in each of them."""
+    if processes == 1:
+        return first
+    flag = torch.tensor([first], dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(flag, 0)
+    return bool(flag.item())
+
+
 def join_processes() -> tuple[int, int]:
     """Join the process group that torchrun describes; return the rank and the number of processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))

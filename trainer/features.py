@@ -31,12 +31,20 @@ class Features:
     """Hidden states of images, by sample id, as bfloat16 on the disk."""
 
     rows: dict[str, int]
-    states: np.memmap
+    stored: np.memmap
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Return the hidden states of the images of examples: (B, N, V)."""
-        stored_BNV = self.states[[self.rows[example.sample_id] for example in examples]]
-        return torch.from_numpy(stored_BNV).view(torch.bfloat16).float()
+        return self.load(examples).float()
+
+    def load(self, examples: Sequence[Example]) -> Tensor:
+        """Read the hidden states of examples: (B, N, V) in bfloat16; where there is a GPU, in memory that it copies from."""
+        stored_BNV = torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
+        return (stored_BNV.pin_memory() if torch.cuda.is_available() else stored_BNV).view(torch.bfloat16)
+
+    def states(self, loaded: Tensor, device: torch.device) -> Tensor:
+        """Return what was loaded as float32 on a device."""
+        return loaded.to(device, non_blocking=True).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,16 @@ class OnlineFeatures:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Return the hidden states of the images of examples: (B, N, V); with gradients, unless the encoder is frozen."""
-        pixels_BCHW = self.encoder.pixels([example.open() for example in examples]).to(self.device)
+        return self.states(self.load(examples), self.device)
+
+    def load(self, examples: Sequence[Example]) -> Tensor:
+        """Decode the images of examples: (B, 3, H, W)."""
+        return self.encoder.pixels([example.open() for example in examples])
+
+    def states(self, loaded: Tensor, device: torch.device) -> Tensor:
+        """Return the hidden states of images that were loaded; with gradients, unless the encoder is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.config.frozen):
-            states_BNV: Tensor = self.encoder(pixels_BCHW)
+            states_BNV: Tensor = self.encoder(loaded.to(device, non_blocking=True))
         return states_BNV
 
 
@@ -66,7 +81,8 @@ class HeldFeatures:
         return self.states_KNV[[self.rows[example.sample_id] for example in examples]]
 
 
-FeatureSource = Features | OnlineFeatures | HeldFeatures
+LoadedFeatures = Features | OnlineFeatures  # of which a part runs ahead of a step: `load` on the CPU, `states` on the device
+FeatureSource = LoadedFeatures | HeldFeatures
 
 
 @torch.inference_mode()

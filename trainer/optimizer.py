@@ -7,6 +7,7 @@ import torch.distributed
 
 from trainer.config import TrainConfig
 from trainer.model.captioner import CaptionerModel
+from trainer.model.language_model import PretrainedDecoder
 
 ALIGNED = ("connector", "contrast")  # parts trained in the first stage
 
@@ -15,10 +16,13 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
     """Return parameter groups with the learning rate of their part. Only matrices have weight decay, not biases and norms."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
     rates |= {"contrast": config.connector_lr} if config.contrastive_weight else {}
+    learners = {part: list(getattr(captioner, part).parameters()) for part in rates}
+    if isinstance(captioner.decoder, PretrainedDecoder):
+        learners["decoder"] = captioner.decoder.learning()
     groups = []
     for part, rate in rates.items():
         for decay, matrices in ((config.weight_decay, True), (0.0, False)):
-            if members := [p for p in getattr(captioner, part).parameters() if (p.ndim >= 2) == matrices]:
+            if members := [weights for weights in learners[part] if (weights.ndim >= 2) == matrices]:
                 groups.append({"params": members, "weight_decay": decay, "part": part, "rate": rate or 0.0})
     return groups
 
@@ -35,10 +39,11 @@ def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) 
 
 
 def schedule(config: TrainConfig, step: int) -> float:
-    """Return the learning-rate factor of a step: linear warm-up, then cosine decay to 0.1, in each stage."""
+    """Return the learning-rate factor of a step: linear warm-up, then cosine decay to `lr_floor_frac`, in each stage."""
     steps, stage_step = (config.align_steps, step) if step < config.align_steps else (config.steps, step - config.align_steps)
     warmup = max(1, round(config.warmup_frac * steps))
     if stage_step < warmup:
         return (stage_step + 1) / warmup
     done = (stage_step - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    floor = config.lr_floor_frac
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -3,10 +3,12 @@
 A prompt names the source (human or synthetic) and either a caption style or a question.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -24,6 +26,15 @@ class TargetText:
     text: str
     style: str = ""
     question: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """The token ids of one text about an image."""
+
+    prompt: "array[int]"
+    target: "array[int]"  # with EOS at its end, unless it was cut
+    is_caption: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +87,9 @@ class CaptionTokenizer:
         """Return the token ids of the text, and EOS."""
         return [*self._ids(f" {text.text}" if self.kind == "pretrained" else text.text), self.eos_id]
 
-    def collate(self, texts: Sequence[Sequence[TargetText]], max_tokens: int) -> TextBatch:
-        """Return one batch of the texts of each image; a target longer than `max_tokens` is cut and has no EOS."""
-        pairs = [(image, text) for image, image_texts in enumerate(texts) for text in image_texts]
-        prompts = [self.prompt(text) for _, text in pairs]
-        rows = [[*p, *self.target(text)[:max_tokens]] for p, (_, text) in zip(prompts, pairs, strict=True)]
-        return TextBatch(
-            torch.tensor([image for image, _ in pairs], dtype=torch.long),
-            torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD_ID),
-            torch.tensor([len(prompt) for prompt in prompts]),
-            torch.tensor([len(row) for row in rows]),
-            torch.tensor([not text.question for _, text in pairs]),
-        )
+    def encode(self, text: TargetText, max_tokens: int) -> EncodedText:
+        """Return the token ids of a text; a target longer than `max_tokens` is cut and has no EOS."""
+        return EncodedText(array("i", self.prompt(text)), array("i", self.target(text)[:max_tokens]), not text.question)
 
     def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
         """Return how many targets are longer than `max_tokens`, EOS included."""
@@ -109,6 +111,22 @@ class CaptionTokenizer:
         token_id = self.tokenizer.token_to_id(_token(name))
         assert token_id is not None, f"the tokenizer was not trained on {name}"
         return int(token_id)
+
+
+def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
+    """Return one batch of the texts of each image."""
+    pairs = [(image, text) for image, image_texts in enumerate(texts) for text in image_texts]
+    rows = [text.prompt + text.target for _, text in pairs]
+    ids_CT = np.full((len(rows), max(map(len, rows), default=1)), PAD_ID, dtype=np.int64)
+    for row, ids in zip(ids_CT, rows, strict=True):
+        row[: len(ids)] = ids
+    return TextBatch(
+        torch.tensor([image for image, _ in pairs], dtype=torch.long),
+        torch.from_numpy(ids_CT),
+        torch.tensor([len(text.prompt) for _, text in pairs]),
+        torch.tensor([len(row) for row in rows]),
+        torch.tensor([text.is_caption for _, text in pairs]),
+    )
 
 
 def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:

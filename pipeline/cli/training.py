@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, BadParameter, Option
 
@@ -35,10 +35,29 @@ def train(
     text_source: Annotated[
         str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="those in the version")
     ] = None,
-    align_steps: Annotated[
-        int | None, Option(min=0, help="First train the connector alone, so many steps.", show_default="0")
+    preset: Annotated[
+        str | None,
+        Option(
+            help="Settings that go together: auto, scenes, photos-few, photos or photos-lm.",
+            show_default="auto; with --config, what stands there",
+        ),
     ] = None,
-    steps: Annotated[int | None, Option(min=1, help="How many steps.", show_default="16 epochs")] = None,
+    epochs: Annotated[int | None, Option(min=1, help="How often each image is seen.", show_default="by the preset")] = None,
+    steps: Annotated[int | None, Option(min=1, help="How many steps, instead of epochs.", show_default="by epochs")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Images in a step.", show_default="by the preset")] = None,
+    lr: Annotated[
+        float | None, Option(min=0, help="Learning rate of decoder and connector.", show_default="by the preset")
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        Option(min=0, help="Of the adapters that a language model learns; 0: all of it.", show_default="by the preset"),
+    ] = None,
+    precision: Annotated[
+        str | None, Option(help="Of products: fp32, tf32 or bf16.", show_default="fp32; on a GPU by the preset")
+    ] = None,
+    align_steps: Annotated[
+        int | None, Option(min=0, help="First train the connector alone, so many steps.", show_default="by the preset")
+    ] = None,
     seed: Annotated[int | None, Option(help="Decides weights, dropout and the order of the data.", show_default="0")] = None,
     config: Annotated[
         Path | None, Option(help="YAML or train.json with the same settings and more; flags win over it.")
@@ -52,27 +71,45 @@ def train(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a captioner on a version, and score it on the test split."""
+    """Train a captioner on a version, and score it on the test split.
+
+    What it takes is told before it begins.
+    """
     from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.paths import slugify
     from pipeline.storage.files import translate_disk_errors
     from trainer.config import has_other_settings, resolve, usual_texts
+    from trainer.presets import choose_preset, usual_precision
 
-    flags = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
-    settings = resolve(config, **flags, align_steps=align_steps, steps=steps, seed=seed)
+    flags: dict[str, Any] = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
+    flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
+    flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
+    settings = resolve(config, **flags)
     version = open_data(data, images)
+    is_drawn = "facts" in version.manifest["columns"]
+    if settings.preset == "auto" or (settings.preset is None and config is None):
+        rows = version.manifest["rows"]["train"]
+        flags["preset"] = choose_preset(is_drawn=is_drawn, images=rows, decoder=settings.decoder)
+        settings = resolve(config, **flags)
 
-    from trainer.train import choose_encoder  # torch takes seconds to import: only once paths and settings are right
+    import torch  # takes seconds: only once paths and settings are right
+
+    from trainer.train import choose_encoder
     from trainer.train import train as train_captioner
 
-    if encoder == "auto" and "encoder" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"encoder": choose_encoder(say, is_drawn="facts" in version.manifest["columns"])})
+    if "encoder" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"encoder": choose_encoder(say, is_drawn=is_drawn)})
+    if settings.preset and "precision" not in settings.model_fields_set:
+        usual = usual_precision(settings.preset, on_gpu=torch.cuda.is_available())
+        settings = settings.model_copy(update={"precision": usual})
     if "text_source" not in settings.model_fields_set:
         settings = settings.model_copy(update={"text_source": usual_texts(version.manifest)})
     texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
     say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
     name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
     folder = out or version.dataset_dir / "checkpoints" / name
+    if resume and config is None and (folder / "train.json").exists():  # with the settings that it began with
+        settings = resolve(folder / "train.json", **flags | {"preset": preset})
     if not resume and has_other_settings(folder, settings):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     if not resume and (folder / "resume.pt").exists():

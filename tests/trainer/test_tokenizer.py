@@ -7,7 +7,7 @@ import torch
 
 from tests.trainer.tiny_models import save_language_model
 from trainer.model.language_model import load_decoder
-from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, train_tokenizer
+from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, TextBatch, collate, train_tokenizer
 
 TEXTS = [
     TargetText("synthetic", "A red circle.", style="brief"),
@@ -19,6 +19,10 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def words() -> CaptionTokenizer:
     return train_tokenizer(TEXTS, 400)
+
+
+def batch_of(words: CaptionTokenizer, texts: list[list[TargetText]], max_tokens: int) -> TextBatch:
+    return collate([[words.encode(text, max_tokens) for text in of_image] for of_image in texts])
 
 
 def test_a_prompt_names_whose_words_are_wanted_and_what_for(words: CaptionTokenizer) -> None:
@@ -38,7 +42,7 @@ def test_a_target_survives_its_tokens_and_ends_with_eos(words: CaptionTokenizer)
 
 
 def test_only_targets_are_learned_and_texts_know_their_image(words: CaptionTokenizer) -> None:
-    batch = words.collate([[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
+    batch = batch_of(words, [[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
     assert batch.image_of_C.tolist() == [0, 0, 2]
     for c, text in enumerate((TEXTS[0], TEXTS[2], TEXTS[1])):
         learned = batch.ids_CT[c, 1:][batch.learned_CT[c]].tolist()
@@ -48,19 +52,19 @@ def test_only_targets_are_learned_and_texts_know_their_image(words: CaptionToken
 
 
 def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(words: CaptionTokenizer) -> None:
-    batch = words.collate([[TEXTS[0]]], max_tokens=3)
+    batch = batch_of(words, [[TEXTS[0]]], max_tokens=3)
     learned = batch.ids_CT[0, 1:][batch.learned_CT[0]].tolist()
     assert learned == words.target(TEXTS[0])[:3]
     assert EOS_ID not in learned
 
 
 def test_a_batch_moves_as_a_whole(words: CaptionTokenizer) -> None:
-    moved = words.collate([TEXTS], max_tokens=9).to(torch.device("meta"))
+    moved = batch_of(words, [TEXTS], max_tokens=9).to(torch.device("meta"))
     assert {moved.image_of_C.device.type, moved.ids_CT.device.type, moved.caption_C.device.type} == {"meta"}
 
 
 def test_answers_are_no_captions_and_some_can_be_taken(words: CaptionTokenizer) -> None:
-    batch = words.collate([TEXTS], max_tokens=64)
+    batch = batch_of(words, [TEXTS], max_tokens=64)
     assert batch.caption_C.tolist() == [True, True, False]
     captions = batch.only(batch.caption_C)
     assert captions.length_C.tolist() == batch.length_C.tolist()[:2]

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 import trainer.evaluate
+import trainer.loop
 import trainer.train
 import trainer.vqa
 from pipeline.dataset.version import Version
@@ -31,9 +32,11 @@ from trainer.config import TrainConfig
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
+from trainer.loop import Trainer
 from trainer.metrics import derangement
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import parameter_groups, schedule, set_stage
+from trainer.tokenizer import collate
 from trainer.train import choose_encoder, train
 
 SMALL = TrainConfig(
@@ -61,7 +64,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
         save_resume(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.train, "save_resume", save_and_die)
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
 
 
 def weights(folder: Path) -> bytes:
@@ -234,13 +237,13 @@ def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) ->
 
 
 def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, judged = trainer.train.Trainer.should_step, list[bool]()
+    judge, judged = Trainer.should_step, list[bool]()
 
     def judge_and_spoil(self: Any, loss: float, norm: float) -> bool:
         judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
         return judged[-1]
 
-    monkeypatch.setattr(trainer.train.Trainer, "should_step", judge_and_spoil)
+    monkeypatch.setattr(Trainer, "should_step", judge_and_spoil)
     train(version, replace(steps=24, evaluate_every=24), tmp_path)
     assert judged == [True] * 20 + [False] + [True] * 3
 
@@ -249,13 +252,13 @@ def test_what_is_usual_begins_anew_with_the_second_stage(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Gradients of a whole language model are many times those of a connector, which is not a spike."""
-    judge, judged = trainer.train.Trainer.should_step, list[bool]()
+    judge, judged = Trainer.should_step, list[bool]()
 
     def judge_larger(self: Any, loss: float, norm: float) -> bool:
         judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
         return judged[-1]
 
-    monkeypatch.setattr(trainer.train.Trainer, "should_step", judge_larger)
+    monkeypatch.setattr(Trainer, "should_step", judge_larger)
     train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
     assert judged == [True] * 32
 
@@ -264,7 +267,7 @@ def test_with_a_contrast_images_and_captions_find_each_other_better(version: Ver
     config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
     train(version, config, tmp_path)
     checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
-    texts = checkpoint.words.collate([example.texts for example in examples], 64)
+    texts = collate([[checkpoint.words.encode(text, 64) for text in example.texts] for example in examples])
     states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
     with torch.inference_mode():
         learned = checkpoint.captioner.contrast_loss(states, texts).item()
@@ -326,7 +329,7 @@ def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Ve
     with pytest.raises(KeyboardInterrupt):
         train(version, config, tmp_path / "cut", progress=Stop())
     assert signal.getsignal(number) is before
-    assert [line["step"] for line in read_log(tmp_path / "cut/log.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_log(tmp_path / "cut/log.jsonl")] == [0, 1, 2, 3]  # 0: the forecast
     assert train(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -336,7 +339,7 @@ def test_the_state_is_saved_from_time_to_time(
 ) -> None:
     saved: list[int] = []
     monkeypatch.setattr(trainer.train, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(trainer.train, "save_resume", lambda folder, state: saved.append(state["step"]))
+    monkeypatch.setattr(trainer.loop, "save_resume", lambda folder, state: saved.append(state["step"]))
     train(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
     assert saved == [1, 2, 3]
 

@@ -24,7 +24,7 @@ FACTORS = ("data", "encoder", "decoder", "alignment", "train_images")  # by whic
 SHARED_SETTINGS = ("styles", "questions")  # they select the examples of a version: grids of `also` cannot change them
 GRID_SETTINGS = (
     "encoder", "decoder", "text_source", "source_in_prompt", "train_images", "caption_word_budget", "align_steps",
-    "contrastive_weight", "seed",
+    "align_epochs", "contrastive_weight", "seed",
 )  # fmt: skip
 
 
@@ -80,6 +80,8 @@ class Experiment(Grid):
                 raise ValueError(f"settings.steps must say how many steps every cell trains for: a number from {MIN_STEPS} on")
             if clash := sorted({TrainConfig.OLD_KEYS.get(key, key) for key in settings} & set(GRID_SETTINGS)):
                 raise ValueError(f"settings.{clash[0]} is decided by the grid, not by settings")
+        if "auto" in (self.settings.get("preset"), *(more.settings.get("preset") for more in self.also)):
+            raise ValueError("an experiment names its preset: auto is none")
         if clash := sorted({name for more in self.also for name in more.settings} & set(SHARED_SETTINGS)):
             raise ValueError(
                 f"settings.{clash[0]} of `also` must be that of the first grid, which has the same images and words"
@@ -154,6 +156,6 @@ def _config(
     align = round(ALIGN_SHARE * settings["steps"]) if alignment != "none" else 0
     models = {"encoder": encoder, "decoder": decoder, "seed": seed}
     texts = {"text_source": data.text_source, "source_in_prompt": data.source_in_prompt}
-    budget = {"train_images": images, "align_steps": align, "steps": settings["steps"] - align}
+    budget = {"train_images": images, "align_steps": align, "align_epochs": 0.0, "steps": settings["steps"] - align}
     weight = CONTRAST if alignment == "contrast" else 0.0
     return resolve(None, **{**settings, **models, **texts, **budget, "contrastive_weight": weight})

@@ -15,6 +15,7 @@ from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
 from trainer.model.language_model import PretrainedDecoder
+from trainer.model.lora import merged_state
 from trainer.tokenizer import TextBatch
 
 
@@ -50,13 +51,22 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         self.decoder: ScratchDecoder | PretrainedDecoder
         if "language_model" in config.decoder:
             self.decoder = PretrainedDecoder(config.decoder["language_model"])
-            D = self.decoder.width  # states become a prefix of the text: two layers, as in LLaVA-1.5
-            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+            self.connector = prefix_connector(V, self.decoder.width)
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
         if config.contrast_width:
             self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
+
+    def without_adapters(self) -> "CaptionerModel":
+        """Return this captioner with its adapters merged into the matrices that they adapt; itself where it has none."""
+        state = merged_state(self)
+        if len(state) == len(self.state_dict()):
+            return self
+        with torch.device("meta"):
+            merged = CaptionerModel(self.config)
+        merged.load_state_dict(state, assign=True)
+        return merged.eval()
 
     def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
         """Return the sum of negative log-likelihoods of all target tokens; no text about an image attends to another.
@@ -88,6 +98,11 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return self.decoder.generate(memory_BND, prompt_BT, search, config.max_caption_tokens, config.eos_id)
 
 
+def prefix_connector(V: int, D: int) -> nn.Sequential:
+    """Return the connector that makes states a prefix of the text: two layers, as in LLaVA-1.5."""
+    return nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+
+
 class ContrastiveHead(nn.Module):
     """CLIP's contrastive loss (Radford et al., 2021) for images with several matching texts."""
 
@@ -110,8 +125,15 @@ class ContrastiveHead(nn.Module):
 def build_captioner(encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any) -> CaptionerModel:
     """Return a captioner with a loaded encoder, and a new or pretrained decoder; `fields` are those of CaptionerConfig."""
     settings = asdict(decoder) if isinstance(decoder, DecoderConfig) else {"language_model": decoder.settings}
-    captioner = CaptionerModel(CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **fields))
-    captioner.encoder.load_state_dict(encoder.state_dict())
-    if isinstance(decoder, PretrainedDecoder):
-        captioner.decoder.load_state_dict(decoder.state_dict())
+    config = CaptionerConfig(encoder=asdict(encoder.config), decoder=settings, **fields)
+    if isinstance(decoder, DecoderConfig):
+        captioner = CaptionerModel(config)
+        captioner.encoder.load_state_dict(encoder.state_dict())
+        return captioner
+    with torch.device("meta"):  # no second copy of a language model
+        captioner = CaptionerModel(config)
+    captioner.encoder, captioner.decoder = encoder, decoder
+    captioner.connector = prefix_connector(encoder.width, decoder.width)
+    if config.contrast_width:
+        captioner.contrast = ContrastiveHead(decoder.width, config.contrast_width)
     return captioner

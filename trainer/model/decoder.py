@@ -94,6 +94,10 @@ class ScratchDecoder(nn.Module):
         """Return the state of the last token of each text, without any image: (C, D)."""
         return texts.last_token(self(texts.ids_CT, None))
 
+    def repeated_parts(self) -> list[nn.Module]:
+        """Return the parts that are worth compiling."""
+        return list(self.blocks)
+
     def generate(
         self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
@@ -165,9 +169,7 @@ class Block(nn.Module):
         out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
-    def _words(
-        self, x_CTD: Tensor, table: tuple[Tensor, Tensor], seen: Tensor | None, cache: BlockCache | None
-    ) -> Tensor:
+    def _words(self, x_CTD: Tensor, table: tuple[Tensor, Tensor], seen: Tensor | None, cache: BlockCache | None) -> Tensor:
         attend = self.attend_words
         q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), table)
         k_CHSK, v_CHSK = attend.keys_values(x_CTD)
@@ -180,7 +182,11 @@ class Block(nn.Module):
 
     def _image(self, x_CTD: Tensor, memory_BND: Tensor | None, cache: BlockCache | None) -> Tensor:
         attend = self.attend_image
-        k_BHNK, v_BHNK = cache.image if cache is not None and cache.image is not None else attend.keys_values(memory_BND)
+        if cache is not None and cache.image is not None:
+            k_BHNK, v_BHNK = cache.image
+        else:
+            assert memory_BND is not None
+            k_BHNK, v_BHNK = attend.keys_values(memory_BND)
         if cache is not None:
             cache.image = k_BHNK, v_BHNK
         # Rows about one image are adjacent: to its keys and values they are one row.
@@ -219,7 +225,7 @@ class Attention(nn.Module):
 def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of rotary position embeddings (RoPE, Su et al., 2021): (..., T) -> two of (..., T, K / 2).
 
-    Pair i of K features at position p is rotated by p * base^(-2i / K); attention scores depend only on differences of positions.
+    Pair i of K features at position p is rotated by p * base^(-2i / K): attention depends only on differences of positions.
     """
     frequencies_P = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angles = positions[..., None].float() * frequencies_P

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import config_of, settings_of, silence_transformers
+from trainer.model.lora import add_adapters, is_adapter
 from trainer.model.packing import PackedTexts, pack, visible
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
@@ -33,15 +34,37 @@ MAX_DIFFERENCE = 1e-4  # of the standard deviation of the states; rounding makes
 
 
 class PretrainedDecoder(nn.Module):
-    """A language model; `settings` are those of its config."""
+    """A language model; `settings` are those of its config. `model` is one that is loaded; None: it gets new weights."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], model: PreTrainedModel | None = None) -> None:
         super().__init__()
         self.settings = settings
-        self.model = AutoModelForCausalLM.from_config(config_of(settings))
+        self.model: Any = model or AutoModelForCausalLM.from_config(config_of(settings))
         self.model.tie_weights()  # which goes with drawing weights, and is left out where they are loaded
         self.width: int = self.model.config.hidden_size
         self._packing: Packing | None = None
+
+    def adapt(self, rank: int, dropout: float) -> None:
+        """Give the model adapters, which alone learn from here on; see trainer/model/lora.py."""
+        add_adapters(self.model, rank, dropout)
+
+    def frozen_names(self) -> set[str]:
+        """Return the names of the weights beside the adapters; none where there are no adapters."""
+        names = set(self.state_dict())
+        return {name for name in names if not is_adapter(name)} if any(map(is_adapter, names)) else set()
+
+    def learning(self) -> list[nn.Parameter]:
+        """Return the weights that may learn: the adapters, or all where there are none."""
+        frozen = self.frozen_names()
+        return [weights for name, weights in self.named_parameters() if name not in frozen]
+
+    def keep_no_states(self) -> None:
+        """Compute the states within a block again for the gradient, instead of keeping them: less memory, a third more time."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def repeated_parts(self) -> list[nn.Module]:
+        """Return the parts that are worth compiling."""
+        return [self.model.get_decoder()]
 
     @property
     def packing(self) -> Packing:
@@ -169,6 +192,4 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         reason = str(error).strip().partition("\n")[0][:200]
         hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
         raise TrainError(f"no decoder {name}: {reason}", hint=hint) from None
-    decoder = PretrainedDecoder(settings_of(loaded.config))
-    decoder.model.load_state_dict(loaded.state_dict())
-    return decoder, caption_tokenizer
+    return PretrainedDecoder(settings_of(loaded.config), loaded), caption_tokenizer

@@ -15,7 +15,7 @@ from trainer.tokenizer import TextBatch
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """The texts of a batch of images, one row an image, padded on the right. The last token of a text predicts nothing: it is no input."""
+    """The texts of a batch of images, one row an image, padded on the right. The last token of a text is no input."""
 
     ids_BS: Tensor
     positions_BS: Tensor  # within the text
@@ -33,7 +33,7 @@ class PackedTexts:
 
 
 def pack(texts: TextBatch, images: int) -> PackedTexts:
-    """Concatenate the texts of each of `images` images, whose numbers in `texts.image_of_C` ascend. On a CPU, it waits for no device."""
+    """Concatenate the texts of each of `images` images, whose numbers in `texts.image_of_C` ascend."""
     image_of_C, tokens_C = texts.image_of_C, texts.length_C - 1
     zeros_B = torch.zeros(images, dtype=torch.long, device=image_of_C.device)
     tokens_B = zeros_B.index_add(0, image_of_C, tokens_C)
@@ -61,7 +61,7 @@ def pack(texts: TextBatch, images: int) -> PackedTexts:
 
 
 def visible(segments_BS: Tensor, prefix: int = 0) -> Tensor:
-    """Return the attention mask (B, L, L), L = prefix + S: True where a token sees another, of its own text or the shared prefix."""
+    """Return the attention mask (B, L, L), L = prefix + S: True where a token sees another, of its text or the prefix."""
     order_BL = torch.nn.functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which every text sees
     is_same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
     is_causal_LL = torch.ones(is_same_BLL.shape[1:], dtype=torch.bool, device=segments_BS.device).tril()

@@ -57,7 +57,7 @@ def test_packing_keeps_every_text_whatever_their_lengths(lengths: list[list[tupl
             if t + 1 >= prompt:
                 learned.append((image, len(ids[image]) - 1, row[t + 1]))
     S = packed.ids_BS.shape[1]
-    assert S == max(1, *map(len, ids))
+    assert max(1, *map(len, ids)) == S
     assert packed.ids_BS.tolist() == [row + [0] * (S - len(row)) for row in ids]
     assert (packed.segments_BS >= 0).sum(1).tolist() == list(map(len, ids))
     assert packed.learned_K.tolist() == [image * S + place for image, place, _ in learned]

@@ -100,7 +100,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     )
     with torch.no_grad():  # strong enough for images to matter
         for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
-            weight.mul_(6 if weight.dim() > 1 else 1)
+            weight.mul_(8 if weight.dim() > 1 else 1)
     (root / "checkpoint").mkdir()
     Checkpoint(captioner, words).save(root / "checkpoint")
     return root / "checkpoint"

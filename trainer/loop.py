@@ -1,0 +1,303 @@
+"""The training loop: a step, its batches, what is scored and saved in between.
+
+The batch of a step depends on seed and step only; several processes (torchrun) split its images and compute the same update.
+"""
+
+import math
+import resource
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.digests import digest
+from pipeline.errors import TrainError, one_line
+from pipeline.progress import Progress
+from trainer.averaging import WeightAverage
+from trainer.checkpoint import Checkpoint, Log, save_resume
+from trainer.config import TrainConfig
+from trainer.data import Example, batches
+from trainer.distributed import all_reduce_gradients, is_agreed
+from trainer.evaluate import EvalOptions, evaluate
+from trainer.features import LoadedFeatures
+from trainer.model.language_model import PretrainedDecoder
+from trainer.optimizer import parameter_groups, set_stage
+from trainer.prompts import scored_prompt
+from trainer.tokenizer import EncodedText, TextBatch, collate
+
+SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
+SPIKE = 10.0  # times the median gradient norm: such a step is skipped
+SPIKE_STEPS = 64  # steps in the median
+GIVE_UP = 10  # skipped steps in a row
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The images of a step in micro-batches: those of this process, and the target tokens and the number of all processes."""
+
+    parts: list[tuple[Tensor, TextBatch]]  # what the features load (trainer/features.py), and the texts
+    tokens: int
+    count: int
+    images: int
+
+
+@dataclass(slots=True)
+class Trainer:
+    """State of the training loop."""
+
+    checkpoint: Checkpoint
+    config: TrainConfig
+    train: list[Example]
+    validation: list[Example]
+    features: LoadedFeatures
+    device: torch.device
+    frozen_key: str = ""  # a digest of the weights that no step changes
+    rank: int = 0
+    processes: int = 1
+    micro_batches: int = 1  # of each process in a step
+    average: WeightAverage | None = None
+    norms: list[float] = field(default_factory=list)  # of recent gradients
+    skipped_steps: int = 0  # steps in a row
+    best: float = -math.inf  # quality of the saved captioner
+    unimproved: int = 0  # evaluations in a row without a better score
+    validated: dict[str, str] = field(default_factory=dict)  # the last scores on the validation split, for the display
+    encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # texts by sample id, once an image was seen
+
+    def train_step(self, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> dict[str, Any]:
+        """Train one step; return its stage, loss, gradient norm and rate. Raises TrainError if it diverges."""
+        captioner = self.checkpoint.captioner.train()
+        if step == self.config.align_steps:
+            self.norms = []  # more parts are trained from here on: earlier norms do not apply
+        # Dropout depends on seed, step and rank only: no generator state is saved.
+        torch.manual_seed(int(digest([self.config.seed, step, self.rank])[:15], 16))
+        stage = set_stage(optimizer, self.config, step)
+        optimizer.zero_grad()
+        loss = self.forward_backward(batch)
+        learning = [p for p in captioner.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
+        if self.should_step(loss, norm):
+            optimizer.step()
+            if self.average:
+                self.average.update(captioner)
+        elif self.skipped_steps >= GIVE_UP:
+            raise TrainError(f"the loss is {loss} and the gradient {norm} at step {step}", hint="lower the rates")
+        return {"stage": stage, "loss": loss, "norm": norm, "rate": max(group["lr"] for group in optimizer.param_groups)}
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Accumulate gradients; return the mean loss per token of the step, over all micro-batches and processes."""
+        captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
+        for loaded, texts in batch.parts:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                states_BNV = self.features.states(loaded, self.device)
+                loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
+                total += loss.detach()
+                if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
+                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, texts) / batch.count
+            loss.backward()
+        mean = total.item()
+        return all_reduce_gradients(captioner, mean, self.device) if self.processes > 1 else mean
+
+    def load(self, examples: list[Example]) -> Batch:
+        """Read the images of a step, or their states, and collate their texts. Images of other processes are not read."""
+        count = self.micro_batches * self.processes
+        # Parts of all processes: the mean needs their token counts.
+        parts = [part for first in range(count) if (part := examples[first::count])]
+        texts = [self.collate(part) for part in parts]
+        own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
+        loaded = [(self.features.load(parts[index]), texts[index]) for index in own]
+        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), count, len(examples))
+
+    def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
+        """Yield the batches of examples in an order, each loaded by a thread while the step before it is computed."""
+        with ThreadPoolExecutor(1) as pool:
+            coming: Future[Batch] | None = None
+            for indices in order:
+                following = pool.submit(self.load, [self.train[index] for index in indices])
+                if coming:
+                    yield coming.result()
+                coming = following
+            if coming:
+                yield coming.result()
+
+    def collate(self, examples: list[Example]) -> TextBatch:
+        """Return one batch of all texts of the examples."""
+        words, most = self.checkpoint.words, self.config.max_caption_tokens
+        for example in examples:
+            if example.sample_id not in self.encoded:
+                self.encoded[example.sample_id] = [words.encode(text, most) for text in example.texts]
+        return collate([self.encoded[example.sample_id] for example in examples])
+
+    def should_step(self, loss: float, norm: float) -> bool:
+        """Return whether to apply a step: loss and gradient norm are finite, and the norm is no spike. Records the norm."""
+        median = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
+        is_good = math.isfinite(loss) and math.isfinite(norm) and norm <= SPIKE * median
+        if is_good:
+            self.norms = [*self.norms[1 - SPIKE_STEPS :], norm]
+        self.skipped_steps = 0 if is_good else self.skipped_steps + 1
+        return is_good
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Return the mean loss per token over the validation images that are used while training."""
+        captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
+        examples = [example for example in self.validation if example.texts]
+        for start in range(0, len(examples), self.config.batch_size):
+            part = examples[start : start + self.config.batch_size]
+            texts = self.collate(part)
+            total += captioner.loss(self.features(part).to(self.device), texts).item()
+            tokens += int(texts.learned_CT.sum())
+        return total / max(1, tokens)
+
+    def validate(self, out: Path, log: Log, done: int) -> None:
+        """Score the validation split, and save the captioner if it is the best so far."""
+        with self.average.instead(self.checkpoint.captioner) if self.average else nullcontext():
+            options = EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
+            scored = evaluate(self.checkpoint, self.validation, options, self.features)
+            cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
+            loss = self.validation_loss()
+            log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
+            shown = f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"
+            self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": shown}
+            # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
+            quality = cider_d if scored["images"] > 1 else -loss
+            if quality > self.best:
+                self.checkpoint.save(out)
+                self.best, self.unimproved = quality, 0
+            elif done > self.config.align_steps:  # the first stage is not to end the second
+                self.unimproved += 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the score has not improved for too long."""
+        return 0 < self.config.patience <= self.unimproved
+
+    def frozen_names(self) -> frozenset[str]:
+        """Return the names of the weights that no step changes: they are pretrained, and not saved to resume."""
+        captioner = self.checkpoint.captioner
+        names = {f"encoder.{name}" for name in captioner.encoder.state_dict()} if captioner.encoder.config.frozen else set()
+        if isinstance(captioner.decoder, PretrainedDecoder):
+            names |= {f"decoder.{name}" for name in captioner.decoder.frozen_names()}
+        return frozenset(names)
+
+    def state(self, optimizer: torch.optim.Optimizer, done: int) -> dict[str, Any]:
+        """Return what the next step depends on."""
+        frozen = self.frozen_names()
+        learned = {name: weights for name, weights in self.checkpoint.captioner.state_dict().items() if name not in frozen}
+        return {
+            "captioner": learned,
+            "optimizer": optimizer.state_dict(),
+            "step": done,
+            "best": self.best,
+            "norms": self.norms,
+            "unimproved": self.unimproved,
+            "processes": self.processes,
+            "frozen": self.frozen_key,
+            **({"average": self.average.state()} if self.average else {}),
+        }
+
+    def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
+        """Go on from a state; return its step. Raises TrainError if it is damaged."""
+        try:
+            missing, unexpected = self.checkpoint.captioner.load_state_dict(state["captioner"], strict=False)
+            if unexpected or set(missing) - self.frozen_names():
+                raise ValueError(f"it has other weights than this captioner: {[*unexpected, *missing][0]}")
+            if state.get("frozen", self.frozen_key) != self.frozen_key:
+                raise ValueError("it began with other pretrained weights than those of today")
+            optimizer.load_state_dict(state["optimizer"])
+            self.best, self.norms, self.unimproved = state["best"], state["norms"], state.get("unimproved", 0)
+            if self.average and "average" in state:
+                self.average.restore(state["average"], self.device)
+            return int(state["step"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+            hint = f"remove {path} to start anew without --resume"
+            raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
+
+
+def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> None:
+    """Train to the last step, or until the score no longer improves; `out` holds the checkpoint with the best score."""
+    config, captioner = trainer.config, trainer.checkpoint.captioner
+    groups = parameter_groups(captioner, config)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=trainer.device.type == "cuda")
+    first_step = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
+    if config.compile:
+        for part in captioner.decoder.repeated_parts():  # one compilation serves them all
+            part.compile(dynamic=True)
+    total, started, images, tokens = config.align_steps + config.steps, time.monotonic(), 0, 0
+    if trainer.is_over:
+        return
+    size = min(config.batch_size, len(trainer.train))
+    order = islice(batches(len(trainer.train), size, config.seed, first_step), total - first_step)
+    saved = time.monotonic()
+    with signals_noted() as interrupted:
+        for step, batch in enumerate(trainer.load_ahead(order), start=first_step):
+            values = trainer.train_step(optimizer, step, batch)
+            done = step + 1
+            is_scored = done % config.evaluate_every == 0 or done in (config.align_steps, total)
+            if log is not None:
+                images, tokens, seconds = images + batch.images, tokens + batch.tokens, time.monotonic() - started
+                speed = {
+                    "seconds": seconds,
+                    "seconds_left": seconds / (done - first_step) * (total - done),
+                    "images_per_s": images / seconds,
+                    "tokens_per_s": tokens / seconds,
+                }
+                log.write(step=done, **values, **speed, memory_mb=memory_mb())
+                progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
+                if is_scored:
+                    trainer.validate(out, log, done)
+                if is_scored or interrupted or time.monotonic() - saved >= SAVE_EVERY_S:
+                    save_resume(out, {**trainer.state(optimizer, done), "run": run})
+                    saved = time.monotonic()
+            require_going_on(interrupted)
+            if config.patience and is_scored and done < total and is_agreed(trainer.is_over, trainer.device, trainer.processes):
+                progress.message(
+                    f"no better score in {config.patience} evaluations: training ends at step {done:,} of {total:,}"
+                )
+                break
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Yield a list that gets Ctrl-C and SIGTERM, so that a step is finished and its state saved; the same a second time acts.
+
+    A parent that was interrupted as well sends the other one: the step goes on.
+    """
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: object) -> None:
+        if number in noted:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        noted.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def require_going_on(interrupted: list[int]) -> None:
+    """Raise KeyboardInterrupt if a signal asked to stop."""
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def memory_mb() -> float:
+    """Return the peak memory of this process so far: of the GPU, if there is one."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)

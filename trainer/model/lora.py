@@ -1,0 +1,52 @@
+"""Low-rank adapters (LoRA, Hu et al., 2021) of a language model, by peft: few weights learn, and are merged to be saved."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import TrainError
+from pipeline.install import install_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+
+
+def add_adapters(model: "PreTrainedModel", rank: int, dropout: float) -> None:
+    """Give every linear layer but the head an adapter, and freeze all else. Scaled by 2, whatever the rank, as is usual.
+
+    Raises TrainError if peft is not installed, or knows no linear layer of the model.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise TrainError("peft is not installed, and lora_rank needs it", hint=install_command("lora")) from None
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
+    try:
+        inject_adapter_in_model(config, model, ADAPTER)
+    except ValueError as error:
+        raise TrainError(f"this language model takes no adapters: {error}", hint="train all of it: --lora-rank 0") from None
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a weight of this name is of an adapter."""
+    return ".lora_" in name
+
+
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a module as if it had no adapters, each added to the matrix that it adapts."""
+    state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
+    if len(state) == len(module.state_dict()):
+        return state
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            with torch.no_grad():
+                delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]  # of each kind of layer
+                state[f"{name}.weight"] = state.pop(f"{name}.base_layer.weight") + delta
+            if f"{name}.base_layer.bias" in state:
+                state[f"{name}.bias"] = state.pop(f"{name}.base_layer.bias")
+    return state

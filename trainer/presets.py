@@ -1,0 +1,50 @@
+"""Settings that go together: by what the images are, how many there are, and which decoder learns from them.
+
+Starting points after public recipes (ClipCap, SmallCap, LLaVA-1.5, BLIP), not tuned on many photographs:
+docs/experiments/training.md says what was measured.
+"""
+
+from typing import Any, Literal
+
+Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]  # auto: `choose_preset`, by the command
+FEW_IMAGES = 2_000  # below which a wide decoder learns its images by heart
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "scenes": {},  # the defaults of TrainConfig
+    "photos-few": {
+        "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 4,
+        "batch_size": 16, "connector_lr": 1e-3, "decoder_lr": 1e-3, "lr_floor_frac": 0.02,
+        "epochs": 40, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
+        "label_smoothing": 0.1, "average_decay": 0.99,
+        "max_caption_tokens": 96, "num_beams": 3,
+    },
+    "photos": {
+        "decoder_width": 512, "decoder_depth": 6, "decoder_heads": 8, "vocab_size": 8192,
+        "batch_size": 64, "connector_lr": 5e-4, "decoder_lr": 5e-4, "lr_floor_frac": 0.02,
+        "epochs": 20, "evaluate_epochs": 1.0, "evaluate_images": 5_000, "patience": 4,
+        "label_smoothing": 0.1, "average_decay": 0.999,
+        "max_caption_tokens": 96, "num_beams": 3,
+    },
+    "photos-lm": {
+        "batch_size": 64, "align_epochs": 1.0, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
+        "lora_rank": 32, "checkpoint_blocks": True,
+        "epochs": 3, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
+        "max_caption_tokens": 96, "num_beams": 3,
+    },
+}  # fmt: skip
+
+
+def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
+    """Return the preset for drawn or photographed training images and a decoder: `scratch`, or a language model."""
+    if is_drawn:
+        return "scenes"
+    if decoder != "scratch":
+        return "photos-lm"
+    return "photos-few" if images < FEW_IMAGES else "photos"
+
+
+def usual_precision(preset: Preset, *, on_gpu: bool) -> str:
+    """Return the precision of a preset: what a GPU multiplies fast, and full precision elsewhere."""
+    if not on_gpu:
+        return "fp32"
+    return "tf32" if preset == "scenes" else "bf16"
