@@ -224,7 +224,7 @@ class Log:
         """Append one line, and a point to each TensorBoard curve; each stage has its own curves."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        if self._curves:
+        if self._curves and values["step"]:  # before the first step there are no curves
             for name, value in values.items():
                 if name != "step" and not isinstance(value, str):
                     self._curves.add_scalar(f"{values.get('stage', 'validation')}/{name}", value, values["step"])

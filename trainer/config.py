@@ -13,6 +13,7 @@ from pipeline.storage.untrusted import UnsafeFileError
 from trainer.presets import PRESETS, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
+EVALUATIONS = 20  # while training, at most
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
@@ -20,7 +21,7 @@ DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encode
 # Settings of later releases: at their defaults they are no part of a digest, so that earlier runs can go on.
 LATER_KEYS = (
     "label_smoothing", "average_decay", "lr_floor_frac", "align_epochs", "evaluate_epochs", "patience", "lora_rank",
-    "lora_dropout", "checkpoint_blocks",
+    "lora_dropout", "checkpoint_blocks", "min_steps",
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class TrainConfig(Section):
     encoder_lr: float | None = Field(default=None, ge=0)
     epochs: int = Field(default=16, ge=1)
     steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
+    min_steps: int = Field(default=0, ge=0)  # where `epochs` of few images are fewer
     batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)  # micro-batches in a step; more on a GPU where they do not fit
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
@@ -78,7 +80,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products on a GPU; weights are float32 in each
     compile: bool = False
     evaluate_every: int = Field(default=0, ge=0)  # steps; 0: derived from `evaluate_epochs`
-    evaluate_epochs: float = Field(default=0.0, ge=0)  # 0: four times in all
+    evaluate_epochs: float = Field(default=0.0, ge=0)  # 0: four times in all; else at most EVALUATIONS
     patience: int = Field(default=0, ge=0)  # evaluations in a row without a better score after which training ends; 0: never
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
     num_beams: int = Field(default=1, ge=1)  # for the final test
@@ -112,15 +114,17 @@ class TrainConfig(Section):
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return the settings with all defaults filled in, for training on this number of images."""
         batch_size = min(self.batch_size, images)
-        steps = self.steps or -(-self.epochs * images // batch_size)
+        steps = self.steps or max(self.min_steps, -(-self.epochs * images // batch_size))
         align_steps = self.align_steps or math.ceil(self.align_epochs * images / batch_size)
         rates = {"connector_lr": 1e-3, "decoder_lr": 1e-3} if self.is_scratch else {"connector_lr": 2e-4, "decoder_lr": 2e-5}
         if self.lora_rank:
             rates["decoder_lr"] = 2e-4
         rates["encoder_lr"] = 1e-3 if self.encoder == "tiny-vit" else 0.0
         defaults = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
-        interval = self.evaluate_every or math.ceil(self.evaluate_epochs * images / batch_size)
-        defaults |= {"evaluate_every": interval or -(-(steps + align_steps) // 4)}
+        interval = math.ceil(self.evaluate_epochs * images / batch_size)
+        times = EVALUATIONS if interval else 4
+        interval = self.evaluate_every or max(interval, -(-(steps + align_steps) // times))
+        defaults |= {"evaluate_every": interval}
         return self.model_copy(update={"steps": steps, "align_steps": align_steps, **defaults})
 
 

@@ -52,7 +52,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     if steps >= MIN_STEPS:
         evaluations = -(-steps // config.evaluate_every)
         seconds = steps * _seconds_of_step(trainer, trainer.train[:size])
-        seconds += evaluations * len(trainer.validation) * _seconds_of_caption(trainer)
+        seconds += len(trainer.validation) * _seconds_of_captions(trainer, evaluations)
     weights = sum(one.numel() for one in captioner.parameters())
     forecast = Forecast(weights, learning, steps, round(seconds, 1), round(memory_mb() + held_mb, 1))
     progress.message(_describe(forecast, trainer, size))
@@ -107,18 +107,19 @@ def _seconds_of_step(trainer: Trainer, examples: list[Example]) -> float:
 
 
 @torch.inference_mode()
-def _seconds_of_caption(trainer: Trainer) -> float:
-    """Return the seconds of a greedy caption as long as those that are learned."""
+def _seconds_of_captions(trainer: Trainer, evaluations: int) -> float:
+    """Return the seconds of the greedy captions of an image: the first without end, the others as long as what is learned."""
     captioner, words = trainer.checkpoint.captioner.eval(), trainer.checkpoint.words
     examples = trainer.train[:CAPTIONED_IMAGES]
     captions = [text for example in examples for text in example.texts if text.style]
     tokens = round(statistics.fmean(len(words.target(text)) for text in captions)) if captions else 1
+    written = captioner.config.max_caption_tokens + tokens * (evaluations - 1)
     source, style = scored_prompt(captioner.config.prompts)
     prompt_T = torch.tensor(words.prompt(TargetText(source, "", style=style)), device=trainer.device)
     started = time.monotonic()
     memory_BND = captioner.connector(trainer.features(examples).to(trainer.device))
     captioner.decoder.generate(memory_BND, prompt_T.expand(len(examples), -1), GREEDY, tokens, captioner.config.eos_id)
-    return (time.monotonic() - started) / len(examples)
+    return (time.monotonic() - started) / len(examples) * written / tokens
 
 
 def _characters(example: Example) -> int:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -158,9 +158,13 @@ class Trainer:
             tokens += int(texts.learned_CT.sum())
         return total / max(1, tokens)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the captioner has the average of its weights, where one is kept."""
+        return self.average.instead(self.checkpoint.captioner) if self.average else nullcontext()
+
     def validate(self, out: Path, log: Log, done: int) -> None:
         """Score the validation split, and save the captioner if it is the best so far."""
-        with self.average.instead(self.checkpoint.captioner) if self.average else nullcontext():
+        with self.averaged():
             options = EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
             scored = evaluate(self.checkpoint, self.validation, options, self.features)
             cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]

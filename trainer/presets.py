@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos-few": {
         "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 4,
         "batch_size": 16, "connector_lr": 1e-3, "decoder_lr": 1e-3, "lr_floor_frac": 0.02,
-        "epochs": 40, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
+        "epochs": 40, "min_steps": 400, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
         "label_smoothing": 0.1, "average_decay": 0.99,
         "max_caption_tokens": 96, "num_beams": 3,
     },
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos-lm": {
         "batch_size": 64, "align_epochs": 1.0, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
         "lora_rank": 32, "checkpoint_blocks": True,
-        "epochs": 3, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
+        "epochs": 3, "min_steps": 60, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
         "max_caption_tokens": 96, "num_beams": 3,
     },
 }  # fmt: skip

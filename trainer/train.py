@@ -20,7 +20,7 @@ from pipeline.digests import digest
 from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.files import write_json
+from pipeline.storage.files import remove, write_json
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, write_captions
 from trainer.config import TrainConfig
@@ -38,6 +38,7 @@ from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText, train_tokenizer
 
+LAST = "last"  # the captioner of the last step, where an earlier one is better
 CLIP = CLIP_MODELS["clip"]
 
 
@@ -54,8 +55,9 @@ def train(
     """Train a captioner on a version, and score it once on the test split; return the content of metrics.json.
 
     Writes to `out`: config.json, model.safetensors and tokenizer.json of the checkpoint with the best CIDEr-D on the
-    validation split, metrics.json, captions.jsonl (captions of the test images), log.jsonl, train.json (the settings) and,
-    until done, resume.pt; with `tensorboard`, also the curves as event files. `only` limits the images to these sample ids.
+    validation split, `last` with those of the last step if another is the best, metrics.json, captions.jsonl (captions of the
+    test images), log.jsonl, train.json (the settings) and, until done, resume.pt; with `tensorboard`, also the curves as event
+    files. `only` limits the images to these sample ids.
 
     Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn from or to resume, a model is
     missing, or the loss diverges.
@@ -107,11 +109,16 @@ def train(
     log = None
     if rank == 0:
         (out / "metrics.json").unlink(missing_ok=True)  # stale: the weights are about to change
+        remove(out / LAST)
         write_json(out / "train.json", config.model_dump(mode="json"))
         log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
         if not state:
-            log.write(step=0, stage="forecast", seconds=forecast.seconds, memory_mb=forecast.memory_mb)
+            log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
     run_steps(trainer, out, run_of(processes), log, report, state)
+    if rank == 0 and trainer.unimproved:
+        (out / LAST).mkdir(exist_ok=True)
+        with trainer.averaged():
+            checkpoint.save(out / LAST)
     metrics = _test(trainer, out, sets["test"]) if rank == 0 else {}
     if processes > 1:
         torch.distributed.barrier()
@@ -121,6 +128,7 @@ def train(
 
 def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any]:
     """Score the saved captioner on the test split; write and return its metrics."""
+    trainer.checkpoint.captioner.decoder.to("meta")  # its memory is for the one that is scored
     chosen, features = load_checkpoint(out, trainer.device), trainer.features
     captioner = chosen.captioner
     if not captioner.encoder.config.frozen:

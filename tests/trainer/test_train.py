@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,7 +339,7 @@ def test_the_state_is_saved_from_time_to_time(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(trainer.train, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(trainer.loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(trainer.loop, "save_resume", lambda folder, state: saved.append(state["step"]))
     train(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
     assert saved == [1, 2, 3]
@@ -438,3 +439,156 @@ def test_a_training_without_a_captioner_is_described(tmp_path: Path) -> None:
     assert describe_checkpoint(tmp_path) == "a training that has saved nothing so far"
     save_resume(tmp_path, {"run": "r", "step": 1200})
     assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner so far"
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_language_model(tmp_path_factory.mktemp("lm"), "qwen3")
+
+
+LORA: dict[str, Any] = {"lora_rank": 2, "checkpoint_blocks": True, "average_decay": 0.9, "steps": 4, "max_caption_tokens": 12}
+
+
+def test_adapters_are_merged_into_the_captioner_that_is_saved(
+    version: Version, tmp_path: Path, clip: str, language_model: str
+) -> None:
+    """What is saved loads without peft, and has no more weights than the language model brought."""
+    train(version, replace(encoder=clip, decoder=language_model, decoder_lr=0.01, **LORA), tmp_path)
+    loaded = load_checkpoint(tmp_path).captioner
+    before = AutoModelForCausalLM.from_pretrained(language_model).state_dict()
+    after = loaded.decoder.state_dict()
+    assert after.keys() == {f"model.{name}" for name in before}
+    changed = {name for name, weights in before.items() if not torch.equal(weights, after[f"model.{name}"])}
+    assert changed and all(name.endswith("proj.weight") for name in changed)
+    assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_adapters_and_averages_go_on_to_the_same_bits(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
+) -> None:
+    config = replace(encoder=clip, decoder=language_model, dropout=0.2, align_steps=2, label_smoothing=0.1, **LORA)
+    whole = train(version, config, tmp_path / "whole")
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut")
+    monkeypatch.undo()
+    saved = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    assert not [name for name in saved["captioner"] if name.startswith("encoder.") or "base_layer" in name]
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+def test_a_run_goes_on_with_its_own_pretrained_weights_only(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
+) -> None:
+    folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
+    config = replace(encoder=clip, decoder=str(folder), **LORA)
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut")
+    monkeypatch.undo()
+    changed = load_file(folder / "model.safetensors")
+    save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainError, match="began with other pretrained weights"):
+        train(version, config, tmp_path / "cut", resume=True)
+
+
+def test_a_state_of_the_release_before_goes_on(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """It holds all weights, and does not say how many processes there were."""
+    config = replace(encoder=clip, steps=6)
+    whole = train(version, config, tmp_path / "whole")
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut")
+    monkeypatch.undo()
+    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    encoder = load_checkpoint(tmp_path / "whole").captioner.encoder.state_dict()
+    state["captioner"] |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    old = {name: state[name] for name in ("captioner", "optimizer", "step", "best", "norms", "run")}
+    torch.save(old, tmp_path / "cut/resume.pt")
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+
+
+def test_a_run_of_two_processes_goes_on_in_one(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    config = replace(encoder=clip, steps=6, dropout=0.0)
+    asked: list[int] = []
+
+    def digest_of(values: list[Any]) -> str:
+        asked.append(values[2])
+        return f"run of {values[2]}"
+
+    monkeypatch.setattr(trainer.train, "digest", digest_of)
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut")
+    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    torch.save(state | {"processes": 2, "run": "run of 2"}, tmp_path / "cut/resume.pt")
+    monkeypatch.setattr(trainer.loop, "save_resume", save_resume)
+    assert train(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
+    assert 2 in asked
+
+
+def test_training_ends_where_the_score_no_longer_improves(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """The best is kept, and beside it the captioner of the last step; a run that is over stays over when it is resumed."""
+    scores = iter([0.1, 0.5, 0.4, 0.5, 0.3])
+
+    def scored(*_: Any) -> dict[str, Any]:
+        return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
+    monkeypatch.setattr(trainer.loop, "evaluate", scored)
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {"tested": True})
+    assert train(version, config, tmp_path) == {"tested": True}
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["step"] == 8
+    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.5]
+    assert weights(tmp_path) != weights(tmp_path / "last")
+    assert load_checkpoint(tmp_path / "last").captioner.config == load_checkpoint(tmp_path).captioner.config
+    assert train(version, config, tmp_path, resume=True) == {"tested": True}
+    assert len(read_log(tmp_path / "log.jsonl")) == len(log)
+
+
+def test_the_average_is_what_is_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
+    plain, averaged = (replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay) for decay in (0.0, 0.99))
+    train(version, plain, tmp_path / "plain")
+    train(version, averaged, tmp_path / "averaged")
+    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")  # it changes nothing in the training
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "averaged"))
+    assert not torch.equal(one["connector.1.weight"], other["connector.1.weight"])
+    assert torch.equal(
+        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"], other["encoder.tower.encoder.layers.0.mlp.fc1.weight"]
+    )
+
+
+def test_smoothed_labels_are_for_training_alone(version: Version, tmp_path: Path, clip: str) -> None:
+    plain, smooth = (replace(encoder=clip, steps=1, dropout=0.0, label_smoothing=share) for share in (0.0, 0.3))
+    for name, config in (("plain", plain), ("smooth", smooth)):
+        train(version, config, tmp_path / name)
+    assert losses(tmp_path / "plain") != losses(tmp_path / "smooth")
+    (one,), (other,) = (
+        [line["validation_loss"] for line in read_log(tmp_path / name / "log.jsonl") if "validation_loss" in line]
+        for name in ("plain", "smooth")
+    )
+    assert one == pytest.approx(other, abs=0.02)
+
+
+def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) -> None:
+    config = replace(encoder=clip).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = trainer.train._build(version, config, examples)
+    trained = Trainer(checkpoint, config, examples, [], OnlineFeatures(checkpoint.captioner.encoder, CPU), CPU)
+    order = [[0, 1], [5, 2], [7]]
+    ahead = list(trained.load_ahead(order))
+    for indices, batch in zip(order, ahead, strict=True):
+        (own,) = trained.load([examples[index] for index in indices]).parts
+        assert torch.equal(batch.parts[0][0], own[0])
+        assert torch.equal(batch.parts[0][1].ids_CT, own[1].ids_CT)
+        assert (batch.images, batch.tokens) == (len(indices), int(own[1].learned_CT.sum()))
+    with pytest.raises(IndexError):
+        list(trained.load_ahead([[0], [9999]]))

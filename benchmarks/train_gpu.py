@@ -1,0 +1,237 @@
+"""Measure a training step, captions and the cache of states on the device at hand: a GPU, or with `--cpu` two small cells.
+
+    python benchmarks/train_gpu.py [--cpu] [--rounds 20] [--json FILE]
+
+Needs no network and no weights: models have random weights of true shape. A step is forward, backward, clipping and AdamW on 64
+images with 5 captions each, states as of CLIP ViT-B/32. `packed`: all captions of an image in one row, as training does;
+`apart`: each caption with its image in a row of its own. `of the floor`: seconds of the step by those that its products of
+matrices would take, packed, at the speed of one large product, measured here: 1.0 could not be better. Launches and syncs are
+counted on a GPU only.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.train_throughput import QWEN3, encoder_config, vars_of
+from trainer.model.captioner import CaptionerConfig, CaptionerModel
+from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.language_model import PretrainedDecoder
+from trainer.tokenizer import TextBatch
+
+CAPTIONS, TOKENS = 5, (10, 22)  # of an image; shortest and longest
+STATES, WIDTH = 50, 768  # of CLIP ViT-B/32
+VOCABULARY = 8_192
+TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SCRATCH: dict[str, dict[str, Any]] = {
+    "192 x 3": {"vocab_size": 4096, "width": 192, "depth": 3, "heads": 6, "dropout": 0.1},
+    "512 x 6": {"vocab_size": VOCABULARY, "width": 512, "depth": 6, "heads": 8, "dropout": 0.1},
+}
+GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+def text_batch(images: int) -> TextBatch:
+    """Return captions of different lengths with prompts of two tokens."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(*TOKENS, (images * CAPTIONS,), generator=draw)
+    ids = torch.randint(2, 4000, (len(lengths), TOKENS[1]), generator=draw)
+    of_image = torch.arange(images).repeat_interleave(CAPTIONS)
+    return TextBatch(of_image, ids, torch.full_like(lengths, 2), lengths, torch.ones_like(lengths).bool())
+
+
+def build(name: str, device: torch.device) -> CaptionerModel:
+    """Return a captioner with random weights; a language model learns adapters, as its preset has it."""
+    fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": 20}
+    decoder = SCRATCH.get(name) or {"language_model": QWEN3}
+    with torch.device(device):
+        captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(encoder_config(**TOWER)), decoder=decoder, **fields))
+    if isinstance(captioner.decoder, PretrainedDecoder):
+        captioner.decoder.adapt(32, 0.05)
+        captioner.decoder.keep_no_states()
+    return captioner.to(device).train()
+
+
+def step_of(captioner: CaptionerModel, images: int, precision: str, *, packed: bool) -> Callable[[], float]:
+    """Return one training step; it returns the seconds for which the device was waited for at its end."""
+    device = next(captioner.connector.parameters()).device
+    texts, states_BNV = text_batch(images), torch.randn(images, STATES, WIDTH)
+    if not packed:
+        states_BNV = states_BNV.repeat_interleave(CAPTIONS, 0)
+        numbers = torch.arange(images * CAPTIONS)
+        texts = TextBatch(numbers, texts.ids_CT, texts.prompt_C, texts.length_C, texts.caption_C)
+    tokens = int(texts.learned_CT.sum())
+    learned = [
+        weights for part in (captioner.connector, captioner.decoder) for weights in part.parameters() if weights.requires_grad
+    ]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=device.type == "cuda")
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
+            loss = captioner.loss(states_BNV.to(device, non_blocking=True), texts) / tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        issued = time.monotonic()
+        loss.item()
+        return time.monotonic() - issued
+
+    return step
+
+
+def gemm_flops(device: torch.device, precision: str) -> float:
+    """Return the FLOP/s of one large product of matrices."""
+    side = GEMM_SIDE[device.type]
+    kind = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    one = torch.randn(side, side, device=device, dtype=kind)
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        for _ in range(5):
+            one @ one
+        _wait(device)
+        seconds.append((time.monotonic() - started) / 5)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def flops_of_step(name: str, images: int, device: torch.device) -> int:
+    """Return the operations in products of matrices of a packed step, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step_of(build(name, device), images, "fp32", packed=True)()
+    return int(counter.get_total_flops())
+
+
+def cell(name: str, precision: str, images: int, rounds: int, device: torch.device, *, packed: bool) -> dict[str, Any]:
+    """Return the figures of one kind of step."""
+    torch.manual_seed(0)
+    captioner = build(name, device)
+    if precision.endswith("compile"):
+        for part in captioner.decoder.repeated_parts():
+            part.compile(dynamic=True)
+    step = step_of(captioner, images, precision, packed=packed)
+    for _ in range(2):
+        step()
+    _wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, waited = [], []
+    for _ in range(rounds):
+        started = time.monotonic()
+        waited.append(step())
+        seconds.append(time.monotonic() - started)
+    median = statistics.median(seconds)
+    floor = flops_of_step(name, images, device) / gemm_flops(device, precision)
+    row: dict[str, Any] = {
+        "decoder": name,
+        "precision": precision,
+        "texts": "packed" if packed else "apart",
+        "steps_per_s": 1 / median,
+        "captions_per_s": images * CAPTIONS / median,
+        "of_the_floor": median / floor,
+        "waited_frac": statistics.median(waited) / median,  # for the device; near 0 where Python is what takes long
+    }
+    if device.type == "cuda":
+        row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, **_launches_and_syncs(step)}
+    return row
+
+
+def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step()
+    launches = sum(event.count for event in profiled.key_averages() if "LaunchKernel" in event.key)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return {"launches": launches, "syncs": len(noted)}
+
+
+@torch.inference_mode()
+def captions_per_s(name: str, images: int, search: DecodingConfig, device: torch.device) -> float:
+    """Return captions of 20 tokens a second."""
+    captioner = build(name, device).eval()
+    memory_BND = captioner.connector(torch.randn(images, STATES, WIDTH, device=device))
+    prompt_BT = torch.full((images, 2), 2, device=device)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        captioner.decoder.generate(memory_BND, prompt_BT, search, 20, VOCABULARY * 2 if name in SCRATCH else 1)
+        _wait(device)
+        seconds.append(time.monotonic() - started)
+    return images / min(seconds)
+
+
+@torch.inference_mode()
+def encoder_images_per_s(images: int, device: torch.device) -> float:
+    """Return the images a second that the bare encoder reads."""
+    captioner = build("192 x 3", device).eval()
+    pixels: Tensor = torch.randn(images, 3, 224, 224, device=device)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        captioner.encoder(pixels)
+        _wait(device)
+        seconds.append(time.monotonic() - started)
+    return images / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="A training step, captions and states on this device.")
+    parser.add_argument("--cpu", action="store_true", help="Two small cells on the CPU, where there is no GPU.")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--images", type=int, help="In a step: 64 on a GPU, 8 on a CPU.")
+    parser.add_argument("--json", type=Path, help="Write the figures to this file, too.")
+    arguments = parser.parse_args()
+    if not arguments.cpu and not torch.cuda.is_available():
+        parser.error("there is no GPU here: --cpu measures a little on the CPU")
+    device = torch.device("cpu" if arguments.cpu else "cuda")
+    images = arguments.images or (8 if arguments.cpu else 64)
+    names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
+    precisions = ("fp32",) if arguments.cpu else ("fp32", "tf32", "bf16", "bf16+compile")
+    print(f"{'CPU' if arguments.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}, {images} images a step")
+    rows = []
+    for name in names:
+        for precision in precisions:
+            for packed in (True, False):
+                row = cell(name, precision, images, arguments.rounds, device, packed=packed)
+                rows.append(row)
+                figures = "  ".join(f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str))
+                print(f"{name:<20} {precision:<13} {row['texts']:<7} {figures}", flush=True)
+    written = {
+        f"{name}, {search.beams} beams": captions_per_s(name, images, search, device)
+        for name in names
+        for search in (GREEDY, DecodingConfig(beams=3))
+    }
+    for name, value in written.items():
+        print(f"captions/s, {name}: {value:,.1f}")
+    encoded = encoder_images_per_s(images, device)
+    print(f"images/s of the bare encoder (CLIP ViT-B/32): {encoded:,.1f}")
+    if arguments.json:
+        figures = {"steps": rows, "captions_per_s": written, "encoder_images_per_s": encoded}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

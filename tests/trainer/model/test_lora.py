@@ -1,0 +1,77 @@
+"""Adapters: they alone learn, say nothing at first, and are merged where a captioner is saved."""
+
+import sys
+
+import pytest
+import torch
+
+from pipeline.errors import TrainError
+from tests.trainer.model.test_language_model import batch, decoder_of
+from trainer.model.lora import is_adapter, merged_state
+
+FAMILIES = ("llama", "qwen3", "gpt2", "opt", "qwen3_5_text", "lfm2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_alone_learn_and_change_nothing_at_first(family: str) -> None:
+    plain, decoder = decoder_of(family).eval(), decoder_of(family).eval()
+    decoder.adapt(4, 0.0)
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    loss = decoder.loss(prefix, texts)
+    torch.testing.assert_close(loss, plain.loss(prefix, texts))
+    loss.backward()
+    with_gradient = {name for name, weights in decoder.named_parameters() if weights.grad is not None}
+    assert with_gradient and all(map(is_adapter, with_gradient))
+    assert {id(weights) for weights in decoder.learning()} >= {
+        id(weights) for name, weights in decoder.named_parameters() if name in with_gradient
+    }
+    assert decoder.frozen_names() == {name for name in decoder.state_dict() if not is_adapter(name)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_weights_say_what_the_adapters_say(family: str) -> None:
+    decoder, plain = decoder_of(family).eval(), decoder_of(family).eval()
+    decoder.adapt(4, 0.1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in decoder.learning():
+            weights.normal_(std=0.1)
+    plain.load_state_dict(merged_state(decoder))
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    expected = decoder.loss(prefix, texts)
+    torch.testing.assert_close(plain.loss(prefix, texts), expected, rtol=1e-4, atol=1e-3)
+    assert abs(decoder_of(family).eval().loss(prefix, texts).item() - expected.item()) > 0.01
+
+
+def test_a_model_without_adapters_is_as_it_is() -> None:
+    decoder = decoder_of("llama")
+    assert merged_state(decoder).keys() == decoder.state_dict().keys()
+    assert decoder.frozen_names() == set()
+    assert len(decoder.learning()) == len(list(decoder.parameters()))
+
+
+def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(TrainError, match="peft is not installed") as refused:
+        decoder_of("llama").adapt(4, 0.0)
+    assert refused.value.hint and "lora" in refused.value.hint
+
+
+def test_a_model_whose_layers_are_unknown_is_refused() -> None:
+    decoder = decoder_of("llama")
+    decoder.model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(TrainError, match="takes no adapters"):
+        decoder.adapt(4, 0.0)
+
+
+def test_blocks_that_keep_no_states_have_the_same_gradients() -> None:
+    decoder, other = decoder_of("qwen3").train(), decoder_of("qwen3").train()
+    other.keep_no_states()
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    for each in (decoder, other):
+        each.loss(prefix, texts).backward()
+    for one, two in zip(decoder.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        if one.grad is not None and two.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad)
+    assert other.model.is_gradient_checkpointing

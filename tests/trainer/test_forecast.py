@@ -1,0 +1,114 @@
+"""The forecast: what learns, what it takes, and parts that fit a GPU; trying a step changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
+from tests.scene_data import make_version, scene_samples
+from tests.trainer.tiny_models import save_clip
+from trainer import forecast
+from trainer.config import TrainConfig
+from trainer.data import examples_in
+from trainer.features import OnlineFeatures
+from trainer.forecast import fit_and_forecast
+from trainer.loop import Batch, Trainer
+from trainer.train import _build
+
+SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
+CPU = torch.device("cpu")
+
+
+class Messages(NullProgress):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        self.messages.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    return make_version(tmp_path_factory.mktemp("data"), scene_samples(40))[0]
+
+
+@pytest.fixture
+def trainer(version: Version, tmp_path: Path) -> Trainer:
+    config = SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip")}).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = _build(version, config, examples)
+    return Trainer(checkpoint, config, examples, examples[:3], OnlineFeatures(checkpoint.captioner.encoder, CPU), CPU)
+
+
+def test_it_says_what_learns_and_what_it_takes(trainer: Trainer) -> None:
+    told = Messages()
+    took = fit_and_forecast(trainer, told)
+    captioner = trainer.checkpoint.captioner
+    assert took.learning == sum(w.numel() for part in (captioner.connector, captioner.decoder) for w in part.parameters())
+    assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
+    assert (took.steps, trainer.micro_batches) == (10, 1)
+    assert took.seconds > 0
+    assert took.memory_mb > 100
+    assert "at most 10 steps of 8 images (2." in told.messages[0]
+
+
+def test_trying_a_step_changes_nothing(trainer: Trainer) -> None:
+    before = {name: weights.clone() for name, weights in trainer.checkpoint.captioner.state_dict().items()}
+    fit_and_forecast(trainer, NullProgress())
+    assert all(torch.equal(weights, before[name]) for name, weights in trainer.checkpoint.captioner.state_dict().items())
+    assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
+    assert (trainer.norms, trainer.rank, trainer.processes) == ([], 0, 1)
+
+
+def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
+    """Let a step run out of memory where a part has more than `most` images; return the images of the parts of each try."""
+    tried: list[list[int]] = []
+
+    def forward_backward(self: Trainer, batch: Batch) -> float:
+        tried.append([len(loaded) for loaded, _ in batch.parts])
+        if max(tried[-1]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
+    return tried
+
+
+def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, told = limit_images(monkeypatch, most=2), Messages()
+    fit_and_forecast(trainer, told)
+    assert tried[:3] == [[8], [4, 4], [2, 2, 2, 2]]
+    assert trainer.micro_batches == 4
+    assert told.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
+
+
+def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_images(monkeypatch, most=0)
+    with pytest.raises(TrainError, match="a step of one image does not fit") as refused:
+        fit_and_forecast(trainer, NullProgress())
+    assert refused.value.hint and "lora_rank" in refused.value.hint
+
+
+def test_too_little_memory_is_told_before_it_is_taken(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_available_mb", lambda: 0.001)
+    told = Messages()
+    fit_and_forecast(trainer, told)
+    assert "the optimizer alone needs 0.0 GB, and 0.0 GB are free" in told.warnings[0]
+
+
+def test_a_training_of_a_few_steps_gets_no_time(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer.config = trainer.config.model_copy(update={"steps": 2})
+
+    def refuse(*_: Any) -> float:
+        raise AssertionError("it was timed")
+
+    monkeypatch.setattr(forecast, "_seconds_of_step", refuse)
+    assert fit_and_forecast(trainer, NullProgress()).seconds == 0

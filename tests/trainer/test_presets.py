@@ -1,0 +1,75 @@
+"""Presets: chosen by images and decoder, each valid, overridden by whatever is said; digests do not know them."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.digests import digest
+from pipeline.errors import ConfigError
+from trainer.config import EVALUATIONS, TrainConfig, has_other_settings, resolve
+from trainer.presets import FEW_IMAGES, PRESETS, choose_preset, usual_precision
+
+
+def test_a_preset_is_chosen_by_the_images_and_the_decoder() -> None:
+    assert choose_preset(is_drawn=True, images=9, decoder="qwen3") == "scenes"
+    assert choose_preset(is_drawn=False, images=9, decoder="qwen3") == "photos-lm"
+    assert choose_preset(is_drawn=False, images=FEW_IMAGES - 1, decoder="scratch") == "photos-few"
+    assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="scratch") == "photos"
+
+
+def test_products_are_fast_on_a_gpu_only() -> None:
+    assert [usual_precision(name, on_gpu=True) for name in ("scenes", "photos")] == ["tf32", "bf16"]
+    assert usual_precision("photos", on_gpu=False) == "fp32"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_with_its_decoder_and_for_any_number_of_images(name: str) -> None:
+    config = resolve(preset=name, decoder="qwen3" if name == "photos-lm" else "scratch")
+    for images in (1, 20, 2_000, 1_000_000):
+        filled = config.with_defaults(images)
+        assert filled.steps >= filled.min_steps
+        total = filled.steps + filled.align_steps
+        assert total / filled.evaluate_every <= EVALUATIONS
+        assert filled.with_defaults(images) == filled
+
+
+def test_what_is_said_wins_over_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("preset: photos\nbatch_size: 7\n")
+    config = resolve(tmp_path / "c.yaml", decoder_lr=0.25)
+    assert (config.preset, config.batch_size, config.decoder_lr) == ("photos", 7, 0.25)
+    assert (config.decoder_width, config.label_smoothing) == (512, 0.1)
+    assert resolve(tmp_path / "c.yaml", preset="photos-few").decoder_width == 256
+    (tmp_path / "c.yaml").write_text("batch_images: 7\n")  # an old key
+    assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
+
+
+def test_auto_is_left_to_the_command_and_no_preset_is_the_default() -> None:
+    assert resolve(preset="auto") == TrainConfig(preset="auto")
+    assert resolve().preset is None
+    with pytest.raises(ConfigError, match="preset"):
+        resolve(preset="photographs")
+
+
+def test_a_decoder_from_scratch_takes_no_adapters() -> None:
+    with pytest.raises(ConfigError, match="lora_rank is of a language model"):
+        resolve(lora_rank=8)
+    with pytest.raises(ConfigError, match="choose one"):
+        resolve(preset="photos-lm")
+
+
+def test_settings_of_a_later_release_leave_the_digests_of_runs_as_they_were() -> None:
+    """As computed by the release before presets: folders of experiments and states to resume from carry them."""
+    assert digest(TrainConfig().digest_values())[:16] == "18762ca166ed182b"
+    filled = TrainConfig(encoder="clip", steps=50, align_steps=4).with_defaults(100)
+    assert digest(filled.digest_values())[:16] == "b4dcb2f416909842"
+    assert TrainConfig(preset="scenes").digest_values() == TrainConfig().digest_values()
+    assert TrainConfig(patience=1).digest_values() == TrainConfig().digest_values() | {"patience": 1}
+
+
+def test_a_captioner_of_the_same_preset_has_the_same_settings(tmp_path: Path) -> None:
+    config = resolve(preset="photos-lm", decoder="qwen3", encoder="clip")
+    (tmp_path / "train.json").write_text(config.with_defaults(1000).model_dump_json())
+    (tmp_path / "metrics.json").write_text("{}")
+    assert not has_other_settings(tmp_path, config)
+    assert not has_other_settings(tmp_path, config.model_copy(update={"preset": None}))
+    assert has_other_settings(tmp_path, resolve(decoder="qwen3", encoder="clip"))
