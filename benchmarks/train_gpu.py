@@ -12,7 +12,6 @@ counted on a GPU only.
 import argparse
 import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,10 +22,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from train_throughput import QWEN3, encoder_config, vars_of
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.train_throughput import QWEN3, encoder_config, vars_of
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
