@@ -226,8 +226,8 @@ def main() -> None:
     encoded = encoder_images_per_s(images, device)
     print(f"images/s of the bare encoder (CLIP ViT-B/32): {encoded:,.1f}")
     if arguments.json:
-        figures = {"steps": rows, "captions_per_s": written, "encoder_images_per_s": encoded}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        measured = {"steps": rows, "captions_per_s": written, "encoder_images_per_s": encoded}
+        arguments.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
