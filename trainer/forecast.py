@@ -1,11 +1,13 @@
 """Try a step before a training begins: find micro-batches that fit a GPU, and say what the training will take."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
@@ -43,18 +45,19 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
     steps, size = config.align_steps + config.steps, min(config.batch_size, len(trainer.train))
-    held_mb = learning * (ADAM_BYTES + (AVERAGE_BYTES if trainer.average else 0)) / 1e6
-    free_mb = _available_mb()
-    if trainer.device.type == "cpu" and held_mb > free_mb:
-        progress.warn(f"the optimizer alone needs {held_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")
-    _fit(trainer, sorted(trainer.train, key=_characters, reverse=True)[:size], progress)
+    adam_mb, free_mb = learning * ADAM_BYTES / 1e6, _available_mb()
+    if trainer.device.type == "cpu" and adam_mb > free_mb:
+        progress.warn(f"the optimizer alone needs {adam_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")
+    optimizer = torch.optim.AdamW(groups, lr=0.0)  # its steps take what those of the training take, and change nothing
+    _fit(trainer, optimizer, sorted(trainer.train, key=_characters, reverse=True)[:size], progress)
     seconds = 0.0
     if steps >= MIN_STEPS:
         evaluations = -(-steps // config.evaluate_every)
-        seconds = steps * _seconds_of_step(trainer, trainer.train[:size])
+        seconds = steps * _seconds_of_step(trainer, optimizer, trainer.train[:size])
         seconds += len(trainer.validation) * _seconds_of_captions(trainer, evaluations)
     weights = sum(one.numel() for one in captioner.parameters())
-    forecast = Forecast(weights, learning, steps, round(seconds, 1), round(memory_mb() + held_mb, 1))
+    average_mb = learning * AVERAGE_BYTES / 1e6 if trainer.average else 0.0
+    forecast = Forecast(weights, learning, steps, round(seconds, 1), round(memory_mb() + average_mb, 1))
     progress.message(_describe(forecast, trainer, size))
     return forecast
 
@@ -73,12 +76,12 @@ def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
     )
 
 
-def _fit(trainer: Trainer, examples: list[Example], progress: Progress) -> None:
+def _fit(trainer: Trainer, optimizer: torch.optim.Optimizer, examples: list[Example], progress: Progress) -> None:
     """Try a step, in more micro-batches as long as it does not fit; all processes take the same number."""
     while True:
         fits = True
         try:
-            _try_step(trainer, examples)
+            _try_step(trainer, optimizer, examples)
         except torch.OutOfMemoryError:
             fits = False
         if largest(int(not fits), trainer.device, trainer.processes) == 0:
@@ -91,18 +94,21 @@ def _fit(trainer: Trainer, examples: list[Example], progress: Progress) -> None:
         progress.message(f"a step does not fit the memory of the GPU: it is computed in {trainer.micro_batches} parts")
 
 
-def _try_step(trainer: Trainer, examples: list[Example]) -> None:
-    """Compute the gradients of this process's share of a step, and drop them."""
-    alone = replace(trainer, rank=0, processes=1)
+def _try_step(trainer: Trainer, optimizer: torch.optim.Optimizer, examples: list[Example]) -> None:
+    """Compute this process's share of a step, at a learning rate of 0."""
+    alone, captioner = replace(trainer, rank=0, processes=1), trainer.checkpoint.captioner.train()
     try:
         alone.forward_backward(alone.load(examples[:: trainer.processes]))
+        norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
+        if math.isfinite(float(norm)):  # 0 times infinity would change the weights
+            optimizer.step()
     finally:
-        trainer.checkpoint.captioner.zero_grad()
+        captioner.zero_grad()
 
 
-def _seconds_of_step(trainer: Trainer, examples: list[Example]) -> float:
+def _seconds_of_step(trainer: Trainer, optimizer: torch.optim.Optimizer, examples: list[Example]) -> float:
     started = time.monotonic()
-    _try_step(trainer, examples)
+    _try_step(trainer, optimizer, examples)
     return time.monotonic() - started
 
 
