@@ -25,7 +25,7 @@ from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image, prepare_opene
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.hub import find_captioner
-from trainer.model.decoding import DecodingConfig
+from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.prompts import answering_prompt, scored_prompt
 from trainer.tokenizer import TargetText
 
@@ -40,7 +40,7 @@ class Captioner:
     """A trained captioner with its tokenizer."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | None = None) -> "Captioner":
@@ -53,17 +53,17 @@ class Captioner:
     @property
     def styles(self) -> list[str]:
         """The styles of captions that it has learned."""
-        return list(dict.fromkeys(style for _, style in self._checkpoint.captioner.config.prompts if style))
+        return list(dict.fromkeys(style for _, style in self.checkpoint.captioner.config.prompts if style))
 
     @property
     def usual_style(self) -> str:
         """The style that is written where none is asked for."""
-        return scored_prompt(self._checkpoint.captioner.config.prompts)[1]
+        return scored_prompt(self.checkpoint.captioner.config.prompts)[1]
 
     @property
     def answers(self) -> bool:
         """Whether it has learned to answer questions."""
-        return any(not style for _, style in self._checkpoint.captioner.config.prompts)
+        return any(not style for _, style in self.checkpoint.captioner.config.prompts)
 
     def caption(
         self,
@@ -101,7 +101,7 @@ class Captioner:
         """
         if batch_size < 1 or num_beams < 1:
             raise TrainError("batch_size and num_beams are 1 or more", hint="leave them out")
-        prompts = [torch.tensor(self._checkpoint.words.prompt(self._prompt(style, question))) for style in styles]
+        prompts = [self.prompt(style, question) for style in styles]
         search = DecodingConfig(beams=num_beams)
         with ThreadPoolExecutor(READERS) as pool:
             for batch in self._ahead(pool, images, batch_size):
@@ -111,18 +111,27 @@ class Captioner:
                 for key, pixels in read:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
-    def _prompt(self, style: str | None, question: str) -> TargetText:
-        prompts = self._checkpoint.captioner.config.prompts
+    def prompt(self, style: str | None = None, question: str = "") -> list[int]:
+        """Return the tokens of the prompt of a caption, or of an answer. Raises TrainError if it has not learned such."""
+        prompts = self.checkpoint.captioner.config.prompts
         source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
-        return TargetText(source, "", style=chosen, question=question)
+        return self.checkpoint.words.prompt(TargetText(source, "", style=chosen, question=question))
 
-    def _describe(self, pixels_BCHW: Tensor, prompts: Sequence[Tensor], search: DecodingConfig) -> list[list[str]]:
-        captioner, words = self._checkpoint.captioner, self._checkpoint.words
-        device = next(captioner.encoder.parameters()).device
+    def write(self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], search: DecodingConfig = GREEDY) -> list[list[int]]:
+        """Return the tokens of a text about each prepared image, after prompts of one length."""
+        captioner = self.checkpoint.captioner
+        return captioner.generate(self._states(pixels_BCHW), torch.tensor(prompts), search)
+
+    def _states(self, pixels_BCHW: Tensor) -> Tensor:
+        encoder = self.checkpoint.captioner.encoder
         with torch.inference_mode():
-            states_BNV = captioner.encoder(pixels_BCHW.to(device))
+            states_BNV: Tensor = encoder(pixels_BCHW.to(next(encoder.parameters()).device))
+        return states_BNV
+
+    def _describe(self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], search: DecodingConfig) -> list[list[str]]:
+        captioner, words, states_BNV = self.checkpoint.captioner, self.checkpoint.words, self._states(pixels_BCHW)
         B = len(pixels_BCHW)
-        by_style = [captioner.generate(states_BNV, prompt_T.expand(B, -1), search) for prompt_T in prompts]
+        by_style = [captioner.generate(states_BNV, torch.tensor(prompt).expand(B, -1), search) for prompt in prompts]
         return [[words.decode(ids) for ids in of_image] for of_image in zip(*by_style, strict=True)]
 
     def _ahead(
@@ -133,9 +142,9 @@ class Captioner:
 
         def prepare(picture: Picture) -> Future[Tensor | ImageError]:
             if not isinstance(picture, Image.Image):
-                return pool.submit(self._prepare, picture)
+                return pool.submit(self.prepare, picture)
             done: Future[Tensor | ImageError] = Future()  # here: two threads must not load one image, which may come twice
-            done.set_result(self._prepare(picture))
+            done.set_result(self.prepare(picture))
             return done
 
         def next_batch() -> list[tuple[Any, Future[Tensor | ImageError]]]:
@@ -146,13 +155,13 @@ class Captioner:
             waiting.append(next_batch())
             yield batch
 
-    def _prepare(self, picture: Picture) -> Tensor | ImageError:
+    def prepare(self, picture: Picture) -> Tensor | ImageError:
         """Return an image as the encoder wants it (3, H, W), or why it cannot be read."""
         image = _read(picture)
         if isinstance(image, ImageError):
             return image
         try:
-            return self._checkpoint.captioner.encoder.pixels([image])[0]
+            return self.checkpoint.captioner.encoder.pixels([image])[0]
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # of settings in a stranger's file
             problem = f"the captioner cannot prepare images: {one_line(error)}"
             raise TrainError(problem, hint="its config.json has odd settings of the image processor") from None

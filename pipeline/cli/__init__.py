@@ -17,7 +17,7 @@ from pipeline.cli import generate
 from pipeline.cli.datasets import check, diff, export, push, report, review_apply, versions
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
-from pipeline.cli.training import caption, evaluate, experiment, export_model, train
+from pipeline.cli.training import caption, demo, evaluate, experiment, export_model, look, serve_captioner, train
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
 from pipeline.logs import show_log
@@ -42,6 +42,8 @@ EXAMPLES = {  # by command, shown below its options
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
+    "look": ("synth look ORG/NAME photo.jpg",),
+    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
     "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
     "config": ("synth config --config synth.yaml --limit 100",),
     "init": ("synth init my-captions",),
@@ -107,6 +109,9 @@ review.command("apply")(review_apply)
 add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
+add(look, TRAIN)
+add(demo, TRAIN)
+add(serve_captioner, TRAIN)
 add(export_model, TRAIN)
 add(experiment, TRAIN)
 add(generate.init, HELP)

@@ -1,9 +1,9 @@
-"""Commands about captioners: train, evaluate, caption, export-model, experiment."""
+"""Commands about captioners: train, evaluate, caption, look, demo, serve-captioner, export-model, experiment."""
 
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from pipeline.cli.output import echo, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import parse_dataset_path
+
+PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 if TYPE_CHECKING:
     from pipeline.check import Checked
@@ -274,6 +276,113 @@ def export_model(
             say(f"{file}: {size / 1e6:.1f} MB")
     say(f"try it: python {target / RUNNER} photo.jpg", "dim")
     show({"path": str(target), "files": files}, as_json, "path")
+
+
+def look(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    image: Annotated[Path, Argument(**LOCAL_PATH, help="A photo.")],
+    style: Style = None,
+    question: Annotated[str, Option(help="Look at what answers this.")] = "",
+    out: Annotated[
+        Path | None, Option(**LOCAL_PATH, help="The picture (.png, .jpg, .webp).", show_default="PHOTO-look.png here")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a captioner looks at for each word, and what else it might have written."""
+    from pipeline.storage.files import atomic_write, translate_disk_errors
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    target = out or Path(f"{image.stem}-look.png")
+    kind = PICTURE_KINDS.get(target.suffix.lower())
+    if kind is None:
+        raise BadParameter(f"{target.name} is none of {', '.join(PICTURE_KINDS)}", param_hint="--out")
+    if style and question:
+        raise BadParameter("a question is answered in no style", param_hint="--style")
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+
+    from trainer.captioning import Captioner  # see train
+    from trainer.look import draw
+    from trainer.look import look as look_at
+
+    seen = look_at(Captioner.from_pretrained(folder), image, style, question)
+    with translate_disk_errors(target), atomic_write(target) as draft:
+        draw(seen).save(draft, kind)
+    for text, score in seen.alternatives:
+        say(f"{score:.3f}  {text}", "dim")
+    words = [{"word": looked.word, "shares": looked.shares.round(4).tolist()} for looked in seen.words]
+    alternatives = [{"text": text, "likelihood": score} for text, score in seen.alternatives]
+    show({"text": seen.text, "path": str(target), "words": words, "alternatives": alternatives}, as_json, "text")
+
+
+def serve_captioner(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    host: Annotated[str, Option(help="The address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 8200,
+    name: Annotated[str | None, Option(help="Of the model, in requests.", show_default="the folder's")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
+    num_beams: NumBeams = 1,
+) -> None:
+    """Serve a captioner by OpenAI's chat protocol, with a page to try it.
+
+    A key in SYNTH_API_KEY is asked of every request; there is no page then.
+    """
+    _serve(captioner, host, port, name, batch_size, num_beams, os.environ.get("SYNTH_API_KEY", ""), say)
+
+
+def demo(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 0,
+    no_browser: Annotated[bool, Option("--no-browser", help="Only print the address.")] = False,
+) -> None:
+    """Open a page where you drop photos, and see captions and what each word looks at; nothing leaves this machine."""
+
+    import webbrowser
+
+    def open_page(address: str) -> None:
+        say(address)
+        if not no_browser:
+            webbrowser.open(address)
+
+    _serve(captioner, "127.0.0.1", port, None, 32, 1, "", open_page)
+
+
+def _serve(
+    captioner: str,
+    host: str,
+    port: int,
+    name: str | None,
+    batch_size: int,
+    num_beams: int,
+    key: str,
+    announce: Callable[[str], None],
+) -> None:
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+
+    from trainer.captioning import Captioner  # see train
+    from trainer.serving.server import LOOPBACK, CaptionServer, serve
+
+    if host not in LOOPBACK and not key:
+        say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
+    # Loaded where it runs: OpenMP has its threads spin for the first thread that needs some, which is 1.5 times faster.
+    thread = ThreadPoolExecutor(1)
+    loaded = thread.submit(Captioner.from_pretrained, folder).result()
+    shown = name or Path(captioner.partition("@")[0]).name
+    server = CaptionServer(loaded, shown, key, host, batch_size, num_beams, model_thread=thread)
+    try:
+        asyncio.run(serve(server, port, announce))
+    except OSError as error:
+        raise TrainError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}", hint="choose another port: --port"
+        ) from None
 
 
 def experiment(

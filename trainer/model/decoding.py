@@ -63,7 +63,15 @@ def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:
 def beam_search(
     step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
-    """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability.
+    """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability."""
+    found = beam_texts(step, reorder, prompt_BT, search, max_tokens, eos_id)
+    return [texts[0][1] if texts else [] for texts in found]
+
+
+def beam_texts(
+    step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+) -> list[list[tuple[float, list[int]]]]:
+    """Return the finished texts of each row with their mean log-probabilities, best first, until none can be better.
 
     `step` gets rows in groups of `beams`; `reorder` is called with their origins before each step but the first.
     """
@@ -72,7 +80,7 @@ def beam_search(
     total_BK = torch.full((B, K), -torch.inf, device=device)
     total_BK[:, 0] = 0.0  # all beams are the same at first: only one of them counts
     written: list[list[list[int]]] = [[[] for _ in range(K)] for _ in range(B)]
-    best: list[tuple[float, list[int]]] = [(-torch.inf, []) for _ in range(B)]
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
     new_RT = prompt_BT.repeat_interleave(K, 0)
     for length in range(1, max_tokens + 1):
         scores_RV = step(new_RT).float().log_softmax(-1)
@@ -90,7 +98,7 @@ def beam_search(
                 # An end that is none of the likeliest candidates ends nothing, as in transformers and fairseq.
                 if rank < K and (token == eos_id or length == max_tokens):
                     text = written[b][beam] + ([] if token == eos_id else [token])
-                    best[b] = max(best[b], (value / length, text), key=lambda scored: scored[0])
+                    finished[b].append((value / length, text))
                 if token != eos_id and kept < K:
                     total_BK[b, kept], origin_BK[b, kept], token_BK[b, kept] = value, beam, token
                     texts.append([*written[b][beam], token])
@@ -98,8 +106,9 @@ def beam_search(
             written[b] = texts + [[]] * (K - kept)
         # The final mean of an unfinished text is at most its sum so far divided by the maximum length.
         bound_B = total_BK.max(1).values / max_tokens
-        if all(bound <= score for bound, (score, _) in zip(bound_B.tolist(), best, strict=True)):
+        best_B = [max((score for score, _ in texts), default=-torch.inf) for texts in finished]
+        if all(bound <= best for bound, best in zip(bound_B.tolist(), best_B, strict=True)):
             break
         reorder((origin_BK + torch.arange(B, device=device)[:, None] * K).flatten())
         new_RT = token_BK.flatten()[:, None]
-    return [text for _, text in best]
+    return [sorted(texts, key=lambda scored: -scored[0]) for texts in finished]

@@ -173,6 +173,46 @@ class PretrainedDecoder(nn.Module):
         )
         return [row[: row.index(eos_id)] if eos_id in row else row for row in written_BT.tolist()]
 
+    def alternatives(
+        self, prefix_1PD: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
+    ) -> list[tuple[float, list[int]]]:
+        """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
+        words_1TD = self.model.get_input_embeddings()(prompt_1T)
+        embeds_1LD = torch.cat([prefix_1PD.to(words_1TD.dtype), words_1TD], 1)
+        found = self.model.generate(
+            inputs_embeds=embeds_1LD,
+            attention_mask=torch.ones(embeds_1LD.shape[:2], dtype=torch.long, device=embeds_1LD.device),
+            max_new_tokens=max_tokens,
+            num_beams=max(2, beams),
+            num_return_sequences=max(2, beams),
+            do_sample=False,
+            eos_token_id=eos_id,
+            pad_token_id=eos_id,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        rows = [row[: row.index(eos_id)] if eos_id in row else row for row in found.sequences.tolist()]
+        return list(zip(found.sequences_scores.tolist(), rows, strict=True))
+
+    def attention_to_image(self, ids_1T: Tensor, prefix_1PD: Tensor) -> Tensor:
+        """Return the share of each state of the image in what each token attends to, a mean over layers and heads: (T, P).
+
+        What a token gives to other tokens is left out. Raises TrainError if the model does not tell its attention.
+        """
+        words_1TD, P = self.model.get_input_embeddings()(ids_1T), prefix_1PD.shape[1]
+        usual = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation("eager")  # the others do not tell
+            embeds_1LD = torch.cat([prefix_1PD.to(words_1TD.dtype), words_1TD], 1)
+            layers = self.model.get_decoder()(inputs_embeds=embeds_1LD, use_cache=False, output_attentions=True).attentions
+        finally:
+            self.model.set_attn_implementation(usual)
+        told = [layer_1HLL[0, :, P:, :P].mean(0) for layer_1HLL in layers or () if layer_1HLL is not None]
+        if not told:
+            raise TrainError("this language model does not tell its attention", hint="look at a decoder from scratch")
+        shares_TP = torch.stack(told).mean(0)
+        return shares_TP / shares_TP.sum(-1, keepdim=True)
+
     def _nll(self, states_KD: Tensor, labels_K: Tensor, label_smoothing: float) -> Tensor:
         scores_KV = self.model.get_output_embeddings()(states_KD).float()
         return functional.cross_entropy(scores_KV, labels_K, reduction="sum", label_smoothing=label_smoothing)

@@ -1,0 +1,93 @@
+"""Batches: requests of a group go together, in their order; the others wait; one that fails or leaves takes nobody along."""
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.serving.batching import Batcher, FullError, Job
+
+THREAD = ThreadPoolExecutor(1)
+
+
+def job(number: int, length: int = 2, search: DecodingConfig = GREEDY) -> Job:
+    return Job(torch.full((3, 2, 2), float(number)), [number] * length, search)
+
+
+def run(steps: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(steps)
+
+
+def test_what_waits_and_fits_together_is_written_at_once() -> None:
+    batches: list[list[int]] = []
+
+    def write(jobs: list[Job]) -> list[list[int]]:
+        batches.append([one.prompt[0] for one in jobs])
+        return [[one.prompt[0]] for one in jobs]
+
+    async def steps() -> None:
+        batcher = Batcher(write, batch_size=3, max_waiting=99, thread=THREAD)
+        beams = DecodingConfig(beams=2)
+        kinds = [job(0), job(1, 3), job(2), job(3), job(4, search=beams), job(5), job(6, 3)]
+        waiting = [asyncio.create_task(batcher.submit(one)) for one in kinds]
+        await asyncio.sleep(0)
+        assert batcher.waiting == 7
+        task = asyncio.create_task(batcher.run())
+        assert await asyncio.gather(*waiting) == [[number] for number in range(7)]
+        task.cancel()
+
+    run(steps())
+    assert batches == [[0, 2, 3], [1, 6], [4], [5]]
+
+
+def test_a_batch_that_fails_fails_alone() -> None:
+    def write(jobs: list[Job]) -> list[list[int]]:
+        if jobs[0].prompt[0] == 1:
+            raise RuntimeError("no memory")
+        return [[9] for _ in jobs]
+
+    async def steps() -> None:
+        batcher = Batcher(write, batch_size=1, max_waiting=9, thread=THREAD)
+        task = asyncio.create_task(batcher.run())
+        answers = await asyncio.gather(*(batcher.submit(job(number)) for number in range(3)), return_exceptions=True)
+        assert [str(answer) for answer in answers] == ["[9]", "no memory", "[9]"]
+        task.cancel()
+
+    run(steps())
+
+
+def test_who_has_left_is_not_written_for() -> None:
+    written: list[int] = []
+
+    def write(jobs: list[Job]) -> list[list[int]]:
+        written.extend(one.prompt[0] for one in jobs)
+        return [[] for _ in jobs]
+
+    async def steps() -> None:
+        batcher = Batcher(write, batch_size=1, max_waiting=9, thread=THREAD)
+        first, second = (asyncio.create_task(batcher.submit(job(number))) for number in (1, 2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        task = asyncio.create_task(batcher.run())
+        await second
+        task.cancel()
+
+    run(steps())
+    assert written == [2]
+
+
+def test_more_than_may_wait_are_sent_away() -> None:
+    async def steps() -> None:
+        batcher = Batcher(lambda jobs: [[] for _ in jobs], batch_size=1, max_waiting=1, thread=THREAD)
+        waiting = asyncio.create_task(batcher.submit(job(1)))
+        await asyncio.sleep(0)
+        with pytest.raises(FullError):
+            await batcher.submit(job(2))
+        waiting.cancel()
+
+    run(steps())

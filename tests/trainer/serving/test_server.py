@@ -1,0 +1,232 @@
+"""The server over real sockets: many requests at once, hostile ones, a key, and a captioner that teaches."""
+
+import asyncio
+import base64
+import io
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from pipeline.dataset.version import read_version
+from tests.pipeline.images.test_similarity import photo
+from tests.trainer.serving.test_protocol import BAD
+from tests.trainer.test_captioning import save_captioner
+from trainer import Captioner
+from trainer.serving import server as serving
+from trainer.serving.server import CaptionServer, serve
+from trainer.tokenizer import CaptionTokenizer
+
+NAME = "student"
+
+
+@contextmanager
+def running(server: CaptionServer) -> Iterator[str]:
+    """Run a server on a thread; yield its address."""
+    address: list[str] = []
+    is_up, loop = threading.Event(), asyncio.new_event_loop()
+
+    def announce(url: str) -> None:
+        address.append(url)
+        is_up.set()
+
+    async def run() -> None:
+        await serve(server, 0, announce)
+
+    task = loop.create_task(run())
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_up.wait(30)
+    try:
+        yield address[0]
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(30)
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    return Captioner.from_pretrained(save_captioner(tmp_path_factory.mktemp("models") / "c"), device="cpu")
+
+
+@pytest.fixture
+def url(captioner: Captioner) -> Iterator[str]:
+    with running(CaptionServer(captioner, NAME)) as address:
+        yield address
+
+
+def png(number: int) -> bytes:
+    data = io.BytesIO()
+    photo(number).save(data, "PNG")
+    return data.getvalue()
+
+
+def chat(image: bytes, text: str = "", **more: Any) -> dict[str, Any]:
+    address = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": text}]
+    return {"model": NAME, "messages": [{"role": "user", "content": content}], **more}
+
+
+async def ask(url: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any, Any]:
+    """Return the status, the JSON or text, and the headers of an answer; a GET where there is no body."""
+    async with aiohttp.ClientSession() as session:
+        method = "GET" if body is None else "POST"
+        given = {"json": body} if isinstance(body, dict) else {"data": body}
+        async with session.request(method, url + path, **given, **options) as answer:
+            text = await answer.text()
+            return answer.status, json.loads(text) if answer.content_type == "application/json" else text, answer.headers
+
+
+def said(answer: Any) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def test_two_hundred_requests_at_once_are_all_answered_and_share_batches(captioner: Captioner) -> None:
+    images = [png(number % 20) for number in range(200)]
+    expected = captioner.caption(images[:20])
+    server = CaptionServer(captioner, NAME)
+
+    async def all_at_once(url: str) -> list[tuple[int, Any, Any]]:
+        bodies = [chat(image, "How many?" if number % 4 == 3 else "") for number, image in enumerate(images)]
+        return await asyncio.gather(*(ask(url, "/v1/chat/completions", body) for body in bodies))
+
+    with running(server) as url:
+        answers = asyncio.run(all_at_once(url))
+        metrics = asyncio.run(ask(url, "/metrics"))[1]
+    assert {status for status, *_ in answers} == {200}
+    for number, (_, answer, _) in enumerate(answers):
+        if number % 4 != 3:
+            assert said(answer) == expected[number % 20]
+    assert server.batcher.batches < 100
+    assert "synth_captioner_texts_total 200" in metrics
+    assert 'requests_total{status="200"} 200' in metrics
+
+
+def test_an_answer_counts_its_tokens_and_says_whether_it_was_cut(url: str, captioner: Captioner) -> None:
+    _, whole, headers = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed")))
+    assert said(whole) == captioner.caption(png(1), style="detailed")[0]
+    assert whole["usage"]["total_tokens"] == whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
+    _, cut, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed", max_tokens=1)))
+    assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (1, "length")
+    assert "script-src 'self'" in headers["Content-Security-Policy"]
+    status, events, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed", stream=True)))
+    assert status == 200 and events.endswith("data: [DONE]\n\n")
+    assert json.loads(events.split("\n\n")[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == said(whole)
+
+
+def test_the_model_is_listed_and_another_is_not_there(url: str) -> None:
+    _, listed, _ = asyncio.run(ask(url, "/v1/models"))
+    assert [model["id"] for model in listed["data"]] == [NAME]
+    assert asyncio.run(ask(url, "/health"))[1]["status"] == "ok"
+    status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)) | {"model": "gpt"}))
+    assert status == 404 and f"but {NAME}" in answer["error"]["message"]
+
+
+def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    json_type = {"Content-Type": "application/json"}
+    for kind, body in BAD.items():
+        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", body, headers=json_type))
+        assert 400 <= status < 500, kind
+        assert answer["error"]["message"], kind
+    bomb = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
+    for image in (b"", b"no image", bomb, png(1)[:60], b"GIF89a"):
+        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(image)))
+        assert status == 400 and "cannot be read" in answer["error"]["message"]
+        status, answer, _ = asyncio.run(
+            ask(url, "/api/look", {"image": chat(image)["messages"][0]["content"][0]["image_url"]["url"]})
+        )
+        assert status == 400
+    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
+
+    async def slowly() -> Any:
+        yield b'{"model": '
+        await asyncio.sleep(20)
+
+    for headers, body, expected in (
+        ({"Content-Type": "text/plain"}, b"{}", 415),
+        (json_type, b"[" * 50_000_000, 413),
+        (json_type, slowly(), 408),
+        (json_type | {"Host": "evil.example"}, b"{}", 403),
+    ):
+        status, _, _ = asyncio.run(ask(url, "/v1/chat/completions", body, headers=headers))
+        assert status == expected
+    for path, expected in (("/v1/nothing", 404), ("/../../etc/passwd", 404), ("/page.py", 404), ("/v1/chat/completions", 405)):
+        assert asyncio.run(ask(url, path))[0] == expected
+    for look in (
+        {},
+        {"image": 3},
+        {"image": "data:image/png;base64,%"},
+        {"image": "", "style": ["x"]},
+        {"image": "", "question": "?" * 999},
+    ):
+        assert asyncio.run(ask(url, "/api/look", look))[0] == 400
+    assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 200
+
+
+def test_a_failure_is_told_without_its_details(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    server = CaptionServer(captioner, NAME)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("a secret of this machine")
+
+    monkeypatch.setattr(Captioner, "write", fail)
+    with running(server) as url:
+        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
+    assert status == 500
+    assert "secret" not in json.dumps(answer)
+    assert "a secret of this machine" in caplog.text
+
+
+def test_a_key_is_asked_for_and_then_there_is_no_page(captioner: Captioner) -> None:
+    with running(CaptionServer(captioner, NAME, key="s3cret")) as url:
+        assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 401
+        wrong, right = ({"Authorization": f"Bearer {key}"} for key in ("s3cre", "s3cret"))
+        assert asyncio.run(ask(url, "/v1/models", headers=wrong))[0] == 401
+        assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)), headers=right))[0] == 200
+        assert asyncio.run(ask(url, "/"))[0] == 404
+        assert asyncio.run(ask(url, "/api/look", {"image": ""}))[0] == 404
+        assert asyncio.run(ask(url, "/health"))[0] == 200
+
+
+def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "MAX_WAITING", 0)
+    with running(CaptionServer(captioner, NAME)) as url:
+        status, _, headers = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
+    assert (status, headers["Retry-After"]) == (503, "1")
+
+
+def test_a_captioner_teaches_synth_generate(captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student as a teacher: every image is asked about once, and the server keeps to the protocol and to schemas."""
+    spoken = "A dog runs over the wet grass behind a white house."  # random weights write no sentences, and do not end
+    monkeypatch.setattr(Captioner, "write", lambda _, pixels_BCHW, *__: [[5, 6] for _ in pixels_BCHW])
+    monkeypatch.setattr(CaptionTokenizer, "decode", lambda *_: spoken)
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        (tmp_path / f"photos/{number}.png").write_bytes(png(number))
+    command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "folder:photos", "--tasks", "caption"]
+    server = CaptionServer(captioner, NAME)
+    with running(server) as url:
+        options = ["--styles", "brief", "--base-url", url, "--model", NAME, "--out", "ds"]
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "does not enforce" not in done.stderr and "does not take" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert server.texts == 6
+    version = read_version(tmp_path / "ds/versions/v1.0.0")
+    captions = [
+        row["captions"][0]["text"] for split in ("train", "validation", "test") for row in version.read(split).to_pylist()
+    ]
+    assert captions and set(captions) == {spoken}

@@ -1,0 +1,101 @@
+"""Answer many requests in batches: those that wait and fit together are written at once."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trainer.model.decoding import DecodingConfig
+
+FILL_S, POLL_S = 0.1, 0.002  # for which a batch waits for jobs that are being prepared
+
+
+class FullError(Exception):
+    """Raised where too many requests wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One text to write: a prepared image (3, H, W), the tokens of its prompt, and how to write it."""
+
+    pixels_CHW: Tensor
+    prompt: Sequence[int]
+    search: DecodingConfig
+
+    @property
+    def group(self) -> tuple[int, DecodingConfig]:
+        """Jobs of one group may be written at once."""
+        return len(self.prompt), self.search
+
+
+Write = Callable[[list[Job]], list[list[int]]]
+
+
+@dataclass(slots=True)
+class Batcher:
+    """Writes jobs on one thread, at most `batch_size` at once; `max_waiting` may wait. Call `run` once, as a task."""
+
+    write: Write
+    batch_size: int
+    max_waiting: int
+    thread: ThreadPoolExecutor  # of one worker, the only one that runs the model
+    coming: int = 0  # jobs whose images are being prepared
+    batches: int = 0  # so far
+    _waiting: deque[tuple[Job, asyncio.Future[list[int]]]] = field(default_factory=deque)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait."""
+        return len(self._waiting)
+
+    async def submit(self, job: Job) -> list[int]:
+        """Return the tokens of the text of a job. Raises FullError if too many wait, and what `write` raises."""
+        if len(self._waiting) >= self.max_waiting:
+            raise FullError
+        done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, done))
+        self._arrived.set()
+        return await done
+
+    async def run(self) -> None:
+        """Write batch after batch, until cancelled: each with the job that has waited longest, and others of its group."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            deadline = loop.time() + FILL_S
+            while self.coming and len(self._waiting) < self.batch_size and loop.time() < deadline:
+                await asyncio.sleep(POLL_S)
+            batch = self._next_batch()
+            if not self._waiting:
+                self._arrived.clear()
+            if not batch:
+                continue
+            self.batches += 1
+            try:
+                texts = await loop.run_in_executor(self.thread, self.write, [job for job, _ in batch])
+            except Exception as error:  # noqa: BLE001  # of each of its requests, and no other
+                for _, done in batch:
+                    if not done.done():
+                        done.set_exception(error)
+            else:
+                for (_, done), text in zip(batch, texts, strict=True):
+                    if not done.done():
+                        done.set_result(text)
+
+    def _next_batch(self) -> list[tuple[Job, asyncio.Future[list[int]]]]:
+        batch: list[tuple[Job, asyncio.Future[list[int]]]] = []
+        others: deque[tuple[Job, asyncio.Future[list[int]]]] = deque()
+        while self._waiting and len(batch) < self.batch_size:
+            job, done = self._waiting.popleft()
+            if done.done():  # whoever asked has gone
+                continue
+            if batch and job.group != batch[0][0].group:
+                others.append((job, done))
+            else:
+                batch.append((job, done))
+        self._waiting.extendleft(reversed(others))
+        return batch

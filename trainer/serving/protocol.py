@@ -1,0 +1,204 @@
+"""Read chat requests with an image, of OpenAI's protocol, and write their answers.
+
+A captioner does not follow instructions: the text of a request only decides what is asked. A line `Task: caption, STYLE`, or
+a style alone, asks for a caption of this style; a line `Question: ...`, or a text that ends with a question mark, for an
+answer; any other text for a caption of the usual style. A JSON schema must be one that a single text fits.
+"""
+
+import base64
+import binascii
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+STYLE = re.compile(r"^Task: caption, (\S+)\s*$", re.MULTILINE)
+QUESTION = re.compile(r"^Question: (.+?)\s*$", re.MULTILINE)
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+MAX_QUESTION_CHARACTERS = 500
+MAX_TOKENS, MAX_NAMED_TOKENS = 8192, 1_000_000_000
+MAX_TEMPERATURE = 2.0
+
+
+class RefusedError(Exception):
+    """Raised for a request that cannot be answered; `status` is that of HTTP, from 400 to 499."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What a request asks: a caption of a style (None: the usual one) or an answer, and how it is to be written.
+
+    `image` is None where the schema leaves one answer, which is then in `only`.
+    """
+
+    model: str | None
+    image: bytes | None
+    style: str | None
+    question: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    field: str | None  # of a JSON object that the text is to stand in
+    only: str | None
+    streams: bool
+
+
+def read_request(body: bytes, styles: list[str]) -> ChatRequest:
+    """Return what a body asks. Raises RefusedError that says what is wrong."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        raise RefusedError("the body is not JSON") from None
+    if not isinstance(values, dict):
+        raise RefusedError("the body is no JSON object")
+    text, images = _content(values.get("messages"))
+    field, only = _field(values.get("response_format"))
+    if len(images) > 1:
+        raise RefusedError(f"{len(images)} images: a captioner looks at one")
+    if not images and only is None:
+        raise RefusedError("there is no image: send one as an image_url part with a data: address")
+    if values.get("n", 1) != 1:
+        raise RefusedError("n must be 1")
+    question = _question(text)
+    style = None if question else _style(text, styles)
+    temperature = _number(values, "temperature", 0.0, MAX_TEMPERATURE)
+    top_p = _number(values, "top_p", 1.0, 1.0) or 1.0
+    limit_name = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
+    most = int(_number(values, limit_name, MAX_TOKENS, MAX_NAMED_TOKENS))
+    if most < 1:
+        raise RefusedError(f"{limit_name} must be 1 or more")
+    image = _image(images[0]) if images else None
+    if field is None and _is_object(values.get("response_format")):
+        field = "answer" if question else "caption"
+    model = values.get("model")
+    if not isinstance(model, str | None):
+        raise RefusedError("model must be a name")
+    return ChatRequest(model, image, style, question, most, temperature, top_p, field, only, values.get("stream") is True)
+
+
+def answer_text(request: ChatRequest, text: str) -> str:
+    """Return the content of an answer: the text, or the JSON object that it stands in."""
+    return text if request.field is None else json.dumps({request.field: text}, ensure_ascii=False)
+
+
+def completion(number: int, model: str, content: str, tokens: tuple[int, int], *, is_cut: bool) -> dict[str, Any]:
+    """Return the body of an answer; `tokens` are those of the prompt and of the text."""
+    return {
+        "id": f"chatcmpl-{number}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": content},
+                "finish_reason": "length" if is_cut else "stop",
+                "logprobs": None,
+            }
+        ],
+        "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)},
+    }
+
+
+def chunks(body: dict[str, Any]) -> bytes:
+    """Return an answer as a stream of events that holds all of it at once."""
+    choice = body["choices"][0]
+    shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    parts = [
+        {"index": 0, "delta": choice["message"], "finish_reason": None},
+        {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]},
+    ]
+    lines = [f"data: {json.dumps(shared | {'choices': [part]})}\n\n" for part in parts]
+    return "".join([*lines, "data: [DONE]\n\n"]).encode()
+
+
+def error_body(message: str, status: int) -> dict[str, Any]:
+    """Return the body of a refusal."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def _content(messages: Any) -> tuple[str, list[Any]]:
+    """Return the text of the last message of a user, and the images of all messages."""
+    if not isinstance(messages, list) or not messages:
+        raise RefusedError("messages must be a list that is not empty")
+    text, images = "", []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RefusedError("each message needs a role and a content")
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise RefusedError("the content of a message is a text, or a list of parts")
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        if not all(isinstance(one, str) for one in texts):
+            raise RefusedError("a text part holds no text")
+        if message["role"] == "user":
+            text = "\n".join(one for one in texts if isinstance(one, str))
+            images += [part.get("image_url") for part in parts if part.get("type") == "image_url"]
+        if unknown := [part.get("type") for part in parts if part.get("type") not in ("text", "image_url")]:
+            raise RefusedError(f"a captioner takes parts of type text and image_url, not {str(unknown[0])[:40]}")
+    return text, images
+
+
+def _image(value: Any) -> bytes:
+    url = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(url, str):
+        raise RefusedError("an image_url part needs a url")
+    if not (head := DATA_URL.match(url)):
+        raise RefusedError("send the image itself, as data:image/...;base64,...: no address is fetched")
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise RefusedError("the image is no base64") from None
+
+
+def _question(text: str) -> str:
+    named = QUESTION.findall(text)
+    question: str = named[-1] if named else text.strip() if text.strip().endswith("?") else ""
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise RefusedError(f"a question has at most {MAX_QUESTION_CHARACTERS} characters")
+    return question
+
+
+def _style(text: str, styles: list[str]) -> str | None:
+    named = STYLE.findall(text)
+    if named and named[-1] not in styles:
+        raise RefusedError(f"this captioner has not learned the style {named[-1][:40]}, but {', '.join(styles)}")
+    return named[-1] if named else text.strip() if text.strip() in styles else None
+
+
+def _is_object(form: Any) -> bool:
+    return isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
+
+
+def _field(form: Any) -> tuple[str | None, str | None]:
+    """Return the only field of the schema of a format, and the one value that the schema allows, if it is but one."""
+    if form is None or (isinstance(form, dict) and form.get("type") in ("text", "json_object")):
+        return None, None
+    try:
+        schema = form["json_schema"]["schema"]
+        ((name, kind),) = schema["properties"].items()
+        values = [kind["const"]] if "const" in kind else kind.get("enum")
+        if kind.get("type", "string") != "string" or not isinstance(name, str) or (values and len(values) > 1):
+            raise ValueError("it is no text")
+        only = values[0] if values else None
+        if only is not None and not isinstance(only, str):
+            raise ValueError("it is no text")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise RefusedError("the schema must be an object with one property, a string: a captioner writes one text") from None
+    return name, only
+
+
+def _number(values: dict[str, Any], name: str, default: float, most: float) -> float:
+    value = values.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise RefusedError(f"{name} must be a number from 0 to {most:g}")
+    return value
