@@ -89,7 +89,7 @@ async function show(photo, value) {
   }));
   others.replaceChildren(...value.alternatives.map(({text, likelihood}) => {
     const item = document.createElement("li"), score = document.createElement("span");
-    score.textContent = ` ${likelihood.toFixed(2)} a token`;
+    score.textContent = ` ${Math.round(100 * Math.exp(likelihood))} % a token`;
     item.append(text, score);
     return item;
   }));
