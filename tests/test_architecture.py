@@ -35,9 +35,11 @@ FILES = {
     "refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ averaging caption_files caption_images captioning checkpoint config data distributed evaluate
-        features forecast generate hub image_index loop metrics optimizer presets prompts tokenizer train vqa""",
+        features forecast generate hub image_index look loop metrics optimizer presets prompts side_by_side tokenizer
+        train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx run_onnx",
+    "trainer/serving": "__init__ batching protocol server",
     "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model lora packing",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.

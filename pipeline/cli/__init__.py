@@ -17,7 +17,7 @@ from pipeline.cli import generate
 from pipeline.cli.datasets import check, diff, export, push, report, review_apply, versions
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
-from pipeline.cli.training import caption, demo, evaluate, experiment, export_model, look, serve_captioner, train
+from pipeline.cli.training import caption, compare, demo, evaluate, experiment, export_model, look, serve_captioner, train
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
 from pipeline.logs import show_log
@@ -43,6 +43,7 @@ EXAMPLES = {  # by command, shown below its options
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
     "look": ("synth look ORG/NAME photo.jpg",),
+    "compare": ("synth compare CHECKPOINT ORG/NAME --images photos --captions captions.json",),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
     "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
     "config": ("synth config --config synth.yaml --limit 100",),
@@ -110,6 +111,7 @@ add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
 add(look, TRAIN)
+add(compare, TRAIN)
 add(demo, TRAIN)
 add(serve_captioner, TRAIN)
 add(export_model, TRAIN)

@@ -1,4 +1,4 @@
-"""Commands about captioners: train, evaluate, caption, look, demo, serve-captioner, export-model, experiment."""
+"""Commands about captioners: train, evaluate, caption, look, compare, demo, serve-captioner, export-model, experiment."""
 
 import json
 import os
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.dataset.version import Version
     from pipeline.hub.package import Package
     from trainer.caption_files import Existing
+    from trainer.side_by_side import Shown
 
 
 def train(
@@ -314,6 +315,99 @@ def look(
     words = [{"word": looked.word, "shares": looked.shares.round(4).tolist()} for looked in seen.words]
     alternatives = [{"text": text, "likelihood": score} for text, score in seen.alternatives]
     show({"text": seen.text, "path": str(target), "words": words, "alternatives": alternatives}, as_json, "text")
+
+
+def compare(
+    captioners: Annotated[list[str], Argument(help="Checkpoint folders, or ORG/NAME of the Hub: two or more.")],
+    images: Annotated[
+        list[str] | None, Option(help="Image files, folders or patterns; several times. Else those of --data.")
+    ] = None,
+    captions: Annotated[
+        Path | None, Option(help="What people say of --images: COCO, Karpathy, CSV, JSON lines or Flickr30k.")
+    ] = None,
+    data: DataName = None,
+    split: Annotated[str, Option(help="Of --data: train, validation or test.")] = "test",
+    style: Style = None,
+    num_beams: NumBeams = 1,
+    limit: Annotated[int, Option(min=1, help="Images at most.")] = 1000,
+    out: Annotated[Path | None, Option(**LOCAL_PATH, help="The page.", show_default="compare.html")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the captions of several captioners side by side, on one page, with scores where people have captioned the images."""
+    from pipeline.storage.files import translate_disk_errors
+    from pipeline.tables import SPLITS
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    if len(captioners) < 2:
+        raise BadParameter("there is nothing to compare one captioner with", param_hint="CAPTIONERS")
+    if len(set(captioners)) < len(captioners):
+        raise BadParameter("one captioner is named twice", param_hint="CAPTIONERS")
+    if split not in SPLITS:
+        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+    if (data and images) or (captions and not images):
+        raise BadParameter("--images goes with --captions, and --data with --split")
+    folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
+    for folder in folders.values():
+        require_checkpoint(folder)
+    shown = _images_named(images, captions) if images else _images_of(open_data(data, None), split)
+
+    from trainer.side_by_side import compare_captioners, write_page  # see train
+
+    page = out or Path("compare.html")
+    with show_progress() as progress, translate_disk_errors(page):
+        result = compare_captioners(folders, shown[:limit], style, num_beams, progress)
+        write_page(result, shown, page)
+    for one in result["captioners"]:
+        say(
+            f"{one['name']}: "
+            + (f"CIDEr-D {one['scores']['cider_d']:.3f}, " if "scores" in one else "")
+            + f"{one['words']:.1f} words"
+        )
+    for one in result["differences"]:
+        say(f"{one['captioner']} than {one['than']}: {one['difference']:+.3f}, {one['verdict']}")
+    for name, reason in result["unread"].items():
+        say(f"cannot read {name}: {reason}", WARNING)
+    show(result | {"path": str(page)}, as_json, "path")
+
+
+def _short_name(name: str, names: list[str]) -> str:
+    """Return the last part of a captioner's name, or all of it where another one ends so."""
+    last = Path(name).name
+    return name if sum(Path(other).name == last for other in names) > 1 else last
+
+
+def _images_named(names: list[str], captions: Path | None) -> list["Shown"]:
+    """Return the images that names lead to, with what a file of captions says of them."""
+    from pipeline.images.decode import MAX_IMAGE_BYTES
+    from pipeline.sources.captions import describe_unknown, match_images, read_captions
+    from pipeline.storage.untrusted import UnsafeFileError, read_regular
+    from trainer.caption_files import find_images
+    from trainer.side_by_side import Shown
+
+    paths = {str(path): path for path in find_images(names)}
+    written, unknown = match_images(read_captions(captions), list(paths)) if captions else ({}, [])
+    for warning in describe_unknown(captions, unknown) if captions and unknown else ():
+        say(warning, WARNING)
+    shown = []
+    for name, path in paths.items():
+        try:
+            image = read_regular(path, max_bytes=MAX_IMAGE_BYTES)
+        except (OSError, UnsafeFileError) as error:
+            say(f"cannot read {name}: {error}", WARNING)
+            continue
+        shown.append(Shown(name, image, tuple(written[name].captions) if name in written else ()))
+    return shown
+
+
+def _images_of(version: "Version", split: str) -> list["Shown"]:
+    """Return the images of a split with their references."""
+    from trainer.image_index import map_images
+    from trainer.side_by_side import Shown
+
+    rows = version.read(split, ["sample_id", "references"]).to_pylist()
+    images = map_images(version, split)
+    return [Shown(row["sample_id"], bytes(images[row["sample_id"]]), tuple(row["references"])) for row in rows]
 
 
 def serve_captioner(
