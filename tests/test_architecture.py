@@ -35,8 +35,8 @@ FILES = {
     "refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ averaging caption_files caption_images captioning checkpoint config data distributed evaluate
-        features forecast generate hub image_index look loop metrics optimizer presets prompts side_by_side tokenizer
-        train vqa""",
+        features forecast generate hub image_index look loop metrics optimizer presets prompts self_critical
+        side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx run_onnx",
     "trainer/serving": "__init__ batching protocol server",

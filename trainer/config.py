@@ -21,7 +21,8 @@ DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encode
 # Settings of later releases: at their defaults they are no part of a digest, so that earlier runs can go on.
 LATER_KEYS = (
     "label_smoothing", "average_decay", "lr_floor_frac", "align_epochs", "evaluate_epochs", "patience", "lora_rank",
-    "lora_dropout", "checkpoint_blocks", "min_steps",
+    "lora_dropout", "checkpoint_blocks", "min_steps", "scst_steps",
+    "scst_lr", "scst_samples",
 )  # fmt: skip
 
 
@@ -66,6 +67,9 @@ class TrainConfig(Section):
     epochs: int = Field(default=16, ge=1)
     steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
     min_steps: int = Field(default=0, ge=0)  # where `epochs` of few images are fewer
+    scst_steps: int = Field(default=0, ge=0)  # of a last stage, which rewards drawn captions: trainer/self_critical.py
+    scst_lr: float = Field(default=5e-5, gt=0)
+    scst_samples: int = Field(default=5, ge=2)  # captions of an image that are drawn
     batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)  # micro-batches in a step; more on a GPU where they do not fit
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
@@ -100,6 +104,11 @@ class TrainConfig(Section):
         return self
 
     @property
+    def total_steps(self) -> int:
+        """Return the steps of all stages, once they are derived."""
+        return self.align_steps + self.steps + self.scst_steps
+
+    @property
     def is_scratch(self) -> bool:
         """Whether the decoder is trained from scratch."""
         return self.decoder == "scratch"
@@ -123,7 +132,7 @@ class TrainConfig(Section):
         defaults = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
         interval = math.ceil(self.evaluate_epochs * images / batch_size)
         times = EVALUATIONS if interval else 4
-        interval = self.evaluate_every or max(interval, -(-(steps + align_steps) // times))
+        interval = self.evaluate_every or max(interval, -(-(steps + align_steps + self.scst_steps) // times))
         defaults |= {"evaluate_every": interval}
         return self.model_copy(update={"steps": steps, "align_steps": align_steps, **defaults})
 

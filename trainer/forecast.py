@@ -44,7 +44,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
-    steps, size = config.align_steps + config.steps, min(config.batch_size, len(trainer.train))
+    steps, size = config.total_steps, min(config.batch_size, len(trainer.train))
     adam_mb, free_mb = learning * ADAM_BYTES / 1e6, _available_mb()
     if trainer.device.type == "cpu" and adam_mb > free_mb:
         progress.warn(f"the optimizer alone needs {adam_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")

@@ -33,6 +33,7 @@ from trainer.features import LoadedFeatures
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import parameter_groups, set_stage
 from trainer.prompts import scored_prompt
+from trainer.self_critical import SelfCritic
 from trainer.tokenizer import EncodedText, TextBatch, collate
 
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
@@ -45,7 +46,7 @@ GIVE_UP = 10  # skipped steps in a row
 class Batch:
     """The images of a step in micro-batches: those of this process, and the target tokens and the number of all processes."""
 
-    parts: list[tuple[Tensor, TextBatch]]  # what the features load (trainer/features.py), and the texts
+    parts: list[tuple[Tensor, TextBatch, list[Example]]]  # what the features load (trainer/features.py), and the texts
     tokens: int
     count: int
     images: int
@@ -66,9 +67,11 @@ class Trainer:
     processes: int = 1
     micro_batches: int = 1  # of each process in a step
     average: WeightAverage | None = None
+    critic: SelfCritic | None = None  # of the last stage
     norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
     best: float = -math.inf  # quality of the saved captioner
+    rewards: list[float] = field(default_factory=list)  # of the captions that the last step has drawn
     unimproved: int = 0  # evaluations in a row without a better score
     validated: dict[str, str] = field(default_factory=dict)  # the last scores on the validation split, for the display
     encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # texts by sample id, once an image was seen
@@ -76,13 +79,13 @@ class Trainer:
     def train_step(self, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> dict[str, Any]:
         """Train one step; return its stage, loss, gradient norm and rate. Raises TrainError if it diverges."""
         captioner = self.checkpoint.captioner.train()
-        if step == self.config.align_steps:
-            self.norms = []  # more parts are trained from here on: earlier norms do not apply
+        if step in (self.config.align_steps, self.config.align_steps + self.config.steps):
+            self.norms = []  # other parts are trained from here on, or by another loss: earlier norms do not apply
         # Dropout depends on seed, step and rank only: no generator state is saved.
         torch.manual_seed(int(digest([self.config.seed, step, self.rank])[:15], 16))
         stage = set_stage(optimizer, self.config, step)
         optimizer.zero_grad()
-        loss = self.forward_backward(batch)
+        loss = self.reward_backward(batch) if stage == "scst" else self.forward_backward(batch)
         learning = [p for p in captioner.parameters() if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
         if self.should_step(loss, norm):
@@ -91,12 +94,13 @@ class Trainer:
                 self.average.update(captioner)
         elif self.skipped_steps >= GIVE_UP:
             raise TrainError(f"the loss is {loss} and the gradient {norm} at step {step}", hint="lower the rates")
-        return {"stage": stage, "loss": loss, "norm": norm, "rate": max(group["lr"] for group in optimizer.param_groups)}
+        values = {"stage": stage, "loss": loss, "norm": norm, "rate": max(group["lr"] for group in optimizer.param_groups)}
+        return values | ({"reward": statistics.fmean(self.rewards)} if stage == "scst" and self.rewards else {})
 
     def forward_backward(self, batch: Batch) -> float:
         """Accumulate gradients; return the mean loss per token of the step, over all micro-batches and processes."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
-        for loaded, texts in batch.parts:
+        for loaded, texts, _ in batch.parts:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 states_BNV = self.features.states(loaded, self.device)
                 loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
@@ -107,6 +111,22 @@ class Trainer:
         mean = total.item()
         return all_reduce_gradients(captioner, mean, self.device) if self.processes > 1 else mean
 
+    def reward_backward(self, batch: Batch) -> float:
+        """Accumulate the gradients of drawn captions, each by its reward; return their mean loss, over all processes."""
+        assert self.critic
+        captioner, total = self.checkpoint.captioner, 0.0
+        self.rewards = []
+        for loaded, _, examples in batch.parts:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                states_BNV = self.features.states(loaded, self.device)
+                drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
+                loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
+                loss = loss / (batch.images * self.critic.samples)
+            loss.backward()
+            total += loss.item()
+            self.rewards += drawn.rewards
+        return all_reduce_gradients(captioner, total, self.device) if self.processes > 1 else total
+
     def load(self, examples: list[Example]) -> Batch:
         """Read the images of a step, or their states, and collate their texts. Images of other processes are not read."""
         count = self.micro_batches * self.processes
@@ -114,7 +134,7 @@ class Trainer:
         parts = [part for first in range(count) if (part := examples[first::count])]
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
-        loaded = [(self.features.load(parts[index]), texts[index]) for index in own]
+        loaded = [(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
         return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), count, len(examples))
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
@@ -236,17 +256,18 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
     if config.compile:
         for part in captioner.decoder.repeated_parts():  # one compilation serves them all
             part.compile(dynamic=True)
-    total, started, images, tokens = config.align_steps + config.steps, time.monotonic(), 0, 0
+    total, started, images, tokens = config.total_steps, time.monotonic(), 0, 0
     if trainer.is_over:
         return
     size = min(config.batch_size, len(trainer.train))
     order = islice(batches(len(trainer.train), size, config.seed, first_step), total - first_step)
     saved = time.monotonic()
+    stage_ends = (config.align_steps, config.align_steps + config.steps, total)
     with signals_noted() as interrupted:
         for step, batch in enumerate(trainer.load_ahead(order), start=first_step):
             values = trainer.train_step(optimizer, step, batch)
             done = step + 1
-            is_scored = done % config.evaluate_every == 0 or done in (config.align_steps, total)
+            is_scored = done % config.evaluate_every == 0 or done in stage_ends
             if log is not None:
                 images, tokens, seconds = images + batch.images, tokens + batch.tokens, time.monotonic() - started
                 speed = {

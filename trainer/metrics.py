@@ -90,23 +90,36 @@ def _longest_common(a: Tokens, b: Tokens) -> int:
     return row[-1]
 
 
-def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0) -> list[float]:
-    """Return CIDEr-D of each image (Vedantam et al., 2015), times 10, as COCO reports it.
+class Rarity:
+    """How rare each n-gram is among the images of a corpus: CIDEr-D weighs it by the logarithm."""
 
-    The weight of an n-gram falls with the number of images whose references contain it, so scores on different test sets
-    are not comparable. Repetition is clipped; a difference in length is penalized by a Gaussian of width `sigma`.
-    """
-    documents: NgramCounts = Counter()
-    for refs in references:
-        documents.update({gram for reference in refs for n in range(1, MAX_N + 1) for gram in ngrams(reference, n)})
-    log_images = math.log(len(references))
+    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+        self._images: NgramCounts = Counter()
+        for refs in references:
+            self._images.update({gram for reference in refs for n in range(1, MAX_N + 1) for gram in ngrams(reference, n)})
+        self._log_images = math.log(max(1, len(references)))
 
-    def weigh(tokens: Tokens) -> list[dict[tuple[str, ...], float]]:
+    def weigh(self, tokens: Tokens) -> list[dict[tuple[str, ...], float]]:
+        """Return the weights of the n-grams of a text, for each n."""
         return [
-            {gram: count * (log_images - math.log(max(1, documents[gram]))) for gram, count in ngrams(tokens, n).items()}
+            {
+                gram: count * (self._log_images - math.log(max(1, self._images[gram])))
+                for gram, count in ngrams(tokens, n).items()
+            }
             for n in range(1, MAX_N + 1)
         ]
 
+
+def cider_d(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0, rarity: Rarity | None = None
+) -> list[float]:
+    """Return CIDEr-D of each image (Vedantam et al., 2015), times 10, as COCO reports it; 0 for one without references.
+
+    The weight of an n-gram falls with the number of images whose references contain it, so scores on different test sets
+    are not comparable; `rarity` is that of another corpus. Repetition is clipped; a difference in length is penalized by a
+    Gaussian of width `sigma`.
+    """
+    weigh = (rarity or Rarity(references)).weigh
     scores = []
     for hypothesis, refs in zip(hypotheses, references, strict=True):
         hypothesis_weights = weigh(hypothesis)
@@ -117,7 +130,7 @@ def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
             gap = max(0, len(hypothesis) - 1) - max(0, len(reference) - 1)
             similar = sum(_clipped_cosine(a, b) for a, b in zip(hypothesis_weights, reference_weights, strict=True)) / MAX_N
             total += similar * math.exp(-(gap**2) / (2 * sigma**2))
-        scores.append(10 * total / len(refs))
+        scores.append(10 * total / max(1, len(refs)))
     return scores
 
 

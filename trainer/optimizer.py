@@ -29,18 +29,34 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
 
 def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:
     """Set learning rates for a step, and freeze parts whose rate is 0; return the name of the stage."""
-    aligning = step < config.align_steps
+    stage = stage_of(config, step)
     for group in optimizer.param_groups:
-        rate = (config.align_lr if group["part"] in ALIGNED else 0.0) if aligning else group["rate"]
+        rate = group["rate"]
+        if stage == "align":
+            rate = config.align_lr if group["part"] in ALIGNED else 0.0
+        elif stage == "scst":
+            rate = config.scst_lr if rate else 0.0
         group["lr"] = rate * schedule(config, step)
         for parameter in group["params"]:
             parameter.requires_grad_(rate > 0)
-    return "align" if aligning else "train"
+    return stage
+
+
+def stage_of(config: TrainConfig, step: int) -> str:
+    """Return the name of the stage of a step."""
+    if step < config.align_steps:
+        return "align"
+    return "scst" if config.scst_steps and step >= config.align_steps + config.steps else "train"
 
 
 def schedule(config: TrainConfig, step: int) -> float:
     """Return the learning-rate factor of a step: linear warm-up, then cosine decay to `lr_floor_frac`, in each stage."""
-    steps, stage_step = (config.align_steps, step) if step < config.align_steps else (config.steps, step - config.align_steps)
+    first, steps = {
+        "align": (0, config.align_steps),
+        "train": (config.align_steps, config.steps),
+        "scst": (config.align_steps + config.steps, config.scst_steps),
+    }[stage_of(config, step)]
+    stage_step = step - first
     warmup = max(1, round(config.warmup_frac * steps))
     if stage_step < warmup:
         return (stage_step + 1) / warmup

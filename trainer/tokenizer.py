@@ -36,6 +36,11 @@ class EncodedText:
     target: "array[int]"  # with EOS at its end, unless it was cut
     is_caption: bool
 
+    @classmethod
+    def of(cls, prompt: Sequence[int], target: Sequence[int], *, is_caption: bool) -> "EncodedText":
+        """Return the text of these tokens."""
+        return cls(array("i", prompt), array("i", target), is_caption)
+
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
@@ -89,7 +94,7 @@ class CaptionTokenizer:
 
     def encode(self, text: TargetText, max_tokens: int) -> EncodedText:
         """Return the token ids of a text; a target longer than `max_tokens` is cut and has no EOS."""
-        return EncodedText(array("i", self.prompt(text)), array("i", self.target(text)[:max_tokens]), not text.question)
+        return EncodedText.of(self.prompt(text), self.target(text)[:max_tokens], is_caption=not text.question)
 
     def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
         """Return how many targets are longer than `max_tokens`, EOS included."""

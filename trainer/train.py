@@ -1,7 +1,8 @@
 """Train a captioner on a version: choose and build its parts, run the loop (trainer/loop.py), and score the best once.
 
 An optional first stage aligns: only the connector is trained. The second stage trains every part at its own rate, with AdamW,
-warm-up and a cosine schedule. An interrupted training resumes, bit-exact on a CPU.
+warm-up and a cosine schedule. An optional third rewards captions that it draws. An interrupted training resumes, bit-exact on
+a CPU.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.prompts import scored_prompt
+from trainer.self_critical import SelfCritic
 from trainer.tokenizer import TargetText, train_tokenizer
 
 LAST = "last"  # the captioner of the last step, where an earlier one is better
@@ -98,6 +100,8 @@ def train(
         checkpoint, config, train_set, validation, features, device, rank=rank, processes=processes, average=average
     )
     trainer.micro_batches = config.gradient_accumulation_steps
+    if config.scst_steps:
+        trainer.critic = SelfCritic(checkpoint, train_set, config.scst_samples)
     trainer.frozen_key = _key_of(checkpoint, trainer.frozen_names())
     ids = [example.sample_id for example in train_set]
 

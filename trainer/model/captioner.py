@@ -68,13 +68,16 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         merged.load_state_dict(state, assign=True)
         return merged.eval()
 
-    def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
+    ) -> Tensor:
         """Return the sum of negative log-likelihoods of all target tokens; no text about an image attends to another.
 
-        `label_smoothing` is the share of the target that all tokens of the vocabulary have in common (Szegedy et al., 2016).
+        `label_smoothing` is the share of the target that all tokens of the vocabulary have in common (Szegedy et al., 2016);
+        `weight_C` that of each text in the sum, 1 if not given.
         Texts on the CPU are packed without waiting for the device of the states.
         """
-        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing)
+        loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing, weight_C)
         return loss
 
     def contrast_loss(self, states_BNV: Tensor, texts: TextBatch) -> Tensor:

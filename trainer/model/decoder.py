@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, beam_search, beam_texts, write
-from trainer.model.packing import pack, visible
+from trainer.model.packing import pack, visible, weighted_loss
 from trainer.tokenizer import TextBatch
 
 RopeTable = tuple[Tensor, Tensor]  # cosines and sines, each (T, K / 2) or (C, 1, T, K / 2)
@@ -82,13 +82,16 @@ class ScratchDecoder(nn.Module):
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
-    def loss(self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
+    ) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
         packed = pack(texts, len(memory_BND)).to(memory_BND.device)
         table = rope_table(packed.positions_BS[:, None], self.head_width)
         states_BSD = self._states(packed.ids_BS, memory_BND, table, visible(packed.segments_BS)[:, None])
-        scores_KV = self.head(packed.learned(states_BSD)).float()  # no logits for other positions
-        return functional.cross_entropy(scores_KV, packed.labels_K, reduction="sum", label_smoothing=label_smoothing)
+        scores_KV = self.head(packed.learned(states_BSD))  # no logits for other positions
+        weight_K = None if weight_C is None else weight_C.to(scores_KV.device)[packed.text_K]
+        return weighted_loss(scores_KV, packed.labels_K, label_smoothing, weight_K)
 
     def read(self, texts: TextBatch) -> Tensor:
         """Return the state of the last token of each text, without any image: (C, D)."""

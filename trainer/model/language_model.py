@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,7 +21,7 @@ from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import config_of, settings_of, silence_transformers
 from trainer.model.lora import add_adapters, is_adapter
-from trainer.model.packing import PackedTexts, pack, visible
+from trainer.model.packing import PackedTexts, pack, visible, weighted_loss
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
@@ -73,19 +72,27 @@ class PretrainedDecoder(nn.Module):
             self._packing = self._choose_packing()
         return self._packing
 
-    def loss(self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
+    ) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
         if self.packing == "apart":
             texts = texts.to(prefix_BPD.device)
             learned_CT = texts.learned_CT
             states_KD, labels_K = self._states_apart(prefix_BPD, texts)[:, :-1][learned_CT], texts.ids_CT[:, 1:][learned_CT]
+            text_K = torch.arange(len(learned_CT), device=learned_CT.device)[:, None].expand_as(learned_CT)[learned_CT]
         else:
             packed = pack(texts, len(prefix_BPD)).to(prefix_BPD.device)
             states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed, self.packing)), packed.labels_K
+            text_K = packed.text_K
+        weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
         total: Tensor = states_KD.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels_K), HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS)
-            total = total + checkpoint(self._nll, states_KD[part], labels_K[part], label_smoothing, use_reentrant=False)
+            weights = None if weight_K is None else weight_K[part]
+            total = total + checkpoint(
+                self._nll, states_KD[part], labels_K[part], label_smoothing, weights, use_reentrant=False
+            )
         return total
 
     def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
@@ -213,9 +220,8 @@ class PretrainedDecoder(nn.Module):
         shares_TP = torch.stack(told).mean(0)
         return shares_TP / shares_TP.sum(-1, keepdim=True)
 
-    def _nll(self, states_KD: Tensor, labels_K: Tensor, label_smoothing: float) -> Tensor:
-        scores_KV = self.model.get_output_embeddings()(states_KD).float()
-        return functional.cross_entropy(scores_KV, labels_K, reduction="sum", label_smoothing=label_smoothing)
+    def _nll(self, states_KD: Tensor, labels_K: Tensor, label_smoothing: float, weight_K: Tensor | None) -> Tensor:
+        return weighted_loss(self.model.get_output_embeddings()(states_KD), labels_K, label_smoothing, weight_K)
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:

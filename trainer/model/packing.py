@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.tokenizer import TextBatch
 
@@ -22,6 +23,7 @@ class PackedTexts:
     segments_BS: Tensor  # number of the text within its image; -1: padding
     learned_K: Tensor  # places b * S + s after which the token is learned
     labels_K: Tensor  # those tokens
+    text_K: Tensor  # the number of the text that each belongs to
 
     def to(self, device: torch.device) -> "PackedTexts":
         """Move all tensors to a device."""
@@ -57,12 +59,21 @@ def pack(texts: TextBatch, images: int) -> PackedTexts:
         segments_BS=rows(number_C[:, None].expand_as(place_CT), -1),
         learned_K=place_CT[learned_CT],
         labels_K=texts.ids_CT[:, 1:][learned_CT],
+        text_K=torch.arange(len(image_of_C), device=image_of_C.device)[:, None].expand_as(place_CT)[learned_CT],
     )
+
+
+def weighted_loss(scores_KV: Tensor, labels_K: Tensor, label_smoothing: float = 0.0, weight_K: Tensor | None = None) -> Tensor:
+    """Return the sum of the negative log-likelihoods of tokens, each times its weight."""
+    if weight_K is None:
+        return functional.cross_entropy(scores_KV.float(), labels_K, reduction="sum", label_smoothing=label_smoothing)
+    losses_K = functional.cross_entropy(scores_KV.float(), labels_K, reduction="none", label_smoothing=label_smoothing)
+    return (losses_K * weight_K).sum()
 
 
 def visible(segments_BS: Tensor, prefix: int = 0) -> Tensor:
     """Return the attention mask (B, L, L), L = prefix + S: True where a token sees another, of its text or the prefix."""
-    order_BL = torch.nn.functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which every text sees
+    order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which every text sees
     is_same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
     is_causal_LL = torch.ones(is_same_BLL.shape[1:], dtype=torch.bool, device=segments_BS.device).tril()
     return (is_same_BLL | (order_BL == -2)[:, None, :]) & is_causal_LL
