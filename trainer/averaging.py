@@ -27,6 +27,10 @@ class WeightAverage:
             else:
                 self.weights_by_name[name] = weights.detach().clone()
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.weights_by_name, self.steps = {}, 0
+
     @contextmanager
     def instead(self, model: nn.Module) -> Iterator[None]:
         """Put the average in place of the weights of a model for a while."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import NO_MODEL, Section, read_yaml, validate
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
 from trainer.presets import PRESETS, Preset
@@ -144,9 +144,17 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     """
     given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values = {TrainConfig.OLD_KEYS.get(name, name): value for name, value in given.items() if _says_something(name, value)}
-    values |= {name: value for name, value in flags.items() if value is not None and _says_something(name, value)}
-    preset = values.get("preset")
-    return validate(TrainConfig, {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values)
+    flags = {name: value for name, value in flags.items() if value is not None and _says_something(name, value)}
+    if values.get("preset", "auto") not in ("auto", flags.get("preset", values.get("preset"))):
+        hint = "leave --preset out, or begin with a file that has no preset"
+        raise ConfigError(f"{config_file} has the preset {values['preset']}, and the command another", hint=hint)
+    preset = flags.get("preset", values.get("preset"))
+    if isinstance(preset, str):
+        values = {**PRESETS.get(preset, {}), **values}
+    if "epochs" in flags:  # and no number of steps of a preset, or of a training that is over
+        values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
+    values |= flags
+    return validate(TrainConfig, values)
 
 
 def _says_something(name: str, value: Any) -> bool:

@@ -15,24 +15,23 @@ from trainer.data import Example
 from trainer.distributed import largest
 from trainer.loop import Trainer, memory_mb
 from trainer.model.decoding import GREEDY
-from trainer.optimizer import parameter_groups
+from trainer.optimizer import build_optimizer, parameter_groups
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 
-ADAM_BYTES, AVERAGE_BYTES = 8, 4  # of each weight that learns: two moments, and a moving average
+ADAM_BYTES = 8  # of each weight that learns: two moments
 CAPTIONED_IMAGES = 8  # whose captions are timed
-MIN_STEPS = 8  # of a training whose time is worth a forecast
-SHOWN_IN_MINUTES = 90.0  # seconds
+MINUTES_FROM_S = 90.0
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a training takes at most: it may end sooner where the score no longer improves."""
+    """What a training takes before its final test; it may end sooner where the score no longer improves."""
 
     weights: int
     learning: int
     steps: int
-    seconds: float  # with evaluations; 0 if it was not worth a forecast
+    seconds: float  # of the steps, and of the captions for evaluations
     memory_mb: float  # at the peak
 
 
@@ -48,84 +47,113 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     adam_mb, free_mb = learning * ADAM_BYTES / 1e6, _available_mb()
     if trainer.device.type == "cpu" and adam_mb > free_mb:
         progress.warn(f"the optimizer alone needs {adam_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")
-    optimizer = torch.optim.AdamW(groups, lr=0.0)  # its steps take what those of the training take, and change nothing
-    _fit(trainer, optimizer, sorted(trainer.train, key=_characters, reverse=True)[:size], progress)
-    seconds = 0.0
-    if steps >= MIN_STEPS:
-        evaluations = -(-steps // config.evaluate_every)
-        seconds = steps * _seconds_of_step(trainer, optimizer, trainer.train[:size])
-        seconds += len(trainer.validation) * _seconds_of_captions(trainer, evaluations)
+    seconds = steps * _fit(trainer, size, progress)
+    written = _tokens_written(trainer, size)
+    if written:
+        seconds += written * _seconds_of_token(trainer)
     weights = sum(one.numel() for one in captioner.parameters())
-    average_mb = learning * AVERAGE_BYTES / 1e6 if trainer.average else 0.0
-    forecast = Forecast(weights, learning, steps, round(seconds, 1), round(memory_mb() + average_mb, 1))
+    forecast = Forecast(weights, learning, steps, round(seconds, 1), memory_mb())
     progress.message(_describe(forecast, trainer, size))
     return forecast
 
 
 def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
     preset = f"preset {trainer.config.preset}: " if trainer.config.preset else ""
-    time_taken = ""
-    if forecast.seconds > SHOWN_IN_MINUTES:
-        time_taken = f"about {forecast.seconds / 60:.0f} min and "
-    elif forecast.seconds:
-        time_taken = f"about {forecast.seconds:.0f} s and "
+    is_long = forecast.seconds > MINUTES_FROM_S
+    taken = f"{forecast.seconds / 60:.0f} min" if is_long else f"{forecast.seconds:.0f} s"
     return (
         f"{preset}{forecast.weights / 1e6:.1f} million weights, {forecast.learning / 1e6:.1f} million of them learn; at most "
         f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.train):.1f} epochs), "
-        f"{time_taken}{forecast.memory_mb / 1e3:.1f} GB"
+        f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without the final test"
     )
 
 
-def _fit(trainer: Trainer, optimizer: torch.optim.Optimizer, examples: list[Example], progress: Progress) -> None:
-    """Try a step, in more micro-batches as long as it does not fit; all processes take the same number."""
+def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
+    """Try steps of so many images, in more micro-batches as long as they do not fit; return the seconds of one.
+
+    All processes take the same number of micro-batches.
+    """
     while True:
-        fits = True
+        seconds = None
         try:
-            _try_step(trainer, optimizer, examples)
+            seconds = _try_steps(trainer, size)
         except torch.OutOfMemoryError:
-            fits = False
-        if largest(int(not fits), trainer.device, trainer.processes) == 0:
-            return
-        if trainer.micro_batches * trainer.processes >= len(examples):
+            trainer.checkpoint.captioner.zero_grad()
+        if largest(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
+            return seconds
+        if trainer.micro_batches * trainer.processes >= size:
             hint = "set lora_rank and checkpoint_blocks, a smaller max_caption_tokens, or a smaller decoder"
             raise TrainError("a step of one image does not fit the memory of the GPU", hint=hint)
         torch.cuda.empty_cache()
         trainer.micro_batches *= 2
         progress.message(f"a step does not fit the memory of the GPU: it is computed in {trainer.micro_batches} parts")
+        if trainer.config.contrastive_weight:
+            progress.warn("the contrastive loss compares the images of a part alone: it has fewer negatives so")
 
 
-def _try_step(trainer: Trainer, optimizer: torch.optim.Optimizer, examples: list[Example]) -> None:
-    """Compute this process's share of a step, at a learning rate of 0."""
-    alone, captioner = replace(trainer, rank=0, processes=1), trainer.checkpoint.captioner.train()
-    try:
+def _try_steps(trainer: Trainer, size: int) -> float:
+    """Compute this process's share of three steps at a learning rate of 0; return the seconds of the last.
+
+    The first two have the longest texts, and the second all that a training holds: moments, and the average of the weights.
+    """
+    captioner = trainer.checkpoint.captioner.train()
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)  # of earlier tries, and of the encoder
+    optimizer = build_optimizer(captioner, trainer.config)
+    alone = replace(trainer, rank=0, processes=1, average=None)
+    average = [torch.empty_like(weights) for weights in captioner.parameters() if trainer.average and weights.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in captioner.named_buffers()}  # such as means of a normalization
+    longest = sorted(trainer.train, key=_characters, reverse=True)[:size]
+    started = time.monotonic()
+    for examples in (longest, longest, trainer.train[:size]):
+        _wait(trainer.device)
+        started = time.monotonic()
         alone.forward_backward(alone.load(examples[:: trainer.processes]))
         norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
         if math.isfinite(float(norm)):  # 0 times infinity would change the weights
             optimizer.step()
-    finally:
         captioner.zero_grad()
+    _wait(trainer.device)
+    seconds = time.monotonic() - started
+    for name, buffer in captioner.named_buffers():
+        buffer.copy_(buffers[name])
+    del average
+    return seconds
 
 
-def _seconds_of_step(trainer: Trainer, optimizer: torch.optim.Optimizer, examples: list[Example]) -> float:
-    started = time.monotonic()
-    _try_step(trainer, optimizer, examples)
-    return time.monotonic() - started
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _tokens_written(trainer: Trainer, size: int) -> float:
+    """Return the tokens of captions for evaluations, the first of which have no end, and of those drawn for rewards."""
+    config = trainer.config
+    evaluations = -(-config.total_steps // config.evaluate_every)
+    evaluated = len(trainer.validation) * (config.max_caption_tokens + _caption_tokens(trainer) * (evaluations - 1))
+    return evaluated + config.scst_steps * size * config.scst_samples * _caption_tokens(trainer)
+
+
+def _caption_tokens(trainer: Trainer) -> float:
+    """Return the mean tokens of captions that are learned."""
+    words = trainer.checkpoint.words
+    captions = [text for example in trainer.train[:CAPTIONED_IMAGES] for text in example.texts if text.style]
+    return statistics.fmean(len(words.target(text)) for text in captions) if captions else 0.0
 
 
 @torch.inference_mode()
-def _seconds_of_captions(trainer: Trainer, evaluations: int) -> float:
-    """Return the seconds of the greedy captions of an image: the first without end, the others as long as what is learned."""
+def _seconds_of_token(trainer: Trainer) -> float:
+    """Return the seconds of a token of a greedy caption, in a batch of a few images."""
     captioner, words = trainer.checkpoint.captioner.eval(), trainer.checkpoint.words
-    examples = trainer.train[:CAPTIONED_IMAGES]
-    captions = [text for example in examples for text in example.texts if text.style]
-    tokens = round(statistics.fmean(len(words.target(text)) for text in captions)) if captions else 1
-    written = captioner.config.max_caption_tokens + tokens * (evaluations - 1)
+    examples, tokens = trainer.train[:CAPTIONED_IMAGES], max(1, round(_caption_tokens(trainer)))
     source, style = scored_prompt(captioner.config.prompts)
     prompt_T = torch.tensor(words.prompt(TargetText(source, "", style=style)), device=trainer.device)
+    _wait(trainer.device)
     started = time.monotonic()
     memory_BND = captioner.connector(trainer.features(examples).to(trainer.device))
     captioner.decoder.generate(memory_BND, prompt_T.expand(len(examples), -1), GREEDY, tokens, captioner.config.eos_id)
-    return (time.monotonic() - started) / len(examples) * written / tokens
+    _wait(trainer.device)
+    return (time.monotonic() - started) / len(examples) / tokens
 
 
 def _characters(example: Example) -> int:

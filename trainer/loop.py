@@ -31,7 +31,7 @@ from trainer.distributed import all_reduce_gradients, is_agreed
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import LoadedFeatures
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import parameter_groups, set_stage
+from trainer.optimizer import build_optimizer, set_stage
 from trainer.prompts import scored_prompt
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import EncodedText, TextBatch, collate
@@ -48,7 +48,7 @@ class Batch:
 
     parts: list[tuple[Tensor, TextBatch, list[Example]]]  # what the features load (trainer/features.py), and the texts
     tokens: int
-    count: int
+    part_count: int
     images: int
 
 
@@ -81,6 +81,8 @@ class Trainer:
         captioner = self.checkpoint.captioner.train()
         if step in (self.config.align_steps, self.config.align_steps + self.config.steps):
             self.norms = []  # other parts are trained from here on, or by another loss: earlier norms do not apply
+            if self.average and step == self.config.align_steps:
+                self.average.clear()  # the weights of these parts are the first ones still
         # Dropout depends on seed, step and rank only: no generator state is saved.
         torch.manual_seed(int(digest([self.config.seed, step, self.rank])[:15], 16))
         stage = set_stage(optimizer, self.config, step)
@@ -106,7 +108,7 @@ class Trainer:
                 loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
                 total += loss.detach()
                 if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
-                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, texts) / batch.count
+                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, texts) / batch.part_count
             loss.backward()
         mean = total.item()
         return all_reduce_gradients(captioner, mean, self.device) if self.processes > 1 else mean
@@ -131,11 +133,11 @@ class Trainer:
         """Read the images of a step, or their states, and collate their texts. Images of other processes are not read."""
         count = self.micro_batches * self.processes
         # Parts of all processes: the mean needs their token counts.
-        parts = [part for first in range(count) if (part := examples[first::count])]
+        parts = [part for first in range(count) if (part := examples[first::count])]  # fewer, of few images
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
         loaded = [(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
-        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), count, len(examples))
+        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
         """Yield the batches of examples in an order, each loaded by a thread while the step before it is computed."""
@@ -230,13 +232,14 @@ class Trainer:
         }
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
-        """Go on from a state; return its step. Raises TrainError if it is damaged."""
+        """Go on from a state; return its step. Raises TrainError if it is damaged, or of other pretrained weights."""
+        if state.get("frozen", self.frozen_key) != self.frozen_key:
+            hint = "name the encoder and the decoder that it began with, or remove resume.pt to start anew without --resume"
+            raise TrainError(f"{path.parent} began with other pretrained weights than those of today", hint=hint)
         try:
             missing, unexpected = self.checkpoint.captioner.load_state_dict(state["captioner"], strict=False)
-            if unexpected or set(missing) - self.frozen_names():
-                raise ValueError(f"it has other weights than this captioner: {[*unexpected, *missing][0]}")
-            if state.get("frozen", self.frozen_key) != self.frozen_key:
-                raise ValueError("it began with other pretrained weights than those of today")
+            if wrong := [*unexpected, *sorted(set(missing) - self.frozen_names())]:
+                raise ValueError(f"it has other weights than this captioner: {wrong[0]}")
             optimizer.load_state_dict(state["optimizer"])
             self.best, self.norms, self.unimproved = state["best"], state["norms"], state.get("unimproved", 0)
             if self.average and "average" in state:
@@ -250,11 +253,10 @@ class Trainer:
 def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> None:
     """Train to the last step, or until the score no longer improves; `out` holds the checkpoint with the best score."""
     config, captioner = trainer.config, trainer.checkpoint.captioner
-    groups = parameter_groups(captioner, config)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=trainer.device.type == "cuda")
+    optimizer = build_optimizer(captioner, config)
     first_step = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     if config.compile:
-        for part in captioner.decoder.repeated_parts():  # one compilation serves them all
+        for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
     total, started, images, tokens = config.total_steps, time.monotonic(), 0, 0
     if trainer.is_over:

@@ -27,6 +27,12 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
     return groups
 
 
+def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Return the optimizer of a training, whose learning rates `set_stage` sets."""
+    is_on_gpu = next(captioner.connector.parameters()).is_cuda
+    return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=is_on_gpu)
+
+
 def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:
     """Set learning rates for a step, and freeze parts whose rate is 0; return the name of the stage."""
     stage = stage_of(config, step)

@@ -69,8 +69,6 @@ def train(
     report = progress or NullProgress()
     rank, processes = join_processes()
     device = best_device(rank)
-    if device.type == "cuda" and config.precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(config.seed)
     sets = {split: read_examples(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
@@ -94,6 +92,7 @@ def train(
     if encoder.config.frozen:
         cached = [*train_set, *sets["validation"], *sets["test"]]
         features = cache_features(encoder, cached, version.dataset_dir / "features", device, report)
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")  # high: TF32, not for the cache
     validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
     average = WeightAverage(config.average_decay, {}) if config.average_decay else None
     trainer = Trainer(

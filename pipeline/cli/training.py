@@ -17,14 +17,14 @@ from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import parse_dataset_path
 
-PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-
 if TYPE_CHECKING:
     from pipeline.check import Checked
     from pipeline.dataset.version import Version
     from pipeline.hub.package import Package
     from trainer.caption_files import Existing
     from trainer.side_by_side import Shown
+
+PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def train(
@@ -87,6 +87,8 @@ def train(
     flags: dict[str, Any] = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
     flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
     flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
+    if resume and config is None and out and (out / "train.json").exists():
+        config = out / "train.json"  # with the settings that it began with
     settings = resolve(config, **flags)
     version = open_data(data, images)
     is_drawn = "facts" in version.manifest["columns"]
@@ -107,12 +109,12 @@ def train(
         settings = settings.model_copy(update={"precision": usual})
     if "text_source" not in settings.model_fields_set:
         settings = settings.model_copy(update={"text_source": usual_texts(version.manifest)})
-    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
-    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
     name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
     folder = out or version.dataset_dir / "checkpoints" / name
-    if resume and config is None and (folder / "train.json").exists():  # with the settings that it began with
+    if resume and config is None and (folder / "train.json").exists():
         settings = resolve(folder / "train.json", **flags | {"preset": preset})
+    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
+    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
     if not resume and has_other_settings(folder, settings):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     if not resume and (folder / "resume.pt").exists():
@@ -420,7 +422,7 @@ def serve_captioner(
 ) -> None:
     """Serve a captioner by OpenAI's chat protocol, with a page to try it.
 
-    A key in SYNTH_API_KEY is asked of every request; there is no page then.
+    A key in SYNTH_API_KEY is asked of every request but /health; there is no page then.
     """
     _serve(captioner, host, port, name, batch_size, num_beams, os.environ.get("SYNTH_API_KEY", ""), say)
 
@@ -433,11 +435,12 @@ def demo(
     """Open a page where you drop photos, and see captions and what each word looks at; nothing leaves this machine."""
 
     import webbrowser
+    from threading import Thread
 
     def open_page(address: str) -> None:
         say(address)
-        if not no_browser:
-            webbrowser.open(address)
+        if not no_browser:  # on a thread: a browser in this terminal would keep the server from answering
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     _serve(captioner, "127.0.0.1", port, None, 32, 1, "", open_page)
 
@@ -469,7 +472,7 @@ def _serve(
     # Loaded where it runs: OpenMP has its threads spin for the first thread that needs some, which is 1.5 times faster.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
-    shown = name or Path(captioner.partition("@")[0]).name
+    shown = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
     server = CaptionServer(loaded, shown, key, host, batch_size, num_beams, model_thread=thread)
     try:
         asyncio.run(serve(server, port, announce))

@@ -1,7 +1,6 @@
 """The forecast: what learns, what it takes, and parts that fit a GPU; trying a step changes nothing."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from trainer.config import TrainConfig
 from trainer.data import examples_in
 from trainer.features import OnlineFeatures
 from trainer.forecast import fit_and_forecast
-from trainer.loop import Batch, Trainer
+from trainer.loop import Batch, Trainer, memory_mb
 from trainer.train import _build
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
@@ -48,16 +47,56 @@ def trainer(version: Version, tmp_path: Path) -> Trainer:
     return Trainer(checkpoint, config, examples, examples[:3], OnlineFeatures(checkpoint.captioner.encoder, CPU), CPU)
 
 
-def test_it_says_what_learns_and_what_it_takes(trainer: Trainer) -> None:
+def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of 7 s; three images twice, first without end (64 tokens), then as long as what is learned, 2 s a token."""
+    monkeypatch.setattr(forecast, "_try_steps", lambda *_: 7.0)
+    monkeypatch.setattr(forecast, "_caption_tokens", lambda *_: 10.0)
+    monkeypatch.setattr(forecast, "_seconds_of_token", lambda *_: 2.0)
     told = Messages()
     took = fit_and_forecast(trainer, told)
     captioner = trainer.checkpoint.captioner
     assert took.learning == sum(w.numel() for part in (captioner.connector, captioner.decoder) for w in part.parameters())
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
     assert (took.steps, trainer.micro_batches) == (10, 1)
-    assert took.seconds > 0
-    assert took.memory_mb > 100
-    assert "at most 10 steps of 8 images (2." in told.messages[0]
+    assert took.seconds == 10 * 7 + 3 * (64 + 10) * 2
+    assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
+    epochs = 10 * 8 / len(trainer.train)
+    assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 9 min and" in told.messages[0]
+
+
+def test_drawn_captions_take_time_too(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_try_steps", lambda *_: 0.0)
+    monkeypatch.setattr(forecast, "_caption_tokens", lambda *_: 10.0)
+    monkeypatch.setattr(forecast, "_seconds_of_token", lambda *_: 1.0)
+    before = fit_and_forecast(trainer, NullProgress()).seconds
+    trainer.config = trainer.config.model_copy(update={"scst_steps": 5, "scst_samples": 3})
+    assert fit_and_forecast(trainer, NullProgress()).seconds == before + 3 * 10 + 5 * 8 * 3 * 10  # one evaluation more
+
+
+def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    judged = Trainer.forward_backward
+
+    def forward_backward(self: Trainer, batch: Batch) -> float:
+        tried.append(batch.tokens)
+        return judged(self, batch)
+
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
+    trainer.train = sorted(trainer.train, key=lambda example: sum(len(text.text) for text in example.texts))
+    fit_and_forecast(trainer, NullProgress())
+    assert tried[0] == tried[1] > tried[2]
+
+
+def test_gradients_without_bound_change_no_weights(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(self: Trainer, batch: Batch) -> float:
+        for weights in self.checkpoint.captioner.parameters():
+            if weights.requires_grad:
+                weights.grad = torch.full_like(weights, torch.inf)
+        return 1.0
+
+    monkeypatch.setattr(Trainer, "forward_backward", spoil)
+    fit_and_forecast(trainer, NullProgress())
+    assert all(torch.isfinite(weights).all() for weights in trainer.checkpoint.captioner.parameters())
 
 
 def test_trying_a_step_changes_nothing(trainer: Trainer) -> None:
@@ -85,7 +124,7 @@ def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
 def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, told = limit_images(monkeypatch, most=2), Messages()
     fit_and_forecast(trainer, told)
-    assert tried[:3] == [[8], [4, 4], [2, 2, 2, 2]]
+    assert tried == [[8], [4, 4], *[[2, 2, 2, 2]] * 3]
     assert trainer.micro_batches == 4
     assert told.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
 
@@ -102,13 +141,3 @@ def test_too_little_memory_is_told_before_it_is_taken(trainer: Trainer, monkeypa
     told = Messages()
     fit_and_forecast(trainer, told)
     assert "the optimizer alone needs 0.0 GB, and 0.0 GB are free" in told.warnings[0]
-
-
-def test_a_training_of_a_few_steps_gets_no_time(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer.config = trainer.config.model_copy(update={"steps": 2})
-
-    def refuse(*_: Any) -> float:
-        raise AssertionError("it was timed")
-
-    monkeypatch.setattr(forecast, "_seconds_of_step", refuse)
-    assert fit_and_forecast(trainer, NullProgress()).seconds == 0

@@ -44,6 +44,19 @@ def test_each_word_has_its_shares_of_the_image(captioner: Captioner) -> None:
     assert seen.seen.size == (28, 28)
 
 
+def test_a_word_has_the_attention_with_which_it_was_chosen(captioner: Captioner) -> None:
+    """The token at position t was chosen by the state before it."""
+    seen, model = look(captioner, photo(3)), captioner.checkpoint.captioner
+    prompt = captioner.prompt()
+    (written,) = captioner.write(captioner.prepare(photo(3))[None], [prompt])  # type: ignore[index]  # it is readable
+    with torch.inference_mode():
+        memory = model.connector(model.encoder(captioner.prepare(photo(3))[None]))  # type: ignore[index]
+        shares = model.decoder.attention_to_image(torch.tensor([[*prompt, *written]]), memory)
+    _, _, last = spans(captioner.checkpoint.words, written)[0]
+    expected = shares[len(prompt) - 1 : len(prompt) - 1 + last].mean(0)[1:].view(PATCHES, PATCHES)
+    np.testing.assert_allclose(seen.words[0].shares, expected.numpy(), rtol=1e-4)
+
+
 def test_the_other_texts_are_those_of_a_beam_search(captioner: Captioner) -> None:
     seen = look(captioner, photo(3), beams=3)
     (best,) = captioner.caption(photo(3), num_beams=3)

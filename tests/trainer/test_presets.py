@@ -38,9 +38,30 @@ def test_what_is_said_wins_over_a_preset(tmp_path: Path) -> None:
     config = resolve(tmp_path / "c.yaml", decoder_lr=0.25)
     assert (config.preset, config.batch_size, config.decoder_lr) == ("photos", 7, 0.25)
     assert (config.decoder_width, config.label_smoothing) == (512, 0.1)
-    assert resolve(tmp_path / "c.yaml", preset="photos-few").decoder_width == 256
     (tmp_path / "c.yaml").write_text("batch_images: 7\n")  # an old key
     assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
+
+
+def test_epochs_that_are_asked_for_win_over_numbers_of_steps(tmp_path: Path) -> None:
+    assert resolve(preset="photos-few", epochs=1).with_defaults(32).steps == 2
+    (tmp_path / "train.json").write_text(TrainConfig(encoder="clip", steps=50).model_dump_json())
+    assert resolve(tmp_path / "train.json", epochs=2).with_defaults(64).steps == 4
+    assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
+
+
+def test_epochs_of_a_stage_and_between_evaluations_become_steps() -> None:
+    config = TrainConfig(decoder="qwen3", batch_size=10, align_epochs=0.5, epochs=2, evaluate_epochs=0.5, lora_rank=4)
+    filled = config.with_defaults(200)
+    assert (filled.align_steps, filled.steps, filled.evaluate_every) == (10, 40, 10)
+    assert filled.decoder_lr == 2e-4
+    assert config.model_copy(update={"align_steps": 3}).with_defaults(200).align_steps == 3
+
+
+def test_two_presets_are_one_too_many(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("preset: photos\n")
+    assert resolve(tmp_path / "c.yaml", preset="photos").decoder_width == 512
+    with pytest.raises(ConfigError, match="has the preset photos, and the command another"):
+        resolve(tmp_path / "c.yaml", preset="photos-few")
 
 
 def test_auto_is_left_to_the_command_and_no_preset_is_the_default() -> None:

@@ -36,17 +36,18 @@ def is_adapter(name: str) -> bool:
 
 
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a module as if it had no adapters, each added to the matrix that it adapts."""
+    """Return the weights of a module as if it had no adapters, each added to the matrix that it adapts, on the CPU."""
     state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
     if len(state) == len(module.state_dict()):
         return state
     from peft.tuners.lora import LoraLayer
 
+    state = {name: weights.cpu() for name, weights in state.items()}  # a GPU has no room for a second language model
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
             with torch.no_grad():
                 delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]  # of each kind of layer
-                state[f"{name}.weight"] = state.pop(f"{name}.base_layer.weight") + delta
+                state[f"{name}.weight"] = state.pop(f"{name}.base_layer.weight") + delta.cpu()
             if f"{name}.base_layer.bias" in state:
                 state[f"{name}.bias"] = state.pop(f"{name}.base_layer.bias")
     return state

@@ -13,10 +13,6 @@ from trainer.model.decoding import DecodingConfig
 FILL_S, POLL_S = 0.1, 0.002  # for which a batch waits for jobs that are being prepared
 
 
-class FullError(Exception):
-    """Raised where too many requests wait."""
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """One text to write: a prepared image (3, H, W), the tokens of its prompt, and how to write it."""
@@ -36,11 +32,10 @@ Write = Callable[[list[Job]], list[list[int]]]
 
 @dataclass(slots=True)
 class Batcher:
-    """Writes jobs on one thread, at most `batch_size` at once; `max_waiting` may wait. Call `run` once, as a task."""
+    """Writes jobs on one thread, at most `batch_size` at once. Call `run` once, as a task."""
 
     write: Write
     batch_size: int
-    max_waiting: int
     thread: ThreadPoolExecutor  # of one worker, the only one that runs the model
     coming: int = 0  # jobs whose images are being prepared
     batches: int = 0  # so far
@@ -53,9 +48,7 @@ class Batcher:
         return len(self._waiting)
 
     async def submit(self, job: Job) -> list[int]:
-        """Return the tokens of the text of a job. Raises FullError if too many wait, and what `write` raises."""
-        if len(self._waiting) >= self.max_waiting:
-            raise FullError
+        """Return the tokens of the text of a job. Raises what `write` raises."""
         done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, done))
         self._arrived.set()

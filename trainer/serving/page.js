@@ -1,7 +1,7 @@
 "use strict";
 const at = (id) => document.getElementById(id);
 const MAX_BYTES = 32e6;  // of a photo, as the server takes it
-const photos = [];  // {address, card, asked}: in the order in which they were given
+const photos = [];  // {name, address, card, text}: the last that was given first
 let queue = Promise.resolve();
 
 async function start() {
@@ -32,8 +32,11 @@ async function add(files) {
     else {
       const card = at("card").content.firstElementChild.cloneNode(true);
       const photo = {name: file.name || "the photo", address: await read(file), card};
-      card.querySelector(".remove").onclick = () => { card.remove(); photos.splice(photos.indexOf(photo), 1); };
-      card.querySelector(".copy").onclick = () => copy(photo);
+      const remove = card.querySelector(".remove"), copying = card.querySelector(".copy");
+      remove.setAttribute("aria-label", `Remove ${photo.name}`);
+      remove.onclick = () => { card.remove(); photos.splice(photos.indexOf(photo), 1); at("files").focus(); };
+      copying.setAttribute("aria-label", `Copy what is said of ${photo.name}`);
+      copying.onclick = () => copy(photo);
       photos.unshift(photo);
       at("photos").prepend(card);
       ask(photo);
@@ -43,13 +46,13 @@ async function add(files) {
 
 function ask(photo) {  // one after another: the captioner reads one at a time
   photo.card.querySelector(".text").textContent = "...";
-  queue = queue.then(() => photos.includes(photo) ? look(photo) : null);
+  const question = at("question").value.trim(), style = question ? null : at("style").value;
+  queue = queue.then(() => photos.includes(photo) ? look(photo, style, question) : null);
 }
 
-async function look(photo) {
+async function look(photo, style, question) {
   say(`looking at ${photo.name}`);
-  const question = at("question").value.trim();
-  const body = JSON.stringify({image: photo.address, style: question ? null : at("style").value, question});
+  const body = JSON.stringify({image: photo.address, style, question});
   try {
     const answer = await fetch("api/look", {method: "POST", headers: {"Content-Type": "application/json"}, body});
     const value = await answer.json();
@@ -57,9 +60,11 @@ async function look(photo) {
     await show(photo, value);
     say("");
   } catch (error) {
-    photo.card.querySelector(".text").textContent = "";
+    photo.text = "";
+    photo.card.querySelector(".text").textContent = `${photo.name}: ${error.message}`;
     say(`${photo.name}: ${error.message}`, true);
   }
+  photo.card.querySelector(".text").classList.toggle("bad", !photo.text);
 }
 
 async function show(photo, value) {
@@ -87,7 +92,7 @@ async function show(photo, value) {
     button.onmouseleave = () => { const on = [...words.children].findIndex((one) => one.getAttribute("aria-pressed") === "true"); paint(on < 0 ? null : value.words[on].shares); };
     return button;
   }));
-  others.replaceChildren(...value.alternatives.map(({text, likelihood}) => {
+  others.replaceChildren(...value.alternatives.filter(({text}) => text !== value.text).map(({text, likelihood}) => {
     const item = document.createElement("li"), score = document.createElement("span");
     score.textContent = ` ${Math.round(100 * Math.exp(likelihood))} % a token`;
     item.append(text, score);
@@ -119,12 +124,13 @@ async function copy(photo) {
   }
 }
 
-at("files").onchange = (event) => { add([...event.target.files]); event.target.value = ""; };
+const give = (files) => add([...files]).catch((error) => say(error.message, true));
+at("files").onchange = (event) => { const files = [...event.target.files]; event.target.value = ""; give(files); };
 at("ask").onsubmit = (event) => { event.preventDefault(); photos.length ? photos.forEach(ask) : say("there are no photos yet"); };
 for (const name of ["dragover", "dragleave", "drop"]) document.addEventListener(name, (event) => {
   event.preventDefault();
   at("drop").classList.toggle("over", name === "dragover");
-  if (name === "drop") add([...event.dataTransfer.files]);
+  if (name === "drop") give(event.dataTransfer.files);
 });
-document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) add([...event.clipboardData.files]); });
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) give(event.clipboardData.files); });
 start().catch((error) => say(`the captioner does not answer: ${error.message}`, true));

@@ -13,16 +13,17 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-STYLE = re.compile(r"^Task: caption, (\S+)\s*$", re.MULTILINE)
-QUESTION = re.compile(r"^Question: (.+?)\s*$", re.MULTILINE)
+STYLE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
+QUESTION = re.compile(r"^Question: (.+)$", re.MULTILINE)
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 MAX_QUESTION_CHARACTERS = 500
 MAX_TOKENS, MAX_NAMED_TOKENS = 8192, 1_000_000_000
-MAX_TEMPERATURE = 2.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below it is greedy: scores divided by less have no end
+MAX_TEXT_CHARACTERS = 20_000
 
 
 class RefusedError(Exception):
-    """Raised for a request that cannot be answered; `status` is that of HTTP, from 400 to 499."""
+    """Raised for a request that cannot be answered; `status` is that of HTTP: 4xx, or 503 where it may come again."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -33,7 +34,7 @@ class RefusedError(Exception):
 class ChatRequest:
     """What a request asks: a caption of a style (None: the usual one) or an answer, and how it is to be written.
 
-    `image` is None where the schema leaves one answer, which is then in `only`.
+    `image` is None where the schema leaves one answer, which is then in `only`. A `temperature` of 0 is greedy.
     """
 
     model: str | None
@@ -62,17 +63,18 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
         raise RefusedError(f"{len(images)} images: a captioner looks at one")
     if not images and only is None:
         raise RefusedError("there is no image: send one as an image_url part with a data: address")
-    if values.get("n", 1) != 1:
+    if values.get("n") not in (None, 1):
         raise RefusedError("n must be 1")
     question = _question(text)
     style = None if question else _style(text, styles)
     temperature = _number(values, "temperature", 0.0, MAX_TEMPERATURE)
+    temperature = temperature if temperature >= MIN_TEMPERATURE else 0.0
     top_p = _number(values, "top_p", 1.0, 1.0) or 1.0
-    limit_name = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
+    limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
     most = int(_number(values, limit_name, MAX_TOKENS, MAX_NAMED_TOKENS))
     if most < 1:
         raise RefusedError(f"{limit_name} must be 1 or more")
-    image = _image(images[0]) if images else None
+    image = _image(images[0]) if images and only is None else None
     if field is None and _is_object(values.get("response_format")):
         field = "answer" if question else "caption"
     model = values.get("model")
@@ -124,7 +126,7 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 
 def _content(messages: Any) -> tuple[str, list[Any]]:
-    """Return the text of the last message of a user, and the images of all messages."""
+    """Return the text of the last message of a user, and the images of all messages of users."""
     if not isinstance(messages, list) or not messages:
         raise RefusedError("messages must be a list that is not empty")
     text, images = "", []
@@ -138,12 +140,19 @@ def _content(messages: Any) -> tuple[str, list[Any]]:
         texts = [part.get("text") for part in parts if part.get("type") == "text"]
         if not all(isinstance(one, str) for one in texts):
             raise RefusedError("a text part holds no text")
+        if sum(map(len, texts)) > MAX_TEXT_CHARACTERS or any(map(_is_half, texts)):
+            raise RefusedError(f"a text has at most {MAX_TEXT_CHARACTERS:,} characters, all of Unicode")
         if message["role"] == "user":
             text = "\n".join(one for one in texts if isinstance(one, str))
             images += [part.get("image_url") for part in parts if part.get("type") == "image_url"]
         if unknown := [part.get("type") for part in parts if part.get("type") not in ("text", "image_url")]:
             raise RefusedError(f"a captioner takes parts of type text and image_url, not {str(unknown[0])[:40]}")
     return text, images
+
+
+def _is_half(text: str) -> bool:
+    """Return whether a text holds half of a surrogate pair, which JSON can and UTF-8 cannot."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _image(value: Any) -> bytes:
@@ -160,14 +169,14 @@ def _image(value: Any) -> bytes:
 
 def _question(text: str) -> str:
     named = QUESTION.findall(text)
-    question: str = named[-1] if named else text.strip() if text.strip().endswith("?") else ""
+    question: str = named[-1].strip() if named else text.strip() if text.strip().endswith("?") else ""
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise RefusedError(f"a question has at most {MAX_QUESTION_CHARACTERS} characters")
     return question
 
 
 def _style(text: str, styles: list[str]) -> str | None:
-    named = STYLE.findall(text)
+    named = [style.strip() for style in STYLE.findall(text)]
     if named and named[-1] not in styles:
         raise RefusedError(f"this captioner has not learned the style {named[-1][:40]}, but {', '.join(styles)}")
     return named[-1] if named else text.strip() if text.strip() in styles else None

@@ -1,6 +1,6 @@
 """Serve a captioner: `/v1/chat/completions` and `/v1/models` of OpenAI's protocol, `/health`, `/metrics`, and a page.
 
-The page is served where no key is asked for. Nothing is fetched from anywhere, and nothing is kept.
+The page is served where no key is asked for; `/health` is answered without one. Nothing is fetched, and nothing is kept.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -28,7 +28,7 @@ from pipeline.errors import ImageError, TrainError
 from trainer.captioning import READERS, Captioner
 from trainer.look import look
 from trainer.model.decoding import DecodingConfig
-from trainer.serving.batching import Batcher, FullError, Job
+from trainer.serving.batching import Batcher, Job
 from trainer.serving.protocol import (
     DATA_URL,
     MAX_QUESTION_CHARACTERS,
@@ -43,7 +43,7 @@ from trainer.serving.protocol import (
 HERE = Path(__file__).parent
 MAX_BODY_BYTES = 48_000_000  # of a request: a photo of 32 MB as base64
 BODY_TIMEOUT_S = 30.0
-MAX_WAITING = 1_000  # requests
+MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000  # whose bodies are read, or whose texts are waited for
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE_FILES = {
     "/": ("page.html", "text/html"),
@@ -73,12 +73,14 @@ class CaptionServer:
     statuses: Counter[int] = field(default_factory=Counter)
     texts: int = 0
     seconds: float = 0.0
+    held_requests: int = 0
+    held_bytes: int = 0
     batcher: Batcher = field(init=False)
     model_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS))
 
     def __post_init__(self) -> None:
-        self.batcher = Batcher(self._write, self.batch_size, MAX_WAITING, self.model_thread)
+        self.batcher = Batcher(self._write, self.batch_size, self.model_thread)
 
     def application(self) -> web.Application:
         """Return the application, which starts and stops with its event loop."""
@@ -112,21 +114,36 @@ class CaptionServer:
         started = time.monotonic()
         try:
             self._require_allowed(request)
-            answer = await handler(request)
+            with self._held(request):
+                answer = await handler(request)
         except RefusedError as refused:
             answer = web.json_response(error_body(str(refused), refused.status), status=refused.status)
-        except FullError:
-            answer = web.json_response(error_body("too many requests wait", 503), status=503, headers={"Retry-After": "1"})
         except web.HTTPException as error:
             answer = web.json_response(error_body(error.reason, error.status), status=error.status)
         except Exception:
             log.exception("a request failed")
             answer = web.json_response(error_body("the captioner failed; its log says why", 500), status=500)
+        if answer.status == 503:
+            answer.headers["Retry-After"] = "1"
         for header, value in HEADERS.items():
             answer.headers.setdefault(header, value)
         self.statuses[answer.status] += 1
         self.seconds += time.monotonic() - started
         return answer
+
+    @contextmanager
+    def _held(self, request: web.Request) -> Iterator[None]:
+        """Count a request with a body as long as it is answered. Raises RefusedError where too many are."""
+        size = 0
+        if request.method == "POST":
+            size = min(request.content_length or MAX_BODY_BYTES, MAX_BODY_BYTES)
+            if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
+                raise RefusedError("too many requests wait", 503)
+        self.held_requests, self.held_bytes = self.held_requests + bool(size), self.held_bytes + size
+        try:
+            yield
+        finally:
+            self.held_requests, self.held_bytes = self.held_requests - bool(size), self.held_bytes - size
 
     def _require_allowed(self, request: web.Request) -> None:
         # A page of a stranger may have its own name point to this machine: its requests carry that name.
@@ -134,7 +151,11 @@ class CaptionServer:
         if self.host in LOOPBACK and host.strip("[]") not in LOOPBACK:
             raise RefusedError(f"this server is {self.host}, and not {host[:80]}", 403)
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.key and request.path.startswith("/v1/") and not hmac.compare_digest(given.encode(), self.key.encode()):
+        if (
+            self.key
+            and request.path != "/health"
+            and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.key.encode())
+        ):
             raise RefusedError("the key is missing, or another one", 401)
         # Without such a type, a page of a stranger could have a browser send requests here.
         if request.method == "POST" and request.content_type != "application/json":
@@ -206,6 +227,7 @@ class CaptionServer:
             image = base64.b64decode(DATA_URL.sub("", address, count=1), validate=True)
             if not isinstance(question, str) or not isinstance(style, str | None) or len(question) > MAX_QUESTION_CHARACTERS:
                 raise TypeError
+            question.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
             raise RefusedError("the page sends an image as a data: address, a style and a question") from None
         self._prompt(style, question)
@@ -258,7 +280,8 @@ async def _body(request: web.Request) -> bytes:
 
 async def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> None:
     """Serve until cancelled; `announce` gets the address once requests are answered. Port 0 is one that is free."""
-    runner = web.AppRunner(server.application(), access_log=None)
+    # Who has gone is not written for.
+    runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True)
     await runner.setup()
     try:
         site = web.TCPSite(runner, server.host, port)

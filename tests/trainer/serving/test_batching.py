@@ -5,11 +5,10 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 import torch
 
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.serving.batching import Batcher, FullError, Job
+from trainer.serving.batching import Batcher, Job
 
 THREAD = ThreadPoolExecutor(1)
 
@@ -30,7 +29,7 @@ def test_what_waits_and_fits_together_is_written_at_once() -> None:
         return [[one.prompt[0]] for one in jobs]
 
     async def steps() -> None:
-        batcher = Batcher(write, batch_size=3, max_waiting=99, thread=THREAD)
+        batcher = Batcher(write, batch_size=3, thread=THREAD)
         beams = DecodingConfig(beams=2)
         kinds = [job(0), job(1, 3), job(2), job(3), job(4, search=beams), job(5), job(6, 3)]
         waiting = [asyncio.create_task(batcher.submit(one)) for one in kinds]
@@ -51,7 +50,7 @@ def test_a_batch_that_fails_fails_alone() -> None:
         return [[9] for _ in jobs]
 
     async def steps() -> None:
-        batcher = Batcher(write, batch_size=1, max_waiting=9, thread=THREAD)
+        batcher = Batcher(write, batch_size=1, thread=THREAD)
         task = asyncio.create_task(batcher.run())
         answers = await asyncio.gather(*(batcher.submit(job(number)) for number in range(3)), return_exceptions=True)
         assert [str(answer) for answer in answers] == ["[9]", "no memory", "[9]"]
@@ -68,7 +67,7 @@ def test_who_has_left_is_not_written_for() -> None:
         return [[] for _ in jobs]
 
     async def steps() -> None:
-        batcher = Batcher(write, batch_size=1, max_waiting=9, thread=THREAD)
+        batcher = Batcher(write, batch_size=1, thread=THREAD)
         first, second = (asyncio.create_task(batcher.submit(job(number))) for number in (1, 2))
         await asyncio.sleep(0)
         first.cancel()
@@ -81,13 +80,26 @@ def test_who_has_left_is_not_written_for() -> None:
     assert written == [2]
 
 
-def test_more_than_may_wait_are_sent_away() -> None:
+def test_a_batch_waits_for_jobs_whose_images_are_being_prepared() -> None:
+    batches: list[int] = []
+
+    def write(jobs: list[Job]) -> list[list[int]]:
+        batches.append(len(jobs))
+        return [[] for _ in jobs]
+
     async def steps() -> None:
-        batcher = Batcher(lambda jobs: [[] for _ in jobs], batch_size=1, max_waiting=1, thread=THREAD)
-        waiting = asyncio.create_task(batcher.submit(job(1)))
+        batcher = Batcher(write, batch_size=3, thread=THREAD)
+        task = asyncio.create_task(batcher.run())
+        batcher.coming = 1
+        first = asyncio.create_task(batcher.submit(job(1)))
+        for _ in range(5):
+            await asyncio.sleep(0)  # it could begin
+        assert not batches
+        second = asyncio.create_task(batcher.submit(job(2)))
         await asyncio.sleep(0)
-        with pytest.raises(FullError):
-            await batcher.submit(job(2))
-        waiting.cancel()
+        batcher.coming = 0
+        await asyncio.gather(first, second)
+        task.cancel()
 
     run(steps())
+    assert batches == [2]

