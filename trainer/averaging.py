@@ -21,10 +21,11 @@ class WeightAverage:
         """Move the average towards the weights that learn. Early steps weigh more: the first weights are random."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        for name, weights in _learning(model):
-            if name in self.weights_by_name:
-                self.weights_by_name[name].lerp_(weights, 1 - decay)
-            else:
+        for name, weights in model.named_parameters():
+            average = self.weights_by_name.get(name)
+            if average is not None:  # what no longer learns is what it is
+                average.lerp_(weights, 1 - decay) if weights.requires_grad else average.copy_(weights)
+            elif weights.requires_grad:
                 self.weights_by_name[name] = weights.detach().clone()
 
     def clear(self) -> None:
@@ -54,7 +55,3 @@ class WeightAverage:
         weights, steps = state["weights"], state["steps"]
         assert isinstance(weights, dict) and isinstance(steps, int)
         self.steps, self.weights_by_name = steps, {name: tensor.to(device) for name, tensor in weights.items()}
-
-
-def _learning(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, weights) for name, weights in model.named_parameters() if weights.requires_grad)

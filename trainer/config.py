@@ -4,15 +4,16 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from pipeline.config import NO_MODEL, Section, read_yaml, validate
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import PRESETS, Preset
+from trainer.presets import DECODER_KINDS, PRESETS, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
+MAX_EPOCHS = 1_000_000
 EVALUATIONS = 20  # while training, at most
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
@@ -31,6 +32,8 @@ class TrainConfig(Section):
 
     A learning rate of 0 freezes that part of the model. None stands for a default that depends on encoder and decoder.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     OLD_KEYS: ClassVar = {
         "layer": "encoder_layer", "texts": "text_source", "name_source": "source_in_prompt",
@@ -57,14 +60,14 @@ class TrainConfig(Section):
     caption_word_budget: int = Field(default=0, ge=0)  # limit on the words of all training captions; 0: none
     max_caption_tokens: int = Field(default=64, ge=4, le=MAX_CAPTION_TOKENS)
     align_steps: int = Field(default=0, ge=0)  # first stage, which trains only the connector; 0: derived from `align_epochs`
-    align_epochs: float = Field(default=0.0, ge=0)
+    align_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
     align_lr: float = Field(default=1e-3, gt=0)
     contrastive_weight: float = Field(default=0.0, ge=0)  # of the loss that aligns pooled images and captions
     contrast_width: int = Field(default=128, ge=8)
     connector_lr: float | None = Field(default=None, ge=0)
     decoder_lr: float | None = Field(default=None, ge=0)
     encoder_lr: float | None = Field(default=None, ge=0)
-    epochs: int = Field(default=16, ge=1)
+    epochs: int = Field(default=16, ge=1, le=MAX_EPOCHS)
     steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
     min_steps: int = Field(default=0, ge=0)  # where `epochs` of few images are fewer
     scst_steps: int = Field(default=0, ge=0)  # of a last stage, which rewards drawn captions: trainer/self_critical.py
@@ -84,7 +87,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products on a GPU; weights are float32 in each
     compile: bool = False
     evaluate_every: int = Field(default=0, ge=0)  # steps; 0: derived from `evaluate_epochs`
-    evaluate_epochs: float = Field(default=0.0, ge=0)  # 0: four times in all; else at most EVALUATIONS
+    evaluate_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)  # 0: four times in all; else at most EVALUATIONS
     patience: int = Field(default=0, ge=0)  # evaluations in a row without a better score after which training ends; 0: never
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
     num_beams: int = Field(default=1, ge=1)  # for the final test
@@ -145,14 +148,20 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values = {TrainConfig.OLD_KEYS.get(name, name): value for name, value in given.items() if _says_something(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and _says_something(name, value)}
+    decoder = flags.get("decoder", values.get("decoder", "scratch"))
     if values.get("preset", "auto") not in ("auto", flags.get("preset", values.get("preset"))):
         hint = "leave --preset out, or begin with a file that has no preset"
         raise ConfigError(f"{config_file} has the preset {values['preset']}, and the command another", hint=hint)
     preset = flags.get("preset", values.get("preset"))
     if isinstance(preset, str):
+        if preset in DECODER_KINDS and (decoder == "scratch") != (DECODER_KINDS[preset] == "scratch"):
+            hint = "name another --preset, or another --decoder"
+            raise ConfigError(f"the preset {preset} is for {DECODER_KINDS[preset]}, and the decoder is {decoder}", hint=hint)
         values = {**PRESETS.get(preset, {}), **values}
     if "epochs" in flags:  # and no number of steps of a preset, or of a training that is over
         values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
+    if "align_steps" in flags:
+        values.pop("align_epochs", None)
     values |= flags
     return validate(TrainConfig, values)
 

@@ -70,7 +70,8 @@ class Trainer:
     critic: SelfCritic | None = None  # of the last stage
     norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
-    best: float = -math.inf  # quality of the saved captioner
+    best: float = -math.inf  # score of the saved captioner
+    best_loss: float = math.inf  # its validation loss, which decides between equal scores
     rewards: list[float] = field(default_factory=list)  # of the captions that the last step has drawn
     unimproved: int = 0  # evaluations in a row without a better score
     validated: dict[str, str] = field(default_factory=dict)  # the last scores on the validation split, for the display
@@ -195,10 +196,10 @@ class Trainer:
             shown = f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"
             self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": shown}
             # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
-            quality = cider_d if scored["images"] > 1 else -loss
-            if quality > self.best:
+            quality = (cider_d if scored["images"] > 1 else -loss, -loss)  # at first all captions may score 0
+            if quality > (self.best, -self.best_loss):
                 self.checkpoint.save(out)
-                self.best, self.unimproved = quality, 0
+                (self.best, _), self.best_loss, self.unimproved = quality, loss, 0
             elif done > self.config.align_steps:  # the first stage is not to end the second
                 self.unimproved += 1
 
@@ -224,6 +225,7 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
             "step": done,
             "best": self.best,
+            "best_loss": self.best_loss,
             "norms": self.norms,
             "unimproved": self.unimproved,
             "processes": self.processes,
@@ -242,6 +244,7 @@ class Trainer:
                 raise ValueError(f"it has other weights than this captioner: {wrong[0]}")
             optimizer.load_state_dict(state["optimizer"])
             self.best, self.norms, self.unimproved = state["best"], state["norms"], state.get("unimproved", 0)
+            self.best_loss = state.get("best_loss", math.inf)  # earlier releases did not keep it
             if self.average and "average" in state:
                 self.average.restore(state["average"], self.device)
             return int(state["step"])

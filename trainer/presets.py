@@ -34,6 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+DECODER_KINDS = {"photos-few": "scratch", "photos": "scratch", "photos-lm": "a language model"}  # scenes: for any
+
+
 def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
     """Return the preset for drawn or photographed training images and a decoder: `scratch`, or a language model."""
     if is_drawn:

@@ -53,6 +53,7 @@ def compare_captioners(
             "image": images[number].name,
             "references": list(images[number].references),
             "texts": [texts[name][number] for name in folders],
+            "cider_d": [],
         }
         for number in read
     ]
@@ -98,7 +99,7 @@ def _add_scores(result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         captioner["interval"] = list(bootstrap({"cider_d": scores["cider_d"]})["cider_d"])
         each.append(scores["cider_d"])
         for row, value in zip(rows, scores["cider_d"], strict=True):
-            row.setdefault("cider_d", []).append(round(value, 4))
+            row["cider_d"].append(round(value, 4))
     result["scored_images"] = len(rows)
     for number, captioner in enumerate(result["captioners"][1:], start=1):
         gains = [one - other for one, other in zip(each[number], each[0], strict=True)]
@@ -116,5 +117,5 @@ def _add_scores(result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def _disagreement(row: dict[str, Any]) -> tuple[float, int]:
     """Return what an image is sorted by: how far the scores lie apart, then how many different texts there are."""
-    scores = row.get("cider_d") or [0.0]
+    scores = row["cider_d"] or [0.0]
     return max(scores) - min(scores), len(set(row["texts"]))

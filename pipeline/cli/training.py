@@ -456,6 +456,7 @@ def _serve(
     announce: Callable[[str], None],
 ) -> None:
     import asyncio
+    import socket
     from concurrent.futures import ThreadPoolExecutor
 
     from trainer.config import require_checkpoint
@@ -465,9 +466,9 @@ def _serve(
     require_checkpoint(folder)
 
     from trainer.captioning import Captioner  # see train
-    from trainer.serving.server import LOOPBACK, CaptionServer, serve
+    from trainer.serving.server import CaptionServer, is_loopback, serve
 
-    if host not in LOOPBACK and not key:
+    if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
     # Loaded where it runs: OpenMP has its threads spin for the first thread that needs some, which is 1.5 times faster.
     thread = ThreadPoolExecutor(1)
@@ -476,9 +477,11 @@ def _serve(
     server = CaptionServer(loaded, shown, key, host, batch_size, num_beams, model_thread=thread)
     try:
         asyncio.run(serve(server, port, announce))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, socket.gaierror | UnicodeError):
+            raise TrainError(f"there is no address {host}", hint="name one of this machine: --host 127.0.0.1") from None
         raise TrainError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}", hint="choose another port: --port"
+            f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}", hint="choose another port: --port"
         ) from None
 
 

@@ -23,6 +23,18 @@ def test_it_follows_what_learns_and_forgets_the_first_weights_soon() -> None:
     assert 25 < expected < 39
 
 
+def test_what_no_longer_learns_is_what_it_is() -> None:
+    model, average = nn.Linear(1, 1), WeightAverage(0.9, {})
+    for step in range(5):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        model.weight.requires_grad_(step < 4)
+        average.update(model)
+    assert average.weights_by_name["weight"].item() == 4.0
+    average.clear()
+    assert (average.weights_by_name, average.steps) == ({}, 0)
+
+
 def test_it_stands_in_for_a_while_also_where_that_fails() -> None:
     model = nn.Linear(2, 2)
     own, average = model.weight.detach().clone(), WeightAverage(0.5, {"weight": torch.zeros(2, 2)})

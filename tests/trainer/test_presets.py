@@ -1,6 +1,7 @@
 """Presets: chosen by images and decoder, each valid, overridden by whatever is said; digests do not know them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,7 @@ def test_epochs_of_a_stage_and_between_evaluations_become_steps() -> None:
     assert (filled.align_steps, filled.steps, filled.evaluate_every) == (10, 40, 10)
     assert filled.decoder_lr == 2e-4
     assert config.model_copy(update={"align_steps": 3}).with_defaults(200).align_steps == 3
+    assert resolve(preset="photos-lm", decoder="qwen3", align_steps=0).with_defaults(200).align_steps == 0
 
 
 def test_two_presets_are_one_too_many(tmp_path: Path) -> None:
@@ -74,8 +76,18 @@ def test_auto_is_left_to_the_command_and_no_preset_is_the_default() -> None:
 def test_a_decoder_from_scratch_takes_no_adapters() -> None:
     with pytest.raises(ConfigError, match="lora_rank is of a language model"):
         resolve(lora_rank=8)
-    with pytest.raises(ConfigError, match="choose one"):
-        resolve(preset="photos-lm")
+
+
+@pytest.mark.parametrize(("preset", "decoder"), [("photos-lm", "scratch"), ("photos-lm", None), ("photos", "qwen3")])
+def test_a_preset_of_the_other_kind_of_decoder_is_refused(preset: str, decoder: str | None) -> None:
+    with pytest.raises(ConfigError, match=f"the preset {preset} is for .*, and the decoder is"):
+        resolve(preset=preset, decoder=decoder)
+
+
+@pytest.mark.parametrize("values", [{"align_epochs": float("inf")}, {"evaluate_epochs": 1e300}, {"decoder_lr": float("inf")}])
+def test_numbers_without_end_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        resolve(**values)
 
 
 def test_settings_of_a_later_release_leave_the_digests_of_runs_as_they_were() -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+import trainer.checkpoint
 import trainer.evaluate
 import trainer.loop
 import trainer.train
@@ -489,7 +490,7 @@ def test_a_run_goes_on_with_its_own_pretrained_weights_only(
     monkeypatch.undo()
     changed = load_file(folder / "model.safetensors")
     save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TrainError, match="began with other pretrained weights"):
+    with pytest.raises(TrainError, match="cut began with other pretrained weights"):
         train(version, config, tmp_path / "cut", resume=True)
 
 
@@ -536,7 +537,7 @@ def test_training_ends_where_the_score_no_longer_improves(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """The best is kept, and beside it the captioner of the last step; a run that is over stays over when it is resumed."""
-    scores = iter([0.1, 0.5, 0.4, 0.5, 0.3])
+    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3])
 
     def scored(*_: Any) -> dict[str, Any]:
         return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
@@ -547,11 +548,28 @@ def test_training_ends_where_the_score_no_longer_improves(
     assert train(version, config, tmp_path) == {"tested": True}
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["step"] == 8
-    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.5]
+    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.45]
     assert weights(tmp_path) != weights(tmp_path / "last")
     assert load_checkpoint(tmp_path / "last").captioner.config == load_checkpoint(tmp_path).captioner.config
     assert train(version, config, tmp_path, resume=True) == {"tested": True}
     assert len(read_log(tmp_path / "log.jsonl")) == len(log)
+
+
+def test_of_equal_scores_the_one_with_the_smaller_loss_is_better(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """At first no caption has a word in common with others: that is no reason to end, or to keep the first weights."""
+    monkeypatch.setattr(
+        trainer.loop, "evaluate", lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
+    )
+    values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
+    monkeypatch.setattr(Trainer, "validation_loss", lambda _: next(values))
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    train(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
+    assert len(saved) == 3 + 1  # and `last`
 
 
 def test_the_average_is_what_is_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:

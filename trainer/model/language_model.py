@@ -9,6 +9,7 @@ computed for target tokens only, and in chunks, since a vocabulary may have 150,
 Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all texts of an image, L = P + S, D width.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,8 @@ class PretrainedDecoder(nn.Module):
         self.model: Any = model or AutoModelForCausalLM.from_config(config_of(settings))
         self.model.tie_weights()  # which goes with drawing weights, and is left out where they are loaded
         self.width: int = self.model.config.hidden_size
+        # In layers with a window a token sees so many before it: packed texts would take the place of their image.
+        self._window: float = getattr(self.model.config, "sliding_window", None) or math.inf
         self._packing: Packing | None = None
 
     def adapt(self, rank: int, dropout: float) -> None:
@@ -76,13 +79,14 @@ class PretrainedDecoder(nn.Module):
         self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
     ) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
-        if self.packing == "apart":
+        packed = pack(texts, len(prefix_BPD)) if self.packing != "apart" else None
+        if packed is None or self._window < prefix_BPD.shape[1] + packed.ids_BS.shape[1]:
             texts = texts.to(prefix_BPD.device)
             learned_CT = texts.learned_CT
             states_KD, labels_K = self._states_apart(prefix_BPD, texts)[:, :-1][learned_CT], texts.ids_CT[:, 1:][learned_CT]
             text_K = torch.arange(len(learned_CT), device=learned_CT.device)[:, None].expand_as(learned_CT)[learned_CT]
         else:
-            packed = pack(texts, len(prefix_BPD)).to(prefix_BPD.device)
+            packed = packed.to(prefix_BPD.device)
             states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed, self.packing)), packed.labels_K
             text_K = packed.text_K
         weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import TrainError
 from pipeline.install import install_command
@@ -15,7 +16,9 @@ ADAPTER = "default"
 
 
 def add_adapters(model: "PreTrainedModel", rank: int, dropout: float) -> None:
-    """Give every linear layer but the head an adapter, and freeze all else. Scaled by 2, whatever the rank, as is usual.
+    """Give every linear layer but the head an adapter, and freeze all else: experts that are no layers have none.
+
+    Adapters are scaled by 2, whatever the rank, as is usual.
 
     Raises TrainError if peft is not installed, or knows no linear layer of the model.
     """
@@ -23,8 +26,12 @@ def add_adapters(model: "PreTrainedModel", rank: int, dropout: float) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise TrainError("peft is not installed, and lora_rank needs it", hint=install_command("lora")) from None
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
+    head = model.get_output_embeddings()
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
     try:
+        if not names:
+            raise ValueError("it has no linear layers")
         inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise TrainError(f"this language model takes no adapters: {error}", hint="train all of it: --lora-rank 0") from None

@@ -15,10 +15,11 @@ from typing import Any
 
 STYLE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
 QUESTION = re.compile(r"^Question: (.+)$", re.MULTILINE)
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 MAX_QUESTION_CHARACTERS = 500
 MAX_TOKENS, MAX_NAMED_TOKENS = 8192, 1_000_000_000
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below it is greedy: scores divided by less have no end
+MIN_TOP_P = 1e-4  # the likeliest token alone
 MAX_TEXT_CHARACTERS = 20_000
 
 
@@ -47,6 +48,8 @@ class ChatRequest:
     field: str | None  # of a JSON object that the text is to stand in
     only: str | None
     streams: bool
+    counts: bool  # whether a stream ends with the tokens that were used
+    stop: tuple[str, ...]  # texts before which the answer ends
 
 
 def read_request(body: bytes, styles: list[str]) -> ChatRequest:
@@ -69,7 +72,7 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     style = None if question else _style(text, styles)
     temperature = _number(values, "temperature", 0.0, MAX_TEMPERATURE)
     temperature = temperature if temperature >= MIN_TEMPERATURE else 0.0
-    top_p = _number(values, "top_p", 1.0, 1.0) or 1.0
+    top_p = max(MIN_TOP_P, _number(values, "top_p", 1.0, 1.0))
     limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
     most = int(_number(values, limit_name, MAX_TOKENS, MAX_NAMED_TOKENS))
     if most < 1:
@@ -77,10 +80,20 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     image = _image(images[0]) if images and only is None else None
     if field is None and _is_object(values.get("response_format")):
         field = "answer" if question else "caption"
+    stop = _stop(values.get("stop"))
+    options = values.get("stream_options")
+    counts = isinstance(options, dict) and options.get("include_usage") is True
     model = values.get("model")
     if not isinstance(model, str | None):
         raise RefusedError("model must be a name")
-    return ChatRequest(model, image, style, question, most, temperature, top_p, field, only, values.get("stream") is True)
+    streams = values.get("stream") is True
+    return ChatRequest(model, image, style, question, most, temperature, top_p, field, only, streams, counts, stop)
+
+
+def until(request: ChatRequest, text: str) -> tuple[str, bool]:
+    """Return a text up to what is to stop it, and whether something has."""
+    ends = [at for one in request.stop if (at := text.find(one)) >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def answer_text(request: ChatRequest, text: str) -> str:
@@ -107,8 +120,8 @@ def completion(number: int, model: str, content: str, tokens: tuple[int, int], *
     }
 
 
-def chunks(body: dict[str, Any]) -> bytes:
-    """Return an answer as a stream of events that holds all of it at once."""
+def chunks(body: dict[str, Any], *, counts: bool = False) -> bytes:
+    """Return an answer as a stream of events that holds all of it at once; `counts`: and the tokens that were used."""
     choice = body["choices"][0]
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     parts = [
@@ -116,6 +129,8 @@ def chunks(body: dict[str, Any]) -> bytes:
         {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]},
     ]
     lines = [f"data: {json.dumps(shared | {'choices': [part]})}\n\n" for part in parts]
+    if counts:
+        lines.append(f"data: {json.dumps(shared | {'choices': [], 'usage': body['usage']})}\n\n")
     return "".join([*lines, "data: [DONE]\n\n"]).encode()
 
 
@@ -134,6 +149,8 @@ def _content(messages: Any) -> tuple[str, list[Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RefusedError("each message needs a role and a content")
         content = message.get("content")
+        if content is None and message["role"] != "user":  # as of a turn that called a tool
+            continue
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise RefusedError("the content of a message is a text, or a list of parts")
@@ -162,7 +179,7 @@ def _image(value: Any) -> bytes:
     if not (head := DATA_URL.match(url)):
         raise RefusedError("send the image itself, as data:image/...;base64,...: no address is fetched")
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        return base64.b64decode("".join(url[head.end() :].split()), validate=True)
     except (binascii.Error, ValueError):
         raise RefusedError("the image is no base64") from None
 
@@ -180,6 +197,13 @@ def _style(text: str, styles: list[str]) -> str | None:
     if named and named[-1] not in styles:
         raise RefusedError(f"this captioner has not learned the style {named[-1][:40]}, but {', '.join(styles)}")
     return named[-1] if named else text.strip() if text.strip() in styles else None
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(one, str) and one for one in texts):
+        raise RefusedError("stop must be a text, or a list of texts")
+    return tuple(texts)
 
 
 def _is_object(form: Any) -> bool:
@@ -210,4 +234,4 @@ def _number(values: dict[str, Any], name: str, default: float, most: float) -> f
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise RefusedError(f"{name} must be a number from 0 to {most:g}")
-    return value
+    return float(value)

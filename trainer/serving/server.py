@@ -7,8 +7,11 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
 import json
 import logging
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -38,20 +41,22 @@ from trainer.serving.protocol import (
     completion,
     error_body,
     read_request,
+    until,
 )
 
 HERE = Path(__file__).parent
 MAX_BODY_BYTES = 48_000_000  # of a request: a photo of 32 MB as base64
 BODY_TIMEOUT_S = 30.0
 MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000  # whose bodies are read, or whose texts are waited for
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SHUTDOWN_TIMEOUT_S = 5.0  # for requests that are being answered
 PAGE_FILES = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
@@ -67,7 +72,7 @@ class CaptionServer:
     captioner: Captioner
     name: str
     key: str = ""  # that requests must carry; empty: none
-    host: str = LOOPBACK[0]
+    host: str = "127.0.0.1"
     batch_size: int = 32
     num_beams: int = 1
     statuses: Counter[int] = field(default_factory=Counter)
@@ -119,7 +124,12 @@ class CaptionServer:
         except RefusedError as refused:
             answer = web.json_response(error_body(str(refused), refused.status), status=refused.status)
         except web.HTTPException as error:
-            answer = web.json_response(error_body(error.reason, error.status), status=error.status)
+            kept = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+            answer = web.json_response(error_body(error.reason, error.status), status=error.status, headers=kept)
+        except web.RequestPayloadError as error:
+            answer = web.json_response(error_body(f"the body cannot be read: {error}", 400), status=400)
+        except ConnectionError:
+            raise  # whoever asked has gone
         except Exception:
             log.exception("a request failed")
             answer = web.json_response(error_body("the captioner failed; its log says why", 500), status=500)
@@ -148,7 +158,7 @@ class CaptionServer:
     def _require_allowed(self, request: web.Request) -> None:
         # A page of a stranger may have its own name point to this machine: its requests carry that name.
         host = request.host.rpartition(":")[0] if request.host.rpartition(":")[2].isdigit() else request.host
-        if self.host in LOOPBACK and host.strip("[]") not in LOOPBACK:
+        if is_loopback(self.host) and not is_loopback(host.strip("[]")):
             raise RefusedError(f"this server is {self.host}, and not {host[:80]}", 403)
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if (
@@ -176,12 +186,13 @@ class CaptionServer:
             ids = await self.batcher.submit(job)
             kept = ids[: asked.max_tokens]
             is_cut = len(kept) < len(ids) or len(ids) == self.captioner.checkpoint.captioner.config.max_caption_tokens
-            text = self.captioner.checkpoint.words.decode(kept)
+            text, has_stopped = until(asked, self.captioner.checkpoint.words.decode(kept))
+            is_cut = is_cut and not has_stopped
             tokens = (len(prompt), len(kept))
             self.texts += 1
         body = completion(sum(self.statuses.values()), self.name, answer_text(asked, text), tokens, is_cut=is_cut)
         if asked.streams:
-            return web.Response(body=chunks(body), content_type="text/event-stream")
+            return web.Response(body=chunks(body, counts=asked.counts), content_type="text/event-stream")
         return web.json_response(body)
 
     async def models(self, _: web.Request) -> web.Response:
@@ -269,6 +280,14 @@ class CaptionServer:
         return self.captioner.write(pixels_BCHW, [job.prompt for job in jobs], jobs[0].search)
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or localhost, is of this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 async def _body(request: web.Request) -> bytes:
     """Return the body of a request. Raises RefusedError if it comes too slowly, and HTTPRequestEntityTooLarge."""
     try:
@@ -279,15 +298,22 @@ async def _body(request: web.Request) -> bytes:
 
 
 async def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until cancelled; `announce` gets the address once requests are answered. Port 0 is one that is free."""
-    # Who has gone is not written for.
-    runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True)
+    """Serve until cancelled, or SIGTERM; `announce` gets the address once requests are answered. Port 0 is one that is free."""
+    asked_to_end = asyncio.Event()
+    if threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked_to_end.set)
+    runner = web.AppRunner(
+        server.application(),
+        access_log=None,
+        handler_cancellation=True,  # who has gone is not written for
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
     await runner.setup()
     try:
         site = web.TCPSite(runner, server.host, port)
         await site.start()
         host = f"[{server.host}]" if ":" in server.host else server.host
         announce(f"http://{host}:{runner.addresses[0][1]}")
-        await asyncio.Event().wait()
+        await asked_to_end.wait()
     finally:
         await runner.cleanup()

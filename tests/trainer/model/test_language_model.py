@@ -73,6 +73,17 @@ def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_texts_that_together_are_longer_than_a_window_go_apart(family: str) -> None:
+    """Packed, the last text would see the others in place of its image."""
+    torch.manual_seed(0)
+    decoder = PretrainedDecoder({"model_type": family, **FAMILIES[family][0], "sliding_window": 14}).eval()
+    texts, prefix = batch((9, 6, 8), (0, 0, 0)), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
+    assert decoder.packing == "mask"
+    alone = sum(decoder.loss(prefix, batch((9, 6, 8), (0, 0, 0)).only(torch.tensor([n]))).item() for n in range(3))
+    assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
+
+
 def test_attention_that_adds_its_mask_gets_one_that_can_be_added() -> None:
     decoder = decoder_of("llama")
     decoder.model.set_attn_implementation("eager")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.inference import chat_api
-from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
+from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request, until
 
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"}}
 STYLES = ["brief", "detailed"]
@@ -61,7 +61,9 @@ def test_sampling_and_lengths_are_read() -> None:
     assert (asked.temperature, asked.top_p, asked.max_tokens, asked.streams) == (0.7, 0.9, 5, True)
     nothing: dict[str, Any] = dict.fromkeys(["temperature", "top_p", "max_completion_tokens", "n", "stream", "stop", "seed"])
     assert read_request(asks(max_tokens=5, **nothing), STYLES).max_tokens == 5
-    assert read_request(asks(top_p=0), STYLES).top_p == 1.0  # as a client that leaves it out may send it
+    assert read_request(asks(top_p=0), STYLES).top_p < 0.01  # the likeliest token alone
+    whole = read_request(asks(temperature=2), STYLES).temperature
+    assert isinstance(whole, float)  # transformers takes no other
 
 
 MESSAGE = {"role": "user", "content": "Describe this."}
@@ -101,6 +103,7 @@ BAD: dict[str, bytes] = {
     "a question without end": asks("why " * 1000 + "?"),
     "a schema of two fields": asks(response_format=schema_of(a={"type": "string"}, b={"type": "string"})),
     "a schema of a list": asks(response_format=schema_of(qa={"type": "array"})),
+    "a stop that is none": asks(stop=[3]),
     "half of a surrogate": b'{"messages": [{"role": "user", "content": "\\ud800?"}]}',
     "a text without end": asks("Question: x" + " " * 100_000 + "y"),
     "a schema that is none": asks(response_format={"type": "json_schema"}),
@@ -138,10 +141,25 @@ def test_no_request_is_more_than_refused(values: dict[str, Any]) -> None:
         assert str(refused)
 
 
+def test_turns_that_called_tools_and_folded_base64_are_read() -> None:
+    folded = {"type": "image_url", "image_url": {"url": "data:image/png;charset=utf-8;base64,cGl4\r\nZWxz"}}
+    messages = [{"role": "assistant", "content": None}, {"role": "user", "content": [folded]}]
+    assert read_request(json.dumps({"messages": messages}).encode(), STYLES).image == b"pixels"
+
+
+def test_a_text_ends_before_what_is_to_stop_it() -> None:
+    asked = read_request(asks(stop=["grass", " on"]), STYLES)
+    assert until(asked, "A dog on the grass.") == ("A dog", True)
+    assert until(asked, "A dog.") == ("A dog.", False)
+    assert until(read_request(asks(stop="dog"), STYLES), "A dog.") == ("A ", True)
+    assert until(read_request(asks(), STYLES), "A dog.") == ("A dog.", False)
+
+
 def test_a_stream_holds_the_answer_at_once() -> None:
     body = completion(7, "m", "A dog.", (3, 2), is_cut=True)
     lines = chunks(body).decode().split("\n\n")
     first, second = (json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:2])
     assert first["delta"]["content"] == "A dog."
     assert (first["finish_reason"], second["finish_reason"], lines[2]) == (None, "length", "data: [DONE]")
+    assert b'"choices": [], "usage"' in chunks(body, counts=True)
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}

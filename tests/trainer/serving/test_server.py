@@ -4,6 +4,8 @@ import asyncio
 import base64
 import io
 import json
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.server import CaptionServer, serve
+from trainer.serving.server import CaptionServer, is_loopback, serve
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -158,6 +160,7 @@ def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: py
 
     for headers, body, expected in (
         ({"Content-Type": "text/plain"}, b"{}", 415),
+        (json_type | {"Content-Encoding": "gzip"}, b"{}", 400),
         (json_type, b"[" * 50_000_000, 413),
         (json_type | {"Host": "evil.example"}, b"{}", 403),
     ):
@@ -167,7 +170,9 @@ def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: py
     assert asyncio.run(ask(url, "/v1/chat/completions", slowly(), headers=json_type))[0] == 408
     monkeypatch.undo()
     for path, expected in (("/v1/nothing", 404), ("/../../etc/passwd", 404), ("/page.py", 404), ("/v1/chat/completions", 405)):
-        assert asyncio.run(ask(url, path))[0] == expected
+        status, _, answered = asyncio.run(ask(url, path))
+        assert status == expected
+        assert ("Allow" in answered) == (status == 405)
     for look in (
         {},
         {"image": 3},
@@ -207,6 +212,32 @@ def test_a_key_is_asked_for_and_then_there_is_no_page(captioner: Captioner) -> N
 
 
 @pytest.mark.parametrize("bound", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.org", False)],
+)
+def test_an_address_of_this_machine_alone_is_known(host: str, expected: bool) -> None:  # noqa: FBT001  # a case
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path: Path) -> None:
+    folder = save_captioner(tmp_path / "c")
+    command = [sys.executable, "-m", "pipeline.cli", "serve-captioner", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        port = int(next(line for line in server.stderr if line.startswith("http")).strip().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 200\r\n\r\n{{".encode())
+            with socket.create_connection(("127.0.0.1", port)) as other:  # answered: the first request has arrived as well
+                other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert b"200 OK" in other.recv(1000)
+            server.send_signal(number)
+            assert server.wait(20) in (0, 130)
+        assert "Traceback" not in server.stderr.read()
+
+
 def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     server = CaptionServer(captioner, NAME)
     with running(server) as url:

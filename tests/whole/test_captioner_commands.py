@@ -1,0 +1,130 @@
+"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look, a comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import trainer.loop
+from pipeline.cli.training import compare, look, train
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError, TrainError
+from tests.pipeline.images.test_similarity import photo
+from tests.scene_data import make_version, scene_samples
+from tests.trainer.test_captioning import save_captioner
+from tests.trainer.tiny_models import save_clip, save_language_model
+from trainer.checkpoint import save_resume
+from trainer.look import LABEL_PX, TILE_PX, TILES_IN_ROW
+
+SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    return make_version(tmp_path_factory.mktemp("data"), scene_samples(40))[0]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {"encoder": save_clip(root / "clip"), "decoder": save_language_model(root / "lm", "qwen3")}
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "train.json").read_text())
+    return values
+
+
+def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
+    version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(data=str(version.path), encoder=models["encoder"], epochs=1, batch_size=16, lr=0.002, seed=3, out=tmp_path / "c")
+    trained = settings(tmp_path / "c")
+    images = version.manifest["rows"]["train"]
+    assert trained["steps"] == -(-images // 16)
+    expected = {
+        "preset": "scenes",
+        "connector_lr": 0.002,
+        "decoder_lr": 0.002,
+        "seed": 3,
+        "precision": "fp32",
+        "batch_size": 16,
+    }
+    assert {name: trained[name] for name in expected} == expected
+    told = capsys.readouterr().err
+    assert "preset scenes: " in told and f"at most {trained['steps']} steps of 16 images (1." in told
+
+
+@pytest.mark.parametrize("says_where", [True, False])
+def test_a_training_goes_on_with_the_settings_that_it_began_with(
+    version: Version,
+    models: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    says_where: bool,  # noqa: FBT001  # a case
+) -> None:
+    """Also those of a language model, which the second command does not name."""
+
+    def save_and_die(folder: Path, state: dict[str, Any]) -> None:
+        save_resume(folder, state)
+        raise KeyboardInterrupt
+
+    config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
+    config.write_text(json.dumps(SMALL | {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}))
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(data=str(version.path), config=config, encoder=encoder, decoder=decoder, out=tmp_path / "c")
+    monkeypatch.undo()
+    began = settings(tmp_path / "c")
+    capsys.readouterr()
+    if says_where:
+        train(data=str(version.path), out=tmp_path / "c", resume=True)
+    else:
+        monkeypatch.chdir(tmp_path)
+        train(data=str(version.path), encoder=encoder, decoder=decoder, out=Path("c"), resume=True)
+    assert settings(tmp_path / "c") == began
+    assert f"decoder {models['decoder']}" in capsys.readouterr().err
+    assert (tmp_path / "c/metrics.json").exists()
+
+
+def test_a_preset_that_does_not_fit_is_one_error(version: Version, models: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="the preset photos-lm is for a language model"):
+        train(data=str(version.path), encoder=models["encoder"], preset="photos-lm")
+
+
+def test_a_look_is_written_as_a_picture_and_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captioner = str(save_captioner(tmp_path / "c"))
+    photo(3).save(tmp_path / "photo.png")
+    look(captioner, tmp_path / "photo.png", out=tmp_path / "look.webp", as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    with Image.open(tmp_path / "look.webp") as picture:
+        assert picture.size == (TILES_IN_ROW * TILE_PX, -(-(len(told["words"]) + 1) // TILES_IN_ROW) * (TILE_PX + LABEL_PX))
+    assert told["text"] and told["alternatives"][0]["text"]
+
+
+def test_captioners_are_compared_on_named_images_and_on_a_version(
+    version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        photo(number).save(tmp_path / f"photos/{number}.png")
+    (tmp_path / "said.json").write_text(json.dumps({"0.png": ["A dog."], "2.png": ["A cat.", "A black cat."]}))
+    images = [str(tmp_path / "photos")]
+    compare(captioners, images=images, captions=tmp_path / "said.json", out=tmp_path / "a.html", as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in told["captioners"]] == ["one", "other"]
+    assert told["scored_images"] == 2
+    assert {Path(row["image"]).name: row["references"] for row in told["images"]}["2.png"] == ["A cat.", "A black cat."]
+    compare(captioners, data=str(version.path), split="train", limit=4, out=tmp_path / "b.html", as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["images"]) == 4 == told["scored_images"]
+    assert "<html" in (tmp_path / "b.html").read_text()
+
+
+def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="no captioner in"):
+        look(str(tmp_path), tmp_path / "photo.png")
