@@ -37,7 +37,7 @@ def _all_reduce_sum(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def largest(number: int, device: torch.device, processes: int) -> int:
+def max_over_processes(number: int, device: torch.device, processes: int) -> int:
     """Return the largest of the numbers of all processes, in each of them."""
     if processes == 1:
         return number
@@ -46,13 +46,13 @@ def largest(number: int, device: torch.device, processes: int) -> int:
     return int(value.item())
 
 
-def is_agreed(first: bool, device: torch.device, processes: int) -> bool:  # noqa: FBT001  # it is a vote
-    """Return what the first of several processes says, in each of them."""
+def from_first_process(flag: bool, device: torch.device, processes: int) -> bool:  # noqa: FBT001  # a value
+    """Return the flag of the first process, in each of them."""
     if processes == 1:
-        return first
-    flag = torch.tensor([first], dtype=torch.uint8, device=device)
-    torch.distributed.broadcast(flag, 0)
-    return bool(flag.item())
+        return flag
+    value = torch.tensor([flag], dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(value, 0)
+    return bool(value.item())
 
 
 def join_processes() -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from trainer.data import Example
-from trainer.distributed import largest
+from trainer.distributed import max_over_processes
 from trainer.loop import Trainer, memory_mb
 from trainer.model.decoding import GREEDY
 from trainer.optimizer import build_optimizer, parameter_groups
@@ -79,7 +79,7 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
             seconds = _try_steps(trainer, size)
         except torch.OutOfMemoryError:
             trainer.checkpoint.captioner.zero_grad()
-        if largest(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
+        if max_over_processes(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
             return seconds
         if trainer.micro_batches * trainer.processes >= size:
             hint = "set lora_rank and checkpoint_blocks, a smaller max_caption_tokens, or a smaller decoder"
@@ -101,7 +101,7 @@ def _try_steps(trainer: Trainer, size: int) -> float:
         torch.cuda.reset_peak_memory_stats(trainer.device)  # of earlier tries, and of the encoder
     optimizer = build_optimizer(captioner, trainer.config)
     alone = replace(trainer, rank=0, processes=1, average=None)
-    average = [torch.empty_like(weights) for weights in captioner.parameters() if trainer.average and weights.requires_grad]
+    average = [weights.detach().clone() for weights in captioner.parameters() if trainer.average and weights.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in captioner.named_buffers()}  # such as means of a normalization
     longest = sorted(trainer.train, key=_characters, reverse=True)[:size]
     started = time.monotonic()

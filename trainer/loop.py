@@ -27,7 +27,7 @@ from trainer.averaging import WeightAverage
 from trainer.checkpoint import Checkpoint, Log, save_resume
 from trainer.config import TrainConfig
 from trainer.data import Example, batches
-from trainer.distributed import all_reduce_gradients, is_agreed
+from trainer.distributed import all_reduce_gradients, from_first_process
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import LoadedFeatures
 from trainer.model.language_model import PretrainedDecoder
@@ -289,7 +289,12 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                     save_resume(out, {**trainer.state(optimizer, done), "run": run})
                     saved = time.monotonic()
             require_going_on(interrupted)
-            if config.patience and is_scored and done < total and is_agreed(trainer.is_over, trainer.device, trainer.processes):
+            if (
+                config.patience
+                and is_scored
+                and done < total
+                and from_first_process(trainer.is_over, trainer.device, trainer.processes)
+            ):
                 progress.message(
                     f"no better score in {config.patience} evaluations: training ends at step {done:,} of {total:,}"
                 )

@@ -5,7 +5,6 @@ warm-up and a cosine schedule. An optional third rewards captions that it draws.
 a CPU.
 """
 
-import hashlib
 from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from trainer.loop import Trainer, run_steps
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
-from trainer.model.encoder import load_encoder
+from trainer.model.encoder import load_encoder, weights_digest
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.prompts import scored_prompt
 from trainer.self_critical import SelfCritic
@@ -101,7 +100,8 @@ def train(
     trainer.micro_batches = config.gradient_accumulation_steps
     if config.scst_steps:
         trainer.critic = SelfCritic(checkpoint, train_set, config.scst_samples)
-    trainer.frozen_key = _key_of(checkpoint, trainer.frozen_names())
+    weights, frozen = checkpoint.captioner.state_dict(), trainer.frozen_names()
+    trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in frozen})
     ids = [example.sample_id for example in train_set]
 
     def run_of(processes: int) -> str:
@@ -157,16 +157,6 @@ def read_examples(version: Version, split: str, config: TrainConfig, only: Conta
     examples = examples_in(version, split, config.text_source, **options)
     chosen = (example for example in examples if only is None or example.sample_id in only)
     return sorted(chosen, key=lambda example: example.sample_id)
-
-
-def _key_of(checkpoint: Checkpoint, names: frozenset[str]) -> str:
-    """Return a digest of the weights of these names."""
-    sha256 = hashlib.sha256()
-    for name, weights in sorted(checkpoint.captioner.state_dict().items()):
-        if name in names:
-            sha256.update(name.encode())
-            sha256.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return sha256.hexdigest()
 
 
 def _texts(examples: list[Example]) -> list[TargetText]:

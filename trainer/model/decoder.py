@@ -18,8 +18,6 @@ from trainer.model.decoding import DecodingConfig, beam_search, beam_texts, writ
 from trainer.model.packing import pack, visible, weighted_loss
 from trainer.tokenizer import TextBatch
 
-RopeTable = tuple[Tensor, Tensor]  # cosines and sines, each (T, K / 2) or (C, 1, T, K / 2)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
@@ -154,7 +152,12 @@ class ScratchDecoder(nn.Module):
         return self._states(ids_CT, memory_BND, table, seen_TS, cache)
 
     def _states(
-        self, ids_CT: Tensor, memory_BND: Tensor | None, table: RopeTable, seen: Tensor | None, cache: Cache | None = None
+        self,
+        ids_CT: Tensor,
+        memory_BND: Tensor | None,
+        table: tuple[Tensor, Tensor],
+        seen: Tensor | None,
+        cache: Cache | None = None,
     ) -> Tensor:
         x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):

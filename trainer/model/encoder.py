@@ -4,6 +4,7 @@ Shapes: B images, N hidden states, V encoder width. ViT-B/16 at 224 px: N = 197;
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,17 @@ class Encoder(nn.Module):
 
     def key(self) -> str:
         """Return a digest of the encoder's settings and of every weight."""
-        sha256 = hashlib.sha256(canonical([self.config.model, self.config.processor, self.config.layer]))
-        for name, tensor in sorted(self.tower.state_dict().items()):
-            sha256.update(name.encode())
-            sha256.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return sha256.hexdigest()
+        settings = canonical([self.config.model, self.config.processor, self.config.layer])
+        return weights_digest(settings, self.tower.state_dict())
+
+
+def weights_digest(about: bytes, weights: Mapping[str, Tensor]) -> str:
+    """Return a digest of what weights are about, and of their names and every value."""
+    sha256 = hashlib.sha256(about)
+    for name, tensor in sorted(weights.items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> Encoder:

@@ -31,7 +31,15 @@ def page(request: pytest.FixtureRequest, browser: Browser, captioner: Captioner)
         )
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
         opened = context.new_page()
-        opened.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+        # A refused image is an answer of 400, which the browser logs.
+        opened.on(
+            "console",
+            lambda message: (
+                problems.append(message.text)
+                if message.type in ("error", "warning") and "400 (Bad Request)" not in message.text
+                else None
+            ),
+        )
         opened.on("pageerror", lambda error: problems.append(str(error)))
         opened.on("request", lambda sent: None if sent.url.startswith((url, "data:", "blob:")) else problems.append(sent.url))
         opened.goto(url)
@@ -76,6 +84,16 @@ def test_a_person_drops_a_photo_reads_asks_and_copies(page: Page, photos: list[P
     expect(card).to_have_count(0)
 
 
+def test_a_captioner_that_answers_nothing_has_no_field_for_questions(browser: Browser, tmp_path: Path) -> None:
+    captioner = Captioner.from_pretrained(save_captioner(tmp_path / "c", prompts=[("synthetic", "brief")]), device="cpu")
+    with running(CaptionServer(captioner, NAME)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator("#style option")).to_have_text("brief")
+        expect(page.locator("#question")).to_be_hidden()
+        page.close()
+
+
 def test_several_photos_are_asked_about_in_turn_and_bad_files_are_named(
     page: Page, photos: list[Path], captioner: Captioner, tmp_path: Path
 ) -> None:
@@ -84,6 +102,9 @@ def test_several_photos_are_asked_about_in_turn_and_bad_files_are_named(
     page.locator("#style").select_option("detailed")
     page.locator("#files").set_input_files(photos)
     expect(page.locator(".photo .text")).to_have_text(captioner.caption(photos[::-1], style="detailed"))
+    page.locator("#files").set_input_files(tmp_path / "broken.png")
+    expect(page.locator(".photo .text.bad")).to_contain_text("broken.png: cannot read the image")
+    page.get_by_role("button", name="Remove broken.png").click()
     page.locator("#files").set_input_files(tmp_path / "notes.txt")
     expect(page.locator("#status")).to_have_text("notes.txt is no image")
     expect(page.locator(".photo")).to_have_count(2)
