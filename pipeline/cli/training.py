@@ -87,10 +87,14 @@ def train(
     flags: dict[str, Any] = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
     flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
     flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
+    if not resume:
+        resolve(config, **flags)  # a mistake is told before data is fetched
+    version = open_data(data, images)
+    if resume and out is None and encoder == decoder == "auto":
+        out = _interrupted(version)
     if resume and config is None and out and (out / "train.json").exists():
         config = out / "train.json"  # with the settings that it began with
     settings = resolve(config, **flags)
-    version = open_data(data, images)
     is_drawn = "facts" in version.manifest["columns"]
     if settings.preset == "auto" or (settings.preset is None and config is None):
         rows = version.manifest["rows"]["train"]
@@ -127,6 +131,15 @@ def train(
     if metrics:  # only the first of several processes has them
         print_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")
+
+
+def _interrupted(version: "Version") -> Path | None:
+    """Return the folder of the only training of a dataset that was interrupted. Raises ConfigError if there are several."""
+    folders = sorted(state.parent for state in (version.dataset_dir / "checkpoints").glob("*/resume.pt"))
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise ConfigError(f"several trainings were interrupted: {names}", hint=f"name one: --out {folders[0]}")
+    return folders[0] if folders else None
 
 
 def check_checkpoint(folder: Path) -> "Checked":

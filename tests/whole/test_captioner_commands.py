@@ -21,9 +21,9 @@ from trainer.look import LABEL_PX, TILE_PX, TILES_IN_ROW
 SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
 
 
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_version(tmp_path_factory.mktemp("data"), scene_samples(40))[0]
+@pytest.fixture
+def version(tmp_path: Path) -> Version:
+    return make_version(tmp_path / "data", scene_samples(40))[0]
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,14 @@ def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
     assert "preset scenes: " in told and f"at most {trained['steps']} steps of 16 images (1." in told
 
 
-@pytest.mark.parametrize("says_where", [True, False])
+@pytest.mark.parametrize("named", ["folder", "models", "nothing"])
 def test_a_training_goes_on_with_the_settings_that_it_began_with(
     version: Version,
     models: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    says_where: bool,  # noqa: FBT001  # a case
+    named: str,
 ) -> None:
     """Also those of a language model, which the second command does not name."""
 
@@ -75,19 +75,29 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
     config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
     config.write_text(json.dumps(SMALL | {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}))
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
+    folder = tmp_path / "c" if named == "folder" else None
     with pytest.raises(KeyboardInterrupt):
-        train(data=str(version.path), config=config, encoder=encoder, decoder=decoder, out=tmp_path / "c")
+        train(data=str(version.path), config=config, encoder=encoder, decoder=decoder, out=folder)
     monkeypatch.undo()
-    began = settings(tmp_path / "c")
+    (trained,) = [state.parent for state in (folder or version.dataset_dir).rglob("resume.pt")]
+    began = settings(trained)
     capsys.readouterr()
-    if says_where:
-        train(data=str(version.path), out=tmp_path / "c", resume=True)
+    if named == "models":
+        train(data=str(version.path), encoder=encoder, decoder=decoder, resume=True)
     else:
-        monkeypatch.chdir(tmp_path)
-        train(data=str(version.path), encoder=encoder, decoder=decoder, out=Path("c"), resume=True)
-    assert settings(tmp_path / "c") == began
+        train(data=str(version.path), out=folder, resume=True)
+    assert settings(trained) == began
     assert f"decoder {models['decoder']}" in capsys.readouterr().err
-    assert (tmp_path / "c/metrics.json").exists()
+    assert (trained / "metrics.json").exists()
+
+
+def test_of_several_interrupted_trainings_one_must_be_named(version: Version) -> None:
+    for name in ("one", "two"):
+        (version.dataset_dir / "checkpoints" / name).mkdir(parents=True)
+        (version.dataset_dir / "checkpoints" / name / "resume.pt").touch()
+    with pytest.raises(ConfigError, match="several trainings were interrupted: one, two") as refused:
+        train(data=str(version.path), resume=True)
+    assert refused.value.hint and "--out" in refused.value.hint
 
 
 def test_a_preset_that_does_not_fit_is_one_error(version: Version, models: dict[str, str]) -> None:
