@@ -76,32 +76,16 @@ def train(
         raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
     checkpoint = _build(version, config, train_set)
     encoder = checkpoint.captioner.to(device).encoder
-    texts = _texts(train_set)
-    if rank == 0 and (cut := checkpoint.words.count_cut(texts, config.max_caption_tokens)):
-        share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
-        report.warn(f"{share}: their end is not learned (max_caption_tokens)")
-    if (
-        rank == 0
-        and isinstance(checkpoint.captioner.decoder, PretrainedDecoder)
-        and checkpoint.captioner.decoder.packing == "apart"
-    ):
-        report.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
+    if rank == 0:
+        _tell_of_texts(checkpoint, config, _texts(train_set), report)
     out.mkdir(parents=True, exist_ok=True)
     features: LoadedFeatures = OnlineFeatures(encoder, device)
     if encoder.config.frozen:
         cached = [*train_set, *sets["validation"], *sets["test"]]
         features = cache_features(encoder, cached, version.dataset_dir / "features", device, report)
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")  # high: TF32, not for the cache
-    validation = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
-    average = WeightAverage(config.average_decay, {}) if config.average_decay else None
-    trainer = Trainer(
-        checkpoint, config, train_set, validation, features, device, rank=rank, processes=processes, average=average
-    )
-    trainer.micro_batches = config.gradient_accumulation_steps
-    if config.scst_steps:
-        trainer.critic = SelfCritic(checkpoint, train_set, config.scst_samples)
-    weights, frozen = checkpoint.captioner.state_dict(), trainer.frozen_names()
-    trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in frozen})
+    trainer = _trainer_of(checkpoint, config, train_set, sets["validation"], features, device)
+    trainer.rank, trainer.processes = rank, processes
     ids = [example.sample_id for example in train_set]
 
     def run_of(processes: int) -> str:
@@ -127,6 +111,37 @@ def train(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return metrics
+
+
+def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
+    """Say which texts lose their end, and whether they take longer than usual."""
+    if cut := checkpoint.words.count_cut(texts, config.max_caption_tokens):
+        share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
+        progress.warn(f"{share}: their end is not learned (max_caption_tokens)")
+    decoder = checkpoint.captioner.decoder
+    if isinstance(decoder, PretrainedDecoder) and decoder.packing == "apart":
+        progress.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
+
+
+def _trainer_of(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    train_set: list[Example],
+    validation: list[Example],
+    features: LoadedFeatures,
+    device: torch.device,
+) -> Trainer:
+    """Return a trainer of one process at its first step."""
+    learned = _of_learned_prompts(validation[: config.evaluate_images], train_set)
+    trainer = Trainer(checkpoint, config, train_set, learned, features, device)
+    trainer.micro_batches = config.gradient_accumulation_steps
+    if config.average_decay:
+        trainer.average = WeightAverage(config.average_decay, {})
+    if config.scst_steps:
+        trainer.critic = SelfCritic(checkpoint, train_set, config.scst_samples)
+    weights = checkpoint.captioner.state_dict()
+    trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
+    return trainer
 
 
 def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any]:

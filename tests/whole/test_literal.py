@@ -44,8 +44,9 @@ def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_pat
 
     synth("generate", "--source", "flickr30k")
     assert "may not be passed on" in synth("push", "--repo", "me/x").stderr
-    trained = synth("train")
+    trained = synth("train", "--epochs", "2")  # 400 steps of so few photos would take minutes
     assert "encoder clip, decoder scratch" in trained.stderr
+    assert "preset photos-few: " in trained.stderr
     folder = tmp_path / "user" / trained.stdout.strip()
     config = json.loads((folder / "config.json").read_text())
     assert config["encoder"]["made_from"]["name"] == "clip"
@@ -53,7 +54,8 @@ def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_pat
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["against"] == "references of the source"
 
-    two_stages = synth("train", "--decoder", "qwen3", "--align-steps", "2", "--steps", "2")
+    two_stages = synth("train", "--decoder", "qwen3", "--align-steps", "2", "--steps", "2", "--batch-size", "8")
+    assert "preset photos-lm: " in two_stages.stderr
     folder = tmp_path / "user" / two_stages.stdout.strip()
     stages = [json.loads(line).get("stage") for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [stage for stage in stages if stage] == ["align", "align", "train", "train"]
