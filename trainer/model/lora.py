@@ -16,7 +16,7 @@ ADAPTER = "default"
 
 
 def add_adapters(model: "PreTrainedModel", rank: int, dropout: float) -> None:
-    """Give every linear layer but the head an adapter, and freeze all else: experts that are no layers have none.
+    """Give every linear layer but the head and experts an adapter, and freeze all else.
 
     Adapters are scaled by 2, whatever the rank, as is usual.
 
@@ -27,7 +27,11 @@ def add_adapters(model: "PreTrainedModel", rank: int, dropout: float) -> None:
     except ImportError:
         raise TrainError("peft is not installed, and lora_rank needs it", hint=install_command("lora")) from None
     head = model.get_output_embeddings()
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and "expert" not in name
+    ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
     try:
         if not names:

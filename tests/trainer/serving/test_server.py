@@ -211,7 +211,6 @@ def test_a_key_is_asked_for_and_then_there_is_no_page(captioner: Captioner) -> N
         assert asyncio.run(ask(url, "/health"))[0] == 200
 
 
-@pytest.mark.parametrize("bound", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.org", False)],
@@ -238,6 +237,7 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
         assert "Traceback" not in server.stderr.read()
 
 
+@pytest.mark.parametrize("bound", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
 def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     server = CaptionServer(captioner, NAME)
     with running(server) as url:
