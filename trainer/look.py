@@ -15,6 +15,7 @@ from trainer.tokenizer import CaptionTokenizer
 
 TILE_PX, LABEL_PX, TILES_IN_ROW = 224, 26, 5
 BEAMS = 4  # alternatives
+PART_OF_CHARACTER = "\ufffd"  # to which the bytes of a character that has not ended are decoded
 GLOW = (255, 120, 0)  # over what is attended to
 MAX_GLOW = 0.75  # of the color of a pixel
 DARK = 0.45  # of the brightness that is left where nothing is attended to
@@ -40,6 +41,14 @@ class Look:
     seen: Image.Image
     alternatives: list[tuple[str, float]]
 
+    def values(self) -> dict[str, Any]:
+        """Return all but the image as JSON holds it."""
+        return {
+            "text": self.text,
+            "words": [{"word": one.word, "shares": one.shares.round(4).tolist()} for one in self.words],
+            "alternatives": [{"text": text, "likelihood": round(score, 4)} for text, score in self.alternatives],
+        }
+
 
 @torch.inference_mode()
 def look(captioner: Captioner, picture: Picture, style: str | None = None, question: str = "", beams: int = BEAMS) -> Look:
@@ -58,9 +67,9 @@ def look(captioner: Captioner, picture: Picture, style: str | None = None, quest
     (written,) = captioner.write(pixels_CHW[None], [prompt])
     ids_1T = torch.tensor([[*prompt, *written]], device=device)
     shares_TN = model.decoder.attention_to_image(ids_1T, memory_1ND)[len(prompt) - 1 : -1]  # of what predicts each token
-    found = model.decoder.alternatives(memory_1ND, prompt_1T, beams, model.config.max_caption_tokens, model.config.eos_id)
     texts: dict[str, float] = {}
-    for score, ids in found:
+    most, eos_id = model.config.max_caption_tokens, model.config.eos_id
+    for score, ids in model.decoder.alternatives(memory_1ND, prompt_1T, beams, most, eos_id):
         texts.setdefault(tokenizer.decode(ids), score)
     return Look(
         text=tokenizer.decode(written),
@@ -73,24 +82,27 @@ def look(captioner: Captioner, picture: Picture, style: str | None = None, quest
 def spans(tokenizer: CaptionTokenizer, ids: list[int]) -> list[tuple[str, int, int]]:
     """Return the words of a text with the first and the last token (exclusive) of each."""
     words: list[tuple[str, int, int]] = []
-    before = ""
-    for index in range(len(ids)):
-        text = tokenizer.tokenizer.decode(ids[: index + 1]).lstrip()
+    before, begin = "", 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.tokenizer.decode(ids[:end]).lstrip()
+        if text.endswith(PART_OF_CHARACTER) and end < len(ids):
+            continue  # the next token has the rest
         piece, before = text[len(before) :], text
         if not words or piece[:1].isspace():
-            words.append((piece.strip(), index, index + 1))
+            words.append((piece.strip(), begin, end))
         else:
             word, first, _ = words[-1]
-            words[-1] = word + piece, first, index + 1
+            words[-1] = word + piece, first, end
+        begin = end
     return words
 
 
-def draw(seen: Look) -> Image.Image:
+def draw(shown: Look) -> Image.Image:
     """Return a picture of a look: the image, then a tile for each word in which what it looks at glows."""
-    tiles = [("", None), *((looked.word, looked.shares) for looked in seen.words)]
+    tiles = [("", None), *((looked.word, looked.shares) for looked in shown.words)]
     rows = math.ceil(len(tiles) / TILES_IN_ROW)
     sheet = Image.new("RGB", (TILES_IN_ROW * TILE_PX, rows * (TILE_PX + LABEL_PX)), "white")
-    pen, font, image = ImageDraw.Draw(sheet), ImageFont.load_default(16), seen.seen.resize((TILE_PX, TILE_PX))
+    pen, font, image = ImageDraw.Draw(sheet), ImageFont.load_default(16), shown.seen.resize((TILE_PX, TILE_PX))
     for number, (word, shares) in enumerate(tiles):
         x, y = number % TILES_IN_ROW * TILE_PX, number // TILES_IN_ROW * (TILE_PX + LABEL_PX)
         sheet.paste(image if shares is None else glowing(image, shares), (x, y))
@@ -122,6 +134,7 @@ def _grid(shares_N: Tensor) -> np.ndarray:
 def _image_of(pixels_CHW: Tensor, captioner: Captioner) -> Image.Image:
     """Return the image that an encoder sees, after it was resized, cropped and normalized."""
     processor: Any = captioner.checkpoint.captioner.encoder.processor
-    mean, std = torch.tensor(processor.image_mean or [0.0] * 3), torch.tensor(processor.image_std or [1.0] * 3)
-    pixels_HWC = (pixels_CHW.cpu().permute(1, 2, 0) * std + mean).clamp(0, 1)
+    is_normalized = getattr(processor, "do_normalize", False)
+    mean, std = (processor.image_mean, processor.image_std) if is_normalized else ([0.0] * 3, [1.0] * 3)
+    pixels_HWC = (pixels_CHW.cpu().permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     return Image.fromarray((pixels_HWC * 255).round().byte().numpy())

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ImageError, TrainError
+from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.progress import Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.storage.files import write_text
+from pipeline.storage.untrusted import read_regular
 from trainer.captioning import Captioner
+from trainer.experiment.compare import verdict
 from trainer.metrics import bootstrap, score, score_each, tokenize
 
 SHOWN_IMAGES = 200  # on the page
@@ -20,11 +23,15 @@ FEW_IMAGES = 20  # below which CIDEr-D, which weighs words by the images that ha
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One image: what it is called, its encoded bytes, and what people say of it."""
+    """One image: what it is called, its file or encoded bytes, and what people say of it."""
 
     name: str
-    image: bytes
+    image: bytes | Path
     references: tuple[str, ...] = ()
+
+    def read(self) -> bytes:
+        """Return the encoded bytes. Raises UnsafeFileError or OSError if the file cannot be read."""
+        return read_regular(self.image, max_bytes=MAX_IMAGE_BYTES) if isinstance(self.image, Path) else self.image
 
 
 def compare_captioners(
@@ -32,7 +39,7 @@ def compare_captioners(
 ) -> dict[str, Any]:
     """Return what each captioner says of each image, with scores and differences over the images that have references.
 
-    Captioners are loaded one after another. Images of which one has no captions at all are no part of the scores. Raises
+    Captioners are loaded one after another. Images without references are no part of the scores. Raises
     TrainError if no image can be read, or a captioner has not learned the style.
     """
     texts: dict[str, list[str]] = {}
@@ -72,9 +79,9 @@ def compare_captioners(
 
 def write_page(result: dict[str, Any], images: Sequence[Shown], out: Path) -> None:
     """Write a comparison as one HTML file, with the images about which the captioners differ most."""
-    bytes_by_name = {one.name: one.image for one in images}
+    by_name = {one.name: one for one in images}
     shown = result["images"][:SHOWN_IMAGES]
-    uris = [data_uri(thumbnail(bytes_by_name[row["image"]], THUMBNAIL_BYTES)) for row in shown]
+    uris = [data_uri(thumbnail(by_name[row["image"]].read(), THUMBNAIL_BYTES)) for row in shown]
     page = render_page(
         "trainer", "side_by_side.html.j2", result=result, shown=list(zip(shown, uris, strict=True)), few=FEW_IMAGES
     )
@@ -110,7 +117,7 @@ def _add_scores(result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
                 "than": result["captioners"][0]["name"],
                 "difference": statistics.fmean(gains),
                 "interval": [low, high],
-                "verdict": "better" if low > 0 else "worse" if high < 0 else "cannot tell at this size",
+                "verdict": verdict(low, high),
             }
         )
 

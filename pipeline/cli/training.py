@@ -76,7 +76,7 @@ def train(
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    What it takes is told before it begins.
+    Prints first how many weights learn, and how long and how much memory it will take.
     """
     from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.paths import slugify
@@ -88,7 +88,7 @@ def train(
     flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
     flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
     if not resume:
-        resolve(config, **flags)  # a mistake is told before data is fetched
+        resolve(config, **flags)  # a mistake is an error before data is fetched
     version = open_data(data, images)
     if resume and out is None and encoder == decoder == "auto":
         out = _interrupted(version)
@@ -327,9 +327,7 @@ def look(
         draw(seen).save(draft, kind)
     for text, score in seen.alternatives:
         say(f"{score:.3f}  {text}", "dim")
-    words = [{"word": looked.word, "shares": looked.shares.round(4).tolist()} for looked in seen.words]
-    alternatives = [{"text": text, "likelihood": score} for text, score in seen.alternatives]
-    show({"text": seen.text, "path": str(target), "words": words, "alternatives": alternatives}, as_json, "text")
+    show(seen.values() | {"path": str(target)}, as_json, "text")
 
 
 def compare(
@@ -365,13 +363,13 @@ def compare(
     folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
     for folder in folders.values():
         require_checkpoint(folder)
-    shown = _images_named(images, captions) if images else _images_of(open_data(data, None), split)
+    shown = _images_named(images, captions, limit) if images else _images_of(open_data(data, None), split, limit)
 
     from trainer.side_by_side import compare_captioners, write_page  # see train
 
     page = out or Path("compare.html")
     with show_progress() as progress, translate_disk_errors(page):
-        result = compare_captioners(folders, shown[:limit], style, num_beams, progress)
+        result = compare_captioners(folders, shown, style, num_beams, progress)
         write_page(result, shown, page)
     for one in result["captioners"]:
         say(
@@ -392,11 +390,9 @@ def _short_name(name: str, names: list[str]) -> str:
     return name if sum(Path(other).name == last for other in names) > 1 else last
 
 
-def _images_named(names: list[str], captions: Path | None) -> list["Shown"]:
+def _images_named(names: list[str], captions: Path | None, limit: int) -> list["Shown"]:
     """Return the images that names lead to, with what a file of captions says of them."""
-    from pipeline.images.decode import MAX_IMAGE_BYTES
     from pipeline.sources.captions import describe_unknown, match_images, read_captions
-    from pipeline.storage.untrusted import UnsafeFileError, read_regular
     from trainer.caption_files import find_images
     from trainer.side_by_side import Shown
 
@@ -404,23 +400,16 @@ def _images_named(names: list[str], captions: Path | None) -> list["Shown"]:
     written, unknown = match_images(read_captions(captions), list(paths)) if captions else ({}, [])
     for warning in describe_unknown(captions, unknown) if captions and unknown else ():
         say(warning, WARNING)
-    shown = []
-    for name, path in paths.items():
-        try:
-            image = read_regular(path, max_bytes=MAX_IMAGE_BYTES)
-        except (OSError, UnsafeFileError) as error:
-            say(f"cannot read {name}: {error}", WARNING)
-            continue
-        shown.append(Shown(name, image, tuple(written[name].captions) if name in written else ()))
-    return shown
+    chosen = list(paths.items())[:limit]
+    return [Shown(name, path, tuple(written[name].captions) if name in written else ()) for name, path in chosen]
 
 
-def _images_of(version: "Version", split: str) -> list["Shown"]:
+def _images_of(version: "Version", split: str, limit: int) -> list["Shown"]:
     """Return the images of a split with their references."""
     from trainer.image_index import map_images
     from trainer.side_by_side import Shown
 
-    rows = version.read(split, ["sample_id", "references"]).to_pylist()
+    rows = version.read(split, ["sample_id", "references"]).slice(0, limit).to_pylist()
     images = map_images(version, split)
     return [Shown(row["sample_id"], bytes(images[row["sample_id"]]), tuple(row["references"])) for row in rows]
 

@@ -52,8 +52,8 @@ def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: py
     monkeypatch.setattr(forecast, "_try_steps", lambda *_: 7.0)
     monkeypatch.setattr(forecast, "_caption_tokens", lambda *_: 10.0)
     monkeypatch.setattr(forecast, "_seconds_of_token", lambda *_: 2.0)
-    told = Messages()
-    took = fit_and_forecast(trainer, told)
+    shown = Messages()
+    took = fit_and_forecast(trainer, shown)
     captioner = trainer.checkpoint.captioner
     assert took.learning == sum(w.numel() for part in (captioner.connector, captioner.decoder) for w in part.parameters())
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
@@ -61,7 +61,7 @@ def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: py
     assert took.seconds == 10 * 7 + 3 * (64 + 10) * 2
     assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
     epochs = 10 * 8 / len(trainer.train)
-    assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 9 min and" in told.messages[0]
+    assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 9 min and" in shown.messages[0]
 
 
 def test_drawn_captions_take_time_too(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +122,11 @@ def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
 
 
 def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried, told = limit_images(monkeypatch, most=2), Messages()
-    fit_and_forecast(trainer, told)
+    tried, shown = limit_images(monkeypatch, most=2), Messages()
+    fit_and_forecast(trainer, shown)
     assert tried == [[8], [4, 4], *[[2, 2, 2, 2]] * 3]
     assert trainer.micro_batches == 4
-    assert told.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
+    assert shown.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
 
 
 def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +138,6 @@ def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: 
 
 def test_too_little_memory_is_told_before_it_is_taken(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "_available_mb", lambda: 0.001)
-    told = Messages()
-    fit_and_forecast(trainer, told)
-    assert "the optimizer alone needs 0.0 GB, and 0.0 GB are free" in told.warnings[0]
+    shown = Messages()
+    fit_and_forecast(trainer, shown)
+    assert "the optimizer alone needs 0.0 GB, and 0.0 GB are free" in shown.warnings[0]

@@ -102,11 +102,19 @@ def test_the_picture_has_a_tile_for_each_word() -> None:
 def test_words_are_made_of_their_tokens(captioner: Captioner) -> None:
     words = captioner.checkpoint.words
     ids = words.tokenizer.encode(" A dog, two dogs.", add_special_tokens=False).ids
-    found = spans(words, ids)
-    assert [word for word, *_ in found] == ["A", "dog,", "two", "dogs."]
-    assert [first for _, first, _ in found][1:] == [last for *_, last in found][:-1]
-    assert (found[0][1], found[-1][2]) == (0, len(ids))
+    parts = spans(words, ids)
+    assert [word for word, *_ in parts] == ["A", "dog,", "two", "dogs."]
+    assert [first for _, first, _ in parts][1:] == [last for *_, last in parts][:-1]
+    assert (parts[0][1], parts[-1][2]) == (0, len(ids))
     assert spans(words, []) == []
+
+
+def test_a_character_of_several_tokens_stays_whole(captioner: Captioner) -> None:
+    words = captioner.checkpoint.words
+    ids = words.tokenizer.encode(" Ein schöner Käse 🧀 da", add_special_tokens=False).ids
+    parts = spans(words, ids)
+    assert [word for word, *_ in parts] == ["Ein", "schöner", "Käse", "🧀", "da"]
+    assert [first for _, first, _ in parts][1:] == [last for *_, last in parts][:-1]
 
 
 def test_what_cannot_be_looked_at_is_one_error(captioner: Captioner, tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ def compare(folders: dict[str, Path], images: list[Shown], style: str | None = N
 def test_each_captioner_says_what_it_says_alone(folders: dict[str, Path]) -> None:
     images = [Shown(f"{number}.png", png(number)) for number in range(6)]
     result = compare(folders, images, "detailed")
-    said = {row["image"]: row["texts"] for row in result["images"]}
+    texts = {row["image"]: row["texts"] for row in result["images"]}
     for position, folder in enumerate(folders.values()):
         alone = Captioner.from_pretrained(folder).caption([one.image for one in images], style="detailed")
-        assert [said[one.name][position] for one in images] == alone
+        assert [texts[one.name][position] for one in images] == alone
     assert [one["name"] for one in result["captioners"]] == ["first", "second"]
     assert "scores" not in result["captioners"][0] and result["differences"] == []
     differing = [len(set(row["texts"])) for row in result["images"]]
@@ -76,8 +76,8 @@ def test_images_that_cannot_be_read_are_named_and_left_out(folders: dict[str, Pa
 def test_the_page_shows_all_texts_escaped_and_is_for_everyone(
     folders: dict[str, Path], tmp_path: Path, opened: Open, width: str
 ) -> None:
-    said = ("A <script>dog</script> runs.",)
-    images = [Shown(f"<b>{number}</b>.png", png(number), said if number else ()) for number in range(3)]
+    reference = ("A <script>dog</script> runs.",)
+    images = [Shown(f"<b>{number}</b>.png", png(number), reference if number else ()) for number in range(3)]
     result = compare(folders, [*images, Shown("bad.png", b"")])
     write_page(result, images, tmp_path / "page.html")
     page = opened(tmp_path / "page.html", **({"viewport": PHONE} if width == "phone" else {}))
@@ -86,7 +86,7 @@ def test_the_page_shows_all_texts_escaped_and_is_for_everyone(
     assert page.locator("article b, article script").count() == 0
     text = page.locator("main").inner_text()
     for row in result["images"]:
-        assert all(" ".join(said.split()) in " ".join(text.split()) for said in row["texts"])
+        assert all(" ".join(one.split()) in " ".join(text.split()) for one in row["texts"])
     assert "A <script>dog</script> runs." in text
     assert "These are few" in text
     assert "bad.png cannot be read" in text

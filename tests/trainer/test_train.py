@@ -69,6 +69,14 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
 
 
+def train_until_saved(version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a training at its first state to resume from."""
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, folder)
+    monkeypatch.undo()
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -110,10 +118,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
 ) -> None:
     config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2)
     whole = train(version, config, tmp_path / "whole")
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut")
-    monkeypatch.undo()
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     torch.manual_seed(99)  # a new process has another random state
     assert train(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
@@ -469,10 +474,7 @@ def test_adapters_and_averages_go_on_to_the_same_bits(
 ) -> None:
     config = replace(encoder=clip, decoder=language_model, dropout=0.2, align_steps=2, label_smoothing=0.1, **LORA)
     whole = train(version, config, tmp_path / "whole")
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut")
-    monkeypatch.undo()
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     saved = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
     assert not [name for name in saved["captioner"] if name.startswith("encoder.") or "base_layer" in name]
     assert train(version, config, tmp_path / "cut", resume=True) == whole
@@ -484,10 +486,7 @@ def test_a_run_goes_on_with_its_own_pretrained_weights_only(
 ) -> None:
     folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
     config = replace(encoder=clip, decoder=str(folder), **LORA)
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut")
-    monkeypatch.undo()
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     changed = load_file(folder / "model.safetensors")
     save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainError, match="cut began with other pretrained weights"):
@@ -500,10 +499,7 @@ def test_a_state_of_the_release_before_goes_on(
     """It holds all weights, and does not say how many processes there were."""
     config = replace(encoder=clip, steps=6)
     whole = train(version, config, tmp_path / "whole")
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut")
-    monkeypatch.undo()
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
     encoder = load_checkpoint(tmp_path / "whole").captioner.encoder.state_dict()
     state["captioner"] |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}

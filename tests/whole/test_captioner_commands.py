@@ -1,6 +1,10 @@
-"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look, a comparison."""
+"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look, a comparison;
+and how the server of one ends."""
 
 import json
+import signal
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
 from tests.trainer.tiny_models import save_clip, save_language_model
+from tests.whole.conftest import SYNTH, restore_sigint
 from trainer.checkpoint import save_resume
 from trainer.look import LABEL_PX, TILE_PX, TILES_IN_ROW
 
@@ -53,8 +58,8 @@ def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
         "batch_size": 16,
     }
     assert {name: trained[name] for name in expected} == expected
-    told = capsys.readouterr().err
-    assert "preset scenes: " in told and f"at most {trained['steps']} steps of 16 images (1." in told
+    printed = capsys.readouterr().err
+    assert "preset scenes: " in printed and f"at most {trained['steps']} steps of 16 images (1." in printed
 
 
 @pytest.mark.parametrize("named", ["folder", "models", "nothing"])
@@ -109,10 +114,10 @@ def test_a_look_is_written_as_a_picture_and_as_numbers(tmp_path: Path, capsys: p
     captioner = str(save_captioner(tmp_path / "c"))
     photo(3).save(tmp_path / "photo.png")
     look(captioner, tmp_path / "photo.png", out=tmp_path / "look.webp", as_json=True)
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     with Image.open(tmp_path / "look.webp") as picture:
-        assert picture.size == (TILES_IN_ROW * TILE_PX, -(-(len(told["words"]) + 1) // TILES_IN_ROW) * (TILE_PX + LABEL_PX))
-    assert told["text"] and told["alternatives"][0]["text"]
+        assert picture.size == (TILES_IN_ROW * TILE_PX, -(-(len(printed["words"]) + 1) // TILES_IN_ROW) * (TILE_PX + LABEL_PX))
+    assert printed["text"] and printed["alternatives"][0]["text"]
 
 
 def test_captioners_are_compared_on_named_images_and_on_a_version(
@@ -125,16 +130,37 @@ def test_captioners_are_compared_on_named_images_and_on_a_version(
     (tmp_path / "said.json").write_text(json.dumps({"0.png": ["A dog."], "2.png": ["A cat.", "A black cat."]}))
     images = [str(tmp_path / "photos")]
     compare(captioners, images=images, captions=tmp_path / "said.json", out=tmp_path / "a.html", as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in told["captioners"]] == ["one", "other"]
-    assert told["scored_images"] == 2
-    assert {Path(row["image"]).name: row["references"] for row in told["images"]}["2.png"] == ["A cat.", "A black cat."]
+    printed = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in printed["captioners"]] == ["one", "other"]
+    assert printed["scored_images"] == 2
+    assert {Path(row["image"]).name: row["references"] for row in printed["images"]}["2.png"] == ["A cat.", "A black cat."]
     compare(captioners, data=str(version.path), split="train", limit=4, out=tmp_path / "b.html", as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert len(told["images"]) == 4 == told["scored_images"]
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["images"]) == 4 == printed["scored_images"]
     assert "<html" in (tmp_path / "b.html").read_text()
 
 
 def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no captioner in"):
         look(str(tmp_path), tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path: Path) -> None:
+    folder = save_captioner(tmp_path / "c")
+    command = [str(SYNTH), "serve-captioner", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint) as server:
+        assert server.stderr
+        port = int(next(line for line in server.stderr if line.startswith("http")).strip().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 200\r\n\r\n{{".encode())
+            with socket.create_connection(("127.0.0.1", port)) as other:  # answered: the first request has arrived as well
+                other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert b"200 OK" in other.recv(1000)
+            server.send_signal(number)
+            try:
+                assert server.wait(20) in (0, 130)
+            finally:
+                server.kill()
+        assert "Traceback" not in server.stderr.read()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.decoding import DecodingConfig, beam_search, beam_texts, write
+from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, write
 from trainer.model.packing import pack, visible, weighted_loss
 from trainer.tokenizer import TextBatch
 
@@ -103,24 +103,25 @@ class ScratchDecoder(nn.Module):
         self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image; see CaptionerModel.generate."""
+        step, cache = self._next_scores(memory_BND)
+        if search.beams > 1:
+            return beam_search(step, cache.reorder, prompt_BT, search, max_tokens, eos_id)
+        return write(step, cache.keep, prompt_BT, search, max_tokens, eos_id)
+
+    def _next_scores(self, memory_BND: Tensor) -> tuple[Step, Cache]:
+        """Return a function from new tokens to the logits of the next, and the cache that it keeps."""
         cache = Cache()
 
         def step(new_CT: Tensor) -> Tensor:
             return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
 
-        if search.beams > 1:
-            return beam_search(step, cache.reorder, prompt_BT, search, max_tokens, eos_id)
-        return write(step, cache.keep, prompt_BT, search, max_tokens, eos_id)
+        return step, cache
 
     def alternatives(
         self, memory_1ND: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
     ) -> list[tuple[float, list[int]]]:
         """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
-        cache = Cache()
-
-        def step(new_CT: Tensor) -> Tensor:
-            return self.head(self(new_CT, None if cache.blocks else memory_1ND, cache)[:, -1])
-
+        step, cache = self._next_scores(memory_1ND)
         return beam_texts(step, cache.reorder, prompt_1T, DecodingConfig(beams=beams), max_tokens, eos_id)[0]
 
     def attention_to_image(self, ids_1T: Tensor, memory_1ND: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ def beam_search(
     step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability."""
-    found = beam_texts(step, reorder, prompt_BT, search, max_tokens, eos_id)
-    return [texts[0][1] if texts else [] for texts in found]
+    finished = beam_texts(step, reorder, prompt_BT, search, max_tokens, eos_id)
+    return [texts[0][1] if texts else [] for texts in finished]
 
 
 def beam_texts(

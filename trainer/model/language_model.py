@@ -170,40 +170,31 @@ class PretrainedDecoder(nn.Module):
         self, prefix_BPD: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image; see CaptionerModel.generate."""
-        words_BTD = self.model.get_input_embeddings()(prompt_BT)
-        embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
-        written_BT = self.model.generate(
-            inputs_embeds=embeds_BLD,
-            attention_mask=torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device),
-            max_new_tokens=max_tokens,
-            num_beams=search.beams,
-            do_sample=search.temperature > 0,
-            eos_token_id=eos_id,
-            pad_token_id=eos_id,
-            **({"temperature": search.temperature, "top_p": search.top_p, "top_k": 0} if search.temperature > 0 else {}),
-        )
-        return [row[: row.index(eos_id)] if eos_id in row else row for row in written_BT.tolist()]
+        sampling = {"temperature": search.temperature, "top_p": search.top_p, "top_k": 0} if search.temperature > 0 else {}
+        options = {"num_beams": search.beams, "do_sample": search.temperature > 0, **sampling}
+        return _without_eos(self._generate(prefix_BPD, prompt_BT, max_tokens, eos_id, **options), eos_id)
 
     def alternatives(
         self, prefix_1PD: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
     ) -> list[tuple[float, list[int]]]:
         """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
-        words_1TD = self.model.get_input_embeddings()(prompt_1T)
-        embeds_1LD = torch.cat([prefix_1PD.to(words_1TD.dtype), words_1TD], 1)
-        found = self.model.generate(
-            inputs_embeds=embeds_1LD,
-            attention_mask=torch.ones(embeds_1LD.shape[:2], dtype=torch.long, device=embeds_1LD.device),
+        several = {"num_beams": max(2, beams), "num_return_sequences": max(2, beams), "do_sample": False}
+        scored = {"return_dict_in_generate": True, "output_scores": True}
+        written = self._generate(prefix_1PD, prompt_1T, max_tokens, eos_id, **several, **scored)
+        return list(zip(written.sequences_scores.tolist(), _without_eos(written.sequences, eos_id), strict=True))
+
+    def _generate(self, prefix_BPD: Tensor, prompt_BT: Tensor, max_tokens: int, eos_id: int, **options: Any) -> Any:
+        """Return what `generate` of transformers does for a prompt behind images."""
+        words_BTD = self.model.get_input_embeddings()(prompt_BT)
+        embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
+        return self.model.generate(
+            inputs_embeds=embeds_BLD,
+            attention_mask=torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device),
             max_new_tokens=max_tokens,
-            num_beams=max(2, beams),
-            num_return_sequences=max(2, beams),
-            do_sample=False,
             eos_token_id=eos_id,
             pad_token_id=eos_id,
-            return_dict_in_generate=True,
-            output_scores=True,
+            **options,
         )
-        rows = [row[: row.index(eos_id)] if eos_id in row else row for row in found.sequences.tolist()]
-        return list(zip(found.sequences_scores.tolist(), rows, strict=True))
 
     def attention_to_image(self, ids_1T: Tensor, prefix_1PD: Tensor) -> Tensor:
         """Return the share of each state of the image in what each token attends to, a mean over layers and heads: (T, P).
@@ -218,14 +209,18 @@ class PretrainedDecoder(nn.Module):
             layers = self.model.get_decoder()(inputs_embeds=embeds_1LD, use_cache=False, output_attentions=True).attentions
         finally:
             self.model.set_attn_implementation(usual)
-        told = [layer_1HLL[0, :, P:, :P].mean(0) for layer_1HLL in layers or () if layer_1HLL is not None]
-        if not told:
+        shares_by_layer = [layer_1HLL[0, :, P:, :P].mean(0) for layer_1HLL in layers or () if layer_1HLL is not None]
+        if not shares_by_layer:
             raise TrainError("this language model does not tell its attention", hint="look at a decoder from scratch")
-        shares_TP = torch.stack(told).mean(0)
+        shares_TP = torch.stack(shares_by_layer).mean(0)
         return shares_TP / shares_TP.sum(-1, keepdim=True)
 
     def _nll(self, states_KD: Tensor, labels_K: Tensor, label_smoothing: float, weight_K: Tensor | None) -> Tensor:
         return weighted_loss(self.model.get_output_embeddings()(states_KD), labels_K, label_smoothing, weight_K)
+
+
+def _without_eos(ids_BT: Tensor, eos_id: int) -> list[list[int]]:
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in ids_BT.tolist()]
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:

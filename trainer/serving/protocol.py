@@ -13,11 +13,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config import MAX_CAPTION_TOKENS
+
 STYLE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
 QUESTION = re.compile(r"^Question: (.+)$", re.MULTILINE)
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 MAX_QUESTION_CHARACTERS = 500
-MAX_TOKENS, MAX_NAMED_TOKENS = 8192, 1_000_000_000
+MAX_NAMED_TOKENS = 1_000_000_000
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below it is greedy: scores divided by less have no end
 MIN_TOP_P = 1e-4  # the likeliest token alone
 MAX_TEXT_CHARACTERS = 20_000
@@ -74,10 +76,10 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     temperature = temperature if temperature >= MIN_TEMPERATURE else 0.0
     top_p = max(MIN_TOP_P, _number(values, "top_p", 1.0, 1.0))
     limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
-    most = int(_number(values, limit_name, MAX_TOKENS, MAX_NAMED_TOKENS))
+    most = int(_number(values, limit_name, MAX_CAPTION_TOKENS, MAX_NAMED_TOKENS))
     if most < 1:
         raise RefusedError(f"{limit_name} must be 1 or more")
-    image = _image(images[0]) if images and only is None else None
+    image = read_image(images[0]) if images and only is None else None
     if field is None and _is_object(values.get("response_format")):
         field = "answer" if question else "caption"
     stop = _stop(values.get("stop"))
@@ -172,7 +174,8 @@ def _is_half(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _image(value: Any) -> bytes:
+def read_image(value: Any) -> bytes:
+    """Return the bytes of an image_url part, or of its address. Raises RefusedError if it does not hold the image."""
     url = value.get("url") if isinstance(value, dict) else value
     if not isinstance(url, str):
         raise RefusedError("an image_url part needs a url")

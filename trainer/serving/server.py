@@ -5,7 +5,6 @@ The page is served where no key is asked for; `/health` is answered without one.
 
 import asyncio
 import base64
-import binascii
 import hmac
 import ipaddress
 import json
@@ -33,13 +32,13 @@ from trainer.look import look
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.batching import Batcher, Job
 from trainer.serving.protocol import (
-    DATA_URL,
     MAX_QUESTION_CHARACTERS,
     RefusedError,
     answer_text,
     chunks,
     completion,
     error_body,
+    read_image,
     read_request,
     until,
 )
@@ -144,16 +143,17 @@ class CaptionServer:
     @contextmanager
     def _held(self, request: web.Request) -> Iterator[None]:
         """Count a request with a body as long as it is answered. Raises RefusedError where too many are."""
-        size = 0
-        if request.method == "POST":
-            size = min(request.content_length or MAX_BODY_BYTES, MAX_BODY_BYTES)
-            if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
-                raise RefusedError("too many requests wait", 503)
-        self.held_requests, self.held_bytes = self.held_requests + bool(size), self.held_bytes + size
+        if request.method != "POST":
+            yield
+            return
+        size = min(request.content_length or MAX_BODY_BYTES, MAX_BODY_BYTES)
+        if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
+            raise RefusedError("too many requests wait", 503)
+        self.held_requests, self.held_bytes = self.held_requests + 1, self.held_bytes + size
         try:
             yield
         finally:
-            self.held_requests, self.held_bytes = self.held_requests - bool(size), self.held_bytes - size
+            self.held_requests, self.held_bytes = self.held_requests - 1, self.held_bytes - size
 
     def _require_allowed(self, request: web.Request) -> None:
         # A page of a stranger may have its own name point to this machine: its requests carry that name.
@@ -235,12 +235,12 @@ class CaptionServer:
         try:
             values = json.loads(await _body(request))
             address, style, question = values["image"], values.get("style") or None, values.get("question") or ""
-            image = base64.b64decode(DATA_URL.sub("", address, count=1), validate=True)
             if not isinstance(question, str) or not isinstance(style, str | None) or len(question) > MAX_QUESTION_CHARACTERS:
                 raise TypeError
             question.encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RefusedError("the page sends an image as a data: address, a style and a question") from None
+        image = read_image(address)
         self._prompt(style, question)
         loop = asyncio.get_running_loop()
         try:
@@ -249,14 +249,8 @@ class CaptionServer:
             raise RefusedError(str(error)) from None
         picture = BytesIO()
         seen.seen.save(picture, "PNG")
-        return web.json_response(
-            {
-                "text": seen.text,
-                "seen": f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}",
-                "words": [{"word": one.word, "shares": one.shares.round(4).tolist()} for one in seen.words],
-                "alternatives": [{"text": text, "likelihood": round(score, 3)} for text, score in seen.alternatives],
-            }
-        )
+        address = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+        return web.json_response(seen.values() | {"seen": address})
 
     def _prompt(self, style: str | None, question: str) -> list[int]:
         try:
