@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check config digests doctor dry_run errors install logs preview progress project rules
         run tables types""",
-    "pipeline/cli": "__init__ __main__ datasets generate options output run_options training",
+    "pipeline/cli": "__init__ __main__ datasets features generate options output run_options training",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest paths pixels rejections
         reviews schema shards statistics version""",
     "pipeline/executors": "__init__ base local",
@@ -35,12 +35,12 @@ FILES = {
     "refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ averaging caption_files caption_images captioning checkpoint config data distributed evaluate
-        features forecast generate hub image_index look loop metrics optimizer presets prompts self_critical
+        feature_store features forecast generate hub image_index look loop metrics optimizer presets prompts self_critical
         side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx run_onnx",
     "trainer/serving": "__init__ batching protocol server",
-    "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model lora packing",
+    "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model lora packing states",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (
@@ -166,7 +166,7 @@ def test_the_trainer_imports_only_what_data_is_read_with() -> None:
 def test_only_training_commands_import_the_trainer() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
-            names = imports(path, top_only=module == "pipeline.cli.training")
+            names = imports(path, top_only=module in ("pipeline.cli.features", "pipeline.cli.training"))
             assert not [name for name in names if is_within(name, "trainer")], module
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import constants
@@ -31,6 +31,7 @@ from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, no_captioner, re
 from trainer.distributed import best_device
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.hf_config import require_few_layers
+from trainer.presets import EncoderStates
 from trainer.tokenizer import CaptionTokenizer, TargetText
 
 MAX_CONFIG_BYTES = 10_000_000
@@ -140,8 +141,11 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
     with torch.device("meta"):
         captioner = CaptionerModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
-    if captioner.encoder.config.layer not in range(-captioner.encoder.layers - 1, captioner.encoder.layers + 1):
-        raise ValueError(f"the encoder has no layer {captioner.encoder.config.layer}")
+    encoder = captioner.encoder
+    if any(layer not in range(-encoder.depth - 1, encoder.depth + 1) for layer in encoder.config.layers):
+        raise ValueError(f"the encoder has no layer {encoder.config.layer}")
+    if encoder.config.states not in get_args(EncoderStates):
+        raise ValueError(f"the encoder has no states {encoder.config.states!r}")
     # Of tensors that share their memory, such as the embedding and the head, the file holds one.
     if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
         raise ValueError(f"the weights do not fit the config: {wrong[0]}")

@@ -4,16 +4,17 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config import NO_MODEL, Section, read_yaml, validate
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import DECODER_KINDS, PRESETS, Preset
+from trainer.presets import DECODER_KINDS, PRESETS, EncoderStates, FeatureStorage, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
+MAX_LAYERS = 8  # of an encoder, side by side
 EVALUATIONS = 20  # while training, at most
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
@@ -22,8 +23,8 @@ DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encode
 # Settings of later releases: at their defaults they are no part of a digest, so that earlier runs can go on.
 LATER_KEYS = (
     "label_smoothing", "average_decay", "lr_floor_frac", "align_epochs", "evaluate_epochs", "patience", "lora_rank",
-    "lora_dropout", "checkpoint_blocks", "min_steps", "scst_steps",
-    "scst_lr", "scst_samples",
+    "lora_dropout", "checkpoint_blocks", "min_steps", "scst_steps", "scst_lr", "scst_samples", "encoder_states",
+    "feature_storage",
 )  # fmt: skip
 
 
@@ -45,7 +46,9 @@ class TrainConfig(Section):
 
     preset: Preset | None = None  # whose values stand where nothing else is said: trainer/presets.py
     encoder: str = "tiny-vit"
-    encoder_layer: int = -1  # whose hidden states are used: -1 the last, -2 the one before
+    encoder_layer: int | tuple[int, ...] = -1  # whose hidden states are used: -1 the last, -2 the one before; or several
+    encoder_states: EncoderStates = "all"  # of the layers: all, patches averaged 2x2 or together (mean), or the class token
+    feature_storage: FeatureStorage = "bf16"  # of the states of a frozen encoder on the disk
     decoder: str = "scratch"
     decoder_width: int = Field(default=192, ge=32)
     decoder_depth: int = Field(default=3, ge=1)
@@ -92,6 +95,15 @@ class TrainConfig(Section):
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
     num_beams: int = Field(default=1, ge=1)  # for the final test
     seed: int = 0
+
+    @field_validator("encoder_layer")
+    @classmethod
+    def _names_layers(cls, layers: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(layers, int):
+            return layers
+        if not 0 < len({*layers}) == len(layers) <= MAX_LAYERS:
+            raise ValueError(f"name 1 to {MAX_LAYERS} different layers")
+        return layers if len(layers) > 1 else layers[0]
 
     @model_validator(mode="after")
     def _adapts_a_language_model(self) -> "TrainConfig":

@@ -20,7 +20,7 @@ from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_f
 from trainer.generate import write_captions
 from trainer.metrics import bootstrap, derangement, meteor, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.model.encoder import ENCODERS
+from trainer.presets import ENCODERS
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import Quiz

@@ -1,15 +1,10 @@
-"""Cache the hidden states of a frozen encoder in one memory-mapped file, in the order of the images.
+"""Hidden states of images: read from a store (feature_store.py), computed on each call, or held in memory.
 
-The file name is a digest of the encoder's settings, its weights and the image ids. An interrupted build resumes after the last
-batch that reached the disk.
-
-Shapes: N hidden states of an image, V encoder width.
+Shapes: B examples, N hidden states of an image, V encoder width.
 """
 
-import fcntl
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,34 +12,69 @@ import numpy as np
 import torch.distributed
 from torch import Tensor
 
-from pipeline.digests import digest
-from pipeline.storage.files import read_json, write_json
+from pipeline.dataset.paths import slugify
+from pipeline.progress import Progress
 from trainer.data import Example
+from trainer.feature_store import FeatureStore, id_digest
 from trainer.model.encoder import Encoder
 
 BATCH_IMAGES = 64
-Progress = Callable[..., None]  # (stage, done, total, metrics by name): see pipeline.progress.Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How the states of an image are stored: as bfloat16, or as int8 behind a float32 scale for each state."""
+
+    shape: tuple[int, int]  # N, V
+    precision: str  # bf16 or int8
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of a record."""
+        return 2 * math.prod(self.shape) if self.precision == "bf16" else math.prod(self.shape) + 4 * self.shape[0]
+
+    def pack(self, states_BNV: Tensor) -> np.ndarray:
+        """Return states as records: (B, bytes)."""
+        if self.precision == "bf16":
+            stored = states_BNV.cpu().bfloat16().contiguous().view(torch.uint8)
+            return stored.reshape(len(states_BNV), -1).numpy()
+        scale_BN1 = states_BNV.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        levels = (states_BNV / scale_BN1).round().to(torch.int8).cpu().view(torch.uint8).flatten(1)
+        scales = scale_BN1.float().cpu().contiguous().view(torch.uint8).reshape(len(states_BNV), -1)
+        return torch.cat([scales, levels], 1).numpy()
+
+    def unpack(self, records: Tensor) -> Tensor:
+        """Return records as float32 states: (B, bytes) -> (B, N, V)."""
+        if self.precision == "bf16":
+            return records.view(torch.bfloat16).view(-1, *self.shape).float()
+        first = 4 * self.shape[0]  # byte of the levels
+        scales_BN1 = records[:, :first].flatten().view(torch.float32).view(-1, self.shape[0], 1)
+        return records[:, first:].flatten().view(torch.int8).view(-1, *self.shape) * scales_BN1
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Hidden states of images, by sample id, as bfloat16 on the disk."""
+    """Hidden states of images on the disk, by sample id."""
 
     rows: dict[str, int]
-    stored: np.memmap
+    stored: np.memmap  # (images, bytes)
+    record: Record
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Return the hidden states of the images of examples: (B, N, V)."""
-        return self.load(examples).float()
+        return self.record.unpack(self._read(examples))
 
     def load(self, examples: Sequence[Example]) -> Tensor:
-        """Read the hidden states of examples: (B, N, V) in bfloat16; where there is a GPU, in memory that it copies from."""
-        stored_BNV = torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
-        return (stored_BNV.pin_memory() if torch.cuda.is_available() else stored_BNV).view(torch.bfloat16)
+        """Read the records of examples, (B, bytes); where there is a GPU, into memory that it copies from."""
+        records = self._read(examples)
+        return records.pin_memory() if torch.cuda.is_available() else records
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
         """Return what was loaded as float32 on a device."""
-        return loaded.to(device, non_blocking=True).float()
+        return self.record.unpack(loaded.to(device, non_blocking=True))
+
+    def _read(self, examples: Sequence[Example]) -> Tensor:
+        return torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +123,34 @@ def hold_features(features: FeatureSource, examples: Sequence[Example]) -> HeldF
 
 
 @torch.inference_mode()
-def cache_features(
-    encoder: Encoder, examples: Sequence[Example], folder: Path, device: torch.device, progress: Progress
+def store_features(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    precision: str = "bf16",
 ) -> Features:
-    """Return the features of all examples, computing those that are missing in `folder`."""
-    ids = list(dict.fromkeys(example.sample_id for example in examples))
-    example_of = {example.sample_id: example for example in reversed(examples)}
-    online = OnlineFeatures(encoder, device)
-    pixels_1CHW = encoder.pixels([example_of[ids[0]].open()]).to(device)
-    first_NV = encoder(pixels_1CHW)[0]
-    # Earlier releases left the encoder in training mode: their files of an encoder with dropout hold noise.
-    name = digest([encoder.key(), ids, *(["eval"] if encoder.is_random_in_training(pixels_1CHW) else [])])[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    file, progress_file = folder / f"{name}.bin", folder / f"{name}.json"
-    shape = (len(ids), *first_NV.shape)
-    with (folder / f"{name}.lock").open("w") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)  # a second process waits here, then reuses the file
-        done = read_json(progress_file)["done"] if progress_file.exists() and file.exists() else 0
-        if not done:
-            with file.open("wb") as whole:  # allocate all now: a full disk later would kill the process
-                os.posix_fallocate(whole.fileno(), 0, 2 * math.prod(shape))
-        states = np.memmap(file, dtype=np.int16, mode="r+", shape=shape)
-        for start in range(done, len(ids), BATCH_IMAGES):
-            batch = [example_of[sample_id] for sample_id in ids[start : start + BATCH_IMAGES]]
-            states[start : start + len(batch)] = online(batch).cpu().bfloat16().view(torch.int16).numpy()
-            states.flush()  # before the JSON file counts the batch
-            write_json(progress_file, {"done": start + len(batch), "shape": shape})
-            progress("features", start + len(batch), len(ids))
-    row_of = {sample_id: row for row, sample_id in enumerate(ids)}
-    return Features(row_of, np.memmap(file, dtype=np.int16, mode="r", shape=shape))
+    """Return the features of all examples, computing those that the store of this encoder under `folder` has not.
+
+    Raises TrainError if the disk has no room for them.
+    """
+    online, config = OnlineFeatures(encoder, device), encoder.config
+    shape = online(examples[:1]).shape[1:]
+    record = Record((shape[0], shape[1]), precision)
+    suffix = "" if precision == "bf16" else f"-{precision}"
+    store = FeatureStore(folder / f"{slugify(config.made_from['name'])}-{encoder.key()[:16]}{suffix}", record.num_bytes)
+    about = {"encoder": config.made_from, "layers": config.layers, "states": config.states, "shape": [*record.shape]}
+    example_of = {id_digest(example.sample_id): example for example in examples}
+    with store.lock(about | {"precision": precision}):
+        row_of = store.rows()
+        missing = [one for one in example_of if one not in row_of]
+        if missing:
+            store.allocate(len(row_of), len(missing), progress)
+        for start in range(0, len(missing), BATCH_IMAGES):
+            batch = missing[start : start + BATCH_IMAGES]
+            store.append(len(row_of), record.pack(online([example_of[one] for one in batch])), batch)
+            row_of |= {one: row for row, one in enumerate(batch, len(row_of))}
+            progress("features", start + len(batch), len(missing))
+    rows = {example.sample_id: row_of[one] for one, example in example_of.items()}
+    return Features(rows, store.open(len(row_of)), record)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import ImageError, TrainError
 from trainer.captioning import Captioner, Picture
+from trainer.model.states import patch_grid
 from trainer.tokenizer import CaptionTokenizer
 
 TILE_PX, LABEL_PX, TILES_IN_ROW = 224, 26, 5
@@ -123,12 +124,12 @@ def glowing(image: Image.Image, shares: np.ndarray) -> Image.Image:
 
 def _grid(shares_N: Tensor) -> np.ndarray:
     """Return the shares of the patches as a grid, without those of tokens before them. Raises TrainError if there is none."""
-    for before in (0, 1, 5):  # none, a class token, and with registers as of DINO
-        side = math.isqrt(max(0, len(shares_N) - before))
-        if side > 1 and side * side == len(shares_N) - before:
-            grid: np.ndarray = shares_N[before:].view(side, side).float().cpu().numpy()
-            return grid
-    raise TrainError(f"the encoder's {len(shares_N)} states are no square of patches", hint="look needs a ViT or CLIP")
+    try:
+        before, side = patch_grid(len(shares_N))
+    except ValueError as error:
+        raise TrainError(str(error), hint="look needs all states of a ViT or CLIP, or 2x2") from None
+    grid: np.ndarray = shares_N[before:].view(side, side).float().cpu().numpy()
+    return grid
 
 
 def _image_of(pixels_CHW: Tensor, captioner: Captioner) -> Image.Image:

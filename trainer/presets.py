@@ -1,4 +1,4 @@
-"""Settings that go together: by what the images are, how many there are, and which decoder learns from them.
+"""Names of models, and settings that go together: by the images, their number, and the decoder that learns from them.
 
 Starting points after public recipes (ClipCap, SmallCap, LLaVA-1.5, BLIP), not tuned on many photographs:
 docs/experiments/training.md says what was measured.
@@ -6,8 +6,23 @@ docs/experiments/training.md says what was measured.
 
 from typing import Any, Literal
 
+from pipeline.images.clip import CLIP_MODELS
+
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]  # auto: `choose_preset`, by the command
+EncoderStates = Literal["all", "2x2", "mean", "class"]  # that a decoder reads: trainer/model/states.py
+FeatureStorage = Literal["bf16", "int8", "none"]  # none: states are computed in each step
 FEW_IMAGES = 2_000  # below which a wide decoder learns its images by heart
+
+# Short names of models, with their ids on the Hub, or folders.
+ENCODERS = {
+    "vit": "google/vit-base-patch16-224-in21k",
+    **CLIP_MODELS,
+    "clip-large": "openai/clip-vit-large-patch14-336",
+    "siglip2": "google/siglip2-base-patch16-256",
+    "dinov2": "facebook/dinov2-base",
+}
+TINY_VIT = "tiny-vit"  # an encoder from scratch, trained along with the decoder
+DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},  # the defaults of TrainConfig

@@ -27,7 +27,8 @@ from trainer.config import TrainConfig
 from trainer.data import Example, examples_in, limit_captions, limit_images
 from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, evaluate
-from trainer.features import LoadedFeatures, OnlineFeatures, cache_features
+from trainer.feature_store import FEATURES
+from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.forecast import fit_and_forecast
 from trainer.loop import Trainer, run_steps
 from trainer.model.captioner import build_captioner
@@ -80,10 +81,10 @@ def train(
         _tell_of_texts(checkpoint, config, _texts(train_set), report)
     out.mkdir(parents=True, exist_ok=True)
     features: LoadedFeatures = OnlineFeatures(encoder, device)
-    if encoder.config.frozen:
-        cached = [*train_set, *sets["validation"], *sets["test"]]
-        features = cache_features(encoder, cached, version.dataset_dir / "features", device, report)
-    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")  # high: TF32, not for the cache
+    if encoder.config.frozen and config.feature_storage != "none":
+        examples, folder = [*train_set, *sets["validation"], *sets["test"]], version.dataset_dir / FEATURES
+        features = store_features(encoder, examples, folder, device, report, config.feature_storage)
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")  # high: TF32, not for the store
     trainer = _trainer_of(checkpoint, config, train_set, sets["validation"], features, device)
     trainer.rank, trainer.processes = rank, processes
     ids = [example.sample_id for example in train_set]
@@ -201,7 +202,8 @@ def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
 
 
 def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    encoder = load_encoder(config.encoder, layer=config.encoder_layer, frozen=config.encoder_lr == 0)
+    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
+    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
     texts = _texts(train_set)
     if config.is_scratch:
         tokenizer = train_tokenizer(texts, config.vocab_size)

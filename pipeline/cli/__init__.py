@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.datasets import check, diff, export, push, report, review_apply, versions
+from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.training import caption, compare, demo, evaluate, experiment, export_model, look, serve_captioner, train
@@ -84,6 +85,7 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
+features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
 
 
@@ -116,6 +118,9 @@ add(demo, TRAIN)
 add(serve_captioner, TRAIN)
 add(export_model, TRAIN)
 add(experiment, TRAIN)
+app.add_typer(features, name="features", rich_help_panel=TRAIN)
+features.command("list")(features_list)
+features.command("prune")(features_prune)
 add(generate.init, HELP)
 add(generate.config, HELP, context_settings=VLLM_FLAGS)
 add(generate.doctor, HELP)

@@ -31,9 +31,14 @@ def train(
     data: DataName = None,
     images: Images = None,
     encoder: Annotated[
-        str, Option(help="auto, vit, clip, metaclip, tiny-clip, tiny-vit, a folder, or an id of the Hub.")
+        str, Option(help="auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-vit, a folder, or an id of the Hub.")
     ] = "auto",
-    encoder_layer: Annotated[int | None, Option(help="Whose hidden states: -1 the last.", show_default="-1")] = None,
+    encoder_layer: Annotated[
+        str | None, Option(help="Whose hidden states: -1 the last; several side by side: -2,-5,-8.", show_default="-1")
+    ] = None,
+    encoder_states: Annotated[
+        str | None, Option(help="Of the layer: all, patches averaged 2x2 or together (mean), or class.", show_default="all")
+    ] = None,
     decoder: Annotated[str, Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
     text_source: Annotated[
         str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="those in the version")
@@ -84,7 +89,8 @@ def train(
     from trainer.config import has_other_settings, resolve, usual_texts
     from trainer.presets import choose_preset, usual_precision
 
-    flags: dict[str, Any] = {"encoder": encoder, "encoder_layer": encoder_layer, "decoder": decoder, "text_source": text_source}
+    flags: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
+    flags |= {"encoder_layer": encoder_layer and encoder_layer.split(","), "text_source": text_source}
     flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
     flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
     if not resume:
@@ -157,9 +163,10 @@ def check_checkpoint(folder: Path) -> "Checked":
 def package_captioner(folder: Path, repo: str) -> "Package":
     """Return what to push of a checkpoint folder: a captioner that transformers loads, too."""
     from pipeline.hub.package import build_checkpoint_package
+    from trainer.presets import DECODERS, ENCODERS
     from trainer.publish.files import transformers_files
 
-    return build_checkpoint_package(folder, repo, transformers_files)
+    return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
 
 
 def evaluate(

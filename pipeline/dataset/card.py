@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from math import isfinite
 from typing import Any
@@ -27,6 +27,7 @@ METRICS = {
     "meteor": ("meteor", "METEOR"),
     "cider_d": ("cider", "CIDEr-D"),
 }
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # a column, and the config that reads it
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # that wrote the texts
 _CREATORS = {MODEL: ["machine-generated"], PEOPLE: ["found"], PEOPLE_AND_MODEL: ["found", "machine-generated"]}
@@ -53,8 +54,11 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
     )
 
 
-def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> str:
-    """Return README.md for a checkpoint (`about`: its config, train, metrics and digest); `dataset` is the data, if known."""
+def render_model_card(about: dict[str, Any], repo: str, dataset: str | None, made_of: Sequence[str] = ()) -> str:
+    """Return README.md for a checkpoint (`about`: its config, train, metrics and digest); `dataset` is the data, if known.
+
+    `made_of` are the names of models that it began with, of which those are told that are ids of the Hub.
+    """
     data = about["config"]["data"]
     link = None
     if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and re.fullmatch(r"v[\d.]+", data["version"]):
@@ -68,18 +72,10 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None) -> 
         "pipeline_tag": "image-text-to-text",
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
-        **({"base_model": models} if (models := _base_models(about["train"])) else {}),
+        **({"base_model": models} if (models := [*filter(HUB_ID.fullmatch, made_of)]) else {}),
         **_evaluation(about["metrics"], repo, dataset or data["source"]["name"]),
     }
     return _render("model.md.j2", header, **values)
-
-
-def _base_models(train: dict[str, Any]) -> list[str]:
-    """Return the Hub ids of the models that a captioner was made of, as far as its settings name them."""
-    from pipeline.images.clip import CLIP_MODELS
-
-    names = [CLIP_MODELS.get(str(train[part]), str(train[part])) for part in ("encoder", "decoder")]
-    return [name for name in names if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)]
 
 
 def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, Any]:

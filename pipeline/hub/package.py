@@ -153,10 +153,13 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
     )
 
 
-def build_checkpoint_package(folder: Path, repo: str, more: Callable[[Path], Mapping[str, bytes]]) -> Package:
+def build_checkpoint_package(
+    folder: Path, repo: str, more: Callable[[Path], Mapping[str, bytes]], hub_ids: Mapping[str, str]
+) -> Package:
     """Return the package of a captioner, tagged by its data and a digest of its files. Raise PushError if it is not trained.
 
-    `more` makes files beside those of the checkpoint, or in place of them: with them it loads in transformers.
+    `more` makes files beside those of the checkpoint, or in place of them: with them it loads in transformers. `hub_ids` has
+    the ids of models that settings name briefly.
     Raise UnsafeFileError for a file that is a link to the outside of the folder: its content would be published.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
@@ -174,7 +177,8 @@ def build_checkpoint_package(folder: Path, repo: str, more: Callable[[Path], Map
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
     dataset = data.get("repo") or _pushed_as(folder, data)
-    card = render_model_card(saved | {"digest": content_digest}, repo, dataset)
+    named = [str(saved["train"][part]) for part in ("encoder", "decoder")]
+    card = render_model_card(saved | {"digest": content_digest}, repo, dataset, [hub_ids.get(name, name) for name in named])
     return Package(
         kind="model",
         name=name,

@@ -1,26 +1,50 @@
-"""Features: cached states equal computed states to the bit, and an interrupted build resumes."""
+"""Features: stored states are those that would be computed, a build that was cut off goes on, and one store serves all runs."""
 
+import fcntl
 import itertools
+import os
+import shutil
 import subprocess
 import sys
+import time
+from collections import namedtuple
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL.Image import Image
 
+from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.tiny_models import save_clip, save_vit
-from trainer import features
+from tests.trainer.tiny_models import save_clip
+from trainer import feature_store, features
 from trainer.data import Example, examples_in
-from trainer.features import OnlineFeatures, cache_features
+from trainer.feature_store import ABOUT, list_stores, prune_stores
+from trainer.features import OnlineFeatures, Record, store_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
+QUIET = NullProgress()
 
 
-def quiet(stage: str, done: int, total: int | None) -> None:
-    pass
+class Counted(NullProgress):
+    """Notes how many images were encoded, and what was said; dies before batch `dies_at`."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.done: list[tuple[int, int | None]] = []
+        self.said: list[str] = []
+        self._calls, self._dies_at = itertools.count(), dies_at
+
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        if next(self._calls) == self._dies_at:
+            raise KeyboardInterrupt
+        self.done.append((done, total))
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +57,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     return load_encoder(save_clip(tmp_path_factory.mktemp("clip")))
 
 
-def test_cached_states_are_those_that_would_be_computed(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
-    cached = cache_features(encoder, examples, tmp_path, CPU, quiet)
+def test_stored_states_are_those_that_would_be_computed(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+    stored = store_features(encoder, examples, tmp_path, CPU, QUIET)
     chosen = [examples[3], examples[0], examples[3]]
-    assert torch.equal(cached(chosen), OnlineFeatures(encoder, CPU)(chosen))
+    assert torch.equal(stored(chosen), OnlineFeatures(encoder, CPU)(chosen))
+    assert torch.equal(stored.states(stored.load(chosen), CPU), stored(chosen))
 
 
 def test_the_second_time_only_one_image_is_encoded(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = cache_features(encoder, examples, tmp_path, CPU, quiet)
+    first = store_features(encoder, examples, tmp_path, CPU, QUIET)
     batch_sizes: list[int] = []
     encode = encoder.pixels
 
@@ -51,45 +76,107 @@ def test_the_second_time_only_one_image_is_encoded(
         return encode(images)
 
     monkeypatch.setattr(encoder, "pixels", count)
-    second = cache_features(encoder, examples, tmp_path, CPU, quiet)
+    second = store_features(encoder, examples, tmp_path, CPU, QUIET)
     assert batch_sizes == [1]  # for the shape
     assert torch.equal(second(examples), first(examples))
 
 
-def test_states_that_an_earlier_release_computed_with_dropout_are_not_used(
-    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_vit(tmp_path / "vit")
-    encoder = load_encoder(str(tmp_path / "vit"))
-    cache_features(encoder, examples, tmp_path / "states", CPU, quiet)
-    assert len([*(tmp_path / "states").glob("*.bin")]) == 1
-    monkeypatch.setattr(encoder, "is_random_in_training", lambda pixels: True)
-    cache_features(encoder, examples, tmp_path / "states", CPU, quiet)
-    assert len([*(tmp_path / "states").glob("*.bin")]) == 2
+def test_more_images_cost_their_own_pass_and_fewer_cost_none(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+    few = store_features(encoder, examples[5:9], tmp_path, CPU, QUIET)
+    added, read = Counted(), Counted()
+    everything = store_features(encoder, examples, tmp_path, CPU, added)
+    assert added.done == [(len(examples) - 4, len(examples) - 4)]
+    assert torch.equal(few(examples[5:9]), everything(examples[5:9]))  # which was opened before the store grew
+    assert torch.equal(everything(examples), OnlineFeatures(encoder, CPU)(examples))
+    store_features(encoder, examples[::-2], tmp_path, CPU, read)
+    assert read.done == []
+    assert len(list_stores(tmp_path)) == 1
 
 
 def test_a_build_that_was_cut_off_goes_on(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH_IMAGES", 8)
-    calls = itertools.count()
-
-    def die(stage: str, done: int, total: int | None) -> None:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        cache_features(encoder, examples, tmp_path, CPU, die)
-    done: list[int] = []
-    cached = cache_features(encoder, examples, tmp_path, CPU, lambda stage, images, total: done.append(images))
-    assert done[0] == 24  # 16 were on the disk
-    assert torch.equal(cached(examples), OnlineFeatures(encoder, CPU)(examples))
+        store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=1))
+    (ids,) = tmp_path.glob("*/ids.bin")
+    assert ids.stat().st_size == 16 * 32
+    ids.write_bytes(ids.read_bytes()[:-5])  # the last id was cut off as well
+    left = Counted()
+    stored = store_features(encoder, examples, tmp_path, CPU, left)
+    assert left.done[0] == (8, len(examples) - 15)
+    assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
-def test_other_weights_or_images_are_another_cache(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
-    cache_features(encoder, examples, tmp_path, CPU, quiet)
-    cache_features(encoder, examples[1:], tmp_path, CPU, quiet)
-    assert len(list(tmp_path.glob("*.bin"))) == 2
+def test_other_weights_layers_states_or_precision_are_another_store(examples: list[Example], tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "clip")
+    loaded = [load_encoder(folder), load_encoder(folder, layer=-2), load_encoder(folder, states="mean"), load_encoder(folder)]
+    with torch.no_grad():
+        next(loaded[3].tower.parameters()).flatten()[0] += 1e-3
+    for one in loaded:
+        store_features(one, examples, tmp_path / "features", CPU, QUIET)
+    store_features(loaded[0], examples, tmp_path / "features", CPU, QUIET, "int8")
+    stores = list_stores(tmp_path / "features")
+    assert len(stores) == 5
+    assert {store.images for store in stores} == {len(examples)}
+    assert sorted(str(store.about["states"]) for store in stores) == ["all"] * 4 + ["mean"]
+
+
+def test_eight_bits_take_half_the_bytes_and_change_little(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+    exact = store_features(encoder, examples, tmp_path, CPU, QUIET)(examples)
+    stored = store_features(encoder, examples, tmp_path, CPU, QUIET, "int8")
+    largest = exact.abs().amax(-1, keepdim=True)
+    assert ((stored(examples) - exact).abs() <= largest / 254 + 1e-6).all()
+    assert torch.equal(stored.states(stored.load(examples), CPU), stored(examples))
+    shape = (197, 768)
+    assert Record(shape, "int8").num_bytes / Record(shape, "bf16").num_bytes < 0.51
+
+
+def test_zeros_stay_zeros_with_eight_bits() -> None:
+    record = Record((2, 3), "int8")
+    assert torch.equal(record.unpack(torch.from_numpy(record.pack(torch.zeros(1, 2, 3)))), torch.zeros(1, 2, 3))
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 500))
+    store_features(encoder, examples[:2], tmp_path, CPU, QUIET)  # so little is always tried
+    monkeypatch.setattr(feature_store, "TOLD_BYTES", 0)
+    progress = Counted()
+    with pytest.raises(TrainError, match=r"hidden states of 22 images take .* are free") as refused:
+        store_features(encoder, examples[:24], tmp_path, CPU, progress)
+    assert "2x2" in refused.value.hint and progress.done == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
+    store_features(encoder, examples[:24], tmp_path, CPU, progress)
+    assert progress.said[0].startswith("the hidden states of 22 images take 0.0 GB")
+
+
+def test_stores_that_nobody_uses_are_removed_and_a_build_is_left_alone(
+    encoder: Encoder, examples: list[Example], tmp_path: Path
+) -> None:
+    used = store_features(encoder, examples, tmp_path, CPU, QUIET)
+    store_features(encoder, examples, tmp_path, CPU, QUIET, "int8")
+    (tmp_path / "0123456789abcdef01234567.bin").write_bytes(b"of an earlier release")
+    (tmp_path / "0123456789abcdef01234567.json").write_text("{}")
+    old, new = sorted(tmp_path.glob(f"*/{ABOUT}"))
+    os.utime(old, (time.time() - 40 * 86_400,) * 2)
+    assert [store.path for store in list_stores(tmp_path)] == [new.parent, old.parent]
+    with (old.parent / "lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        assert prune_stores(tmp_path, 30)[0] == 1  # the file of an earlier release
+    assert prune_stores(tmp_path, 30)[0] == 1
+    assert [store.path for store in list_stores(tmp_path)] == [new.parent]
+    assert prune_stores(tmp_path, 0)[0] == 1
+    assert [*tmp_path.iterdir()] == []
+    assert torch.equal(used(examples), OnlineFeatures(encoder, CPU)(examples))  # which had it open
+
+
+def test_an_image_is_known_by_its_id(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+    other = replace(examples[0], sample_id="another", image=examples[1].image)
+    stored = store_features(encoder, [examples[0], other], tmp_path, CPU, QUIET)
+    assert not torch.equal(stored([other]), stored([examples[0]]))
 
 
 BUILD = """
@@ -97,13 +184,17 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
+from pipeline.progress import NullProgress
 from trainer.data import examples_in
-from trainer.features import OnlineFeatures, cache_features
+from trainer.features import OnlineFeatures, store_features
 from trainer.model.encoder import load_encoder
 torch.set_num_threads(1)
-examples, encoder = examples_in(read_version(Path(sys.argv[1])), "train"), load_encoder(sys.argv[2])
 looked = []
-states = cache_features(encoder, examples, Path(sys.argv[3]), torch.device("cpu"), lambda *_: looked.append(1))
+class Progress(NullProgress):
+    def __call__(self, *_):
+        looked.append(1)
+examples, encoder = examples_in(read_version(Path(sys.argv[1])), "train"), load_encoder(sys.argv[2])
+states = store_features(encoder, examples, Path(sys.argv[3]), torch.device("cpu"), Progress())
 assert torch.equal(states(examples), OnlineFeatures(encoder, torch.device("cpu"))(examples))
 print(len(looked))
 """

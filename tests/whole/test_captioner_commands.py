@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import trainer.loop
+from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.training import compare, look, train
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError
@@ -164,3 +165,28 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
             finally:
                 server.kill()
         assert "Traceback" not in server.stderr.read()
+
+
+def test_stores_of_hidden_states_are_listed_and_removed(
+    version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(json.dumps(SMALL | {"steps": 1, "feature_storage": "int8"}))
+    data, encoder = version.dataset_dir, models["encoder"]
+    train(str(data), encoder=encoder, encoder_layer="-1,-2", encoder_states="class", decoder="scratch", config=config)
+    capsys.readouterr()
+    features_list(data)
+    (first, second) = capsys.readouterr().out.splitlines()
+    assert first.endswith("-int8") and " 40 images" in first
+    assert second.strip() == f"{Path(encoder).name}, layer -1,-2, class states, int8"
+    features_list(data, as_json=True)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["images"] == 40 and row["shape"] == [1, 64]
+    features_prune(data, days=1)
+    assert capsys.readouterr().out.startswith("removed 0 stores of 0.0 MB")
+    features_prune(data, days=0, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"removed": 1, "bytes": row["bytes"]}
+    features_list(data)
+    assert "no hidden states" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="encoder_layer"):
+        train(str(data), encoder=encoder, encoder_layer="-1,last")

@@ -12,8 +12,7 @@ from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH
-from trainer.model.encoder import ENCODERS
-from trainer.model.language_model import DECODERS
+from trainer.presets import DECODERS, ENCODERS
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ import torch
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import SynthError, TrainError
+from pipeline.progress import Progress
 from pipeline.storage.files import write_json
 from trainer.config import TrainConfig
 from trainer.data import Example, count_words, limit_captions, limit_images
 from trainer.experiment.grid import FACTORS, Cell, Experiment
-from trainer.features import Progress
 from trainer.train import read_examples, train
 
 MIN_TEST_IMAGES = 2

@@ -4,7 +4,7 @@ Shapes: B images, N hidden states, V encoder width. ViT-B/16 at 224 px: N = 197;
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionMo
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.digests import canonical
-from pipeline.errors import TrainError
-from pipeline.images.clip import CLIP_MODELS
+from pipeline.errors import TrainError, one_line
 from trainer.model.hf_config import config_of, processor_settings, settings_of, silence_transformers
+from trainer.model.states import choose_states, layer_states
+from trainer.presets import ENCODERS, TINY_VIT
 
-ENCODERS = {"vit": "google/vit-base-patch16-224-in21k", **CLIP_MODELS}
-TINY_VIT = "tiny-vit"  # from scratch, trained along with the decoder
 # Patches of 14 px, as in the larger CLIP and DINO towers, in images of 84 px: 36 of them.
 TINY_VIT_CONFIG: dict[str, Any] = {
     "model_type": "vit", "image_size": 84, "patch_size": 14,
@@ -35,15 +34,22 @@ TINY_VIT_CONFIG: dict[str, Any] = {
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before.
-    States of a `frozen` encoder are rounded to bfloat16, as in a feature cache.
+    `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before; a list
+    of several puts their states side by side. `states` are those that a decoder reads (states.py). States of a `frozen`
+    encoder are rounded to bfloat16, as in a feature store.
     """
 
     model: dict[str, Any]
     processor: dict[str, Any]
-    layer: int = -1
+    layer: int | list[int] = -1
     frozen: bool = False
     made_from: dict[str, str] = field(default_factory=dict)  # name and revision
+    states: str = "all"
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the layers whose states are read."""
+        return [self.layer] if isinstance(self.layer, int) else self.layer
 
 
 class Encoder(nn.Module):
@@ -54,8 +60,8 @@ class Encoder(nn.Module):
         self.config = config
         model_config = config_of(config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
-        self.width: int = model_config.hidden_size
-        self.layers: int = model_config.num_hidden_layers
+        self.width: int = model_config.hidden_size * len(config.layers)
+        self.depth: int = model_config.num_hidden_layers
         kind = _image_processor(config.processor)
         self.processor = kind(**processor_settings(kind, config.processor))
         if config.frozen:
@@ -66,23 +72,16 @@ class Encoder(nn.Module):
         super().train(mode and not self.config.frozen)
         return self
 
-    @torch.inference_mode()
-    def is_random_in_training(self, pixels_BCHW: Tensor) -> bool:
-        """Return whether a tower in training mode gives other states than in use, as with dropout or random positions."""
-        was_training, states = self.tower.training, []
-        with torch.random.fork_rng([pixels_BCHW.device] if pixels_BCHW.is_cuda else []):
-            for mode in (False, True):
-                self.tower.train(mode)
-                states.append(self(pixels_BCHW))
-        self.tower.train(was_training)
-        return not torch.equal(*states)
-
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Map prepared pixels to the hidden states of the chosen layer: (B, 3, H, W) -> (B, N, V)."""
-        if self.config.layer == -1:
-            states_BNV: Tensor = self.tower(pixels_BCHW).last_hidden_state
-        else:
-            states_BNV = self.tower(pixels_BCHW, output_hidden_states=True).hidden_states[self.config.layer]
+        """Map prepared pixels to the hidden states that a decoder reads: (B, 3, H, W) -> (B, N, V).
+
+        Raises TrainError if the encoder has no such states.
+        """
+        try:
+            states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.config.layers), self.config.states)
+        except ValueError as error:
+            hint = "choose all states, or an encoder like ViT and CLIP"
+            raise TrainError(f"{error}: it has no states {self.config.states!r}", hint=hint) from None
         return states_BNV.bfloat16().float() if self.config.frozen else states_BNV
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
@@ -92,8 +91,9 @@ class Encoder(nn.Module):
 
     def key(self) -> str:
         """Return a digest of the encoder's settings and of every weight."""
-        settings = canonical([self.config.model, self.config.processor, self.config.layer])
-        return weights_digest(settings, self.tower.state_dict())
+        about: list[Any] = [self.config.model, self.config.processor, self.config.layer]
+        about += [self.config.states] if self.config.states != "all" else []  # as in keys of earlier releases
+        return weights_digest(canonical(about), self.tower.state_dict())
 
 
 def weights_digest(about: bytes, weights: Mapping[str, Tensor]) -> str:
@@ -105,15 +105,18 @@ def weights_digest(about: bytes, weights: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> Encoder:
-    """Load an encoder by name: vit, clip, metaclip, tiny-clip, tiny-vit (untrained), a folder, or an id of the Hub.
+def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "all", frozen: bool | None = None) -> Encoder:
+    """Load an encoder by name: one of ENCODERS, tiny-vit (untrained), a folder, or an id of the Hub.
 
-    Every encoder but tiny-vit is frozen by default. Raises TrainError if there is no such vision model, or it lacks the layer.
+    Every encoder but tiny-vit is frozen by default. Raises TrainError if there is no such vision model, it needs more than
+    pixels, or it lacks the layers or the states.
     """
+    chosen = layer if isinstance(layer, int) else [*layer]
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
-        return Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), {"name": TINY_VIT}))
+        made_from = {"name": TINY_VIT}
+        return _require_states(Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, chosen, bool(frozen), made_from, states)))
     model_id = ENCODERS.get(name, name)
     try:
         model_config = AutoConfig.from_pretrained(model_id)
@@ -128,15 +131,30 @@ def load_encoder(name: str, *, layer: int = -1, frozen: bool | None = None) -> E
             tower = tower_class.from_pretrained(model_id, **options)
         shown = name if name in ENCODERS else Path(model_id).name if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
-        encoder = Encoder(EncoderConfig(settings_of(model_config), processor, layer, frozen is not False, made_from))
+        settings = settings_of(model_config)
+        encoder = Encoder(EncoderConfig(settings, processor, chosen, frozen is not False, made_from, states))
         encoder.tower.load_state_dict(tower.state_dict())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
-        hint = "pass vit, clip, metaclip, tiny-clip, tiny-vit, or a folder"
-        raise TrainError(f"no encoder {name}: {reason}", hint=hint) from None
-    if not -encoder.layers - 1 <= layer <= encoder.layers:
-        hint = f"layers are 0 (the embeddings) to {encoder.layers}, or -1 for the last"
-        raise TrainError(f"{name} has no layer {layer}", hint=hint)
+        raise TrainError(f"no encoder {name}: {reason}", hint=f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder") from None
+    return _require_states(encoder)
+
+
+def _require_states(encoder: Encoder) -> Encoder:
+    """Return an encoder that gives the states which its config names, of a blank image. Raises TrainError if it does not."""
+    config, name = encoder.config, encoder.config.made_from["name"]
+    if missing := [layer for layer in config.layers if not -encoder.depth - 1 <= layer <= encoder.depth]:
+        hint = f"layers are 0 (the embeddings) to {encoder.depth}, or -1 for the last"
+        raise TrainError(f"{name} has no layer {missing[0]}", hint=hint)
+    try:
+        with torch.inference_mode():
+            shape = encoder(encoder.pixels([Image.new("RGB", (64, 64))])).shape
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        hint = "choose one of plain pixels, such as vit, clip, siglip2 or dinov2"
+        raise TrainError(f"{name} cannot be an encoder here: {one_line(error)}", hint=hint) from None
+    if len(shape) != 3 or shape[2] != encoder.width:
+        hint = "choose one that gives a state for each patch, such as vit, clip, siglip2 or dinov2"
+        raise TrainError(f"{name} gives states of the shape {[*shape]}, and not (1, states, {encoder.width})", hint=hint)
     return encoder
 
 

@@ -23,9 +23,9 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import config_of, settings_of, silence_transformers
 from trainer.model.lora import add_adapters, is_adapter
 from trainer.model.packing import PackedTexts, pack, visible, weighted_loss
+from trainer.presets import DECODERS
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
-DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 HEAD_TOKENS = 1024  # whose logits are in memory at once
 Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
 PACKED: tuple[Packing, ...] = ("mask", "additive mask")

@@ -11,9 +11,11 @@ from trainer.config import require_checkpoint
 
 HERE = Path(__file__).parent
 MODULE = "modeling_synth_captioner"
-FROM_PACKAGE = "from trainer.model.decoder import"  # the line whose place the definitions take
-DEFINITIONS = ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope")
-IMPORTS = "from dataclasses import dataclass, field\n"
+DEFINITIONS = {  # by module of trainer/model: they take the place of the line that imports from it
+    "decoder": ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope"),
+    "states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid"),
+}
+IMPORTS = "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"
 HEADER = "# This file comes with the captioner and needs torch, transformers and Pillow; it is written by `synth push`.\n"
 
 
@@ -68,16 +70,23 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
 def modeling_source() -> str:
     """Return the module of the model, in which definitions of this package stand in place of their import."""
     text = (HERE / "modeling.py").read_text(encoding="utf-8")
-    decoder = (HERE.parent / "model" / "decoder.py").read_text(encoding="utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith(FROM_PACKAGE)]
-    defined = "\n\n\n".join(_source_of(decoder, name) for name in DEFINITIONS)
-    return HEADER + text.replace("from typing import Any\n", f"{IMPORTS}from typing import Any\n", 1).replace(
-        line, f"functional = nn.functional\n\n\n{defined}\n"
-    )
+    text = text.replace("from typing import Any\n", f"{IMPORTS}from typing import Any\n", 1)
+    for module, names in DEFINITIONS.items():
+        source = (HERE.parent / "model" / f"{module}.py").read_text(encoding="utf-8")
+        (line,) = [line for line in text.splitlines() if line.startswith(f"from trainer.model.{module} import")]
+        defined = "\n\n\n".join(_source_of(source, name) for name in names)
+        text = text.replace(line, f"functional = nn.functional\n\n\n{defined}\n" if module == "decoder" else f"\n{defined}\n")
+    return HEADER + text
 
 
 def _source_of(text: str, name: str) -> str:
-    """Return the source of a class or a function of a module, with its decorators."""
-    (node,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name]
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    """Return the source of a class, a function or a constant of a module, with its decorators."""
+    (node,) = [node for node in ast.parse(text).body if name in _defined(node)]
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
     return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    return {target.id for target in node.targets if isinstance(target, ast.Name)} if isinstance(node, ast.Assign) else set()

@@ -31,6 +31,7 @@ from transformers.image_utils import load_image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trainer.model.decoder import Block, DecoderConfig, rope_table
+from trainer.model.states import choose_states, layer_states
 
 ANSWER = "<answer>"
 
@@ -73,17 +74,16 @@ class _Tower(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         config = AutoConfig.for_model(**settings["model"])
-        self.width = config.hidden_size
+        layer = settings.get("layer", -1)
+        self.layers = [layer] if isinstance(layer, int) else layer
+        self.width = config.hidden_size * len(self.layers)
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         self.tower = AutoModel.from_config(config, **options)
-        self.layer, self.is_rounded = settings.get("layer", -1), settings.get("frozen", False)
+        self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the hidden states (B, N, V) of images; those that were learned from a cache are rounded as there."""
-        if self.layer == -1:
-            states_BNV: Tensor = self.tower(pixels_BCHW).last_hidden_state
-        else:
-            states_BNV = self.tower(pixels_BCHW, output_hidden_states=True).hidden_states[self.layer]
+        states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layers), self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
 
 

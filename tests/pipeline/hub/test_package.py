@@ -141,4 +141,4 @@ def test_a_file_of_a_checkpoint_that_is_a_link_to_the_outside_is_not_sent(name: 
     (folder / name).unlink()
     (folder / name).symlink_to("../secret")
     with pytest.raises(UnsafeFileError, match="a link to a file outside"):
-        build_checkpoint_package(folder, "me/captioner", lambda _: {})
+        build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})

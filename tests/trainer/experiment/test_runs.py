@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
@@ -102,13 +104,18 @@ def test_finished_cells_are_skipped_and_a_failed_cell_does_not_stop_the_others(
     config = TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1)
     bad = replace(runs[0], config=config, folder=tmp_path / "bad")
     updates: list[tuple[int, int | None]] = []
-    failed = run_cells([bad, *runs], 1, lambda stage, done, total: updates.append((done, total)))
+
+    class Record(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            updates.append((done, total))
+
+    failed = run_cells([bad, *runs], 1, Record())
     assert len(failed) == 1 and failed[0].startswith("bad: ") and "nowhere" in failed[0], failed
     assert updates == [(0, 3), (1, 3), (2, 3), (3, 3)] and all(run.is_done for run in runs)
     cell = json.loads((runs[1].folder / "cell.json").read_text())
     assert (cell["data"], cell["seed"], cell["digest"]) == ("model", 0, runs[1].version.manifest["digest"])
     before = {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
-    assert run_cells(runs, 1, lambda stage, done, total: None) == []
+    assert run_cells(runs, 1, NullProgress()) == []
     assert before == {run.folder: (run.folder / "metrics.json").stat().st_mtime_ns for run in runs}
     result = write_result(runs, tmp_path)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]

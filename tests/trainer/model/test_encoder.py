@@ -124,14 +124,6 @@ def test_a_frozen_encoder_with_dropout_gives_the_same_states_whatever_the_mode(t
         fresh, trained = frozen(pixels), frozen.train()(pixels)
         assert torch.equal(fresh, trained) and not frozen.tower.training
         assert not torch.equal(learning.train()(pixels), learning(pixels))
-    before = torch.get_rng_state()
-    assert frozen.is_random_in_training(pixels) and not frozen.tower.training
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_an_encoder_without_dropout_is_the_same_in_training(clip: str) -> None:
-    encoder = load_encoder(clip)
-    assert not encoder.is_random_in_training(encoder.pixels([Image.new("RGB", (40, 30), "green")]))
 
 
 def test_the_tower_of_a_siglip_is_loaded_with_its_weights(tmp_path: Path) -> None:

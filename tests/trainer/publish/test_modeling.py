@@ -94,7 +94,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         encoder = load_encoder(save_vit(root / "vit"))
     else:
         decoder, words = load_decoder(save_language_model(root / "lm", request.param))
-        encoder = load_encoder(save_clip(root / "clip"), layer=-2)
+        is_pooled = request.param == "llama"
+        chosen: dict[str, Any] = {"layer": (-1, -2), "states": "2x2"} if is_pooled else {"layer": -2}
+        encoder = load_encoder(save_clip(root / "clip"), **chosen)
     captioner = build_captioner(
         encoder, decoder, prompts=PROMPTS, eos_id=words.eos_id, max_caption_tokens=12, contrast_width=8, data={}
     )

@@ -48,7 +48,7 @@ json.dump({
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_captioner(tmp_path_factory.mktemp("models") / "c")
+    return save_captioner(tmp_path_factory.mktemp("models") / "c", layer=(-1, -2), states="2x2")
 
 
 @pytest.fixture(scope="module")

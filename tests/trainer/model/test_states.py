@@ -1,0 +1,71 @@
+"""Which states a decoder reads: of several layers, and fewer than all."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.model.states import choose_states, layer_states, patch_grid
+
+
+class Tower(nn.Module):
+    """A tower whose layers are known."""
+
+    def __init__(self, *layers: Tensor) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, pixels_BCHW: Tensor, *, output_hidden_states: bool = False) -> SimpleNamespace:
+        below = self.layers[:-1] if output_hidden_states else None
+        return SimpleNamespace(last_hidden_state=self.layers[-1], hidden_states=below)
+
+
+def test_one_layer_is_as_the_tower_gives_it_and_several_are_normalized_side_by_side() -> None:
+    below, last = torch.randn(2, 5, 8), 100 * torch.randn(2, 5, 8)
+    tower, pixels = Tower(torch.zeros(2, 5, 8), below, last), torch.zeros(2, 3, 4, 4)
+    torch.testing.assert_close(layer_states(tower, pixels, [-1]), last)
+    torch.testing.assert_close(layer_states(tower, pixels, [1]), below)
+    both = layer_states(tower, pixels, [-1, 1])
+    assert both.shape == (2, 5, 16)
+    for part, layer in zip(both.split(8, dim=-1), (last, below), strict=True):
+        expected = (layer - layer.mean(-1, keepdim=True)) / layer.std(-1, keepdim=True, correction=0)
+        torch.testing.assert_close(part, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("side", [4, 7])
+def test_patches_are_averaged_two_by_two_and_tokens_before_them_stay(before: int, side: int) -> None:
+    patches = torch.arange(side * side, dtype=torch.float32).view(1, -1, 1)
+    tokens = torch.full((1, before, 1), -1.0)
+    pooled = choose_states(torch.cat([tokens, patches], 1), "2x2")
+    half = -(-side // 2)
+    assert pooled.shape == (1, before + half * half, 1)
+    assert pooled[0, :before].eq(-1).all()
+    grid = patches.view(side, side)
+    expected = [grid[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean() for r in range(half) for c in range(half)]
+    torch.testing.assert_close(pooled[0, before:, 0], torch.stack(expected))
+
+
+def test_all_patches_are_averaged_or_the_class_token_stands_for_them() -> None:
+    states = torch.randn(2, 17, 3)
+    assert choose_states(states, "all") is states
+    torch.testing.assert_close(choose_states(states, "mean"), states[:, 1:].mean(1, keepdim=True))
+    assert torch.equal(choose_states(states, "class"), states[:, :1])
+    with pytest.raises(ValueError, match="no class token"):
+        choose_states(states[:, 1:], "class")
+    with pytest.raises(ValueError, match="12 states are no square"):
+        choose_states(states[:, :12], "2x2")
+
+
+@pytest.mark.parametrize(
+    ("count", "grid"), [(197, (1, 14)), (50, (1, 7)), (576, (0, 24)), (577, (1, 24)), (261, (5, 16)), (256, (0, 16))]
+)
+def test_the_grids_of_known_encoders_are_found(count: int, grid: tuple[int, int]) -> None:
+    assert patch_grid(count) == grid
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 48])
+def test_other_counts_are_no_grid(count: int) -> None:
+    with pytest.raises(ValueError, match="no square"):
+        patch_grid(count)

@@ -1,0 +1,133 @@
+"""Stores of hidden states on the disk: one folder for an encoder, one record an image, for all trainings on a dataset.
+
+A store only grows: `states.bin` has a record for each image, and `ids.bin` the digest of its id, which is appended when the
+record has reached the disk. A build that was cut off goes on after its last batch, and a training reads while another one adds.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import TrainError
+from pipeline.progress import Progress
+from pipeline.storage.files import read_json, remove, write_json
+
+FEATURES = "features"  # the folder of a dataset's stores
+ABOUT = "store.json"
+ID_BYTES = hashlib.sha256().digest_size
+SPARE_BYTES = 1_000_000_000  # that stay free on the disk
+TOLD_BYTES = 100_000_000  # from which on a build says how much it writes
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStore:
+    """The store in a folder, of records of so many bytes."""
+
+    path: Path
+    record_bytes: int
+
+    @contextmanager
+    def lock(self, about: dict[str, Any]) -> Iterator[None]:
+        """Hold the lock of who adds, and note what the store is of; another one waits here, then finds what was added."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+            write_json(self.path / ABOUT, about)
+            os.utime(self.path / ABOUT)  # the store is in use
+            yield
+
+    def rows(self) -> dict[bytes, int]:
+        """Return the row of each image, by the digest of its id; one whose digest was cut off has none."""
+        path = self.path / "ids.bin"
+        data = path.read_bytes() if path.exists() else b""
+        return {data[start : start + ID_BYTES]: row for row, start in enumerate(range(0, len(data) - ID_BYTES + 1, ID_BYTES))}
+
+    def allocate(self, count: int, more: int, progress: Progress) -> None:
+        """Take the space of `more` records behind the first `count`: a disk that is full later would kill who writes.
+
+        Raises TrainError if there is no room for them.
+        """
+        num_bytes, free = more * self.record_bytes, shutil.disk_usage(self.path).free
+        need = f"the hidden states of {more:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
+        if num_bytes > TOLD_BYTES and num_bytes + SPARE_BYTES > free:
+            hint = "--encoder-states 2x2 quarters it; feature_storage: int8 halves it, and none computes them in each step"
+            raise TrainError(f"{need}, and {free / 1e9:.1f} GB are free", hint=hint)
+        if num_bytes > TOLD_BYTES:
+            progress.message(need)
+        with (self.path / "states.bin").open("ab") as file:
+            os.posix_fallocate(file.fileno(), count * self.record_bytes, num_bytes)
+
+    def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:
+        """Write records (images, bytes) behind the first `count`, and count them when they have reached the disk."""
+        for name, size, data in (("states.bin", self.record_bytes, records.tobytes()), ("ids.bin", ID_BYTES, b"".join(ids))):
+            with (self.path / name).open("r+b" if (self.path / name).exists() else "w+b") as file:
+                file.seek(count * size)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def open(self, count: int) -> np.memmap:
+        """Return the first `count` records: (images, bytes)."""
+        return np.memmap(self.path / "states.bin", dtype=np.uint8, mode="r", shape=(count, self.record_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSummary:
+    """A store: whose states it has, of how many images, and when a training last used it (seconds since 1970)."""
+
+    path: Path
+    about: dict[str, Any]
+    images: int
+    num_bytes: int
+    used_s: float
+
+
+def id_digest(sample_id: str) -> bytes:
+    """Return the digest under which a store knows an image."""
+    return hashlib.sha256(sample_id.encode()).digest()
+
+
+def list_stores(folder: Path) -> list[StoreSummary]:
+    """Return the stores of a dataset's folder of features, the one used last first. Raises TrainError if one is damaged."""
+    stores = []
+    for about in folder.glob(f"*/{ABOUT}"):
+        sizes = {file.name: file.stat().st_size for file in about.parent.iterdir()}
+        images = sizes.get("ids.bin", 0) // ID_BYTES
+        try:
+            values = read_json(about)
+        except ValueError:
+            raise TrainError(
+                f"{about} is damaged", hint=f"remove the folder {about.parent}: a training makes it again"
+            ) from None
+        stores.append(StoreSummary(about.parent, values, images, sum(sizes.values()), about.stat().st_mtime))
+    return sorted(stores, key=lambda store: -store.used_s)
+
+
+def prune_stores(folder: Path, unused_days: float) -> tuple[int, int]:
+    """Remove stores that no training has used for so long, and the files of earlier releases; return how many, and bytes.
+
+    A store that grows at the moment stays. A training that reads a removed one goes on: its file is still open.
+    """
+    removed = num_bytes = 0
+    for store in list_stores(folder):
+        with (store.path / "lock").open("w") as lock_file:
+            try:
+                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if time.time() - store.used_s >= unused_days * 86_400:
+                remove(store.path)
+                removed, num_bytes = removed + 1, num_bytes + store.num_bytes
+    for file in [*folder.glob("*.bin"), *folder.glob("*.json"), *folder.glob("*.lock")]:  # one a list of images
+        removed, num_bytes = removed + (file.suffix == ".bin"), num_bytes + file.stat().st_size
+        file.unlink()
+    return removed, num_bytes
