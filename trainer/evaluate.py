@@ -4,7 +4,7 @@ A captioner that ignores its image scores the same on another image, which the s
 """
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from trainer.checkpoint import Checkpoint
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.generate import write_captions
-from trainer.metrics import bootstrap, derangement, meteor, score, score_each, tokenize
+from trainer.hallucination import Probing, chair, chair_of_people, describe
+from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
+from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.presets import ENCODERS
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import Quiz
 
+BY_PEOPLE = "references of the source"
 SHOWN = 12
 HELD_IMAGES = 256  # whose states are in memory at once: 155 MB of a ViT-B/16
 CLIPSCORE_WEIGHT = 2.5  # scales typical scores to between 0 and 1
@@ -37,7 +40,8 @@ class EvalOptions:
     prompt: tuple[str, str]
     search: DecodingConfig = GREEDY
     questions: bool = False  # also score answers and compute intervals
-    thorough: bool = False  # also compute METEOR, if Java and pycocoevalcap are installed: takes seconds
+    thorough: bool = False  # also what takes seconds: things that are not there; tokens of COCO and METEOR, if Java is here
+    spice: bool = False  # also SPICE, which takes minutes
 
 
 def evaluate(
@@ -48,11 +52,13 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
+    `tokens` says how texts were cut into words. A thorough evaluation has `things` (hallucination.py).
     """
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
-    against, examples, references = _references(examples, style)
+    against, examples, texts = _references(examples, style)
     prompt, quiz = TargetText(source, "", style=style), Quiz.of(checkpoint, examples) if options.questions else None
+    probing = Probing.of(checkpoint, examples, texts) if options.thorough else None
     hypotheses: list[str] = []
     for start in range(0, len(examples), HELD_IMAGES):
         part = examples[start : start + HELD_IMAGES]
@@ -61,7 +67,11 @@ def evaluate(
         hypotheses += write_captions(checkpoint, batches, prompt, options.search)
         if quiz:
             quiz.ask(checkpoint, held, part)
-    tokens = [tokenize(text) for text in hypotheses]
+        if probing:
+            probing.ask(checkpoint, held, part)
+    has_java = options.thorough and has_java_scores()
+    tokens, *of_references = _tokens([hypotheses, *texts], ptb_tokens if has_java else _words)
+    references = of_references
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     shuffled = [tokens[index] for index in derangement(len(tokens))]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
@@ -79,6 +89,7 @@ def evaluate(
         "style": style,
         "source": source,
         "against": against,
+        "tokens": "PTB, as on COCO" if has_java else "words",
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
@@ -91,9 +102,21 @@ def evaluate(
         "shown": [row | {"references": row["references"][:5]} for row in shown],
         "each": per_image,
     }
-    if options.thorough:
-        for name, value in zip(("scores", "shuffled_scores"), meteor([tokens, shuffled], references), strict=False):
+    if has_java:
+        for name, value in zip(("scores", "shuffled_scores"), meteor([tokens, shuffled], references), strict=True):
             result[name]["meteor"] = value
+    order = derangement(len(hypotheses))
+    if options.thorough:
+        others = [hypotheses[index] for index in order]
+        result["things"] = {"chair": chair(hypotheses, texts), "shuffled_chair": chair(others, texts)}
+        if (people := chair_of_people(texts)) and against == BY_PEOPLE:
+            result["things"]["people"] = people
+        if probing:
+            result["things"]["probes"] = probing.scores()
+        result["things"]["in_words"] = describe(result["things"])
+    if options.spice:
+        for name, shown_captions in (("scores", hypotheses), ("shuffled_scores", [hypotheses[index] for index in order])):
+            result[name]["spice"] = spice(shown_captions, texts)
     if clip:
         images, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
         for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, images, hypotheses, *orders), strict=True):
@@ -106,18 +129,28 @@ def evaluate(
 
 
 def evaluate_version(
-    checkpoint: Checkpoint, version: Version, split: str, style: str | None = None, beams: int = 1, clip: str | None = None
+    checkpoint: Checkpoint,
+    version: Version,
+    split: str,
+    style: str | None = None,
+    beams: int = 1,
+    clip: str | None = None,
+    *,
+    spice: bool = False,
 ) -> dict[str, Any]:
     """Score a captioner on a split of a version; see `evaluate`. `clip` names a CLIP for CLIPScore.
 
-    Raises TrainError if the CLIP is the captioner's own encoder, and EngineError if it cannot be loaded.
+    Raises TrainError if the CLIP is the captioner's own encoder or SPICE cannot be run, EngineError if there is no such CLIP.
     """
+    if spice:
+        require_spice()
     config = checkpoint.captioner.config
     if clip and is_same(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
     examples = examples_in(version, split, config.data.get("texts", "synthetic"))
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    options = EvalOptions(scored_prompt(config.prompts, style), DecodingConfig(beams=beams), questions=True, thorough=True)
+    search, prompt = DecodingConfig(beams=beams), scored_prompt(config.prompts, style)
+    options = EvalOptions(prompt, search, questions=True, thorough=True, spice=spice)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
 
 
@@ -140,9 +173,19 @@ def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dic
     return {"cider_d": [one - other for one, other in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
 
 
-def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[list[str]]]]:
-    """Return the kind of reference, the examples that have one, and their tokenized references."""
-    against = "references of the source"
+def _tokens(corpora: Sequence[Sequence[str]], cut: Callable[[Sequence[str]], list[list[str]]]) -> list[list[list[str]]]:
+    """Return the tokens of each text of several lists, cut at once."""
+    cut_texts = iter(cut([text for texts in corpora for text in texts]))
+    return [[next(cut_texts) for _ in texts] for texts in corpora]
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    return [tokenize(text) for text in texts]
+
+
+def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
+    """Return the kind of reference, the examples that have one, and their references."""
+    against = BY_PEOPLE
     pairs = [(example, list(example.references)) for example in examples if example.references]
     if not pairs:
         against = "captions of the teacher"
@@ -150,4 +193,4 @@ def _references(examples: list[Example], style: str) -> tuple[str, list[Example]
         pairs = [(example, texts) for example, texts in captions if texts]
     if not pairs:
         raise TrainError(f"no held-out image has a reference or a {style} caption", hint="choose another style")
-    return against, [example for example, _ in pairs], [[tokenize(text) for text in texts] for _, texts in pairs]
+    return against, [example for example, _ in pairs], [texts for _, texts in pairs]

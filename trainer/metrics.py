@@ -3,11 +3,9 @@
 A corpus is a list of images; each has one hypothesis and one or more references, all of them lists of tokens.
 """
 
-import importlib.util
 import math
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -138,23 +136,6 @@ def _clipped_cosine(hypothesis: dict[tuple[str, ...], float], reference: dict[tu
     dot = sum(min(weight, reference[gram]) * reference[gram] for gram, weight in hypothesis.items() if gram in reference)
     norm = math.sqrt(sum(w * w for w in hypothesis.values())) * math.sqrt(sum(w * w for w in reference.values()))
     return dot / norm if norm else 0.0
-
-
-def meteor(corpora: Sequence[Sequence[Tokens]], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Return METEOR (Denkowski and Lavie, 2014) of several sets of hypotheses for the same images.
-
-    Runs the Java program of pycocoevalcap, which takes seconds to start; returns an empty list without Java or the package.
-    """
-    if shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None:
-        return []
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    reference_texts = {index: [" ".join(reference) for reference in refs] for index, refs in enumerate(references)}
-    program = Meteor()
-    return [
-        float(program.compute_score(reference_texts, {index: [" ".join(text)] for index, text in enumerate(hypotheses)})[0])
-        for hypotheses in corpora
-    ]
 
 
 def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:

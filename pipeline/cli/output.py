@@ -103,6 +103,8 @@ def print_scores(metrics: dict[str, Any]) -> None:
     if low is not None and low <= 0:
         say(f"  the captions of other images score about as well (CIDEr-D by {low:.3f} to {high:.3f} less):", LOSS)
         say("  this captioner ignores its images, or there are too few of them to tell", LOSS)
+    for line in metrics.get("things", {}).get("in_words", ()):
+        say(f"  {line}")
     for kind, scores in metrics.get("questions", {}).items():
         say(
             f"  {kind:<8} {scores['accuracy']:6.3f}   with shuffled images {scores['shuffled']:6.3f}"

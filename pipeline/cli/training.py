@@ -179,6 +179,7 @@ def evaluate(
     clip_score: Annotated[
         str | None, Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
+    spice: Annotated[bool, Option("--spice", help="Score by SPICE too: needs Java and a parser, takes minutes.")] = False,
     captions: Annotated[
         Path | None, Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
     ] = None,
@@ -200,7 +201,7 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
-    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score)
+    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score, spice=spice)
     image_results = metrics.pop("each")
     if captions:
         write_captions(captions, image_results)

@@ -27,14 +27,14 @@ def example(references: tuple[str, ...], style: str = "brief") -> Example:
 def test_scores_are_against_the_references_where_there_are_some() -> None:
     examples = [example(("A circle.", "One circle.")), example(())]
     against, scored, references = _references(examples, "brief")
-    assert (against, references) == ("references of the source", [[["a", "circle"], ["one", "circle"]]])
+    assert (against, references) == ("references of the source", [["A circle.", "One circle."]])
     assert scored == examples[:1]
 
 
 def test_without_references_they_are_against_the_teacher_and_say_so() -> None:
     examples = [example(()), example((), style="detailed"), example(())]
     against, scored, references = _references(examples, "brief")
-    assert (against, references) == ("captions of the teacher", [[["a", "ring"]], [["a", "ring"]]])
+    assert (against, references) == ("captions of the teacher", [["A ring."], ["A ring."]])
     assert scored == [examples[0], examples[2]]
 
 

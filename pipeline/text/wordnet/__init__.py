@@ -1,6 +1,6 @@
-"""Words and names of WordNet 3.0 (Princeton University; LICENSE beside this file), as two sorted lists.
+"""Words, names and things of WordNet 3.0 (Princeton University; LICENSE beside this file), as lists.
 
-Captions are balanced over `names`; `dictionary_words` distinguish misspellings from words.
+Captions are balanced over `names`; `dictionary_words` tell words from misspellings; `object_words` name things to be seen.
 """
 
 import gzip
@@ -20,6 +20,19 @@ def names() -> tuple[str, ...]:
 def dictionary_words() -> frozenset[str]:
     """Return every single word that WordNet has in any sense, irregular forms included, in lower case."""
     return frozenset(_read("words"))
+
+
+@cache
+def object_words() -> dict[str, tuple[int, bool]]:
+    """Return the concept that each noun for a thing to be seen has, and whether the word is more often no noun."""
+    lines = (line.split("\t") for line in _read("objects"))
+    return {word: (int(concept), bool(otherwise)) for word, concept, *otherwise in lines}
+
+
+@cache
+def concepts_above() -> tuple[tuple[int, ...], ...]:
+    """Return the concepts that are right above each concept of `object_words`."""
+    return tuple(tuple(map(int, line.split())) for line in _read("concepts"))
 
 
 def _read(name: str) -> list[str]:

@@ -1,17 +1,41 @@
 """Rebuild the lists of this folder from WordNet's files: `python -m pipeline.text.wordnet.build FOLDER`.
 
-FOLDER holds data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` of Debian's package wordnet-base.
+FOLDER holds data.noun, index.noun, noun.exc, cntlist.rev and so on, such as `usr/share/wordnet` of Debian's package
+wordnet-base.
 """
 
 import gzip
 import sys
+from collections import Counter
 from pathlib import Path
 
 PARTS = ("noun", "verb", "adj", "adv")
+PERSON = 18
+# Lexicographer files of what can be seen: animals, artifacts, food, natural objects, people, plants, shapes.
+SEEN = frozenset((5, 6, 13, 17, PERSON, 20, 25))
+MAX_OBJECT_WORDS = 3
+OTHERWISE = "\t-"
+# Words whose most frequent sense is none that can be seen, and which mean a thing in captions.
+_IN_CAPTIONS = """
+table sign food water baseball light kite court board racket glass tv television book microwave seat meter swing forest park
+market church branch ring van mug notebook magazine basketball football trash soda jersey newspaper poster home cup plate cross
+square star glove stage oven skateboard surfboard tray shade step bar counter stand cloud model set
+"""
+IN_CAPTIONS = frozenset(_IN_CAPTIONS.split())
+SENSES = 4  # of such a word that are looked at, the most frequent first
+PERSON_CONCEPT = "person"
+PEOPLE = ("people", "person", "crowd", "couple", "family", "team", "folks")  # WordNet has groups for some of them
+# Words that mean in captions what another word means: WordNet knows one who shows off as a hot dog.
+SAME_AS = {
+    "hot_dog": "frankfurter", "hotdog": "frankfurter", "tv": "television_set", "television": "television_set",
+    "dining_table": "table", "bike": "wheeled_vehicle",
+}  # fmt: skip
+TOPS = {"animal": 5, "plant": 20, "food": 13}  # the words above all of a file, which stand in one of their own
+NOUN_KEY = "%1:"  # in the key of a sense
 
 
 def build(folder: Path, out: Path) -> dict[str, int]:
-    """Write `names.txt.gz` and `words.txt.gz`, the same bytes from the same files; return how many lines each has."""
+    """Write the lists, the same bytes from the same files; return how many lines each has."""
     names: set[str] = set()
     dictionary_words: set[str] = set()
     for part in PARTS:
@@ -20,11 +44,79 @@ def build(folder: Path, out: Path) -> dict[str, int]:
         names |= {name.lower().partition(".")[0].replace("_", " ") for name in first}
         dictionary_words |= {line.split(" ", 1)[0] for line in _lines(folder / f"index.{part}")}
         dictionary_words |= {line.split(" ", 1)[0] for line in _lines(folder / f"{part}.exc")}
-    lists = {"names": names - {""}, "words": {word.lower() for word in dictionary_words if word.isalpha()}}
-    for name, entries in lists.items():
-        packed = gzip.compress("\n".join(sorted(entries)).encode(), mtime=0)
-        (out / f"{name}.txt.gz").write_bytes(packed)
-    return {name: len(entries) for name, entries in lists.items()}
+    lists = {
+        "names": sorted(names - {""}),
+        "words": sorted({word.lower() for word in dictionary_words if word.isalpha()}),
+        **object_lists(folder),
+    }
+    for name, lines in lists.items():
+        (out / f"{name}.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    return {name: len(lines) for name, lines in lists.items()}
+
+
+def object_lists(folder: Path) -> dict[str, list[str]]:
+    """Return `objects`, lines of "WORD<tab>CONCEPT", and `concepts`: in line n the concepts right above concept n.
+
+    A noun has the most frequent of its senses, if that can be seen; names of persons, places and species are left out.
+    OTHERWISE marks words that are more often no noun. All people are one concept, the first. Irregular plurals are words of
+    their own.
+    """
+    kinds, above, proper = _read_nouns(folder)
+    counts = {key: int(count) for key, _, count in map(str.split, _lines(folder / "cntlist.rev"))}
+    uses, as_noun = Counter[str](), Counter[str]()
+    for key, count in counts.items():
+        word = key.partition("%")[0]
+        uses[word] += count
+        as_noun[word] += count if NOUN_KEY in key else 0
+    found: dict[str, str] = dict.fromkeys(PEOPLE, PERSON_CONCEPT)
+    for line in _lines(folder / "index.noun"):
+        word, _, _, pointers, *rest = line.split()
+        senses = rest[int(pointers) + 2 :]
+        looked_at = senses[: SENSES if word in IN_CAPTIONS else 1]
+        seen = next((sense for sense in looked_at if kinds[sense] in SEEN and (word, sense) not in proper), None)
+        if seen and word.count("_") < MAX_OBJECT_WORDS and word not in found:
+            found[word] = PERSON_CONCEPT if kinds[seen] == PERSON else seen
+    found |= {word: found[other] for word, other in SAME_AS.items()}
+    for line in _lines(folder / "noun.exc"):
+        plural, singular = line.split()[:2]
+        if singular in found:
+            found.setdefault(plural, found[singular])
+    used = sorted({one for concept in found.values() for one in _chain(concept, above, kinds)} - {PERSON_CONCEPT})
+    number = {concept: n for n, concept in enumerate([PERSON_CONCEPT, *used])}
+    parents = [[str(number[one]) for one in above.get(concept, ()) if one in number] for concept in number]
+    return {
+        "objects": sorted(
+            f"{word.replace('_', ' ')}\t{number[concept]}{OTHERWISE if 2 * as_noun[word] < uses[word] else ''}"
+            for word, concept in found.items()
+        ),
+        "concepts": [" ".join(of_concept) for of_concept in parents],
+    }
+
+
+def _read_nouns(folder: Path) -> tuple[dict[str, int], dict[str, list[str]], set[tuple[str, str]]]:
+    """Return the lexicographer file of each synset, the synsets above it, and the names among the words of synsets."""
+    kinds: dict[str, int] = {}
+    above: dict[str, list[str]] = {}
+    proper: set[tuple[str, str]] = set()
+    for line in _lines(folder / "data.noun"):
+        # offset, file number, type, how many words (hexadecimal), words with a number each, how many pointers, pointers
+        offset, kind, _, count, *rest = line.partition("|")[0].split()
+        words, pointers = rest[: 2 * int(count, 16) : 2], rest[2 * int(count, 16) + 1 :]
+        kinds[offset] = TOPS.get(words[0], int(kind))
+        above[offset] = [pointers[n + 1] for n in range(0, len(pointers), 4) if pointers[n] == "@"]
+        proper |= {(word.lower(), offset) for word in words if word != word.lower()}
+    return kinds, above, proper
+
+
+def _chain(synset: str, above: dict[str, list[str]], kinds: dict[str, int]) -> list[str]:
+    """Return a synset and all above it that can be seen."""
+    chain, pending = [synset], [*above.get(synset, ())]
+    while pending:
+        one = pending.pop(0)
+        if one not in chain and kinds[one] in SEEN - {PERSON}:
+            chain.append(one)
+            pending += above[one]
+    return chain
 
 
 def _lines(path: Path) -> list[str]:
