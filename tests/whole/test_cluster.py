@@ -26,6 +26,7 @@ from pipeline.dataset.version import Version
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
 from tests.whole.conftest import SYNTH, Run, read_failure
@@ -235,6 +236,7 @@ def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServ
     assert len(chat.bodies) == before
 
 
+@pytest.mark.skipif(not LONG, reason="two clusters of two nodes take three minutes: make test-long")
 def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     synth: Run, chat: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.whole.conftest import SYNTH
 
@@ -255,7 +256,7 @@ def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> No
     ]
     pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
     columns = ("--columns", "question=q,answer=a")
-    for executor in ((), ("--executor", "ray", "--shards", "2")):
+    for executor in ((), ("--executor", "ray", "--shards", "2")) if LONG else ((),):
         command = ("generate", "--tasks", "none") if executor else ("import",)
         done = json.loads(
             synth(

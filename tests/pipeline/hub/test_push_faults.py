@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset.version import Version
+from tests.hostile import LONG
 from tests.hub.app import Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
@@ -69,10 +70,13 @@ def world(
         yield World(hub, client, *versions)
 
 
-def requests_of_a_push(world: World) -> list[tuple[str, str]]:
+def requests_of_a_push(world: World, number: int) -> list[tuple[int, str, str]]:
+    """Return each request of a push with its position; in a short run one in three, others for each test (`number`)."""
     world.reset()
     assert world.client.push(world.new)["is_new"]
-    return list(world.hub.log)
+    requests = [(index, method, path) for index, (method, path) in enumerate(world.hub.log)]
+    assert len(requests) > 12
+    return requests if LONG else requests[number % 3 :: 3]
 
 
 FAULTS = {
@@ -86,9 +90,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_any_request_is_survived_or_reported(world: World, fault: str) -> None:
-    requests = requests_of_a_push(world)
-    assert len(requests) > 12
-    for index, (method, path) in enumerate(requests):
+    for index, method, path in requests_of_a_push(world, list(FAULTS).index(fault)):
         world.reset()
         world.hub.faults.append(Fault(".*", ".*", skip=index, **FAULTS[fault]))  # type: ignore[arg-type]
         first = world.client.push(world.new)
@@ -104,7 +106,7 @@ def test_a_fault_at_any_request_is_survived_or_reported(world: World, fault: str
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_push_that_is_killed_at_any_request_is_completed_by_the_next(world: World, *, after: bool) -> None:
-    for index, (method, path) in enumerate(requests_of_a_push(world)):
+    for index, method, path in requests_of_a_push(world, after):
         world.reset()
         world.hub.faults.append(Fault(".*", ".*", skip=index, after=after, call=world.client.kill))
         assert world.client.push(world.new) == {}, (method, path)
@@ -118,9 +120,9 @@ def test_of_two_pushes_that_race_one_wins_and_the_other_says_so(world: World, tm
     make_version(tmp_path / "rival", scene_samples(20))
     rival, _ = make_version(tmp_path / "rival", scene_samples(20) + scene_samples(4, seed=3))
     assert rival.name == world.new.name
-    requests = requests_of_a_push(world)
+    requests = requests_of_a_push(world, 0)
     with Pusher(world.client.hub, tmp_path / "home", xet=world.client.xet, hasty=True) as rival_client:
-        for index, (method, path) in enumerate(requests):
+        for index, method, path in requests:
             world.reset(rival_client)
             answers: list[dict[str, object]] = []
 
