@@ -1,0 +1,88 @@
+"""Trainings that are killed or interrupted lose the steps since the last save at most, and end as a training in peace."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset.version import Version
+from tests.hostile import part_of
+from tests.scene_data import make_version, scene_samples
+from tests.trainer.tiny_models import save_clip
+from trainer.checkpoint import read_log
+from trainer.config import TrainConfig
+from trainer.train import train
+
+SAVE_EVERY = 5
+CONFIG: dict[str, Any] = {
+    "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "steps": 15, "evaluate_every": SAVE_EVERY,
+    "evaluate_images": 4, "max_caption_tokens": 12, "batch_size": 8, "average_decay": 0.9,
+}  # fmt: skip
+# A process that sends itself a signal when it is told of a stage and a step, or has written half of a file.
+TRAINING = """
+import json, os, sys
+from pathlib import Path
+import trainer.checkpoint
+from pipeline.dataset.version import read_version
+from pipeline.progress import NullProgress
+from trainer.config import TrainConfig
+from trainer.train import train
+version, out, config, moment, number, resume = sys.argv[1:]
+kind, _, at = moment.partition(" ")
+class Dying(NullProgress):
+    def __call__(self, stage, done, total, metrics=None):
+        if (stage, str(done)) == (kind, at):
+            os.kill(os.getpid(), int(number))
+saves = {"resume": 0, "model": 0}
+def dying(name, save):
+    def half(first, target, **more):
+        result = save(first, target, **more)
+        saves[name] += 1
+        if (name, str(saves[name])) == (kind, at):
+            path = Path(target) / "model.safetensors" if name == "model" else Path(target)
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), int(number))
+        return result
+    return half
+trainer.checkpoint.torch.save = dying("resume", trainer.checkpoint.torch.save)
+trainer.checkpoint.CaptionerModel.save_pretrained = dying("model", trainer.checkpoint.CaptionerModel.save_pretrained)
+config = TrainConfig.model_validate(json.loads(config))
+train(read_version(Path(version)), config, Path(out), resume=resume == "resume", progress=Dying())
+"""
+MOMENTS = [
+    ("train 7", signal.SIGKILL), ("resume 2", signal.SIGKILL), ("train 12", signal.SIGTERM), ("features 40", signal.SIGKILL),
+    ("train 1", signal.SIGKILL), ("train 5", signal.SIGKILL), ("train 15", signal.SIGKILL), ("resume 1", signal.SIGKILL),
+    ("model 2", signal.SIGKILL), ("train 3", signal.SIGINT), ("train 14", signal.SIGINT), ("train 10", signal.SIGTERM),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfig, Path]:
+    """Return a version, settings, and the folder of a training in peace."""
+    root = tmp_path_factory.mktemp("world")
+    version, _ = make_version(root / "data", scene_samples(40))
+    config = TrainConfig(encoder=save_clip(root / "clip"), **CONFIG)
+    train(version, config, root / "peace")
+    return version, config, root / "peace"
+
+
+@pytest.mark.parametrize(("moment", "number"), part_of(MOMENTS, 3))
+def test_a_training_that_ends_at_any_moment_goes_on(
+    world: tuple[Version, TrainConfig, Path], tmp_path: Path, moment: str, number: int
+) -> None:
+    version, config, peace = world
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", TRAINING, str(version.path), str(out), config.model_dump_json(), moment, str(int(number))]
+    died = subprocess.run([*command, "anew"], capture_output=True, text=True, timeout=300)
+    assert died.returncode in (-signal.SIGKILL if number == signal.SIGKILL else 1, -signal.SIGINT), died.stderr
+    reached = max((line["step"] for line in read_log(out / "log.jsonl")), default=0)
+    is_saved = (out / "resume.pt").exists()
+    train(version, config, out, resume=is_saved)
+    steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "stage" in line]
+    assert steps == list(range(1, 16))  # each once
+    for name in ("model.safetensors", "metrics.json", "config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (peace / name).read_bytes(), name
+    assert is_saved or reached <= SAVE_EVERY
