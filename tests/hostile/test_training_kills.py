@@ -1,5 +1,6 @@
 """Trainings that are killed or interrupted lose the steps since the last save at most, and end as a training in peace."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer.checkpoint import read_log
 from trainer.config import TrainConfig
+from trainer.feature_store import FEATURES
 from trainer.train import train
 
 SAVE_EVERY = 5
@@ -26,6 +28,7 @@ TRAINING = """
 import json, os, sys
 from pathlib import Path
 import trainer.checkpoint
+import trainer.features
 from pipeline.dataset.version import read_version
 from pipeline.progress import NullProgress
 from trainer.config import TrainConfig
@@ -36,6 +39,7 @@ class Dying(NullProgress):
     def __call__(self, stage, done, total, metrics=None):
         if (stage, str(done)) == (kind, at):
             os.kill(os.getpid(), int(number))
+trainer.features.BATCH_IMAGES = 16
 saves = {"resume": 0, "model": 0}
 def dying(name, save):
     def half(first, target, **more):
@@ -53,7 +57,7 @@ config = TrainConfig.model_validate(json.loads(config))
 train(read_version(Path(version)), config, Path(out), resume=resume == "resume", progress=Dying())
 """
 MOMENTS = [
-    ("train 7", signal.SIGKILL), ("resume 2", signal.SIGKILL), ("train 12", signal.SIGTERM), ("features 40", signal.SIGKILL),
+    ("train 7", signal.SIGKILL), ("resume 2", signal.SIGKILL), ("train 12", signal.SIGTERM), ("features 32", signal.SIGKILL),
     ("train 1", signal.SIGKILL), ("train 5", signal.SIGKILL), ("train 15", signal.SIGKILL), ("resume 1", signal.SIGKILL),
     ("model 2", signal.SIGKILL), ("train 3", signal.SIGINT), ("train 14", signal.SIGINT), ("train 10", signal.SIGTERM),
 ]  # fmt: skip
@@ -75,6 +79,8 @@ def test_a_training_that_ends_at_any_moment_goes_on(
 ) -> None:
     version, config, peace = world
     out = tmp_path / "out"
+    if moment.startswith("features"):
+        shutil.rmtree(version.dataset_dir / FEATURES)
     command = [sys.executable, "-c", TRAINING, str(version.path), str(out), config.model_dump_json(), moment, str(int(number))]
     died = subprocess.run([*command, "anew"], capture_output=True, text=True, timeout=300)
     assert died.returncode in (-signal.SIGKILL if number == signal.SIGKILL else 1, -signal.SIGINT), died.stderr
