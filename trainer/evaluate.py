@@ -89,7 +89,7 @@ def evaluate(
         "style": style,
         "source": source,
         "against": against,
-        "tokens": "PTB, as on COCO" if has_java else "words",
+        "tokens": "PTB tokens, as on COCO" if has_java else "words",
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},

@@ -95,6 +95,7 @@ def show_picture(image: bytes) -> None:
 def print_scores(metrics: dict[str, Any]) -> None:
     """Print scores on own images beside those on shuffled images."""
     say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
+    say(f"  scores of captions cut into {metrics['tokens']}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pipeline.config import TINY, Config, resolve
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.images.similarity import ImageKind
-from pipeline.sources import columns, flickr30k, folder, hub, scenes, slidevqa, vqav2
+from pipeline.sources import archive, columns, flickr30k, folder, hub, listing, scenes, slidevqa, vqav2
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ALL, Sample, Source, SourceSlice
@@ -17,6 +17,8 @@ SOURCES: tuple[SourceSpec, ...] = (
     scenes.SCENES,
     scenes.DECKS,
     folder.SPEC,
+    archive.SPEC,
+    listing.SPEC,
     columns.SPEC,
     hub.SPEC,
     flickr30k.SPEC,
@@ -34,10 +36,19 @@ def find_source(name: str) -> SourceSpec:
     if Path(name).is_dir():
         hint = f"did you mean folder:{name}?"
     elif Path(name).is_file():
-        hint = f"did you mean parquet:{name}?" if name.endswith(".parquet") else f"did you mean folder:{Path(name).parent}?"
+        hint = f"did you mean {_kind_of_file(name)}?"
     else:
         hint = did_you_mean(name, [spec.kind for spec in SOURCES]) or known
     raise ConfigError(f"unknown source: {name}", hint=hint)
+
+
+def _kind_of_file(name: str) -> str:
+    """Return the source that reads a file."""
+    if name.lower().endswith(archive.SUFFIXES):
+        return f"archive:{name}"
+    kinds = {".parquet": "parquet", **dict.fromkeys((".txt", ".csv", ".tsv", ".jsonl"), "list")}
+    kind = kinds.get(Path(name).suffix.lower())
+    return f"{kind}:{name}" if kind else f"folder:{Path(name).parent}"
 
 
 def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None = None) -> Config:

@@ -35,7 +35,7 @@ MAX_CAPTION_FILE_BYTES = 1_000_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REFERENCE_NAMES = ("text", "caption", "captions", "description")
 OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
-_REFUSALS = {  # by reason, without a path of this machine
+REFUSALS = {  # by reason, without a path of this machine
     OUTSIDE: "a link to a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
@@ -103,7 +103,7 @@ def open_folder(
     contents = (
         [
             name,
-            _digest(row, bound),
+            digest_of_file(row, bound),
             references.captions.get(row, ()),
             *([contexts[row]] if contexts else []),
             *_more(references, row),
@@ -309,11 +309,12 @@ def _row_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 
 
-def _digest(path: Path, bound: Path | None) -> str:
+def digest_of_file(path: Path, bound: Path | None) -> str:
+    """Return the sha256 of an image file, or that it cannot be read."""
     try:
         with open_regular(path, bound, MAX_IMAGE_BYTES) as file:
             return open_file_digest(file)
-    except (OSError, UnsafeFileError):
+    except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
 
 
@@ -321,7 +322,7 @@ def _read(path: Path, bound: Path | None, name: str, licence: str, **texts: Any)
     try:
         data = read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
     except UnsafeFileError as error:
-        return Rejected(source_row=name, reason=error.reason, detail=_REFUSALS[error.reason])
+        return Rejected(source_row=name, reason=error.reason, detail=REFUSALS[error.reason])
     except OSError as error:
         return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
     return RawSample(source_row=name, images=(data,), licence=licence, fields=texts)

@@ -1,11 +1,12 @@
-"""Parquet files in an object store or on a web server (`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://`, `https://`), by fsspec.
+"""Files in an object store or on a web server (`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://`, `https://`), by fsspec.
 
 Files are read in place, and only the needed byte ranges are transferred. Each store's own library finds its keys and endpoint.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -26,8 +27,18 @@ _TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
 
 
-def open_remote(url: str) -> Tables:
-    """Return the tables at or under a URL, with a digest of the metadata of each. Raise SourceError if they cannot be read."""
+@dataclass(frozen=True, slots=True)
+class RemoteFiles:
+    """Files in a store, as their paths there by their names, and a digest of the metadata of each."""
+
+    name: str
+    revision: str
+    paths: dict[str, str]
+    open: Callable[[str], BinaryIO]
+
+
+def find_files(url: str, suffixes: tuple[str, ...]) -> RemoteFiles:
+    """Return the files at or under a URL whose names end so. Raise SourceError if they cannot be listed."""
     with translate_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale
         infos: dict[str, dict[str, Any]] = {root: store.info(root)}
@@ -36,17 +47,24 @@ def open_remote(url: str) -> Tables:
             infos = store.find(root, detail=True)
         folder = _without_key(root) if is_folder else _without_key(root).rpartition("/")[0]
         named_paths = sorted((_without_key(path), path) for path, info in infos.items() if info["type"] == "file")
-        paths = {name.removeprefix(folder).lstrip("/"): path for name, path in named_paths if name.endswith(".parquet")}
+        paths = {name.removeprefix(folder).lstrip("/"): path for name, path in named_paths if name.lower().endswith(suffixes)}
         contents = [[name, _content_of(store, path, infos[path])] for name, path in paths.items()]
-    if not paths:
-        hint = "pass a file, or a folder of a store that lists them: --source parquet:s3://BUCKET/FOLDER"
-        raise SourceError(f"no Parquet file at {url}", hint=hint)
 
     def open_file(name: str) -> BinaryIO:
         return cast(BinaryIO, store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"))
 
     name = folder.rstrip("/").rpartition("/")[2] or folder
-    return Tables(name, digest(contents), UNKNOWN, group_by_split(paths), open_file, partial(translate_errors, url))
+    return RemoteFiles(name, digest(contents), paths, open_file)
+
+
+def open_remote(url: str) -> Tables:
+    """Return the tables at or under a URL. Raise SourceError if they cannot be read."""
+    files = find_files(url, (".parquet",))
+    if not files.paths:
+        hint = "pass a file, or a folder of a store that lists them: --source parquet:s3://BUCKET/FOLDER"
+        raise SourceError(f"no Parquet file at {url}", hint=hint)
+    where = partial(translate_errors, url)
+    return Tables(files.name, files.revision, UNKNOWN, group_by_split(files.paths), files.open, where)
 
 
 def _without_key(path: str) -> str:

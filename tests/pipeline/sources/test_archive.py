@@ -1,0 +1,349 @@
+"""Archives as a source: tar and zip files with what lies beside their images, and those that were made to do harm."""
+
+import gzip
+import io
+import json
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import webdataset
+
+from pipeline.config import resolve
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources import archive as archives
+from pipeline.sources import open_source
+from pipeline.types import ALL, Rejected, Sample, SourceSlice
+from tests.hub.datasets import photo
+from tests.s3 import running_s3
+
+Files = dict[str, bytes]
+FILES: Files = {
+    "a/0.jpg": photo(0),
+    "a/0.txt": b"A bowl.\nOne red bowl.\n",
+    "a/1.jpg": photo(1),
+    "a/1.json": json.dumps({"caption": ["A cup.", "A cup."], "title": "Cup", "price": 3}).encode(),
+    "a/notes.pdf": b"%PDF",
+    "b/IMG.001.jpg": photo(2),
+    "b/IMG.002.jpg": photo(3),
+    "b/._IMG.002.jpg": b"attributes of a Mac",
+}
+
+
+def tar_of(files: Files, mode: str = "w") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def zip_of(files: Files) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def rows(path: object, part: SourceSlice = ALL, **settings: Any) -> list[Sample | Rejected]:
+    return list(open_source(resolve(source=f"archive:{path}", **settings), part).rows)
+
+
+def samples(path: object, **settings: Any) -> dict[str, Sample]:
+    found = rows(path, **settings)
+    assert not [row for row in found if isinstance(row, Rejected)], found
+    return {row.source_row: row for row in found if isinstance(row, Sample)}
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("p.tar", tar_of),
+        ("p.tar.gz", lambda files: tar_of(files, "w:gz")),
+        ("p.tgz", lambda files: tar_of(files, "w:gz")),
+        ("p.tar.bz2", lambda files: tar_of(files, "w:bz2")),
+        ("p.TAR.XZ", lambda files: tar_of(files, "w:xz")),
+        ("p.zip", zip_of),
+    ],
+)
+def test_images_are_read_with_what_lies_beside_them(tmp_path: Path, name: str, make: Callable[[Files], bytes]) -> None:
+    (tmp_path / name).write_bytes(make(FILES))
+    found = samples(tmp_path / name)
+    images = ("a/0.jpg", "a/1.jpg", "b/IMG.001.jpg", "b/IMG.002.jpg")
+    assert list(found) == [f"{name}/{image}" for image in images]
+    assert [row.references for row in found.values()] == [("A bowl.", "One red bowl."), ("A cup.",), (), ()]
+    assert found[f"{name}/a/0.jpg"].licence == "unknown"
+
+
+def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> None:
+    files = {
+        "1.jpg": photo(1),
+        "1.json": b'{"title": "Cup", "tags": ["red", "small"]}',
+        "2.jpg": photo(2),
+        "2.json": b"no JSON",
+    }
+    (tmp_path / "p.zip").write_bytes(zip_of(files))
+    found = samples(tmp_path / "p.zip", columns={"context": "title,tags,file_name"})
+    assert [dict(row.context) for row in found.values()] == [
+        {"title": "Cup", "tags": "red, small", "file_name": "1.jpg"},
+        {"title": "", "tags": "", "file_name": "2.jpg"},
+    ]
+    with pytest.raises(SourceError, match="there is no column titel") as refused:
+        rows(tmp_path / "p.zip", columns={"context": "titel"})
+    assert "tags, title" in refused.value.hint
+    with pytest.raises(ConfigError, match="no column to be the image"):
+        rows(tmp_path / "p.zip", columns={"image": "title"})
+
+
+def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
+    """A key is the name up to the first dot, and what has it is one sample."""
+    with webdataset.TarWriter(str(tmp_path / "train-000.tar")) as shard:
+        for number in range(3):
+            texts = {"txt": f"Bowl {number}.", "json": {"description": f"Described {number}."}, "cls": number}
+            shard.write({"__key__": f"x/{number:04}", "jpg": photo(number), "seg.png": photo(9), **texts})
+    found = rows(tmp_path)
+    assert [row.source_row for row in found] == [
+        f"train-000.tar/x/{n:04}.{end}" for n in range(3) for end in ("jpg", "seg.png")
+    ]
+    assert [row.references for row in found if isinstance(row, Sample)][::2] == [
+        (f"Described {number}.", f"Bowl {number}.") for number in range(3)
+    ]
+
+
+def test_the_name_of_an_archive_says_its_split(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-0.tar", "train-1.tar", "test.zip")):
+        files = {f"{number}.jpg": photo(number)}
+        (tmp_path / name).write_bytes(zip_of(files) if name.endswith("zip") else tar_of(files))
+    assert {name: row.split for name, row in samples(tmp_path).items()} == {
+        "test.zip/2.jpg": "test",
+        "train-0.tar/0.jpg": "train",
+        "train-1.tar/1.jpg": "train",
+    }
+    assert list(samples(tmp_path, source_split="test")) == ["test.zip/2.jpg"]
+    with pytest.raises(SourceError, match="named after the split validation"):
+        rows(tmp_path, source_split="validation")
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("count", [1, 4])
+def test_parts_together_are_the_whole(tmp_path: Path, parts: int, count: int) -> None:
+    for number in range(count):
+        files = {f"{n}.jpg": photo(10 * number + n) for n in range(5)}
+        (tmp_path / f"{number}.tar").write_bytes(tar_of(files))
+    whole = sorted(row.source_row for row in rows(tmp_path))
+    assert sorted(row.source_row for n in range(parts) for row in rows(tmp_path, SourceSlice(n, parts))) == whole
+    assert len(whole) == 5 * count
+
+
+def test_the_revision_is_of_the_contents(tmp_path: Path) -> None:
+    def revision(part: SourceSlice = ALL) -> str:
+        return open_source(resolve(source=f"archive:{tmp_path}"), part).revision
+
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+    before = revision()
+    assert revision() == before and revision(SourceSlice(0, 2)) == ""
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(1)}))
+    assert revision() != before
+
+
+def test_what_is_no_archive_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "nothing.zip"):
+        with pytest.raises(SourceError, match="no archive at"):
+            rows(path)
+    with pytest.raises(ConfigError, match="unknown source") as refused:
+        open_source(resolve(source=str(tmp_path / "notes.txt")))
+    assert f"did you mean list:{tmp_path / 'notes.txt'}?" in refused.value.hint
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+    with pytest.raises(ConfigError) as refused:
+        open_source(resolve(source=str(tmp_path / "p.zip")))
+    assert f"did you mean archive:{tmp_path / 'p.zip'}?" in refused.value.hint
+
+
+# What a stranger may send.
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for info in infos:
+            tar.addfile(info, io.BytesIO(content) if info.size else None)
+    return out.getvalue()
+
+
+def sized(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"])
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_name_that_leads_out_is_refused_and_nothing_is_written(tmp_path: Path, name: str, kind: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / f"p.{kind}").write_bytes((tar_of if kind == "tar" else zip_of)({name: photo(0), "good.jpg": photo(1)}))
+    found = {row.source_row: getattr(row, "reason", None) for row in rows(home)}
+    assert sorted(map(str, found.values())) == ["None", "outside_archive"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["home", f"p.{kind}"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_links_pipes_and_devices_in_a_tar_file_are_refused(tmp_path: Path, kind: bytes) -> None:
+    (tmp_path / "secret.jpg").write_bytes(photo(7))
+    link = special("x.jpg", kind, str(tmp_path / "secret.jpg"))
+    (tmp_path / "p.tar").write_bytes(tar_with(link, special("x.txt", kind, "/proc/self/environ")))
+    (row,) = rows(tmp_path / "p.tar")
+    assert isinstance(row, Rejected) and (row.source_row, row.reason) == ("p.tar/x.jpg", "not_a_file")
+
+
+def test_a_link_to_a_text_beside_an_image_is_not_read(tmp_path: Path) -> None:
+    image = sized("x.jpg", len(photo(0)))
+    (tmp_path / "p.tar").write_bytes(tar_with(image, special("x.txt", tarfile.SYMTYPE, "/proc/self/environ"), content=photo(0)))
+    (row,) = rows(tmp_path / "p.tar")
+    assert isinstance(row, Sample) and row.references == ()
+
+
+def test_links_and_locks_in_a_zip_file_are_refused(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        link = zipfile.ZipInfo("x.jpg")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("locked.jpg", photo(1))
+        archive.writestr("odd.jpg", photo(2))
+        archive.writestr("good.jpg", photo(3))
+    data = bytearray(out.getvalue())
+    for name, field, value in ((b"locked.jpg", 8, 1), (b"odd.jpg", 10, 99)):  # flags and method in the central directory
+        place = data.rindex(name) - 46
+        assert data[place : place + 4] == b"PK\x01\x02"
+        data[place + field : place + field + 2] = struct.pack("<H", value)
+    (tmp_path / "p.zip").write_bytes(data)
+    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path / "p.zip")}
+    assert found == {
+        "p.zip/x.jpg": "not_a_file",
+        "p.zip/locked.jpg": "encrypted",
+        "p.zip/odd.jpg": "unreadable_entry",
+        "p.zip/good.jpg": None,
+    }
+
+
+def test_an_entry_that_is_damaged_costs_itself_alone_in_a_zip_file(tmp_path: Path) -> None:
+    data = bytearray(zip_of({"bad.jpg": photo(0), "good.jpg": photo(1)}))
+    data[60:80] = bytes(20)
+    (tmp_path / "p.zip").write_bytes(data)
+    assert [getattr(row, "reason", None) for row in rows(tmp_path / "p.zip")] == ["unreadable_entry", None]
+
+
+def test_an_entry_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_IMAGE_BYTES", 5000)
+    for name, data in (("p.tar", tar_of({"x.jpg": bytes(6000)})), ("p.zip", zip_of({"x.jpg": bytes(6000)}))):
+        (tmp_path / name).write_bytes(data)
+        (row,) = rows(tmp_path / name)
+        assert isinstance(row, Rejected) and row.reason == "file_too_large"
+
+
+BOMB_BYTES = 300_000_000
+
+
+def zip_bomb() -> bytes:
+    """Return a zip file whose directory says that each entry has 100 MB."""
+    return zip_of({f"{number}.jpg": bytes(BOMB_BYTES // 3) for number in range(3)})
+
+
+def tar_bomb() -> bytes:
+    return gzip.compress(tar_of({"a.jpg": bytes(BOMB_BYTES), "b.jpg": photo(0)}), 9)
+
+
+def header_bomb() -> bytes:
+    """Return a tar file with a name of 300 MB."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, BOMB_BYTES
+    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(BOMB_BYTES), 9)
+
+
+@pytest.mark.parametrize(("name", "make"), [("p.zip", zip_bomb), ("p.tar.gz", tar_bomb), ("p.tgz", header_bomb)])
+def test_a_bomb_is_an_error_before_it_is_unpacked(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None:
+    (tmp_path / name).write_bytes(make())
+    assert (tmp_path / name).stat().st_size < 1_000_000
+    with pytest.raises(SourceError, match=r"would unpack to|a header has"):
+        rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("make", [tar_of, lambda files: tar_of(files, "w:gz"), zip_of])
+def test_an_archive_that_ends_early_is_an_error_that_names_it(tmp_path: Path, make: Callable[[Files], bytes]) -> None:
+    name = "p.zip" if make is zip_of else "p.tar"
+    data = make({f"{n}.jpg": photo(n) for n in range(4)})
+    (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(SourceError, match=rf"{name} is damaged"):
+        rows(tmp_path / name)
+
+
+def test_noise_is_an_error_whatever_its_name(tmp_path: Path) -> None:
+    for number, suffix in enumerate(archives.SUFFIXES):
+        (tmp_path / f"{number}{suffix}").write_bytes(os.urandom(3000))
+        with pytest.raises(SourceError, match="is damaged"):
+            rows(tmp_path / f"{number}{suffix}")
+
+
+def test_a_link_in_a_folder_of_archives_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "private.zip").write_bytes(zip_of({"x.jpg": photo(0)}))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/p.zip").symlink_to(tmp_path / "private.zip")
+    with pytest.raises(SourceError, match="outside of"):
+        rows(tmp_path / "home")
+    assert len(rows(tmp_path / "home", follow_links=True)) == 1
+
+
+def test_a_group_of_one_name_that_never_ends_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_GROUP", 4)
+    (tmp_path / "p.tar").write_bytes(tar_of({f"x.{n}.jpg": photo(n) for n in range(9)}))
+    assert len(samples(tmp_path / "p.tar")) == 9
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with running_s3("sets") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield boto3.client("s3")
+
+
+def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"{number:03}.jpg": photo(number) + bytes(200_000) for number in range(60)}
+    store.put_object(Bucket="sets", Key="mine/train-0.tar", Body=tar_of(files))
+    store.put_object(Bucket="sets", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
+    read: list[int] = []
+    count = archives._Counted.read
+
+    def noted(self: Any, size: int = -1) -> bytes:
+        data = count(self, size)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(archives._Counted, "read", noted)
+    source = open_source(resolve(source="archive:s3://sets/mine"))
+    assert source.revision and [row.split for row in source.rows if isinstance(row, Sample)].count("train") == 60
+    whole = sum(read)
+    read.clear()
+    few = open_source(resolve(source="archive:s3://sets/mine/train-0.tar")).rows
+    assert [next(few).source_row for _ in range(3)] == [f"train-0.tar/{n:03}.jpg" for n in range(3)]
+    assert sum(read) < whole / 4
+    with pytest.raises(SourceError, match="nothing is found at"):
+        open_source(resolve(source="archive:s3://sets/other/"))

@@ -1,0 +1,194 @@
+"""Lists of files and URLs as a source: what they say of the images, and what they must not reach."""
+
+import http.server
+import ipaddress
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources import image_urls, listing, open_source
+from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
+from tests.hub.datasets import photo
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(photo(number))
+    (folder / "sub/4.jpg").write_bytes(photo(4))
+    (tmp_path / "private.jpg").write_bytes(photo(9))
+    return folder
+
+
+def opened(file: Path, text: str, part: SourceSlice = ALL, **settings: Any) -> Source:
+    file.write_text(text, encoding="utf-8")
+    return open_source(resolve(source=f"list:{file}", **settings), part)
+
+
+def outcomes(source: Source) -> dict[str, str]:
+    return {row.source_row: row.reason if isinstance(row, Rejected) else "read" for row in source.rows}
+
+
+def test_each_line_of_a_text_names_an_image_in_the_order_of_the_lines(home: Path) -> None:
+    source = opened(home / "list.txt", "# mine\n3.jpg\n\n sub/4.jpg \r\n0.jpg\nmissing.jpg\n")
+    assert source.count() == 4
+    assert outcomes(source) == {"3.jpg": "read", "sub/4.jpg": "read", "0.jpg": "read", "missing.jpg": "unreadable_file"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", "path,caption,title,split\n0.jpg,A bowl.,Bowl,train\n1.jpg,,Cup,val\n"),
+        ("list.csv", "path;caption;title;split\n0.jpg;A bowl.;Bowl;train\n1.jpg;;Cup;val\n"),
+        ("list.tsv", "caption\timage\ttitle\tsplit\nA bowl.\t0.jpg\tBowl\ttrain\n\t1.jpg\tCup\tval\n"),
+        (
+            "list.jsonl",
+            '{"file_name": "0.jpg", "text": ["A bowl."], "title": "Bowl", "split": "train"}\n'
+            '{"file_name": "1.jpg", "title": "Cup", "split": "validation"}\n',
+        ),
+    ],
+)
+def test_columns_beside_the_image_are_captions_splits_and_context(home: Path, name: str, text: str) -> None:
+    source = opened(home / name, text, columns={"context": "title"})
+    first, second = (row for row in source.rows if isinstance(row, Sample))
+    assert (first.references, first.split, dict(first.context)) == (("A bowl.",), "train", {"title": "Bowl"})
+    assert (second.references, second.split, dict(second.context)) == ((), "validation", {"title": "Cup"})
+    assert source.messages == ("captions of people: for 1 of 2 images",)
+    only = opened(home / name, text, source_split="validation")
+    assert outcomes(only) == {"1.jpg": "read"}
+    assert only.messages[-1] == "columns that are not read: title"
+    with pytest.raises(SourceError, match="no line of the split test"):
+        opened(home / name, text, source_split="test")
+    with pytest.raises(SourceError, match="there is no column name") as refused:
+        opened(home / name, text, columns={"context": "name"})
+    assert "title" in refused.value.hint
+
+
+def test_questions_are_of_people(home: Path) -> None:
+    source = opened(home / "list.csv", "image,question,answer\n0.jpg,Is it red?,yes\n1.jpg,,\n")
+    assert [row.reference_qa for row in source.rows if isinstance(row, Sample)] == [
+        (ReferenceQA(question="Is it red?", answers=("yes",)),),
+        (),
+    ]
+
+
+def test_paths_outside_of_the_folder_are_read_only_where_that_is_allowed_and_never_published(home: Path) -> None:
+    (home / "link.jpg").symlink_to(home.parent / "private.jpg")
+    text = f"../private.jpg\n{home.parent / 'private.jpg'}\nlink.jpg\n{home / '0.jpg'}\n"
+    assert outcomes(opened(home / "list.txt", text)) == {
+        "list.txt:1": "outside_folder",
+        "list.txt:2": "outside_folder",
+        "link.jpg": "outside_folder",
+        "list.txt:4": "read",
+    }
+    assert {*outcomes(opened(home / "list.txt", text, follow_links=True)).values()} == {"read"}
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/proc/self/environ", "pipe.jpg", "sub", "x\0.jpg", "file:///etc/passwd", " "])
+def test_what_is_no_file_is_rejected_without_waiting(home: Path, place: str) -> None:
+    os.mkfifo(home / "pipe.jpg")
+    source = opened(home / "list.jsonl", json.dumps({"image": place}), follow_links=True)
+    (reason,) = outcomes(source).values()
+    assert reason in ("not_a_file", "unreadable_file", "image_missing", "unreadable_image", "file_too_large")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("list.csv", "id,caption\n1,A bowl.\n", "no column of .* names an image: it has id, caption"),
+        ("list.txt", "# nothing\n", "names no image"),
+        ("list.csv", "", "names no image"),
+        ("list.jsonl", "[1]\n", "a line is no JSON object"),
+        ("list.jsonl", "{\n", "cannot read"),
+    ],
+)
+def test_a_list_that_is_none_is_one_error(home: Path, name: str, text: str, problem: str) -> None:
+    with pytest.raises(SourceError, match=problem):
+        opened(home / name, text)
+
+
+def test_a_list_that_is_not_there_or_is_no_text_is_one_error(home: Path) -> None:
+    with pytest.raises(SourceError, match="no list at"):
+        open_source(resolve(source=f"list:{home / 'nothing.txt'}"))
+    with pytest.raises(SourceError, match="cannot read"):
+        open_source(resolve(source=f"list:{home / '0.jpg'}"))
+    with pytest.raises(ConfigError, match="no column to be the image"):
+        opened(home / "list.csv", "photo\n0.jpg\n", columns={"image": "photo"})
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_parts_together_are_the_whole_and_have_no_revision(home: Path, parts: int) -> None:
+    text = "\n".join(f"{n}.jpg" for n in range(4)) + "\n../private.jpg\n"
+    pieces = [opened(home / "list.txt", text, SourceSlice(number, parts)) for number in range(parts)]
+    assert {piece.revision for piece in pieces} == {""}
+    found = [row for piece in pieces for row in outcomes(piece).items()]
+    assert sorted(found) == sorted(outcomes(opened(home / "list.txt", text)).items())
+
+
+def test_the_revision_is_of_the_list_and_of_the_files(home: Path) -> None:
+    def revision(text: str = "0.jpg\n1.jpg\n") -> str:
+        return opened(home / "list.txt", text).revision
+
+    before = revision()
+    assert revision() == before != revision("0.jpg\n")
+    (home / "1.jpg").write_bytes(photo(7))
+    assert revision() != before
+
+
+class Together(http.server.BaseHTTPRequestHandler):
+    """Answers the first three images when all of them are asked for; `gone` is none."""
+
+    first = threading.Barrier(3)
+
+    def do_GET(self) -> None:
+        number = self.path.rpartition("/")[2]
+        if number in ("0", "1", "2"):
+            self.first.wait(20)
+        self.send_response(404 if number == "gone" else 200)
+        self.end_headers()
+        if number != "gone":
+            self.wfile.write(photo(int(number)))
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Together) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
+    home: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [*map(str, range(8)), "gone"]
+    text = "url,caption\n" + "".join(f"{web}/{name}?key=secret,Image {name}.\n" for name in names)
+    refused = opened(home / "list.csv", text)
+    assert set(outcomes(refused).values()) == {"image_not_embedded"}
+    assert refused.messages[-1] == "on the web: 9 of 9 images"
+    monkeypatch.setattr(listing, "fetch_image", lambda url: image_urls.fetch_image(url.partition("?")[0], lambda address: True))
+    found = list(opened(home / "list.csv", text, allow_urls=True).rows)
+    assert not Together.first.broken
+    assert [row.references for row in found if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
+    assert [row.source_row for row in found] == [f"list.csv:{n}" for n in range(1, 10)]
+    assert isinstance(found[-1], Rejected) and found[-1].reason == "url_unreachable"
+    assert "secret" not in str(found[-1])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "[::1]", "localhost", "0.0.0.0"])
+def test_private_addresses_are_refused_and_nothing_is_fetched(home: Path, host: str) -> None:
+    source = opened(home / "list.txt", f"http://{host}:1/x.jpg\n", allow_urls=True)
+    assert outcomes(source) == {"list.txt:1": "url_refused"}
+    assert not image_urls.is_public(ipaddress.ip_address("127.0.0.1"))
