@@ -23,6 +23,7 @@ from trainer.tokenizer import train_tokenizer
 from trainer.train import read_examples, train
 
 WIDTH, DEPTH, HEADS = 192, 3, 6
+TIMES = 3  # as many steps take about the time of those with a prefix
 CELLS: dict[str, dict[str, Any]] = {
     "last layer, all 37": {},
     "layer -2": {"encoder_layer": -2},
@@ -34,6 +35,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "all 37, int8": {"feature_storage": "int8"},
     "all 37 as a prefix": {"decoder": "prefix"},
     "patches 2 x 2 as a prefix": {"decoder": "prefix", "encoder_states": "2x2"},
+    "all 37, in the time of a prefix": {"steps": TIMES},
+    "2 x 2, in the time of a prefix": {"steps": TIMES, "encoder_states": "2x2"},
 }
 
 
@@ -77,6 +80,7 @@ def main() -> None:
             folder = arguments.out / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}"
             if not (folder / "metrics.json").exists():
                 chosen = settings | ({"decoder": str(prefix)} if settings.get("decoder") == "prefix" else {})
+                chosen |= {"steps": settings["steps"] * arguments.steps} if "steps" in settings else {}
                 train(version, resolve(**shared | chosen, seed=seed), folder)
             results.append(json.loads((folder / "metrics.json").read_text()))
         own, shuffled = ([result[kind]["cider_d"] for result in results] for kind in ("scores", "shuffled_scores"))

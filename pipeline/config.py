@@ -59,7 +59,8 @@ MANIFEST_KEYS = frozenset(
     ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "seed", "exclude", "human_texts", "tasks",
      "own_tasks", "engine", "model", "generate", "filter", "verify", "dedupe", "balance", "split")
 )  # fmt: skip
-PUBLIC_SOURCE = re.compile(r"(?!folder|parquet)[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
+LOCAL_SOURCES = ("folder", "archive", "list", "parquet")  # which name a place of a user's own behind a colon
+PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
 TINY = "tiny"  # the model of the teachers of drawn scenes
 NO_MODEL = "none"  # stands for the model where nothing is asked
 NO_TASKS = "none"

@@ -73,6 +73,14 @@ MISTAKES = (
     Mistake("folder without images", "generate --source folder:empty", "no image in empty", ".heic", add_empty_folder),
     Mistake("wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic", "photo", add_table),
     Mistake(
+        "zip without archive:", "generate --source photos.zip", "unknown source: photos.zip", "archive:photos.zip",
+        add_file("photos.zip", "x"),
+    ),
+    Mistake(
+        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image", "file_name or url",
+        add_file("prices.csv", "id,price\n1,2\n"),
+    ),
+    Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
         "2 image not embedded", "--allow-urls", add_urls,
     ),

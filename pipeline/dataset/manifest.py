@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.config import AT_SERVER, NO_MODEL, Config
+from pipeline.config import AT_SERVER, LOCAL_SOURCES, NO_MODEL, Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
 from pipeline.tables import RUBRIC, Extras
@@ -101,7 +101,7 @@ def publishable_settings(config: Config, source: str, model: str) -> dict[str, A
         settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
     if model == NO_MODEL:
         settings["model"] = None
-    settings["exclude"] = [name for name in config.exclude if not name.startswith(("folder:", "parquet:"))]
+    settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)
     if config.generate.prompt_dir:

@@ -25,7 +25,7 @@ OPTIONS = {
     "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
     "license": (
         "states the license of its images, but --license was given",
-        "--license goes with folder:PATH and parquet:PATH",
+        "--license goes with images of your own: folder:, archive:, list: and parquet:",
     ),
     "captions": ("has its own captions, but --captions was given", "--captions goes with --source folder:PATH alone"),
     "split.group_by": ("has no folders of images, but --group-by was given", "--group-by goes with --source folder:PATH alone"),

@@ -25,7 +25,7 @@ from pipeline.types import Rejected, Sample, Source
 BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
 BATCH_BYTES = 16_000_000
 ADVICE = {  # by reason: what to change if it rejects too many rows
-    "image_not_embedded": "the column names its images: --allow-urls fetches them",
+    "image_not_embedded": "the images are named by their address: --allow-urls fetches them",
     "unsupported_format": "convert the files to JPEG; HEIC is read with the package pillow-heif (extra `heic`)",
     "several_images": "--columns pages=COLUMN reads them as a deck",
     "too_many_pages": "split the decks",
@@ -117,7 +117,7 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
     def tables() -> Iterator[pa.Table]:
         for given in config.exclude:
             name, split = parse_exclusion(given)
-            urls = config.allow_urls and name.startswith(("hub:", "parquet:"))
+            urls = config.allow_urls and "allow_urls" in find_source(name).options
             partial = config.allow_partial and "allow_partial" in find_source(name).options
             source = open_source(resolve(source=name, source_split=split, allow_urls=urls, allow_partial=partial))
             label = f"{source.name}#{split}" if split else source.name

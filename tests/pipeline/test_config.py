@@ -146,7 +146,7 @@ def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> N
         ("model", "../evil"),
         ("model", "/tmp/evil"),
         ("model", "https://evil.example/model"),
-        ("exclude", ["folder:/etc", "parquet:https://evil.example/x", "hub:../../etc"]),
+        ("exclude", ["folder:/etc", "archive:a/b", "list:a/b", "parquet:https://evil.example/x", "hub:../../etc"]),
         ("verify", {"checks": ["alignment"], "clip_model": "/tmp/evil"}),
         ("evil", {"deep": 1}),
     ],
@@ -160,7 +160,16 @@ def test_a_manifest_of_a_stranger_decides_nothing_about_where_and_how(key: str, 
 
 @pytest.mark.parametrize(
     "source",
-    ["folder:/etc", "folder", "parquet:https://evil.example/x.parquet", "hub:../../etc", "file:///etc", "hub:s3://b/c"],
+    [
+        "folder:/etc",
+        "folder",
+        "archive:a/b",
+        "list:a/b",
+        "parquet:https://evil.example/x.parquet",
+        "hub:../../etc",
+        "file:///etc",
+        "hub:s3://b/c",
+    ],
 )
 def test_a_manifest_of_a_stranger_names_no_place(source: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no source given"):
