@@ -11,18 +11,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
 from pipeline.config import resolve as resolve_dataset
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
 from pipeline.run import generate_dataset
-from trainer.config import TrainConfig, resolve
-from trainer.tokenizer import train_tokenizer
-from trainer.train import read_examples, train
+from trainer.config import resolve
+from trainer.train import train
 
-WIDTH, DEPTH, HEADS = 192, 3, 6
 TIMES = 3  # as many steps take about the time of those with a prefix
 CELLS: dict[str, dict[str, Any]] = {
     "last layer, all 37": {},
@@ -47,18 +42,6 @@ def scenes(folder: Path) -> Version:
     return open_dataset(folder)
 
 
-def save_prefix_decoder(folder: Path, version: Version, config: TrainConfig) -> None:
-    """Save a language model of the size of the decoder from scratch, with random weights and the same tokens."""
-    words = train_tokenizer([text for example in read_examples(version, "train", config) for text in example.texts], 4096)
-    count = words.tokenizer.get_vocab_size()
-    torch.manual_seed(0)
-    sizes: Any = {"num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": count}
-    shape: Any = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "head_dim": WIDTH // HEADS, "tie_word_embeddings": True}
-    Qwen3ForCausalLM(Qwen3Config(**sizes, **shape, eos_token_id=words.eos_id)).save_pretrained(folder)
-    eos = words.tokenizer.id_to_token(words.eos_id)
-    PreTrainedTokenizerFast(tokenizer_object=words.tokenizer, eos_token=eos, pad_token=eos).save_pretrained(folder)
-
-
 def main() -> None:
     """Train what is missing, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,9 +52,6 @@ def main() -> None:
     version = scenes(arguments.out / "scenes")
     shared: dict[str, Any] = {"encoder": "tiny-clip", "text_source": "human", "questions": False, "steps": arguments.steps}
     shared |= {"connector_lr": 1e-3, "decoder_lr": 1e-3}
-    prefix = arguments.out / "prefix"
-    if not prefix.exists():
-        save_prefix_decoder(prefix, version, resolve(**shared))
     print(f"{arguments.steps} steps, seeds {arguments.seeds}")
     print(f"{'states':<28} {'CIDEr-D':>8} {'shuffled':>9}   of seeds")
     for name, settings in CELLS.items():
@@ -79,8 +59,7 @@ def main() -> None:
         for seed in arguments.seeds:
             folder = arguments.out / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}"
             if not (folder / "metrics.json").exists():
-                chosen = settings | ({"decoder": str(prefix)} if settings.get("decoder") == "prefix" else {})
-                chosen |= {"steps": settings["steps"] * arguments.steps} if "steps" in settings else {}
+                chosen = settings | ({"steps": TIMES * arguments.steps} if "steps" in settings else {})
                 train(version, resolve(**shared | chosen, seed=seed), folder)
             results.append(json.loads((folder / "metrics.json").read_text()))
         own, shuffled = ([result[kind]["cider_d"] for result in results] for kind in ("scores", "shuffled_scores"))

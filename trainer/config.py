@@ -10,7 +10,7 @@ from pipeline.config import NO_MODEL, Section, read_yaml, validate
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import DECODER_KINDS, PRESETS, EncoderStates, FeatureStorage, Preset
+from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, EncoderStates, FeatureStorage, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
@@ -109,7 +109,7 @@ class TrainConfig(Section):
     def _adapts_a_language_model(self) -> "TrainConfig":
         if self.is_scratch and (self.lora_rank or self.checkpoint_blocks):
             name = "lora_rank" if self.lora_rank else "checkpoint_blocks"
-            raise ValueError(f"{name} is of a language model, and the decoder is from scratch: choose one, as --decoder qwen3")
+            raise ValueError(f"{name} is of a pretrained language model: choose one, as --decoder qwen3")
         return self
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ class TrainConfig(Section):
     @property
     def is_scratch(self) -> bool:
         """Whether the decoder is trained from scratch."""
-        return self.decoder == "scratch"
+        return self.decoder in SCRATCH_DECODERS
 
     def digest_values(self) -> dict[str, Any]:
         """Return all settings as digests take them: under their first names, so that runs of earlier releases can resume."""
@@ -166,7 +166,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         raise ConfigError(f"{config_file} has the preset {values['preset']}, and the command another", hint=hint)
     preset = flags.get("preset", values.get("preset"))
     if isinstance(preset, str):
-        if preset in DECODER_KINDS and (decoder == "scratch") != (DECODER_KINDS[preset] == "scratch"):
+        if preset in DECODER_KINDS and (decoder in SCRATCH_DECODERS) != (DECODER_KINDS[preset] == "scratch"):
             hint = "name another --preset, or another --decoder"
             raise ConfigError(f"the preset {preset} is for {DECODER_KINDS[preset]}, and the decoder is {decoder}", hint=hint)
         values = {**PRESETS.get(preset, {}), **values}

@@ -14,15 +14,16 @@ from PIL import Image
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
+from trainer.chair import chair, chair_of_people
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.generate import write_captions
-from trainer.hallucination import Probing, chair, chair_of_people, describe
 from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.presets import ENCODERS
+from trainer.probing import Probing
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import Quiz
@@ -52,8 +53,9 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
-    `tokens` says how texts were cut into words. A thorough evaluation has `things` (hallucination.py).
+    `tokens` says how texts were cut into words. A thorough evaluation has `things` (chair.py, probing.py).
     """
+    has_java = options.thorough and has_java_scores()  # before anything takes long
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, texts = _references(examples, style)
@@ -69,11 +71,10 @@ def evaluate(
             quiz.ask(checkpoint, held, part)
         if probing:
             probing.ask(checkpoint, held, part)
-    has_java = options.thorough and has_java_scores()
-    tokens, *of_references = _tokens([hypotheses, *texts], ptb_tokens if has_java else _words)
-    references = of_references
+    tokens, *references = _tokens([hypotheses, *texts], ptb_tokens if has_java else _words)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
-    shuffled = [tokens[index] for index in derangement(len(tokens))]
+    order = derangement(len(examples))
+    shuffled = [tokens[index] for index in order]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
     shown_scores = own_scores | {"shuffled_cider_d": shuffled_scores["cider_d"]}
     per_image: list[dict[str, Any]] = [
@@ -103,29 +104,30 @@ def evaluate(
         "each": per_image,
     }
     if has_java:
-        for name, value in zip(("scores", "shuffled_scores"), meteor([tokens, shuffled], references), strict=True):
-            result[name]["meteor"] = value
-    order = derangement(len(hypotheses))
+        _add_scores(result, "meteor", meteor([tokens, shuffled], references))
+    others = [hypotheses[index] for index in order]
     if options.thorough:
-        others = [hypotheses[index] for index in order]
         result["things"] = {"chair": chair(hypotheses, texts), "shuffled_chair": chair(others, texts)}
         if (people := chair_of_people(texts)) and against == BY_PEOPLE:
             result["things"]["people"] = people
         if probing:
             result["things"]["probes"] = probing.scores()
-        result["things"]["in_words"] = describe(result["things"])
     if options.spice:
-        for name, shown_captions in (("scores", hypotheses), ("shuffled_scores", [hypotheses[index] for index in order])):
-            result[name]["spice"] = spice(shown_captions, texts)
+        _add_scores(result, "spice", [spice(captions, texts) for captions in (hypotheses, others)])
     if clip:
-        images, orders = (example.open() for example in examples), (range(len(examples)), derangement(len(examples)))
-        for name, values in zip(("scores", "shuffled_scores"), clip_scores(clip, images, hypotheses, *orders), strict=True):
-            result[name]["clip_score"] = statistics.fmean(values)
+        scored = clip_scores(clip, (example.open() for example in examples), hypotheses, range(len(examples)), order)
+        _add_scores(result, "clip_score", map(statistics.fmean, scored))
     if quiz:
         result["questions"] = quiz.scores()
         for row, items in zip(per_image, quiz.rows(), strict=True):
             row["questions"] = items
     return result
+
+
+def _add_scores(result: dict[str, Any], name: str, values: Iterable[float]) -> None:
+    """Add a score of the captions of each image, and of those of other images."""
+    for scores, value in zip(("scores", "shuffled_scores"), values, strict=True):
+        result[scores][name] = value
 
 
 def evaluate_version(
@@ -136,13 +138,13 @@ def evaluate_version(
     beams: int = 1,
     clip: str | None = None,
     *,
-    spice: bool = False,
+    with_spice: bool = False,
 ) -> dict[str, Any]:
     """Score a captioner on a split of a version; see `evaluate`. `clip` names a CLIP for CLIPScore.
 
     Raises TrainError if the CLIP is the captioner's own encoder or SPICE cannot be run, EngineError if there is no such CLIP.
     """
-    if spice:
+    if with_spice:
         require_spice()
     config = checkpoint.captioner.config
     if clip and is_same(clip, config.encoder["made_from"]):
@@ -150,7 +152,7 @@ def evaluate_version(
     examples = examples_in(version, split, config.data.get("texts", "synthetic"))
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     search, prompt = DecodingConfig(beams=beams), scored_prompt(config.prompts, style)
-    options = EvalOptions(prompt, search, questions=True, thorough=True, spice=spice)
+    options = EvalOptions(prompt, search, questions=True, thorough=True, spice=with_spice)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
 
 

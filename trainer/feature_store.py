@@ -10,10 +10,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,10 +22,11 @@ from pipeline.progress import Progress
 from pipeline.storage.files import read_json, remove, write_json
 
 FEATURES = "features"  # the folder of a dataset's stores
-ABOUT = "store.json"
+ABOUT, LOCK = "store.json", "lock"
+ABOUT_KEYS = frozenset(("encoder", "layers", "states", "shape", "precision"))
 ID_BYTES = hashlib.sha256().digest_size
 SPARE_BYTES = 1_000_000_000  # that stay free on the disk
-TOLD_BYTES = 100_000_000  # from which on a build says how much it writes
+TOLD_BYTES = 100_000_000  # from which on a build looks for room, and says how much it writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +37,27 @@ class FeatureStore:
     record_bytes: int
 
     @contextmanager
-    def lock(self, about: dict[str, Any]) -> Iterator[None]:
+    def lock(self, about: dict[str, Any], progress: Progress) -> Iterator[None]:
         """Hold the lock of who adds, and note what the store is of; another one waits here, then finds what was added."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock_file:
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
+        with closing(self._locked(progress)):
             write_json(self.path / ABOUT, about)
             os.utime(self.path / ABOUT)  # the store is in use
             yield
+
+    def _locked(self, progress: Progress) -> IO[str]:
+        """Return the lock file of the store, locked: that of a store which was removed meanwhile locks nothing."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock_file = (self.path / LOCK).open("w")
+            try:
+                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress.message(f"another training adds to {self.path}: waiting for it")
+                fcntl.flock(lock_file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock_file.fileno()), (self.path / LOCK).stat()):
+                    return lock_file
+            lock_file.close()
 
     def rows(self) -> dict[bytes, int]:
         """Return the row of each image, by the digest of its id; one whose digest was cut off has none."""
@@ -56,15 +70,17 @@ class FeatureStore:
 
         Raises TrainError if there is no room for them.
         """
-        num_bytes, free = more * self.record_bytes, shutil.disk_usage(self.path).free
+        file = self.path / "states.bin"
+        allocated = max(0, file.stat().st_size - count * self.record_bytes) if file.exists() else 0  # of a build cut off
+        num_bytes, free = more * self.record_bytes, shutil.disk_usage(self.path).free + allocated
         need = f"the hidden states of {more:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
         if num_bytes > TOLD_BYTES and num_bytes + SPARE_BYTES > free:
             hint = "--encoder-states 2x2 quarters it; feature_storage: int8 halves it, and none computes them in each step"
             raise TrainError(f"{need}, and {free / 1e9:.1f} GB are free", hint=hint)
         if num_bytes > TOLD_BYTES:
             progress.message(need)
-        with (self.path / "states.bin").open("ab") as file:
-            os.posix_fallocate(file.fileno(), count * self.record_bytes, num_bytes)
+        with file.open("ab") as states:
+            os.posix_fallocate(states.fileno(), count * self.record_bytes, num_bytes)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:
         """Write records (images, bytes) behind the first `count`, and count them when they have reached the disk."""
@@ -88,7 +104,7 @@ class StoreSummary:
     about: dict[str, Any]
     images: int
     num_bytes: int
-    used_s: float
+    last_used_s: float
 
 
 def id_digest(sample_id: str) -> bytes:
@@ -104,12 +120,14 @@ def list_stores(folder: Path) -> list[StoreSummary]:
         images = sizes.get("ids.bin", 0) // ID_BYTES
         try:
             values = read_json(about)
-        except ValueError:
+            if not values.keys() >= ABOUT_KEYS:
+                raise ValueError("a key is missing")
+        except (ValueError, AttributeError):
             raise TrainError(
                 f"{about} is damaged", hint=f"remove the folder {about.parent}: a training makes it again"
             ) from None
         stores.append(StoreSummary(about.parent, values, images, sum(sizes.values()), about.stat().st_mtime))
-    return sorted(stores, key=lambda store: -store.used_s)
+    return sorted(stores, key=lambda store: -store.last_used_s)
 
 
 def prune_stores(folder: Path, unused_days: float) -> tuple[int, int]:
@@ -118,15 +136,16 @@ def prune_stores(folder: Path, unused_days: float) -> tuple[int, int]:
     A store that grows at the moment stays. A training that reads a removed one goes on: its file is still open.
     """
     removed = num_bytes = 0
-    for store in list_stores(folder):
-        with (store.path / "lock").open("w") as lock_file:
+    for about in folder.glob(f"*/{ABOUT}"):
+        with (about.parent / LOCK).open("w") as lock_file:
             try:
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if time.time() - store.used_s >= unused_days * 86_400:
-                remove(store.path)
-                removed, num_bytes = removed + 1, num_bytes + store.num_bytes
+            if time.time() - about.stat().st_mtime >= unused_days * 86_400:
+                num_bytes += sum(file.stat().st_size for file in about.parent.iterdir())
+                remove(about.parent)
+                removed += 1
     for file in [*folder.glob("*.bin"), *folder.glob("*.json"), *folder.glob("*.lock")]:  # one a list of images
         removed, num_bytes = removed + (file.suffix == ".bin"), num_bytes + file.stat().st_size
         file.unlink()

@@ -142,7 +142,7 @@ def store_features(
     store = FeatureStore(folder / f"{slugify(config.made_from['name'])}-{encoder.key()[:16]}{suffix}", record.num_bytes)
     about = {"encoder": config.made_from, "layers": config.layers, "states": config.states, "shape": [*record.shape]}
     example_of = {id_digest(example.sample_id): example for example in examples}
-    with store.lock(about | {"precision": precision}):
+    with store.lock(about | {"precision": precision}, progress):
         row_of = store.rows()
         missing = [one for one in example_of if one not in row_of]
         if missing:
@@ -152,5 +152,5 @@ def store_features(
             store.append(len(row_of), record.pack(online([example_of[one] for one in batch])), batch)
             row_of |= {one: row for row, one in enumerate(batch, len(row_of))}
             progress("features", start + len(batch), len(missing))
-    rows = {example.sample_id: row_of[one] for one, example in example_of.items()}
-    return Features(rows, store.open(len(row_of)), record)
+        stored = store.open(len(row_of))  # as long as nobody can remove it
+    return Features({example.sample_id: row_of[one] for one, example in example_of.items()}, stored, record)

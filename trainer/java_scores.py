@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,9 +18,16 @@ MAX_SHOWN = 200  # characters of an error of Java
 SPICE_MEMORY = "-Xmx8G"  # as its authors set it
 
 
+@cache
 def has_java_scores() -> bool:
-    """Return whether Java and the package pycocoevalcap are here."""
-    return shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
+    """Return whether the package pycocoevalcap is here, and a Java that runs."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        return False
+    try:
+        _java(["-version"])
+    except TrainError:
+        return False
+    return True
 
 
 def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
@@ -32,6 +39,8 @@ def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
 
     arguments = ["-cp", str(_file(TOKENIZER)), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     lines = _java(arguments, "".join(" ".join(text.split()) + "\n" for text in texts)).split("\n")[: len(texts)]
+    if len(lines) != len(texts):
+        raise TrainError(f"the tokenizer returned {len(lines)} of {len(texts)} texts", hint="please report this bug")
     return [[token for token in line.split() if token not in PUNCTUATIONS] for line in lines]
 
 

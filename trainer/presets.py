@@ -22,6 +22,8 @@ ENCODERS = {
     "dinov2": "facebook/dinov2-base",
 }
 TINY_VIT = "tiny-vit"  # an encoder from scratch, trained along with the decoder
+PREFIX = "prefix"  # a decoder from scratch in the form of a language model
+SCRATCH_DECODERS = ("scratch", PREFIX)
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -53,10 +55,10 @@ DECODER_KINDS = {"photos-few": "scratch", "photos": "scratch", "photos-lm": "a l
 
 
 def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
-    """Return the preset for drawn or photographed training images and a decoder: `scratch`, or a language model."""
+    """Return the preset for drawn or photographed training images, and a decoder from scratch or a language model."""
     if is_drawn:
         return "scenes"
-    if decoder != "scratch":
+    if decoder not in SCRATCH_DECODERS:
         return "photos-lm"
     return "photos-few" if images < FEW_IMAGES else "photos"
 

@@ -35,7 +35,8 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder, weights_digest
-from trainer.model.language_model import PretrainedDecoder, load_decoder
+from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
+from trainer.presets import PREFIX
 from trainer.prompts import scored_prompt
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import TargetText, train_tokenizer
@@ -150,7 +151,7 @@ def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any
     trainer.checkpoint.captioner.decoder.to("meta")  # its memory is for the one that is scored
     chosen, features = load_checkpoint(out, trainer.device), trainer.features
     captioner = chosen.captioner
-    if not captioner.encoder.config.frozen:
+    if not captioner.encoder.config.frozen or trainer.config.feature_storage == "int8":  # whose states nobody else will have
         features = OnlineFeatures(captioner.encoder, trainer.device)
     search = DecodingConfig(beams=trainer.config.num_beams)
     options = EvalOptions(scored_prompt(captioner.config.prompts), search, questions=True)
@@ -205,11 +206,14 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
     chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
     encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
     texts = _texts(train_set)
-    if config.is_scratch:
+    sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
+    decoder: Any
+    if config.decoder == PREFIX:
+        decoder, tokenizer = new_decoder(train_tokenizer(texts, config.vocab_size), **sizes)
+    elif config.is_scratch:
         tokenizer = train_tokenizer(texts, config.vocab_size)
-        sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
         vocab_size = tokenizer.tokenizer.get_vocab_size()
-        decoder: Any = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
+        decoder = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
     else:
         decoder, tokenizer = load_decoder(config.decoder)
         if config.lora_rank:

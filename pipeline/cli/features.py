@@ -24,7 +24,7 @@ def features_list(data: DataDir = None, as_json: AsJson = False) -> None:
         echo(json.dumps(rows))
         return
     for store in stores:
-        used = datetime.fromtimestamp(store.used_s, UTC).strftime("%Y-%m-%d %H:%M")
+        used = datetime.fromtimestamp(store.last_used_s, UTC).strftime("%Y-%m-%d %H:%M")
         about, layers = store.about, ",".join(map(str, store.about["layers"]))
         echo(f"{used}  {store.num_bytes / 1e6:>10.1f} MB  {store.images:>9,} images  {store.path.name}")
         echo(f"          {about['encoder']['name']}, layer {layers}, {about['states']} states, {about['precision']}")
@@ -38,11 +38,11 @@ def features_prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove stores of hidden states that no training has used for a while; a training that needs one computes it again."""
-    from pipeline.dataset.directory import last_made
+    from pipeline.dataset.directory import only_made
     from pipeline.storage.files import translate_disk_errors
     from trainer.feature_store import FEATURES, prune_stores
 
-    folder = (data or last_made()) / FEATURES
+    folder = (data or only_made()) / FEATURES
     with translate_disk_errors(folder):
         removed, num_bytes = prune_stores(folder, days)
     if as_json:

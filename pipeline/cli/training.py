@@ -31,7 +31,7 @@ def train(
     data: DataName = None,
     images: Images = None,
     encoder: Annotated[
-        str, Option(help="auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-vit, a folder, or an id of the Hub.")
+        str, Option(help="auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-clip, tiny-vit, a folder or a Hub id.")
     ] = "auto",
     encoder_layer: Annotated[
         str | None, Option(help="Whose hidden states: -1 the last; several side by side: -2,-5,-8.", show_default="-1")
@@ -39,7 +39,7 @@ def train(
     encoder_states: Annotated[
         str | None, Option(help="Of the layer: all, patches averaged 2x2 or together (mean), or class.", show_default="all")
     ] = None,
-    decoder: Annotated[str, Option(help="auto, scratch, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
+    decoder: Annotated[str, Option(help="auto, scratch, prefix, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
     text_source: Annotated[
         str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="those in the version")
     ] = None,
@@ -179,7 +179,9 @@ def evaluate(
     clip_score: Annotated[
         str | None, Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
-    spice: Annotated[bool, Option("--spice", help="Score by SPICE too: needs Java and a parser, takes minutes.")] = False,
+    spice: Annotated[
+        bool, Option("--spice", help="Score by SPICE too, in minutes; needs Java, and says where to get its parser.")
+    ] = False,
     captions: Annotated[
         Path | None, Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
     ] = None,
@@ -201,7 +203,7 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
-    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score, spice=spice)
+    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score, with_spice=spice)
     image_results = metrics.pop("each")
     if captions:
         write_captions(captions, image_results)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import llguidance.hf
-import llguidance.numpy  # not .torch, which compiles what it needs: 2.4 s
+import llguidance.numpy  # not .torch, whose import brings torch's compiler
 import numpy as np
 import torch
 from llguidance import LLMatcher

@@ -46,7 +46,7 @@ def _kind_of_file(name: str) -> str:
     """Return the source that reads a file."""
     if name.lower().endswith(archive.SUFFIXES):
         return f"archive:{name}"
-    kinds = {".parquet": "parquet", **dict.fromkeys((".txt", ".csv", ".tsv", ".jsonl"), "list")}
+    kinds = {".parquet": "parquet", **dict.fromkeys(listing.SUFFIXES, "list")}
     kind = kinds.get(Path(name).suffix.lower())
     return f"{kind}:{name}" if kind else f"folder:{Path(name).parent}"
 

@@ -1,24 +1,24 @@
 """Source: images in archives (`archive:PATH`): tar files, WebDataset's among them, and zip files.
 
 Entries are streamed, and nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of
-`NAME.txt` are captions, and `NAME.json` may hold captions and columns for the context of prompts. In a tar file it stands next
-to the image. Links, devices, entries with odd names, and entries that are too large are rejected; an archive that unpacks to
-very much more than its size is an error, before it is unpacked.
+`NAME.txt` are captions, and `NAME.json` may hold captions, a split, and columns for the context of prompts. In a tar file it
+stands next to the image. Links, devices, encrypted entries, odd names and entries that are too large are rejected; an archive
+that unpacks to very much more than its size is an error.
 """
 
 import json
 import lzma
 import posixpath
+import re
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from io import BufferedReader
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,8 +28,9 @@ from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ConfigError, SourceError, one_line
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.sources.captions import SPLIT, read_split, read_texts
 from pipeline.sources.columns import stored_split
-from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES
+from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
 from pipeline.sources.parquet import split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
@@ -38,15 +39,19 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", "
 TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # of a file beside an image
 MAX_HEADER_BYTES = 1_000_000  # of a long name in a tar file
-MAX_RATIO, FREE_BYTES = 200, 100_000_000  # to how many times its size an archive may unpack, beyond the first bytes
-MAX_GROUP = 64  # entries of one name in a tar file that are held at once
-_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
+MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000  # to how many times its size an archive may unpack, beyond the first
+MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one name in a tar file that are held at once
+COLUMN_IMAGES = 20  # beside which columns of the context are looked for
+BLOCK_BYTES = 1 << 20
+_DRIVE = re.compile(r"[A-Za-z]:")
+_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 _REASONS = {
     "outside_archive": "its name leads out of the archive",
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
     "encrypted": "it is encrypted",
     "unreadable_entry": "it is damaged, or packed by a method that is not known here",
+    "unsupported_format": "files of this kind are not read: convert them to JPEG or PNG",
 }
 
 
@@ -57,10 +62,10 @@ class Archives:
     names: list[str]
     revision: str
     open: Callable[[str], BinaryIO]
-    translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # of a store, into SourceError
+    translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image or a text file of an archive; without `data` it is refused, for a reason."""
 
@@ -71,53 +76,57 @@ class Entry:
     @property
     def stem(self) -> str:
         """Return the name without its suffix."""
-        return self.name[: -len(_suffix(self.name))]
-
-    @property
-    def key(self) -> str:
-        """Return the name up to the first dot of its last part: by WebDataset's rule, entries of one key are one sample."""
-        folder, base = posixpath.split(self.name)
-        return posixpath.join(folder, base.partition(".")[0])
+        return posixpath.splitext(self.name)[0]
 
 
 @dataclass(slots=True)
 class Group:
-    """Entries that belong together: images, and what is said about them."""
+    """Entries of one key: images, and what is said about them."""
 
     images: list[Entry] = field(default_factory=list)
     texts: list[Entry] = field(default_factory=list)
 
-    def rows(self) -> Iterator[tuple[Entry, list[Entry]]]:
-        """Yield each image with the texts that have its name; the only image of a group also with those of its key."""
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that are held."""
+        return sum(len(entry.data or b"") for entry in (*self.images, *self.texts))
+
+    def pairs(self) -> Iterator[tuple[Entry, list[Entry]]]:
+        """Yield each image with the texts that have its name; the only image of a group with all texts."""
         for image in self.images:
-            own = [text for text in self.texts if text.stem == image.stem or (len(self.images) == 1 and text.key == image.key)]
-            yield image, own
+            yield image, [text for text in self.texts if text.stem == image.stem or len(self.images) == 1]
 
 
-def entries(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the images and texts of an archive in its order. Raise SourceError if it is damaged, or a bomb."""
+def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
+    """Yield the images and texts of an archive, those of one key together. Raise SourceError if it is damaged, or a bomb."""
     try:
-        if name.lower().endswith(".zip"):
-            yield from _zip_entries(file, name)
-        else:
-            yield from _tar_entries(file, name)
-    except (*_DAMAGES, OSError, ValueError) as error:
-        hint = "fetch it again, or take it out of the folder"
-        raise SourceError(f"{name} is damaged: {one_line(error)}", hint=hint) from None
+        yield from (_read_zip if name.lower().endswith(".zip") else _read_tar)(file, name)
+    except OSError as error:
+        if error.errno is not None:  # of the disk; decoders raise others
+            raise
+        raise _damage_error(name, error) from None
+    except (*_DAMAGES, RuntimeError) as error:
+        raise _damage_error(name, error) from None
 
 
-def groups(found: Iterator[Entry]) -> Iterator[Group]:
-    """Group neighboring entries of one key, as WebDataset does."""
-    group, key = Group(), None
-    for entry in found:
-        size = len(group.images) + len(group.texts)
-        if size and (entry.key != key or size >= MAX_GROUP):
+def group_entries(entries: Iterator[Entry]) -> Iterator[Group]:
+    """Group neighboring entries of one key, as WebDataset does; a group that grows too large is cut."""
+    group, key, count = Group(), "", 0
+    for entry in entries:
+        is_full = count >= MAX_GROUP_ENTRIES or group.num_bytes >= MAX_GROUP_BYTES
+        if count and (key_of(entry.name) != key or is_full):
             yield group
-            group = Group()
-        key = entry.key
-        (group.images if _is_image(entry.name) else group.texts).append(entry)
-    if group.images or group.texts:
+            group, count = Group(), 0
+        key, count = key_of(entry.name), count + 1
+        (group.texts if _is_text(entry.name) else group.images).append(entry)
+    if count:
         yield group
+
+
+def key_of(name: str) -> str:
+    """Return the name up to the first dot of its last part: by WebDataset's rule, entries of one key are one sample."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
@@ -131,8 +140,8 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # it is not in the stubs
 
 
-class _Counted:
-    """A file that counts the bytes which were read."""
+class _CountedFile:
+    """A file that counts the bytes that were read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.num_bytes = file, 0
@@ -144,98 +153,106 @@ class _Counted:
         return data
 
 
-def _tar_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
-    counted = _Counted(file)
-    with tarfile.open(fileobj=cast(BinaryIO, counted), mode="r|*", tarinfo=_BoundedTarInfo) as tar:
+def _read_tar(file: BinaryIO, name: str) -> Iterator[Entry]:
+    packed, unpacked_bytes = _CountedFile(file), 0
+    with tarfile.open(fileobj=cast(BinaryIO, packed), mode="r|*", tarinfo=_BoundedTarInfo) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # which would keep every header
-            _require_no_bomb(name, member.offset + member.size, counted.num_bytes)
-            if member.isdir() or not _is_wanted(member.name):
+            if not member.isreg() or member.issparse():
+                if _is_wanted(member.name):
+                    yield Entry(_as_text(member.name), None, "unreadable_entry" if member.isreg() else "not_a_file")
                 continue
-            if not member.isreg():
-                yield Entry(_shown(member.name), None, "not_a_file")
-                continue
-            read = tar.extractfile(member)
-            assert read is not None
-            yield _entry(member.name, member.size, read.read)
+            content = tar.extractfile(member)
+            assert content is not None
+            entry = _read_entry(member.name, member.size, content.read) if _is_wanted(member.name) else None
+            unpacked_bytes += len(entry.data or b"") if entry else 0
+            if entry:
+                yield entry
+            while block := content.read(BLOCK_BYTES):  # of what is not wanted: it has to be unpacked to find the next entry
+                unpacked_bytes += len(block)
+                _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
+            _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
 
 
-def _zip_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield texts and the image that they are about next to each other, though they may lie apart in a zip file."""
+def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
+    """Yield texts before the images of their key, though they may lie apart in a zip file; a name counts once."""
     size = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:
-        infos = [info for info in archive.infolist() if not info.is_dir() and _is_wanted(info.filename)]
-        _require_no_bomb(name, sum(info.file_size for info in infos), size)
-        texts: dict[str, list[zipfile.ZipInfo]] = {}
-        for info in infos:
-            if not _is_image(info.filename):
-                texts.setdefault(info.filename[: -len(_suffix(info.filename))], []).append(info)
-        for info in infos:
-            if _is_image(info.filename):
-                for own in (info, *texts.get(info.filename[: -len(_suffix(info.filename))], ())):
-                    yield _zip_entry(archive, own)
+        infos = {info.filename: info for info in archive.infolist() if not info.is_dir() and _is_wanted(info.filename)}
+        _require_no_bomb(name, sum(info.file_size for info in infos.values()), size)
+        by_key: dict[str, list[zipfile.ZipInfo]] = {}
+        for info in infos.values():
+            by_key.setdefault(key_of(_as_text(info.filename)), []).append(info)
+        for of_key in by_key.values():
+            for info in sorted(of_key, key=lambda info: (not _is_text(info.filename), info.filename)):
+                yield _read_zip_entry(archive, info)
 
 
-def _zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
-    mode = info.external_attr >> 16
-    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-        return Entry(_shown(info.filename), None, "not_a_file")
+def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        return Entry(_as_text(info.filename), None, "not_a_file")
     if info.flag_bits & 1:
-        return Entry(_shown(info.filename), None, "encrypted")
+        return Entry(_as_text(info.filename), None, "encrypted")
 
-    def read(most: int) -> bytes:
-        with archive.open(info) as file:
-            return file.read(most)
+    def read(most_bytes: int) -> bytes:
+        with archive.open(info) as content:
+            return content.read(most_bytes)
 
     try:
-        return _entry(info.filename, info.file_size, read)
-    except (*_DAMAGES, OSError):
-        return Entry(_shown(info.filename), None, "unreadable_entry")
+        return _read_entry(info.filename, info.file_size, read)
+    except _DAMAGES:
+        return Entry(_as_text(info.filename), None, "unreadable_entry")
 
 
-def _entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
-    most = MAX_IMAGE_BYTES if _is_image(name) else MAX_TEXT_BYTES
-    parts = name.replace("\\", "/").split("/")
-    if name.startswith("/") or ".." in parts or ":" in parts[0]:
-        return Entry(_shown(name), None, "outside_archive")
-    data = read(most + 1) if size <= most else b""
-    if size > most or len(data) > most:
-        return Entry(_shown(name), None, "file_too_large")
-    return Entry(_shown(name).removeprefix("./"), data)
+def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
+    shown = _as_text(name)
+    if shown.startswith("/") or ".." in shown.split("/") or _DRIVE.match(shown):
+        return Entry(shown, None, "outside_archive")
+    if _has_suffix(name, UNREAD_SUFFIXES):
+        return Entry(shown, None, "unsupported_format")
+    most_bytes = MAX_TEXT_BYTES if _is_text(name) else MAX_IMAGE_BYTES
+    data = read(most_bytes + 1) if size <= most_bytes else b""
+    if size > most_bytes or len(data) > most_bytes:
+        return Entry(shown, None, "file_too_large")
+    return Entry(shown.removeprefix("./"), data)
 
 
-def _require_no_bomb(name: str, unpacked: int, packed: int) -> None:
-    if unpacked > MAX_RATIO * packed + FREE_BYTES:
-        message = f"{name} would unpack to {unpacked:,} bytes, and has {packed:,} so far"
+def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
+    if unpacked_bytes > MAX_UNPACK_RATIO * packed_bytes + FREE_UNPACKED_BYTES:
+        message = f"{name} unpacks to over {unpacked_bytes:,} bytes from {packed_bytes:,}"
         raise SourceError(message, hint="it may be made to fill memory: unpack it yourself, and read it as a folder")
 
 
-def _suffix(name: str) -> str:
-    return posixpath.splitext(name)[1]
+def _damage_error(name: str, error: Exception) -> SourceError:
+    return SourceError(f"{name} is damaged: {one_line(error)}", hint="fetch it again, or take it out of the folder")
 
 
-def _is_image(name: str) -> bool:
-    return _suffix(name).lower() in IMAGE_SUFFIXES and not posixpath.basename(name).startswith(APPLE_DOUBLE)
+def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
+    base = posixpath.basename(_as_text(name))
+    return not base.startswith(APPLE_DOUBLE) and posixpath.splitext(base)[1].lower() in suffixes
+
+
+def _is_text(name: str) -> bool:
+    return _has_suffix(name, TEXT_SUFFIXES)
 
 
 def _is_wanted(name: str) -> bool:
-    is_text = _suffix(name).lower() in TEXT_SUFFIXES and not posixpath.basename(name).startswith(APPLE_DOUBLE)
-    return _is_image(name) or is_text
+    return _is_text(name) or _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES)
 
 
-def _shown(name: str) -> str:
-    """Return a name as text that UTF-8 can hold."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _as_text(name: str) -> str:
+    """Return the name of an entry with slashes between folders, as text that UTF-8 can hold."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\\", "/")
 
 
-def _read_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
+def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
     """Return the captions of the files beside an image, and the values of the JSON among them; what is no text is left out."""
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
         text = (entry.data or b"").decode("utf-8-sig", "replace")
-        if _suffix(entry.name).lower() == ".txt":
-            captions += [line.strip() for line in text.splitlines() if line.strip()]
+        if entry.name.lower().endswith(".txt"):
+            captions += read_texts({"text": text.splitlines()}, ["text"])
             continue
         try:
             row = json.loads(text)
@@ -243,10 +260,8 @@ def _read_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             continue
         if isinstance(row, dict):
             values |= row
-            found = next((row[name] for name in REFERENCE_NAMES if row.get(name)), None)
-            captions += [str(one) for one in (found if isinstance(found, list) else [found]) if one]
-    encodable = (caption.encode("utf-8", "replace").decode() for caption in captions)
-    return list(dict.fromkeys(encodable)), values
+            captions += read_texts(row, REFERENCE_NAMES)
+    return list(dict.fromkeys(captions)), values
 
 
 def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = True) -> Archives:
@@ -254,34 +269,48 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
 
     `is_whole`: also compute the digest of their contents.
     """
-    hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
+    missing = SourceError(
+        f"no archive at {path}", hint=f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
+    )
     if "://" in path:
         from pipeline.sources.remote import find_files, translate_errors  # fsspec is imported only when needed
 
         files = find_files(path, SUFFIXES)
-        if not files.paths:
-            raise SourceError(f"no archive at {path}", hint=hint)
-        return Archives(sorted(files.paths), files.revision, files.open, partial(translate_errors, path))
+        names = sorted(name for name in files.paths if not posixpath.basename(name).startswith(APPLE_DOUBLE))
+        if not names:
+            raise missing
+        return Archives(names, files.revision, files.open, partial(translate_errors, path))
     root = Path(path).expanduser()
-    found = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-    found = [file for file in found if file.name.lower().endswith(SUFFIXES)]
-    if not found:
-        raise SourceError(f"no archive at {path}", hint=hint)
-    base = root.parent if root.is_file() else root
-    bound = None if root.is_file() or follow_links else root
-    names = [file.relative_to(base).as_posix() for file in found]
+    candidates = [root] if root.is_file() else sorted(root.rglob("*"))
+    paths = [file for file in candidates if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(APPLE_DOUBLE)]
+    paths = [file for file in paths if file.is_file()]
+    if not paths:
+        raise missing
+    base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
+    names, translate = [file.relative_to(base).as_posix() for file in paths], partial(_translate_disk_errors, root)
 
-    def open_local(name: str) -> BufferedReader:
-        try:
-            return open_regular(base / name, bound)
-        except UnsafeFileError as error:
-            raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
+    def open_local(name: str) -> BinaryIO:
+        return open_regular(base / name, bound)
 
-    contents = []
-    for name in names:
-        with open_local(name) as file:
-            contents += [[name, open_file_digest(file)]] if is_whole else []
-    return Archives(names, digest(contents) if is_whole else "", open_local)
+    with translate():
+        contents = []
+        for name in names:
+            with open_regular(base / name, bound) as file:
+                contents += [[name, open_file_digest(file)]] if is_whole else []
+    return Archives(names, digest(contents) if is_whole else "", open_local, translate)
+
+
+@contextmanager
+def _translate_disk_errors(root: Path) -> Iterator[None]:
+    """Turn errors of this disk into SourceError."""
+    try:
+        yield
+    except UnsafeFileError as error:
+        raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {root}: {error.strerror or error}", hint="check its permissions, and the disk"
+        ) from None
 
 
 def open_archives(
@@ -293,7 +322,8 @@ def open_archives(
 ) -> Source:
     """Return the images of archives, or a slice. `columns` of the JSON files beside them become the context.
 
-    Raise SourceError if no archive is of the `split`, the first image lacks a column, or an archive is damaged.
+    Raise SourceError if no archive is of the `split`, none of the first images has one of the columns, or, while they are read,
+    if an archive is damaged or none has an image.
     """
     names = [name for name in archives.names if split in (None, split_of_path(_without_suffix(name)))]
     if not names:
@@ -301,24 +331,28 @@ def open_archives(
     _require_columns(archives, names, columns)
     by_file = len(names) >= part.of
 
-    def rows() -> Iterator[RawSample | Rejected]:
+    def read() -> Iterator[RawSample | Rejected]:
         number = -1
         for index, name in enumerate(names):
             if by_file and index % part.of != part.number:
                 continue
             stored = stored_split(split_of_path(_without_suffix(name)), split)
-            for image, texts in _images(archives, name):
+            for image, texts in _read_images(archives, name):
                 number += 1
                 if by_file or number % part.of == part.number:
                     yield _row(f"{name}/{image.name}", image, texts, licence, columns, stored)
+        if number < 0 and part == ALL:
+            raise SourceError(
+                f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
+            )
 
-    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(rows()))
+    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read()))
 
 
-def _images(archives: Archives, name: str) -> Iterator[tuple[Entry, list[Entry]]]:
+def _read_images(archives: Archives, name: str) -> Generator[tuple[Entry, list[Entry]]]:
     with archives.translate_errors(), archives.open(name) as file:
-        for group in groups(entries(file, name)):
-            yield from group.rows()
+        for group in group_entries(read_entries(file, name)):
+            yield from group.pairs()
 
 
 def _row(
@@ -326,21 +360,30 @@ def _row(
 ) -> RawSample | Rejected:
     if image.data is None:
         return Rejected(source_row=name, reason=image.reason, detail=_REASONS[image.reason])
-    captions, values = _read_texts([text for text in texts if text.data is not None])
-    own = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
-    context = tuple((column, as_text(own.get(column))) for column in columns)
+    captions, values = _read_beside(texts)
+    try:
+        split = read_split(values.get(SPLIT)) or split
+    except ValueError as error:
+        return Rejected(source_row=name, reason="unknown_split", detail=str(error))
+    values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
+    context = tuple((column, as_text(values.get(column))) for column in columns)
     fields = {"references": tuple(captions), "context": context, "split": split}
     return RawSample(source_row=name, images=(image.data,), licence=licence, fields=fields)
 
 
 def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str]) -> None:
-    """Raise SourceError if what lies beside the first image has not these columns."""
-    if not columns:
-        return
-    first = next(chain.from_iterable(_images(archives, name) for name in names), None)
-    known = {*OF_EVERY_IMAGE, *(_read_texts(first[1])[1] if first else ())}
+    """Raise SourceError if nothing that lies beside the first images has one of these columns."""
+    known = {*OF_EVERY_IMAGE}
+    for name in names:
+        if not {*columns} - known:
+            return
+        with closing(_read_images(archives, name)) as images:
+            for _, texts in islice(images, COLUMN_IMAGES):
+                known |= {*_read_beside(texts)[1]}
+        if len(known) > len(OF_EVERY_IMAGE):
+            break
     if unknown := [column for column in columns if column not in known]:
-        hint = f"beside the first image are {', '.join(sorted(known))}"
+        hint = f"beside the first images are {', '.join(sorted(known))}"
         raise SourceError(f"there is no column {unknown[0]}", hint=hint)
 
 
@@ -359,7 +402,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="archive:PATH",
     what="the images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
-    splits="as the names of the archives say, else by hash",
+    splits="as the names of the archives say, or split in NAME.json, else by hash",
     size="yours",
     license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",

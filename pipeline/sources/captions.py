@@ -30,7 +30,8 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLIT_RANK
 from pipeline.types import ReferenceQA
 
-NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path", "image_id", "name")
+FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
+NAMES = (*FILE_NAMES, "image_id", "name")
 CAPTIONS = ("text", "caption", "captions", "description", "comment", "sentences", "references", "title")
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
@@ -56,8 +57,7 @@ def read_captions(path: Path) -> dict[str, Written]:
                 data = file.read(MAX_METADATA_BYTES + 1)
             if len(data) > MAX_METADATA_BYTES:
                 raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-        utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        rows = list(_rows(data.decode("utf-16" if utf_16 else "utf-8-sig").lstrip()))  # spreadsheets put a mark first
+        rows = list(_rows(decode_text(data).lstrip()))
     except UnsafeFileError as error:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except (
@@ -84,6 +84,12 @@ def read_captions(path: Path) -> dict[str, Written]:
     return dict(written)
 
 
+def decode_text(data: bytes) -> str:
+    """Return a text in UTF-8, or in UTF-16 with a mark. Raise ValueError if it is in neither."""
+    utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf_16 else "utf-8-sig")  # spreadsheets put a mark first
+
+
 Row = tuple[str, list[str], ReferenceQA | None, str | None]  # name, captions, a question, the split
 
 
@@ -100,21 +106,29 @@ def _rows(text: str) -> Iterator[Row]:
     lines = text.split("\n")  # other line ends may be in a text
     if _TOKEN.fullmatch(lines[0].rstrip("\r")):
         return (_token_row(line.rstrip("\r")) for line in lines if line.strip())
-    header = lines[0]
+    return (_row({name.lower(): value for name, value in row.items()}) for row in read_table(text))
+
+
+def read_table(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV with commas, semicolons, tabs or bars, by names of columns.
+
+    Raise ValueError for a row with more values than names, csv.Error for a damaged one.
+    """
+    header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     if delimiter in "\t|":  # where a quote at the beginning of a text is the text's own
         table.reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
         )
-    return (_row(_columns(row, table.line_num)) for row in table if any(row.values()))
+    return (_columns(row, table.line_num) for row in table if any(row.values()))
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
-    """Return a row of a table with names of columns in small letters. Raise ValueError if it has more values than names."""
+    """Return a row of a table by the names of its columns. Raise ValueError if it has more values than names."""
     if None in row:
         raise ValueError(f"line {line} has more columns than the first line: put texts with commas in quotes")
-    return {str(name).strip().lower(): value for name, value in row.items()}
+    return {str(name).strip(): value for name, value in row.items()}
 
 
 def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
@@ -146,11 +160,15 @@ def _row(row: Mapping[str, Any]) -> Row:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
         raise ValueError(f"a row names no image; it has {', '.join(map(str, row))[:200]}")
-    captions = next((_texts(row[key]) for key in CAPTIONS if row.get(key)), [])
-    return str(name).strip(), captions, read_question(row), _split(row.get(SPLIT))
+    return str(name).strip(), read_texts(row, CAPTIONS), read_question(row), read_split(row.get(SPLIT))
 
 
-def _split(value: Any) -> str | None:
+def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the captions of a row: the texts in the first of these columns that has a value."""
+    return next((_texts(row[name]) for name in names if row.get(name)), [])
+
+
+def read_split(value: Any) -> str | None:
     """Return the split of a word such as `val`. Raise ValueError for an unknown one, whose images could land anywhere."""
     word = str(value).strip().casefold() if value else ""
     if word and word not in SPLITS:

@@ -11,8 +11,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from pipeline.errors import ImageError, one_line
@@ -20,6 +24,7 @@ from pipeline.errors import ImageError, one_line
 MAX_BYTES = 50_000_000
 MAX_SECONDS = 30.0
 MAX_REDIRECTS = 3
+FETCHED_AT_ONCE = 16
 BLOCK_BYTES = 1 << 16
 # In failed attempts at one host before it is given up, if they are most of what it has cost.
 MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000
@@ -43,6 +48,8 @@ _INTERNAL = tuple(
         ),
     )
 )
+J = TypeVar("J")
+R = TypeVar("R")
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
@@ -62,6 +69,16 @@ class HostCost:
     wasted_seconds: float = 0.0
     wasted_bytes: int = 0
     useful_seconds: float = 0.0
+    counted_until: float = 0.0  # of several attempts at once, a second counts once
+
+    def add(self, started: float, *, is_useful: bool, wasted_bytes: int = 0) -> None:
+        """Add the time since `started`, as far as no other attempt has counted it."""
+        now = time.monotonic()
+        seconds = max(0.0, now - max(started, self.counted_until))
+        self.counted_until = now
+        self.useful_seconds += seconds if is_useful else 0.0
+        self.wasted_seconds += 0.0 if is_useful else seconds
+        self.wasted_bytes += wasted_bytes
 
     def is_given_up(self) -> bool:
         """Return whether the host costs much and gives little."""
@@ -69,6 +86,7 @@ class HostCost:
         return is_costly and self.wasted_seconds > self.useful_seconds
 
 
+_costs_lock = threading.Lock()  # several threads fetch
 _costs: dict[tuple[str, str, int | None], HostCost] = {}  # by scheme, host and port, for as long as this process runs
 
 
@@ -89,21 +107,39 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
 
 
+def fetch_ahead(jobs: Iterable[J], fetch: Callable[[J], R], at_once: int = FETCHED_AT_ONCE) -> Iterator[R]:
+    """Yield what `fetch` returns for each job, in order; so many run at a time."""
+    waiting: deque[Future[R]] = deque()
+    remaining, pool = iter(jobs), ThreadPoolExecutor(at_once, "fetch")
+    try:
+        while True:
+            waiting.extend(pool.submit(fetch, job) for job in islice(remaining, at_once - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:  # a run may end before its images do: nobody waits for a slow host
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
     """Do as `_get` does. Raise ImageError for a host whose failures have cost too much already."""
-    if len(_costs) > MAX_HOSTS:
-        _costs.clear()
-    cost, started = _costs.setdefault((parts.scheme, parts.hostname or "", parts.port), HostCost()), time.monotonic()
+    with _costs_lock:
+        if len(_costs) > MAX_HOSTS:
+            _costs.clear()
+        cost = _costs.setdefault((parts.scheme, parts.hostname or "", parts.port), HostCost())
+    started = time.monotonic()
     if cost.is_given_up():
         what = f"{parts.hostname} has failed for {cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
         raise ImageError("host_given_up", what)
     try:
         result = _get(parts, allowed, deadline)
     except (OSError, http.client.HTTPException, ValueError, ImageError) as error:
-        cost.wasted_seconds += time.monotonic() - started
-        cost.wasted_bytes += MAX_BYTES if isinstance(error, ImageError) and error.reason == "file_too_large" else 0
+        is_too_large = isinstance(error, ImageError) and error.reason == "file_too_large"
+        with _costs_lock:
+            cost.add(started, is_useful=False, wasted_bytes=MAX_BYTES if is_too_large else 0)
         raise
-    cost.useful_seconds += time.monotonic() - started
+    with _costs_lock:
+        cost.add(started, is_useful=True)
     return result
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from pipeline.text.normalize import words_of
-from pipeline.text.wordnet import concepts_above, object_words
+from pipeline.text.wordnet import ObjectWord, concepts_above, object_words
 
 MAX_WORDS = 3  # of the name of a thing
 MAX_ADJECTIVES = 2  # between a determiner and a name
@@ -14,36 +14,46 @@ _BEFORE_NOUNS = "a an the this that his her their its two three four several man
 _DETERMINERS = frozenset(_BEFORE_NOUNS.split())
 # Of a picture, and not in it; and parts of anything.
 _IN_NO_IMAGE = """
-picture pictures photo photos photograph photographs image images view background foreground shot scene front back top bottom
-side sides middle center corner edge area space surface part portion piece pieces item items object objects thing things
-addition main overall lot bunch kind type
+picture photo photograph image view background foreground shot scene front back top bottom side middle center corner edge area
+space surface part portion piece item object thing addition main overall lot bunch kind type
 """
 _NO_THINGS = frozenset(_IN_NO_IMAGE.split())
+_GROUPS = frozenset(("couple", "crowd", "family", "team", "pair", "group"))  # of what stands behind "of"
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A thing that a text names, and the word for it."""
+class NamedThing:
+    """A thing that a text names, and the word for one of it."""
 
     concept: int
     word: str
 
 
-def named_things(text: str) -> Iterator[Named]:
+def named_things(text: str) -> Iterator[NamedThing]:
     """Yield the things that a text names, in its order; of several words the longest name is taken."""
     words = words_of(text)
-    known, position = object_words(), 0
+    position = 0
     while position < len(words):
         for length in range(min(MAX_WORDS, len(words) - position), 0, -1):
-            name = " ".join(words[position : position + length])
-            concept, is_mostly_other = next((known[one] for one in _singulars(name) if one in known), (None, False))
-            if is_mostly_other and not _ends_a_phrase(words, position, position + length):
+            known = _lookup(" ".join(words[position : position + length]))
+            if known is None or known.singular in _NO_THINGS:
                 continue
-            if concept is not None and name not in _NO_THINGS:
-                yield Named(concept, name)
-                position += length - 1
-                break
+            if known.is_mostly_other and not _ends_a_phrase(words, position, position + length):
+                continue
+            if known.singular in _GROUPS and words[position + length : position + length + 1] == ["of"]:
+                break  # "a couple of dogs" are dogs
+            yield NamedThing(known.concept, known.singular)
+            position += length - 1
+            break
         position += 1
+
+
+def _lookup(name: str) -> ObjectWord | None:
+    """Return the noun that a name is, or is the plural of."""
+    for singular in _singulars(name):
+        if singular in object_words():
+            return object_words()[singular]
+    return None
 
 
 def _ends_a_phrase(words: Sequence[str], start: int, end: int) -> bool:
@@ -57,7 +67,8 @@ def _ends_a_phrase(words: Sequence[str], start: int, end: int) -> bool:
 
 def _is_name(word: str) -> bool:
     """Return whether a word is the name of a thing more often than not."""
-    return next((not object_words()[one][1] for one in _singulars(word) if one in object_words()), False)
+    known = _lookup(word)
+    return known is not None and not known.is_mostly_other
 
 
 def is_kind_of(one: int, other: int) -> bool:

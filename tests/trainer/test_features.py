@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from tests.trainer.tiny_models import save_clip
 from trainer import feature_store, features
 from trainer.data import Example, examples_in
 from trainer.feature_store import ABOUT, list_stores, prune_stores
-from trainer.features import OnlineFeatures, Record, store_features
+from trainer.features import Features, OnlineFeatures, Record, store_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
@@ -208,3 +209,51 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None
     ]
     built = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
     assert built == ["0", "1"]
+
+
+def test_a_build_that_goes_on_needs_no_more_room_than_it_has_taken(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(feature_store, "TOLD_BYTES", 0)
+    with pytest.raises(KeyboardInterrupt):
+        store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=1))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, feature_store.SPARE_BYTES))
+    left = Counted()
+    store_features(encoder, examples, tmp_path, CPU, left)
+    assert left.done[-1] == (len(examples) - 16, len(examples) - 16)
+
+
+def test_who_waits_says_so_and_a_store_that_was_removed_meanwhile_is_made_again(
+    encoder: Encoder, examples: list[Example], tmp_path: Path
+) -> None:
+    store_features(encoder, examples[:4], tmp_path, CPU, QUIET)
+    (path,) = (about.parent for about in tmp_path.glob(f"*/{ABOUT}"))
+    held, waits = (path / "lock").open("w"), Counted()
+    fcntl.flock(held, fcntl.LOCK_EX)
+    results: list[Features] = []
+    waiting = threading.Thread(target=lambda: results.append(store_features(encoder, examples, tmp_path, CPU, waits)))
+    waiting.start()
+    while not waits.said:
+        time.sleep(0.01)
+    shutil.rmtree(path)
+    held.close()
+    waiting.join(60)
+    assert waits.said[0].startswith("another training adds to")
+    assert waits.done == [(len(examples), len(examples))]
+    assert torch.equal(results[0](examples), OnlineFeatures(encoder, CPU)(examples))
+    assert (path / "lock").exists() and list_stores(tmp_path)[0].images == len(examples)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"layers": [-1]}'])
+def test_a_damaged_store_is_named_and_can_be_removed(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, text: str
+) -> None:
+    store_features(encoder, examples, tmp_path, CPU, QUIET)
+    (about,) = tmp_path.glob(f"*/{ABOUT}")
+    about.write_text(text)
+    with pytest.raises(TrainError, match=r"store\.json is damaged") as refused:
+        list_stores(tmp_path)
+    assert str(about.parent) in refused.value.hint
+    assert prune_stores(tmp_path, 0)[0] == 1

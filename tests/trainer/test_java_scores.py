@@ -38,10 +38,14 @@ def test_meteor_is_best_for_the_same_words() -> None:
 
 
 def test_without_java_there_are_no_such_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not has_java_scores()
-    with pytest.raises(TrainError, match="SPICE needs Java"):
-        require_spice()
+    monkeypatch.setenv("PATH", "/nowhere")
+    has_java_scores.cache_clear()
+    try:
+        assert not has_java_scores()
+        with pytest.raises(TrainError, match="SPICE needs Java"):
+            require_spice()
+    finally:
+        has_java_scores.cache_clear()
 
 
 def test_spice_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

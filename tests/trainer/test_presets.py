@@ -16,6 +16,7 @@ def test_a_preset_is_chosen_by_the_images_and_the_decoder() -> None:
     assert choose_preset(is_drawn=False, images=9, decoder="qwen3") == "photos-lm"
     assert choose_preset(is_drawn=False, images=FEW_IMAGES - 1, decoder="scratch") == "photos-few"
     assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="scratch") == "photos"
+    assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="prefix") == "photos"
 
 
 def test_products_are_fast_on_a_gpu_only() -> None:

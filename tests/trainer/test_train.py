@@ -321,6 +321,26 @@ def test_a_rate_warms_up_and_falls_to_a_tenth_in_each_stage() -> None:
     assert all(math.isfinite(share) for share in shares)
 
 
+def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, clip: str, tmp_path: Path) -> None:
+    config = replace(encoder=clip, decoder="prefix", encoder_states="2x2", steps=6, evaluate_every=3, decoder_width=48)
+    metrics = train(version, config, tmp_path / "whole")
+    loaded = load_checkpoint(tmp_path / "whole").captioner
+    assert isinstance(loaded.decoder, PretrainedDecoder)
+    sizes = loaded.config.decoder["language_model"]
+    assert (sizes["model_type"], sizes["hidden_size"], sizes["num_hidden_layers"]) == ("qwen3", 48, 1)
+    assert metrics["parameters"] < 200_000 and "best_validation" in metrics
+
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            if (stage, done) == ("train", 4):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut", progress=Stop())
+    assert train(version, config, tmp_path / "cut", resume=True) == metrics
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Version, clip: str, tmp_path: Path) -> None:
     config = SMALL.model_copy(update={"encoder": clip, "steps": 6, "evaluate_every": 100})

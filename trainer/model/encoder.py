@@ -77,8 +77,9 @@ class Encoder(nn.Module):
 
         Raises TrainError if the encoder has no such states.
         """
+        states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layers)
         try:
-            states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.config.layers), self.config.states)
+            states_BNV = choose_states(states_BNV, self.config.states)
         except ValueError as error:
             hint = "choose all states, or an encoder like ViT and CLIP"
             raise TrainError(f"{error}: it has no states {self.config.states!r}", hint=hint) from None

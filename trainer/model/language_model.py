@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
@@ -221,6 +221,18 @@ class PretrainedDecoder(nn.Module):
 
 def _without_eos(ids_BT: Tensor, eos_id: int) -> list[list[int]]:
     return [row[: row.index(eos_id)] if eos_id in row else row for row in ids_BT.tolist()]
+
+
+def new_decoder(words: CaptionTokenizer, *, width: int, depth: int, heads: int) -> tuple[PretrainedDecoder, CaptionTokenizer]:
+    """Return a language model of Qwen3's kind with random weights, for the tokens of a tokenizer that was trained here."""
+    sizes: dict[str, Any] = {
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "head_dim": width // heads,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True,
+        "vocab_size": words.tokenizer.get_vocab_size(), "eos_token_id": words.eos_id,
+    }  # fmt: skip
+    config = Qwen3Config(**sizes)
+    tokenizer = CaptionTokenizer(words.tokenizer, "pretrained", words.eos_id)
+    return PretrainedDecoder(settings_of(config), Qwen3ForCausalLM(config)), tokenizer
 
 
 def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:

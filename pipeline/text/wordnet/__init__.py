@@ -6,6 +6,7 @@ Captions are balanced over `names`; `dictionary_words` tell words from misspelli
 import gzip
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 NUMBERS = tuple(str(number) for number in range(100))
 
@@ -22,11 +23,22 @@ def dictionary_words() -> frozenset[str]:
     return frozenset(_read("words"))
 
 
+class ObjectWord(NamedTuple):
+    """A noun for a thing to be seen: its concept, its singular, and whether the word is more often no noun."""
+
+    concept: int
+    singular: str
+    is_mostly_other: bool
+
+
 @cache
-def object_words() -> dict[str, tuple[int, bool]]:
-    """Return the concept that each noun for a thing to be seen has, and whether the word is more often no noun."""
-    lines = (line.split("\t") for line in _read("objects"))
-    return {word: (int(concept), bool(otherwise)) for word, concept, *otherwise in lines}
+def object_words() -> dict[str, ObjectWord]:
+    """Return each noun for a thing to be seen; irregular plurals stand beside their singulars."""
+    words = {}
+    for word, concept, *marks in (line.split("\t") for line in _read("objects")):
+        singulars = [mark.removeprefix("=") for mark in marks if mark.startswith("=")]
+        words[word] = ObjectWord(int(concept), (singulars or [word])[0], marks == ["-"])
+    return words
 
 
 @cache

@@ -279,11 +279,89 @@ def header_bomb() -> bytes:
 
 
 @pytest.mark.parametrize(("name", "make"), [("p.zip", zip_bomb), ("p.tar.gz", tar_bomb), ("p.tgz", header_bomb)])
-def test_a_bomb_is_an_error_before_it_is_unpacked(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None:
+def test_a_bomb_is_an_error_before_it_fills_memory(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None:
     (tmp_path / name).write_bytes(make())
     assert (tmp_path / name).stat().st_size < 1_000_000
-    with pytest.raises(SourceError, match=r"would unpack to|a header has"):
+    with pytest.raises(SourceError, match=r"unpacks to over|a header has"):
         rows(tmp_path / name)
+
+
+def test_a_sparse_file_is_refused_and_takes_no_memory(tmp_path: Path) -> None:
+    """A tar file of some kilobytes may hold files of any size that are all hole."""
+    info = tarfile.TarInfo("x.jpg")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 0
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % BOMB_BYTES  # the size that it claims
+    header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
+    (tmp_path / "p.tar").write_bytes(bytes(header) + tar_of({"good.jpg": photo(0)}))
+    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path / "p.tar")}
+    assert found == {"p.tar/x.jpg": "unreadable_entry", "p.tar/good.jpg": None}
+
+
+def test_a_name_that_comes_again_is_read_once_in_a_zip_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, read = io.BytesIO(), list[Any]()
+    with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for _ in range(5):
+            archive.writestr("x.jpg", photo(0))
+            archive.writestr("x.txt", "A bowl.")
+    (tmp_path / "p.zip").write_bytes(out.getvalue())
+    open_entry = zipfile.ZipFile.open
+
+    def note(*arguments: Any) -> Any:
+        read.append(arguments[1])
+        return open_entry(*arguments)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", note)
+    (row,) = rows(tmp_path / "p.zip")
+    assert isinstance(row, Sample) and row.references == ("A bowl.",) and len(read) == 2
+
+
+def test_large_files_of_another_kind_are_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "FREE_UNPACKED_BYTES", 1000)
+    monkeypatch.setattr(archives, "BLOCK_BYTES", 5000)
+    files = {"v.mp4": os.urandom(400_000), "0.jpg": photo(0)}
+    for name, data in (("p.tar", tar_of(files)), ("p.tar.gz", tar_of(files, "w:gz"))):
+        (tmp_path / name).write_bytes(data)
+        assert len(samples(tmp_path / name)) == 1
+
+
+def test_names_with_colons_are_names_and_files_of_a_mac_are_left_out(tmp_path: Path) -> None:
+    files = {"2024-01-01T10:30.jpg": photo(0), "sub\\1.jpg": photo(1), "__MACOSX/._0.jpg": b"x", "raw.cr2": b"x"}
+    (tmp_path / "p.zip").write_bytes(zip_of(files))
+    (tmp_path / "._p.zip").write_bytes(b"attributes of a Mac")
+    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path)}
+    assert found == {
+        "p.zip/2024-01-01T10:30.jpg": None,
+        "p.zip/raw.cr2": "unsupported_format",
+        "p.zip/sub/1.jpg": None,
+    }
+
+
+def test_a_json_file_says_the_split_and_an_odd_one_is_a_reason(tmp_path: Path) -> None:
+    files = {f"{n}.jpg": photo(n) for n in range(3)}
+    files |= {"0.json": b'{"split": "val", "caption": {"raw": "A bowl."}}', "1.json": b'{"split": "nonsense"}', "2.json": b"[]"}
+    (tmp_path / "train.zip").write_bytes(zip_of(files))
+    first, second, third = rows(tmp_path / "train.zip")
+    assert isinstance(first, Sample) and (first.split, first.references) == ("validation", ("A bowl.",))
+    assert isinstance(second, Rejected) and second.reason == "unknown_split"
+    assert isinstance(third, Sample) and third.split == "train"
+
+
+def test_archives_without_images_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of({"notes.txt": b"x"}))
+    with pytest.raises(SourceError, match=r"no image in p\.zip"):
+        rows(tmp_path)
+
+
+def test_an_archive_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(archives, "open_regular", refuse)
+    with pytest.raises(SourceError, match="Permission denied"):
+        rows(tmp_path)
 
 
 @pytest.mark.parametrize("make", [tar_of, lambda files: tar_of(files, "w:gz"), zip_of])
@@ -312,7 +390,7 @@ def test_a_link_in_a_folder_of_archives_is_refused_unless_it_is_allowed(tmp_path
 
 
 def test_a_group_of_one_name_that_never_ends_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_GROUP", 4)
+    monkeypatch.setattr(archives, "MAX_GROUP_ENTRIES", 4)
     (tmp_path / "p.tar").write_bytes(tar_of({f"x.{n}.jpg": photo(n) for n in range(9)}))
     assert len(samples(tmp_path / "p.tar")) == 9
 
@@ -330,14 +408,14 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
     store.put_object(Bucket="sets", Key="mine/train-0.tar", Body=tar_of(files))
     store.put_object(Bucket="sets", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
     read: list[int] = []
-    count = archives._Counted.read
+    count = archives._CountedFile.read
 
     def noted(self: Any, size: int = -1) -> bytes:
         data = count(self, size)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(archives._Counted, "read", noted)
+    monkeypatch.setattr(archives._CountedFile, "read", noted)
     source = open_source(resolve(source="archive:s3://sets/mine"))
     assert source.revision and [row.split for row in source.rows if isinstance(row, Sample)].count("train") == 60
     whole = sum(read)

@@ -62,7 +62,7 @@ def test_columns_beside_the_image_are_captions_splits_and_context(home: Path, na
     first, second = (row for row in source.rows if isinstance(row, Sample))
     assert (first.references, first.split, dict(first.context)) == (("A bowl.",), "train", {"title": "Bowl"})
     assert (second.references, second.split, dict(second.context)) == ((), "validation", {"title": "Cup"})
-    assert source.messages == ("captions of people: for 1 of 2 images",)
+    assert source.messages == ("captions of people: 1 of 2 lines",)
     only = opened(home / name, text, source_split="validation")
     assert outcomes(only) == {"1.jpg": "read"}
     assert only.messages[-1] == "columns that are not read: title"
@@ -93,7 +93,7 @@ def test_paths_outside_of_the_folder_are_read_only_where_that_is_allowed_and_nev
     assert {*outcomes(opened(home / "list.txt", text, follow_links=True)).values()} == {"read"}
 
 
-@pytest.mark.parametrize("place", ["/dev/zero", "/proc/self/environ", "pipe.jpg", "sub", "x\0.jpg", "file:///etc/passwd", " "])
+@pytest.mark.parametrize("place", ["/dev/zero", "/proc/self/environ", "pipe.jpg", "sub", "x\0.jpg", " "])
 def test_what_is_no_file_is_rejected_without_waiting(home: Path, place: str) -> None:
     os.mkfifo(home / "pipe.jpg")
     source = opened(home / "list.jsonl", json.dumps({"image": place}), follow_links=True)
@@ -107,7 +107,7 @@ def test_what_is_no_file_is_rejected_without_waiting(home: Path, place: str) -> 
         ("list.csv", "id,caption\n1,A bowl.\n", "no column of .* names an image: it has id, caption"),
         ("list.txt", "# nothing\n", "names no image"),
         ("list.csv", "", "names no image"),
-        ("list.jsonl", "[1]\n", "a line is no JSON object"),
+        ("list.jsonl", "[1]\n", "a row is no JSON object"),
         ("list.jsonl", "{\n", "cannot read"),
     ],
 )
@@ -144,6 +144,51 @@ def test_the_revision_is_of_the_list_and_of_the_files(home: Path) -> None:
     assert revision() != before
 
 
+def test_addresses_of_any_kind_are_neither_opened_nor_published(home: Path) -> None:
+    places = ["HTTPS://127.0.0.1/x.jpg?key=secret", "s3://bucket/x.jpg?sig=secret", "file:///etc/passwd", "ftp://h/x"]
+    source = opened(home / "list.txt", "\n".join(places))
+    assert outcomes(source) == {f"list.txt:{n}": "image_not_embedded" for n in range(1, 5)}
+    fetched = list(opened(home / "list.txt", "\n".join(places), allow_urls=True).rows)
+    assert [getattr(row, "reason", "") for row in fetched] == ["url_refused"] * 4
+    assert "secret" not in str(fetched)
+
+
+def test_a_text_with_commas_needs_quotes_in_a_csv_and_none_behind_a_tab(home: Path) -> None:
+    with pytest.raises(SourceError, match="line 2 has more columns than the first line"):
+        opened(home / "list.csv", "path,caption\n0.jpg,A red, small bowl.\n")
+    (quoted,) = opened(home / "list.csv", 'path,caption\n0.jpg,"A red, small bowl."\n').rows
+    (tabbed,) = opened(home / "list.tsv", 'caption\tpath\n"Big" bowl, red\t0.jpg\n').rows
+    assert isinstance(quoted, Sample) and quoted.references == ("A red, small bowl.",)
+    assert isinstance(tabbed, Sample) and tabbed.references == ('"Big" bowl, red',)
+
+
+def test_odd_values_stop_nothing(home: Path) -> None:
+    rows = [
+        '{"path": "0.jpg", "score": NaN, "caption": {"raw": "A bowl."}}',
+        '{"path": "1.jpg", "caption": "half \\ud83d", "split": "nonsense"}',
+        '{"url": "", "image": "2.jpg", "caption": " "}',
+    ]
+    for text in ("\n".join(rows), f"[{','.join(rows)}]"):
+        found = list(opened(home / "list.json", text, columns={"context": "score"}).rows)
+        assert [getattr(row, "reason", None) for row in found] == [None, "unknown_split", None]
+        assert [row.references for row in found if isinstance(row, Sample)] == [("A bowl.",), ()]
+
+
+def test_names_of_columns_are_read_in_any_case_and_each_row_may_have_another(home: Path) -> None:
+    (first,) = opened(home / "list.csv", "PATH,Caption,Title\n0.jpg,A bowl.,Bowl\n", columns={"context": "Title"}).rows
+    assert isinstance(first, Sample) and (first.references, dict(first.context)) == (("A bowl.",), {"Title": "Bowl"})
+    mixed = opened(home / "list.jsonl", '{"file_name": "1.jpg"}\n{"URL": "https://example.org/x.jpg"}\n{"file_name": null}\n')
+    assert outcomes(mixed) == {"1.jpg": "read", "list.jsonl:2": "image_not_embedded", "list.jsonl:3": "image_missing"}
+
+
+def test_a_list_in_utf_16_is_read_and_one_on_the_web_is_refused(home: Path) -> None:
+    (home / "list.csv").write_bytes("path,caption\r\n0.jpg,Eine Sch\u00fcssel.\r\n".encode("utf-16"))
+    (row,) = open_source(resolve(source=f"list:{home / 'list.csv'}")).rows
+    assert isinstance(row, Sample) and row.references == ("Eine Sch\u00fcssel.",)
+    with pytest.raises(ConfigError, match=r"from https://example.org/list.csv$"):
+        open_source(resolve(source="list:https://example.org/list.csv?key=1"))
+
+
 class Together(http.server.BaseHTTPRequestHandler):
     """Answers the first three images when all of them are asked for; `gone` is none."""
 
@@ -177,7 +222,7 @@ def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
     text = "url,caption\n" + "".join(f"{web}/{name}?key=secret,Image {name}.\n" for name in names)
     refused = opened(home / "list.csv", text)
     assert set(outcomes(refused).values()) == {"image_not_embedded"}
-    assert refused.messages[-1] == "on the web: 9 of 9 images"
+    assert refused.messages[-1] == "on the web: 9 of 9 lines"
     monkeypatch.setattr(listing, "fetch_image", lambda url: image_urls.fetch_image(url.partition("?")[0], lambda address: True))
     found = list(opened(home / "list.csv", text, allow_urls=True).rows)
     assert not Together.first.broken

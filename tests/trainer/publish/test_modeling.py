@@ -23,7 +23,7 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import load_decoder
+from trainer.model.language_model import load_decoder, new_decoder
 from trainer.publish.files import modeling_source, transformers_files
 from trainer.tokenizer import TargetText, train_tokenizer
 
@@ -79,19 +79,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-@pytest.fixture(scope="module", params=["scratch", "qwen3", "llama"])
+@pytest.fixture(scope="module", params=["scratch", "prefix", "qwen3", "llama"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A captioner with random weights, large enough that its texts differ from image to image."""
     root = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(4)
     decoder: Any
-    if request.param == "scratch":
+    if request.param in ("scratch", "prefix"):
         texts = [
             TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
         ]
         words = train_tokenizer([*texts, *(TargetText("synthetic", "two", question=asked) for asked in QUESTIONS)], 400)
         decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=32, depth=2, heads=4)
         encoder = load_encoder(save_vit(root / "vit"))
+        if request.param == "prefix":
+            decoder, words = new_decoder(words, width=32, depth=2, heads=4)
     else:
         decoder, words = load_decoder(save_language_model(root / "lm", request.param))
         is_pooled = request.param == "llama"
