@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,39 @@ def test_sources_says_all_about_one(hub: RunningHub, tmp_path: Path, name: str) 
     assert all(description[field] for field in ("what", "tasks", "splits", "size", "licence", "needs"))
     output = synth(hub, tmp_path, "sources", name).stdout
     assert description["licence"] in output
+
+
+@pytest.mark.parametrize("kind", ["archive", "list"])
+def test_archives_and_lists_become_versions_that_name_no_place_of_this_machine(
+    hub: RunningHub, tmp_path: Path, kind: str
+) -> None:
+    """An address with a key, the folder and its user are neither in the version nor in what is printed for a card."""
+    home = tmp_path / "of-ada"
+    home.mkdir()
+    images = {f"{number}.jpg": datasets.photo(number) for number in range(6)}
+    texts = [f"A {color} bowl stands on a table." for color in ("red", "blue", "green", "white", "black", "small")]
+    if kind == "archive":
+        with zipfile.ZipFile(home / "photos.zip", "w") as archive:
+            for (name, data), text in zip(images.items(), texts, strict=True):
+                archive.writestr(f"in/{name}", data)
+                archive.writestr(f"in/{Path(name).stem}.txt", text)
+        source = f"archive:{home / 'photos.zip'}"
+    else:
+        for name, data in images.items():
+            (home / name).write_bytes(data)
+        lines = [f"{name},{text}" for name, text in zip([*images][:5], texts, strict=False)]
+        lines += [f"{home / '5.jpg'},{texts[5]}", "https://example.org/x.jpg?key=S3CRET,A bowl on a chair."]
+        (home / "list.csv").write_text("\n".join(["path,caption", *lines]) + "\n")
+        source = f"list:{home / 'list.csv'}"
+    done = synth(hub, tmp_path, "import", "--source", source, "--out", "d", "--license", "cc0-1.0", "--json")
+    assert done.returncode == 0, done.stderr
+    version = DatasetDir(tmp_path / "d").version()
+    assert sorted(text for row in rows(version) for text in row["references"]) == sorted(texts)
+    assert {row["licence"] for row in rows(version)} == {"cc0-1.0"}
+    assert version.manifest["source"]["name"] == kind
+    again = synth(hub, tmp_path, "import", "--source", source, "--out", "d", "--license", "cc0-1.0", "--json")
+    assert "nothing new" in again.stderr, again.stderr
+    published = b"".join(path.read_bytes() for path in version.path.iterdir())
+    for secret in (b"of-ada", b"S3CRET", str(tmp_path).encode()):
+        assert secret not in published, secret
+    assert ("1 image not embedded" in done.stderr) == (kind == "list")
