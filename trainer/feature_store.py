@@ -7,6 +7,7 @@ record has reached the disk. A build that was cut off goes on after its last bat
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from pipeline.storage.files import read_json, remove, write_json
 
 FEATURES = "features"  # the folder of a dataset's stores
 ABOUT, LOCK = "store.json", "lock"
+OLD_FILE = re.compile(r"[0-9a-f]{24}\.(bin|json|lock)")  # of earlier releases, one a list of images
 ABOUT_KEYS = frozenset(("encoder", "layers", "states", "shape", "precision"))
 ID_BYTES = hashlib.sha256().digest_size
 SPARE_BYTES = 1_000_000_000  # that stay free on the disk
@@ -48,7 +50,8 @@ class FeatureStore:
         """Return the lock file of the store, locked: that of a store which was removed meanwhile locks nothing."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock_file = (self.path / LOCK).open("w")
+            require_no_links(self.path)
+            lock_file = _open_lock(self.path)
             try:
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -60,10 +63,20 @@ class FeatureStore:
             lock_file.close()
 
     def rows(self) -> dict[bytes, int]:
-        """Return the row of each image, by the digest of its id; one whose digest was cut off has none."""
-        path = self.path / "ids.bin"
-        data = path.read_bytes() if path.exists() else b""
-        return {data[start : start + ID_BYTES]: row for row, start in enumerate(range(0, len(data) - ID_BYTES + 1, ID_BYTES))}
+        """Return the row of each image, by the digest of its id.
+
+        One whose digest or record was cut off has none; what follows a digest that comes twice was damaged, and is left out.
+        """
+        ids, states = self.path / "ids.bin", self.path / "states.bin"
+        data = ids.read_bytes() if ids.exists() else b""
+        count = min(len(data) // ID_BYTES, states.stat().st_size // self.record_bytes if states.exists() else 0)
+        rows: dict[bytes, int] = {}
+        for row in range(count):
+            one = data[row * ID_BYTES : (row + 1) * ID_BYTES]
+            if one in rows:
+                break
+            rows[one] = row
+        return rows
 
     def allocate(self, count: int, more: int, progress: Progress) -> None:
         """Take the space of `more` records behind the first `count`: a disk that is full later would kill who writes.
@@ -107,6 +120,19 @@ class StoreSummary:
     last_used_s: float
 
 
+def require_no_links(path: Path) -> None:
+    """Raise TrainError if a store, or a file of it, is a link: a dataset of a stranger may hold one to any file."""
+    for file in (path, *(path / name for name in (ABOUT, LOCK, "ids.bin", "states.bin"))):
+        if file.is_symlink():
+            raise TrainError(f"{file} is a link, which nothing here has made", hint="remove it")
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """Open the lock file of a store; not through a link, and a pipe is not waited for."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(path / LOCK, flags, 0o666), "r+")
+
+
 def id_digest(sample_id: str) -> bytes:
     """Return the digest under which a store knows an image."""
     return hashlib.sha256(sample_id.encode()).digest()
@@ -116,6 +142,7 @@ def list_stores(folder: Path) -> list[StoreSummary]:
     """Return the stores of a dataset's folder of features, the one used last first. Raises TrainError if one is damaged."""
     stores = []
     for about in folder.glob(f"*/{ABOUT}"):
+        require_no_links(about.parent)
         sizes = {file.name: file.stat().st_size for file in about.parent.iterdir()}
         images = sizes.get("ids.bin", 0) // ID_BYTES
         try:
@@ -137,7 +164,8 @@ def prune_stores(folder: Path, unused_days: float) -> tuple[int, int]:
     """
     removed = num_bytes = 0
     for about in folder.glob(f"*/{ABOUT}"):
-        with (about.parent / LOCK).open("w") as lock_file:
+        require_no_links(about.parent)
+        with _open_lock(about.parent) as lock_file:
             try:
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -146,7 +174,7 @@ def prune_stores(folder: Path, unused_days: float) -> tuple[int, int]:
                 num_bytes += sum(file.stat().st_size for file in about.parent.iterdir())
                 remove(about.parent)
                 removed += 1
-    for file in [*folder.glob("*.bin"), *folder.glob("*.json"), *folder.glob("*.lock")]:  # one a list of images
+    for file in (file for file in folder.glob("*") if OLD_FILE.fullmatch(file.name) and file.is_file()):
         removed, num_bytes = removed + (file.suffix == ".bin"), num_bytes + file.stat().st_size
         file.unlink()
     return removed, num_bytes

@@ -45,15 +45,21 @@ def ptb_tokens(texts: Sequence[str]) -> list[list[str]]:
 
 
 def meteor(corpora: Sequence[Sequence[Tokens]], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Return METEOR (Denkowski and Lavie, 2014) of several sets of hypotheses for the same images; takes seconds to start."""
+    """Return METEOR (Denkowski and Lavie, 2014) of several sets of hypotheses for the same images; takes seconds to start.
+
+    Raises TrainError if the program fails.
+    """
     from pycocoevalcap.meteor.meteor import Meteor
 
-    reference_texts = {index: [" ".join(reference) for reference in refs] for index, refs in enumerate(references)}
-    program = Meteor()
-    return [
-        float(program.compute_score(reference_texts, {index: [" ".join(text)] for index, text in enumerate(hypotheses)})[0])
-        for hypotheses in corpora
-    ]
+    texts_of = {index: [" ".join(reference) for reference in of_image] for index, of_image in enumerate(references)}
+    try:
+        program = Meteor()
+        return [
+            float(program.compute_score(texts_of, {index: [" ".join(text)] for index, text in enumerate(hypotheses)})[0])
+            for hypotheses in corpora
+        ]
+    except (OSError, ValueError, AssertionError) as error:
+        raise TrainError(f"METEOR failed: {error}", hint="java -version says whether Java works") from None
 
 
 def require_spice() -> None:

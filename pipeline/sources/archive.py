@@ -1,26 +1,30 @@
 """Source: images in archives (`archive:PATH`): tar files, WebDataset's among them, and zip files.
 
-Entries are streamed, and nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of
-`NAME.txt` are captions, and `NAME.json` may hold captions, a split, and columns for the context of prompts. In a tar file it
-stands next to the image. Links, devices, encrypted entries, odd names and entries that are too large are rejected; an archive
-that unpacks to very much more than its size is an error.
+Nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of `NAME.txt` are captions, and
+`NAME.json` may hold captions, a split, and columns for the context of prompts. Texts are read first, wherever they stand; of a
+tar file in a store, which is read once, those that stand next to their image. Links, devices, encrypted entries, odd names and
+entries that are too large are rejected; an archive that is damaged, or unpacks to very much more than its size, is an error.
 """
 
+import bz2
+import gzip
 import json
 import lzma
+import os
 import posixpath
 import re
 import stat
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
@@ -28,7 +32,7 @@ from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ConfigError, SourceError, one_line
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.captions import SPLIT, read_split, read_texts
+from pipeline.sources.captions import SPLIT, decode_text, read_split, read_texts
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
 from pipeline.sources.parquet import split_of_path
@@ -40,11 +44,28 @@ TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # of a file beside an image
 MAX_HEADER_BYTES = 1_000_000  # of a long name in a tar file
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000  # to how many times its size an archive may unpack, beyond the first
-MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one name in a tar file that are held at once
+MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
+MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
+MAX_SPARSE_BLOCKS, MAX_ZERO_BLOCKS = 10_000, 20_000  # of the map of a sparse file, and behind the end of an archive
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
 BLOCK_BYTES = 1 << 20
+MAGIC_BYTES = 6
 _DRIVE = re.compile(r"[A-Za-z]:")
-_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
+_DECODERS: dict[bytes, Callable[[Any], Any]] = {  # by how a file begins; each reads several streams, and gives little at once
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    b"BZh": lambda file: bz2.BZ2File(file, "rb"),
+    b"\xfd7zXZ": lambda file: lzma.LZMAFile(file, "rb"),  # noqa: SIM115  # closed with the file below it
+}
+_DAMAGES = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    LookupError,
+)
 _REASONS = {
     "outside_archive": "its name leads out of the archive",
     "not_a_file": "a link, a pipe or a device, not a regular file",
@@ -63,6 +84,7 @@ class Archives:
     revision: str
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
+    is_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +102,37 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Group:
-    """Entries of one key: images, and what is said about them."""
+class TextIndex:
+    """The texts of an archive, or of neighboring entries, by key; and how many images have each key."""
 
-    images: list[Entry] = field(default_factory=list)
-    texts: list[Entry] = field(default_factory=list)
+    texts: dict[str, list[Entry]] = field(default_factory=dict)
+    images: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes that are held."""
-        return sum(len(entry.data or b"") for entry in (*self.images, *self.texts))
+    def add(self, entry: Entry) -> None:
+        """Add a text, or count an image."""
+        if _is_text(entry.name):
+            self.texts.setdefault(key_of(entry.name), []).append(entry)
+        else:
+            self.images[key_of(entry.name)] += 1
 
-    def pairs(self) -> Iterator[tuple[Entry, list[Entry]]]:
-        """Yield each image with the texts that have its name; the only image of a group with all texts."""
-        for image in self.images:
-            yield image, [text for text in self.texts if text.stem == image.stem or len(self.images) == 1]
+    def of(self, image: Entry) -> list[Entry]:
+        """Return the texts that have the name of an image; of the only image of a key all texts of the key."""
+        key = key_of(image.name)
+        return [text for text in self.texts.get(key, ()) if text.stem == image.stem or self.images[key] == 1]
 
 
-def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield the images and texts of an archive, those of one key together. Raise SourceError if it is damaged, or a bomb."""
+Wanted = Literal["texts", "images", "both"]  # what is read of an archive; images have no data where texts are wanted
+
+
+def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator[Entry]:
+    """Yield the images and texts of an archive.
+
+    Raise SourceError if it is damaged, or a bomb.
+    """
     try:
-        yield from (_read_zip if name.lower().endswith(".zip") else _read_tar)(file, name)
+        magic = file.read(MAGIC_BYTES)
+        file.seek(0)
+        yield from (_read_zip if magic.startswith(b"PK") else _read_tar)(file, name, wanted)
     except OSError as error:
         if error.errno is not None:  # of the disk; decoders raise others
             raise
@@ -109,17 +141,26 @@ def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
         raise _damage_error(name, error) from None
 
 
-def group_entries(entries: Iterator[Entry]) -> Iterator[Group]:
-    """Group neighboring entries of one key, as WebDataset does; a group that grows too large is cut."""
-    group, key, count = Group(), "", 0
+def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
+    """Yield each image with the texts of its key beside it, as WebDataset groups them; a group that grows too large is cut."""
+    for group in _group_neighbors(entries):
+        index = TextIndex()
+        for entry in group:
+            index.add(entry)
+        yield from ((entry, index.of(entry)) for entry in group if not _is_text(entry.name))
+
+
+def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    group: list[Entry] = []
+    num_bytes = 0
     for entry in entries:
-        is_full = count >= MAX_GROUP_ENTRIES or group.num_bytes >= MAX_GROUP_BYTES
-        if count and (key_of(entry.name) != key or is_full):
+        is_full = len(group) >= MAX_GROUP_ENTRIES or num_bytes >= MAX_GROUP_BYTES
+        if group and (key_of(entry.name) != key_of(group[0].name) or is_full):
             yield group
-            group, count = Group(), 0
-        key, count = key_of(entry.name), count + 1
-        (group.texts if _is_text(entry.name) else group.images).append(entry)
-    if count:
+            group, num_bytes = [], 0
+        group.append(entry)
+        num_bytes += len(entry.data or b"")
+    if group:
         yield group
 
 
@@ -129,15 +170,54 @@ def key_of(name: str) -> str:
     return posixpath.join(folder, base.partition(".")[0])
 
 
-class _BoundedTarInfo(tarfile.TarInfo):
-    """A header whose long names are short: tarfile reads them into memory, however long they are."""
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header of a stranger: long names are bounded, maps of sparse files are not read, and damage is no end.
+
+    tarfile reads names and maps into memory, however long they are, and takes a damaged header for the end of the archive.
+    """
 
     _LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> "_StrictTarInfo":
+        """Return the next header. Raise ValueError for a damaged one, or none, before the blocks that end an archive."""
+        try:
+            header = super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tarfile_.zero_blocks = getattr(tarfile_, "zero_blocks", 0) + 1  # another archive may follow, as after `cat`
+            if tarfile_.zero_blocks > MAX_ZERO_BLOCKS:
+                raise tarfile.EmptyHeaderError("nothing but zeros") from None  # type: ignore[attr-defined]
+            raise
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            if not getattr(tarfile_, "zero_blocks", 0):
+                raise ValueError(str(error) if str(error) != "empty header" else "its end is missing") from None
+            raise tarfile.EmptyHeaderError("after the end") from None  # type: ignore[attr-defined]
+        tarfile_.zero_blocks = 0
+        return header
+
+    def _proc_member(self, tar: Any) -> tarfile.TarInfo:
         if self.type in self._LONG and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header has {self.size:,} bytes")
+            raise ValueError(f"a header has {self.size:,} bytes")
         return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # it is not in the stubs
+
+    def _proc_sparse(self, tar: Any) -> tarfile.TarInfo:
+        """Skip the map of a sparse file of GNU's old form."""
+        _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
+        for _ in range(MAX_SPARSE_BLOCKS):
+            if not is_extended:
+                break
+            is_extended = bool(tar.fileobj.read(tarfile.BLOCKSIZE)[504:505].strip(b"\0"))
+        else:
+            raise ValueError("the map of a sparse file has no end")
+        self.sparse = []  # type: ignore[assignment]
+        self.offset_data = tar.fileobj.tell()
+        tar.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
+        return self
+
+    def _proc_gnusparse_00(self, following: tarfile.TarInfo, *_: Any) -> None:
+        following.sparse = []  # type: ignore[assignment]  # it is refused
+
+    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
 
 class _CountedFile:
@@ -153,39 +233,45 @@ class _CountedFile:
         return data
 
 
-def _read_tar(file: BinaryIO, name: str) -> Iterator[Entry]:
+def _read_tar(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
     packed, unpacked_bytes = _CountedFile(file), 0
-    with tarfile.open(fileobj=cast(BinaryIO, packed), mode="r|*", tarinfo=_BoundedTarInfo) as tar:
+    magic = file.read(MAGIC_BYTES)
+    file.seek(0)
+    decode = next((decoder for start, decoder in _DECODERS.items() if magic.startswith(start)), lambda packed: packed)
+    stream = decode(packed)
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo, ignore_zeros=True) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # which would keep every header
+            is_wanted = _is_wanted(member.name, wanted)
             if not member.isreg() or member.issparse():
-                if _is_wanted(member.name):
+                if is_wanted:
                     yield Entry(_as_text(member.name), None, "unreadable_entry" if member.isreg() else "not_a_file")
                 continue
             content = tar.extractfile(member)
             assert content is not None
-            entry = _read_entry(member.name, member.size, content.read) if _is_wanted(member.name) else None
-            unpacked_bytes += len(entry.data or b"") if entry else 0
-            if entry:
+            if is_wanted and _has_data(member.name, wanted):
+                entry = _read_entry(member.name, member.size, content.read)
+                unpacked_bytes += len(entry.data or b"")
                 yield entry
-            while block := content.read(BLOCK_BYTES):  # of what is not wanted: it has to be unpacked to find the next entry
+            elif is_wanted:
+                yield Entry(_as_text(member.name).removeprefix("./"), b"")
+            while block := content.read(BLOCK_BYTES):  # it has to be unpacked to find the next entry
                 unpacked_bytes += len(block)
                 _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
             _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
 
 
-def _read_zip(file: BinaryIO, name: str) -> Iterator[Entry]:
-    """Yield texts before the images of their key, though they may lie apart in a zip file; a name counts once."""
+def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
+    """Yield the entries of a zip file; a name counts once."""
     size = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:
-        infos = {info.filename: info for info in archive.infolist() if not info.is_dir() and _is_wanted(info.filename)}
+        infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and _is_wanted(i.filename, wanted)}
         _require_no_bomb(name, sum(info.file_size for info in infos.values()), size)
-        by_key: dict[str, list[zipfile.ZipInfo]] = {}
         for info in infos.values():
-            by_key.setdefault(key_of(_as_text(info.filename)), []).append(info)
-        for of_key in by_key.values():
-            for info in sorted(of_key, key=lambda info: (not _is_text(info.filename), info.filename)):
+            if _has_data(info.filename, wanted):
                 yield _read_zip_entry(archive, info)
+            else:
+                yield Entry(_as_text(info.filename).removeprefix("./"), b"")
 
 
 def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
@@ -236,8 +322,12 @@ def _is_text(name: str) -> bool:
     return _has_suffix(name, TEXT_SUFFIXES)
 
 
-def _is_wanted(name: str) -> bool:
-    return _is_text(name) or _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES)
+def _is_wanted(name: str, wanted: Wanted) -> bool:
+    return _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES) or (wanted != "images" and _is_text(name))
+
+
+def _has_data(name: str, wanted: Wanted) -> bool:
+    return wanted != "texts" or _is_text(name)
 
 
 def _as_text(name: str) -> str:
@@ -250,7 +340,7 @@ def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
-        text = (entry.data or b"").decode("utf-8-sig", "replace")
+        text = _decode(entry.data or b"")
         if entry.name.lower().endswith(".txt"):
             captions += read_texts({"text": text.splitlines()}, ["text"])
             continue
@@ -262,6 +352,13 @@ def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             values |= row
             captions += read_texts(row, REFERENCE_NAMES)
     return list(dict.fromkeys(captions)), values
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return decode_text(data)
+    except ValueError:
+        return data.decode("utf-8", "replace")
 
 
 def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = True) -> Archives:
@@ -287,17 +384,18 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
     if not paths:
         raise missing
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
-    names, translate = [file.relative_to(base).as_posix() for file in paths], partial(_translate_disk_errors, root)
+    path_of = {os.fsencode(file.relative_to(base)).decode("utf-8", "backslashreplace"): file for file in paths}
+    translate = partial(_translate_disk_errors, root)
 
     def open_local(name: str) -> BinaryIO:
-        return open_regular(base / name, bound)
+        return open_regular(path_of[name], bound)
 
     with translate():
         contents = []
-        for name in names:
-            with open_regular(base / name, bound) as file:
+        for name, file_path in path_of.items():
+            with open_regular(file_path, bound) as file:
                 contents += [[name, open_file_digest(file)]] if is_whole else []
-    return Archives(names, digest(contents) if is_whole else "", open_local, translate)
+    return Archives([*path_of], digest(contents) if is_whole else "", open_local, translate, is_local=True)
 
 
 @contextmanager
@@ -350,9 +448,28 @@ def open_archives(
 
 
 def _read_images(archives: Archives, name: str) -> Generator[tuple[Entry, list[Entry]]]:
-    with archives.translate_errors(), archives.open(name) as file:
-        for group in group_entries(read_entries(file, name)):
-            yield from group.pairs()
+    """Yield the images of an archive, each with the texts that are about it."""
+    with archives.translate_errors():
+        index = None
+        if archives.is_local:
+            with archives.open(name) as file:
+                index = _index_texts(read_entries(file, name, "texts"), name)
+        with archives.open(name) as file:
+            if index is None:
+                yield from pair_neighbors(read_entries(file, name))
+            else:
+                yield from ((image, index.of(image)) for image in read_entries(file, name, "images"))
+
+
+def _index_texts(entries: Iterator[Entry], name: str) -> TextIndex:
+    index, num_bytes = TextIndex(), 0
+    for entry in entries:
+        num_bytes += len(entry.data or b"")
+        if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
+            hint = "unpack it, and read it as a folder"
+            raise SourceError(f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts", hint=hint)
+        index.add(entry)
+    return index
 
 
 def _row(

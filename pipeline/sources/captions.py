@@ -121,7 +121,12 @@ def read_table(text: str) -> Iterator[dict[str, Any]]:
         table.reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
         )
-    return (_columns(row, table.line_num) for row in table if any(row.values()))
+    for row in table:
+        columns = _columns(row, table.line_num)
+        if text.count('"') % 2 and any("\n" in str(value) for value in row.values()):
+            raise ValueError(f"a quote before line {table.line_num} is not closed")
+        if any(row.values()):
+            yield columns
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:

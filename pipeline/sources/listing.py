@@ -7,8 +7,9 @@ relative to the list; URLs are fetched if --allow-urls says so, several at a tim
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +75,36 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> ImageList:
         raise SourceError(f"cannot read {file}: {error}", hint=hint) from None
     if not rows:
         raise SourceError(f"{file} names no image", hint="one path or URL stands on each line")
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
         hint = f"name the column of paths {IMAGE_COLUMNS[0]}, that of addresses url"
         raise SourceError(f"no column of {file} names an image: it has {', '.join(names)[:200]}", hint=hint)
     if unknown := [name for name in columns if name not in names]:
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {file.name}: {', '.join(names)}")
-    return ImageList([_listed(number, row, columns, file) for number, row in enumerate(rows, 1)], names)
+    return ImageList([_listed(number, row, columns, file) for number, row in rows], names)
 
 
-def _read_rows(text: str, suffix: str) -> list[dict[str, Any]]:
+def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows of a list with their numbers; of a text, those of its lines."""
     if suffix in TABLE_SUFFIXES:
-        return list(read_table(text))
+        return list(enumerate(read_table(text), 1))
     if suffix in JSON_SUFFIXES:
         is_array = text.lstrip().startswith("[")
         rows = json.loads(text) if is_array else [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no JSON object")
-        return list(rows)
-    lines = (line.strip() for line in text.split("\n"))
-    return [{IMAGE_COLUMNS[0]: line} for line in lines if line and not line.startswith("#")]
+        return list(enumerate(rows, 1))
+    lines = enumerate((line.strip() for line in re.split(r"\r\n|\r|\n", text)), 1)
+    return [(number, {IMAGE_COLUMNS[0]: line}) for number, line in lines if line and not line.startswith("#")]
 
 
 def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path) -> ListedImage:
     values = {name.lower(): value for name, value in row.items()}
     address = next((str(values[name]).strip() for name in IMAGE_COLUMNS if values.get(name)), "")
-    # An address may hold a key, and a path outside of the folder the name of a user: both would be published.
-    is_inside = address and not _ADDRESS.match(address) and not Path(address).is_absolute() and ".." not in Path(address).parts
+    if not _is_file(file.parent, address) and _is_file(file.parent, address.replace("\\", "/")):
+        address = address.replace("\\", "/")  # of Windows
+    # Else it may hold a key or the name of a user, which would be published.
+    is_inside = _is_file(file.parent, address) and not Path(address).is_absolute() and ".." not in Path(address).parts
     name = address.encode("utf-8", "backslashreplace").decode() if is_inside else f"{file.name}:{number}"
     try:
         split, fault = read_split(values.get(SPLIT)), ""
@@ -109,6 +113,13 @@ def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path
     context = tuple((column, as_text(row.get(column))) for column in columns)
     captions = tuple(read_texts(values, REFERENCE_NAMES))
     return ListedImage(name, address, captions, read_question(values), split, context, fault)
+
+
+def _is_file(root: Path, address: str) -> bool:
+    try:
+        return bool(address) and (root / address).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def open_list(
@@ -145,18 +156,19 @@ def open_list(
         fields |= {"reference_qa": (image.question,) if image.question else ()} if has_questions else {}
         return RawSample(source_row=image.name, images=(data,), licence=licence, fields=fields)
 
+    file_digest = cache(partial(digest_of_file, bound=bound))  # a list of questions names a file again and again
     return Source(
         name="list",
-        revision=digest([_content(image, root, bound) for image in own]) if part == ALL else "",
+        revision=digest([_content(image, root, file_digest) for image in own]) if part == ALL else "",
         rows=check_samples(fetch_ahead(own, read) if any(image.is_url for image in own) else map(read, own)),
         count=lambda: len(own),
         messages=tuple(_describe(whole, columns)) if part == ALL else (),
     )
 
 
-def _content(image: ListedImage, root: Path, bound: Path | None) -> list[Any]:
+def _content(image: ListedImage, root: Path, file_digest: Callable[[Path], str]) -> list[Any]:
     """Return what the revision has of a line: the content of a file, the address of another image, and the texts."""
-    data = image.address if image.is_url else digest_of_file(root / image.address, bound)
+    data = image.address.encode("utf-8", "replace").decode() if image.is_url else file_digest(root / image.address)
     asked = [image.question.question, image.question.answers, image.question.answer_type] if image.question else None
     return [image.name, data, image.captions, asked, image.split, image.context]
 

@@ -257,3 +257,42 @@ def test_a_damaged_store_is_named_and_can_be_removed(
         list_stores(tmp_path)
     assert str(about.parent) in refused.value.hint
     assert prune_stores(tmp_path, 0)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin", ABOUT])
+def test_a_link_in_a_store_is_refused_and_its_target_stays(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, name: str
+) -> None:
+    store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
+    (about,) = (tmp_path / "features").glob(f"*/{ABOUT}")
+    (tmp_path / "precious").write_text("of the user")
+    (about.parent / name).unlink()
+    (about.parent / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(TrainError, match="is a link"):
+        store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
+    with pytest.raises(TrainError, match="is a link"):
+        prune_stores(tmp_path / "features", 0)
+    assert (tmp_path / "precious").read_text() == "of the user"
+
+
+def test_records_that_are_lost_or_damaged_are_computed_again(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+    expected = OnlineFeatures(encoder, CPU)(examples)
+    store_features(encoder, examples, tmp_path, CPU, QUIET)
+    (path,) = (about.parent for about in tmp_path.glob(f"*/{ABOUT}"))
+    size, count = (path / "states.bin").stat().st_size, len(examples)
+    os.truncate(path / "states.bin", size // 2)
+    again = Counted()
+    assert torch.equal(store_features(encoder, examples, tmp_path, CPU, again)(examples), expected)
+    assert again.done == [(count - count // 2, count - count // 2)]
+    ids = (path / "ids.bin").read_bytes()
+    (path / "ids.bin").write_bytes(ids[:64] + ids[32:64] + ids[96:])  # one comes twice
+    assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
+    (path / "states.bin").unlink()
+    assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
+
+
+def test_only_files_of_stores_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "d.bin").mkdir()
+    assert prune_stores(tmp_path, 0) == (0, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "notes.json"]

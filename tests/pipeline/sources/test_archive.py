@@ -1,8 +1,10 @@
 """Archives as a source: tar and zip files with what lies beside their images, and those that were made to do harm."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import stat
 import struct
@@ -21,6 +23,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import archive as archives
 from pipeline.sources import open_source
 from pipeline.types import ALL, Rejected, Sample, SourceSlice
+from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
 from tests.s3 import running_s3
 
@@ -361,6 +364,86 @@ def test_an_archive_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(archives, "open_regular", refuse)
     with pytest.raises(SourceError, match="Permission denied"):
+        rows(tmp_path)
+
+
+@pytest.mark.parametrize("make", [tar_of, zip_of])
+def test_texts_are_found_wherever_they_stand(tmp_path: Path, make: Callable[[Files], bytes]) -> None:
+    """`tar cf` writes a folder in the order of its disk."""
+    files = {f"{n}.jpg": photo(n) for n in range(5)} | {f"{n}.txt": f"Bowl {n}.".encode() for n in reversed(range(5))}
+    (tmp_path / "p").with_suffix(".zip" if make is zip_of else ".tar").write_bytes(make(files))
+    assert [row.references for row in samples(tmp_path).values()] == [(f"Bowl {n}.",) for n in range(5)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_may_have_a_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "0.txt": "Eine Sch\u00fcssel.".encode(encoding)}))
+    assert samples(tmp_path)["p.zip/0.jpg"].references == ("Eine Sch\u00fcssel.",)
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_archives_that_follow_each_other_are_all_read(tmp_path: Path, packed: Callable[[bytes], bytes]) -> None:
+    """As `cat` joins them, and as packers with several threads write their streams; noise behind the end is none."""
+    parts = [tar_of({f"{n}.jpg": photo(n)}) for n in range(3)]
+    (tmp_path / "p.tar").write_bytes(b"".join(map(packed, parts)))
+    (tmp_path / "q.tar").write_bytes(packed(parts[0] + b"noise" * 700))
+    assert [*samples(tmp_path)] == ["p.tar/0.jpg", "p.tar/1.jpg", "p.tar/2.jpg", "q.tar/0.jpg"]
+
+
+def test_a_damaged_header_or_a_missing_end_is_an_error_and_not_the_end(tmp_path: Path) -> None:
+    whole = tar_of({f"{n}.jpg": photo(n) for n in range(6)})
+    place = whole.index(b"3.jpg")
+    for damaged in (whole[: place + 20] + b"\xff" + whole[place + 21 :], whole[:place], whole[: place + 100]):
+        (tmp_path / "p.tar").write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"p\.tar is damaged"):
+            rows(tmp_path)
+
+
+def test_the_first_bytes_say_what_an_archive_is(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(zip_of({"0.jpg": photo(0)}))
+    (tmp_path / "b.zip").write_bytes(tar_of({"1.jpg": photo(1)}, "w:gz"))
+    assert [*samples(tmp_path)] == ["a.tar/0.jpg", "b.zip/1.jpg"]
+
+
+def test_the_map_of_a_sparse_file_is_not_read(tmp_path: Path) -> None:
+    """Of the form in PAX headers, the map stands before the data, and may have millions of entries."""
+    info = tarfile.TarInfo("GNUSparseFile.0/x.jpg")
+    info.size = 2048
+    info.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "x.jpg",
+        "GNU.sparse.realsize": "9",
+    }
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"999999999\n" + b"1\n" * 1019))
+        tar.addfile(sized("good.jpg", len(photo(0))), io.BytesIO(photo(0)))
+    (tmp_path / "p.tar").write_bytes(out.getvalue())
+    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path)}
+    assert sorted(map(str, found.values())) == ["None", "unreadable_entry"]
+
+
+def test_a_name_of_nothing_and_names_that_are_no_text_stop_nothing(tmp_path: Path) -> None:
+    data = zip_of({"x.jpg": photo(0), "good.jpg": photo(1)}).replace(b"x.jpg", b"\0.jpg")
+    (tmp_path / "p.zip").write_bytes(data)
+    with pytest.raises(SourceError, match="is damaged"):
+        rows(tmp_path)
+    (tmp_path / "p.zip").unlink()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.zip")).write_bytes(zip_of({"0.jpg": photo(0)}))
+    assert [*samples(tmp_path)] == ["\\xff.zip/0.jpg"]
+    assert open_source(resolve(source=f"archive:{tmp_path}")).revision
+
+
+def test_zeros_without_end_are_the_end(tmp_path: Path) -> None:
+    (tmp_path / "p.tar.bz2").write_bytes(bz2.compress(tar_of({"0.jpg": photo(0)})) + bz2.compress(bytes(45_000_000)) * 200)
+    assert [*samples(tmp_path)] == ["p.tar.bz2/0.jpg"]
+
+
+def test_a_packed_block_gives_little_at_once(tmp_path: Path) -> None:
+    """45 bytes of bzip2 may hold 46 megabytes, and a buffer of some kilobytes hundreds of them."""
+    (tmp_path / "p.tar.bz2").write_bytes(bz2.compress(tar_of({"v.bin": bytes(1_000_000)})) * 300)
+    with bounded_memory(150_000_000), pytest.raises(SourceError, match=r"unpacks to over|no image in"):
         rows(tmp_path)
 
 

@@ -14,6 +14,7 @@ import pytest
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
+from pipeline.sources.folder import digest_of_file
 from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
 from tests.hub.datasets import photo
 
@@ -41,7 +42,7 @@ def outcomes(source: Source) -> dict[str, str]:
 def test_each_line_of_a_text_names_an_image_in_the_order_of_the_lines(home: Path) -> None:
     source = opened(home / "list.txt", "# mine\n3.jpg\n\n sub/4.jpg \r\n0.jpg\nmissing.jpg\n")
     assert source.count() == 4
-    assert outcomes(source) == {"3.jpg": "read", "sub/4.jpg": "read", "0.jpg": "read", "missing.jpg": "unreadable_file"}
+    assert outcomes(source) == {"3.jpg": "read", "sub/4.jpg": "read", "0.jpg": "read", "list.txt:6": "unreadable_file"}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,42 @@ def test_addresses_of_any_kind_are_neither_opened_nor_published(home: Path) -> N
     fetched = list(opened(home / "list.txt", "\n".join(places), allow_urls=True).rows)
     assert [getattr(row, "reason", "") for row in fetched] == ["url_refused"] * 4
     assert "secret" not in str(fetched)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "C:\\Users\\zoe\\x.jpg", "\\\\server\\zoe\\x.jpg", "~/zoe/x.jpg", '"https://h/x?zoe"', "/home/zoe/x.jpg",
+        "zoe/../../x.jpg", "zoe.jpg",
+    ],
+)  # fmt: skip
+def test_what_is_no_file_beside_the_list_is_named_by_its_line(home: Path, place: str) -> None:
+    (row,) = opened(home / "list.jsonl", json.dumps({"path": place})).rows
+    assert isinstance(row, Rejected) and "zoe" not in str(row) and row.source_row == "list.jsonl:1"
+
+
+def test_paths_of_windows_and_old_line_ends_are_read(home: Path) -> None:
+    assert outcomes(opened(home / "list.txt", ".\\0.jpg\rsub\\4.jpg\r")) == {"./0.jpg": "read", "sub/4.jpg": "read"}
+
+
+def test_a_quote_that_is_not_closed_is_an_error(home: Path) -> None:
+    lines = "".join(f"{n}.jpg,Bowl {n}.\n" for n in range(4))
+    with pytest.raises(SourceError, match="a quote before line 6 is not closed"):
+        opened(home / "list.csv", 'path,caption\n0.jpg,"A bowl.\n' + lines)
+    inches = opened(home / "list.csv", 'path,caption\n0.jpg,A 5" bowl.\n' + lines)
+    assert set(outcomes(inches).values()) == {"read"}
+
+
+def test_a_file_is_hashed_once_however_often_it_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def note(path: Path, bound: Path | None) -> str:
+        hashed.append(path)
+        return digest_of_file(path, bound)
+
+    monkeypatch.setattr(listing, "digest_of_file", note)
+    opened(home / "list.txt", "0.jpg\n1.jpg\n" * 50)
+    assert len(hashed) == 2
 
 
 def test_a_text_with_commas_needs_quotes_in_a_csv_and_none_behind_a_tab(home: Path) -> None:
