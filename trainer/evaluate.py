@@ -3,9 +3,9 @@
 A captioner that ignores its image scores the same on another image, which the second score reveals.
 """
 
+import logging
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import Quiz
 
+log = logging.getLogger(__name__)
 BY_PEOPLE = "references of the source"
 SHOWN = 12
 HELD_IMAGES = 256  # whose states are in memory at once: 155 MB of a ViT-B/16
@@ -72,7 +73,7 @@ def evaluate(
             quiz.ask(checkpoint, held, part)
         if probing:
             probing.ask(checkpoint, held, part)
-    tokens, *references = _tokens([hypotheses, *texts], ptb_tokens if has_java else _words)
+    (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     order = derangement(len(examples))
     shuffled = [tokens[index] for index in order]
@@ -91,7 +92,7 @@ def evaluate(
         "style": style,
         "source": source,
         "against": against,
-        "tokens": "PTB tokens, as on COCO" if has_java else "words",
+        "tokens": kind,
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
@@ -105,8 +106,10 @@ def evaluate(
         "each": per_image,
     }
     if has_java:
-        with suppress(TrainError):  # a Java that fails costs its own score alone
+        try:
             _add_scores(result, "meteor", meteor([tokens, shuffled], references))
+        except TrainError as error:  # a Java that fails costs its own score alone
+            log.warning("METEOR is left out: %s", error)
     others = [hypotheses[index] for index in order]
     if options.thorough:
         result["things"] = {"chair": chair(hypotheses, texts), "shuffled_chair": chair(others, texts)}
@@ -177,14 +180,18 @@ def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dic
     return {"cider_d": [one - other for one, other in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
 
 
-def _tokens(corpora: Sequence[Sequence[str]], cut: Callable[[Sequence[str]], list[list[str]]]) -> list[list[list[str]]]:
-    """Return the tokens of each text of several lists, cut at once."""
-    cut_texts = iter(cut([text for texts in corpora for text in texts]))
-    return [[next(cut_texts) for _ in texts] for texts in corpora]
-
-
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    return [tokenize(text) for text in texts]
+def _cut_texts(corpora: Sequence[Sequence[str]], *, has_java: bool) -> tuple[list[list[list[str]]], str]:
+    """Return the tokens of each text of several lists, and of which kind they are: COCO's, where its tokenizer runs."""
+    texts, kind = [text for of_corpus in corpora for text in of_corpus], "PTB tokens, as on COCO"
+    try:
+        tokens = ptb_tokens(texts) if has_java else []
+    except TrainError as error:
+        log.warning("texts are cut into words: %s", error)
+        tokens = []
+    if len(tokens) != len(texts):
+        tokens, kind = [tokenize(text) for text in texts], "words"
+    remaining = iter(tokens)
+    return [[next(remaining) for _ in of_corpus] for of_corpus in corpora], kind
 
 
 def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:

@@ -81,9 +81,11 @@ class FeatureStore:
     def allocate(self, count: int, more: int, progress: Progress) -> None:
         """Take the space of `more` records behind the first `count`: a disk that is full later would kill who writes.
 
-        Raises TrainError if there is no room for them.
+        Ids behind those are forgotten: their records were lost. Raises TrainError if there is no room.
         """
-        file = self.path / "states.bin"
+        file, ids = self.path / "states.bin", self.path / "ids.bin"
+        if ids.exists() and ids.stat().st_size > count * ID_BYTES:
+            os.truncate(ids, count * ID_BYTES)
         allocated = max(0, file.stat().st_size - count * self.record_bytes) if file.exists() else 0  # of a build cut off
         num_bytes, free = more * self.record_bytes, shutil.disk_usage(self.path).free + allocated
         need = f"the hidden states of {more:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"

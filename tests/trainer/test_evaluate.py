@@ -1,11 +1,13 @@
 """Evaluation: references of the source take precedence, and shuffled images expose a blind captioner."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from pipeline.cli.output import print_scores
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
-from trainer.evaluate import _gains, _references
+from trainer.evaluate import _cut_texts, _gains, _references
 from trainer.metrics import bootstrap, derangement, score_each
 from trainer.prompts import answering_prompt, scored_prompt
 from trainer.tokenizer import TargetText
@@ -113,3 +115,17 @@ def test_things_that_no_reference_names_are_told_beside_those_of_people(
         *(["captions of people, by the other references, 40%, 20% of 2.5 things a caption"] if people else []),
         "asked for popular things 12 times, half of which are there: 75% right, 60% yes",
     ]
+
+
+@pytest.mark.parametrize("fault", ["error", "lines", "none"])
+def test_texts_are_cut_into_words_where_the_tokenizer_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(texts: Sequence[str]) -> list[list[str]]:
+        if fault == "error":
+            raise TrainError("Java failed", hint="")
+        return [["ptb"] for _ in texts][: 1 if fault == "lines" else None]
+
+    monkeypatch.setattr("trainer.evaluate.ptb_tokens", cut)
+    corpora, kind = _cut_texts([["A dog."], ["One cat.", "A cat."]], has_java=True)
+    words = [[["a", "dog"]], [["one", "cat"], ["a", "cat"]]]
+    assert (corpora, kind) == ((words, "words") if fault != "none" else ([[["ptb"]], [["ptb"]] * 2], "PTB tokens, as on COCO"))
+    assert _cut_texts([["A dog."]], has_java=False) == ([[["a", "dog"]]], "words")
