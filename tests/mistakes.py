@@ -77,7 +77,7 @@ MISTAKES = (
         add_file("photos.zip", "x"),
     ),
     Mistake(
-        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image", "file_name or url",
+        "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image", "file_name",
         add_file("prices.csv", "id,price\n1,2\n"),
     ),
     Mistake(

@@ -75,7 +75,7 @@ def test_auto_is_left_to_the_command_and_no_preset_is_the_default() -> None:
 
 
 def test_a_decoder_from_scratch_takes_no_adapters() -> None:
-    with pytest.raises(ConfigError, match="lora_rank is of a language model"):
+    with pytest.raises(ConfigError, match="lora_rank is of a pretrained language model"):
         resolve(lora_rank=8)
 
 

@@ -480,7 +480,7 @@ def test_a_group_of_one_name_that_never_ends_is_cut(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with running_s3("sets") as environment:
+    with running_s3("archives") as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         yield boto3.client("s3")
@@ -488,8 +488,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {f"{number:03}.jpg": photo(number) + bytes(200_000) for number in range(60)}
-    store.put_object(Bucket="sets", Key="mine/train-0.tar", Body=tar_of(files))
-    store.put_object(Bucket="sets", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
+    store.put_object(Bucket="archives", Key="mine/train-0.tar", Body=tar_of(files))
+    store.put_object(Bucket="archives", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
     read: list[int] = []
     count = archives._CountedFile.read
 
@@ -499,12 +499,12 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
         return data
 
     monkeypatch.setattr(archives._CountedFile, "read", noted)
-    source = open_source(resolve(source="archive:s3://sets/mine"))
+    source = open_source(resolve(source="archive:s3://archives/mine"))
     assert source.revision and [row.split for row in source.rows if isinstance(row, Sample)].count("train") == 60
     whole = sum(read)
     read.clear()
-    few = open_source(resolve(source="archive:s3://sets/mine/train-0.tar")).rows
+    few = open_source(resolve(source="archive:s3://archives/mine/train-0.tar")).rows
     assert [next(few).source_row for _ in range(3)] == [f"train-0.tar/{n:03}.jpg" for n in range(3)]
     assert sum(read) < whole / 4
     with pytest.raises(SourceError, match="nothing is found at"):
-        open_source(resolve(source="archive:s3://sets/other/"))
+        open_source(resolve(source="archive:s3://archives/other/"))
