@@ -275,7 +275,10 @@ def test_a_link_in_a_store_is_refused_and_its_target_stays(
     assert (tmp_path / "precious").read_text() == "of the user"
 
 
-def test_records_that_are_lost_or_damaged_are_computed_again(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+def test_records_that_are_lost_or_damaged_are_computed_again(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "BATCH_IMAGES", 8)
     expected = OnlineFeatures(encoder, CPU)(examples)
     store_features(encoder, examples, tmp_path, CPU, QUIET)
     (path,) = (about.parent for about in tmp_path.glob(f"*/{ABOUT}"))

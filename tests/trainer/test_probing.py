@@ -49,3 +49,9 @@ def test_people_are_asked_for_as_a_person_and_plurals_in_the_singular() -> None:
     references = [["A man and two buses on the grass."], ["Women beside a bus on grass."], ["A cat."], ["Cats."]]
     questions = {probe.question for of_image in make_probes(list("abcd"), references).values() for probe in of_image}
     assert questions == {f"Is there {what} in the image?" for what in ("a person", "a bus", "any grass", "a cat")}
+
+
+def test_a_thing_of_one_image_alone_is_not_asked_for() -> None:
+    references = [["A dog and a zebra."], ["A dog."], ["A cat."], ["A cat."]]
+    questions = {probe.question for of_image in make_probes(list("abcd"), references).values() for probe in of_image}
+    assert questions == {"Is there a dog in the image?", "Is there a cat in the image?"}

@@ -33,7 +33,7 @@ from trainer.checkpoint import describe_checkpoint, load_checkpoint, read_log, s
 from trainer.config import TrainConfig
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate
-from trainer.features import OnlineFeatures
+from trainer.features import Features, OnlineFeatures
 from trainer.loop import Trainer
 from trainer.metrics import derangement
 from trainer.model.language_model import PretrainedDecoder
@@ -319,6 +319,22 @@ def test_a_rate_warms_up_and_falls_to_a_tenth_in_each_stage() -> None:
         assert max(stage) == 1.0
         assert stage[-1] < 0.11
     assert all(math.isfinite(share) for share in shares)
+
+
+@pytest.mark.parametrize(("storage", "kind"), [("bf16", Features), ("int8", OnlineFeatures), ("none", OnlineFeatures)])
+def test_the_test_is_of_states_that_a_captioner_computes(
+    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, kind: type
+) -> None:
+    """Those of eight bits are for learning alone: nobody has them who loads the captioner."""
+    used: list[object] = []
+
+    def note(checkpoint: Any, examples: Any, options: Any, features: Any) -> dict[str, Any]:
+        used.append(features)
+        return evaluate(checkpoint, examples, options, features)
+
+    monkeypatch.setattr("trainer.train.evaluate", note)
+    train(version, replace(encoder=clip, feature_storage=storage), tmp_path)
+    assert [type(features) for features in used] == [kind]
 
 
 def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, clip: str, tmp_path: Path) -> None:

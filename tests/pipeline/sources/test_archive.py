@@ -375,6 +375,13 @@ def test_texts_are_found_wherever_they_stand(tmp_path: Path, make: Callable[[Fil
     assert [row.references for row in samples(tmp_path).values()] == [(f"Bowl {n}.",) for n in range(5)]
 
 
+@pytest.mark.parametrize("make", [tar_of, zip_of])
+def test_the_only_image_of_a_key_has_all_texts_of_the_key(tmp_path: Path, make: Callable[[Files], bytes]) -> None:
+    files = {"0.jpg": photo(0), "0.caption.txt": b"A bowl.", "1.a.jpg": photo(1), "1.b.jpg": photo(2), "1.txt": b"A cup."}
+    (tmp_path / "p").with_suffix(".zip" if make is zip_of else ".tar").write_bytes(make(files))
+    assert [row.references for row in samples(tmp_path).values()] == [("A bowl.",), (), ()]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_texts_may_have_a_mark(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "0.txt": "Eine Sch\u00fcssel.".encode(encoding)}))

@@ -165,3 +165,17 @@ def test_a_host_that_is_slow_to_fail_is_given_up(monkeypatch: pytest.MonkeyPatch
     assert refused("https://slow.example/x.jpg", anywhere) == "host_given_up"
     image_urls._costs["https", "slow.example", None].useful_seconds = 500.0
     assert refused("https://slow.example/x.jpg") != "host_given_up"  # a good host with some dead links
+
+
+def test_a_second_of_several_attempts_at_once_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that stalls for a second costs 16 attempts one second, and not 16."""
+    now = [0.0]
+    monkeypatch.setattr("pipeline.sources.image_urls.time.monotonic", lambda: now[0])
+    cost = image_urls.HostCost()
+    now[0] = 10.0
+    for started in (0.0, 0.0, 4.0):
+        cost.add(started, is_useful=False)
+    assert cost.wasted_seconds == 10.0
+    now[0] = 12.0
+    cost.add(9.0, is_useful=True)
+    assert (cost.wasted_seconds, cost.useful_seconds) == (10.0, 2.0)
