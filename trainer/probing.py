@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.digests import hash_to_unit
-from pipeline.text.objects import is_kind_of, named_things
+from pipeline.text.objects import PERSON, is_kind_of, named_things
 from pipeline.text.vqa_answers import normalize_answer
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example
@@ -21,7 +21,6 @@ MAX_IMAGES = 500  # that are asked about, as in POPE
 MAX_PROBES = 3  # of each kind, about an image
 MIN_IMAGES = 2  # that show a thing, for it to be asked for
 ABSENT_KINDS = ("random", "popular", "adversarial")  # any things, the most frequent, those most often seen beside what is there
-PERSON = 0  # the concept of all people
 _UNCOUNTED = "water grass snow sand food furniture luggage fruit meat hair clothing"
 _MASSES = frozenset(_UNCOUNTED.split())
 

@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 from typer import Option
@@ -10,13 +11,20 @@ from pipeline.cli.options import AsJson, DataDir
 from pipeline.cli.output import echo, say
 
 
+def _dataset_folder(path: Path) -> Path:
+    """Return a dataset folder, of which a version may have been named."""
+    from pipeline.dataset.version import MANIFEST, dataset_dir_of
+
+    return dataset_dir_of(path.absolute()) if (path / MANIFEST).exists() else path
+
+
 def features_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the stores of hidden states of a dataset, the one used last first: encoder, layers, images, size."""
     from pipeline.dataset.directory import last_made
     from pipeline.storage.files import translate_disk_errors
     from trainer.feature_store import FEATURES, list_stores
 
-    folder = (data or last_made()) / FEATURES
+    folder = _dataset_folder(data or last_made()) / FEATURES
     with translate_disk_errors(folder):
         stores = list_stores(folder)
     if as_json:
@@ -42,7 +50,7 @@ def features_prune(
     from pipeline.storage.files import translate_disk_errors
     from trainer.feature_store import FEATURES, prune_stores
 
-    folder = (data or only_made()) / FEATURES
+    folder = _dataset_folder(data or only_made()) / FEATURES
     with translate_disk_errors(folder):
         removed, num_bytes = prune_stores(folder, days)
     if as_json:

@@ -20,18 +20,18 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from pipeline.config import CONTEXT, Config
+from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
-from pipeline.errors import ConfigError, SourceError, one_line
+from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.captions import SPLIT, decode_text, read_split, read_texts
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
@@ -121,6 +121,7 @@ class TextIndex:
         return [text for text in self.texts.get(key, ()) if text.stem == image.stem or self.images[key] == 1]
 
 
+IndexOf = Callable[[str], TextIndex]  # of an archive, by its name
 Wanted = Literal["texts", "images", "both"]  # what is read of an archive; images have no data where texts are wanted
 
 
@@ -132,7 +133,12 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
     try:
         magic = file.read(MAGIC_BYTES)
         file.seek(0)
-        yield from (_read_zip if magic.startswith(b"PK") else _read_tar)(file, name, wanted)
+        if magic.startswith(b"PK"):
+            yield from _read_zip(file, name, wanted)
+        else:
+            packed = _CountedFile(file)
+            decode = next((decoder for start, decoder in _DECODERS.items() if magic.startswith(start)), lambda stream: stream)
+            yield from _read_tar(decode(packed), packed, name, wanted)
     except OSError as error:
         if error.errno is not None:  # of the disk; decoders raise others
             raise
@@ -233,12 +239,9 @@ class _CountedFile:
         return data
 
 
-def _read_tar(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
-    packed, unpacked_bytes = _CountedFile(file), 0
-    magic = file.read(MAGIC_BYTES)
-    file.seek(0)
-    decode = next((decoder for start, decoder in _DECODERS.items() if magic.startswith(start)), lambda packed: packed)
-    stream = decode(packed)
+def _read_tar(stream: Any, packed: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry]:
+    """Yield the entries of a tar file in its order; `packed` counts what was read for the stream."""
+    unpacked_bytes = 0
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo, ignore_zeros=True) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # which would keep every header
@@ -254,7 +257,7 @@ def _read_tar(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
                 unpacked_bytes += len(entry.data or b"")
                 yield entry
             elif is_wanted:
-                yield Entry(_as_text(member.name).removeprefix("./"), b"")
+                yield Entry(_as_text(member.name), b"")
             while block := content.read(BLOCK_BYTES):  # it has to be unpacked to find the next entry
                 unpacked_bytes += len(block)
                 _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
@@ -271,7 +274,7 @@ def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
             if _has_data(info.filename, wanted):
                 yield _read_zip_entry(archive, info)
             else:
-                yield Entry(_as_text(info.filename).removeprefix("./"), b"")
+                yield Entry(_as_text(info.filename), b"")
 
 
 def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
@@ -300,7 +303,7 @@ def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
     data = read(most_bytes + 1) if size <= most_bytes else b""
     if size > most_bytes or len(data) > most_bytes:
         return Entry(shown, None, "file_too_large")
-    return Entry(shown.removeprefix("./"), data)
+    return Entry(shown, data)
 
 
 def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
@@ -332,7 +335,7 @@ def _has_data(name: str, wanted: Wanted) -> bool:
 
 def _as_text(name: str) -> str:
     """Return the name of an entry with slashes between folders, as text that UTF-8 can hold."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\\", "/")
+    return name.encode("utf-8", "backslashreplace").decode().replace("\\", "/").removeprefix("./")
 
 
 def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
@@ -426,7 +429,8 @@ def open_archives(
     names = [name for name in archives.names if split in (None, split_of_path(_without_suffix(name)))]
     if not names:
         raise SourceError(f"no archive is named after the split {split}", hint="the name of a file says its split: train-0.tar")
-    _require_columns(archives, names, columns)
+    index_of = lru_cache(1)(partial(_read_index, archives))  # columns are looked for in the first archive, which is read then
+    _require_columns(archives, names, columns, index_of)
     by_file = len(names) >= part.of
 
     def read() -> Iterator[RawSample | Rejected]:
@@ -434,11 +438,13 @@ def open_archives(
         for index, name in enumerate(names):
             if by_file and index % part.of != part.number:
                 continue
-            stored = stored_split(split_of_path(_without_suffix(name)), split)
-            for image, texts in _read_images(archives, name):
+            of_archive = split_of_path(_without_suffix(name))
+            for image, texts in _read_images(archives, name, index_of):
                 number += 1
                 if by_file or number % part.of == part.number:
-                    yield _row(f"{name}/{image.name}", image, texts, licence, columns, stored)
+                    row = _row(f"{name}/{image.name}", image, texts, licence, columns, of_archive)
+                    if isinstance(row, Rejected) or split in (None, row.fields["split"]):
+                        yield row if isinstance(row, Rejected) else _with_stored_split(row, split)
         if number < 0 and part == ALL:
             raise SourceError(
                 f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
@@ -447,13 +453,10 @@ def open_archives(
     return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read()))
 
 
-def _read_images(archives: Archives, name: str) -> Generator[tuple[Entry, list[Entry]]]:
+def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
     """Yield the images of an archive, each with the texts that are about it."""
     with archives.translate_errors():
-        index = None
-        if archives.is_local:
-            with archives.open(name) as file:
-                index = _index_texts(read_entries(file, name, "texts"), name)
+        index = index_of(name) if archives.is_local else None
         with archives.open(name) as file:
             if index is None:
                 yield from pair_neighbors(read_entries(file, name))
@@ -461,15 +464,20 @@ def _read_images(archives: Archives, name: str) -> Generator[tuple[Entry, list[E
                 yield from ((image, index.of(image)) for image in read_entries(file, name, "images"))
 
 
-def _index_texts(entries: Iterator[Entry], name: str) -> TextIndex:
+def _read_index(archives: Archives, name: str) -> TextIndex:
     index, num_bytes = TextIndex(), 0
-    for entry in entries:
-        num_bytes += len(entry.data or b"")
-        if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
-            hint = "unpack it, and read it as a folder"
-            raise SourceError(f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts", hint=hint)
-        index.add(entry)
+    with archives.open(name) as file:
+        for entry in read_entries(file, name, "texts"):
+            num_bytes += len(entry.data or b"")
+            if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
+                hint = "unpack it, and read it as a folder"
+                raise SourceError(f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts", hint=hint)
+            index.add(entry)
     return index
+
+
+def _with_stored_split(row: RawSample, requested: str | None) -> RawSample:
+    return replace(row, fields=row.fields | {"split": stored_split(row.fields["split"], requested)})
 
 
 def _row(
@@ -488,13 +496,13 @@ def _row(
     return RawSample(source_row=name, images=(image.data,), licence=licence, fields=fields)
 
 
-def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str]) -> None:
+def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
     """Raise SourceError if nothing that lies beside the first images has one of these columns."""
     known = {*OF_EVERY_IMAGE}
     for name in names:
         if not {*columns} - known:
             return
-        with closing(_read_images(archives, name)) as images:
+        with closing(_read_images(archives, name, index_of)) as images:
             for _, texts in islice(images, COLUMN_IMAGES):
                 known |= {*_read_beside(texts)[1]}
         if len(known) > len(OF_EVERY_IMAGE):
@@ -509,9 +517,7 @@ def _without_suffix(name: str) -> str:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    if roles := [role for role in config.columns if role != CONTEXT]:
-        hint = "an archive has files: --columns context=A,B names values of NAME.json for prompts"
-        raise ConfigError(f"an archive has no column to be the {roles[0]}", hint=hint)
+    refuse_roles(config, "an archive", "an archive has files: --columns context=A,B names values of NAME.json for prompts")
     archives = find_archives(path, follow_links=config.follow_links, is_whole=part == ALL)
     return open_archives(archives, part, config.license or UNKNOWN, config.context, config.source_split)
 

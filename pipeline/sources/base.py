@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import CONTEXT, Config
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
@@ -97,6 +97,12 @@ def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rej
                 licence=row.licence,
                 **row.fields,
             )
+
+
+def refuse_roles(config: Config, what: str, hint: str) -> None:
+    """Raise ConfigError if --columns gives a role, other than the context, to a source that is no table."""
+    if roles := [role for role in config.columns if role != CONTEXT]:
+        raise ConfigError(f"{what} has no column to be the {roles[0]}", hint=hint)
 
 
 def as_text(value: Any) -> str:

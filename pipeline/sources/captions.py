@@ -112,7 +112,7 @@ def _rows(text: str) -> Iterator[Row]:
 def read_table(text: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a CSV with commas, semicolons, tabs or bars, by names of columns.
 
-    Raise ValueError for a row with more values than names, csv.Error for a damaged one.
+    Raise ValueError for a row with more values than names, and at the end if a quote took all that follows into a text.
     """
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
@@ -121,12 +121,13 @@ def read_table(text: str) -> Iterator[dict[str, Any]]:
         table.reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
         )
+    last: dict[str, Any] = {}
     for row in table:
-        columns = _columns(row, table.line_num)
-        if text.count('"') % 2 and any("\n" in str(value) for value in row.values()):
-            raise ValueError(f"a quote before line {table.line_num} is not closed")
+        last = _columns(row, table.line_num)
         if any(row.values()):
-            yield columns
+            yield last
+    if text.count('"') % 2 and any("\n" in str(value) for value in last.values()):
+        raise ValueError(f"a quote before line {table.line_num} is not closed")
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:

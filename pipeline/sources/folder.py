@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import CONTEXT, Config
+from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
-from pipeline.errors import ConfigError, SourceError
+from pipeline.errors import SourceError
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, first_names
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import QUESTION, describe_unknown, match_images, most_held_out, read_captions, read_question
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
@@ -329,9 +329,7 @@ def _read(path: Path, bound: Path | None, name: str, licence: str, **texts: Any)
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    if roles := [role for role in config.columns if role != CONTEXT]:
-        hint = "a folder has files: --columns context=A,B names columns of metadata.csv for prompts"
-        raise ConfigError(f"a folder has no column to be the {roles[0]}", hint=hint)
+    refuse_roles(config, "a folder", "a folder has files: --columns context=A,B names columns of metadata.csv for prompts")
     folder, licence = Path(path).expanduser(), config.license or UNKNOWN
     return open_folder(folder, part, licence, config.context, config.captions, follow_links=config.follow_links)
 

@@ -13,13 +13,24 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import CONTEXT, Config
+from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples
-from pipeline.sources.captions import FILE_NAMES, SPLIT, decode_text, read_question, read_split, read_table, read_texts
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.captions import (
+    ANSWER_TYPE,
+    ANSWERS,
+    FILE_NAMES,
+    QUESTION,
+    SPLIT,
+    decode_text,
+    read_question,
+    read_split,
+    read_table,
+    read_texts,
+)
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import REFERENCE_NAMES, REFUSALS, digest_of_file
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
@@ -29,7 +40,7 @@ from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Sourc
 TABLE_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", *TABLE_SUFFIXES, *JSON_SUFFIXES)
 IMAGE_COLUMNS = (*FILE_NAMES, "url", "image_url")
-READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *REFERENCE_NAMES, SPLIT, "question", "answer", "answers", "answer_type"))
+READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *REFERENCE_NAMES, SPLIT, QUESTION, *ANSWERS, ANSWER_TYPE))
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -101,11 +112,12 @@ def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
 def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path) -> ListedImage:
     values = {name.lower(): value for name, value in row.items()}
     address = next((str(values[name]).strip() for name in IMAGE_COLUMNS if values.get(name)), "")
-    if not _is_file(file.parent, address) and _is_file(file.parent, address.replace("\\", "/")):
-        address = address.replace("\\", "/")  # of Windows
-    # Else it may hold a key or the name of a user, which would be published.
-    is_inside = _is_file(file.parent, address) and not Path(address).is_absolute() and ".." not in Path(address).parts
-    name = address.encode("utf-8", "backslashreplace").decode() if is_inside else f"{file.name}:{number}"
+    candidates = dict.fromkeys((address, address.replace("\\", "/"))) if not _ADDRESS.match(address) else ()  # of Windows
+    path = next((candidate for candidate in candidates if _is_file(file.parent, candidate)), None)
+    # An address may hold a key, and a path to elsewhere the name of a user: both would be published.
+    is_inside = path is not None and not Path(path).is_absolute() and ".." not in Path(path).parts
+    address = path or address
+    name = (address if is_inside else f"{file.name}:{number}").encode("utf-8", "backslashreplace").decode()
     try:
         split, fault = read_split(values.get(SPLIT)), ""
     except ValueError as error:
@@ -204,9 +216,7 @@ def _describe(whole: ImageList, columns: Sequence[str]) -> Iterator[str]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    if roles := [role for role in config.columns if role != CONTEXT]:
-        hint = "columns of a list are known by their names; --columns context=A,B names those for prompts"
-        raise ConfigError(f"a list has no column to be the {roles[0]}", hint=hint)
+    refuse_roles(config, "a list", "columns of a list are known by their names; --columns context=A,B names those for prompts")
     if _ADDRESS.match(path):
         raise ConfigError(f"a list is read from this disk, and not from {path.partition('?')[0]}", hint="download it first")
     options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}

@@ -7,6 +7,7 @@ from functools import cache
 from pipeline.text.normalize import words_of
 from pipeline.text.wordnet import ObjectWord, concepts_above, object_words
 
+PERSON = 0  # the concept of all people: wordnet/build.py numbers it first
 MAX_WORDS = 3  # of the name of a thing
 MAX_ADJECTIVES = 2  # between a determiner and a name
 # Before a word that is more often no noun: "a train", and not "they train".

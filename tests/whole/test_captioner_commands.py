@@ -181,6 +181,8 @@ def test_stores_of_hidden_states_are_listed_and_removed(
     assert second.strip() == f"{Path(encoder).name}, layer -1,-2, class states, int8"
     features_list(data, as_json=True)
     (row,) = json.loads(capsys.readouterr().out)
+    features_list(version.path, as_json=True)  # of the dataset that holds the version
+    assert json.loads(capsys.readouterr().out)[0]["images"] == 40
     assert row["images"] == 40 and row["shape"] == [1, 64]
     features_prune(data, days=1)
     assert capsys.readouterr().out.startswith("removed 0 stores of 0.0 MB")

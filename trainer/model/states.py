@@ -22,9 +22,10 @@ def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layers: Sequence[int]) -
     """
     output = tower(pixels_BCHW, output_hidden_states=True) if set(layers) != {-1} else tower(pixels_BCHW)
     parts = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
-    if len(parts) > 1:
-        parts = [functional.layer_norm(part, part.shape[-1:]) for part in parts]
-    return torch.cat(parts, -1)
+    if len(parts) == 1:
+        states_BNV: Tensor = parts[0]
+        return states_BNV
+    return torch.cat([functional.layer_norm(part, part.shape[-1:]) for part in parts], -1)
 
 
 def choose_states(states_BNV: Tensor, which: str) -> Tensor:

@@ -72,7 +72,8 @@ def object_lists(folder: Path) -> dict[str, list[str]]:
         f"{word.replace('_', ' ')}\t{number[concept]}{OTHERWISE if word in mostly_other else ''}"
         for word, concept in concept_of.items()
     ]
-    lines += [f"{plural}\t{number[concept_of[singular]]}\t={singular}" for plural, singular in plurals.items()]
+    irregular = [f"{plural}\t{number[concept_of[singular]]}\t={singular}" for plural, singular in plurals.items()]
+    lines += [line.replace("_", " ") for line in irregular]
     parents = [[str(number[one]) for one in above.get(concept, ()) if one in number] for concept in number]
     return {"objects": sorted(lines), "concepts": [" ".join(of_concept) for of_concept in parents]}
 

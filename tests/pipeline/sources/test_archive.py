@@ -63,9 +63,14 @@ def rows(path: object, part: SourceSlice = ALL, **settings: Any) -> list[Sample 
 
 
 def samples(path: object, **settings: Any) -> dict[str, Sample]:
-    found = rows(path, **settings)
-    assert not [row for row in found if isinstance(row, Rejected)], found
-    return {row.source_row: row for row in found if isinstance(row, Sample)}
+    kept = rows(path, **settings)
+    assert not [row for row in kept if isinstance(row, Rejected)], kept
+    return {row.source_row: row for row in kept if isinstance(row, Sample)}
+
+
+def reasons(path: object) -> dict[str, str | None]:
+    """Return why each image was rejected; None for those that were read."""
+    return {row.source_row: row.reason if isinstance(row, Rejected) else None for row in rows(path)}
 
 
 @pytest.mark.parametrize(
@@ -81,11 +86,11 @@ def samples(path: object, **settings: Any) -> dict[str, Sample]:
 )
 def test_images_are_read_with_what_lies_beside_them(tmp_path: Path, name: str, make: Callable[[Files], bytes]) -> None:
     (tmp_path / name).write_bytes(make(FILES))
-    found = samples(tmp_path / name)
+    kept = samples(tmp_path / name)
     images = ("a/0.jpg", "a/1.jpg", "b/IMG.001.jpg", "b/IMG.002.jpg")
-    assert list(found) == [f"{name}/{image}" for image in images]
-    assert [row.references for row in found.values()] == [("A bowl.", "One red bowl."), ("A cup.",), (), ()]
-    assert found[f"{name}/a/0.jpg"].licence == "unknown"
+    assert list(kept) == [f"{name}/{image}" for image in images]
+    assert [row.references for row in kept.values()] == [("A bowl.", "One red bowl."), ("A cup.",), (), ()]
+    assert kept[f"{name}/a/0.jpg"].licence == "unknown"
 
 
 def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> None:
@@ -96,8 +101,8 @@ def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> N
         "2.json": b"no JSON",
     }
     (tmp_path / "p.zip").write_bytes(zip_of(files))
-    found = samples(tmp_path / "p.zip", columns={"context": "title,tags,file_name"})
-    assert [dict(row.context) for row in found.values()] == [
+    kept = samples(tmp_path / "p.zip", columns={"context": "title,tags,file_name"})
+    assert [dict(row.context) for row in kept.values()] == [
         {"title": "Cup", "tags": "red, small", "file_name": "1.jpg"},
         {"title": "", "tags": "", "file_name": "2.jpg"},
     ]
@@ -114,11 +119,9 @@ def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path)
         for number in range(3):
             texts = {"txt": f"Bowl {number}.", "json": {"description": f"Described {number}."}, "cls": number}
             shard.write({"__key__": f"x/{number:04}", "jpg": photo(number), "seg.png": photo(9), **texts})
-    found = rows(tmp_path)
-    assert [row.source_row for row in found] == [
-        f"train-000.tar/x/{n:04}.{end}" for n in range(3) for end in ("jpg", "seg.png")
-    ]
-    assert [row.references for row in found if isinstance(row, Sample)][::2] == [
+    kept = rows(tmp_path)
+    assert [row.source_row for row in kept] == [f"train-000.tar/x/{n:04}.{end}" for n in range(3) for end in ("jpg", "seg.png")]
+    assert [row.references for row in kept if isinstance(row, Sample)][::2] == [
         (f"Described {number}.", f"Bowl {number}.") for number in range(3)
     ]
 
@@ -202,8 +205,8 @@ def test_a_name_that_leads_out_is_refused_and_nothing_is_written(tmp_path: Path,
     home = tmp_path / "home"
     home.mkdir()
     (home / f"p.{kind}").write_bytes((tar_of if kind == "tar" else zip_of)({name: photo(0), "good.jpg": photo(1)}))
-    found = {row.source_row: getattr(row, "reason", None) for row in rows(home)}
-    assert sorted(map(str, found.values())) == ["None", "outside_archive"]
+    outcomes = reasons(home)
+    assert sorted(map(str, outcomes.values())) == ["None", "outside_archive"]
     assert [path.name for path in tmp_path.rglob("*")] == ["home", f"p.{kind}"]
 
 
@@ -238,8 +241,8 @@ def test_links_and_locks_in_a_zip_file_are_refused(tmp_path: Path) -> None:
         assert data[place : place + 4] == b"PK\x01\x02"
         data[place + field : place + field + 2] = struct.pack("<H", value)
     (tmp_path / "p.zip").write_bytes(data)
-    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path / "p.zip")}
-    assert found == {
+    outcomes = reasons(tmp_path / "p.zip")
+    assert outcomes == {
         "p.zip/x.jpg": "not_a_file",
         "p.zip/locked.jpg": "encrypted",
         "p.zip/odd.jpg": "unreadable_entry",
@@ -297,8 +300,8 @@ def test_a_sparse_file_is_refused_and_takes_no_memory(tmp_path: Path) -> None:
     header[483:495] = b"%011o\0" % BOMB_BYTES  # the size that it claims
     header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
     (tmp_path / "p.tar").write_bytes(bytes(header) + tar_of({"good.jpg": photo(0)}))
-    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path / "p.tar")}
-    assert found == {"p.tar/x.jpg": "unreadable_entry", "p.tar/good.jpg": None}
+    outcomes = reasons(tmp_path / "p.tar")
+    assert outcomes == {"p.tar/x.jpg": "unreadable_entry", "p.tar/good.jpg": None}
 
 
 def test_a_name_that_comes_again_is_read_once_in_a_zip_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,8 +335,8 @@ def test_names_with_colons_are_names_and_files_of_a_mac_are_left_out(tmp_path: P
     files = {"2024-01-01T10:30.jpg": photo(0), "sub\\1.jpg": photo(1), "__MACOSX/._0.jpg": b"x", "raw.cr2": b"x"}
     (tmp_path / "p.zip").write_bytes(zip_of(files))
     (tmp_path / "._p.zip").write_bytes(b"attributes of a Mac")
-    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path)}
-    assert found == {
+    outcomes = reasons(tmp_path)
+    assert outcomes == {
         "p.zip/2024-01-01T10:30.jpg": None,
         "p.zip/raw.cr2": "unsupported_format",
         "p.zip/sub/1.jpg": None,
@@ -348,6 +351,32 @@ def test_a_json_file_says_the_split_and_an_odd_one_is_a_reason(tmp_path: Path) -
     assert isinstance(first, Sample) and (first.split, first.references) == ("validation", ("A bowl.",))
     assert isinstance(second, Rejected) and second.reason == "unknown_split"
     assert isinstance(third, Sample) and third.split == "train"
+
+
+def test_a_split_that_is_asked_for_is_that_of_each_image(tmp_path: Path) -> None:
+    """Of training images some will be held out, whoever says that they are for training."""
+    files = {f"{n}.jpg": photo(n) for n in range(3)}
+    files |= {"0.json": b'{"split": "test"}', "1.json": b'{"split": "train"}'}
+    (tmp_path / "train.zip").write_bytes(zip_of(files))
+    assert {name: row.split for name, row in samples(tmp_path, source_split="train").items()} == {
+        "train.zip/1.jpg": None,
+        "train.zip/2.jpg": None,
+    }
+    assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
+
+
+def test_texts_are_read_once_though_columns_are_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "0.json": b'{"title": "Bowl"}'}))
+    passes: list[str] = []
+    read_entries = archives.read_entries
+
+    def note(file: Any, name: str, wanted: Any = "both") -> Any:
+        passes.append(wanted)
+        return read_entries(file, name, wanted)
+
+    monkeypatch.setattr(archives, "read_entries", note)
+    assert len(samples(tmp_path, columns={"context": "title"})) == 1
+    assert passes == ["texts", "images", "images"]  # the first images for their columns, then all
 
 
 def test_archives_without_images_are_an_error(tmp_path: Path) -> None:
@@ -427,8 +456,8 @@ def test_the_map_of_a_sparse_file_is_not_read(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"999999999\n" + b"1\n" * 1019))
         tar.addfile(sized("good.jpg", len(photo(0))), io.BytesIO(photo(0)))
     (tmp_path / "p.tar").write_bytes(out.getvalue())
-    found = {row.source_row: getattr(row, "reason", None) for row in rows(tmp_path)}
-    assert sorted(map(str, found.values())) == ["None", "unreadable_entry"]
+    outcomes = reasons(tmp_path)
+    assert sorted(map(str, outcomes.values())) == ["None", "unreadable_entry"]
 
 
 def test_a_name_of_nothing_and_names_that_are_no_text_stop_nothing(tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def test_parts_together_are_the_whole_and_have_no_revision(home: Path, parts: in
     text = "\n".join(f"{n}.jpg" for n in range(4)) + "\n../private.jpg\n"
     pieces = [opened(home / "list.txt", text, SourceSlice(number, parts)) for number in range(parts)]
     assert {piece.revision for piece in pieces} == {""}
-    found = [row for piece in pieces for row in outcomes(piece).items()]
-    assert sorted(found) == sorted(outcomes(opened(home / "list.txt", text)).items())
+    read = [row for piece in pieces for row in outcomes(piece).items()]
+    assert sorted(read) == sorted(outcomes(opened(home / "list.txt", text)).items())
 
 
 def test_the_revision_is_of_the_list_and_of_the_files(home: Path) -> None:
@@ -166,6 +166,12 @@ def test_what_is_no_file_beside_the_list_is_named_by_its_line(home: Path, place:
     assert isinstance(row, Rejected) and "zoe" not in str(row) and row.source_row == "list.jsonl:1"
 
 
+def test_the_name_of_a_list_need_not_be_text(home: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(home) + b"/\xff.txt"))
+    source = opened(file, "missing.jpg\n0.jpg\n")
+    assert source.revision and outcomes(source) == {"\\udcff.txt:1": "unreadable_file", "0.jpg": "read"}
+
+
 def test_paths_of_windows_and_old_line_ends_are_read(home: Path) -> None:
     assert outcomes(opened(home / "list.txt", ".\\0.jpg\rsub\\4.jpg\r")) == {"./0.jpg": "read", "sub/4.jpg": "read"}
 
@@ -174,6 +180,8 @@ def test_a_quote_that_is_not_closed_is_an_error(home: Path) -> None:
     lines = "".join(f"{n}.jpg,Bowl {n}.\n" for n in range(4))
     with pytest.raises(SourceError, match="a quote before line 6 is not closed"):
         opened(home / "list.csv", 'path,caption\n0.jpg,"A bowl.\n' + lines)
+    both = 'path,caption\n0.jpg,"A bowl,\non a table."\n1.jpg,A 5" bowl.\n'  # a text of two lines, and a mark for inches
+    assert set(outcomes(opened(home / "list.csv", both)).values()) == {"read"}
     inches = opened(home / "list.csv", 'path,caption\n0.jpg,A 5" bowl.\n' + lines)
     assert set(outcomes(inches).values()) == {"read"}
 
@@ -206,9 +214,9 @@ def test_odd_values_stop_nothing(home: Path) -> None:
         '{"url": "", "image": "2.jpg", "caption": " "}',
     ]
     for text in ("\n".join(rows), f"[{','.join(rows)}]"):
-        found = list(opened(home / "list.json", text, columns={"context": "score"}).rows)
-        assert [getattr(row, "reason", None) for row in found] == [None, "unknown_split", None]
-        assert [row.references for row in found if isinstance(row, Sample)] == [("A bowl.",), ()]
+        read = list(opened(home / "list.json", text, columns={"context": "score"}).rows)
+        assert [getattr(row, "reason", None) for row in read] == [None, "unknown_split", None]
+        assert [row.references for row in read if isinstance(row, Sample)] == [("A bowl.",), ()]
 
 
 def test_names_of_columns_are_read_in_any_case_and_each_row_may_have_another(home: Path) -> None:
@@ -261,12 +269,12 @@ def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
     assert set(outcomes(refused).values()) == {"image_not_embedded"}
     assert refused.messages[-1] == "on the web: 9 of 9 lines"
     monkeypatch.setattr(listing, "fetch_image", lambda url: image_urls.fetch_image(url.partition("?")[0], lambda address: True))
-    found = list(opened(home / "list.csv", text, allow_urls=True).rows)
+    read = list(opened(home / "list.csv", text, allow_urls=True).rows)
     assert not Together.first.broken
-    assert [row.references for row in found if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
-    assert [row.source_row for row in found] == [f"list.csv:{n}" for n in range(1, 10)]
-    assert isinstance(found[-1], Rejected) and found[-1].reason == "url_unreachable"
-    assert "secret" not in str(found[-1])
+    assert [row.references for row in read if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
+    assert [row.source_row for row in read] == [f"list.csv:{n}" for n in range(1, 10)]
+    assert isinstance(read[-1], Rejected) and read[-1].reason == "url_unreachable"
+    assert "secret" not in str(read[-1])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "[::1]", "localhost", "0.0.0.0"])

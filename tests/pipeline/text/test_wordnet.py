@@ -60,4 +60,5 @@ def test_the_lists_that_are_shipped_fit_together() -> None:
     assert all(0 <= word.concept < len(above) for word in words.values())
     assert all(parent < len(above) for parents in above for parent in parents)
     assert words["mice"].singular == "mouse" and words["dog"].singular == "dog"
+    assert not [word for word in words if "_" in word]
     assert words["train"].is_mostly_other and not words["dog"].is_mostly_other
