@@ -15,7 +15,8 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.images.decode import check_image, image_id, pdq_hash, prepare_image
-from pipeline.images.similarity import MAX_COPY_BITS, MAX_NEAR_BITS, as_hashes, image_distances
+from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, image_distances
+from pipeline.images.similarity import MAX_NEAR_BITS
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.tables import EXCLUSIONS
 from pipeline.types import Sample
@@ -103,10 +104,10 @@ def main() -> None:
     for name, change in CHANGES.items():
         changed = [sample(change(image)) for image in photos]
         others = as_hashes([one.pdq_hashes[0] for one in changed])
-        bits = image_distances(hashes, others, "photos").diagonal()
+        bits = image_distances(hashes, others, mirrored=True).diagonal()
         found = np.mean([index.find(one) is not None for one in changed])
         print(f"{name:24} {(bits <= MAX_COPY_BITS).mean():.2f}  {(bits <= MAX_NEAR_BITS['photos']).mean():.2f}  {found:.2f}")
-    between = image_distances(hashes, hashes, "photos")[~np.eye(len(photos), dtype=bool)]
+    between = image_distances(hashes, hashes, mirrored=True)[~np.eye(len(photos), dtype=bool)]
     print(
         f"false pairs: {(between <= MAX_NEAR_BITS['photos']).sum() // 2} of {len(between) // 2}; least distance {between.min()}"
     )

@@ -8,127 +8,128 @@ same, and a mirrored one is another.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.images.hash_distance import MAX_COPY_BITS, Hashes, as_hashes, image_distances
+from pipeline.images.near_pairs import NearPairs, Rows, find_near_pairs
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]
-MAX_COPY_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/experiments/curation.md)
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
-# PDQ's bits say which of 16 x 16 coefficients of a cosine transform are above their median, which is near 0. Mirroring an image
-# negates those of the odd columns, and so turns these bits: of 29 photos, at most 20 bits were other than that.
-MIRRORED_BITS = np.uint64(0x5555_5555_5555_5555)
+SURE_BITS = {"photos": 64, "graphics": 31}  # up to here 995 of 1,000 pairs are found among however many hashes
+ALL_PAIRS_HASHES = 20_000
 COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that are compared
-HASH_BITS = 256
 BLOCK_HASHES = 256  # rows of one block of distances
-
-NearPair = tuple[int, int, int]  # indices of two pages among those with a hash, and their distance in bits
-Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row a page
 
 
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
-    """Return the group of each sample, and the reason for its rejection, if any (tables.IMAGE_GROUPS).
+    """Return the group of each sample, and the reason for its rejection, if any (tables.IMAGE_GROUPS), in the order of ids.
 
     Among copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id. A sample near
     a sample of a more held-out split is rejected, whatever its kind. The first id of a group is its name. `samples` has the
     columns COMPARED_COLUMNS.
     """
-    ids, splits, hashes, widths, heights = (samples[name].to_pylist() for name in COMPARED_COLUMNS)
-    near: dict[int, dict[int, int]] = defaultdict(dict)
-    for a, b, bits in near_samples(hashes, kind):
-        near[a][b] = near[b][a] = bits
-    order = sorted(range(len(ids)), key=lambda n: (-SPLIT_RANK[splits[n]], -widths[n] * heights[n], ids[n]))
-    reasons: list[str | None] = [None] * len(ids)
-    near_duplicate_of: list[str | None] = [None] * len(ids)
-    kept: set[int] = set()
-    for n in order:
-        kept_neighbors = sorted(near[n].keys() & kept, key=lambda neighbor: ids[neighbor]) if n in near else []
-        rank = max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
-        more_held_out = [neighbor for neighbor in kept_neighbors if SPLIT_RANK[splits[neighbor]] > rank]
-        copies = [neighbor for neighbor in kept_neighbors if kind == "photos" and near[n][neighbor] <= MAX_COPY_BITS]
-        if more_held_out or copies:
-            reasons[n] = "near_held_out_image" if more_held_out else "near_duplicate_image"
-            near_duplicate_of[n] = ids[(more_held_out or copies)[0]]
+    samples = samples.sort_by("sample_id")
+    ids = samples["sample_id"].combine_chunks()
+    near = near_samples(samples["pdq_hashes"].combine_chunks(), kind)
+    ranks = np.array([SPLIT_RANK[split] for split in samples["split"].to_pylist()])
+    pixels = pc.multiply(samples["width_px"].cast(pa.int64()), samples["height_px"].cast(pa.int64())).to_numpy()
+    kept_instead = _choose(near, ranks, pixels, kind)
+    is_kept = kept_instead < 0
+    is_held_out = ~is_kept & (ranks[kept_instead] > np.maximum(ranks, SPLIT_RANK["train"]))
+    reasons = pc.if_else(pa.array(is_held_out), "near_held_out_image", "near_duplicate_image")
+    groups, instead = ids.take(pa.array(_first_of_groups(near, len(ids)))), pa.array(kept_instead, mask=is_kept)
+    return pa.table([ids, groups, pc.if_else(pa.array(is_kept), None, reasons), ids.take(instead)], schema=IMAGE_GROUPS)
+
+
+def _choose(near: NearPairs, ranks: Rows, pixels: Rows, kind: ImageKind) -> Rows:
+    """Return for each sample, in the order of their ids, the one that is kept instead of it; -1 for one that is kept."""
+    both, others = np.concatenate([near.first, near.second]), np.concatenate([near.second, near.first])
+    by_sample = np.lexsort((others, both))
+    both, others, bits = both[by_sample], others[by_sample], np.concatenate([near.bits, near.bits])[by_sample]
+    members, starts = np.unique(both, return_index=True)
+    ends = np.append(starts[1:], len(both))
+    kept_instead = np.full(len(ranks), -1)
+    is_kept = np.zeros(len(ranks), bool)
+    for n in np.lexsort((members, -pixels[members], -ranks[members])):
+        sample, neighbors = members[n], others[starts[n] : ends[n]]
+        rank = max(ranks[sample], SPLIT_RANK["train"])
+        is_held_out = ranks[neighbors] > rank
+        is_copy = bits[starts[n] : ends[n]] <= MAX_COPY_BITS if kind == "photos" else np.zeros(len(neighbors), bool)
+        for reason in (is_held_out, is_copy):
+            if len(found := neighbors[is_kept[neighbors] & reason]):
+                kept_instead[sample] = found[0]
+                break
         else:
-            kept.add(n)
-    return pa.table([ids, _groups(ids, near), reasons, near_duplicate_of], schema=IMAGE_GROUPS)
+            is_kept[sample] = True
+    return kept_instead
 
 
-def near_samples(pdq_hashes: Sequence[Sequence[bytes]], kind: ImageKind) -> Iterator[tuple[int, int, int]]:
-    """Yield (index, index, bits apart) of near samples: near images, or decks of which half the pages have a near page.
+def _first_of_groups(near: NearPairs, count: int) -> Rows:
+    """Return the first sample of the group of each; groups are the connected components of near samples."""
+    first = np.arange(count)
+    while True:
+        lower = np.minimum(first[near.first], first[near.second])
+        if np.array_equal(first[near.first], lower) and np.array_equal(first[near.second], lower):
+            return first
+        np.minimum.at(first, near.first, lower)
+        np.minimum.at(first, near.second, lower)
+        first = first[first]  # a chain of samples is halved each time
+
+
+def near_samples(pdq_hashes: pa.ListArray, kind: ImageKind) -> NearPairs:
+    """Return the pairs of near samples: near images, or decks of which half the pages have a near page.
 
     The bits of two decks are those of the median page. An empty hash is near no other hash.
     """
-    owned = [(n, pdq_hash) for n, sample_hashes in enumerate(pdq_hashes) for pdq_hash in sample_hashes if pdq_hash]
-    hashes = as_hashes([pdq_hash for _, pdq_hash in owned])
-    pages = [len(of_sample) for of_sample in pdq_hashes]
+    owners = pc.list_parent_indices(pdq_hashes).to_numpy().astype(np.int64)
+    values = pdq_hashes.flatten()
+    has_detail = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+    hashes, owners = as_hashes(values.filter(pa.array(has_detail)).to_pylist()), owners[has_detail]
+    pages = pc.list_value_length(pdq_hashes).to_numpy(zero_copy_only=False)
+    near = near_hashes(hashes, kind)
+    first, second = owners[near.first], owners[near.second]
+    is_single = (pages[first] == 1) & (pages[second] == 1)
+    of_decks = _near_decks(near, owners, np.flatnonzero(~is_single & (first != second)), pages)
+    images = (first[is_single], second[is_single], near.bits[is_single])
+    return NearPairs(*(np.concatenate(parts) for parts in zip(images, of_decks, strict=True)))
+
+
+def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, pages: Rows) -> NearPairs:
+    """Return the pairs of samples of which half the pages are near, by these pairs of near pages."""
     closest: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = defaultdict(lambda: ({}, {}))
-    for p, q, bits in near_hashes(hashes, kind):
-        a, b = owned[p][0], owned[q][0]
-        if a != b:
-            for of_sample, page in zip(closest[a, b], (p, q), strict=True):
-                of_sample[page] = min(bits, of_sample.get(page, bits))
+    for p, q, bits in zip(*(part[pairs].tolist() for part in near), strict=True):
+        for of_sample, page in zip(closest[int(owners[p]), int(owners[q])], (p, q), strict=True):
+            of_sample[page] = min(bits, of_sample.get(page, bits))
+    decks = []
     for (a, b), sides in closest.items():
         if 2 * min(map(len, sides)) >= min(pages[a], pages[b]):
             distances = sorted([*sides[0].values(), *sides[1].values()])
-            yield a, b, distances[len(distances) // 2]
+            decks.append((a, b, distances[len(distances) // 2]))
+    first, second, bits_apart = np.array(decks, np.int64).reshape(-1, 3).T
+    return NearPairs(first, second, bits_apart.astype(np.uint16))
 
 
-def near_hashes(hashes: Hashes, kind: ImageKind) -> Iterator[NearPair]:
-    """Yield (row, later row, bits apart) of all hashes that are near. All cores compare all pairs."""
+def near_hashes(hashes: Hashes, kind: ImageKind) -> NearPairs:
+    """Return the pairs of hashes that are near.
 
-    def compare_block(start: int) -> list[NearPair]:
-        distances = image_distances(hashes[start : start + BLOCK_HASHES], hashes[start:], kind)
-        pairs = np.argwhere(distances <= MAX_NEAR_BITS[kind]).tolist()
-        return [(start + i, start + j, int(distances[i, j])) for i, j in pairs if j > i]
+    Up to ALL_PAIRS_HASHES are compared each with each; of more, near_pairs.py finds nearly all pairs, the nearer the surer.
+    All cores work.
+    """
+    mirrored = kind == "photos"
+    if len(hashes) > ALL_PAIRS_HASHES:
+        return find_near_pairs(hashes, MAX_NEAR_BITS[kind], SURE_BITS[kind], mirrored=mirrored)
+
+    def compare_block(start: int) -> NearPairs:
+        distances = image_distances(hashes[start : start + BLOCK_HASHES], hashes[start:], mirrored=mirrored)
+        rows, columns = np.nonzero(np.triu(distances <= MAX_NEAR_BITS[kind], 1))
+        return NearPairs(start + rows, start + columns, distances[rows, columns])
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for pairs in pool.map(compare_block, range(0, len(hashes), BLOCK_HASHES)):
-            yield from pairs
-
-
-def image_distances(rows: Hashes, columns: Hashes, kind: ImageKind) -> npt.NDArray[np.uint16]:
-    """Return the bits apart of each pair, [len(rows), len(columns)]; of photos, of their mirror images where that is less.
-
-    A mirrored photo is never a copy: it is more than MAX_COPY_BITS apart.
-    """
-    if kind != "photos":
-        return hamming_distances(rows, columns)
-    turned = hamming_distances(rows & MIRRORED_BITS, columns & MIRRORED_BITS)
-    others = hamming_distances(rows & ~MIRRORED_BITS, columns & ~MIRRORED_BITS)
-    mirrored = others + (HASH_BITS // 2 - turned)
-    distances: npt.NDArray[np.uint16] = np.minimum(others + turned, np.maximum(mirrored, MAX_COPY_BITS + 1))
-    return distances
-
-
-def hamming_distances(rows: Hashes, columns: Hashes) -> npt.NDArray[np.uint16]:
-    """Return the number of differing bits of each pair, [len(rows), len(columns)]."""
-    distances = np.zeros((len(rows), len(columns)), np.uint16)
-    for word in range(rows.shape[1]):
-        distances += np.bitwise_count(rows[:, word, None] ^ columns[None, :, word])
-    return distances
-
-
-def as_hashes(pdq_hashes: Sequence[bytes]) -> Hashes:
-    """Return PDQ hashes, none of them empty, as rows of four 64-bit words, [P, 4]."""
-    return np.frombuffer(b"".join(pdq_hashes), dtype=np.uint64).reshape(-1, 4)
-
-
-def _groups(ids: list[str], near: dict[int, dict[int, int]]) -> list[str]:
-    """Return the group name of each sample; groups are the connected components of near samples."""
-    names, visited = list(ids), set[int]()
-    for first in sorted(near, key=lambda n: ids[n]):
-        pending = [first]
-        while pending:
-            n = pending.pop()
-            if n not in visited:
-                visited.add(n)
-                names[n] = ids[first]
-                pending += near[n]
-    return names
+        blocks = list(pool.map(compare_block, range(0, max(len(hashes), 1), BLOCK_HASHES)))
+    return NearPairs(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipeline.errors import ImageError
 from pipeline.images.decode import image_id, pdq_hash, prepare_image
-from pipeline.images.similarity import MAX_NEAR_BITS, Hashes, ImageKind, as_hashes, image_distances
+from pipeline.images.hash_distance import Hashes, as_hashes, image_distances
+from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
 from pipeline.text.content_keys import content_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Sample
@@ -88,7 +89,8 @@ class ExclusionIndex:
         pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
         if not pdq_hashes or self.kind is None or not len(self.hashes):
             return None
-        near = np.argwhere(image_distances(as_hashes(pdq_hashes), self.hashes, self.kind) <= MAX_NEAR_BITS[self.kind])
+        distances = image_distances(as_hashes(pdq_hashes), self.hashes, mirrored=self.kind == "photos")
+        near = np.argwhere(distances <= MAX_NEAR_BITS[self.kind])
         return self.names[int(near[0][1])] if len(near) else None
 
 

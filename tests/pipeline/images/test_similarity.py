@@ -10,16 +10,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from pipeline.images.decode import pdq_hash
-from pipeline.images.similarity import (
-    BLOCK_HASHES,
-    MAX_COPY_BITS,
-    MAX_NEAR_BITS,
-    as_hashes,
-    compare_samples,
-    hamming_distances,
-    image_distances,
-    near_hashes,
-)
+from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances, image_distances
+from pipeline.images.similarity import BLOCK_HASHES, COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples, near_hashes
+from pipeline.tables import SPLIT_RANK
 
 COUNT = 60
 
@@ -172,16 +165,16 @@ def test_every_pair_within_reach_is_found_across_blocks() -> None:
         hashes[BLOCK_HASHES + bits] = hashes[bits]
         for bit in range(bits):
             hashes[BLOCK_HASHES + bits, bit % 4] ^= np.uint64(1 << (7 * bit))
-    assert sorted(near_hashes(hashes, "graphics")) == [(bits, BLOCK_HASHES + bits, bits) for bits in range(9)]
+    assert list(zip(*near_hashes(hashes, "graphics"), strict=True)) == [(bits, BLOCK_HASHES + bits, bits) for bits in range(9)]
 
 
 def test_a_mirrored_photo_is_near_and_no_copy(photos: list[Image.Image]) -> None:
     mirrored = [ImageOps.mirror(image) for image in photos]
     hashes, others = (as_hashes([pdq_hash(image) for image in images]) for images in (photos, mirrored))
-    bits = image_distances(hashes, others, "photos")
+    bits = image_distances(hashes, others, mirrored=True)
     assert bits.diagonal().max() <= MAX_NEAR_BITS["photos"] and bits.min() > MAX_COPY_BITS
     assert bits[~np.eye(COUNT, dtype=bool)].min() > MAX_NEAR_BITS["photos"]
-    assert (image_distances(hashes, others, "graphics").diagonal() > MAX_NEAR_BITS["graphics"]).all()
+    assert (image_distances(hashes, others, mirrored=False).diagonal() > MAX_NEAR_BITS["graphics"]).all()
     rows: list[dict[str, Any]] = [{"pdq_hashes": hashes_of(photos[0])}, {"pdq_hashes": hashes_of(mirrored[0])}]
     groups = compare_samples(samples(*rows), "photos").to_pydict()
     assert (groups["image_group"], groups["image_reason"]) == (["s0", "s0"], [None, None])
@@ -196,3 +189,68 @@ def test_what_has_gone_keeps_nothing_else_from_staying() -> None:
     groups = compare_samples(samples(*rows), "photos")
     assert groups["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
     assert set(groups["image_group"].to_pylist()) == {"s0"}
+
+
+def choose_one_by_one(
+    ids: list[str], splits: list[str | None], pixels: list[int], bits: Any, kind: str
+) -> list[tuple[Any, ...]]:
+    """Return what `compare_samples` returns, by its definition: one sample after another, of all distances."""
+    near = [[b for b in range(len(ids)) if b != a and bits[a, b] <= MAX_NEAR_BITS[kind]] for a in range(len(ids))]
+    kept: set[int] = set()
+    results: dict[int, tuple[str | None, str | None]] = {}
+    for n in sorted(range(len(ids)), key=lambda n: (-SPLIT_RANK[splits[n]], -pixels[n], ids[n])):
+        neighbors = sorted(kept.intersection(near[n]), key=lambda neighbor: ids[neighbor])
+        held_out = [m for m in neighbors if SPLIT_RANK[splits[m]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])]
+        copies = [m for m in neighbors if kind == "photos" and bits[n, m] <= MAX_COPY_BITS]
+        if held_out or copies:
+            results[n] = ("near_held_out_image" if held_out else "near_duplicate_image", ids[(held_out or copies)[0]])
+        else:
+            kept.add(n)
+            results[n] = (None, None)
+    groups = {n: {n} for n in range(len(ids))}
+    for a in range(len(ids)):
+        for b in near[a]:
+            joined = groups[a] | groups[b]
+            groups.update(dict.fromkeys(joined, joined))
+    return sorted((ids[n], min(ids[m] for m in groups[n]), *results[n]) for n in range(len(ids)))
+
+
+@pytest.mark.parametrize("kind", ["photos", "graphics"])
+@pytest.mark.parametrize("seed", range(8))
+def test_samples_are_chosen_as_if_one_by_one(seed: int, kind: ImageKind) -> None:
+    rng = np.random.default_rng(seed)
+    count = 80
+    ids = [f"{n:04d}" for n in rng.permutation(count)]
+    hashes = rng.integers(0, 2**64, (10, 4), dtype=np.uint64)[rng.integers(0, 10, count)]
+    for row in hashes:  # near the center of its cluster, or far from it
+        for bit in rng.choice(256, rng.integers(0, 36), replace=False).tolist():
+            row[bit // 64] ^= np.uint64(1 << bit % 64)
+    splits = [(None, "train", "validation", "test")[n] for n in rng.integers(0, 4, count)]
+    widths = rng.integers(1, 4, count).tolist()
+    columns = (ids, splits, [[row.tobytes()] for row in hashes], widths, [10] * count)
+    table = pa.table(dict(zip(COMPARED_COLUMNS, columns, strict=True)))
+    bits = image_distances(hashes, hashes, mirrored=kind == "photos")
+    rows = [tuple(row.values()) for row in compare_samples(table, kind).to_pylist()]
+    assert rows == choose_one_by_one(ids, splits, [10 * width for width in widths], bits, kind)
+    assert len({row[2] for row in rows}) == (3 if kind == "photos" else 2)
+
+
+def test_a_long_chain_of_near_images_is_one_group() -> None:
+    hashes = np.zeros((300, 4), np.uint64)
+    hashes[:, 0] = np.random.default_rng(0).integers(0, 2**63)
+    for n in range(1, 300):  # each is one bit from the one before
+        hashes[n] = hashes[n - 1]
+        hashes[n, n % 4] ^= np.uint64(1 << (n // 4) % 64)
+    ids = [f"{n:03d}" for n in range(300)]
+    columns = (ids, [None] * 300, [[row.tobytes()] for row in hashes], [10] * 300, [10] * 300)
+    groups = compare_samples(pa.table(dict(zip(COMPARED_COLUMNS, columns, strict=True))), "graphics")
+    assert groups["image_group"].unique().to_pylist() == ["000"]
+
+
+def test_thousands_of_copies_of_a_photo_leave_one() -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**64, (1, 4), dtype=np.uint64)
+    count = 3000
+    columns = ([f"{n:04d}" for n in range(count)], [None] * count, [[hashes.tobytes()]] * count, [10] * count, [10] * count)
+    groups = compare_samples(pa.table(dict(zip(COMPARED_COLUMNS, columns, strict=True))), "photos")
+    assert groups["image_reason"].null_count == 1
+    assert groups["image_group"].unique().to_pylist() == ["0000"]

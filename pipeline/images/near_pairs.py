@@ -1,0 +1,172 @@
+"""Find the near pairs among many PDQ hashes, without comparing each with each.
+
+Bit sampling (Indyk and Motwani, 1998): two hashes that are d of 256 bits apart agree in k bits drawn at random with a
+probability of about (1 - d / 256)^k, two unrelated ones with 2^-k. So the hashes are sorted by some drawn bits, those that
+agree in all of them are compared, and this is done again with other bits until a near pair has very likely met once. Time
+grows with about the 1.4th power of the number of hashes.
+
+Bits are drawn in two steps. Those of a round part the hashes, and each part is copied, so that the tables of this round (each
+of more drawn bits) read memory that a core has at hand: 10 million hashes then take a third of the time.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.images.hash_distance import HASH_BITS, MIRRORED_BITS, WORD_BITS, Bits, Hashes, row_distances
+
+WORDS = HASH_BITS // WORD_BITS
+RECALL = 0.995  # of pairs that are as many bits apart as `find_near_pairs` is told; of nearer ones it is higher
+MEETINGS = 3.0  # unrelated hashes that agree with a hash in all drawn bits, on average
+MAX_MEETINGS = 256  # one that agrees with more is compared with so many of them in one table
+PART_ROWS = 1 << 15  # that the tables of a round work on at once
+ALL_PAIRS_ROWS = 256  # a part of so few rows is compared each with each
+EXPECTED = 0.3  # tables of a round that find a pair which the round has not parted; more of them find the same pairs again
+MERGED_PAIRS = 4_000_000  # in memory, before those that were found in several tables are merged
+
+# Odd numbers that spread the bits of a word over the upper half of its product (multiply-shift hashing, Dietzfelbinger 1996).
+FACTORS = (np.random.default_rng(0).integers(0, 1 << 63, WORDS, dtype=np.uint64) << np.uint64(1)) | np.uint64(1)
+
+Words = npt.NDArray[np.uint64]  # [N]: pairs of rows as (row << 32 | later row), or keys
+Rows = npt.NDArray[np.int64]
+
+
+class NearPairs(NamedTuple):
+    """Pairs of rows that are near: the first of each pair is the earlier row, and each pair is there once, in order."""
+
+    first: Rows
+    second: Rows
+    bits: Bits  # how many they are apart
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many bits are drawn, and how often, to find a pair with the probability RECALL."""
+
+    round_bits: int
+    table_bits: int
+    rounds: int
+    tables: int  # of each round
+
+
+def plan_search(count: int, recall_bits: int) -> Plan:
+    """Return the plan to find pairs of `recall_bits` among `count` hashes."""
+    all_bits = max(2, round(math.log2(max(count, 2) / MEETINGS)) + 1)
+    round_bits = min(all_bits - 1, max(1, math.ceil(math.log2(max(count, 2) / PART_ROWS)) + 1))
+    table_bits = all_bits - round_bits
+    in_table = _agreeing(table_bits, recall_bits, HASH_BITS - round_bits)  # the others are drawn, of hashes that agree in these
+    tables = max(1, round(EXPECTED / in_table))
+    in_round = _agreeing(round_bits, recall_bits, HASH_BITS) * (1 - (1 - in_table) ** tables)
+    return Plan(round_bits, table_bits, math.ceil(math.log(1 - RECALL) / math.log1p(-in_round)), tables)
+
+
+def _agreeing(drawn: int, apart: int, bits: int) -> float:
+    """Return the probability that two rows of `bits` bits, of which `apart` differ, agree in all of `drawn` ones."""
+    return math.prod((bits - apart - n) / (bits - n) for n in range(drawn))
+
+
+def find_near_pairs(hashes: Hashes, max_bits: int, recall_bits: int, *, mirrored: bool) -> NearPairs:
+    """Return the pairs of hashes that are at most `max_bits` apart.
+
+    Each pair of at most `recall_bits` is found with a probability of RECALL or more. With `mirrored`, a pair is as far apart
+    as the one image and the other one mirrored, if these are nearer. All cores work, and the same pairs are found each time.
+    """
+    if not len(hashes):
+        return NearPairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint16))
+    plan = plan_search(len(hashes), recall_bits)
+    find = partial(find_in_round, hashes, plan, max_bits, mirrored=mirrored)
+    pending: list[Words] = [np.zeros(0, np.uint64)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for pairs in pool.map(find, range(plan.rounds)):
+            pending.append(pairs)
+            if sum(map(len, pending)) > 2 * max(len(pending[0]), MERGED_PAIRS):
+                pending = [np.unique(np.concatenate(pending))]
+    merged = np.unique(np.concatenate(pending))
+    first, second = (merged >> np.uint64(32)).astype(np.int64), (merged & np.uint64(0xFFFF_FFFF)).astype(np.int64)
+    starts = range(0, len(merged), PART_ROWS)
+    parts = [
+        row_distances(hashes[first[n : n + PART_ROWS]], hashes[second[n : n + PART_ROWS]], mirrored=mirrored) for n in starts
+    ]
+    return NearPairs(first, second, np.concatenate([np.zeros(0, np.uint16), *parts]))
+
+
+def find_in_round(hashes: Hashes, plan: Plan, max_bits: int, number: int, *, mirrored: bool) -> Words:
+    """Return the near pairs that agree in the bits drawn for a round and for one of its tables."""
+    rng = np.random.default_rng(number)
+    order = rng.permutation(HASH_BITS).tolist()
+    if mirrored:  # one of the bits of a round is turned by mirroring: whichever of the two hashes has 0 there is taken
+        turned = next(bit for bit in order if int(MIRRORED_BITS) >> (bit % WORD_BITS) & 1)
+        order = [turned, *(bit for bit in order if bit != turned)]
+        is_turned = hashes[:, turned // WORD_BITS] >> np.uint64(turned % WORD_BITS) & np.uint64(1)
+        flips = (np.uint64(0) - is_turned) & MIRRORED_BITS
+    masks = _masks(order[: plan.round_bits])
+    others = order[plan.round_bits :]
+    tables = [_masks(rng.permutation(others)[: plan.table_bits].tolist()) for _ in range(plan.tables)]
+
+    def upright(rows: Rows | slice) -> Hashes:
+        return hashes[rows] ^ flips[rows, None] if mirrored else hashes[rows]
+
+    keys = np.concatenate([_keys(upright(slice(n, n + PART_ROWS)), masks) for n in range(0, len(hashes), PART_ROWS)])
+    by_key = np.argsort(keys, kind="stable")
+    ends = np.flatnonzero(np.diff(keys[by_key])) + 1
+    near: list[Words] = [np.zeros(0, np.uint64)]
+    for start, end in pairwise([0, *ends.tolist(), len(keys)]):
+        rows = by_key[start:end]
+        part = upright(rows)
+        for first, second in _near_in_part(part, tables, max_bits, mirrored=mirrored):
+            pairs = np.sort(np.stack([rows[first], rows[second]]), axis=0).astype(np.uint64)
+            near.append(pairs[0] << np.uint64(32) | pairs[1])
+    return np.unique(np.concatenate(near))
+
+
+def _masks(bits: Sequence[int]) -> list[np.uint64]:
+    """Return a mask of each word of a hash, with these of the 256 bits."""
+    return [np.uint64(sum(1 << bit % WORD_BITS for bit in bits if bit // WORD_BITS == word)) for word in range(WORDS)]
+
+
+def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
+    """Return a number for each hash, equal where the masked bits are; others are equal by chance once in 2^32."""
+    keys = np.zeros(len(hashes), np.uint64)
+    for word, mask, factor in zip(hashes.T, masks, FACTORS, strict=True):
+        keys += (word & mask) * factor
+    return keys >> np.uint64(32)
+
+
+def _near_in_part(
+    part: Hashes, tables: Sequence[Sequence[np.uint64]], max_bits: int, *, mirrored: bool
+) -> Iterator[tuple[Rows, Rows]]:
+    """Yield rows of a part and rows that are near them, of those that agree in the bits of a table; in a small part, of all."""
+    count = len(part)
+    if count < 2:
+        return
+    if count <= ALL_PAIRS_ROWS:
+        first, second = np.triu_indices(count, 1)
+        is_near = row_distances(part[first], part[second], mirrored=mirrored) <= max_bits
+        yield first[is_near], second[is_near]
+        return
+    row_bits = np.uint64((count - 1).bit_length())
+    numbers = np.arange(count, dtype=np.uint64)
+    for masks in tables:
+        keys = _keys(part, masks) << row_bits | numbers
+        keys.sort()
+        rows = (keys & (np.uint64(1) << row_bits) - np.uint64(1)).astype(np.int64)
+        keys >>= row_bits
+        in_order = part.take(rows, axis=0)
+        first = np.flatnonzero(keys[1:] == keys[:-1])
+        for step in range(1, MAX_MEETINGS + 1):
+            if not len(first):
+                break
+            distances = row_distances(in_order.take(first, axis=0), in_order.take(first + step, axis=0), mirrored=mirrored)
+            hits = first[distances <= max_bits]
+            if len(hits):
+                yield rows[hits], rows[hits + step]
+            first = first[: np.searchsorted(first, count - step - 1)]
+            first = first[keys.take(first) == keys.take(first + (step + 1))]

@@ -1,0 +1,118 @@
+"""Near pairs among many hashes: found as surely as promised, without comparing each with each."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.images import near_pairs
+from pipeline.images.hash_distance import MAX_COPY_BITS, MIRRORED_BITS, Hashes, image_distances
+from pipeline.images.near_pairs import NearPairs, find_near_pairs, plan_search
+
+COUNT = 5000
+PAIRS = 1500  # of each distance
+
+
+def random_hashes(count: int, seed: int = 0) -> Hashes:
+    """Return hashes that have nothing to do with each other."""
+    return np.random.default_rng(seed).integers(0, 2**64, (count, 4), dtype=np.uint64)
+
+
+def changed(hashes: Hashes, bits: int, seed: int = 1) -> Hashes:
+    """Return the hashes with so many bits of each turned."""
+    rng, turned = np.random.default_rng(seed), hashes.copy()
+    for row in turned:
+        for bit in rng.choice(256, bits, replace=False).tolist():
+            row[bit // 64] ^= np.uint64(1 << bit % 64)
+    return turned
+
+
+def compared_each_with_each(hashes: Hashes, max_bits: int, *, mirrored: bool) -> list[tuple[int, int, int]]:
+    """Return the near pairs of a few hashes."""
+    distances = image_distances(hashes, hashes, mirrored=mirrored)
+    return [(i, j, int(distances[i, j])) for i, j in np.argwhere(distances <= max_bits).tolist() if i < j]
+
+
+def as_list(pairs: NearPairs) -> list[tuple[int, int, int]]:
+    return list(zip(*(part.tolist() for part in pairs), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def parts_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_pairs, "PART_ROWS", 1024)  # so that several rounds and parts are at work
+    monkeypatch.setattr(near_pairs, "ALL_PAIRS_ROWS", 16)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(0, 1.0), (8, 1.0), (20, 1.0), (48, 0.999), (64, 0.99)])
+@pytest.mark.parametrize("turned_bits", [np.uint64(0), MIRRORED_BITS], ids=["copies", "mirrored copies"])
+def test_pairs_are_found_as_surely_as_promised(bits: int, least: float, turned_bits: np.uint64) -> None:
+    hashes = random_hashes(COUNT)
+    near = changed(hashes[:PAIRS], bits) ^ turned_bits
+    found = as_list(find_near_pairs(np.concatenate([hashes, near]), 70, 64, mirrored=True))
+    apart = max(bits, MAX_COPY_BITS + 1) if turned_bits else bits
+    planted = {(n, COUNT + n, apart) for n in range(PAIRS)}
+    assert set(found) <= planted
+    assert len(found) >= least * PAIRS
+
+
+@pytest.mark.parametrize("kind", ["photos", "graphics"])
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_in_clusters_are_those_of_comparing_each_with_each(seed: int, kind: str) -> None:
+    mirrored = kind == "photos"
+    rng = np.random.default_rng(seed)
+    centers = random_hashes(12, seed)
+    hashes = np.concatenate([changed(centers, int(bits), n) for n, bits in enumerate(rng.integers(0, 30, 60))])
+    hashes = rng.permutation(hashes)
+    assert as_list(find_near_pairs(hashes, 64, 64, mirrored=mirrored)) == compared_each_with_each(hashes, 64, mirrored=mirrored)
+
+
+def test_mirrored_images_are_not_near_where_mirroring_matters() -> None:
+    hashes = random_hashes(50)
+    found = find_near_pairs(np.concatenate([hashes, hashes ^ MIRRORED_BITS]), 70, 64, mirrored=False)
+    assert as_list(found) == []
+
+
+def test_a_hash_that_thousands_have_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_pairs, "MAX_MEETINGS", 8)
+    one = random_hashes(1, 7)
+    hashes = np.concatenate([np.repeat(one, 3000, axis=0), random_hashes(2000), changed(random_hashes(300), 30)])
+    found = find_near_pairs(hashes, 70, 64, mirrored=True)
+    pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert {(3000 + n, 5000 + n) for n in range(300)} <= pairs
+    assert {(n, n + 1) for n in range(2999)} <= pairs  # the copies are still linked, one to the next
+
+
+def test_the_same_pairs_are_found_each_time() -> None:
+    hashes = np.concatenate([random_hashes(2000), changed(random_hashes(2000), 70)])
+    first, second = (find_near_pairs(hashes, 70, 64, mirrored=True) for _ in range(2))
+    assert as_list(first) == as_list(second) != []
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_hashes_have_few_pairs(count: int) -> None:
+    hashes = np.repeat(random_hashes(1), count, axis=0)
+    assert as_list(find_near_pairs(hashes, 70, 64, mirrored=True)) == ([(0, 1, 0)] if count == 2 else [])
+
+
+def test_pairs_found_in_many_rounds_are_merged_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_pairs, "MERGED_PAIRS", 50)
+    merged: list[int] = []
+    unique = np.unique
+
+    def counted(pairs: Any) -> Any:
+        merged.append(len(pairs))
+        return unique(pairs)
+
+    monkeypatch.setattr(np, "unique", counted)
+    hashes = np.concatenate([random_hashes(1000), random_hashes(1000)])
+    assert len(find_near_pairs(hashes, 70, 64, mirrored=True).first) == 1000
+    assert max(merged) <= 2 * 1000 + 2 * 1000
+
+
+def test_time_grows_slower_than_the_square() -> None:
+    def rows_at_work(count: int) -> int:
+        plan = plan_search(count, 64)
+        return count * plan.rounds * plan.tables
+
+    assert rows_at_work(10_000_000) < 40 * rows_at_work(1_000_000)
+    assert rows_at_work(1_000_000) < 40 * rows_at_work(100_000)
