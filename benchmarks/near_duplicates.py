@@ -2,10 +2,11 @@
 
 Random hashes of 256 bits, to a fiftieth of which belong copies that are 8, 20, 48, 56, 64 or 70 bits apart, a half of them
 mirrored. For each number of hashes: CPU seconds and peak memory of `find_near_pairs`, its recall of the planted pairs by bits,
-and the CPU seconds of comparing each with each (measured on up to 20,000 hashes, and scaled by the number of pairs beyond).
-With --peer (an interpreter that has faiss), faiss.IndexBinaryMultiHash on hashes without mirrored copies, since it looks for
-none; its recall is lower, and one more flip, for an equal one, takes five times as long. With --rounds, only so many rounds of the search are run and the
-time of all is scaled: recall is then not measured.
+and the CPU seconds of comparing each with each (measured on 20,000 hashes, and scaled by the number of pairs).
+
+With --peer (an interpreter that has faiss), faiss.IndexBinaryMultiHash runs on hashes without mirrored copies, since it looks
+for none; for recall at 64 bits beyond what it has here, one more flip takes five times as long. With --rounds, only so many
+rounds of the search are run and the time of all is scaled: recall is then not measured.
 """
 
 import argparse

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check config digests doctor dry_run errors install logs preview progress project rules
         run tables types""",
-    "pipeline/cli": "__init__ __main__ datasets features generate options output run_options training",
-    "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest paths pixels rejections
-        reviews schema shards statistics version""",
+    "pipeline/cli": "__init__ __main__ datasets features generate options output run_options training versions",
+    "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
+        rejections removal reviews schema shards statistics version""",
     "pipeline/executors": "__init__ base local",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ export formats items",

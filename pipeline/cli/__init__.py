@@ -14,11 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import generate
-from pipeline.cli.datasets import check, diff, export, push, report, review_apply, versions
+from pipeline.cli.datasets import check, diff, export, push, report, review_apply
 from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.training import caption, compare, demo, evaluate, experiment, export_model, look, serve_captioner, train
+from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
 from pipeline.errors import SynthError
 from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
 from pipeline.logs import show_log
@@ -66,6 +67,15 @@ class Group(TyperGroup):
             return super().invoke(ctx)
 
 
+class ListByDefault(Group):
+    """A group of commands that lists if none is named: `synth versions data/photos` is `synth versions list data/photos`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click.Command."""
+        is_named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if is_named else ["list", *args])
+
+
 @contextmanager
 def _printable_errors() -> Iterator[None]:
     try:
@@ -86,6 +96,7 @@ app = typer.Typer(
     },
 )
 features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
+versions = typer.Typer(cls=ListByDefault, help="Versions of a dataset: list, name and remove them.")
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
 
 
@@ -101,7 +112,11 @@ add(generate.generate, MAKE, context_settings=VLLM_FLAGS)
 add(generate.import_, MAKE)
 add(generate.preview, MAKE, context_settings=VLLM_FLAGS)
 add(generate.serve, MAKE, context_settings=VLLM_FLAGS)
-add(versions, USE)
+app.add_typer(versions, name="versions", rich_help_panel=USE)
+versions.command("list")(versions_list)
+versions.command("tag")(versions_tag)
+versions.command("rm")(versions_rm)
+versions.command("gc")(versions_gc)
 add(diff, USE)
 add(check, USE)
 add(push, USE)

@@ -1,4 +1,4 @@
-"""Commands about finished datasets: versions, diff, push, report, review."""
+"""Commands about finished datasets: check, diff, push, export, report, review."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images
-from pipeline.cli.output import echo, print_run_result, say, show
+from pipeline.cli.output import echo, last_dataset, note_previews, print_run_result, say, show
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
@@ -21,28 +21,6 @@ if TYPE_CHECKING:
     from pipeline.export.export import Existing
     from pipeline.hub.package import Package
     from pipeline.hub.push import PushResult
-
-
-def versions(data: DataDir = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset, oldest first: rows, size, parent, date, digest, and where each was pushed."""
-    from pipeline.dataset.directory import DatasetDir, last_made
-    from pipeline.storage.files import translate_disk_errors
-
-    folder = DatasetDir(data or last_made())
-    with translate_disk_errors(folder.path):
-        listed = folder.versions() or [folder.version()]  # raises the error that says what is missing
-        rows, pushed = [version.summary() for version in listed], folder.pushed()
-    for row in rows:
-        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
-    if as_json:
-        echo(json.dumps(rows))
-        return
-    for row in rows:
-        counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
-        counts += f"  (from {row['parent'] or 'nothing'})"
-        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
-        for repo in row["pushed"]:
-            echo(f"          pushed to {repo}")
 
 
 def check(
@@ -65,7 +43,7 @@ def check(
     """
     from pipeline.check import check_dataset, check_version, check_version_folder
     from pipeline.cli.training import check_checkpoint
-    from pipeline.dataset.directory import DatasetDir, last_made
+    from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.version import MANIFEST
     from pipeline.errors import StoreError
     from pipeline.hub.pull import is_hub_name, pull_version
@@ -75,7 +53,7 @@ def check(
         if data and is_hub_name(data):
             yield check_version(pull_version(data))
             return
-        folder = parse_dataset_path(data) if data else last_made()
+        folder = parse_dataset_path(data) if data else last_dataset()
         with translate_disk_errors(folder):
             if any((folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")):
                 yield check_checkpoint(folder)
@@ -108,7 +86,6 @@ def diff(
 ) -> None:
     """Say what changed from one version to another, field by field, and why."""
     from pipeline.dataset.diff import diff_versions
-    from pipeline.dataset.directory import last_made
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 
     folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
@@ -120,7 +97,7 @@ def diff(
             return pull_version(name)
         if is_remote(parse_dataset_path(name)) or Path(name).is_dir():
             return open_or_download(parse_dataset_path(name))
-        return open_or_download(folder or last_made(), name)
+        return open_or_download(folder or last_dataset(), name)
 
     difference = diff_versions(*map(opened, names))
     if as_json:
@@ -140,7 +117,7 @@ def push(
         ),
     ] = None,
     repo: Annotated[str, Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
-    version: Annotated[str | None, Option(help="Which version.", show_default="the newest")] = None,
+    version: Annotated[str | None, Option(help="Which version, or tag.", show_default="the newest")] = None,
     private: Annotated[
         bool | None,
         Option(
@@ -193,7 +170,8 @@ def push(
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
-    chosen_version = open_or_download(data or only_made(), version)
+    chosen_version = open_or_download(data or only_made(), version, previews=False)
+    note_previews(chosen_version)
     stated = describe_data(license_, title, language)
 
     def push_version(version: "Version") -> "PushResult | None":
@@ -296,7 +274,7 @@ def report(
     from pipeline.report.build import newest_checkpoint, write_report
     from pipeline.storage.files import translate_disk_errors
 
-    version = open_or_download(data)
+    version = open_or_download(data or last_dataset())
     folder = version.dataset_dir
     with translate_disk_errors(folder):
         echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
@@ -310,12 +288,12 @@ def review_apply(
     as_json: AsJson = False,
 ) -> None:
     """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
-    from pipeline.dataset.directory import DatasetDir, last_made
+    from pipeline.dataset.directory import DatasetDir
     from pipeline.executors.base import describe_losses
     from pipeline.run import STAGES, apply_reviews
 
     with show_progress() as progress:
-        result = apply_reviews(DatasetDir(data or last_made()), marks, progress)
+        result = apply_reviews(DatasetDir(data or last_dataset()), marks, progress)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from pipeline.cli.options import AsJson, DataDir
-from pipeline.cli.output import echo, say
+from pipeline.cli.output import echo, last_dataset, say
 
 
 def _dataset_folder(path: Path) -> Path:
@@ -20,11 +20,10 @@ def _dataset_folder(path: Path) -> Path:
 
 def features_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the stores of hidden states of a dataset, the one used last first: encoder, layers, images, size."""
-    from pipeline.dataset.directory import last_made
     from pipeline.storage.files import translate_disk_errors
     from trainer.feature_store import FEATURES, list_stores
 
-    folder = _dataset_folder(data or last_made()) / FEATURES
+    folder = _dataset_folder(data or last_dataset()) / FEATURES
     with translate_disk_errors(folder):
         stores = list_stores(folder)
     if as_json:

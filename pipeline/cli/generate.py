@@ -69,6 +69,7 @@ def generate(
 
     What stands after -- goes to the vLLM server that is started: synth generate --engine vllm -- --max-num-seqs 64
     """
+    from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions, describe_losses
     from pipeline.run import STAGES, generate_dataset
@@ -88,6 +89,7 @@ def generate(
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, from_stage, progress, cluster)
+    remember_dataset(out)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), settings.config.server, as_json=as_json)
 
 
@@ -109,6 +111,7 @@ def import_(
 
     `synth generate --only-missing` then asks a model about the images that have none.
     """
+    from pipeline.dataset.directory import remember_dataset
     from pipeline.executors.base import describe_losses
     from pipeline.run import STAGES, generate_dataset
 
@@ -119,6 +122,7 @@ def import_(
         )
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, progress=progress)
+    remember_dataset(out)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
 
 

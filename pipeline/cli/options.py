@@ -13,14 +13,14 @@ DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
 LAST_MADE = "the last one made"
 DataDir = Annotated[
-    Path | None, Argument(**DATASET_PATH, help="Dataset folder, or one of its versions.", show_default=LAST_MADE)
+    Path | None, Argument(**DATASET_PATH, help="Dataset folder, or one of its versions: DIR@VERSION.", show_default=LAST_MADE)
 ]
 Checkpoint = Annotated[Path, Argument(**LOCAL_PATH, help="Checkpoint folder.")]
 # Earlier names of options, which go on working.
 OLD_OPTIONS = {"map": "columns", "never": "exclude", "layer": "encoder-layer", "texts": "text-source", "beams": "num-beams"}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
 DataName = Annotated[
-    str | None, Option(help="Dataset folder, version, or ORG/NAME@VERSION on the Hub.", show_default=LAST_MADE)
+    str | None, Option(help="Dataset folder, DIR@VERSION, or ORG/NAME@VERSION on the Hub.", show_default=LAST_MADE)
 ]
 Images = Annotated[
     str | None,

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,12 +15,35 @@ from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
     from pipeline.config import ServerConfig
+    from pipeline.dataset.version import Version
     from pipeline.executors.base import RunResult
     from pipeline.preview import Preview
 
 log = logging.getLogger(__name__)
 PICTURE_COLUMNS = 48  # of a terminal
 PICTURE_PIXELS = 480 * 360
+
+
+def last_dataset() -> Path:
+    """Return the dataset folder that was made last, and say which it is. Raises StoreError if there is none."""
+    from pipeline.dataset.directory import last_made
+
+    folder = last_made()
+    say(f"dataset: {folder}", "dim")
+    return folder
+
+
+def note_previews(version: "Version") -> None:
+    """Say that a version is a preview, or that a newer one is and was passed over."""
+    from pipeline.dataset.directory import DatasetDir
+
+    if version.is_preview:
+        say(f"note: {version.name} is a preview: its run stopped at --limit, and the source has more images", WARNING)
+        return
+    later = [other for other in DatasetDir(version.dataset_dir).versions() if other > version and other.is_preview]
+    if later:
+        named = f"{version.dataset_dir}@{later[-1].name}"
+        say(f"note: {later[-1].name} is newer, and a preview; {version.name} is taken (name the other: {named})", WARNING)
 
 
 def print_prediction(prediction: dict[str, Any]) -> None:

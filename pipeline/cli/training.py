@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style
-from pipeline.cli.output import echo, print_scores, say, show
+from pipeline.cli.output import echo, last_dataset, note_previews, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import parse_dataset_path
@@ -540,7 +540,11 @@ def open_data(name: str | None, images: str | None) -> "Version":
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.storage.files import translate_disk_errors
 
-    version = pull_version(name) if name and is_hub_name(name) else open_or_download(parse_dataset_path(name) if name else None)
+    if name and is_hub_name(name):
+        version = pull_version(name)
+    else:
+        version = open_or_download(parse_dataset_path(name) if name else last_dataset(), previews=False)
+        note_previews(version)
     if not lacks_pixels(version):
         return version
     home = DatasetDir(version.dataset_dir / "joined")

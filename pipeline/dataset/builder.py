@@ -17,12 +17,14 @@ import pyarrow.compute as pc
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.shards import SplitWriter
 from pipeline.dataset.statistics import DatasetStatistics
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry, publish
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry, publish, share_files
 from pipeline.digests import canonical, digest
 from pipeline.errors import TableError
 from pipeline.storage.files import open_parquet, write_json, write_table, write_text
+from pipeline.storage.object_store import is_remote
 from pipeline.tables import (
     LEDGER,
     NO_EXTRAS,
@@ -214,11 +216,18 @@ def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: 
     return content.hexdigest()
 
 
-def next_version(parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema) -> str:
-    """Return the name that follows: major when columns or scores change, minor when rows are added, else patch."""
-    if parent is None:
+def next_version(
+    parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, taken: Sequence[tuple[int, ...]] = ()
+) -> str:
+    """Return the name that follows: major when columns or scores change, minor when rows are added, else patch.
+
+    `taken` are numbers of versions that were removed: it follows these as well.
+    """
+    if parent is None and not taken:
         return FIRST
-    major, minor, patch = parent.number
+    major, minor, patch = max([*taken, *([parent.number] if parent else [])])
+    if parent is None:
+        return f"v{major + 1}.0.0"
     if parent.schema != schema:
         return f"v{major + 1}.0.0"
     ids = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
@@ -307,7 +316,7 @@ def publish_version(
         return parent, False
     extras = content.extras
     schema = row_schema(content.columns, extras)
-    name = next_version(parent, content.digests["sample_id"], schema)
+    name = next_version(parent, content.digests["sample_id"], schema, taken_numbers(dataset.path))
     write_table(draft / LEDGER_FILE, rejections, LEDGER)
     manifest = {
         "version": name,
@@ -330,6 +339,8 @@ def publish_version(
     write_json(draft / MANIFEST, manifest)
     check()
     final = dataset.path / "versions" / name
+    if not is_remote(final):
+        share_files(((path, described["sha256"]) for path, _, described in content.files), dataset.versions())
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
 

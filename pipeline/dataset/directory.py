@@ -7,6 +7,7 @@ object store (storage/object_store.py): files are then written to a disk and upl
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.config import Config, current_settings
+from pipeline.dataset.names import read_tags
 from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError
@@ -28,6 +30,9 @@ from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import current_names, old_name
 from pipeline.types import SampleBatch
 
+log = logging.getLogger(__name__)
+ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
+MAX_REMEMBERED = 20
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
 
 
@@ -115,14 +120,20 @@ class DatasetDir:
         folders = (self.path / "versions").glob("v*")
         return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
 
-    def version(self, name: str | None = None) -> Version:
-        """Return the version of that name, or the newest. Raises StoreError if there is none."""
-        versions = self.versions()
-        matches = [version for version in versions if name in (None, version.name)]
+    def version(self, name: str | None = None, *, previews: bool = True) -> Version:
+        """Return the version of that name or tag, or the newest; without `previews`, the newest that is none, if there is one.
+
+        Raises StoreError if there is none.
+        """
+        versions, tags = self.versions(), read_tags(self.path)
+        wanted = tags.get(name or "", name)
+        matches = [version for version in versions if wanted in (None, version.name)]
         if not matches:
-            hint = f"versions here: {', '.join(version.name for version in versions) or 'none'}; `synth generate` makes one"
+            names = [*(version.name for version in versions), *tags]
+            hint = f"versions here: {', '.join(names) or 'none'}; `synth generate` makes one"
             raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=hint)
-        return matches[-1]
+        finished = [version for version in matches if previews or not version.is_preview]
+        return (finished or matches)[-1]
 
     @contextmanager
     def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
@@ -153,9 +164,15 @@ class DatasetDir:
             yield lambda: None
 
 
-def open_dataset(path: Path | None, version: str | None = None) -> Version:
-    """Open a version of a dataset or version folder, or the last made under `data/`. Raise StoreError if there is none."""
+def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
+    """Open a version of a dataset or version folder, or of the one made last. Raise StoreError if there is none.
+
+    FOLDER@VERSION names a version too, or a tag; for `previews`, see `DatasetDir.version`.
+    """
     path = path or last_made()
+    folder, at, named = path.name.rpartition("@")
+    if at and version is None and not path.exists():
+        path, version = path.with_name(folder), named
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
@@ -163,11 +180,14 @@ def open_dataset(path: Path | None, version: str | None = None) -> Version:
         return opened
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
-    return DatasetDir(path).version(version)
+    return DatasetDir(path).version(version, previews=previews)
 
 
 def last_made() -> Path:
-    """Return the dataset folder under `data/` whose newest version was written last. Raises StoreError if there is none."""
+    """Return the dataset folder whose newest version was written last, of those under `data/` and those made elsewhere.
+
+    Raises StoreError if there is none.
+    """
     manifests = _made_manifests()
     if not manifests:
         raise StoreError(f"no dataset under {DATA}/", hint="make one: `synth generate --source scenes`, or name its folder")
@@ -175,20 +195,44 @@ def last_made() -> Path:
 
 
 def only_made() -> Path:
-    """Return the dataset folder under `data/` if there is one. Raises StoreError if there are several, or none.
+    """Return the dataset folder that was made here, under `data/` or elsewhere. Raise StoreError if there are several, or none.
 
     For what cannot be taken back: which was written last is said by a clock, and by whoever touches a file.
     """
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         raise StoreError(
-            f"there are {len(folders)} datasets under {DATA}/", hint=f"name one: {', '.join(map(str, folders[:8]))}"
+            f"{len(folders)} datasets were made here: in {DATA}/ or with --out",
+            hint=f"name one: {', '.join(map(str, folders[:8]))}",
         )
     return folders[0] if folders else last_made()
 
 
+def remember_dataset(out: Path | None) -> None:
+    """Remember the folder that a run was told to write to, so that commands that are told none find it: in `data/`.
+
+    It is a convenience: where it cannot be written, or the folder is remote, nothing is kept.
+    """
+    if out is None or is_remote(out) or (path := out.absolute()).parent == DATA.absolute():
+        return
+    others = [other for other in _remembered() if other != path]
+    try:
+        write_json(DATA / ELSEWHERE, {"datasets": list(map(str, [path, *others[: MAX_REMEMBERED - 1]]))})
+    except OSError as error:
+        log.info("%s is not remembered: %s", path, error)
+
+
+def _remembered() -> list[Path]:
+    """Return the dataset folders outside `data/`, the last one first; none if the file of them is not ours."""
+    try:
+        return list(map(Path, read_json(DATA / ELSEWHERE)["datasets"]))
+    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
+        return []
+
+
 def _made_manifests() -> list[Path]:
-    return sorted(DATA.glob("*/versions/v*/manifest.json"))
+    folders = [*DATA.glob("*"), *_remembered()]
+    return sorted(path for folder in folders for path in folder.glob("versions/v*/manifest.json"))
 
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:

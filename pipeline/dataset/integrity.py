@@ -1,6 +1,5 @@
 """Verify a version: the bytes of its files against its manifest, and its rows against its digest; make a repaired copy."""
 
-import shutil
 from typing import Any
 
 import pyarrow as pa
@@ -8,10 +7,11 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows, publish
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
-from pipeline.storage.files import scratch_folder, write_json, write_text
+from pipeline.storage.files import link_or_copy, scratch_folder, write_json, write_text
 from pipeline.tables import PIXELS, TABLE_VERSION
 
 ROWS_AT_ONCE = 1024
@@ -78,10 +78,11 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
     """
     require_intact_files(version)
     dataset = DatasetDir(version.dataset_dir)
-    if dataset.version().name != version.name:
-        hint = f"push {dataset.version().name}, which is newer"
+    newest = dataset.versions()[-1]
+    if newest.name != version.name:
+        hint = f"push {newest.name}, which is newer"
         raise StoreError(f"only the newest version can be repaired, and {version.name} is not", hint=hint)
-    major, minor, patch = version.number
+    major, minor, patch = max([version.number, *taken_numbers(dataset.path)])
     name = f"v{major}.{minor}.{patch + 1}"
     manifest = version.manifest | {
         "version": name,
@@ -90,7 +91,7 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
     }
     with dataset.lock(), scratch_folder(dataset.path / "versions") as draft:
         for file in (*manifest["files"], LEDGER_FILE):
-            shutil.copy(version.path / file, draft / file)
+            link_or_copy(version.path / file, draft / file)
         write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))
         write_json(draft / MANIFEST, manifest)
         final = dataset.path / "versions" / name

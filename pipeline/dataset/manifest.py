@@ -59,7 +59,7 @@ def describe_run(
     """Return the fields of a manifest about the run that made the version."""
     tasks, generate = asked_tasks(config), config.generate
     return {
-        "source": {name: source[name] for name in ("name", "revision", "partial") if name in source},
+        "source": {name: source[name] for name in ("name", "revision", "partial", "preview") if name in source},
         "model": model,
         "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts) if tasks else {},
         "schemas": {task.name: wire_schema(task) for task in tasks},

@@ -1,5 +1,6 @@
 """One immutable version of a dataset: Parquet shards, a manifest and a card in one folder."""
 
+import filecmp
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,11 @@ class Version:
             return dataset_folder(self.repo)
         home = dataset_dir_of(self.path.resolve())
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
+
+    @property
+    def is_preview(self) -> bool:
+        """Return whether its run stopped at a limit, with images of the source left."""
+        return bool(self.manifest["source"].get("preview"))
 
     @property
     def num_rows(self) -> int:
@@ -195,6 +201,30 @@ def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
         if len(rows) >= count:
             break
     return rows
+
+
+def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
+    """Replace files (paths and their sha256) by hard links to equal files of other versions, so that bytes lie there once.
+
+    A file that is damaged there is not shared, and none where the file system has no hard links.
+    """
+    paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
+    for path, sha256 in files:
+        other = paths.get(sha256)
+        if other is not None and other.is_file() and filecmp.cmp(path, other, shallow=False):
+            share_file(path, other)
+
+
+def share_file(path: Path, other: Path) -> bool:
+    """Make `path` another name of an equal file, at once; return False where the file system has no hard links."""
+    linked = path.with_name(f".{path.name}.tmp")
+    linked.unlink(missing_ok=True)
+    try:
+        linked.hardlink_to(other)
+    except OSError:
+        return False
+    linked.replace(path)
+    return True
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:

@@ -132,7 +132,8 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
         files = "mend the files, or choose another source; stages/source/rejected.parquet names every row"
         hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
         raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
-    write_json(dataset.provenance("source"), describe_source(source, excluded, kind, config.captions))
+    preview = config.limit is not None and (source.count() or 0) > kept + sum(rejected.values())
+    write_json(dataset.provenance("source"), describe_source(source, excluded, kind, config.captions, preview=preview))
 
 
 def _was_compared(dataset: DatasetDir, config: Config) -> bool:

@@ -31,7 +31,7 @@ DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, "*.parquet"]
 
 def is_hub_name(text: str) -> bool:
     """Return whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and is no local path."""
-    return bool(_NAME.fullmatch(text)) and not Path(text).exists()
+    return bool(_NAME.fullmatch(text)) and not Path(text).exists() and not Path(text.rpartition("@")[0] or text).exists()
 
 
 def pull_version(name: str) -> Version:
@@ -67,16 +67,16 @@ def pull_version(name: str) -> Version:
     return Version(version.path, version.manifest, repo)
 
 
-def open_or_download(path: Path | None, version: str | None = None) -> Version:
+def open_or_download(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
     """Open a version in a local folder, as `open_dataset` does, or in an object store: that is downloaded once and checked.
 
     A download is kept in a dataset folder under `data/` that is named after its origin. Raise StoreError if the dataset or
     version does not exist, it is damaged, or the store refuses.
     """
     if path is None or not is_remote(path):
-        return open_dataset(path, version)
+        return open_dataset(path, version, previews=previews)
     with translate_store_errors(path):
-        remote = open_dataset(path, version)
+        remote = open_dataset(path, version, previews=previews)
         origin = str(dataset_dir_of(remote.path))
         home = DatasetDir(dataset_folder(origin))
         final = home.path / "versions" / remote.name

@@ -142,14 +142,23 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
 
 
 def describe_source(
-    source: Source, excluded: list[dict[str, Any]], kind: ImageKind | None, captions: Sequence[Path] = ()
+    source: Source,
+    excluded: list[dict[str, Any]],
+    kind: ImageKind | None,
+    captions: Sequence[Path] = (),
+    *,
+    preview: bool = False,
 ) -> dict[str, Any]:
-    """Return the provenance of a source with its files of captions, whose images were compared as `kind` with the excluded."""
+    """Return the provenance of a source with its files of captions, whose images were compared as `kind` with the excluded.
+
+    It is of a `preview` if more images are there than the run was to read.
+    """
     return {
         "name": source.name,
         "revision": source.revision,
         "decks": source.decks,
         **({"partial": True} if source.is_partial else {}),
+        **({"preview": True} if preview else {}),
         "never": excluded,
         "compared_as": kind,
         "near_bits": MAX_NEAR_BITS.get(kind or ""),

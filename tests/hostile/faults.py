@@ -1,7 +1,8 @@
 """Run a command of `synth` in a forked process in which the N-th write fails, or ends the process as a kill does.
 
-A write is anything that changes the disk: opening a file to write, a flush, a rename, a removal, a new folder, a part of a
-Parquet file, a transaction of the journal. The parent has imported everything, so that a run takes no longer than its work.
+A write is anything that changes the disk: opening a file to write, a flush, a rename, a link, a removal, a new folder, a part
+of a Parquet file, a transaction of the journal. The parent has imported everything, so that a run takes no longer than its
+work.
 """
 
 import builtins
@@ -65,6 +66,7 @@ class _Faults:
         """Count everything that writes."""
         for name in ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "fsync", "truncate"):
             self.wrap(os, name)
+        self.wrap(os, "link", position=1)
         self.wrap(os, "open", is_write=lambda path, flags, *more, **options: bool(flags & _WRITES))
         for owner in (builtins, io):
             self.wrap(owner, "open", is_write=lambda path, mode="r", *more, **options: bool(set(mode) & set("wax+")))

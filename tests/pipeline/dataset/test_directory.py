@@ -6,12 +6,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.dataset.directory import DatasetDir, open_dataset
+from pipeline.dataset.directory import MAX_REMEMBERED, DatasetDir, last_made, open_dataset, remember_dataset
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.version import parse_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import atomic_write, write_table, write_text
 from tests.pipeline.dataset.test_card import MANIFEST
+from tests.scene_data import make_version, scene_samples
 
 
 def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path: Path) -> None:
@@ -115,3 +116,32 @@ def test_a_folder_knows_the_prompts_of_its_last_run(content: str | None, version
     if content is not None:
         DatasetDir(tmp_path).run_file.write_text(content)
     assert DatasetDir(tmp_path).prompt_version() == version
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"datasets": 3}', '{"datasets": [3]}', '{"datasets": ["nowhere"]}'])
+def test_a_list_of_datasets_that_is_damaged_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "elsewhere.json").write_text(text)
+    with pytest.raises(StoreError, match="no dataset under data/"):
+        last_made()
+    make_version(tmp_path / "one", scene_samples(2))
+    remember_dataset(tmp_path / "one")
+    assert last_made() == tmp_path / "one"
+
+
+def test_the_datasets_of_the_last_runs_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(MAX_REMEMBERED + 2):
+        remember_dataset(Path(f"out{number}"))
+    remember_dataset(Path("out9"))
+    remember_dataset(Path("data/scenes"))  # found without being remembered
+    names = [Path(name).name for name in json.loads(Path("data/elsewhere.json").read_text())["datasets"]]
+    assert names[:2] == ["out9", f"out{MAX_REMEMBERED + 1}"]
+    assert len(names) == len(set(names)) == MAX_REMEMBERED
+
+
+def test_a_run_does_not_fail_where_nothing_can_be_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("a file")
+    remember_dataset(tmp_path / "one")

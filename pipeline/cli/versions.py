@@ -1,0 +1,123 @@
+"""Commands about the versions of a dataset: versions list, tag, rm, gc."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, BadParameter, Option
+
+from pipeline.cli.options import DATASET_PATH, LAST_MADE, AsJson, DataDir
+from pipeline.cli.output import echo, last_dataset, say
+from pipeline.storage.object_store import is_remote
+
+OnlyMade = Annotated[
+    Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default="the only one made here")
+]
+
+
+def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
+    """List the versions of a dataset, oldest first: rows, size, parent, date, digest, tags, and where each was pushed."""
+    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.names import read_tags
+    from pipeline.storage.files import translate_disk_errors
+
+    folder = DatasetDir(data or last_dataset())
+    with translate_disk_errors(folder.path):
+        listed = folder.versions() or [folder.version()]  # raises the error that says what is missing
+        rows, pushed, tags = [version.summary() for version in listed], folder.pushed(), read_tags(folder.path)
+    for row, version in zip(rows, listed, strict=True):
+        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
+        row["tags"] = [tag for tag, tagged in tags.items() if tagged == row["version"]]
+        row["preview"] = version.is_preview
+    if as_json:
+        echo(json.dumps(rows))
+        return
+    for row in rows:
+        counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
+        counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
+        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
+        if row["tags"]:
+            echo(f"          tagged {', '.join(row['tags'])}")
+        for repo in row["pushed"]:
+            echo(f"          pushed to {repo}")
+
+
+def versions_tag(
+    tag: Annotated[str, Argument(help="A name, such as paper.")],
+    version: Annotated[str | None, Argument(help="Which version.", show_default="the newest")] = None,
+    data: Annotated[Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)] = None,
+    move: Annotated[bool, Option("--move", help="Let a tag that is there name this version.")] = False,
+    delete: Annotated[bool, Option("--delete", help="Remove the tag; the version stays.")] = False,
+) -> None:
+    """Give a version a name, by which `--version` knows it, and which keeps it from being removed."""
+    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.names import read_tags, require_tag_name, write_tags
+    from pipeline.errors import StoreError
+    from pipeline.storage.files import translate_disk_errors
+
+    if delete and (version or move):
+        raise BadParameter("--delete takes a tag alone", param_hint="--delete")
+    require_tag_name(tag)
+    dataset = DatasetDir(data or last_dataset())
+    with translate_disk_errors(dataset.path), dataset.lock():
+        tags = read_tags(dataset.path)
+        if delete:
+            if tag not in tags:
+                raise StoreError(f"{dataset.path} has no tag {tag}", hint=f"tags here: {', '.join(tags) or 'none'}")
+            write_tags(dataset.path, {name: tagged for name, tagged in tags.items() if name != tag})
+            echo(f"{tag} no longer names {tags[tag]}")
+            return
+        named = dataset.version(version).name
+        if tags.get(tag, named) != named and not move:
+            raise StoreError(f"{tag} names {tags[tag]}", hint="--move lets it name another version")
+        write_tags(dataset.path, tags | {tag: named})
+    echo(f"{tag} names {named}")
+
+
+def versions_rm(
+    names: Annotated[list[str], Argument(metavar="VERSION...", help="Versions to remove.")],
+    data: OnlyMade = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove versions from this machine. Replies stay in the journal, and what was pushed stays on the Hub."""
+    from pipeline.dataset.directory import DatasetDir, only_made
+    from pipeline.dataset.removal import remove_versions
+    from pipeline.storage.files import translate_disk_errors
+
+    dataset = DatasetDir(data or only_made())
+    with translate_disk_errors(dataset.path), dataset.lock():
+        pushed = {push["version"]: push["repo"] for push in dataset.pushed()}
+        removed = remove_versions(dataset, names)
+    if as_json:
+        echo(json.dumps({"removed": [version.name for version in removed]}))
+        return
+    for version in removed:
+        size = sum(entry["bytes"] for entry in version.manifest["files"].values())
+        on_hub = f"; it is still in {pushed[version.name]}" if version.name in pushed else ""
+        echo(f"removed {version.name}: {version.num_rows:,} rows, {size / 1e6:.1f} MB{on_hub}")
+
+
+def versions_gc(
+    data: OnlyMade = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what killed commands have left behind, and store equal files of several versions once."""
+    from pipeline.dataset.directory import DatasetDir, only_made
+    from pipeline.dataset.removal import find_leftovers, remove_leftovers, share_equal_files
+    from pipeline.storage.files import translate_disk_errors
+
+    dataset = DatasetDir(data or only_made())
+    with translate_disk_errors(dataset.path), dataset.lock():
+        leftovers = list(find_leftovers(dataset))
+        shared_bytes = 0 if is_remote(dataset.path) else share_equal_files(dataset, dry_run=dry_run)
+        if not dry_run:
+            remove_leftovers(leftovers)
+    freed_bytes = shared_bytes + sum(leftover.num_bytes for leftover in leftovers)
+    if as_json:
+        paths = [str(leftover.path) for leftover in leftovers]
+        echo(json.dumps({"removed": paths, "shared_bytes": shared_bytes, "bytes": freed_bytes, "dry_run": dry_run}))
+        return
+    for leftover in leftovers:
+        say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {leftover.num_bytes / 1e6:.1f} MB")
+    echo(f"{'would free' if dry_run else 'freed'} {freed_bytes / 1e6:.1f} MB in {dataset.path}")

@@ -1,0 +1,149 @@
+"""Removal of versions: they go as a whole, their names are not given again, and files that versions share stay."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.integrity import find_damage, make_repaired_version
+from pipeline.dataset.names import write_tags
+from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions, share_equal_files
+from pipeline.dataset.shards import MAX_SHARD_BYTES
+from pipeline.dataset.version import Version
+from pipeline.errors import StoreError
+from tests.scene_data import make_version, scene_samples
+
+SAMPLES = scene_samples(40)
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes of all Parquet files of rows, each file once whatever its names."""
+    files = [path.stat() for path in folder.glob("versions/*/*-*.parquet")]
+    return sum({file.st_ino: file.st_size for file in files}.values())
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> DatasetDir:
+    """A dataset of three versions: 20 images, 30, and 40."""
+    for count in (20, 30, 40):
+        make_version(tmp_path, SAMPLES[:count])
+    return DatasetDir(tmp_path)
+
+
+def test_a_removed_version_is_gone_and_the_others_are_whole(dataset: DatasetDir) -> None:
+    removed = remove_versions(dataset, ["v1.1.0", "v1.1.0"])
+    assert [version.name for version in removed] == ["v1.1.0"]
+    assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
+    assert [find_damage(version) for version in dataset.versions()] == [[], []]
+    assert list(find_leftovers(dataset)) == []
+
+
+def test_the_name_of_a_removed_version_is_not_given_again(dataset: DatasetDir) -> None:
+    remove_versions(dataset, ["v1.2.0"])
+    again, is_new = make_version(dataset.path, SAMPLES[:35])
+    assert (again.name, again.manifest["parent"], is_new) == ("v1.3.0", "v1.1.0", True)
+    remove_versions(dataset, [version.name for version in dataset.versions()])
+    assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
+
+
+def test_a_repaired_version_does_not_take_the_name_of_a_removed_one(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path, SAMPLES[:5])
+    repaired = make_repaired_version(first, ["train-00000.parquet"])
+    remove_versions(DatasetDir(tmp_path), [repaired.name])
+    assert make_repaired_version(first, ["train-00000.parquet"]).name == "v1.0.2"
+
+
+@pytest.mark.parametrize("names", [["v1.1.0", "v9.0.0"], ["v1.1.0", "v1.0.0"]])
+def test_nothing_is_removed_where_one_version_cannot_be(dataset: DatasetDir, names: list[str]) -> None:
+    write_tags(dataset.path, {"paper": "v1.0.0"})
+    with pytest.raises(StoreError, match=r"no version v9|v1\.0\.0 is tagged as paper"):
+        remove_versions(dataset, names)
+    assert len(dataset.versions()) == 3
+
+
+def test_equal_files_of_versions_are_stored_once_and_outlive_each_other(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path, SAMPLES[:20])
+    second = make_repaired_version(first, [])
+    assert disk_bytes(tmp_path) == sum(entry["bytes"] for entry in first.manifest["files"].values())
+    remove_versions(DatasetDir(tmp_path), [first.name])
+    assert find_damage(second) == []
+
+
+def test_a_new_version_shares_the_shards_that_did_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.dataset.shards.GROUP_ROWS", 1)
+    monkeypatch.setattr("pipeline.dataset.shards.SHARD_GROUPS", 1)
+    monkeypatch.setattr("pipeline.dataset.shards.MIN_SHARD_BYTES", 1)  # a shard for each image
+    ordered = sorted(SAMPLES, key=lambda sample: sample.id)
+    first, _ = make_version(tmp_path, ordered[:30])
+    second, _ = make_version(tmp_path, ordered)
+    both = {entry["sha256"] for version in (first, second) for entry in version.manifest["files"].values()}
+    assert MAX_SHARD_BYTES and len(both) < len(first.manifest["files"]) + len(second.manifest["files"])
+    inodes = {path.stat().st_ino for version in (first, second) for path in version.path.glob("*-*.parquet")}
+    assert len(inodes) == len(both)
+    assert find_damage(second) == []
+
+
+def test_a_damaged_file_is_not_shared_with_a_new_version(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path, SAMPLES[:20])
+    second = make_repaired_version(first, [])
+    (shard,) = first.shards("train")
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert share_equal_files(DatasetDir(tmp_path)) == 0
+    assert find_damage(second) == []
+    assert find_damage(first) != []
+
+
+def copied_apart(dataset: DatasetDir) -> list[Version]:
+    """Return the versions, of which no two share a file, as earlier releases wrote them."""
+    for path in dataset.path.glob("versions/*/*.parquet"):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    return dataset.versions()
+
+
+def test_files_that_earlier_releases_wrote_twice_are_stored_once(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path, SAMPLES[:20])
+    make_repaired_version(first, [])
+    dataset = DatasetDir(tmp_path)
+    versions, before = copied_apart(dataset), disk_bytes(tmp_path)
+    assert share_equal_files(dataset, dry_run=True) == before // 2
+    assert disk_bytes(tmp_path) == before
+    assert share_equal_files(dataset) == before // 2
+    assert disk_bytes(tmp_path) == before // 2
+    assert share_equal_files(dataset) == 0
+    assert [find_damage(version) for version in versions] == [[], []]
+
+
+def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: DatasetDir) -> None:
+    leftovers = [dataset.path / "versions" / f"{REMOVING}v0.9.0", dataset.path / "versions" / ".next"]
+    for folder in leftovers:
+        folder.mkdir()
+        (folder / "train-00000.parquet").write_bytes(bytes(100))
+    stage = dataset.path / "stages" / "filter"
+    stage.mkdir(parents=True)
+    leftovers += [stage / ".kept.parquet.tmp", dataset.path / ".run.json.tmp"]
+    for file in leftovers[2:]:
+        file.write_bytes(bytes(10))
+    (stage / "kept.parquet").write_bytes(bytes(10))
+    (dataset.path / "versions" / "notes").mkdir()
+    (dataset.path / "versions" / "notes" / "mine.txt").write_text("mine")
+    found = list(find_leftovers(dataset))
+    assert {leftover.path for leftover in found} == set(leftovers)
+    assert sum(leftover.num_bytes for leftover in found) == 220
+    remove_leftovers(found)
+    assert list(find_leftovers(dataset)) == []
+    assert (dataset.path / "versions" / "notes" / "mine.txt").exists()
+    assert (stage / "kept.parquet").exists()
+    assert len(dataset.versions()) == 3
+
+
+def test_a_link_that_is_left_over_is_removed_and_not_what_it_leads_to(dataset: DatasetDir, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.write_text("mine")
+    (dataset.path / ".run.json.tmp").symlink_to(outside)
+    remove_leftovers(list(find_leftovers(dataset)))
+    assert not (dataset.path / ".run.json.tmp").is_symlink()
+    assert outside.read_text() == "mine"

@@ -1,0 +1,88 @@
+"""Versions as a user meets them: listed, tagged, removed; previews, and the dataset that is meant if none is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import Run
+
+COUNT = 6
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of photos with a caption beside each."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, place in enumerate(("a quay", "a meadow", "the stairs", "an old mill", "the market", "a tram stop")):
+        photo(number).save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"Two dogs and a {'grey' if number % 2 else 'red'} kite wait near {place}.")
+    return folder
+
+
+def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_path: Path) -> None:
+    read = ("import", "--source", f"folder:{photos}", "--out", str(tmp_path / "elsewhere"))
+    assert synth(*read, "--limit", "2").returncode == 0
+    only = synth("export", "--format", "csv")
+    assert "v1.0.0 is a preview: its run stopped at --limit" in only.stderr
+    assert f"dataset: {tmp_path / 'elsewhere'}" in only.stderr
+    assert synth(*read).returncode == 0
+    assert synth(*read, "--limit", "3").returncode == 0
+    listed = json.loads(synth("versions", "--json").stdout)
+    assert [(row["version"], row["preview"]) for row in listed] == [("v1.0.0", True), ("v1.1.0", False), ("v1.1.1", True)]
+    exported = synth("export", "--format", "csv", "--json")
+    assert "v1.1.1 is newer, and a preview; v1.1.0 is taken" in exported.stderr
+    assert json.loads(exported.stdout)["images"] == COUNT
+    pushed = synth("push", "--repo", "ORG/NAME", "--dry-run", "--json")
+    assert json.loads(pushed.stdout)["version"] == "v1.1.0"
+    assert "v1.1.1 is newer, and a preview" in pushed.stderr
+    named = synth("export", "--data", f"{tmp_path / 'elsewhere'}@v1.1.1", "--format", "csv", "--json")
+    assert json.loads(named.stdout)["images"] == 3
+    assert "v1.1.1 is a preview" in named.stderr
+    assert "v1.1.1" in synth("report").stderr + synth("diff", "v1.1.0", "v1.1.1").stdout
+
+
+def test_a_limit_that_all_images_meet_makes_no_preview(synth: Run, photos: Path) -> None:
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    result = synth("import", "--source", f"folder:{photos}", "--limit", "50", "--json")
+    assert json.loads(result.stdout)["version"] == "v1.0.0"
+    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
+
+
+def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> None:
+    source = f"folder:{photos}"
+    assert synth("import", "--source", source, "--limit", "4").returncode == 0
+    assert synth("import", "--source", source).returncode == 0
+    (data,) = (photos.parent / "data").iterdir()
+    assert synth("versions", str(data)).stdout == synth("versions", "list").stdout == synth("versions").stdout
+    assert synth("versions", "tag", "paper", "v1.0.0").stdout == "paper names v1.0.0\n"
+    assert synth("versions", "tag", "paper").returncode == 1
+    assert "--move" in synth("versions", "tag", "paper", "v1.1.0").stderr
+    refused = synth("versions", "rm", "v1.0.0")
+    assert refused.returncode == 1
+    assert "v1.0.0 is tagged as paper" in refused.stderr
+    assert (
+        json.loads(synth("push", "--repo", "ORG/NAME", "--version", "paper", "--dry-run", "--json").stdout)["version"]
+        == "v1.0.0"
+    )
+    assert synth("versions", "tag", "paper", "v1.1.0", "--move").stdout == "paper names v1.1.0\n"
+    assert "tagged paper" in synth("versions").stdout
+    removed = synth("versions", "rm", "v1.0.0", "--json")
+    assert json.loads(removed.stdout) == {"removed": ["v1.0.0"]}
+    assert [row["version"] for row in json.loads(synth("versions", "--json").stdout)] == ["v1.1.0"]
+    assert synth("versions", "tag", "--delete", "paper").stdout == "paper no longer names v1.1.0\n"
+    assert synth("versions", "tag", "--delete", "paper").returncode == 1
+    assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
+
+
+def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
+    for out in ("one", "two"):
+        assert synth("import", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
+    for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME")):
+        result = synth(*command)
+        assert result.returncode == 1
+        assert "2 datasets were made here" in result.stderr
+        assert str(tmp_path / "two") in result.stderr
+    assert f"dataset: {tmp_path / 'two'}" in synth("versions").stderr
