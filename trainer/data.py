@@ -16,7 +16,7 @@ from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.tables import HUMAN, PIXELS, REVIEWED
 from trainer.config import Mixture, keeps_human_texts
-from trainer.image_index import map_images
+from trainer.image_index import StoredImage, map_images
 from trainer.tokenizer import TargetText
 
 REFERENCE_STYLE = "brief"  # as which a caption by people is learned
@@ -34,17 +34,17 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image (encoded bytes) with the texts to learn, reference captions and questions."""
+    """One image (its file) with the texts to learn, reference captions and questions."""
 
     sample_id: str
-    image: bytes | memoryview
+    image: bytes | StoredImage
     texts: tuple[TargetText, ...]
     references: tuple[str, ...]
     questions: tuple[Question, ...] = ()
 
     def open(self) -> Image.Image:
         """Decode the image to RGB."""
-        return prepare_image(self.image)
+        return prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
 
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
@@ -57,7 +57,7 @@ def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **
 
 def read_examples(
     table: pa.Table,
-    images: Mapping[str, bytes | memoryview] | None,
+    images: Mapping[str, bytes | StoredImage] | None,
     mixture: Mixture = "synthetic",
     *,
     questions: bool = True,
@@ -97,7 +97,7 @@ def is_by_people(item: dict[str, Any]) -> bool:
 
 
 def _example(
-    row: dict[str, Any], image: bytes | memoryview, mixture: Mixture, *, questions: bool, keeps_human: bool
+    row: dict[str, Any], image: bytes | StoredImage, mixture: Mixture, *, questions: bool, keeps_human: bool
 ) -> Example:
     by_people, by_model = (
         [

@@ -1,46 +1,90 @@
 """Index the images of a split as slices of memory-mapped shards, so that a version may exceed the memory.
 
-Shards hold image bytes uncompressed, one image after another (pipeline/dataset/shards.py). A slice of the mapped file takes
-memory only when it is read, and the system can reclaim that memory.
+A training reads the ids of the images when it starts, and not one image: those of a row group are located when the first of
+them is read. Shards hold image bytes uncompressed, one image after another (pipeline/dataset/shards.py). A slice of the mapped
+file takes memory only when it is read, and the system can reclaim that memory.
 """
 
 import mmap
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.dataset.version import Version, require_values
 
-SEARCHED_BYTES = 64_000_000  # search window behind an image: texts of a row group may lie before the next one
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image in a row group of a shard."""
+
+    group: "RowGroup"
+    position: int
+
+    def read(self) -> memoryview:
+        """Return the bytes of the image. Raises StoreError if the shard is damaged."""
+        return self.group.images()[self.position]
 
 
-def map_images(version: Version, split: str) -> dict[str, memoryview]:
-    """Return the bytes of each image of a split, by sample id; reads the split once, a row group at a time.
+class RowGroup:
+    """The images of one row group, located when they are first read."""
 
-    An image that is not stored verbatim (in a shard of another writer) is kept in memory. Raises StoreError for a damaged file.
-    """
+    def __init__(self, version: Version, file: pq.ParquetFile, mapped: mmap.mmap, number: int) -> None:
+        self._version, self._file, self._mapped, self._number = version, file, mapped, number
+        self._images: list[memoryview] | None = None
+        self._lock = threading.Lock()  # several threads decode images
+
+    def images(self) -> list[memoryview]:
+        """Return the bytes of each image; one that is not stored verbatim (by another writer) is held in memory."""
+        with self._lock:
+            if self._images is None:
+                try:
+                    self._images = list(self._locate())
+                except (OSError, ValueError, pa.ArrowException) as error:
+                    raise self._version.damage_error(error) from None
+            return self._images
+
+    def _locate(self) -> Iterator[memoryview]:
+        rows = self._file.read_row_group(self._number, columns=["image"])
+        require_values(rows)
+        column = _column_of(self._file, self._number)
+        at = column.dictionary_page_offset or column.data_page_offset
+        end, whole = at + column.total_compressed_size, memoryview(self._mapped)
+        for image in pc.struct_field(rows["image"], "bytes").to_pylist():
+            start = self._mapped.find(image, at, end)
+            if start < 0:
+                yield memoryview(image)
+            else:
+                at = start + len(image)
+                yield whole[start:at]
+
+
+def map_images(version: Version, split: str) -> dict[str, StoredImage]:
+    """Return the images of a split by sample id; reads ids only. Raises StoreError for a damaged file."""
     try:
         return {sample_id: image for shard in version.shards(split) for sample_id, image in _images_of(version, shard)}
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise version.damage_error(error) from None
 
 
-def _images_of(version: Version, shard: Path) -> Iterator[tuple[str, memoryview]]:
+def _images_of(version: Version, shard: Path) -> Iterator[tuple[str, StoredImage]]:
+    version.open_shard(shard)
     with shard.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    whole, end = memoryview(mapped), 0
-    file = version.open_shard(shard)
-    for group in range(file.num_row_groups):
-        rows = file.read_row_group(group, columns=["sample_id", "image"])
-        require_values(rows)
-        images = pc.struct_field(rows["image"], "bytes")
-        for sample_id, image in zip(rows["sample_id"].to_pylist(), images.to_pylist(), strict=True):
-            start = mapped.find(image, end, end + len(image) + SEARCHED_BYTES)
-            if start < 0:
-                yield sample_id, memoryview(image)
-                continue
-            end = start + len(image)
-            yield sample_id, whole[start:end]
-        mapped.madvise(mmap.MADV_DONTNEED)  # let the system reclaim the pages that were read
+    # Read from the mapped memory: a version may have more shards than a process may have files open.
+    file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(mapped)), page_checksum_verification=True)
+    for number in range(file.num_row_groups):
+        group = RowGroup(version, file, mapped, number)
+        ids = file.read_row_group(number, columns=["sample_id"])
+        require_values(ids)
+        yield from ((sample_id, StoredImage(group, n)) for n, sample_id in enumerate(ids["sample_id"].to_pylist()))
+
+
+def _column_of(file: pq.ParquetFile, number: int) -> pq.ColumnChunkMetaData:
+    """Return where the bytes of the images of a row group lie."""
+    group = file.metadata.row_group(number)
+    return next(column for n in range(group.num_columns) if (column := group.column(n)).path_in_schema == "image.bytes")

@@ -421,7 +421,7 @@ def _images_of(version: "Version", split: str, limit: int) -> list["Shown"]:
 
     rows = version.read(split, ["sample_id", "references"]).slice(0, limit).to_pylist()
     images = map_images(version, split)
-    return [Shown(row["sample_id"], bytes(images[row["sample_id"]]), tuple(row["references"])) for row in rows]
+    return [Shown(row["sample_id"], bytes(images[row["sample_id"]].read()), tuple(row["references"])) for row in rows]
 
 
 def serve_captioner(
