@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import browser, opened
+from tests.warm import close_parents
 
 __all__ = ["browser", "opened"]
 
@@ -24,6 +25,11 @@ def working_directory() -> Iterator[None]:
         now = None
     os.chdir(here)
     assert now == here
+
+
+def pytest_sessionfinish() -> None:
+    """End the processes that commands were forked from."""
+    close_parents()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ import html.parser
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.dataset.card import metadata, render_card, render_model_card
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.hostile.vectors import ALL
 from tests.pipeline.dataset.test_card import MANIFEST, sample
+from tests.warm import run_synth
 
 FULL = MANIFEST | {
     "title": "A title",
@@ -146,14 +146,12 @@ def test_the_header_of_a_card_is_yaml_whatever_stands_in_it() -> None:
         assert yaml.safe_load(yaml.safe_dump(metadata(values), allow_unicode=True)) == metadata(values)
 
 
-def synth(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, timeout=120, env=os.environ | environment)
+def synth(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_synth(*arguments, cwd=folder, env=os.environ | environment)
 
 
-def require_printable(done: subprocess.CompletedProcess[bytes]) -> None:
-    for stream in (done.stdout, done.stderr):
-        text = stream.decode()
+def require_printable(done: subprocess.CompletedProcess[str]) -> None:
+    for text in (done.stdout, done.stderr):
         assert not [mark for mark in text if (ord(mark) < 32 and mark not in "\n\t") or 0x7F <= ord(mark) <= 0x9F], text
         assert "Traceback" not in text, text
         assert not set(text) & {"\u202e", "\u2066"}

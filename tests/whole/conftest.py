@@ -1,6 +1,5 @@
-"""Run `synth` commands as a user does: each in a new process, in an empty folder."""
+"""Run `synth` commands as a user does: each in a process of its own, in an empty folder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.warm import run_synth
 
 ROOT = Path(__file__).parents[2]
 SYNTH = Path(sys.executable).with_name("synth")
@@ -20,8 +21,7 @@ def synth(tmp_path: Path) -> Run:
     """Run `synth ARGUMENTS` in an empty folder and return what it printed."""
 
     def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        command = [str(SYNTH), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env or dict(os.environ), timeout=300)
+        return run_synth(*arguments, cwd=tmp_path, env=env)
 
     return run
 

@@ -15,7 +15,7 @@ from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
 from tests.pipeline.images.test_similarity import photo
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 COLORS = ("red", "blue", "green", "black")
 THINGS = ("kite", "boat", "horse", "clock")
@@ -127,8 +127,8 @@ def judge() -> Iterator[ChatServer]:
 
 
 def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command: list[str] = [str(SYNTH), "generate", *arguments, "--base-url", server.url, "--json"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    command = ("generate", *arguments, "--base-url", server.url, "--json")
+    return run_synth(*command, cwd=folder, env={**os.environ, **environment})
 
 
 def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from pipeline.config import resolve
 from pipeline.errors import ConfigError
 from pipeline.run import STAGES, generate_dataset
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 SCENES = 24
 CHECKS = "round_trip,claims,blind,alignment"
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SYNTH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run_synth(*arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

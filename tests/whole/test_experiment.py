@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.scene_data import make_version, scene_samples
+from tests.warm import run_synth
 from tests.whole.conftest import SYNTH
 
 SETTINGS = {"steps": 40, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SYNTH, "experiment", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    return run_synth("experiment", *arguments, cwd=folder)
 
 
 def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.inference.journal import Journal
 from pipeline.run import ORDER
 from pipeline.storage.files import read_json
 from tests.hostile import LONG
+from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, Run, restore_sigint
 
 SCENES = 128
@@ -33,7 +34,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """Return the folder and the printed result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run([SYNTH, *GENERATE, "--out", "d"], cwd=folder, capture_output=True, text=True, check=True)
+    done = run_synth(*GENERATE, "--out", "d", cwd=folder)
     return folder / "d", json.loads(done.stdout)
 
 
@@ -61,7 +62,7 @@ def test_what_it_took_is_written_down(whole: tuple[Path, dict[str, str]]) -> Non
 def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
     folder, printed = whole
     before = state(folder)
-    done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
+    done = run_synth(*GENERATE, "--out", folder, cwd=folder)
     assert "asked the model 0 times" in done.stderr
     assert "nothing new: v1.0.0" in done.stderr
     assert json.loads(done.stdout)["digest"] == printed["digest"]
@@ -71,8 +72,7 @@ def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Pat
 def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
     folder, _ = whole
     before = DatasetDir(folder).version("v1.0.0")
-    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_synth("generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", folder, cwd=folder)
     assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr
     after = DatasetDir(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
 from tests.hub.server import RunningHub, running_hub
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 SCENES = 80
 
@@ -30,7 +30,7 @@ class User:
 
     def synth(self, *arguments: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
         env = self.hub.env(self.folder / "home")
-        done = subprocess.run([SYNTH, *arguments], cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
+        done = run_synth(*arguments, cwd=self.folder, env=env)
         assert done.returncode == int(fails), done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -85,7 +85,7 @@ def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
 
 
 def test_one_version_is_nothing_to_compare(maker: User) -> None:
-    done = subprocess.run([SYNTH, "diff", "v1.0.0"], cwd=maker.folder, capture_output=True, text=True)
+    done = run_synth("diff", "v1.0.0", cwd=maker.folder)
     assert done.returncode == 2
     assert "name two versions" in done.stderr
 

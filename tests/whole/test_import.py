@@ -16,7 +16,7 @@ from datasets import load_dataset
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 COUNT = 16
 NAMES = "amber birch cedar delta ember fjord grove heron inlet jetty knoll larch marsh north ocean pearl"
@@ -76,14 +76,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def synth(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(SYNTH), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+    done = run_synth(*arguments, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == code, done.stderr
     return done
 

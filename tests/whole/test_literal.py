@@ -11,7 +11,7 @@ from pipeline.inference.engines import LARGE, TINY_WEIGHTS
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 from trainer.presets import DECODERS, ENCODERS
 
 
@@ -37,7 +37,7 @@ def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_pat
     env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
 
     def synth(*arguments: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([SYNTH, *arguments], cwd=tmp_path / "user", env=env, capture_output=True, text=True, timeout=300)
+        done = run_synth(*arguments, cwd=tmp_path / "user", env=env)
         assert done.returncode == 0, done.stderr
         return done
 

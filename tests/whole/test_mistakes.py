@@ -12,7 +12,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 NO_TORCH = "raise ImportError('torch was loaded before the mistake was found')"
 
@@ -26,7 +26,7 @@ def server() -> Iterator[ChatServer]:
 
 def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
     env = environment(folder) | more
-    return subprocess.run([SYNTH, *command.split()], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return run_synth(*command.split(), cwd=folder, env=env)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)

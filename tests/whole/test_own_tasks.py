@@ -19,7 +19,8 @@ from datasets import List, Value, load_dataset
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hub.server import running_hub
 from tests.pipeline.images.test_similarity import photo
-from tests.whole.conftest import ROOT, SYNTH
+from tests.warm import run_synth
+from tests.whole.conftest import ROOT
 
 COUNT = 24
 EXAMPLES = ROOT / "prompts/examples"
@@ -107,8 +108,7 @@ def server(model: Model) -> Iterator[ChatServer]:
 
 
 def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [str(SYNTH), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
+    return run_synth(*arguments, cwd=folder, env=os.environ | (env or {}))
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
 from tests.pipeline.images.test_similarity import photo
+from tests.warm import run_synth
 from tests.whole.conftest import SYNTH
 
 PHOTOS = {  # no two look alike
@@ -70,7 +71,7 @@ def home(hub: RunningHub, server: ChatServer, tmp_path_factory: pytest.TempPathF
 
 def run(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = hub.env(folder / "home")
-    done = subprocess.run([SYNTH, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = run_synth(*arguments, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -10,7 +10,7 @@ import pytest
 from tests.chat.kinds import DEEPSEEK, KINDS, ServerKind
 from tests.chat.server import ChatServer, running_chat
 from tests.pipeline.images.test_similarity import photo
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 STRICT = [kind for kind in KINDS if kind.name in ("openai that thinks", "gemini", "mistral")]
 
@@ -24,9 +24,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command: list[str] = [str(SYNTH), "generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments]
-    environment = os.environ | {"SYNTH_API_KEY": chat.key or ""}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+    command = ("generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments)
+    return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
 
 
 @pytest.mark.parametrize("kind", STRICT, ids=lambda kind: kind.name)

@@ -16,7 +16,7 @@ from pipeline.inference.engines import LARGE, TINY_WEIGHTS
 from tests.chat.server import ChatServer, running_chat
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
-from tests.whole.conftest import SYNTH
+from tests.warm import run_synth
 
 TRY = ("--engine", "embedded", "--model", "tiny", "--json")
 
@@ -36,7 +36,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 def synth(hub: RunningHub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = hub.env(folder / "home") | {"HF_HUB_OFFLINE": "0"}
-    return subprocess.run([SYNTH, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return run_synth(*arguments, cwd=folder, env=env)
 
 
 def generate_version(hub: RunningHub, folder: Path, *arguments: str) -> Version:
