@@ -2,7 +2,8 @@
 
 A command still has a process, a folder, an environment and streams of its own. What is left out is the start of Python: that
 a command imports what it needs, and no more, is what tests of whole/test_cli.py and test_install.py look at. Packages that read
-their environment when they are imported are left to the command, if it has another environment than the tests.
+their environment when they are imported are left to the command, if it has another environment than the tests; where Python
+itself has another one, the command is started as a user starts it.
 """
 
 import importlib
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
+SYNTH = str(Path(sys.executable).with_name("synth"))
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "XDG_", "HOME")  # by huggingface_hub and what imports it
-READ_BY_ALL = ("OMP_", "PYTHON", "LC_", "LANG", "TZ")
+READ_BY_PYTHON = ("OMP_", "PYTHON", "LC_", "LANG", "TZ")
 OTHERS = (
     "torch",
     "duckdb",
@@ -35,7 +37,6 @@ OTHERS = (
     "jinja2",
     "aiohttp",
 )
-MAX_PARENTS = 3  # of each test process, each with about 400 MB, most of which its children share
 MAX_REQUEST_BYTES = 1 << 20
 # Ray and onnxruntime start threads, which a fork does not have; that of pyarrow gives memory back, and nobody waits for it.
 LEFT_OUT = (
@@ -52,13 +53,11 @@ NAMES = ("AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer", "CLIPM
 class _Parent:
     """A process that has imported everything, and forks for each command."""
 
-    def __init__(self, environment: Mapping[str, str], *, imports_all: bool) -> None:
+    def __init__(self, *, imports_all: bool) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = f"{self._folder.name}/socket"
         command = [sys.executable, "-m", "tests.warm", self._address, *(["all"] if imports_all else [])]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
             raise RuntimeError("the process that has imported everything did not start")
@@ -78,7 +77,7 @@ class _Parent:
         self._folder.cleanup()
 
 
-_parents: dict[str, _Parent] = {}
+_parents: dict[bool, _Parent] = {}  # by whether it has imported what reads the environment
 
 
 def run_synth(
@@ -86,17 +85,16 @@ def run_synth(
 ) -> subprocess.CompletedProcess[str]:
     """Run `synth ARGUMENTS` in a folder, and return what it printed. Raises subprocess.TimeoutExpired, and ends it then."""
     environment = dict(os.environ if env is None else env)
-    imports_all = _those(environment, READ_AT_IMPORT) == _those(os.environ, READ_AT_IMPORT)
-    key = json.dumps([imports_all, _those(environment, READ_BY_ALL)])
-    if key not in _parents:
-        if len(_parents) == MAX_PARENTS:
-            _parents.pop(next(iter(_parents))).close()
-        _parents[key] = _Parent(environment, imports_all=imports_all)
-    command = ["synth", *map(str, arguments)]
+    command = [SYNTH, *map(str, arguments)]
+    if not _is_alike(environment, READ_BY_PYTHON):
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    imports_all = _is_alike(environment, READ_AT_IMPORT)
+    if imports_all not in _parents:
+        _parents[imports_all] = _Parent(imports_all=imports_all)
     request = json.dumps({"arguments": command, "folder": str(cwd), "environment": environment}).encode()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, Path(os.devnull).open("rb") as nothing:
         try:
-            code = _parents[key].run(request, [nothing.fileno(), out.fileno(), errors.fileno()], timeout)
+            code = _parents[imports_all].run(request, [nothing.fileno(), out.fileno(), errors.fileno()], timeout)
         except TimeoutError:
             raise subprocess.TimeoutExpired(command, timeout) from None
         for stream in (out, errors):
@@ -105,9 +103,10 @@ def run_synth(
     return subprocess.CompletedProcess(command, code, *texts)
 
 
-def _those(environment: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
-    """Return the variables with one of these prefixes."""
-    return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes)}
+def _is_alike(environment: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
+    """Return whether an environment has the variables with these prefixes that the tests have."""
+    names = {name for name in {*environment, *os.environ} if name.startswith(prefixes)}
+    return all(environment.get(name) == os.environ.get(name) for name in names)
 
 
 def close_parents() -> None:

@@ -30,6 +30,7 @@ MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS, _SCAN = 100, b"\xff\xda"  # of a progressive JPEG: encoders write about ten
 BAND_PX = 512  # rows that are laid over white at once
 HASH_SIDE_PX = 64
+HASHED_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
 MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -54,9 +55,9 @@ class ImageInfo:
 
 
 def check_image(data: bytes) -> ImageInfo:
-    """Decode an image in full, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
-    image = prepare_image(data)
-    return ImageInfo(image.width, image.height, pdq_hash(image))
+    """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
+    image, (width_px, height_px) = _decode(data, HASHED_PX)
+    return ImageInfo(width_px, height_px, pdq_hash(image))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
@@ -72,12 +73,29 @@ def pdq_hash(image: Image.Image) -> bytes:
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
     """Decode to upright RGB over white, and scale down (never up) to `max_pixels`. Raise ImageError as `check_image` does."""
-    with open_image(data) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
-        rgb = _over_white(image)
+    rgb, _ = _decode(data)
     size = scaled_size(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
+
+
+def _decode(data: bytes | memoryview, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an image, upright in RGB over white, and its size.
+
+    With `least_px`, the sides of a large JPEG are halved up to three times while both keep that length: all of the file is
+    parsed, and what is damaged is found.
+    """
+    with open_image(data) as image:
+        size = _upright_size(image)
+        if least_px:
+            image.draft(None, (least_px, least_px))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
+        return _over_white(image), size
+
+
+def decode_for_hash(data: bytes) -> Image.Image:
+    """Return an image to hash, upright in RGB over white; a large JPEG is reduced. Raise ImageError as `check_image` does."""
+    return _decode(data, HASHED_PX)[0]
 
 
 def prepare_opened(image: Image.Image) -> Image.Image:
@@ -96,8 +114,12 @@ def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, i
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:
     """Return the width and height in pixels of an image as its header says. Raise ImageError as `check_image` does."""
     with open_image(data) as image:
-        is_turned = image.getexif().get(ORIENTATION, 1) > 4
-        return image.size[::-1] if is_turned else image.size
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    is_turned = image.getexif().get(ORIENTATION, 1) > 4
+    return image.size[::-1] if is_turned else image.size
 
 
 @contextmanager

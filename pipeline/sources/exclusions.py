@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import image_id, pdq_hash, prepare_image
+from pipeline.images.decode import decode_for_hash, image_id, pdq_hash
 from pipeline.images.hash_distance import Hashes, as_hashes, image_distances
 from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
 from pipeline.text.content_keys import content_words
@@ -48,7 +48,7 @@ def exclusion_rows(name: str, samples: Iterable[Sample], kind: ImageKind | None 
 def _crop_hashes(data: bytes) -> list[bytes]:
     """Return the PDQ hashes of the middle of an image; none where it has too little detail, or can no longer be decoded."""
     try:
-        image = prepare_image(data)
+        image = decode_for_hash(data)
     except ImageError:
         return []
     hashes = []

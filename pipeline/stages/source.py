@@ -185,6 +185,7 @@ def write_source(
 
     def tables() -> Iterator[pa.Table]:
         batch: list[dict[str, Any]] = []
+        batch_bytes = 0
         for row in rows:
             if isinstance(row, Sample) and (name := excluded.find(row)):
                 row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
@@ -193,10 +194,12 @@ def write_source(
                 rejected.append(asdict(row))
                 continue
             batch.append({"sample_id": row.id, **asdict(row)})
-            if len(batch) == BATCH_SAMPLES or sum(len(image) for one in batch for image in one["images"]) >= BATCH_BYTES:
+            batch_bytes += sum(map(len, row.images))
+            if len(batch) == BATCH_SAMPLES or batch_bytes >= BATCH_BYTES:
                 yield pa.Table.from_pylist(batch, schema=SAMPLE)
                 progress("source", len(images.kept), limit)
                 batch.clear()
+                batch_bytes = 0
             if len(images.kept) == limit:
                 break
         yield pa.Table.from_pylist(batch, schema=SAMPLE)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import BAND_PX, check_image, image_id, prepare_image
+from pipeline.images.decode import BAND_PX, check_image, decode_for_hash, image_id, pdq_hash, prepare_image
+from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances
+from tests.pipeline.images.test_similarity import photo
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -127,3 +129,45 @@ def test_no_damage_raises_anything_else(seed: int) -> None:
 def test_the_id_is_the_digest_of_the_bytes() -> None:
     assert check_image(GOOD) == check_image(bytes(GOOD))
     assert len(image_id(GOOD)) == 64
+
+
+@pytest.fixture(scope="module")
+def large() -> Image.Image:
+    """A photo of six megapixels."""
+    return photo(3).resize((2880, 2160), Image.Resampling.BICUBIC)
+
+
+def test_a_large_jpeg_is_reduced_before_it_is_hashed_and_nothing_else_is(large: Image.Image) -> None:
+    assert decode_for_hash(encoded(large, "JPEG")).size == (720, 540)
+    assert decode_for_hash(encoded(large.resize((1000, 750)), "JPEG")).size == (1000, 750)
+    assert decode_for_hash(encoded(large.resize((1440, 1080)), "PNG")).size == (1440, 1080)
+    assert prepare_image(encoded(large, "JPEG")).size == large.size
+
+
+def test_the_hash_of_a_reduced_photo_is_that_of_a_copy(large: Image.Image) -> None:
+    info = check_image(encoded(large, "JPEG", quality=90))
+    assert (info.width_px, info.height_px) == large.size
+    assert hamming_distances(as_hashes([info.pdq_hash]), as_hashes([pdq_hash(large)]))[0, 0] <= MAX_COPY_BITS // 2
+
+
+def test_a_large_photo_that_was_taken_sideways_is_turned(large: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = check_image(encoded(large, "JPEG", exif=exif))
+    assert (info.width_px, info.height_px) == large.size[::-1]
+    upright = check_image(encoded(large.transpose(Image.Transpose.ROTATE_270), "JPEG"))
+    assert hamming_distances(as_hashes([info.pdq_hash]), as_hashes([upright.pdq_hash]))[0, 0] <= MAX_COPY_BITS
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_large_jpeg_of_any_mode_is_reduced_to_rgb(mode: str, large: Image.Image) -> None:
+    reduced = decode_for_hash(encoded(large.convert(mode), "JPEG"))
+    assert (reduced.mode, reduced.size) == ("RGB", (720, 540))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9, 0.999])
+def test_a_large_jpeg_that_was_cut_off_is_refused(share: float, large: Image.Image) -> None:
+    data = encoded(large, "JPEG")
+    with pytest.raises(ImageError) as caught:
+        check_image(data[: int(len(data) * share)])
+    assert caught.value.reason == "unreadable_image"
