@@ -18,14 +18,14 @@ help:
 demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
-test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl
+test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # The full sweeps of tests/hostile and tests/whole, of which `test` runs a part.
-test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/corpora
+test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/corpora
 	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile tests/whole
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
@@ -73,6 +73,13 @@ check-real: .stamps/venv
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-trl 'trl==1.16.0' 'accelerate==1.15.0' psutil
 	@touch $@
 
+# Gradio, in which the page of a Space runs: beside the packages of .venv, with those that it needs and .venv lacks.
+.stamps/gradio: .stamps/venv
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-gradio 'gradio==6.31.0' 'gradio_client==2.7.2' \
+		'fastapi==0.165.0' 'starlette<2' 'httpx==0.28.1' httpcore brotli groovy hf-gradio orjson pydub python-multipart pytz \
+		safehttpx semantic-version tomlkit opentelemetry-api uvicorn
+	@touch $@
+
 # A real browser for the tests of pages: the machine's, else from its packages, else the one that Playwright brings.
 .stamps/browser: .stamps/venv
 	@if command -v chromium > /dev/null \
@@ -90,6 +97,6 @@ check-real: .stamps/venv
 	|| echo 'the test files of Parquet cannot be fetched here'
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info
 
 .PHONY: help demo test test-long resolve format teacher experiment check-real clean

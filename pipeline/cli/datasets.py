@@ -140,6 +140,9 @@ def push(
     language: Annotated[
         str | None, Option(help="The language of the texts, for the card: en, de, ...", show_default="that of the run")
     ] = None,
+    space: Annotated[
+        str | None, Option(help="Also push a page for this captioner, where anyone may try it, as a Space: ORG/NAME.")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     repair: Annotated[
         bool, Option("--repair", help="If this version lies damaged on the Hub, push its rows as the next patch.")
@@ -159,14 +162,16 @@ def push(
     from pipeline.storage.files import translate_disk_errors
 
     check_repo_name(repo)
+    if space:
+        check_repo_name(space)
     if data and not is_remote(data) and (data / "train.json").exists():
         if license_ or title or language:
             raise BadParameter("--license, --title and --language go with datasets", param_hint="PATH")
         say(f"captioner: {data}")
-        from pipeline.cli.training import package_captioner
-
-        send(package_captioner(data, repo), repo, private=private, dry_run=dry_run, as_json=as_json)
+        push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
+    if space:
+        raise BadParameter("goes with a captioner: name its folder", param_hint="--space")
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
@@ -297,8 +302,26 @@ def review_apply(
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
 
 
-def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool) -> "PushResult | None":
-    """Print what is sent where, push it, and print where it is; with `dry_run` nothing is sent."""
+def push_captioner(folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool) -> None:
+    """Push a captioner and, if it is named, a Space for it, which loads the very commit that was pushed."""
+    from pipeline.cli.training import package_captioner
+    from pipeline.hub.package import build_space_package
+    from trainer.publish.files import space_files
+
+    package = package_captioner(folder, repo)
+    pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
+    if space:
+        page = build_space_package(package, space_files(folder, repo, pushed.commit if pushed else package.name))
+        send(page, space, private=private, dry_run=dry_run)
+
+
+def send(
+    package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool | None = None
+) -> "PushResult | None":
+    """Print what is sent where, push it, and print where it is; with `dry_run` nothing is sent.
+
+    The result goes to stdout; to stderr if `as_json` is None, beside the result of something else.
+    """
     from pipeline.hub.push import push_package
 
     sizes, is_unknown = package.bytes(), package.has_unknown_license()
@@ -307,7 +330,8 @@ def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, 
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     if dry_run:
-        show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
+        if as_json is not None:
+            show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None
     with show_progress() as progress:
         pushed = push_package(package, repo, private=private, progress=progress)
@@ -316,5 +340,8 @@ def send(package: "Package", repo: str, *, private: bool | None, dry_run: bool, 
     if pushed.warning:
         say(f"warning: {pushed.warning}", WARNING)
     say(f"pushed {pushed.tag} as {pushed.commit}" if pushed.is_new else f"nothing to do: {pushed.tag} is there already")
-    show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
+    if as_json is None:
+        say(f"the page: {pushed.url}")
+    else:
+        show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
     return pushed

@@ -31,13 +31,13 @@ CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A version of a dataset, or a model, to upload.
+    """A version of a dataset, a model, or a page for a model, to upload.
 
     `name` is its tag, `title` the message of its commit; `manifest` is the uploaded manifest, with the digest and size of
     each file; `files` maps each path in the repository to a local file or to its content.
     """
 
-    kind: Literal["dataset", "model"]
+    kind: Literal["dataset", "model", "space"]
     name: str
     title: str
     manifest: dict[str, Any]
@@ -191,6 +191,14 @@ def build_checkpoint_package(
             "manifest.json": _json(manifest),
         },
     )
+
+
+def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
+    """Return the package of a Space for a model, under the model's tag; `files` are all of it but the manifest."""
+    entries = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    content_digest = digest([[name, entry["sha256"]] for name, entry in sorted(entries.items())])
+    manifest = {"version": model.name, "digest": content_digest, "files": entries}
+    return Package("space", model.name, f"A page for {model.name}", manifest, {**files, "manifest.json": _json(manifest)})
 
 
 def _pushed_as(folder: Path, data: dict[str, Any]) -> str | None:

@@ -128,7 +128,8 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: Progress) -> PushResult:
-    created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True)
+    sdk = "gradio" if package.kind == "space" else None
+    created = api.create_repo(repo, repo_type=package.kind, private=private, exist_ok=True, space_sdk=sdk)
     repo, name = created.repo_id, package.name
     is_private = bool(api.repo_info(repo, repo_type=package.kind).private)
     if private and not is_private:

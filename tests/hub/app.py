@@ -24,7 +24,7 @@ READ_TOKEN = "hf_loopback_read"
 OTHER_TOKEN = "hf_loopback_other"
 TOKENS = {TOKEN: (USER, "write"), READ_TOKEN: (USER, "read"), OTHER_TOKEN: ("you", "write")}
 NAMESPACES = {USER: {USER, "ORG"}, "you": {"you"}}  # where each user may have repositories
-KINDS = {"datasets": "dataset", "models": "model"}
+KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
 
 
 @dataclass
@@ -60,8 +60,8 @@ class HubError(Exception):
 
 Handler = Callable[..., Awaitable[Response]]
 ID = r"(?P<repo>[^/]+(?:/[^/]+)?)"
-API = rf"/api/(?P<kind>datasets|models)/{ID}"
-FILES = rf"/(?:(?P<kind>datasets)/)?{ID}"
+API = rf"/api/(?P<kind>datasets|models|spaces)/{ID}"
+FILES = rf"/(?:(?P<kind>datasets|spaces)/)?{ID}"
 
 
 class Hub:

@@ -25,7 +25,7 @@ async def create(hub: Hub, request: Request) -> Response:
     owner = body.get("organization") or user or ""
     hub.require_writer(request, owner)
     repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
-    url = {"url": f"{request.base_url}{'datasets/' if kind == 'dataset' else ''}{repo}", "name": repo, "id": repo}
+    url = {"url": f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}", "name": repo, "id": repo}
     if (kind, repo) in hub.storage.repos:
         return JSONResponse({"error": "You already created this repo", **url}, 409)
     repository = Repo(kind, repo, private=body.get("visibility") == "private")

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.errors import TrainError
 from pipeline.storage.files import read_json
 from trainer.config import require_checkpoint
@@ -16,6 +18,8 @@ DEFINITIONS = {  # by module of trainer/model: they take the place of the line t
     "states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid"),
 }
 IMPORTS = "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"
+GRADIO = "6.31.0"  # that the page was tested with; a Space installs this one
+SPACE_REQUIREMENTS = ("torch", "transformers>=5.17", "pillow")
 HEADER = "# This file comes with the captioner and needs torch, transformers and Pillow; it is written by `synth push`.\n"
 
 
@@ -65,6 +69,32 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
     }
     files = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in values.items()}
     return files | {f"{MODULE}.py": modeling_source().encode()}
+
+
+def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
+    """Return the files of a Space that shows the captioner of a checkpoint folder, once it is in `repo` at a revision."""
+    require_checkpoint(folder)
+    prompts = read_json(folder / "config.json")["prompts"]
+    styles = list(dict.fromkeys(style for _, style in prompts if style)) or [""]
+    about = {"model": repo, "revision": revision, "styles": styles, "answers": any(not style for _, style in prompts)}
+    header = {
+        "title": repo.rpartition("/")[2],
+        "emoji": "\N{FRAME WITH PICTURE}",
+        "colorFrom": "gray",
+        "colorTo": "blue",
+        "sdk": "gradio",
+        "sdk_version": GRADIO,
+        "app_file": "app.py",
+        "models": [repo],
+        "pinned": False,
+    }
+    text = f"A page for the captioner [{repo}](https://huggingface.co/{repo}), at {revision}.\n"
+    return {
+        "app.py": (HERE / "space.py").read_bytes(),
+        "requirements.txt": "".join(f"{name}\n" for name in SPACE_REQUIREMENTS).encode(),
+        "space.json": (json.dumps(about, indent=2) + "\n").encode(),
+        "README.md": f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{text}".encode(),
+    }
 
 
 def modeling_source() -> str:

@@ -1,0 +1,129 @@
+"""A Space: the page that `synth push --space` publishes runs in Gradio, with the captioner that was pushed, and without us."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from playwright.sync_api import Browser, expect
+
+from pipeline.sources.scenes import draw_sample
+from tests.hub.server import RunningHub, running_hub
+from tests.warm import run_synth
+from tests.whole.conftest import ROOT
+
+GRADIO = ROOT / ".venv-gradio"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def home(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a trained captioner in `captioner`, and a scene."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
+    synth(hub, folder, "generate", "--source", "scenes", "--limit", "40")
+    synth(hub, folder, "train", "--steps", "2", "--out", "captioner")
+    return folder
+
+
+def synth(hub: RunningHub, folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = run_synth(*arguments, cwd=folder, env=hub.env(folder / "home"))
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def files_of(hub: RunningHub, kind: str, repo: str) -> dict[str, bytes]:
+    """Return the files at the head of a repository."""
+    repository = hub.hub.storage.repos[kind, repo]
+    files = repository.commits[repository.branches["main"]].files
+    return {name: hub.hub.storage.path(file.sha256).read_bytes() for name, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def space(hub: RunningHub, home: Path) -> dict[str, bytes]:
+    """Return the files of the Space."""
+    done = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page", "--json")
+    assert json.loads(done.stdout)["repo"] == "me/captioner"  # one object, whatever was pushed
+    assert "the page: " in done.stderr
+    return files_of(hub, "space", "me/page")
+
+
+def test_a_space_names_the_commit_of_the_captioner_and_what_it_needs(
+    space: dict[str, bytes], hub: RunningHub, home: Path
+) -> None:
+    captioner = hub.hub.storage.repos["model", "me/captioner"]
+    about = json.loads(space["space.json"])
+    assert (about["model"], about["revision"]) == ("me/captioner", captioner.branches["main"])
+    assert (about["styles"], about["answers"]) == (["brief", "detailed"], True)
+    header = yaml.safe_load(space["README.md"].decode().split("---")[1])
+    assert (header["sdk"], header["app_file"], header["models"]) == ("gradio", "app.py", ["me/captioner"])
+    assert (GRADIO / f"gradio-{header['sdk_version']}.dist-info").is_dir()  # that the test below runs
+    assert b"transformers" in space["requirements.txt"]
+    assert set(captioner.tags) == set(hub.hub.storage.repos["space", "me/page"].tags)
+    again = synth(hub, home, "push", "captioner", "--repo", "me/captioner", "--space", "me/page")
+    assert again.stderr.count("nothing to do") == 2
+
+
+@pytest.mark.parametrize("arguments", [("--space", "me/page"), ("captioner", "--space", "not a name")])
+def test_a_space_without_a_captioner_or_a_name_is_refused(hub: RunningHub, home: Path, arguments: tuple[str, ...]) -> None:
+    done = run_synth("push", *arguments, "--repo", "me/captioner", cwd=home, env=hub.env(home / "home"))
+    assert done.returncode in (1, 2)
+    assert "captioner" in done.stderr or "not a repository name" in done.stderr
+
+
+@contextmanager
+def running(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run the page of a folder as a Space does, and yield its address."""
+    # Isolated, without `site`: this project cannot be imported.
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    start = "import runpy, sys; sys.path[:0] = sys.argv[1:3]; runpy.run_path('app.py', run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-u", "-c", start, str(GRADIO), packages]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    printed: list[str] = []
+    try:
+        for line in process.stdout:
+            printed.append(line)
+            if "Running on local URL" in line:
+                yield line.split()[-1]
+                return
+        raise AssertionError("".join(printed))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_visitor_drops_a_photo_reads_its_caption_and_asks(
+    space: dict[str, bytes], hub: RunningHub, home: Path, tmp_path: Path, browser: Browser
+) -> None:
+    for name, data in space.items():
+        (tmp_path / name).write_bytes(data)
+    environment = hub.env(tmp_path / "home") | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    environment.pop("PYTHONPATH", None)
+    expected: dict[str, Any] = json.loads(synth(hub, home, "caption", "captioner", "scene.png", "--json").stdout)
+    with running(tmp_path, environment) as address:
+        page = browser.new_page()
+        page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())  # fonts, scripts
+        page.goto(address)
+        page.locator("input[type=file]").first.set_input_files(home / "scene.png")
+        written = page.locator("#written textarea")
+        expect(written).to_have_value(expected["caption"], timeout=60_000)
+        page.get_by_label("Question").fill("How many?")
+        page.get_by_role("button", name="Write").click()
+        expect(written).not_to_have_value(expected["caption"], timeout=60_000)
+        if os.environ.get("SCREENSHOT"):
+            page.screenshot(path=os.environ["SCREENSHOT"])
+        page.close()
