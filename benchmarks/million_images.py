@@ -1,0 +1,110 @@
+"""Make a version of very many images without a model: `python benchmarks/million_images.py [--images 1000000] [--out DIR]`.
+
+A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with a caption of its own, goes through `synth import`: reading in
+workers, the search for near-duplicates, all stages, and the version. Prints seconds, the peak memory of the command and of its
+workers, and bytes; memory by the second is written to DIR/memory.csv. A million take half an hour and 6 GB of disk.
+"""
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+SCHEMA = pa.schema({"image": pa.binary(), "caption": pa.string()})
+NOUNS = [
+    "harbor",
+    "meadow",
+    "tractor",
+    "violin",
+    "lantern",
+    "bridge",
+    "orchard",
+    "kettle",
+    "sailor",
+    "window",
+    "basket",
+    "ladder",
+    "garden",
+    "market",
+    "stove",
+    "pigeon",
+    "river",
+    "statue",
+    "wagon",
+    "helmet",
+]
+KINDS = ("red", "blue", "old", "small", "wooden", "striped", "broken", "shiny", "pale", "narrow")
+BATCH = 5000
+
+
+def caption_of(number: int) -> str:
+    """Return a caption that no other of the first three million numbers has."""
+    a, b, c, d, e = (NOUNS[number // len(NOUNS) ** place % len(NOUNS)] for place in range(5))
+    kind, other = KINDS[number % len(KINDS)], KINDS[number // 7 % len(KINDS)]
+    return f"A {kind} {a} stands near the {b} while a {other} {c} leans on the {d} beside {number % 97} {e}s."
+
+
+def make(path: Path, count: int) -> None:
+    """Write distinct images with captions."""
+    rng = np.random.default_rng(0)
+    with pq.ParquetWriter(path, SCHEMA, compression="none") as writer:
+        for start in range(0, count, BATCH):
+            pixels = rng.integers(0, 255, (min(BATCH, count - start), 7, 9, 3), dtype=np.uint8)
+            images = []
+            for colors in pixels:
+                buffer = io.BytesIO()
+                Image.fromarray(colors).resize((72, 56), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=80)
+                images.append(buffer.getvalue())
+            captions = [caption_of(start + n) for n in range(len(images))]
+            writer.write_table(pa.table([images, captions], schema=SCHEMA))
+
+
+def memory_mb(process: int) -> tuple[float, float]:
+    """Return the memory of a process, and of its children together."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    children = " ".join(path.read_text() for path in tasks).split()
+    pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (process, *children)]
+    sizes = [count * os.sysconf("SC_PAGE_SIZE") / 1e6 for count in pages]
+    return sizes[0], sum(sizes[1:])
+
+
+def main() -> None:
+    """Run the import, and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "million-images")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    images = options.out / f"{options.images}.parquet"
+    if not images.exists():
+        make(images.with_suffix(".part"), options.images)
+        images.with_suffix(".part").rename(images)
+    command = [sys.executable, "-m", "pipeline", "import", "--source", f"parquet:{images}", "--columns", "references=caption"]
+    start, peak = time.monotonic(), (0.0, 0.0)
+    with (options.out / "memory.csv").open("w") as log, (options.out / "log.txt").open("wb") as printed:
+        log.write("seconds,command_mb,workers_mb\n")
+        process = subprocess.Popen([*command, "--out", str(options.out / "dataset")], stdout=printed, stderr=printed)
+        while process.poll() is None:
+            try:
+                now = memory_mb(process.pid)
+            except OSError:  # one of them has ended
+                continue
+            peak = max(peak[0], now[0]), max(peak[1], now[1])
+            log.write(f"{time.monotonic() - start:.0f},{now[0]:.0f},{now[1]:.0f}\n")
+            time.sleep(1)
+    size = sum(path.stat().st_size for path in (options.out / "dataset").rglob("*") if path.is_file())
+    print(f"{options.images:,} images of {images.stat().st_size / 1e9:.2f} GB: exit code {process.returncode}")
+    print(f"{time.monotonic() - start:,.0f} s; {peak[0]:,.0f} MB, workers {peak[1]:,.0f} MB; dataset {size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
