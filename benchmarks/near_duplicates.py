@@ -49,10 +49,11 @@ def plant(count: int, *, mirrored: bool) -> tuple[Hashes, dict[tuple[int, int], 
     return hashes, planted
 
 
-def describe_recall(found: set[tuple[int, int]], planted: dict[tuple[int, int], int]) -> str:
+def describe_recall(pairs: set[tuple[int, int]], planted: dict[tuple[int, int], int]) -> str:
     """Return the share of planted pairs that were found, by bits."""
-    all_of, found_of = Counter(planted.values()), Counter(bits for pair, bits in planted.items() if pair in found)
-    return ", ".join(f"{bits}: {found_of[bits] / all_of[bits]:.4f}" for bits in BITS)
+    all_of = Counter(planted.values())
+    near_of = Counter(bits for pair, bits in planted.items() if pair in pairs)
+    return ", ".join(f"{bits}: {near_of[bits] / all_of[bits]:.4f}" for bits in BITS)
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 A command still has a process, a folder, an environment and streams of its own. What is left out is the start of Python: that
 a command imports what it needs, and no more, is what tests of whole/test_cli.py and test_install.py look at. Packages that read
 their environment when they are imported are left to the command, if it has another environment than the tests; where Python
-itself has another one, the command is started as a user starts it.
+itself has another one, the command is started as a user starts it. All commands of a test process share the seed of hashes:
+tests of whether two runs agree start them as a user does.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -16,8 +18,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 SYNTH = str(Path(sys.executable).with_name("synth"))
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "XDG_", "HOME")  # by huggingface_hub and what imports it
 READ_BY_PYTHON = ("OMP_", "PYTHON", "LC_", "LANG", "TZ")
-OTHERS = (
+PACKAGES = (
     "torch",
     "duckdb",
     "pyarrow.parquet",
@@ -45,9 +49,17 @@ LEFT_OUT = (
     "pipeline.cli.__main__",
     "trainer.publish.onnx",
     "trainer.publish.run_onnx",
+    "trainer.publish.space",  # needs gradio
 )
-THREADS = {"python", "jemalloc_bg_thd"}
-NAMES = ("AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer", "CLIPModel", "Qwen2_5_VLForConditionalGeneration")
+HARMLESS_THREADS = ("jemalloc_bg_thd",)
+FAILED = 70  # the exit code of a command that did not begin
+MODEL_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoProcessor",
+    "AutoTokenizer",
+    "CLIPModel",
+    "Qwen2_5_VLForConditionalGeneration",
+)
 
 
 class _Parent:
@@ -68,7 +80,12 @@ class _Parent:
             connection.settimeout(timeout_s)
             connection.connect(self._address)
             socket.send_fds(connection, [request], list(streams))
-            return int(connection.recv(32))
+            code = connection.recv(32)
+        if not code:
+            raise RuntimeError("the process that has imported everything has ended")
+        if int(code) == FAILED:
+            raise RuntimeError("the command did not begin")
+        return int(code)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -87,7 +104,8 @@ def run_synth(
     environment = dict(os.environ if env is None else env)
     command = [SYNTH, *map(str, arguments)]
     if not _is_alike(environment, READ_BY_PYTHON):
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=timeout)
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
     imports_all = _is_alike(environment, READ_AT_IMPORT)
     if imports_all not in _parents:
         _parents[imports_all] = _Parent(imports_all=imports_all)
@@ -125,69 +143,86 @@ def _import_all() -> None:
             if not module.name.startswith(LEFT_OUT):
                 importlib.import_module(module.name)
     transformers = importlib.import_module("transformers")
-    for name in NAMES:
+    for name in MODEL_CLASSES:
         getattr(transformers, name)
 
 
-def _serve(address: str, *, imports_all: bool) -> None:
-    """Fork for each request, send its exit code when it ends, and end when the test process does."""
-    for name in OTHERS:
-        importlib.import_module(name)
-    if imports_all:
-        _import_all()
-    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
-    assert threads <= THREADS, f"a process with the threads {threads} is not safely forked"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
-    listener.listen()
-    print("ready", flush=True)
-    waiting = selectors.DefaultSelector()
-    waiting.register(listener, selectors.EVENT_READ)
-    waiting.register(0, selectors.EVENT_READ)
-    children: dict[int, tuple[int, socket.socket]] = {}  # process and client, by the file that tells its end
-    while True:
-        for event, _ in waiting.select():
-            if event.fd == 0:
-                return
-            if event.fileobj is listener:
-                client, _ = listener.accept()
-                request, streams, _, _ = socket.recv_fds(client, MAX_REQUEST_BYTES, 3)
-                child = os.fork()
-                if child == 0:
-                    _run(json.loads(request), streams)
-                for stream in streams:
-                    os.close(stream)
-                end = os.pidfd_open(child)
-                children[end] = child, client
-                waiting.register(end, selectors.EVENT_READ)
-                waiting.register(client, selectors.EVENT_READ, end)
-            elif event.data is not None:  # the client has given up
-                waiting.unregister(event.fileobj)
-                os.kill(children[event.data][0], signal.SIGKILL)
-            else:
-                child, client = children.pop(event.fd)
-                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                waiting.unregister(event.fd)
-                os.close(event.fd)
-                if client in waiting.get_map():
-                    waiting.unregister(client)
-                    client.send(str(code).encode())
-                client.close()
+def _require_one_thread() -> None:
+    """Raise AssertionError if an import has started a thread, which a fork would not have."""
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    others = [name for name in threads if name not in HARMLESS_THREADS]
+    assert len(others) == 1, f"a process with the threads {threads} is not safely forked"
 
 
-def _run(request: dict[str, object], streams: Sequence[int]) -> NoReturn:
-    """Run a command in this process, and end it."""
-    code = 1
+class _Server:
+    """Forks for each request, sends its exit code when it ends, and ends when the test process does."""
+
+    def __init__(self, address: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(address)
+        self._listener.listen()
+        self._events = selectors.DefaultSelector()
+        self._events.register(self._listener, selectors.EVENT_READ)
+        self._events.register(0, selectors.EVENT_READ)
+        self._children: dict[int, tuple[int, socket.socket]] = {}  # process and client, by the file that tells its end
+        self._ends: dict[int, int] = {}  # the same files, by those of their clients
+
+    def serve(self) -> None:
+        print("ready", flush=True)
+        while True:
+            for event, _ in self._events.select():
+                if event.fd == 0:
+                    for child, _ in self._children.values():
+                        os.kill(child, signal.SIGKILL)
+                    return
+                if event.fileobj is self._listener:
+                    self._fork()
+                elif event.fd in self._children:
+                    self._tell_end(event.fd)
+                elif event.fd in self._ends:  # the client has given up; a client whose command has just ended is in neither
+                    self._events.unregister(event.fd)
+                    os.kill(self._children[self._ends.pop(event.fd)][0], signal.SIGKILL)
+
+    def _fork(self) -> None:
+        client, _ = self._listener.accept()
+        request, streams, _, _ = socket.recv_fds(client, MAX_REQUEST_BYTES, 3)
+        child = os.fork()
+        if child == 0:
+            _run(request, streams)
+        for stream in streams:
+            os.close(stream)
+        end = os.pidfd_open(child)
+        self._children[end] = child, client
+        self._ends[client.fileno()] = end
+        self._events.register(end, selectors.EVENT_READ)
+        self._events.register(client, selectors.EVENT_READ)
+
+    def _tell_end(self, end: int) -> None:
+        child, client = self._children.pop(end)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        self._events.unregister(end)
+        os.close(end)
+        if self._ends.pop(client.fileno(), None) is not None:
+            self._events.unregister(client)
+            with suppress(OSError):  # it has given up by now
+                client.send(str(code).encode())
+        client.close()
+
+
+def _run(request: bytes, streams: Sequence[int]) -> NoReturn:
+    """Run a command in this process, and end it as Python ends; an error before the command begins exits with FAILED."""
+    code = FAILED
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         os.closerange(3, 256)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked = json.loads(request)
         os.environ.clear()
-        os.environ.update(request["environment"])  # type: ignore[call-overload]
-        os.chdir(str(request["folder"]))
+        os.environ.update(asked["environment"])
+        os.chdir(asked["folder"])
         vars(sys.modules["__main__"])["__package__"] = None  # or click would call the program by the name of this module
-        sys.argv = list(request["arguments"])  # type: ignore[call-overload]
+        sys.argv = asked["arguments"]
         from pipeline.cli import main
 
         try:
@@ -197,11 +232,21 @@ def _run(request: dict[str, object], streams: Sequence[int]) -> NoReturn:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:  # noqa: BLE001  # as Python prints it
             traceback.print_exc()
+            code = 1
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the end of Python does
+        atexit._run_exitfuncs()
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], imports_all=sys.argv[2:] == ["all"])
+    for package in PACKAGES:
+        importlib.import_module(package)
+    if sys.argv[2:] == ["all"]:
+        _import_all()
+    _require_one_thread()
+    _Server(sys.argv[1]).serve()

@@ -34,14 +34,13 @@ class StoredImage:
 class RowGroup:
     """The images of one row group, located when they are first read."""
 
-    def __init__(self, version: Version, file: pq.ParquetFile, mapped: mmap.mmap, number: int) -> None:
-        self._version, self._file, self._mapped, self._number = version, file, mapped, number
+    def __init__(self, version: Version, file: pq.ParquetFile, mapped: mmap.mmap, number: int, lock: threading.Lock) -> None:
+        self._version, self._file, self._mapped, self._number, self._lock = version, file, mapped, number, lock
         self._images: list[memoryview] | None = None
-        self._lock = threading.Lock()  # several threads decode images
 
     def images(self) -> list[memoryview]:
-        """Return the bytes of each image; one that is not stored verbatim (by another writer) is held in memory."""
-        with self._lock:
+        """Return the bytes of each image; in a shard of another writer, which packs them, they are held in memory."""
+        with self._lock:  # several threads decode images, and read one file
             if self._images is None:
                 try:
                     self._images = list(self._locate())
@@ -53,15 +52,16 @@ class RowGroup:
         rows = self._file.read_row_group(self._number, columns=["image"])
         require_values(rows)
         column = _column_of(self._file, self._number)
-        at = column.dictionary_page_offset or column.data_page_offset
-        end, whole = at + column.total_compressed_size, memoryview(self._mapped)
+        first = column.dictionary_page_offset or column.data_page_offset
+        end, whole = first + column.total_compressed_size, memoryview(self._mapped)
+        is_packed = column.compression != "UNCOMPRESSED"
         for image in pc.struct_field(rows["image"], "bytes").to_pylist():
-            start = self._mapped.find(image, at, end)
+            start = -1 if is_packed else self._mapped.find(image, first, end)
             if start < 0:
                 yield memoryview(image)
             else:
-                at = start + len(image)
-                yield whole[start:at]
+                first = start + len(image)
+                yield whole[start:first]
 
 
 def map_images(version: Version, split: str) -> dict[str, StoredImage]:
@@ -73,16 +73,16 @@ def map_images(version: Version, split: str) -> dict[str, StoredImage]:
 
 
 def _images_of(version: Version, shard: Path) -> Iterator[tuple[str, StoredImage]]:
-    version.open_shard(shard)
+    version.open_shard(shard)  # raises ValueError if its columns are not those of the manifest
     with shard.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     # Read from the mapped memory: a version may have more shards than a process may have files open.
     file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(mapped)), page_checksum_verification=True)
     rows = file.read(columns=["sample_id"])  # at once: a call for each row group takes ten times as long
     require_values(rows)
-    ids = iter(rows["sample_id"].to_pylist())
+    ids, lock = iter(rows["sample_id"].to_pylist()), threading.Lock()
     for number in range(file.num_row_groups):
-        group = RowGroup(version, file, mapped, number)
+        group = RowGroup(version, file, mapped, number, lock)
         count = file.metadata.row_group(number).num_rows
         yield from ((sample_id, StoredImage(group, n)) for n, sample_id in enumerate(islice(ids, count)))
 

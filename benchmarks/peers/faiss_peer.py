@@ -21,9 +21,9 @@ def main() -> None:
     index.add(hashes)
     pairs = set()
     for first in range(0, len(hashes), 10_000):
-        limits, _, found = index.range_search(hashes[first : first + 10_000], bits + 1)  # the radius is strict
+        limits, _, neighbors = index.range_search(hashes[first : first + 10_000], bits + 1)  # the radius is strict
         rows = first + np.repeat(np.arange(len(limits) - 1), np.diff(limits.astype(np.int64)))
-        pairs.update((a, b) for a, b in zip(rows.tolist(), found.tolist(), strict=True) if a < b)
+        pairs.update((a, b) for a, b in zip(rows.tolist(), neighbors.tolist(), strict=True) if a < b)
     print(json.dumps({"cpu_s": time.process_time() - start, "pairs": sorted(pairs)}))
 
 

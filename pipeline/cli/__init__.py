@@ -8,6 +8,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,12 +69,14 @@ class Group(TyperGroup):
 
 
 class ListByDefault(Group):
-    """A group of commands that lists if none is named: `synth versions data/photos` is `synth versions list data/photos`."""
+    """A group that lists if a folder stands where a command could: `synth versions data/photos` is `... list data/photos`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click.Command."""
-        is_named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
-        return super().parse_args(ctx, args if is_named else ["list", *args])
+        word = args[0] if args else ""
+        is_option = not word or (word.startswith("-") and word not in ctx.help_option_names)
+        is_path = word not in self.commands and ("/" in word or Path(word).exists())
+        return super().parse_args(ctx, ["list", *args] if is_option or is_path else args)
 
 
 @contextmanager
@@ -96,7 +99,7 @@ app = typer.Typer(
     },
 )
 features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
-versions = typer.Typer(cls=ListByDefault, help="Versions of a dataset: list, name and remove them.")
+versions = typer.Typer(cls=ListByDefault, help="Versions of a dataset: list, tag and remove them, and what they leave.")
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
 
 

@@ -43,7 +43,7 @@ def check(
     """
     from pipeline.check import check_dataset, check_version, check_version_folder
     from pipeline.cli.training import check_checkpoint
-    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
     from pipeline.dataset.version import MANIFEST
     from pipeline.errors import StoreError
     from pipeline.hub.pull import is_hub_name, pull_version
@@ -55,7 +55,9 @@ def check(
             return
         folder = parse_dataset_path(data) if data else last_dataset()
         with translate_disk_errors(folder):
-            if any((folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")):
+            if split_version(folder)[1]:
+                yield check_version(open_dataset(folder))
+            elif any((folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")):
                 yield check_checkpoint(folder)
             elif (folder / MANIFEST).exists():
                 yield check_version_folder(folder)
@@ -86,6 +88,7 @@ def diff(
 ) -> None:
     """Say what changed from one version to another, field by field, and why."""
     from pipeline.dataset.diff import diff_versions
+    from pipeline.dataset.directory import split_version
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
 
     folder = parse_dataset_path(names.pop(0)) if len(names) == 3 else None
@@ -95,7 +98,7 @@ def diff(
     def opened(name: str) -> "Version":
         if is_hub_name(name):
             return pull_version(name)
-        if is_remote(parse_dataset_path(name)) or Path(name).is_dir():
+        if is_remote(parse_dataset_path(name)) or Path(name).is_dir() or split_version(Path(name))[0].is_dir():
             return open_or_download(parse_dataset_path(name))
         return open_or_download(folder or last_dataset(), name)
 
@@ -176,7 +179,8 @@ def push(
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
     chosen_version = open_or_download(data or only_made(), version, previews=False)
-    note_previews(chosen_version)
+    if version is None:
+        note_previews(chosen_version, data)
     stated = describe_data(license_, title, language)
 
     def push_version(version: "Version") -> "PushResult | None":
@@ -304,14 +308,12 @@ def review_apply(
 
 def push_captioner(folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool) -> None:
     """Push a captioner and, if it is named, a Space for it, which loads the very commit that was pushed."""
-    from pipeline.cli.training import package_captioner
-    from pipeline.hub.package import build_space_package
-    from trainer.publish.files import space_files
+    from pipeline.cli.training import package_captioner, package_space
 
     package = package_captioner(folder, repo)
     pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if space:
-        page = build_space_package(package, space_files(folder, repo, pushed.commit if pushed else package.name))
+        page = package_space(package, folder, repo, pushed.commit if pushed else package.name)
         send(page, space, private=private, dry_run=dry_run)
 
 

@@ -13,8 +13,10 @@ from pipeline.cli.output import echo, last_dataset, say
 
 def _dataset_folder(path: Path) -> Path:
     """Return a dataset folder, of which a version may have been named."""
+    from pipeline.dataset.directory import split_version
     from pipeline.dataset.version import MANIFEST, dataset_dir_of
 
+    path, _ = split_version(path)
     return dataset_dir_of(path.absolute()) if (path / MANIFEST).exists() else path
 
 

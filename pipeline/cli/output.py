@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pipeline.errors import SynthError
 from pipeline.progress import LOSS, WARNING, duration
 from pipeline.text.escape import printable
 
@@ -33,14 +34,19 @@ def last_dataset() -> Path:
     return folder
 
 
-def note_previews(version: "Version") -> None:
-    """Say that a version is a preview, or that a newer one is and was passed over."""
-    from pipeline.dataset.directory import DatasetDir
+def note_previews(version: "Version", path: Path | None = None) -> None:
+    """Say that a version is a preview, or that a newer one is and was passed over, unless `path` names the version itself."""
+    from pipeline.dataset.directory import DatasetDir, split_version
 
     if version.is_preview:
         say(f"note: {version.name} is a preview: its run stopped at --limit, and the source has more images", WARNING)
         return
-    later = [other for other in DatasetDir(version.dataset_dir).versions() if other > version and other.is_preview]
+    if path is not None and (split_version(path)[1] or path.name == version.name):
+        return
+    try:
+        later = [other for other in DatasetDir(version.dataset_dir).versions() if other > version and other.is_preview]
+    except SynthError:  # one of the others is damaged, and nobody has asked for it
+        return
     if later:
         named = f"{version.dataset_dir}@{later[-1].name}"
         say(f"note: {later[-1].name} is newer, and a preview; {version.name} is taken (name the other: {named})", WARNING)

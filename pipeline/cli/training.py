@@ -169,6 +169,14 @@ def package_captioner(folder: Path, repo: str) -> "Package":
     return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
 
 
+def package_space(package: "Package", folder: Path, repo: str, revision: str) -> "Package":
+    """Return what to push of a page for a captioner, which is in `repo` at a revision."""
+    from pipeline.hub.package import build_space_package
+    from trainer.publish.files import space_files
+
+    return build_space_package(package, space_files(folder, repo, revision))
+
+
 def evaluate(
     checkpoint: Checkpoint,
     data: DataName = None,
@@ -543,8 +551,9 @@ def open_data(name: str | None, images: str | None) -> "Version":
     if name and is_hub_name(name):
         version = pull_version(name)
     else:
-        version = open_or_download(parse_dataset_path(name) if name else last_dataset(), previews=False)
-        note_previews(version)
+        path = parse_dataset_path(name) if name else last_dataset()
+        version = open_or_download(path, previews=False)
+        note_previews(version, path)
     if not lacks_pixels(version):
         return version
     home = DatasetDir(version.dataset_dir / "joined")

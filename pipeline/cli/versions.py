@@ -2,26 +2,44 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, AsJson, DataDir
-from pipeline.cli.output import echo, last_dataset, say
+from pipeline.cli.output import echo, last_dataset, note_previews, say
 from pipeline.storage.object_store import is_remote
+
+if TYPE_CHECKING:
+    from pipeline.dataset.directory import DatasetDir
 
 OnlyMade = Annotated[
     Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default="the only one made here")
 ]
 
 
+def _dataset(path: Path) -> "DatasetDir":
+    """Return a dataset folder, of which a version may have been named. Raise StoreError if there is none: none is made."""
+    from pipeline.dataset.directory import DatasetDir, split_version
+    from pipeline.dataset.version import MANIFEST, dataset_dir_of
+    from pipeline.errors import StoreError
+
+    folder, version = split_version(path)
+    if not is_remote(folder):
+        folder = dataset_dir_of(folder.absolute()) if (folder / MANIFEST).exists() else folder
+        if not (folder / "versions").is_dir():
+            raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
+    if version:
+        raise StoreError(f"{path} names a version", hint=f"name the dataset folder: {folder}")
+    return DatasetDir(folder)
+
+
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset, oldest first: rows, size, parent, date, digest, tags, and where each was pushed."""
-    from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.names import read_tags
     from pipeline.storage.files import translate_disk_errors
 
-    folder = DatasetDir(data or last_dataset())
+    folder = _dataset(data or last_dataset())
     with translate_disk_errors(folder.path):
         listed = folder.versions() or [folder.version()]  # raises the error that says what is missing
         rows, pushed, tags = [version.summary() for version in listed], folder.pushed(), read_tags(folder.path)
@@ -44,13 +62,12 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
 
 def versions_tag(
     tag: Annotated[str, Argument(help="A name, such as paper.")],
-    version: Annotated[str | None, Argument(help="Which version.", show_default="the newest")] = None,
+    version: Annotated[str | None, Argument(help="Which version.", show_default="the newest that is not a preview")] = None,
     data: Annotated[Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)] = None,
     move: Annotated[bool, Option("--move", help="Let a tag that is there name this version.")] = False,
     delete: Annotated[bool, Option("--delete", help="Remove the tag; the version stays.")] = False,
 ) -> None:
     """Give a version a name, by which `--version` knows it, and which keeps it from being removed."""
-    from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.names import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
@@ -58,7 +75,7 @@ def versions_tag(
     if delete and (version or move):
         raise BadParameter("--delete takes a tag alone", param_hint="--delete")
     require_tag_name(tag)
-    dataset = DatasetDir(data or last_dataset())
+    dataset = _dataset(data or last_dataset())
     with translate_disk_errors(dataset.path), dataset.lock():
         tags = read_tags(dataset.path)
         if delete:
@@ -67,7 +84,10 @@ def versions_tag(
             write_tags(dataset.path, {name: tagged for name, tagged in tags.items() if name != tag})
             echo(f"{tag} no longer names {tags[tag]}")
             return
-        named = dataset.version(version).name
+        chosen = dataset.version(version, previews=False)
+        named = chosen.name
+        if version is None:
+            note_previews(chosen)
         if tags.get(tag, named) != named and not move:
             raise StoreError(f"{tag} names {tags[tag]}", hint="--move lets it name another version")
         write_tags(dataset.path, tags | {tag: named})
@@ -80,21 +100,22 @@ def versions_rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove versions from this machine. Replies stay in the journal, and what was pushed stays on the Hub."""
-    from pipeline.dataset.directory import DatasetDir, only_made
+    from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import remove_versions
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = DatasetDir(data or only_made())
+    dataset = _dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
-        pushed = {push["version"]: push["repo"] for push in dataset.pushed()}
+        pushed = dataset.pushed()
         removed = remove_versions(dataset, names)
     if as_json:
-        echo(json.dumps({"removed": [version.name for version in removed]}))
+        echo(json.dumps({"removed": [one.path.name for one in removed], "bytes": sum(one.num_bytes for one in removed)}))
         return
-    for version in removed:
-        size = sum(entry["bytes"] for entry in version.manifest["files"].values())
-        on_hub = f"; it is still in {pushed[version.name]}" if version.name in pushed else ""
-        echo(f"removed {version.name}: {version.num_rows:,} rows, {size / 1e6:.1f} MB{on_hub}")
+    for one in removed:
+        repos = dict.fromkeys(push["repo"] for push in pushed if push["version"] == one.path.name)
+        echo(f"removed {one.path.name}, which frees {one.num_bytes / 1e6:.1f} MB")
+        for repo in repos:
+            echo(f"          was pushed to {repo}")
 
 
 def versions_gc(
@@ -103,11 +124,11 @@ def versions_gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove what killed commands have left behind, and store equal files of several versions once."""
-    from pipeline.dataset.directory import DatasetDir, only_made
+    from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import find_leftovers, remove_leftovers, share_equal_files
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = DatasetDir(data or only_made())
+    dataset = _dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
         shared_bytes = 0 if is_remote(dataset.path) else share_equal_files(dataset, dry_run=dry_run)

@@ -313,6 +313,9 @@ def publish_version(
     pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
     content_digest = version_digest(pairs, content.columns, content.extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
+        if parent.is_preview and not provenance["source"].get("preview"):  # there was nothing beyond the limit but copies
+            parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
+            write_json(parent.path / MANIFEST, parent.manifest)
         return parent, False
     extras = content.extras
     schema = row_schema(content.columns, extras)

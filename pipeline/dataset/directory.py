@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,13 +121,14 @@ class DatasetDir:
         return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
-        """Return the version of that name or tag, or the newest; without `previews`, the newest that is none, if there is one.
+        """Return the version of that name or tag, or the newest; without `previews`, a preview only if all are previews.
 
-        Raises StoreError if there is none.
+        Raises StoreError if there is no such version.
         """
-        versions, tags = self.versions(), read_tags(self.path)
-        wanted = tags.get(name or "", name)
-        matches = [version for version in versions if wanted in (None, version.name)]
+        versions = self.versions()
+        matches = [version for version in versions if name in (None, version.name)]
+        tags = read_tags(self.path) if name and not matches else {}
+        matches = matches or [version for version in versions if version.name == tags.get(name or "")]
         if not matches:
             names = [*(version.name for version in versions), *tags]
             hint = f"versions here: {', '.join(names) or 'none'}; `synth generate` makes one"
@@ -159,7 +160,7 @@ class DatasetDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                hint = "wait for it, or choose another --out"
+                hint = "wait for it to end, or choose another folder"
                 raise StoreError(f"another process is writing to {self.path}", hint=hint) from None
             yield lambda: None
 
@@ -169,10 +170,7 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
 
     FOLDER@VERSION names a version too, or a tag; for `previews`, see `DatasetDir.version`.
     """
-    path = path or last_made()
-    folder, at, named = path.name.rpartition("@")
-    if at and version is None and not path.exists():
-        path, version = path.with_name(folder), named
+    path, version = (path or last_made(), version) if version else split_version(path or last_made())
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
@@ -181,6 +179,14 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
     return DatasetDir(path).version(version, previews=previews)
+
+
+def split_version(path: Path) -> tuple[Path, str | None]:
+    """Return the folder and the name of DIR@VERSION, or DIR@TAG; the path and None if it is something else."""
+    folder, _, name = path.name.rpartition("@")
+    if not folder or not name or path.exists():
+        return path, None
+    return path.parent / folder, name
 
 
 def last_made() -> Path:
@@ -209,11 +215,11 @@ def only_made() -> Path:
 
 
 def remember_dataset(out: Path | None) -> None:
-    """Remember the folder that a run was told to write to, so that commands that are told none find it: in `data/`.
+    """Write down, in `data/`, which folder a run was told to write to: commands that are told none find it there.
 
-    It is a convenience: where it cannot be written, or the folder is remote, nothing is kept.
+    Where that cannot be written, or the folder is remote, nothing is kept.
     """
-    if out is None or is_remote(out) or (path := out.absolute()).parent == DATA.absolute():
+    if out is None or is_remote(out) or (path := out.resolve()).parent == DATA.resolve():
         return
     others = [other for other in _remembered() if other != path]
     try:
@@ -226,13 +232,16 @@ def _remembered() -> list[Path]:
     """Return the dataset folders outside `data/`, the last one first; none if the file of them is not ours."""
     try:
         return list(map(Path, read_json(DATA / ELSEWHERE)["datasets"]))
-    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError):
         return []
 
 
 def _made_manifests() -> list[Path]:
-    folders = [*DATA.glob("*"), *_remembered()]
-    return sorted(path for folder in folders for path in folder.glob("versions/v*/manifest.json"))
+    manifests: list[Path] = []
+    for folder in [*DATA.glob("*"), *_remembered()]:
+        with suppress(OSError):  # a name that no folder can have
+            manifests += folder.glob(f"versions/v*/{MANIFEST}")
+    return sorted(manifests)
 
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:

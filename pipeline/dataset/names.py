@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.version import VERSION_NAME, Version, parse_version
+from pipeline.dataset.version import VERSION_NAME, parse_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import read_json, write_json
 from pipeline.storage.untrusted import UnsafeFileError
@@ -13,12 +13,11 @@ TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
 def read_tags(dataset: Path) -> dict[str, str]:
-    """Return the version that each tag of a dataset folder names. Raise StoreError if the file of tags is not ours."""
-    tags = _read(dataset / "versions" / "tags.json", "tags")
-    if not all(
-        TAG_NAME.fullmatch(tag) and isinstance(name, str) and VERSION_NAME.fullmatch(name) for tag, name in tags.items()
-    ):
-        raise StoreError(f"{dataset}/versions/tags.json holds what is no tag", hint="remove it, and tag the versions again")
+    """Return the version that each tag of a dataset folder names. Raise StoreError if the file holds anything else."""
+    file = dataset / "versions" / "tags.json"
+    tags = _read(file, "tags", {})
+    if not isinstance(tags, dict) or not all(is_tag(tag) and VERSION_NAME.fullmatch(str(name)) for tag, name in tags.items()):
+        raise StoreError(f"{file} holds other things than tags", hint="remove it, and tag the versions again")
     return tags
 
 
@@ -27,25 +26,32 @@ def write_tags(dataset: Path, tags: dict[str, str]) -> None:
     write_json(dataset / "versions" / "tags.json", {"tags": dict(sorted(tags.items()))})
 
 
+def is_tag(name: str) -> bool:
+    """Return whether this may be a tag: it is not taken for a version or a path."""
+    return bool(TAG_NAME.fullmatch(name)) and not VERSION_NAME.fullmatch(name)
+
+
 def require_tag_name(tag: str) -> None:
-    """Raise ConfigError if this cannot be a tag, or would be taken for a version."""
-    if not TAG_NAME.fullmatch(tag) or VERSION_NAME.fullmatch(tag):
+    """Raise ConfigError if this cannot be a tag."""
+    if not is_tag(tag):
         hint = "a letter first, then letters, digits, dots, hyphens and underscores, 64 in all, and not like v1.0.0"
         raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
-def read_removed(dataset: Path) -> dict[str, str]:
-    """Return the digest of each version that was removed from a dataset folder, by name."""
-    removed = _read(dataset / "versions" / "removed.json", "removed")
-    if not all(VERSION_NAME.fullmatch(name) for name in removed):
-        raise StoreError(f"{dataset}/versions/removed.json names what is no version", hint="remove that line")
-    return removed
+def read_removed(dataset: Path) -> list[str]:
+    """Return the names of versions that were removed from a dataset folder: no other version is given one of them."""
+    file = dataset / "versions" / "removed.json"
+    names = _read(file, "removed", [])
+    if not isinstance(names, list) or not all(VERSION_NAME.fullmatch(str(name)) for name in names):
+        hint = "write the names of removed versions there, such as those that were pushed: no other version may take them"
+        raise StoreError(f"{file} holds other things than names of versions", hint=hint)
+    return names
 
 
-def record_removed(dataset: Path, version: Version) -> None:
+def record_removed(dataset: Path, name: str) -> None:
     """Record that a version was removed."""
-    removed = read_removed(dataset) | {version.name: version.manifest["digest"]}
-    write_json(dataset / "versions" / "removed.json", {"removed": removed})
+    names = dict.fromkeys([*read_removed(dataset), name])
+    write_json(dataset / "versions" / "removed.json", {"removed": list(names)})
 
 
 def taken_numbers(dataset: Path) -> list[tuple[int, ...]]:
@@ -53,13 +59,11 @@ def taken_numbers(dataset: Path) -> list[tuple[int, ...]]:
     return [parse_version(name) for name in read_removed(dataset)]
 
 
-def _read(file: Path, key: str) -> dict[str, Any]:
+def _read(file: Path, key: str, default: Any) -> Any:
+    """Return a value of a JSON file; `default` if there is no file, and None if it holds no such value."""
     if not file.exists():
-        return {}
+        return default
     try:
-        value = read_json(file)[key]
-    except (ValueError, LookupError, TypeError, UnsafeFileError):
-        value = None
-    if not isinstance(value, dict):
-        raise StoreError(f"{file} is not ours", hint="remove it: it holds names of versions only")
-    return value
+        return read_json(file)[key]
+    except (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError):
+        return None

@@ -1,79 +1,89 @@
-"""Remove versions of a dataset, and what killed runs have left behind.
+"""Remove versions of a dataset, and what killed commands have left behind.
 
 A removed version's name is not given to another one: it may be on the Hub, in a model card, or in somebody's notes.
 """
 
-import filecmp
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import read_removed, read_tags, record_removed
-from pipeline.dataset.version import MANIFEST, Version, share_file
+from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, is_shareable, read_version, share_file
 from pipeline.errors import StoreError
-from pipeline.storage.files import flush_folder, remove
+from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 from pipeline.storage.object_store import is_remote
 
+# Folders whose files are written by commands that hold the lock.
+LOCKED_FOLDERS = ("stages/*", "versions/v*", "shards/*/stages/*")
 REMOVING = ".removing-"  # before the name of a version whose files are being removed
-SCRATCH = ".next"  # storage.files.scratch_folder
-TEMPORARY = ".*.tmp"  # storage.files.atomic_write
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that no version and no run needs."""
+    """Something that no version and no run needs, and the bytes that its removal frees."""
 
     path: Path
     num_bytes: int
 
 
-def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Version]:
-    """Remove versions, and return what they were. Their replies stay in the journal, and so can be made into a version again.
+def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
+    """Remove versions, and return their folders. Their replies stay in the journal: a run can make the same rows again.
 
-    A version is gone at once or not at all, whenever the process is killed. The caller holds the lock of the folder. Raises
-    StoreError, and removes nothing, if there is no such version, or a tag names it.
+    A version is gone at once or not at all, whenever the process is killed. The caller holds the lock of the folder. Raise
+    StoreError, and remove nothing, if there is no such version, or a tag names it; or if its files cannot be removed.
     """
-    versions = [dataset.version(name) for name in dict.fromkeys(names)]
+    folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
-    for version in versions:
-        if of_version := [tag for tag, tagged in tags.items() if tagged == version.name]:
-            hint = f"remove the tag first: `synth versions tag --delete {of_version[0]}`"
-            raise StoreError(f"{version.name} is tagged as {', '.join(of_version)}", hint=hint)
-    for version in versions:
-        record_removed(dataset.path, version)
-        folder = version.path
+    for folder in folders:
+        if of_version := [tag for tag, tagged in tags.items() if tagged == folder.name]:
+            hint = f"remove the tag first: `synth versions tag --delete {of_version[0]} --data {dataset.path}`"
+            raise StoreError(f"{folder.name} is tagged as {', '.join(of_version)}", hint=hint)
+    removed = []
+    for folder in folders:
+        freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))
+        record_removed(dataset.path, folder.name)
         if is_remote(folder):
             (folder / MANIFEST).unlink()  # a version is a folder that has a manifest
         else:
-            folder = folder.rename(folder.with_name(f"{REMOVING}{version.name}"))
+            aside = folder.with_name(f"{REMOVING}{folder.name}")
+            _remove(aside)  # of an earlier removal that was killed
+            folder = folder.rename(aside)
             flush_folder(folder.parent)
-        remove(folder)
-    return versions
+        _remove(folder)
+        removed.append(freed)
+    return removed
+
+
+def _find_version(dataset: DatasetDir, name: str) -> Path:
+    """Return the folder of a version, which may be damaged. Raise StoreError if there is none of that name or tag."""
+    folder = dataset.path / "versions" / name
+    is_there = VERSION_NAME.fullmatch(name) and (folder / MANIFEST).exists()
+    return folder if is_there else dataset.version(name).path
 
 
 def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
     """Yield what killed commands have left in a dataset folder; the caller holds its lock, so that no run is using it."""
-    versions = dataset.path / "versions"
-    finished = {version.name for version in dataset.versions()}
+    versions, removed = dataset.path / "versions", read_removed(dataset.path)
+    finished = {manifest.parent.name for manifest in versions.glob(f"v*/{MANIFEST}")}
     for folder in sorted(versions.glob("*"), key=str):
-        is_half_removed = folder.name in read_removed(dataset.path) and folder.name not in finished
+        is_half_removed = folder.name in removed and folder.name not in finished
         if folder.name.startswith(REMOVING) or folder.name == SCRATCH or is_half_removed:
-            yield Leftover(folder, _size(folder))
+            yield Leftover(folder, 0 if folder.is_symlink() else _size(folder))
     if not is_remote(dataset.path):
-        for pattern in (TEMPORARY, f"*/{TEMPORARY}", f"stages/*/{TEMPORARY}"):
-            for file in sorted(dataset.path.glob(pattern)):
-                if file.is_file() or file.is_symlink():
-                    yield Leftover(file, file.lstat().st_size)
+        for pattern in LOCKED_FOLDERS:
+            for folder in sorted(dataset.path.glob(pattern)):
+                is_linked = any(part.is_symlink() for part in (folder, *folder.parents) if part.is_relative_to(dataset.path))
+                for file in [] if is_linked and folder != dataset.path else sorted(folder.glob(TEMPORARY_FILES)):
+                    if file.is_file() or file.is_symlink():
+                        yield Leftover(file, file.lstat().st_size)
 
 
 def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
-    """Remove what `find_leftovers` has found."""
+    """Remove what `find_leftovers` has found. Raise StoreError for what cannot be removed."""
     for leftover in leftovers:
-        if not is_remote(leftover.path) and not leftover.path.is_dir():
-            leftover.path.unlink(missing_ok=True)
-        else:
-            remove(leftover.path)
+        _remove(leftover.path)
 
 
 def share_equal_files(dataset: DatasetDir, *, dry_run: bool = False) -> int:
@@ -82,18 +92,37 @@ def share_equal_files(dataset: DatasetDir, *, dry_run: bool = False) -> int:
     Readers of either file see it whole all the time, and a file that is damaged is not shared.
     """
     first: dict[str, Path] = {}
-    freed_bytes = 0
-    for version in dataset.versions():
+    freed: dict[int, int] = {}  # the size of each file, which may have several names, by its number
+    for version in _intact_versions(dataset):
         for name, entry in version.manifest["files"].items():
             path = version.path / name
             other = first.setdefault(entry["sha256"], path)
-            is_apart = other != path and path.is_file() and other.is_file() and not path.samefile(other)
-            if is_apart and filecmp.cmp(path, other, shallow=False) and (dry_run or share_file(path, other)):
-                freed_bytes += entry["bytes"]
-    return freed_bytes
+            if is_shareable(path, other):
+                before = path.stat()
+                if dry_run or share_file(path, other):
+                    freed[before.st_ino] = before.st_size
+    return sum(freed.values())
+
+
+def _intact_versions(dataset: DatasetDir) -> Iterator[Version]:
+    """Yield the versions that can be read and lie in the dataset folder itself."""
+    for manifest in sorted((dataset.path / "versions").glob(f"v*/{MANIFEST}")):
+        with suppress(StoreError):
+            if not manifest.parent.is_symlink():
+                yield read_version(manifest.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link (and not what it leads to) or a folder. Raise StoreError if it is still there."""
+    if not is_remote(path) and (path.is_symlink() or path.is_file()):
+        path.unlink()
+        return
+    remove(path)
+    if path.exists():
+        raise StoreError(f"{path} cannot be removed", hint="look at its permissions, then run `synth versions gc`")
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; a file that another version shares counts as nothing."""
-    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    """Return the bytes of all files below a folder; a file that has another name counts as nothing."""
+    files = [file.lstat() for file in folder.rglob("*") if file.is_file()]
     return sum(file.st_size for file in files if file.st_nlink <= 1)

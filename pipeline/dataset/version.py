@@ -19,7 +19,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import flush_folder, move, open_parquet, read_json, remove
+from pipeline.storage.files import flush_folder, move, open_parquet, read_json, remove, temporary_path
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import OPTIONAL, PIXELS, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
@@ -210,14 +210,19 @@ def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) 
     """
     paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
     for path, sha256 in files:
-        other = paths.get(sha256)
-        if other is not None and other.is_file() and filecmp.cmp(path, other, shallow=False):
+        if (other := paths.get(sha256)) and is_shareable(path, other):
             share_file(path, other)
+
+
+def is_shareable(path: Path, other: Path) -> bool:
+    """Return whether two paths are different files with the same bytes. A symbolic link is none: it may lead anywhere."""
+    are_files = all(one.is_file() and not one.is_symlink() for one in (path, other))
+    return are_files and not path.samefile(other) and filecmp.cmp(path, other, shallow=False)
 
 
 def share_file(path: Path, other: Path) -> bool:
     """Make `path` another name of an equal file, at once; return False where the file system has no hard links."""
-    linked = path.with_name(f".{path.name}.tmp")
+    linked = temporary_path(path)
     linked.unlink(missing_ok=True)
     try:
         linked.hardlink_to(other)

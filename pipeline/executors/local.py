@@ -121,7 +121,7 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
     kind = choose_image_kind(config)
     forget_near_duplicates(dataset)
     index = ExclusionIndex.of(read_exclusions(dataset), kind)
-    write_source(dataset, source.rows, index, config.limit, progress, merges_texts=config.keeps_human_texts)
+    preview = write_source(dataset, source.rows, index, config.limit, progress, merges_texts=config.keeps_human_texts)
     if kind is not None:
         reject_near_duplicates(dataset, kind)
     described = list(describe_rejected(dataset))
@@ -132,7 +132,6 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
         files = "mend the files, or choose another source; stages/source/rejected.parquet names every row"
         hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
         raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
-    preview = config.limit is not None and (source.count() or 0) > kept + sum(rejected.values())
     write_json(dataset.provenance("source"), describe_source(source, excluded, kind, config.captions, preview=preview))
 
 

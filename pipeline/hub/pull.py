@@ -7,7 +7,7 @@ import httpx2
 from huggingface_hub import HfApi, errors, scan_cache_dir, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from pipeline.dataset.directory import DatasetDir, open_dataset
+from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.version import (
@@ -31,7 +31,7 @@ DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, "*.parquet"]
 
 def is_hub_name(text: str) -> bool:
     """Return whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and is no local path."""
-    return bool(_NAME.fullmatch(text)) and not Path(text).exists() and not Path(text.rpartition("@")[0] or text).exists()
+    return bool(_NAME.fullmatch(text)) and not split_version(Path(text))[0].exists()
 
 
 def pull_version(name: str) -> Version:

@@ -24,13 +24,14 @@ IMAGE_SUFFIXES = frozenset(
 )
 APPLE_DOUBLE = "._"  # before the name of a file: attributes of the file, written by a Mac
 ORIENTATION = 0x0112  # a tag of EXIF
+SIDEWAYS = (5, 6, 7, 8)  # its values of images that are turned by a quarter
 MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS, _SCAN = 100, b"\xff\xda"  # of a progressive JPEG: encoders write about ten
 BAND_PX = 512  # rows that are laid over white at once
 HASH_SIDE_PX = 64
-HASHED_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
+MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
 MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -56,7 +57,7 @@ class ImageInfo:
 
 def check_image(data: bytes) -> ImageInfo:
     """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
-    image, (width_px, height_px) = _decode(data, HASHED_PX)
+    image, (width_px, height_px) = _decode(data, MIN_HASHED_SIDE_PX)
     return ImageInfo(width_px, height_px, pdq_hash(image))
 
 
@@ -78,24 +79,26 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
-def _decode(data: bytes | memoryview, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(data: bytes | memoryview, min_side_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """Return an image, upright in RGB over white, and its size.
 
-    With `least_px`, the sides of a large JPEG are halved up to three times while both keep that length: all of the file is
+    With `min_side_px`, the sides of a large JPEG are halved up to three times while both keep that length: all of the file is
     parsed, and what is damaged is found.
     """
     with open_image(data) as image:
-        size = _upright_size(image)
-        if least_px:
-            image.draft(None, (least_px, least_px))
+        size_px, upright_px = image.size, _upright_size(image)
+        if min_side_px:
+            image.draft(None, (min_side_px, min_side_px))
+        is_reduced = image.size != size_px
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
-        return _over_white(image), size
+        rgb = _over_white(image)
+        return rgb, upright_px if is_reduced else rgb.size
 
 
 def decode_for_hash(data: bytes) -> Image.Image:
     """Return an image to hash, upright in RGB over white; a large JPEG is reduced. Raise ImageError as `check_image` does."""
-    return _decode(data, HASHED_PX)[0]
+    return _decode(data, MIN_HASHED_SIDE_PX)[0]
 
 
 def prepare_opened(image: Image.Image) -> Image.Image:
@@ -118,7 +121,9 @@ def upright_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    is_turned = image.getexif().get(ORIENTATION, 1) > 4
+    if image.format == "TIFF":  # Pillow turns its size when it is opened
+        return image.size
+    is_turned = image.getexif().get(ORIENTATION) in SIDEWAYS  # files hold other numbers, and texts, which mean nothing
     return image.size[::-1] if is_turned else image.size
 
 

@@ -26,7 +26,8 @@ from pipeline.images.hash_distance import HASH_BITS, MIRRORED_BITS, WORD_BITS, B
 WORDS = HASH_BITS // WORD_BITS
 RECALL = 0.995  # of pairs that are as many bits apart as `find_near_pairs` is told; of nearer ones it is higher
 MEETINGS = 3.0  # unrelated hashes that agree with a hash in all drawn bits, on average
-MAX_MEETINGS = 256  # one that agrees with more is compared with so many of them in one table
+MAX_MEETINGS = 256  # in a crowd of more that agree, each is compared with the next so many, and with the first of the crowd
+CROWD_HEADS = 16
 PART_ROWS = 1 << 15  # that the tables of a round work on at once
 ALL_PAIRS_ROWS = 256  # a part of so few rows is compared each with each
 EXPECTED = 0.3  # tables of a round that find a pair which the round has not parted; more of them find the same pairs again
@@ -76,7 +77,8 @@ def _agreeing(drawn: int, apart: int, bits: int) -> float:
 def find_near_pairs(hashes: Hashes, max_bits: int, recall_bits: int, *, mirrored: bool) -> NearPairs:
     """Return the pairs of hashes that are at most `max_bits` apart.
 
-    Each pair of at most `recall_bits` is found with a probability of RECALL or more. With `mirrored`, a pair is as far apart
+    Each pair of at most `recall_bits` is found with a probability of RECALL or more; in a crowd of more than MAX_MEETINGS that
+    are near each other, at least those with the first hashes. With `mirrored`, a pair is as far apart
     as the one image and the other one mirrored, if these are nearer. All cores work, and the same pairs are found each time.
     """
     if not len(hashes):
@@ -111,16 +113,16 @@ def find_in_round(hashes: Hashes, plan: Plan, max_bits: int, number: int, *, mir
     others = order[plan.round_bits :]
     tables = [_masks(rng.permutation(others)[: plan.table_bits].tolist()) for _ in range(plan.tables)]
 
-    def upright(rows: Rows | slice) -> Hashes:
+    def unmirrored(rows: Rows | slice) -> Hashes:
         return hashes[rows] ^ flips[rows, None] if mirrored else hashes[rows]
 
-    keys = np.concatenate([_keys(upright(slice(n, n + PART_ROWS)), masks) for n in range(0, len(hashes), PART_ROWS)])
+    keys = np.concatenate([_keys(unmirrored(slice(n, n + PART_ROWS)), masks) for n in range(0, len(hashes), PART_ROWS)])
     by_key = np.argsort(keys, kind="stable")
     ends = np.flatnonzero(np.diff(keys[by_key])) + 1
     near: list[Words] = [np.zeros(0, np.uint64)]
     for start, end in pairwise([0, *ends.tolist(), len(keys)]):
         rows = by_key[start:end]
-        part = upright(rows)
+        part = unmirrored(rows)
         for first, second in _near_in_part(part, tables, max_bits, mirrored=mirrored):
             pairs = np.sort(np.stack([rows[first], rows[second]]), axis=0).astype(np.uint64)
             near.append(pairs[0] << np.uint64(32) | pairs[1])
@@ -170,3 +172,17 @@ def _near_in_part(
                 yield rows[hits], rows[hits + step]
             first = first[: np.searchsorted(first, count - step - 1)]
             first = first[keys.take(first) == keys.take(first + (step + 1))]
+        if len(first):
+            yield from _near_heads(in_order, keys, rows, max_bits, mirrored=mirrored)
+
+
+def _near_heads(in_order: Hashes, keys: Words, rows: Rows, max_bits: int, *, mirrored: bool) -> Iterator[tuple[Rows, Rows]]:
+    """Yield the first rows of each crowd of equal keys, and the rows of the crowd that are near them."""
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    start_of = np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
+    for head in range(CROWD_HEADS):
+        members = np.flatnonzero(np.arange(len(keys)) - start_of > MAX_MEETINGS + head)
+        heads = start_of[members] + head
+        distances = row_distances(in_order.take(heads, axis=0), in_order.take(members, axis=0), mirrored=mirrored)
+        is_near = distances <= max_bits
+        yield rows[heads[is_near]], rows[members[is_near]]

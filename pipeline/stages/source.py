@@ -151,7 +151,7 @@ def describe_source(
 ) -> dict[str, Any]:
     """Return the provenance of a source with its files of captions, whose images were compared as `kind` with the excluded.
 
-    It is of a `preview` if more images are there than the run was to read.
+    `preview`: the run was to read a part of the images only.
     """
     return {
         "name": source.name,
@@ -175,18 +175,24 @@ def write_source(
     progress: Progress,
     *,
     merges_texts: bool = False,
-) -> None:
+) -> bool:
     """Write rows of a source, kept and rejected; of several copies of an image one is kept, of an excluded one none.
 
-    `merges_texts` gives it the captions and questions of all copies.
+    `merges_texts` gives it the captions and questions of all copies. Return whether the source has a row after those that the
+    limit allowed.
     """
+    has_more = False
     rejected: list[dict[str, str]] = []
     images = DuplicateImages(merges_texts)
 
     def tables() -> Iterator[pa.Table]:
+        nonlocal has_more
         batch: list[dict[str, Any]] = []
         batch_bytes = 0
         for row in rows:
+            if len(images.kept) == limit:
+                has_more = True
+                break
             if isinstance(row, Sample) and (name := excluded.find(row)):
                 row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
             row = images.add(row) if isinstance(row, Sample) else row
@@ -200,8 +206,6 @@ def write_source(
                 progress("source", len(images.kept), limit)
                 batch.clear()
                 batch_bytes = 0
-            if len(images.kept) == limit:
-                break
         yield pa.Table.from_pylist(batch, schema=SAMPLE)
         progress("source", len(images.kept), limit and len(images.kept))
 
@@ -209,6 +213,7 @@ def write_source(
     if images.changes or images.texts:
         write_table(shard.stage("source"), map(images.apply, read_samples(shard)), SAMPLE)
     _write_rejected(shard, rejected)
+    return has_more
 
 
 def _write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:

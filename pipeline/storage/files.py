@@ -54,6 +54,8 @@ _SQLITE_ERRORS = {  # by primary result code
 }
 BATCH_ROWS = 16_384  # read at once
 STAGE_WRITER = {"compression": "zstd", "write_page_checksum": True}  # options of files between stages
+SCRATCH = ".next"  # the name of scratch folders
+TEMPORARY_FILES = ".*.tmp"  # a pattern of the names of files that are being written
 MAX_JSON_BYTES = 100_000_000  # of a file of our own, such as a manifest
 
 
@@ -67,7 +69,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     temporary.unlink(missing_ok=True)  # of a killed run, or a link that leads elsewhere
     try:
         yield temporary
@@ -79,6 +81,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which a file is written before it gets its own."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -146,7 +153,7 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yield an empty temporary folder in `parent`; whatever is not moved out of it is removed."""
-    temporary = parent / ".next"
+    temporary = parent / SCRATCH
     remove(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -172,7 +179,7 @@ def remove(folder: Path) -> None:
 def link_or_copy(file: Path, copy: Path) -> None:
     """Make a second name of a file that is never changed, or a copy where the file system has no hard links."""
     try:
-        copy.hardlink_to(file)
+        copy.hardlink_to(file.resolve())  # in a cache, files are symbolic links
     except OSError:
         shutil.copy(file, copy)
 

@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tags(folder / "data", {"paper": "v1.1.0"})
     (folder / "data" / "versions" / f"{REMOVING}v0.1.0").mkdir()
     (folder / "data" / "versions" / f"{REMOVING}v0.1.0" / "train-00000.parquet").write_bytes(bytes(50))
-    (folder / "data" / ".run.json.tmp").write_bytes(b"{")
+    (folder / "data" / "versions" / "v1.0.0" / ".README.md.tmp").write_bytes(b"{")
     return folder
 
 

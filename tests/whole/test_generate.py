@@ -62,7 +62,7 @@ def test_what_it_took_is_written_down(whole: tuple[Path, dict[str, str]]) -> Non
 def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
     folder, printed = whole
     before = state(folder)
-    done = run_synth(*GENERATE, "--out", folder, cwd=folder)
+    done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
     assert "asked the model 0 times" in done.stderr
     assert "nothing new: v1.0.0" in done.stderr
     assert json.loads(done.stdout)["digest"] == printed["digest"]

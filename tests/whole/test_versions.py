@@ -41,7 +41,13 @@ def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_pa
     named = synth("export", "--data", f"{tmp_path / 'elsewhere'}@v1.1.1", "--format", "csv", "--json")
     assert json.loads(named.stdout)["images"] == 3
     assert "v1.1.1 is a preview" in named.stderr
-    assert "v1.1.1" in synth("report").stderr + synth("diff", "v1.1.0", "v1.1.1").stdout
+    assert synth("report").returncode == 0
+    assert "v1.1.1" in (tmp_path / "elsewhere" / "report.html").read_text()
+    assert "v1.1.0 -> v1.1.1" in synth("diff", "v1.1.0", "v1.1.1").stdout
+    assert "v1.1.0 -> v1.1.1" in synth("diff", "elsewhere@v1.1.0", "elsewhere@v1.1.1").stdout
+    assert "ok  elsewhere/versions/v1.1.0" in synth("check", "elsewhere@v1.1.0").stdout
+    assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "--version", "v1.1.0").stderr
+    assert "newer" not in synth("export", "--data", "elsewhere@v1.1.0", "--format", "csv").stderr
 
 
 def test_a_limit_that_all_images_meet_makes_no_preview(synth: Run, photos: Path) -> None:
@@ -70,7 +76,7 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     assert synth("versions", "tag", "paper", "v1.1.0", "--move").stdout == "paper names v1.1.0\n"
     assert "tagged paper" in synth("versions").stdout
     removed = synth("versions", "rm", "v1.0.0", "--json")
-    assert json.loads(removed.stdout) == {"removed": ["v1.0.0"]}
+    assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
     assert [row["version"] for row in json.loads(synth("versions", "--json").stdout)] == ["v1.1.0"]
     assert synth("versions", "tag", "--delete", "paper").stdout == "paper no longer names v1.1.0\n"
     assert synth("versions", "tag", "--delete", "paper").returncode == 1
@@ -86,3 +92,29 @@ def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth
         assert "2 datasets were made here" in result.stderr
         assert str(tmp_path / "two") in result.stderr
     assert f"dataset: {tmp_path / 'two'}" in synth("versions").stderr
+
+
+def test_a_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
+    (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
+    source = ("import", "--source", f"folder:{photos}")
+    assert synth(*source, "--limit", f"{COUNT}").returncode == 0
+    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [True]
+    assert "nothing new" in synth(*source).stderr
+    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
+    assert "nothing new" in synth(*source, "--limit", f"{COUNT}").stderr
+    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
+    assert synth("check").returncode == 0
+
+
+@pytest.mark.parametrize("command", [("gc",), ("rm", "v1.0.0"), ("tag", "paper"), ("list",)])
+def test_no_command_makes_a_dataset_that_is_not_there(synth: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    where = ("typo",) if command == ("list",) else ("--data", "typo")
+    done = synth("versions", *command, *where)
+    assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_word_that_is_no_command_is_not_taken_for_a_folder(synth: Run) -> None:
+    done = synth("versions", "remove", "v1.0.0")
+    assert done.returncode == 2
+    assert "No such command 'remove'" in done.stderr

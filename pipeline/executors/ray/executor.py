@@ -97,8 +97,7 @@ def run_on_cluster(
             progress.message(text)
         described = describe_source(source, excluded.described, plan.image_kind, config.captions)
         model = {"name": public_name(choice.model), "revision": choice.revision}
-        preview = config.limit is not None and (source.count() or 0) > config.limit
-        write_json(dataset.provenance("source"), described | ({"preview": True} if preview else {}))
+        write_json(dataset.provenance("source"), described)
         write_json(dataset.provenance("generate"), model)
         run = replace(run, inputs=_digest_inputs(run, described, model))
         first = next(n for n, stage in enumerate(stages) if stage.compare)

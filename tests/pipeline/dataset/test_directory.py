@@ -118,7 +118,18 @@ def test_a_folder_knows_the_prompts_of_its_last_run(content: str | None, version
     assert DatasetDir(tmp_path).prompt_version() == version
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"datasets": 3}', '{"datasets": [3]}', '{"datasets": ["nowhere"]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[" * 100_000,
+        '{"datasets": ["' + "a" * 5000 + '"]}',
+        "[]",
+        '{"datasets": 3}',
+        '{"datasets": [3]}',
+        '{"datasets": ["nowhere"]}',
+    ],
+)
 def test_a_list_of_datasets_that_is_damaged_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir, open_dataset
+from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.names import read_removed, read_tags, require_tag_name, write_tags
 from pipeline.errors import ConfigError, StoreError
 from tests.scene_data import make_version, scene_samples
@@ -42,7 +42,18 @@ def test_what_cannot_be_a_tag_is_refused(tag: str) -> None:
         require_tag_name(tag)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tags": [1]}', '{"tags": {"a/b": "v1.0.0"}}', '{"tags": {"a": "../x"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"tags": [1]}',
+        '{"tags": {"v1.0.0": "v1.2.0"}}',
+        '{"tags": {"a/b": "v1.0.0"}}',
+        '{"tags": {"a": "../x"}}',
+    ],
+)
 def test_a_file_of_tags_of_somebody_else_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "versions").mkdir()
     (tmp_path / "versions" / "tags.json").write_text(text)
@@ -50,9 +61,34 @@ def test_a_file_of_tags_of_somebody_else_is_an_error_that_names_it(tmp_path: Pat
         read_tags(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", '{"removed": ["v1.0.0"]}', '{"removed": {"x": "y"}}'])
+@pytest.mark.parametrize("text", ["", '{"removed": ["x"]}', '{"removed": {"x": "y"}}'])
 def test_a_file_of_removed_versions_of_somebody_else_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "versions").mkdir()
     (tmp_path / "versions" / "removed.json").write_text(text)
     with pytest.raises(StoreError, match=r"removed\.json"):
         read_removed(tmp_path)
+
+
+def test_a_damaged_file_of_tags_is_in_nobodys_way_who_names_none(tmp_path: Path) -> None:
+    make_version(tmp_path, scene_samples(3))
+    (tmp_path / "versions" / "tags.json").write_text("{")
+    assert DatasetDir(tmp_path).version().name == DatasetDir(tmp_path).version("v1.0.0").name == "v1.0.0"
+    with pytest.raises(StoreError, match=r"tags\.json"):
+        DatasetDir(tmp_path).version("paper")
+
+
+@pytest.mark.parametrize("name", ["@v1.0.0", "d@", "@", "."])
+def test_what_names_no_folder_and_version_is_a_path(name: str) -> None:
+    assert split_version(Path(name)) == (Path(name), None)
+
+
+def test_the_folder_of_a_version_may_be_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_version(tmp_path, scene_samples(3))
+    monkeypatch.chdir(tmp_path)
+    assert split_version(Path(".@v1.0.0")) == (Path(), "v1.0.0")
+    assert open_dataset(Path(".@v1.0.0")).name == "v1.0.0"
+
+
+def test_a_folder_with_such_a_name_is_that_folder(tmp_path: Path) -> None:
+    make_version(tmp_path / "me@home", scene_samples(3))
+    assert open_dataset(tmp_path / "me@home").name == open_dataset(tmp_path / "me@home@v1.0.0").name == "v1.0.0"

@@ -8,8 +8,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.names import write_tags
 from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions, share_equal_files
-from pipeline.dataset.shards import MAX_SHARD_BYTES
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import Version, share_files
 from pipeline.errors import StoreError
 from tests.scene_data import make_version, scene_samples
 
@@ -32,7 +31,8 @@ def dataset(tmp_path: Path) -> DatasetDir:
 
 def test_a_removed_version_is_gone_and_the_others_are_whole(dataset: DatasetDir) -> None:
     removed = remove_versions(dataset, ["v1.1.0", "v1.1.0"])
-    assert [version.name for version in removed] == ["v1.1.0"]
+    assert [one.path.name for one in removed] == ["v1.1.0"]
+    assert removed[0].num_bytes > 1000
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
     assert [find_damage(version) for version in dataset.versions()] == [[], []]
     assert list(find_leftovers(dataset)) == []
@@ -77,13 +77,13 @@ def test_a_new_version_shares_the_shards_that_did_not_change(tmp_path: Path, mon
     first, _ = make_version(tmp_path, ordered[:30])
     second, _ = make_version(tmp_path, ordered)
     both = {entry["sha256"] for version in (first, second) for entry in version.manifest["files"].values()}
-    assert MAX_SHARD_BYTES and len(both) < len(first.manifest["files"]) + len(second.manifest["files"])
+    assert len(both) < len(first.manifest["files"]) + len(second.manifest["files"])
     inodes = {path.stat().st_ino for version in (first, second) for path in version.path.glob("*-*.parquet")}
     assert len(inodes) == len(both)
     assert find_damage(second) == []
 
 
-def test_a_damaged_file_is_not_shared_with_a_new_version(tmp_path: Path) -> None:
+def test_a_file_that_is_damaged_is_not_shared(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:20])
     second = make_repaired_version(first, [])
     (shard,) = first.shards("train")
@@ -124,16 +124,16 @@ def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: Datase
         (folder / "train-00000.parquet").write_bytes(bytes(100))
     stage = dataset.path / "stages" / "filter"
     stage.mkdir(parents=True)
-    leftovers += [stage / ".kept.parquet.tmp", dataset.path / ".run.json.tmp"]
+    leftovers += [stage / ".kept.parquet.tmp", dataset.path / "versions" / "v1.0.0" / ".train-00000.parquet.tmp"]
     for file in leftovers[2:]:
         file.write_bytes(bytes(10))
     (stage / "kept.parquet").write_bytes(bytes(10))
     (dataset.path / "versions" / "notes").mkdir()
     (dataset.path / "versions" / "notes" / "mine.txt").write_text("mine")
-    found = list(find_leftovers(dataset))
-    assert {leftover.path for leftover in found} == set(leftovers)
-    assert sum(leftover.num_bytes for leftover in found) == 220
-    remove_leftovers(found)
+    leftovers_there = list(find_leftovers(dataset))
+    assert {leftover.path for leftover in leftovers_there} == set(leftovers)
+    assert sum(leftover.num_bytes for leftover in leftovers_there) == 220
+    remove_leftovers(leftovers_there)
     assert list(find_leftovers(dataset)) == []
     assert (dataset.path / "versions" / "notes" / "mine.txt").exists()
     assert (stage / "kept.parquet").exists()
@@ -143,7 +143,92 @@ def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: Datase
 def test_a_link_that_is_left_over_is_removed_and_not_what_it_leads_to(dataset: DatasetDir, tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     outside.write_text("mine")
-    (dataset.path / ".run.json.tmp").symlink_to(outside)
+    link = dataset.path / "versions" / "v1.0.0" / ".manifest.json.tmp"
+    link.symlink_to(outside)
     remove_leftovers(list(find_leftovers(dataset)))
-    assert not (dataset.path / ".run.json.tmp").is_symlink()
+    assert not link.is_symlink()
     assert outside.read_text() == "mine"
+
+
+def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path, SAMPLES[:20])
+    (shard,) = first.shards("train")
+    copy = tmp_path / "train-00000.parquet"
+    copy.write_bytes(shard.read_bytes())
+    sha256 = first.manifest["files"][shard.name]["sha256"]
+    share_files([(copy, sha256)], [first])
+    assert copy.samefile(shard)
+    copy.unlink()
+    copy.write_bytes(shard.read_bytes())
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    share_files([(copy, sha256)], [first])
+    assert not copy.samefile(shard)
+
+
+def test_a_link_in_a_version_is_not_shared(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path, SAMPLES[:20])
+    second = make_repaired_version(first, [])
+    copied_apart(DatasetDir(tmp_path))
+    (shard,) = first.shards("train")
+    shard.rename(first.path / "blob")
+    shard.symlink_to("blob")
+    assert shard.name not in {path.name for path in second.path.iterdir() if path.is_symlink()}
+    share_equal_files(DatasetDir(tmp_path))
+    assert find_damage(second) == []
+
+
+def test_links_in_place_of_leftovers_are_removed_and_not_what_they_lead_to(dataset: DatasetDir, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-folder"
+    outside.mkdir()
+    (outside / "mine.txt").write_text("mine" * 100)
+    for name in (".next", f"{REMOVING}v9.9.9"):
+        (dataset.path / "versions" / name).symlink_to(outside)
+    leftovers_there = list(find_leftovers(dataset))
+    assert [leftover.num_bytes for leftover in leftovers_there] == [0, 0]
+    remove_leftovers(leftovers_there)
+    assert list(find_leftovers(dataset)) == []
+    assert (outside / "mine.txt").exists()
+
+
+def test_a_version_that_is_a_link_is_removed_and_not_what_it_leads_to(dataset: DatasetDir, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-version"
+    (dataset.path / "versions" / "v1.0.0").rename(outside)
+    (dataset.path / "versions" / "v1.0.0").symlink_to(outside)
+    remove_versions(dataset, ["v1.0.0"])
+    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
+    assert (outside / "manifest.json").exists()
+
+
+def test_a_version_whose_removal_was_killed_before_is_removed(dataset: DatasetDir) -> None:
+    old = dataset.path / "versions" / f"{REMOVING}v1.0.0"
+    old.mkdir()
+    (old / "train-00000.parquet").write_bytes(bytes(10))
+    remove_versions(dataset, ["v1.0.0"])
+    assert not old.exists()
+
+
+def test_nothing_behind_a_linked_folder_is_a_leftover(dataset: DatasetDir, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-stages"
+    outside.mkdir()
+    (outside / ".mine.tmp").write_text("mine")
+    (dataset.path / "stages").mkdir()
+    (dataset.path / "stages" / "filter").symlink_to(outside)
+    (dataset.path / "own").mkdir()
+    (dataset.path / "own" / ".mine.tmp").write_text("mine")
+    assert list(find_leftovers(dataset)) == []
+
+
+def test_files_of_a_version_that_lies_elsewhere_are_left_as_they_are(tmp_path: Path) -> None:
+    first, _ = make_version(tmp_path / "d", SAMPLES[:20])
+    second = make_repaired_version(first, [])
+    copied_apart(DatasetDir(tmp_path / "d"))
+    second.path.rename(tmp_path / "outside")
+    second.path.symlink_to(tmp_path / "outside")
+    assert share_equal_files(DatasetDir(tmp_path / "d")) == 0
+
+
+def test_a_damaged_version_can_be_removed_and_is_in_nobodys_way(dataset: DatasetDir) -> None:
+    (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
+    share_equal_files(dataset)
+    remove_versions(dataset, ["v1.1.0"])
+    assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]

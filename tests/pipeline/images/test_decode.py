@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import struct
 import zlib
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import BAND_PX, check_image, decode_for_hash, image_id, pdq_hash, prepare_image
+from pipeline.images.decode import BAND_PX, check_image, decode_for_hash, image_id, pdq_hash, prepare_image, upright_size
 from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
 
@@ -171,3 +172,24 @@ def test_a_large_jpeg_that_was_cut_off_is_refused(share: float, large: Image.Ima
     with pytest.raises(ImageError) as caught:
         check_image(data[: int(len(data) * share)])
     assert caught.value.reason == "unreadable_image"
+
+
+def exif_of(orientation: int, kind: int) -> bytes:
+    """Return EXIF with one entry, the orientation, of a type of TIFF: 2 is text, 3 a number, 7 bytes."""
+    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 0x0112, kind, 1, orientation, 0) + bytes(4)
+
+
+@pytest.mark.parametrize(("orientation", "kind"), [(0, 3), (9, 3), (300, 3), (ord("6"), 2), (6, 7)])
+def test_an_orientation_that_means_nothing_turns_nothing(orientation: int, kind: int, large: Image.Image) -> None:
+    info = check_image(encoded(large.resize((80, 60)), "JPEG", exif=exif_of(orientation, kind)))
+    assert (info.width_px, info.height_px) == (80, 60)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_of_a_turned_image_is_that_of_its_pixels(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(1).resize((60, 40)), kind, exif=exif)
+    info = check_image(data)
+    assert (info.width_px, info.height_px) == prepare_image(data).size == upright_size(data)

@@ -48,11 +48,11 @@ def parts_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pairs_are_found_as_surely_as_promised(bits: int, least: float, turned_bits: np.uint64) -> None:
     hashes = random_hashes(COUNT)
     near = changed(hashes[:PAIRS], bits) ^ turned_bits
-    found = as_list(find_near_pairs(np.concatenate([hashes, near]), 70, 64, mirrored=True))
+    pairs = as_list(find_near_pairs(np.concatenate([hashes, near]), 70, 64, mirrored=True))
     apart = max(bits, MAX_COPY_BITS + 1) if turned_bits else bits
     planted = {(n, COUNT + n, apart) for n in range(PAIRS)}
-    assert set(found) <= planted
-    assert len(found) >= least * PAIRS
+    assert set(pairs) <= planted
+    assert len(pairs) >= least * PAIRS
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
@@ -68,16 +68,15 @@ def test_pairs_in_clusters_are_those_of_comparing_each_with_each(seed: int, kind
 
 def test_mirrored_images_are_not_near_where_mirroring_matters() -> None:
     hashes = random_hashes(50)
-    found = find_near_pairs(np.concatenate([hashes, hashes ^ MIRRORED_BITS]), 70, 64, mirrored=False)
-    assert as_list(found) == []
+    assert as_list(find_near_pairs(np.concatenate([hashes, hashes ^ MIRRORED_BITS]), 70, 64, mirrored=False)) == []
 
 
 def test_a_hash_that_thousands_have_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_pairs, "MAX_MEETINGS", 8)
     one = random_hashes(1, 7)
     hashes = np.concatenate([np.repeat(one, 3000, axis=0), random_hashes(2000), changed(random_hashes(300), 30)])
-    found = find_near_pairs(hashes, 70, 64, mirrored=True)
-    pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    near = find_near_pairs(hashes, 70, 64, mirrored=True)
+    pairs = set(zip(near.first.tolist(), near.second.tolist(), strict=True))
     assert {(3000 + n, 5000 + n) for n in range(300)} <= pairs
     assert {(n, n + 1) for n in range(2999)} <= pairs  # the copies are still linked, one to the next
 
@@ -109,10 +108,10 @@ def test_pairs_found_in_many_rounds_are_merged_before_they_fill_the_memory(monke
     assert max(merged) <= 2 * 1000 + 2 * 1000
 
 
-def test_time_grows_slower_than_the_square() -> None:
-    def rows_at_work(count: int) -> int:
+def test_a_plan_compares_each_hash_in_few_tables_however_many_there_are() -> None:
+    def rows_in_tables(count: int) -> int:
         plan = plan_search(count, 64)
         return count * plan.rounds * plan.tables
 
-    assert rows_at_work(10_000_000) < 40 * rows_at_work(1_000_000)
-    assert rows_at_work(1_000_000) < 40 * rows_at_work(100_000)
+    assert rows_in_tables(10_000_000) < 40 * rows_in_tables(1_000_000)
+    assert rows_in_tables(1_000_000) < 40 * rows_in_tables(100_000)

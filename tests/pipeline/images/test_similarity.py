@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
@@ -247,10 +248,53 @@ def test_a_long_chain_of_near_images_is_one_group() -> None:
     assert groups["image_group"].unique().to_pylist() == ["000"]
 
 
-def test_thousands_of_copies_of_a_photo_leave_one() -> None:
-    hashes = np.random.default_rng(0).integers(0, 2**64, (1, 4), dtype=np.uint64)
-    count = 3000
-    columns = ([f"{n:04d}" for n in range(count)], [None] * count, [[hashes.tobytes()]] * count, [10] * count, [10] * count)
-    groups = compare_samples(pa.table(dict(zip(COMPARED_COLUMNS, columns, strict=True))), "photos")
+def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
+    """Return samples of one size with these hashes, in the order of their ids."""
+    count = len(hashes)
+    columns = ([f"{n:05d}" for n in range(count)], splits, [[row.tobytes()] for row in hashes], [10] * count, [10] * count)
+    return pa.table(dict(zip(COMPARED_COLUMNS, columns, strict=True)))
+
+
+@pytest.mark.parametrize("most_pairs", [100, 20_000], ids=["by drawn bits", "each with each"])
+def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
+    most_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.images.similarity.ALL_PAIRS_HASHES", most_pairs)
+    rng = np.random.default_rng(0)
+    others, copied = rng.integers(0, 2**64, (200, 4), dtype=np.uint64), rng.integers(0, 2**64, (1, 4), dtype=np.uint64)
+    hashes = np.concatenate([others, np.repeat(copied, 3000, axis=0)])
+    splits: list[str | None] = [None] * len(hashes)
+    splits[2500] = "test"
+    groups = compare_samples(samples_of(hashes, splits), "photos")
+    kept = groups.filter(pc.is_null(groups["image_reason"]))["sample_id"].to_pylist()
+    assert kept == [*(f"{n:05d}" for n in range(200)), "02500"]
+    assert groups["near_duplicate_of"].unique().to_pylist() == [None, "02500"]
+    assert len(groups["image_group"].unique()) == 201
+
+
+def test_a_crowd_of_photos_that_differ_in_few_bits_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.images.similarity.ALL_PAIRS_HASHES", 100)
+    monkeypatch.setattr("pipeline.images.near_pairs.MAX_MEETINGS", 16)
+    rng = np.random.default_rng(1)
+    hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 600, axis=0)
+    for row in hashes:
+        for bit in rng.choice(256, 8, replace=False).tolist():
+            row[bit // 64] ^= np.uint64(1 << bit % 64)
+    groups = compare_samples(samples_of(hashes, [None] * 600), "photos")
     assert groups["image_reason"].null_count == 1
-    assert groups["image_group"].unique().to_pylist() == ["0000"]
+
+
+@pytest.mark.parametrize("kind", ["photos", "graphics"])
+def test_no_image_of_a_crowd_is_near_a_held_out_one_and_kept(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.images.similarity.ALL_PAIRS_HASHES", 100)
+    monkeypatch.setattr("pipeline.images.near_pairs.MAX_MEETINGS", 16)
+    rng = np.random.default_rng(2)
+    hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 1500, axis=0)
+    for row in hashes[1:]:
+        for bit in rng.choice(256, 6, replace=False).tolist():
+            row[bit // 64] ^= np.uint64(1 << bit % 64)
+    order = rng.permutation(1500)
+    splits: list[str | None] = ["train"] * 1500
+    splits[int(np.flatnonzero(order == 0)[0])] = "test"
+    groups = compare_samples(samples_of(hashes[order], splits), kind)
+    assert groups["image_reason"].null_count == 1
