@@ -75,8 +75,13 @@ class ListByDefault(Group):
         """See click.Command."""
         word = args[0] if args else ""
         is_option = not word or (word.startswith("-") and word not in ctx.help_option_names)
-        is_path = word not in self.commands and ("/" in word or Path(word).exists())
+        is_path = word not in self.commands and ("/" in word or Path(word).exists() or not _words(args[1:]))
         return super().parse_args(ctx, ["list", *args] if is_option or is_path else args)
+
+
+def _words(arguments: list[str]) -> list[str]:
+    """Return the arguments that are no options: beside a second one, a word is a command that was mistyped, and no folder."""
+    return [argument for argument in arguments if not argument.startswith("-")]
 
 
 @contextmanager

@@ -102,9 +102,11 @@ def diff(
             return open_or_download(parse_dataset_path(name))
         return open_or_download(folder or last_dataset(), name)
 
-    difference = diff_versions(*map(opened, names))
+    before, after = map(opened, names)
+    difference = diff_versions(before, after, None if as_json else rows)
     if as_json:
-        echo(json.dumps(asdict(difference) | {"counts": difference.counts(), "reasons": difference.reasons()}))
+        described = {name: asdict(difference)[name] for name in ("before", "after", "same", "changes", "settings")}
+        echo(json.dumps(described | {"counts": difference.counts(), "reasons": difference.reasons()}))
         return
     for line in difference.lines(rows):
         echo(line)

@@ -1,9 +1,12 @@
 """Compare two versions: rows added, removed or changed, field by field, with the causes that are known."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
@@ -13,6 +16,7 @@ from pipeline.tables import PIXELS, REVIEWED, SCORE_NAMES
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
+ROWS_AT_ONCE = 50_000  # of those that differ
 NOT_WRITTEN = ("pair_id", *SCORE_NAMES)
 MAX_SHOWN = 160  # characters of a value
 Row = dict[str, Any]
@@ -32,26 +36,36 @@ class Change:
 
 @dataclass(slots=True)
 class Diff:
-    """The differences from version `before` to version `after`."""
+    """The differences from version `before` to version `after`: counts of all rows, and the first changes."""
 
     before: str
     after: str
     same: int
     changes: list[Change]
     settings: Settings
+    kinds: Counter[str] = field(default_factory=Counter)  # rows by added, removed or changed
+    names: Counter[str] = field(default_factory=Counter)  # rows by field that changed
+    causes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, change: Change, *, keep: bool) -> None:
+        """Count a change, and keep it if there is to be room for it."""
+        self.kinds[change.what] += 1
+        self.names.update(change.fields.keys())
+        self.causes.update(change.why)
+        if keep:
+            self.changes.append(change)
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of rows that are the same, added, removed and changed."""
-        totals = Counter(change.what for change in self.changes)
-        return {"same": self.same, **{what: totals[what] for what in ("added", "removed", "changed")}}
+        return {"same": self.same, **{what: self.kinds[what] for what in ("added", "removed", "changed")}}
 
     def fields(self) -> dict[str, int]:
         """Return in how many rows each field changed."""
-        return dict(Counter(name for change in self.changes for name in change.fields).most_common())
+        return dict(self.names.most_common())
 
     def reasons(self) -> dict[str, int]:
         """Return how often each cause is given."""
-        return dict(Counter(why for change in self.changes for why in change.why).most_common())
+        return dict(self.causes.most_common())
 
     def lines(self, rows: int) -> Iterator[str]:
         """Yield the difference for a reader: counts, fields, reasons, settings, and some of the rows."""
@@ -67,8 +81,8 @@ class Diff:
                 for mark, side in zip("-+", sides.values(), strict=True):
                     for item in side if isinstance(side, list) else [side]:
                         yield f"  {mark} {name}: {_short(item)}"
-        if len(self.changes) > rows:
-            yield f"and {len(self.changes) - rows} more rows; --rows shows more, --json all"
+        if (others := self.kinds.total() - rows) > 0:
+            yield f"and {others} more rows; --rows shows more, --json all"
 
 
 def _short(value: Any) -> str:
@@ -79,40 +93,45 @@ def _short(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
-def diff_versions(before: Version, after: Version) -> Diff:
-    """Compare two versions; pixels are compared by `sample_id`. Memory holds a digest of each row, and the rows that differ."""
+def diff_versions(before: Version, after: Version, most: int | None = None) -> Diff:
+    """Compare two versions, and keep `most` of their changes; None: all. Pixels are compared by `sample_id`.
+
+    Memory holds a digest of each row, ROWS_AT_ONCE of the rows that differ, and why rows that differ were rejected.
+    """
     columns = [c for c in before.manifest["columns"] if c in after.manifest["columns"] and c not in PIXELS]
     scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}  # of one version alone
     old, new = _digests(before, columns, scores), _digests(after, columns, scores)
-    differ = {sample_id for sample_id in old.keys() | new.keys() if old.get(sample_id) != new.get(sample_id)}
-    old_rows, new_rows = _rows(before, columns, scores, differ), _rows(after, columns, scores, differ)
-    old_ledger, new_ledger = _Ledger(before), _Ledger(after)
+    differ = sorted(sample_id for sample_id in old.keys() | new.keys() if old.get(sample_id) != new.get(sample_id))
     settings = _settings(before.manifest, after.manifest)
-    changes = []
-    for sample_id in sorted(differ):
-        old_row, new_row = old_rows.get(sample_id), new_rows.get(sample_id)
-        if old_row is None:
-            assert new_row is not None
-            why = [f"was rejected: {reason}" for reason in old_ledger.about_sample(sample_id, new_row["source_row"])]
-            changes.append(Change(sample_id, new_row["source_row"], "added", why=why))
-        elif new_row is None:
-            why = new_ledger.about_sample(sample_id, old_row["source_row"]) or ["the source does not yield it any more"]
-            changes.append(Change(sample_id, old_row["source_row"], "removed", why=why))
-        else:
-            changes.append(_changed(old_row, new_row, old_ledger, new_ledger, settings))
-    return Diff(before.name, after.name, len(old.keys() & new.keys() - differ), changes, settings)
+    diff = Diff(before.name, after.name, len((old.keys() & new.keys()).difference(differ)), [], settings)
+    old_ledger, new_ledger = _Ledger(before, differ), _Ledger(after, differ)
+    for start in range(0, len(differ), ROWS_AT_ONCE):
+        sample_ids = differ[start : start + ROWS_AT_ONCE]
+        old_rows, new_rows = (_rows(version, columns, scores, sample_ids) for version in (before, after))
+        for sample_id in sample_ids:
+            old_row, new_row = old_rows.get(sample_id), new_rows.get(sample_id)
+            if old_row is None:
+                assert new_row is not None
+                why = [f"was rejected: {reason}" for reason in old_ledger.about_sample(sample_id, new_row["source_row"])]
+                change = Change(sample_id, new_row["source_row"], "added", why=why)
+            elif new_row is None:
+                why = new_ledger.about_sample(sample_id, old_row["source_row"]) or ["the source does not yield it any more"]
+                change = Change(sample_id, old_row["source_row"], "removed", why=why)
+            else:
+                change = _changed(old_row, new_row, old_ledger, new_ledger, settings)
+            diff.add(change, keep=most is None or len(diff.changes) < most)
+    return diff
 
 
 class _Ledger:
-    """The rejections of a version, by sample, source row and content."""
+    """The rejections of a version of some samples, and of rows that are no sample, by sample, source row and content."""
 
-    def __init__(self, version: Version) -> None:
-        path = version.path / LEDGER_FILE
-        rows = [row for table in read_batches(path) for row in table.to_pylist()] if path.exists() else []
+    def __init__(self, version: Version, sample_ids: Sequence[str]) -> None:
+        path, wanted = version.path / LEDGER_FILE, pa.array(sample_ids, pa.string())
         self.by_sample: dict[str, list[str]] = {}
         self.by_source_row: dict[str, list[str]] = {}
         self.by_content: dict[tuple[str, str], str] = {}
-        for row in rows:
+        for row in (row for table in (read_batches(path) if path.exists() else ()) for row in _select(table, wanted)):
             reason = f"{row['stage']}: {row['reason']}"
             if row["content_digest"]:
                 self.by_content[row["sample_id"], row["content_digest"]] = reason
@@ -181,10 +200,19 @@ def _digests(version: Version, columns: list[str], left_out: Collection[str]) ->
     }
 
 
-def _rows(version: Version, columns: list[str], left_out: Collection[str], sample_ids: set[str]) -> dict[str, dict[str, Any]]:
-    batches = version.batches(columns) if sample_ids else ()
+def _rows(version: Version, columns: list[str], left_out: Collection[str], sample_ids: Sequence[str]) -> dict[str, Row]:
+    """Return the rows of some samples, with their split."""
+    wanted = pa.array(sample_ids, pa.string())
+    batches = ((split, batch.filter(pc.is_in(batch["sample_id"], wanted))) for split, batch in version.batches(columns))
     rows = (_without(row, left_out) | {"split": split} for split, batch in batches for row in batch.to_pylist())
-    return {row["sample_id"]: row for row in rows if row["sample_id"] in sample_ids}
+    return {row["sample_id"]: row for row in rows}
+
+
+def _select(table: pa.Table, sample_ids: pa.Array) -> list[Row]:
+    """Return the rows of a ledger that are about one of these samples, or about a row that is no sample."""
+    ids = table["sample_id"]
+    has_none = pc.equal(pc.fill_null(ids, ""), "")
+    return list(table.filter(pc.or_(has_none, pc.is_in(ids, sample_ids))).to_pylist())
 
 
 def _without(row: Row, left_out: Collection[str]) -> Row:

@@ -160,7 +160,7 @@ class DatasetDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                hint = "wait for it to end, or choose another folder"
+                hint = "wait for it, or choose another --out"
                 raise StoreError(f"another process is writing to {self.path}", hint=hint) from None
             yield lambda: None
 
@@ -208,7 +208,7 @@ def only_made() -> Path:
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         raise StoreError(
-            f"{len(folders)} datasets were made here: in {DATA}/ or with --out",
+            f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out",
             hint=f"name one: {', '.join(map(str, folders[:8]))}",
         )
     return folders[0] if folders else last_made()

@@ -45,7 +45,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         (["review", "apply", "a.jsonl"], "no dataset under data/"),
         (["review", "apply", "a.jsonl", "--data", "empty"], "is no folder that synth generate has written"),
         (["versions"], "no dataset under data/"),
-        (["versions", "nowhere"], "nowhere has no version"),
+        (["versions", "nowhere"], "no dataset at nowhere"),
         (["generate", "--source", "folder:pictures"], "cannot reach https://huggingface.co for the model Qwen/"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -89,7 +89,7 @@ def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth
     for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME")):
         result = synth(*command)
         assert result.returncode == 1
-        assert "2 datasets were made here" in result.stderr
+        assert "there are 2 datasets that were made here" in result.stderr
         assert str(tmp_path / "two") in result.stderr
     assert f"dataset: {tmp_path / 'two'}" in synth("versions").stderr
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pytest
 
 from pipeline.dataset.diff import diff_versions
 from pipeline.dataset.rejections import list_rejections
 from pipeline.tables import LEDGER, Extras
+from pipeline.types import Sample
 from tests.scene_data import make_version, scene_samples, scored_captions, true_captions
 
 SAMPLES = scene_samples(20)
@@ -115,3 +117,25 @@ def test_the_ledger_holds_no_words_of_a_model(tmp_path: Path) -> None:
     assert ledger.num_rows == captions.num_rows
     text = captions["text"][0].as_py()
     assert not any(text in str(value) for row in ledger.to_pylist() for value in row.values())
+
+
+def test_all_rows_are_counted_however_many_are_kept_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = make_version(tmp_path / "one", SAMPLES)
+    table = true_captions(SAMPLES)
+    for sample in SAMPLES[:7]:
+        table = edited(table, sample.id, "brief", f"A picture of {sample.source_row}.")
+    after, _ = make_version(
+        tmp_path / "other", SAMPLES[:-2], annotations=table.filter(pc.is_in(table["sample_id"], ids(SAMPLES[:-2])))
+    )
+    whole = diff_versions(before, after)
+    monkeypatch.setattr("pipeline.dataset.diff.ROWS_AT_ONCE", 4)
+    few = diff_versions(before, after, 3)
+    assert few.counts() == whole.counts() == {"same": 11, "added": 0, "removed": 2, "changed": 7}
+    assert (few.fields(), few.reasons()) == (whole.fields(), whole.reasons())
+    assert few.changes == whole.changes[:3]
+    assert list(few.lines(3)) == list(whole.lines(3))
+    assert list(few.lines(3))[-1] == "and 6 more rows; --rows shows more, --json all"
+
+
+def ids(samples: list[Sample]) -> pa.Array:
+    return pa.array([sample.id for sample in samples])
