@@ -141,6 +141,9 @@ def push(
     license_: Annotated[
         str | None, Option("--license", help="The license of images whose license is unknown, such as cc-by-4.0, for the card.")
     ] = None,
+    license_link: Annotated[
+        str | None, Option(help="Where the terms of a license stand that the Hub has no name for: https://...")
+    ] = None,
     title: Annotated[str | None, Option(help="The title of the card.", show_default="named after the source")] = None,
     language: Annotated[
         str | None, Option(help="The language of the texts, for the card: en, de, ...", show_default="that of the run")
@@ -170,20 +173,22 @@ def push(
     if space:
         check_repo_name(space)
     if data and not is_remote(data) and (data / "train.json").exists():
-        if license_ or title or language:
-            raise BadParameter("--license, --title and --language go with datasets", param_hint="PATH")
+        if license_ or license_link or title or language:
+            raise BadParameter("--license, --license-link, --title and --language go with datasets", param_hint="PATH")
         say(f"captioner: {data}")
         push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
     if space:
         raise BadParameter("goes with a captioner: name its folder", param_hint="--space")
+    if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
+        raise BadParameter(f"{license_link!r} is no address such as https://example.org/terms", param_hint="--license-link")
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
     chosen_version = open_or_download(data or only_made(), version, previews=False)
     if version is None:
         note_previews(chosen_version, data)
-    stated = describe_data(license_, title, language)
+    stated = describe_data(license_, title, language, license_link)
 
     def push_version(version: "Version") -> "PushResult | None":
         restricted = non_redistributable(version.manifest["licences"])

@@ -66,6 +66,7 @@ def versions_tag(
     data: Annotated[Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)] = None,
     move: Annotated[bool, Option("--move", help="Let a tag that is there name this version.")] = False,
     delete: Annotated[bool, Option("--delete", help="Remove the tag; the version stays.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Give a version a name, by which `--version` knows it, and which keeps it from being removed."""
     from pipeline.dataset.names import read_tags, require_tag_name, write_tags
@@ -82,7 +83,7 @@ def versions_tag(
             if tag not in tags:
                 raise StoreError(f"{dataset.path} has no tag {tag}", hint=f"tags here: {', '.join(tags) or 'none'}")
             write_tags(dataset.path, {name: tagged for name, tagged in tags.items() if name != tag})
-            echo(f"{tag} no longer names {tags[tag]}")
+            echo(json.dumps({"tag": tag, "version": None}) if as_json else f"{tag} no longer names {tags[tag]}")
             return
         chosen = dataset.version(version, previews=False)
         named = chosen.name
@@ -91,7 +92,7 @@ def versions_tag(
         if tags.get(tag, named) != named and not move:
             raise StoreError(f"{tag} names {tags[tag]}", hint="--move lets it name another version")
         write_tags(dataset.path, tags | {tag: named})
-    echo(f"{tag} names {named}")
+    echo(json.dumps({"tag": tag, "version": named}) if as_json else f"{tag} names {named}")
 
 
 def versions_rm(

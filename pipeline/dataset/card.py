@@ -32,7 +32,16 @@ MESSAGES = "messages"  # a column, and the config that reads it
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # that wrote the texts
 _CREATORS = {MODEL: ["machine-generated"], PEOPLE: ["found"], PEOPLE_AND_MODEL: ["found", "machine-generated"]}
 PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_SIZES = (  # the Hub's classes, by the number that is too many for them
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+    (1_000_000_000, "100M<n<1B"),
+    (10_000_000_000, "1B<n<10B"),
+)
 
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
@@ -142,10 +151,10 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
-        **_license_fields(card_licenses(manifest)),
+        **_license_fields(card_licenses(manifest), manifest.get("license_link")),
         **({"language": [language]} if (language := _language(manifest)) else {}),
         "task_categories": _categories(manifest),
-        "size_categories": [next((name for bound, name in _SIZES if total < bound), "1M<n<10M")],
+        "size_categories": [next(name for bound, name in _SIZES if total < bound)],
         "annotations_creators": _CREATORS[writers],
         "language_creators": _CREATORS[writers],
         "source_datasets": [upstream[1] if upstream else "original"],
@@ -217,11 +226,12 @@ def _language(manifest: dict[str, Any]) -> str | None:
     return language
 
 
-def _license_fields(licenses: list[str]) -> dict[str, str]:
-    """Return the license fields of a card: a single license that the Hub knows, else the names of all."""
+def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
+    """Return the license fields of a card: a single license that the Hub knows, else the names of all, and where they are."""
     if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
-    return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in licenses)}
+    name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", one.lower()) for one in licenses)
+    return {"license": "other", "license_name": name, **({"license_link": link} if link else {})}
 
 
 def _sizes(manifest: dict[str, Any], split: str) -> int:

@@ -72,9 +72,11 @@ def describe_run(
     }
 
 
-def describe_data(license_name: str | None, title: str | None, language: str | None) -> dict[str, str]:
+def describe_data(
+    license_name: str | None, title: str | None, language: str | None, license_link: str | None = None
+) -> dict[str, str]:
     """Return the fields of a manifest that a user has stated about the data: what the card says of it."""
-    stated = {"license": license_name, "title": title, "language": language}
+    stated = {"license": license_name, "title": title, "language": language, "license_link": license_link}
     return {name: value for name, value in stated.items() if value is not None}
 
 

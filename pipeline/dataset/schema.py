@@ -86,6 +86,7 @@ class Manifest(_Part):
     files: dict[Name, FileEntry]
     ledger: FileEntry = FileEntry(sha256="0" * 64, bytes=0)
     license: Name = ""
+    license_link: Name = ""
     title: Name = ""
     language: Name = ""
     pixels: Name = ""

@@ -39,72 +39,67 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     ranks = np.array([SPLIT_RANK[split] for split in samples["split"].to_pylist()], np.int64)
     pixels = pc.multiply(samples["width_px"].cast(pa.int64()), samples["height_px"].cast(pa.int64())).to_numpy()
     best_first = np.lexsort((-pixels, -ranks))  # of equal ones, the first by id
-    looks = find_near_samples(samples["pdq_hashes"].combine_chunks(), kind, best_first)
-    kept_instead = _choose(looks, ranks, best_first, kind)
+    images = find_near_samples(samples["pdq_hashes"].combine_chunks(), kind, best_first)
+    kept_instead = _choose(images, ranks, best_first, kind)
     is_kept = kept_instead < 0
     is_held_out = ~is_kept & (ranks[kept_instead] > np.maximum(ranks, SPLIT_RANK["train"]))
     reasons = pc.if_else(pa.array(is_held_out), "near_held_out_image", "near_duplicate_image")
-    groups, instead = ids.take(pa.array(_first_of_groups(looks))), pa.array(kept_instead, mask=is_kept)
+    groups, instead = ids.take(pa.array(_first_of_groups(images))), pa.array(kept_instead, mask=is_kept)
     return pa.table([ids, groups, pc.if_else(pa.array(is_kept), None, reasons), ids.take(instead)], schema=IMAGE_GROUPS)
 
 
-class Looks(NamedTuple):
-    """What samples look like: samples of one look have one hash, and are all copies of each other.
+class DistinctImages(NamedTuple):
+    """Images by their hashes: samples with one hash are one image, so that thousands of copies are not millions of pairs."""
 
-    Thousands of copies are so one look, and not millions of pairs.
-    """
-
-    of_sample: Rows  # the look of each sample
-    near: NearPairs  # pairs of looks
+    of_sample: Rows  # the image of each sample
+    near: NearPairs  # pairs of images
 
 
-def _choose(looks: Looks, ranks: Rows, best_first: Rows, kind: ImageKind) -> Rows:
+def _choose(images: DistinctImages, ranks: Rows, best_first: Rows, kind: ImageKind) -> Rows:
     """Return for each sample, in the order of their ids, the one that is kept instead of it; -1 for one that is kept."""
-    count, near = len(ranks), looks.near
+    count, near = len(ranks), images.near
     ends_of_pairs, neighbors = np.concatenate([near.first, near.second]), np.concatenate([near.second, near.first])
-    by_look = np.argsort(ends_of_pairs, kind="stable")
-    neighbors, bits = neighbors[by_look], np.concatenate([near.bits, near.bits])[by_look]
-    sizes = np.bincount(looks.of_sample)
+    by_image = np.argsort(ends_of_pairs, kind="stable")
+    neighbors, bits = neighbors[by_image], np.concatenate([near.bits, near.bits])[by_image]
+    sizes = np.bincount(images.of_sample)
     bounds = np.r_[0, np.cumsum(np.bincount(ends_of_pairs, minlength=len(sizes)))]
-    first_kept = np.full((len(sizes), len(SPLIT_RANK)), count)  # the first sample of a look and a rank that is kept
+    first_kept = np.full((len(sizes), len(SPLIT_RANK)), count)  # the first sample of an image and a rank that is kept
     kept_instead = np.full(count, -1)
-    is_alone = (sizes[looks.of_sample] == 1) & (np.diff(bounds)[looks.of_sample] == 0)
-    for sample in best_first:
-        look = looks.of_sample[sample]
-        if is_alone[sample]:
-            continue
-        of_look = slice(bounds[look], bounds[look + 1])
-        nearby = np.append(neighbors[of_look], look)
+    is_alone = (sizes[images.of_sample] == 1) & (np.diff(bounds)[images.of_sample] == 0)
+    for sample in best_first[~is_alone[best_first]]:
+        image = images.of_sample[sample]
+        of_image = slice(bounds[image], bounds[image + 1])
+        nearby = np.append(neighbors[of_image], image)
         chosen = first_kept[nearby, max(ranks[sample], SPLIT_RANK["train"]) + 1 :].min(initial=count)
         if chosen == count and kind == "photos":
-            is_copy = np.append(bits[of_look] <= MAX_COPY_BITS, True)
+            is_copy = np.append(bits[of_image] <= MAX_COPY_BITS, True)
             chosen = first_kept[nearby[is_copy]].min()
         if chosen < count:
             kept_instead[sample] = chosen
         else:
-            first_kept[look, ranks[sample]] = min(first_kept[look, ranks[sample]], sample)
+            first_kept[image, ranks[sample]] = min(first_kept[image, ranks[sample]], sample)
     return kept_instead
 
 
-def _first_of_groups(looks: Looks) -> Rows:
-    """Return the first sample of the group of each; groups are the connected components of near looks."""
-    first = np.full(int(looks.of_sample.max(initial=-1)) + 1, len(looks.of_sample))
-    np.minimum.at(first, looks.of_sample, np.arange(len(looks.of_sample)))
-    near = looks.near
+def _first_of_groups(images: DistinctImages) -> Rows:
+    """Return the first sample of the group of each; groups are the connected components of near images."""
+    first = np.full(int(images.of_sample.max(initial=-1)) + 1, len(images.of_sample))
+    np.minimum.at(first, images.of_sample, np.arange(len(images.of_sample)))
+    near = images.near
     while True:
         lower = np.minimum(first[near.first], first[near.second])
         if np.array_equal(first[near.first], lower) and np.array_equal(first[near.second], lower):
-            return first[looks.of_sample]
+            return first[images.of_sample]
         np.minimum.at(first, near.first, lower)
         np.minimum.at(first, near.second, lower)
-        first = first[looks.of_sample[first]]  # the first one's first: a chain of looks is halved each time
+        first = first[images.of_sample[first]]  # the first one's first: a chain of images is halved each time
 
 
-def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> Looks:
+def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> DistinctImages:
     """Return which samples are near: near images, or decks of which half the pages have a near page.
 
-    The bits of two decks are those of the median page. An empty hash is near no other hash. Equal images are one look; if there
-    are decks, each sample is a look of its own. `best_first` orders the samples: in a crowd of thousands that are near, not all
+    The bits of two decks are those of the median page. An empty hash is near no other hash. If there are
+    decks, each sample is an image of its own. `best_first` orders the samples: in a crowd of thousands that are near, not all
     pairs are found, but those with the best ones are.
     """
     count = len(pdq_hashes)
@@ -122,14 +117,14 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
         by_first = np.argsort(first)
         of_sample = len(first) + np.arange(count)
         of_sample[owners] = np.argsort(by_first)[of_hash.ravel()]
-        return Looks(of_sample, near_hashes(hashes[first[by_first]], kind))
+        return DistinctImages(of_sample, near_hashes(hashes[first[by_first]], kind))
     near = near_hashes(hashes, kind)
     first, second = owners[near.first], owners[near.second]
     is_single = (pages[first] == 1) & (pages[second] == 1)
     of_decks = _near_decks(near, owners, np.flatnonzero(~is_single & (first != second)), pages)
     images = (first[is_single], second[is_single], near.bits[is_single])
     pairs = NearPairs(*(np.concatenate(parts) for parts in zip(images, of_decks, strict=True)))
-    return Looks(np.arange(count), pairs)
+    return DistinctImages(np.arange(count), pairs)
 
 
 def _near_decks(near: NearPairs, owners: Rows, pairs: Rows, pages: Rows) -> NearPairs:

@@ -127,11 +127,20 @@ def test_the_user_says_whose_the_data_is(home: Path, hub: RunningHub) -> None:
 
 
 def test_a_license_or_language_that_no_card_can_hold_is_refused(home: Path, hub: RunningHub) -> None:
-    for option, value in (("--license", "mine\nall mine"), ("--language", "German")):
+    odd = (("--license", "mine\nall mine"), ("--language", "German"), ("--license-link", "javascript:alert(1)"))
+    for option, value in odd:
         command = [str(SYNTH), "push", "--repo", "me/odd", option, value]
         done = subprocess.run(command, cwd=home, env=hub.env(home / "home"), capture_output=True, text=True, timeout=60)
         assert (done.returncode, option in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
+
+
+def test_terms_of_ones_own_are_named_with_their_address(home: Path, hub: RunningHub) -> None:
+    stated = ("--license", "Shop terms", "--license-link", "https://example.org/terms")
+    run(hub, home, "push", "--repo", "me/shop", *stated)
+    repo = hub.hub.storage.repos["dataset", "me/shop"]
+    card = read(hub, repo.commits[repo.tags["v1.0.0"]].files["README.md"]).decode()
+    assert "license: other\nlicense_name: shop-terms\nlicense_link: https://example.org/terms\n" in card
 
 
 def test_public_is_said_aloud(home: Path, hub: RunningHub) -> None:

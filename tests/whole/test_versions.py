@@ -64,6 +64,7 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     (data,) = (photos.parent / "data").iterdir()
     assert synth("versions", str(data)).stdout == synth("versions", "list").stdout == synth("versions").stdout
     assert synth("versions", "tag", "paper", "v1.0.0").stdout == "paper names v1.0.0\n"
+    assert json.loads(synth("versions", "tag", "paper", "v1.0.0", "--json").stdout) == {"tag": "paper", "version": "v1.0.0"}
     assert synth("versions", "tag", "paper").returncode == 1
     assert "--move" in synth("versions", "tag", "paper", "v1.1.0").stderr
     refused = synth("versions", "rm", "v1.0.0")

@@ -132,3 +132,22 @@ def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
     assert "Compared were the bytes, and PDQ hashes of the whole image (within 31 of 256 bits). An image" in decks
     drawn = render_card(MANIFEST | {"leakage": leakage | {"compared_as": None}}, [])
     assert "Compared were the bytes alone. An image" in drawn
+
+
+def test_a_license_of_ones_own_may_have_a_link() -> None:
+    values = metadata(MANIFEST | {"licences": ["Shop terms"], "license_link": "https://example.org/terms"})
+    assert (values["license"], values["license_name"], values["license_link"]) == (
+        "other",
+        "shop-terms",
+        "https://example.org/terms",
+    )
+    known = metadata(MANIFEST | {"licences": ["cc-by-4.0"], "license_link": "https://example.org/terms"})
+    assert known["license"] == "cc-by-4.0" and "license_link" not in known  # the Hub links it
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [(0, "n<1K"), (999_999, "100K<n<1M"), (1_000_000, "1M<n<10M"), (50_000_000, "10M<n<100M"), (10**9, "1B<n<10B")],
+)
+def test_a_card_names_the_size_class_of_its_rows(rows: int, name: str) -> None:
+    assert metadata(MANIFEST | {"rows": {"train": rows, "validation": 0, "test": 0}})["size_categories"] == [name]
