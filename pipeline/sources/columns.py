@@ -6,6 +6,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import read_question
+from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
@@ -45,7 +47,8 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
             return tables.count(split)
         return sum(names.get(str(value)) == split for value in tables.values(split_column))
 
-    def rows() -> Iterator[RawSample | Rejected]:
+    def jobs() -> Iterator[Rejected | partial[RawSample | Rejected]]:
+        """Yield what is to be done for each row: an image that is named by its address is still to be fetched."""
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split):
             if isinstance(row, Rejected):
@@ -73,12 +76,14 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                         continue
                     asked["reference_qa"] = _questions(questions, answers)
                 more: dict[str, Any] = {"references": references, "context": context, **asked}
-                yield build_sample(row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
+                yield partial(build_sample, row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
 
+    at_once = min(FETCHED_AT_ONCE, config.limit or FETCHED_AT_ONCE)
+    rows = fetch_ahead(jobs(), _do, at_once) if config.allow_urls else map(_do, jobs())
     return Source(
         name=name,
         revision=tables.revision,
-        rows=check_samples(rows()),
+        rows=check_samples(rows),
         count=count,
         decks="pages" in columns,
         is_partial=tables.is_partial,
@@ -187,6 +192,10 @@ def _is_text(kind: pa.DataType) -> bool:
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
     """Return the split to store; None if only training rows were requested, because some of them will be held out."""
     return None if requested_split == "train" else row_split
+
+
+def _do(job: Rejected | partial[RawSample | Rejected]) -> RawSample | Rejected:
+    return job if isinstance(job, Rejected) else job()
 
 
 def build_sample(

@@ -252,12 +252,17 @@ class Together(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def web() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Together) as running:
+def serve(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Yield the address of a server while it answers."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    yield from serve(Together)
 
 
 def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
