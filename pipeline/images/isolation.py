@@ -19,14 +19,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import IO, TypeVar
 
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
-from pipeline.images.metadata import strip_metadata
+from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metadata
 
 MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
 CPU_SECONDS = 30
@@ -47,28 +47,32 @@ class CheckedImage:
 
     data: bytes
     info: ImageInfo
+    exif: dict[str, str] = field(default_factory=dict)  # the fields that were asked for
 
 
 Result = list[CheckedImage] | ImageError
 
 
-def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Result]]:
+def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()) -> Iterator[tuple[T, Result]]:
     """Check the images of each job in worker processes; yield the jobs in order, with their images or why they are unusable.
 
-    As many jobs are read ahead as there are workers. An error of `jobs` is raised after the jobs before it. Raise SourceError
-    if no worker can be started.
+    `exif` names fields to read of each image (metadata.read_exif). As many jobs are read ahead as there are workers. An error
+    of `jobs` is raised after the jobs before it. Raise SourceError if no worker can be started.
     """
     pool = _pool()
     waiting: deque[tuple[T, Future[Result], int]] = deque()
     try:
-        yield from _in_order(pool, jobs, waiting)
+        yield from _in_order(pool, jobs, tuple(exif), waiting)
     finally:  # of a run that ends before its images do
         for _, future, _ in waiting:
             future.cancel()
 
 
 def _in_order(
-    pool: "_Pool", jobs: Iterator[tuple[T, Sequence[bytes]]], waiting: "deque[tuple[T, Future[Result], int]]"
+    pool: "_Pool",
+    jobs: Iterator[tuple[T, Sequence[bytes]]],
+    exif: tuple[str, ...],
+    waiting: "deque[tuple[T, Future[Result], int]]",
 ) -> Iterator[tuple[T, Result]]:
     waiting_bytes = 0
     error: Exception | None = None
@@ -82,7 +86,7 @@ def _in_order(
                 error = failure
             else:
                 size = sum(map(len, images))
-                waiting.append((key, pool.submit(images), size))
+                waiting.append((key, pool.submit(images, exif), size))
                 waiting_bytes += size
         if not waiting:
             break
@@ -103,16 +107,16 @@ class _Pool:
         self._own = threading.local()
         self._workers: list[_Worker] = []
 
-    def submit(self, images: Sequence[bytes]) -> "Future[Result]":
+    def submit(self, images: Sequence[bytes], exif: tuple[str, ...]) -> "Future[Result]":
         """Check images in the next free worker."""
-        return self._threads.submit(self._check, tuple(images))
+        return self._threads.submit(self._check, tuple(images), exif)
 
-    def _check(self, images: tuple[bytes, ...]) -> Result:
+    def _check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is None or not worker.is_alive():
             worker = self._own.worker = _Worker()
             self._workers.append(worker)
-        return worker.check(images)
+        return worker.check(images, exif)
 
     def close(self) -> None:
         """End the threads, and kill all workers: nobody waits for an image that is slow to decode."""
@@ -182,7 +186,7 @@ class _Worker:
             with suppress(OSError):
                 pipe.close()
 
-    def check(self, images: tuple[bytes, ...]) -> Result:
+    def check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
         """Return the checked images, or the reason why they are unusable; a worker that dies of them is the reason."""
         overdue = threading.Event()
 
@@ -195,7 +199,7 @@ class _Worker:
         timer.start()
         try:
             with suppress(BrokenPipeError):  # it has died while it read: the answer says so
-                _send(self._to, [struct.pack(">q", len(images)), *images])
+                _send(self._to, [struct.pack(">q", len(images)), json.dumps(exif).encode(), *images])
             return self._answer(images)
         except Exception as error:  # noqa: BLE001  # whatever it answered, if it answered
             log.info("a worker that decodes images ended, or was ended: %r", error)
@@ -210,10 +214,11 @@ class _Worker:
         if "reason" in answer:
             return ImageError(str(answer["reason"])[:40], str(answer["what"])[:200])
         checked = []
-        for original, (width_px, height_px, pdq_hash) in zip(images, answer["images"], strict=True):
+        for original, (width_px, height_px, pdq_hash, exif) in zip(images, answer["images"], strict=True):
             data = _receive(self._from, max(2 * len(original), MAX_STRIPPED_BYTES))
             info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash))
-            checked.append(CheckedImage(original if data is None else data, info))
+            fields = {str(name): str(text)[:MAX_EXIF_CHARACTERS] for name, text in exif.items()}
+            checked.append(CheckedImage(original if data is None else data, info, fields))
         return checked
 
 
@@ -237,10 +242,11 @@ def serve() -> None:
     while True:
         try:
             (count,) = struct.unpack(">q", _receive(source, 8) or b"")
+            exif = json.loads(_receive(source, 1_000_000) or b"[]")
             images = [_receive(source, 1 << 40) or b"" for _ in range(count)]
         except EOFError:
             return
-        _send(target, _check(images))
+        _send(target, _check(images, exif))
 
 
 def _allow_cpu() -> None:
@@ -250,19 +256,20 @@ def _allow_cpu() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
-def _check(images: list[bytes]) -> list[bytes | None]:
+def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
     """Return the messages that answer a request: facts as JSON, then the images that have changed."""
     try:
-        stripped, infos = [], []
+        stripped, infos, fields = [], [], []
         for image in images:
             _allow_cpu()
             stripped.append(strip_metadata(image))
             infos.append(check_image(stripped[-1]))
+            fields.append(read_exif(image, exif) if exif else {})
     except ImageError as error:
         return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
     except MemoryError:
         return [json.dumps({"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}).encode()]
-    facts = [[info.width_px, info.height_px, info.pdq_hash.hex()] for info in infos]
+    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), of] for info, of in zip(infos, fields, strict=True)]
     changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
     return [json.dumps({"images": facts}).encode(), *changed]
 

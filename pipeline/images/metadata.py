@@ -9,11 +9,12 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from PIL import ImageOps
+from PIL import ExifTags, ImageOps, TiffImagePlugin
 
+from pipeline.errors import ImageError
 from pipeline.images.decode import ORIENTATION, open_image
 
 REMOVED = "removed"  # what provenance and manifests say of images without metadata; earlier releases kept it, and said nothing
@@ -30,6 +31,47 @@ _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _QUALITY = 95
 _COMPRESS_LEVEL = 4  # of PNG: 2.6 times as fast as the default, and 4 % larger, for a photo of 6 megapixels
+
+
+EXIF_PREFIX = "exif_"  # of names of EXIF fields among the columns of a source: exif_DateTimeOriginal
+MAX_EXIF_CHARACTERS = 300
+_EXIF_TAGS = {name: tag for tag, name in ExifTags.TAGS.items()}
+_GPS_TAGS = {name: tag for tag, name in ExifTags.GPSTAGS.items()}
+
+
+def is_exif_name(name: str) -> bool:
+    """Return whether a column is named like an EXIF field: `exif_` and the field's name in the standard (CIPA DC-008)."""
+    field = name.removeprefix(EXIF_PREFIX)
+    return field != name and (field in _EXIF_TAGS or field in _GPS_TAGS)
+
+
+def read_exif(data: bytes, names: Sequence[str]) -> dict[str, str]:
+    """Return the EXIF fields of an image file by name, such as exif_Model, as texts; those that it has and that are no binary.
+
+    A GPS position is in degrees, negative in the south and west. An image without EXIF, or with a damaged one, has no fields.
+    """
+    try:
+        with open_image(data) as image:
+            exif = image.getexif()
+            fields = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+            gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+            values = {name: _exif_text(name.removeprefix(EXIF_PREFIX), fields, gps) for name in names}
+    except ImageError:
+        return {}
+    return {name: text[:MAX_EXIF_CHARACTERS] for name, text in values.items() if text}
+
+
+def _exif_text(field: str, fields: dict[int, Any], gps: dict[int, Any]) -> str:
+    value = gps.get(_GPS_TAGS[field]) if field in _GPS_TAGS else fields.get(_EXIF_TAGS[field])
+    if field in ("GPSLatitude", "GPSLongitude") and isinstance(value, tuple):
+        degrees = sum(float(part) / 60**place for place, part in enumerate(value))
+        return f"{-degrees if gps.get(_GPS_TAGS[f'{field}Ref']) in ('S', 'W') else degrees:.6f}"
+    if value is None or isinstance(value, bytes):
+        return ""
+    values = value if isinstance(value, tuple) else (value,)
+    return ", ".join(
+        f"{float(one):g}" if isinstance(one, TiffImagePlugin.IFDRational) else str(one).strip("\0 ") for one in values
+    )
 
 
 def strip_metadata(data: bytes) -> bytes:

@@ -31,7 +31,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, split_context
 from pipeline.sources.captions import SPLIT, decode_text, read_split, read_texts
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
@@ -420,8 +420,9 @@ def open_archives(
     licence: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
+    exif: Sequence[str] = (),
 ) -> Source:
-    """Return the images of archives, or a slice. `columns` of the JSON files beside them become the context.
+    """Return the images of archives, or a slice. `columns` of the JSON files beside them and `exif` fields are the context.
 
     Raise SourceError if no archive is of the `split`, none of the first images has one of the columns, or, while they are read,
     if an archive is damaged or none has an image.
@@ -450,7 +451,7 @@ def open_archives(
                 f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
             )
 
-    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read()))
+    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read(), exif))
 
 
 def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
@@ -519,7 +520,8 @@ def _without_suffix(name: str) -> str:
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "an archive", "an archive has files: --columns context=A,B names values of NAME.json for prompts")
     archives = find_archives(path, follow_links=config.follow_links, is_whole=part == ALL)
-    return open_archives(archives, part, config.license or UNKNOWN, config.context, config.source_split)
+    columns, exif = split_context(config)
+    return open_archives(archives, part, config.license or UNKNOWN, columns, config.source_split, exif)
 
 
 SPEC = SourceSpec(

@@ -9,6 +9,7 @@ from pipeline.config import CONTEXT, Config
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
+from pipeline.images.metadata import is_exif_name
 from pipeline.images.similarity import ImageKind
 from pipeline.text.escape import printable
 from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
@@ -75,18 +76,20 @@ class SourceSpec:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
 
 
-def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rejected]:
+def check_samples(rows: Iterator[RawSample | Rejected], exif: Sequence[str] = ()) -> Iterator[Sample | Rejected]:
     """Yield the sample of each row, or its rejection if one of its images is unusable. Images are decoded in other processes.
 
     The id is that of the images as they are; the sample holds them without their metadata, which may say who took them where.
+    The fields of the first image that `exif` names, and no others, become part of its context.
     """
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
-    for row, checked in check_all(jobs):
+    for row, checked in check_all(jobs, exif):
         if isinstance(row, Rejected):
             yield row
         elif isinstance(checked, ImageError):
             yield Rejected(source_row=row.source_row, reason=checked.reason, detail=str(checked))
         else:
+            named = {"context": (*row.fields.get("context", ()), *((name, checked[0].exif.get(name, "")) for name in exif))}
             yield Sample(
                 id=deck_id(list(map(image_id, row.images))),
                 source_row=row.source_row,
@@ -95,8 +98,14 @@ def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rej
                 width_px=checked[0].info.width_px,
                 height_px=checked[0].info.height_px,
                 licence=row.licence,
-                **row.fields,
+                **row.fields | (named if exif else {}),
             )
+
+
+def split_context(config: Config) -> tuple[list[str], list[str]]:
+    """Return the columns that prompts may use, and the EXIF fields among them: exif_DateTimeOriginal."""
+    exif = [name for name in config.context if is_exif_name(name)]
+    return [name for name in config.context if name not in exif], exif
 
 
 def refuse_roles(config: Config, what: str, hint: str) -> None:

@@ -16,7 +16,8 @@ from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ImageError, SourceError
-from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.images.metadata import is_exif_name
+from pipeline.sources.base import SourceSpec, as_text, check_samples, split_context
 from pipeline.sources.captions import read_question
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
@@ -83,7 +84,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
     return Source(
         name=name,
         revision=tables.revision,
-        rows=check_samples(rows),
+        rows=check_samples(rows, split_context(config)[1]),
         count=count,
         decks="pages" in columns,
         is_partial=tables.is_partial,
@@ -149,7 +150,8 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
     """Return the columns that are named with commas. Raise SourceError if one is missing, or can be no text."""
-    columns = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    columns = [name for name in stripped if not is_exif_name(name)]
     for name in columns:
         if name not in schema.names:
             raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")

@@ -18,7 +18,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles, split_context
 from pipeline.sources.captions import (
     ANSWER_TYPE,
     ANSWERS,
@@ -140,11 +140,12 @@ def open_list(
     licence: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
+    exif: Sequence[str] = (),
     *,
     allow_urls: bool = False,
     follow_links: bool = False,
 ) -> Source:
-    """Return the images that a list names, or a slice without a revision. `columns` become the context.
+    """Return the images that a list names, or a slice without a revision. `columns` and `exif` fields become the context.
 
     Files outside of the list's folder are rejected, unless `follow_links` is set. Raise SourceError as `read_list` does, and if
     no line is of the `split`.
@@ -172,7 +173,7 @@ def open_list(
     return Source(
         name="list",
         revision=digest([_content(image, root, file_digest) for image in own]) if part == ALL else "",
-        rows=check_samples(fetch_ahead(own, read) if any(image.is_url for image in own) else map(read, own)),
+        rows=check_samples(fetch_ahead(own, read) if any(image.is_url for image in own) else map(read, own), exif),
         count=lambda: len(own),
         messages=tuple(_describe(whole, columns)) if part == ALL else (),
     )
@@ -219,9 +220,10 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "a list", "columns of a list are known by their names; --columns context=A,B names those for prompts")
     if _ADDRESS.match(path):
         raise ConfigError(f"a list is read from this disk, and not from {path.partition('?')[0]}", hint="download it first")
+    columns, exif = split_context(config)
     options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}
     file, licence = Path(path).expanduser(), config.license or UNKNOWN
-    return open_list(file, part, licence, config.context, config.source_split, **options)
+    return open_list(file, part, licence, columns, config.source_split, exif, **options)
 
 
 SPEC = SourceSpec(

@@ -1,0 +1,93 @@
+"""EXIF fields that a user names, and no others, are read before an image loses its metadata."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from pipeline.config import resolve
+from pipeline.images.metadata import MAX_EXIF_CHARACTERS, is_exif_name, read_exif
+from pipeline.sources import open_source
+from pipeline.types import Sample
+from tests.pipeline.images.test_similarity import photo
+
+NAMES = ("exif_Model", "exif_DateTimeOriginal", "exif_FNumber", "exif_GPSLatitude", "exif_GPSLongitude", "exif_ISOSpeedRatings")
+
+
+def taken(kind: str = "JPEG", model: str = "Box 3") -> bytes:
+    """Return a photo as a camera stores it: model, time, aperture, and a place in the south and west."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = model
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:05:17 08:30:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FNumber] = TiffImagePlugin.IFDRational(28, 10)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.MakerNote] = b"secret"
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitudeRef], gps[ExifTags.GPS.GPSLatitude] = "S", (33.0, 30.0, 36.0)
+    gps[ExifTags.GPS.GPSLongitudeRef], gps[ExifTags.GPS.GPSLongitude] = "W", (70.0, 15.0, 0.0)
+    buffer = io.BytesIO()
+    photo(1).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_named_fields_are_texts(kind: str) -> None:
+    assert read_exif(taken(kind), NAMES) == {
+        "exif_Model": "Box 3",
+        "exif_DateTimeOriginal": "2024:05:17 08:30:00",
+        "exif_FNumber": "2.8",
+        "exif_GPSLatitude": "-33.510000",
+        "exif_GPSLongitude": "-70.250000",
+    }
+    assert read_exif(taken(kind), ["exif_MakerNote"]) == {}  # binary
+
+
+def test_a_field_is_known_by_its_name_in_the_standard() -> None:
+    assert all(map(is_exif_name, NAMES))
+    assert not any(map(is_exif_name, ["Model", "exif_", "exif_Shoe", "title"]))
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_an_image_without_readable_fields_has_none(data: bytes) -> None:
+    assert read_exif(data, NAMES) == {}
+
+
+def test_a_long_field_is_cut() -> None:
+    assert read_exif(taken(model="x" * 1000), ["exif_Model"]) == {"exif_Model": "x" * MAX_EXIF_CHARACTERS}
+
+
+@pytest.mark.parametrize("source", ["folder", "list", "archive"])
+def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_none(source: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(taken())
+    buffer = io.BytesIO()
+    photo(2).save(buffer, "JPEG")
+    (tmp_path / "photos" / "b.jpg").write_bytes(buffer.getvalue())
+    if source == "list":
+        (tmp_path / "photos" / "list.txt").write_text("a.jpg\nb.jpg\n")
+    if source == "archive":
+        import zipfile
+
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for name in ("a.jpg", "b.jpg"):
+                archive.write(tmp_path / "photos" / name, name)
+    path = {"folder": "photos", "list": "photos/list.txt", "archive": "photos.zip"}[source]
+    names = "exif_Model,exif_GPSLatitude" if source == "list" else "file_name,exif_Model,exif_GPSLatitude"
+    opened = open_source(resolve(source=f"{source}:{tmp_path}/{path}", columns={"context": names}))
+    samples = [sample for sample in opened.rows if isinstance(sample, Sample)]
+    contexts = [dict(sample.context) for sample in samples]
+    assert [context.pop("file_name", "") for context in contexts] == (["", ""] if source == "list" else ["a.jpg", "b.jpg"])
+    assert contexts[0] == {"exif_Model": "Box 3", "exif_GPSLatitude": "-33.510000"}
+    assert contexts[1] == {"exif_Model": "", "exif_GPSLatitude": ""}
+    assert all(read_exif(sample.images[0], NAMES) == {} for sample in samples)
+
+
+def test_a_table_has_fields_beside_its_columns(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [taken()], "title": ["Lake"]}), tmp_path / "a.parquet")
+    source = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"context": "exif_Model,title"}))
+    (sample,) = source.rows
+    assert isinstance(sample, Sample)
+    assert dict(sample.context) == {"title": "Lake", "exif_Model": "Box 3"}
