@@ -15,10 +15,11 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metad
 MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
 CPU_SECONDS = 30
 WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a machine may be busy
+TICK_SECONDS = 0.5
 MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -97,6 +99,35 @@ def _in_order(
         raise error
 
 
+class _Watchdog:
+    """Ends workers that take too long: one thread for all of them, since starting a timer takes as long as a small image."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[_Worker, float] = {}
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._watch, name="decode-watchdog", daemon=True).start()
+
+    @contextmanager
+    def watching(self, worker: "_Worker", seconds: float) -> Iterator[None]:
+        """End the worker if this takes longer than so many seconds, to within TICK_SECONDS."""
+        self._deadlines[worker] = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadlines.pop(worker, None)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._is_closed.set()
+
+    def _watch(self) -> None:
+        while not self._is_closed.wait(TICK_SECONDS):
+            now = time.monotonic()
+            for worker, deadline in list(self._deadlines.items()):
+                if now > deadline:
+                    worker.end_overdue()
+
+
 class _Pool:
     """Workers, each with a thread of this process that waits for it; started as they are needed."""
 
@@ -106,6 +137,7 @@ class _Pool:
         self._threads = ThreadPoolExecutor(size, "decode")
         self._own = threading.local()
         self._workers: list[_Worker] = []
+        self._watchdog = _Watchdog()
 
     def submit(self, images: Sequence[bytes], exif: tuple[str, ...]) -> "Future[Result]":
         """Check images in the next free worker."""
@@ -116,12 +148,14 @@ class _Pool:
         if worker is None or not worker.is_alive():
             worker = self._own.worker = _Worker()
             self._workers.append(worker)
-        return worker.check(images, exif)
+        with self._watchdog.watching(worker, WALL_SECONDS * len(images) + 1):
+            return worker.check(images, exif)
 
     def close(self) -> None:
         """End the threads, and kill all workers: nobody waits for an image that is slow to decode."""
         if os.getpid() != self._owner:  # a forked process has neither
             return
+        self._watchdog.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.kill()
@@ -171,11 +205,17 @@ class _Worker:
             raise SourceError(f"cannot start a process to decode images: {error}", hint="free some memory") from None
         assert self._process.stdin
         assert self._process.stdout
+        self._is_overdue = threading.Event()
         self._to, self._from = self._process.stdin, self._process.stdout
 
     def is_alive(self) -> bool:
         """Return whether the process runs."""
         return self._process.poll() is None
+
+    def end_overdue(self) -> None:
+        """End the process, whose image is not done in time."""
+        self._is_overdue.set()
+        self._process.kill()
 
     def kill(self) -> None:
         """End the process at once."""
@@ -188,15 +228,6 @@ class _Worker:
 
     def check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
         """Return the checked images, or the reason why they are unusable; a worker that dies of them is the reason."""
-        overdue = threading.Event()
-
-        def end() -> None:
-            overdue.set()
-            self._process.kill()
-
-        timer = threading.Timer(WALL_SECONDS * len(images) + 1, end)
-        timer.daemon = True
-        timer.start()
         try:
             with suppress(BrokenPipeError):  # it has died while it read: the answer says so
                 _send(self._to, [struct.pack(">q", len(images)), json.dumps(exif).encode(), *images])
@@ -205,9 +236,9 @@ class _Worker:
             log.info("a worker that decodes images ended, or was ended: %r", error)
             self.kill()
             code = self._process.wait()
-            return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s") if overdue.is_set() else _death(code)
-        finally:
-            timer.cancel()
+            if self._is_overdue.is_set():
+                return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s")
+            return _death(code)
 
     def _answer(self, images: tuple[bytes, ...]) -> Result:
         answer = json.loads(_receive(self._from, 1_000_000) or b"")
