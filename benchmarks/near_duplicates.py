@@ -27,12 +27,7 @@ from pipeline.images.near_pairs import find_in_round, find_near_pairs, plan_sear
 from pipeline.images.similarity import ALL_PAIRS_HASHES, MAX_NEAR_BITS, SURE_BITS, near_hashes
 
 BITS = (8, 20, 48, 56, 64, 70)
-FAISS = (
-    "64",
-    "12",
-    "20",
-    "4",
-)  # bits, tables, bits of a table, flips: finds 99.8 % at 64 bits of random hashes by its definition
+FAISS = ("64", "12", "20", "3")  # bits, tables, bits of a table, flips
 
 
 def plant(count: int, *, mirrored: bool) -> tuple[Hashes, dict[tuple[int, int], int]]:

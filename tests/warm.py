@@ -1,4 +1,4 @@
-"""Run `synth` in a process forked from one that has imported its packages: 0.1 s instead of 5 s for each command of a test.
+"""Run `synth` in a process forked from one that has imported its packages, which takes a command of a test up to 4.5 s.
 
 A command still has a process, a folder, an environment and streams of its own. What is left out is the start of Python: that
 a command imports what it needs, and no more, is what tests of whole/test_cli.py and test_install.py look at. Packages that read

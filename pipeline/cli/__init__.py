@@ -74,14 +74,12 @@ class ListByDefault(Group):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click.Command."""
         word = args[0] if args else ""
-        is_option = not word or (word.startswith("-") and word not in ctx.help_option_names)
-        is_path = word not in self.commands and ("/" in word or Path(word).exists() or not _words(args[1:]))
-        return super().parse_args(ctx, ["list", *args] if is_option or is_path else args)
-
-
-def _words(arguments: list[str]) -> list[str]:
-    """Return the arguments that are no options: beside a second one, a word is a command that was mistyped, and no folder."""
-    return [argument for argument in arguments if not argument.startswith("-")]
+        if word in self.commands or word in ctx.help_option_names:
+            return super().parse_args(ctx, args)
+        # Beside a second word, one that is no folder is a command that was mistyped.
+        others = [argument for argument in args[1:] if not argument.startswith("-")]
+        is_list = not word or word.startswith("-") or "/" in word or Path(word).exists() or not others
+        return super().parse_args(ctx, ["list", *args] if is_list else args)
 
 
 @contextmanager
@@ -104,7 +102,9 @@ app = typer.Typer(
     },
 )
 features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
-versions = typer.Typer(cls=ListByDefault, help="Versions of a dataset: list, tag and remove them, and what they leave.")
+versions = typer.Typer(
+    cls=ListByDefault, help="Versions of a dataset: list, tag and remove them; clean up after killed commands."
+)
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
 
 

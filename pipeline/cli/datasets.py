@@ -105,8 +105,9 @@ def diff(
     before, after = map(opened, names)
     difference = diff_versions(before, after, None if as_json else rows)
     if as_json:
-        described = {name: asdict(difference)[name] for name in ("before", "after", "same", "changes", "settings")}
-        echo(json.dumps(described | {"counts": difference.counts(), "reasons": difference.reasons()}))
+        described = {name: getattr(difference, name) for name in ("before", "after", "same", "settings")}
+        counts = {"counts": difference.counts(), "reasons": difference.reasons()}
+        echo(json.dumps(described | {"changes": [asdict(change) for change in difference.changes]} | counts))
         return
     for line in difference.lines(rows):
         echo(line)

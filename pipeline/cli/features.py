@@ -2,7 +2,6 @@
 
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 from typer import Option
@@ -11,21 +10,13 @@ from pipeline.cli.options import AsJson, DataDir
 from pipeline.cli.output import echo, last_dataset, say
 
 
-def _dataset_folder(path: Path) -> Path:
-    """Return a dataset folder, of which a version may have been named."""
-    from pipeline.dataset.directory import split_version
-    from pipeline.dataset.version import MANIFEST, dataset_dir_of
-
-    path, _ = split_version(path)
-    return dataset_dir_of(path.absolute()) if (path / MANIFEST).exists() else path
-
-
 def features_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the stores of hidden states of a dataset, the one used last first: encoder, layers, images, size."""
+    from pipeline.dataset.directory import find_dataset
     from pipeline.storage.files import translate_disk_errors
     from trainer.feature_store import FEATURES, list_stores
 
-    folder = _dataset_folder(data or last_dataset()) / FEATURES
+    folder = find_dataset(data or last_dataset()) / FEATURES
     with translate_disk_errors(folder):
         stores = list_stores(folder)
     if as_json:
@@ -47,11 +38,11 @@ def features_prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove stores of hidden states that no training has used for a while; a training that needs one computes it again."""
-    from pipeline.dataset.directory import only_made
+    from pipeline.dataset.directory import find_dataset, only_made
     from pipeline.storage.files import translate_disk_errors
     from trainer.feature_store import FEATURES, prune_stores
 
-    folder = _dataset_folder(data or only_made()) / FEATURES
+    folder = find_dataset(data or only_made()) / FEATURES
     with translate_disk_errors(folder):
         removed, num_bytes = prune_stores(folder, days)
     if as_json:

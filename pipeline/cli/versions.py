@@ -20,16 +20,13 @@ OnlyMade = Annotated[
 
 def _dataset(path: Path) -> "DatasetDir":
     """Return a dataset folder, of which a version may have been named. Raise StoreError if there is none: none is made."""
-    from pipeline.dataset.directory import DatasetDir, split_version
-    from pipeline.dataset.version import MANIFEST, dataset_dir_of
+    from pipeline.dataset.directory import DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
-    folder, version = split_version(path)
-    if not is_remote(folder):
-        folder = dataset_dir_of(folder.absolute()) if (folder / MANIFEST).exists() else folder
-        if not (folder / "versions").is_dir():
-            raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
-    if version:
+    folder = find_dataset(path)
+    if not is_remote(folder) and not (folder / "versions").is_dir():
+        raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
+    if split_version(path)[1]:
         raise StoreError(f"{path} names a version", hint=f"name the dataset folder: {folder}")
     return DatasetDir(folder)
 

@@ -309,7 +309,8 @@ def publish_version(
     if not content.digests.num_rows:
         hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
         raise TableError("no row is left to make a version of", hint=hint)
-    parent = next(reversed(dataset.versions()), None)
+    versions = dataset.versions()
+    parent = versions[-1] if versions else None
     pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
     content_digest = version_digest(pairs, content.columns, content.extras.scores)
     if parent is not None and parent.manifest["digest"] == content_digest:
@@ -343,7 +344,7 @@ def publish_version(
     check()
     final = dataset.path / "versions" / name
     if not is_remote(final):
-        share_files(((path, described["sha256"]) for path, _, described in content.files), dataset.versions())
+        share_files(((path, described["sha256"]) for path, _, described in content.files), versions)
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
 

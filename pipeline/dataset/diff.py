@@ -75,13 +75,14 @@ class Diff:
         if self.settings:
             yield "made otherwise:"
             yield from (f"  {name}: {_short(then)} -> {_short(now)}" for name, (then, now) in self.settings.items())
-        for change in self.changes[:rows]:
+        shown = self.changes[:rows]
+        for change in shown:
             yield f"{change.what} {change.sample_id[:12]} ({_short(change.source_row)}) {'; '.join(change.why)}".rstrip()
             for name, sides in change.fields.items():
                 for mark, side in zip("-+", sides.values(), strict=True):
                     for item in side if isinstance(side, list) else [side]:
                         yield f"  {mark} {name}: {_short(item)}"
-        if (others := self.kinds.total() - rows) > 0:
+        if others := self.kinds.total() - len(shown):
             yield f"and {others} more rows; --rows shows more, --json all"
 
 

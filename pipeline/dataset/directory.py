@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pipeline.config import Config, current_settings
 from pipeline.dataset.names import read_tags
 from pipeline.dataset.paths import DATA
-from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.dataset.version import MANIFEST, Version, dataset_dir_of, read_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease
@@ -187,6 +187,13 @@ def split_version(path: Path) -> tuple[Path, str | None]:
     if not folder or not name or path.exists():
         return path, None
     return path.parent / folder, name
+
+
+def find_dataset(path: Path) -> Path:
+    """Return the dataset folder that a path names: the folder itself, or that of a version, also as DIR@VERSION."""
+    folder, _ = split_version(path)
+    is_version = not is_remote(folder) and (folder / MANIFEST).exists()
+    return dataset_dir_of(folder.absolute()) if is_version else folder
 
 
 def last_made() -> Path:

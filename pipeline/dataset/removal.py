@@ -74,8 +74,11 @@ def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
     if not is_remote(dataset.path):
         for pattern in LOCKED_FOLDERS:
             for folder in sorted(dataset.path.glob(pattern)):
-                is_linked = any(part.is_symlink() for part in (folder, *folder.parents) if part.is_relative_to(dataset.path))
-                for file in [] if is_linked and folder != dataset.path else sorted(folder.glob(TEMPORARY_FILES)):
+                below = [
+                    part for part in (folder, *folder.parents) if part != dataset.path and part.is_relative_to(dataset.path)
+                ]
+                is_linked = any(part.is_symlink() for part in below)
+                for file in [] if is_linked else sorted(folder.glob(TEMPORARY_FILES)):
                     if file.is_file() or file.is_symlink():
                         yield Leftover(file, file.lstat().st_size)
 
@@ -124,5 +127,6 @@ def _remove(path: Path) -> None:
 
 def _size(folder: Path) -> int:
     """Return the bytes of all files below a folder; a file that has another name counts as nothing."""
-    files = [file.lstat() for file in folder.rglob("*") if file.is_file()]
-    return sum(file.st_size for file in files if file.st_nlink <= 1)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    states = [file.stat() if is_remote(file) else file.lstat() for file in files]
+    return sum(state.st_size for state in states if state.st_nlink <= 1)

@@ -32,7 +32,7 @@ from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metad
 MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
 CPU_SECONDS = 30
 WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a machine may be busy
-TICK_SECONDS = 0.5
+TICK_SECONDS = 0.5  # between looks at how long workers take
 MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")

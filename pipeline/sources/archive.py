@@ -31,7 +31,8 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, split_context
+from pipeline.images.metadata import is_exif_name
+from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.captions import SPLIT, decode_text, read_split, read_texts
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
@@ -420,9 +421,8 @@ def open_archives(
     licence: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
-    exif: Sequence[str] = (),
 ) -> Source:
-    """Return the images of archives, or a slice. `columns` of the JSON files beside them and `exif` fields are the context.
+    """Return the images of archives, or a slice. `columns` of the JSON files beside them, or of EXIF, become the context.
 
     Raise SourceError if no archive is of the `split`, none of the first images has one of the columns, or, while they are read,
     if an archive is damaged or none has an image.
@@ -451,7 +451,7 @@ def open_archives(
                 f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
             )
 
-    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read(), exif))
+    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read(), columns))
 
 
 def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
@@ -500,6 +500,7 @@ def _row(
 def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
     """Raise SourceError if nothing that lies beside the first images has one of these columns."""
     known = {*OF_EVERY_IMAGE}
+    columns = [column for column in columns if not is_exif_name(column)]
     for name in names:
         if not {*columns} - known:
             return
@@ -520,8 +521,7 @@ def _without_suffix(name: str) -> str:
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "an archive", "an archive has files: --columns context=A,B names values of NAME.json for prompts")
     archives = find_archives(path, follow_links=config.follow_links, is_whole=part == ALL)
-    columns, exif = split_context(config)
-    return open_archives(archives, part, config.license or UNKNOWN, columns, config.source_split, exif)
+    return open_archives(archives, part, config.license or UNKNOWN, config.context, config.source_split)
 
 
 SPEC = SourceSpec(

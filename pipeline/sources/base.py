@@ -76,12 +76,14 @@ class SourceSpec:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
 
 
-def check_samples(rows: Iterator[RawSample | Rejected], exif: Sequence[str] = ()) -> Iterator[Sample | Rejected]:
+def check_samples(rows: Iterator[RawSample | Rejected], columns: Sequence[str] = ()) -> Iterator[Sample | Rejected]:
     """Yield the sample of each row, or its rejection if one of its images is unusable. Images are decoded in other processes.
 
     The id is that of the images as they are; the sample holds them without their metadata, which may say who took them where.
-    The fields of the first image that `exif` names, and no others, become part of its context.
+    `columns` are those of the context: one that is named like an EXIF field, and that the source itself does not fill, gets its
+    value from the first image; no other field is read.
     """
+    exif = [name for name in columns if is_exif_name(name)]
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
     for row, checked in check_all(jobs, exif):
         if isinstance(row, Rejected):
@@ -89,7 +91,8 @@ def check_samples(rows: Iterator[RawSample | Rejected], exif: Sequence[str] = ()
         elif isinstance(checked, ImageError):
             yield Rejected(source_row=row.source_row, reason=checked.reason, detail=str(checked))
         else:
-            named = {"context": (*row.fields.get("context", ()), *((name, checked[0].exif.get(name, "")) for name in exif))}
+            context = dict(row.fields.get("context", ()))
+            context |= {name: context.get(name) or checked[0].exif.get(name, "") for name in exif}
             yield Sample(
                 id=deck_id(list(map(image_id, row.images))),
                 source_row=row.source_row,
@@ -98,14 +101,8 @@ def check_samples(rows: Iterator[RawSample | Rejected], exif: Sequence[str] = ()
                 width_px=checked[0].info.width_px,
                 height_px=checked[0].info.height_px,
                 licence=row.licence,
-                **row.fields | (named if exif else {}),
+                **row.fields | {"context": tuple(context.items())},
             )
-
-
-def split_context(config: Config) -> tuple[list[str], list[str]]:
-    """Return the columns that prompts may use, and the EXIF fields among them: exif_DateTimeOriginal."""
-    exif = [name for name in config.context if is_exif_name(name)]
-    return [name for name in config.context if name not in exif], exif
 
 
 def refuse_roles(config: Config, what: str, hint: str) -> None:

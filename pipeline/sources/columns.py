@@ -17,7 +17,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import SourceSpec, as_text, check_samples, split_context
+from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import read_question
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
@@ -84,7 +84,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
     return Source(
         name=name,
         revision=tables.revision,
-        rows=check_samples(rows, split_context(config)[1]),
+        rows=check_samples(rows, config.context),
         count=count,
         decks="pages" in columns,
         is_partial=tables.is_partial,
@@ -151,7 +151,7 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:
     """Return the columns that are named with commas. Raise SourceError if one is missing, or can be no text."""
     stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    columns = [name for name in stripped if not is_exif_name(name)]
+    columns = [name for name in stripped if name in schema.names or not is_exif_name(name)]  # else a field of the image
     for name in columns:
         if name not in schema.names:
             raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")

@@ -19,6 +19,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
     MAX_METADATA_BYTES,
     SourceSpec,
@@ -26,7 +27,6 @@ from pipeline.sources.base import (
     check_samples,
     first_names,
     refuse_roles,
-    split_context,
 )
 from pipeline.sources.captions import QUESTION, describe_unknown, match_images, most_held_out, read_captions, read_question
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
@@ -79,14 +79,13 @@ def open_folder(
     licence: str = UNKNOWN,
     columns: Sequence[str] = (),
     caption_files: Sequence[Path] = (),
-    exif: Sequence[str] = (),
     *,
     follow_links: bool = False,
 ) -> Source:
     """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none.
 
-    `columns` of metadata files and `exif` fields of the images become the context; SourceError is raised for a column that no
-    file has. The `caption_files` say what people wrote about the images (sources/captions.py).
+    `columns` of metadata files, or fields of EXIF, become the context; SourceError is raised for one that is neither. The
+    `caption_files` say what people wrote about the images (sources/captions.py).
     Links to files outside of `root` are rejected, unless `follow_links` is set: their content would be published.
     """
     if not root.is_dir():
@@ -105,7 +104,7 @@ def open_folder(
     _add_caption_files(references, caption_files, root, content.images)
     has_questions = bool(references.questions)
     contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
-    unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE}]
+    unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE} and not is_exif_name(name)]
     if unknown and part == ALL:  # a slice may have no image beside the file that has the column
         known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
@@ -130,7 +129,7 @@ def open_folder(
     return Source(
         name="folder",
         revision=digest(list(contents)) if part == ALL else "",
-        rows=check_samples((row if isinstance(row, Rejected) else read(row, name) for name, row in own), exif),
+        rows=check_samples((row if isinstance(row, Rejected) else read(row, name) for name, row in own), columns),
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )
@@ -340,8 +339,7 @@ def _read(path: Path, bound: Path | None, name: str, licence: str, **texts: Any)
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "a folder", "a folder has files: --columns context=A,B names columns of metadata.csv for prompts")
     folder, licence = Path(path).expanduser(), config.license or UNKNOWN
-    columns, exif = split_context(config)
-    return open_folder(folder, part, licence, columns, config.captions, exif, follow_links=config.follow_links)
+    return open_folder(folder, part, licence, config.context, config.captions, follow_links=config.follow_links)
 
 
 SPEC = SourceSpec(

@@ -18,7 +18,8 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
-from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles, split_context
+from pipeline.images.metadata import is_exif_name
+from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.captions import (
     ANSWER_TYPE,
     ANSWERS,
@@ -90,7 +91,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> ImageList:
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
         hint = f"name the column of paths {IMAGE_COLUMNS[0]}, that of addresses url"
         raise SourceError(f"no column of {file} names an image: it has {', '.join(names)[:200]}", hint=hint)
-    if unknown := [name for name in columns if name not in names]:
+    if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {file.name}: {', '.join(names)}")
     return ImageList([_listed(number, row, columns, file) for number, row in rows], names)
 
@@ -140,12 +141,11 @@ def open_list(
     licence: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
-    exif: Sequence[str] = (),
     *,
     allow_urls: bool = False,
     follow_links: bool = False,
 ) -> Source:
-    """Return the images that a list names, or a slice without a revision. `columns` and `exif` fields become the context.
+    """Return the images that a list names, or a slice without a revision. `columns`, or fields of EXIF, become the context.
 
     Files outside of the list's folder are rejected, unless `follow_links` is set. Raise SourceError as `read_list` does, and if
     no line is of the `split`.
@@ -173,7 +173,7 @@ def open_list(
     return Source(
         name="list",
         revision=digest([_content(image, root, file_digest) for image in own]) if part == ALL else "",
-        rows=check_samples(fetch_ahead(own, read) if any(image.is_url for image in own) else map(read, own), exif),
+        rows=check_samples(fetch_ahead(own, read) if any(image.is_url for image in own) else map(read, own), columns),
         count=lambda: len(own),
         messages=tuple(_describe(whole, columns)) if part == ALL else (),
     )
@@ -220,10 +220,9 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "a list", "columns of a list are known by their names; --columns context=A,B names those for prompts")
     if _ADDRESS.match(path):
         raise ConfigError(f"a list is read from this disk, and not from {path.partition('?')[0]}", hint="download it first")
-    columns, exif = split_context(config)
     options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}
     file, licence = Path(path).expanduser(), config.license or UNKNOWN
-    return open_list(file, part, licence, columns, config.source_split, exif, **options)
+    return open_list(file, part, licence, config.context, config.source_split, **options)
 
 
 SPEC = SourceSpec(

@@ -147,7 +147,7 @@ def test_the_header_of_a_card_is_yaml_whatever_stands_in_it() -> None:
 
 
 def synth(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run_synth(*arguments, cwd=folder, env=os.environ | environment)
+    return run_synth(*arguments, cwd=folder, env=os.environ | environment, timeout=120)
 
 
 def require_printable(done: subprocess.CompletedProcess[str]) -> None:

@@ -128,7 +128,7 @@ def judge() -> Iterator[ChatServer]:
 
 def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ("generate", *arguments, "--base-url", server.url, "--json")
-    return run_synth(*command, cwd=folder, env={**os.environ, **environment})
+    return run_synth(*command, cwd=folder, env={**os.environ, **environment}, timeout=120)
 
 
 def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:

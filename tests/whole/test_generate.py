@@ -35,6 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     """Return the folder and the printed result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     done = run_synth(*GENERATE, "--out", "d", cwd=folder)
+    assert done.returncode == 0, done.stderr
     return folder / "d", json.loads(done.stdout)
 
 
@@ -73,6 +74,7 @@ def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Pa
     folder, _ = whole
     before = DatasetDir(folder).version("v1.0.0")
     done = run_synth("generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", folder, cwd=folder)
+    assert done.returncode == 0, done.stderr
     assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr
     after = DatasetDir(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")

@@ -26,7 +26,7 @@ def server() -> Iterator[ChatServer]:
 
 def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
     env = environment(folder) | more
-    return run_synth(*command.split(), cwd=folder, env=env)
+    return run_synth(*command.split(), cwd=folder, env=env, timeout=120)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)

@@ -108,7 +108,7 @@ def server(model: Model) -> Iterator[ChatServer]:
 
 
 def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return run_synth(*arguments, cwd=folder, env=os.environ | (env or {}))
+    return run_synth(*arguments, cwd=folder, env=os.environ | (env or {}), timeout=120)
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:

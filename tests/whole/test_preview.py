@@ -45,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = run_synth(*arguments, cwd=folder)
+    done = run_synth(*arguments, cwd=folder, timeout=120)
     assert done.returncode == 0, done.stderr
     return done
 

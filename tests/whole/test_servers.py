@@ -25,7 +25,7 @@ def photos(tmp_path: Path) -> Path:
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ("generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments)
-    return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
+    return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""}, timeout=120)
 
 
 @pytest.mark.parametrize("kind", STRICT, ids=lambda kind: kind.name)

@@ -119,3 +119,9 @@ def test_a_word_that_is_no_command_is_not_taken_for_a_folder(synth: Run) -> None
     done = synth("versions", "remove", "v1.0.0")
     assert done.returncode == 2
     assert "No such command 'remove'" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_names_the_commands(synth: Run, option: str) -> None:
+    printed = synth("versions", option).stdout
+    assert all(f"\u2502 {command} " in printed for command in ("list", "tag", "rm", "gc")), printed

@@ -134,6 +134,7 @@ def test_all_rows_are_counted_however_many_are_kept_and_read_at_once(tmp_path: P
     assert (few.fields(), few.reasons()) == (whole.fields(), whole.reasons())
     assert few.changes == whole.changes[:3]
     assert list(few.lines(3)) == list(whole.lines(3))
+    assert list(few.lines(10))[-1] == "and 6 more rows; --rows shows more, --json all"  # of those that were not kept
     assert list(few.lines(3))[-1] == "and 6 more rows; --rows shows more, --json all"
 
 

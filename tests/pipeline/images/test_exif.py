@@ -1,8 +1,11 @@
 """EXIF fields that a user names, and no others, are read before an image loses its metadata."""
 
 import io
+import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
 
@@ -66,8 +69,6 @@ def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_no
     if source == "list":
         (tmp_path / "photos" / "list.txt").write_text("a.jpg\nb.jpg\n")
     if source == "archive":
-        import zipfile
-
         with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
             for name in ("a.jpg", "b.jpg"):
                 archive.write(tmp_path / "photos" / name, name)
@@ -83,11 +84,19 @@ def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_no
 
 
 def test_a_table_has_fields_beside_its_columns(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"image": [taken()], "title": ["Lake"]}), tmp_path / "a.parquet")
     source = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"context": "exif_Model,title"}))
     (sample,) = source.rows
     assert isinstance(sample, Sample)
     assert dict(sample.context) == {"title": "Lake", "exif_Model": "Box 3"}
+
+
+def test_a_column_of_the_source_comes_before_a_field_of_that_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [taken()], "exif_Model": ["of the table"]}), tmp_path / "a.parquet")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(taken())
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,exif_Model\na.jpg,of the table\n")
+    for source in (f"parquet:{tmp_path}/a.parquet", f"folder:{tmp_path}/photos"):
+        (sample,) = open_source(resolve(source=source, columns={"context": "exif_FNumber,exif_Model"})).rows
+        assert isinstance(sample, Sample)
+        assert dict(sample.context) == {"exif_FNumber": "2.8", "exif_Model": "of the table"}
