@@ -176,6 +176,16 @@ class GenerateConfig(Section):
     batch_size: int = Field(default=64, ge=1)  # of the embedded engine; not part of the request id
 
 
+class EndpointConfig(Section):
+    """What differs for one server of several. What is not set is as for all of them (ServerConfig)."""
+
+    key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    headers: dict[Annotated[str, Field(pattern=HEADER)], str] = {}  # beside those for all servers
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    weight: float = Field(default=1.0, gt=0)  # a server of weight 2 has twice as many requests in flight as one of 1
+
+
 class ServerConfig(Section):
     """How vLLM is started and used. Only flags that may change a reply are part of a dataset's identity."""
 
@@ -194,6 +204,7 @@ class ServerConfig(Section):
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None  # that each server reads and writes
     key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None  # the environment variable of the key; None: SYNTH_API_KEY
     headers: dict[Annotated[str, Field(pattern=HEADER)], str] = {}  # of each request; $NAME is of the environment
+    endpoints: dict[Annotated[str, Field(pattern=BASE_URL)], EndpointConfig] = {}  # by address, as in base_url
     enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused
     price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; for the display only
     price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
@@ -396,6 +407,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_the_servers_that_it_describes(self) -> "Config":
+        known = {url.rstrip("/") for url in (*self.base_url, self.judge_url) if url}
+        if unknown := [url for url in self.server.endpoints if url.rstrip("/") not in known]:
+            raise ValueError(f"server.endpoints describes {unknown[0]}, which base_url does not name")
+        return self
+
+    @model_validator(mode="after")
     def _names_own_tasks_apart(self) -> "Config":
         names = [task.name for task in self.own_tasks]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -407,6 +425,24 @@ class Config(Section):
         if "_type" in self.context:
             raise ValueError("a column of the context cannot be named _type, which `datasets` takes for a description")
         return self
+
+    @property
+    def judge_url(self) -> str:
+        """The address of the judge's server; empty if there is none."""
+        _, at, rest = (self.verify.judge or "").partition(AT_SERVER)
+        return f"{at.removeprefix('@')}{rest}"
+
+    def endpoint(self, url: str) -> EndpointConfig:
+        """Return what the settings say of the server at this address: its own values, else those for all; the key its own."""
+        server = self.server
+        own = next((of for name, of in server.endpoints.items() if name.rstrip("/") == url.rstrip("/")), EndpointConfig())
+        return EndpointConfig(
+            key_env=own.key_env,
+            headers=server.headers | own.headers,
+            requests_per_minute=own.requests_per_minute or server.requests_per_minute,
+            tokens_per_minute=own.tokens_per_minute or server.tokens_per_minute,
+            weight=own.weight,
+        )
 
     @property
     def context(self) -> tuple[str, ...]:

@@ -45,7 +45,6 @@ from pipeline.inference.endpoints import (
     request_headers,
     retry_seconds,
 )
-from pipeline.inference.pace import Pace
 from pipeline.inference.probing import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, MAX_FAULTS, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
@@ -177,7 +176,6 @@ class Client:
             )
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
-        self._paces = {endpoint: Pace(settings.requests_per_minute, settings.tokens_per_minute) for endpoint in endpoints}
         for endpoint in self._endpoints:
             if endpoint.is_up.is_set():
                 await self._learn(endpoint)
@@ -303,7 +301,7 @@ class Client:
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
-                    await self._paces[endpoint].wait()
+                    await endpoint.pace.wait()
                     if not endpoint.is_learned:  # it was down at first
                         await self._learn(endpoint)
                     if not endpoint.is_up.is_set():  # it died meanwhile
@@ -378,7 +376,7 @@ class Client:
             self._refuse(request, endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
         self._answered += 1
-        self._paces[endpoint].add_tokens(reply.prompt_tokens + reply.reply_tokens)
+        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         return replace(reply, seconds=time.monotonic() - sent)
 

@@ -23,6 +23,7 @@ from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
 from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
+from pipeline.inference.pace import Pace
 from pipeline.inference.vllm_server import status_of
 
 KEY = "SYNTH_API_KEY"  # environment variables
@@ -90,6 +91,8 @@ class Endpoint:
     url: str  # with the path of the protocol, such as /v1
     headers: dict[str, str]
     key_name: str = KEY  # the environment variable that holds its key
+    pace: Pace = field(default_factory=Pace)
+    weight: float = 1.0  # its share of the requests, beside those of other servers
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
     health: str = ""  # URL that answers 200 while the server is healthy
     healthy_below: int = 300  # status of an answer from there
@@ -139,7 +142,7 @@ class Endpoints(list[Endpoint]):
         await cancel_tasks(self._waiters)
 
     async def pick(self, sample_id: str, remembered: int) -> Endpoint:
-        """Return the server that got this image before, else the least loaded one; wait while all are down.
+        """Return the server that got this image before, else the least loaded one for its weight; wait while all are down.
 
         The servers of the last `remembered` samples are known. Raises EngineError if no server comes up.
         """
@@ -147,7 +150,9 @@ class Endpoints(list[Endpoint]):
             await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set():
-            endpoint = self._of_sample[sample_id] = min(up, key=lambda candidate: candidate.outstanding)
+            endpoint = self._of_sample[sample_id] = min(
+                up, key=lambda candidate: (candidate.outstanding + 1) / candidate.weight
+            )
             if len(self._of_sample) > remembered:
                 del self._of_sample[next(iter(self._of_sample))]
         return endpoint
@@ -315,18 +320,21 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
 
 
 def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:
-    """Return the servers of `base_url`, which get the key that the environment has under this name, else under the usual one.
+    """Return the servers of `base_url`, with what the settings say of each.
 
-    Raises EngineError if a header of the settings names a variable that is not set.
+    A server gets the key that the environment has under the name in its own settings, else under `key_name`, else under that
+    for all servers, else under the usual one. Raises EngineError if a header of the settings names a variable that is not set.
     """
-    own = {name: _from_environment(name, value) for name, value in config.server.headers.items()}
     endpoints = []
     for url in config.base_url:
-        parts = urlsplit(url)
-        name = key_name or config.server.key_env or (OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY)
+        parts, settings = urlsplit(url), config.endpoint(url)
+        usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
+        name = settings.key_env or key_name or config.server.key_env or usual
         address = url.rstrip("/").removesuffix("/chat/completions") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
         key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
-        endpoints.append(Endpoint(address, request_headers(key or None) | own, name))
+        headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
+        pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        endpoints.append(Endpoint(address, request_headers(key or None) | headers, name, pace, settings.weight))
     return endpoints
 
 

@@ -19,10 +19,9 @@ def choose_judge(
     Raises ConfigError if no server is named, or the judge is the writer (by its revision, or by its name `writer`) and must not
     be; EngineError if the server does not answer, or does not serve the model.
     """
-    name, at, rest = (config.verify.judge or "").partition(AT_SERVER)
-    if not at:
+    name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
+    if not url:
         raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
-    url = f"{at.removeprefix('@')}{rest}"
     is_known = _origin(url) in map(_origin, config.base_url)
     server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
     of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})

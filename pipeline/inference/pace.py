@@ -12,8 +12,8 @@ MINUTE = 60.0
 class Pace:
     """When the next request may be sent. The tokens of a request are known when its reply comes, and delay the next ones."""
 
-    requests_per_minute: float | None
-    tokens_per_minute: float | None
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
     clock: Callable[[], float] = time.monotonic
     _by_requests: float = field(default=0.0, init=False)  # when the next may be sent
     _by_tokens: float = field(default=0.0, init=False)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import resolve
-from pipeline.errors import EngineError
-from pipeline.inference import client, probing
+from pipeline.errors import ConfigError, EngineError
+from pipeline.inference import client, endpoints, probing
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import find_model, named_endpoints, retry_seconds
 from pipeline.inference.journal import Journal
@@ -178,6 +178,34 @@ def test_a_key_and_headers_come_from_the_environment_and_go_to_their_server_alon
     assert [endpoint.headers.get("Authorization") for endpoint in named_endpoints(config)] == ["Bearer of-openai", None]
 
 
+def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "of-all")
+    monkeypatch.setenv("SECOND_KEY", "of-second")
+    with running_chat(ChatServer(lambda n, b: Act(seconds=0.02))) as first, running_chat(ChatServer()) as second:
+        second.script = first.script
+        own = {"key_env": "SECOND_KEY", "headers": {"X-Title": "mine"}, "requests_per_minute": 9e6, "weight": 3}
+        server = {
+            "headers": {"X-All": "yes"},
+            "tokens_per_minute": 1e9,
+            "concurrency": 16,
+            "endpoints": {f"{second.url}/": own},
+        }
+        config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
+        chunks = iter([[(sample.id, sample.images) for sample in scene_samples(60)]])
+        with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
+            for _ in ask_about(chunks, config, "r", lambda: engine, journal, RequestStats()):
+                pass
+            paces = [(endpoint.pace.requests_per_minute, endpoint.pace.tokens_per_minute) for endpoint in engine._endpoints]
+    assert paces == [(None, 1e9), (9e6, 1e9)]
+    assert (first.authorizations, second.authorizations) == ({"Bearer of-all"}, {"Bearer of-second"})
+    assert {(headers.get("X-All"), headers.get("X-Title")) for headers in first.headers} == {("yes", None)}
+    assert {(headers.get("X-All"), headers.get("X-Title")) for headers in second.headers} == {("yes", "mine")}
+    assert len(first.bodies) + len(second.bodies) == 180
+    assert len(second.bodies) > 1.5 * len(first.bodies)
+    with pytest.raises(ConfigError, match="http://elsewhere/v1, which base_url does not name"):
+        resolve(source="scenes", base_url=[first.url], server={"endpoints": {"http://elsewhere/v1": {}}})
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [("7", 7.0), ("1.5", 1.5), ("", None), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("-3", None)],
@@ -202,10 +230,10 @@ def test_each_request_waits_for_the_pace_of_its_server(tmp_path: Path, monkeypat
         def add_tokens(self, count: int) -> None:
             self.tokens += count
 
-    monkeypatch.setattr(client, "Pace", Counted)
+    monkeypatch.setattr(endpoints, "Pace", Counted)
     with running_chat(ChatServer()) as chat:
         ask(tmp_path / "j", chat, requests_per_minute=7, tokens_per_minute=900)
-    (pace,) = made
+    pace = made[-1]  # that of the run; another is made when its model is looked up
     assert (pace.requests_per_minute, pace.tokens_per_minute) == (7, 900)
     assert (pace.taken, pace.tokens) == (3 * len(SAMPLES), 3 * len(SAMPLES) * 52)  # type: ignore[attr-defined]
 
