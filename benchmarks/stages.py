@@ -170,7 +170,7 @@ def compare_only(count: int) -> None:
                     writer.write_table(table)
         pid = os.fork()
         if pid == 0:
-            plan = RunPlan(dataset, resolve(source="scenes"), "r", None, ())
+            plan = RunPlan(dataset, resolve(source="scenes"), "r", None)
             before = "verify"
             for stage in STAGES[3:]:
                 wall, cpu = time.monotonic(), time.process_time()

@@ -57,7 +57,7 @@ PATTERNS = {  # what a value that does not match should be
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
     ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "seed", "exclude", "human_texts", "tasks",
-     "own_tasks", "engine", "model", "generate", "filter", "verify", "dedupe", "balance", "split")
+     "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet")  # which name a place of a user's own behind a colon
 PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
@@ -168,6 +168,8 @@ class GenerateConfig(Section):
     prompt_version: Literal[1, 2] = 1  # of photographs: 2; settings of earlier releases have none, and mean 1
     caption_words: Annotated[int, Field(ge=1, le=150)] | None = None  # about how many; None: by the style
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
+    samples: int = Field(default=1, ge=1, le=64)  # captions of each style that are asked for; the stage select keeps the best
+    sample_temperature: float = Field(default=0.8, gt=0, le=2)  # of all but the first, which is as if it were the only one
     qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy asks the same about every image; higher is less true
     max_tokens: int = Field(default=256, ge=1)
     max_attempts: int = Field(default=3, ge=1)  # to get a usable reply
@@ -286,6 +288,16 @@ class VerifyConfig(Section):
         return bool(self.checks or self.judge)
 
 
+Selection = Literal["consistency", "clip", "judge", "longest"]
+
+
+class SelectConfig(Section):
+    """How the best of several captions of one image and style is found (generate.samples)."""
+
+    by: Selection = "consistency"
+    pairs: bool = False  # the best and the worst are published together, to learn preferences from
+
+
 class DedupeConfig(Section):
     """Which images and captions count as duplicates."""
 
@@ -367,6 +379,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     filter: FilterConfig = FilterConfig()
     verify: VerifyConfig = VerifyConfig()
+    select: SelectConfig = SelectConfig()
     dedupe: DedupeConfig = DedupeConfig()
     balance: BalanceConfig = BalanceConfig()
     split: SplitConfig = SplitConfig()
@@ -404,6 +417,21 @@ class Config(Section):
     def _makes_something(self) -> "Config":
         if not self.tasks and self.human_texts == "compare":
             raise ValueError("no task is asked and no text of people is kept: name tasks, or human_texts: keep")
+        return self
+
+    @model_validator(mode="after")
+    def _selects_by_what_is_measured(self) -> "Config":
+        if self.generate.samples == 1:
+            if self.select.pairs:
+                raise ValueError("pairs of captions need several to choose from: --samples 4")
+            return self
+        checks = self.verify.checks
+        if self.select.by == "clip" and "alignment" not in checks:
+            raise ValueError("select.by clip needs what the check alignment measures: --verify alignment")
+        if self.select.by == "judge" and not self.verify.judge:
+            raise ValueError("select.by judge needs the marks of another model: --judge MODEL@URL")
+        if self.select.by == "longest" and "claims" not in checks:
+            raise ValueError("select.by longest needs captions whose claims are checked: --verify claims")
         return self
 
     @model_validator(mode="after")

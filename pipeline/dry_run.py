@@ -21,9 +21,9 @@ from pipeline.executors.local import LocalExecutor, run_locally
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_results
-from pipeline.inference.requests import build_requests, check_prompts, requests_about, requests_per_sample
+from pipeline.inference.requests import build_requests, check_prompts, requests_about
 from pipeline.progress import NullProgress, Progress
-from pipeline.run import STAGES
+from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, open_source, with_source_defaults
 from pipeline.stages.base import RunPlan
 from pipeline.stages.generate import as_row, source_texts
@@ -65,10 +65,10 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
         sampled = config.model_copy(update={"exclude": (), "limit": None})
         read = Source(name=source.name, revision=source.revision, rows=iter(sample.rows), decks=source.decks)
         try:
-            funnel = run_locally(sampled, trial, STAGES, "source", read, StagesOnly(progress), stats).funnel
+            funnel = run_locally(sampled, trial, stages_of(sampled), "source", read, StagesOnly(progress), stats).funnel
         except TableError:  # no row is left
-            plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled), requests_per_sample(sampled))
-            funnel = summarize_shards(LocalExecutor(trial), STAGES, plan)
+            plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled))
+            funnel = summarize_shards(LocalExecutor(trial), stages_of(sampled), plan)
         texts = _first_texts(trial)
     return _predict(sample, funnel, source.count(), config, stats) | {"texts": texts}
 

@@ -17,14 +17,14 @@ from pipeline.inference.requests import check_prompts
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.stages import balance, dedupe, review, split, validate, verify
+from pipeline.stages import balance, dedupe, review, select, split, validate, verify
 from pipeline.stages import filter as filter_
-from pipeline.stages.base import AllRows, step_order
+from pipeline.stages.base import AllRows, Stage, step_order
 from pipeline.stages.review import read_texts
-from pipeline.storage.files import read_json, translate_disk_errors, write_text
+from pipeline.storage.files import read_json, remove, translate_disk_errors, write_text
 
-STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
-ORDER = step_order(STAGES)
+STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, select.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
+ORDER = step_order(STAGES)  # of a run that has all of them
 FILTER_KEYS = ("min_words", "max_words")  # of an own task
 
 
@@ -44,9 +44,10 @@ def generate_dataset(
     dataset = DatasetDir(out or dataset_folder(config.source))
     with translate_disk_errors(dataset.path):
         config = with_source_defaults(config, dataset.prompt_version())
-    start = from_stage or ORDER[0]
-    if start not in ORDER:
-        hint = f"{did_you_mean(start, ORDER)} stages in order: {', '.join(ORDER)}".strip()
+    stages = stages_of(config)
+    start, order = from_stage or ORDER[0], step_order(stages)
+    if start not in order:
+        hint = f"{did_you_mean(start, order)} stages in order: {', '.join(order)}".strip()
         raise ConfigError(f"unknown stage: {start}", hint=hint)
     check_prompts(config)
     if config.balance.entries:
@@ -56,12 +57,20 @@ def generate_dataset(
     if cluster is not None:
         from pipeline.executors.ray.executor import run_on_cluster
 
-        return run_on_cluster(config, DatasetDir(dataset.path.absolute()), STAGES, cluster, progress)
+        return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
     source = open_source(config) if start == "source" else None
     for text in source.messages if source else ():
         progress.message(text)
     with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):
-        return run_locally(config, dataset, STAGES, start, source, progress)
+        for stage in STAGES:
+            if stage not in stages:  # of an earlier run, whose report would show what it rejected
+                remove(dataset.stage(stage.name).parent)
+        return run_locally(config, dataset, stages, start, source, progress)
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """Return the stages between generate and version that a run with these settings has, in order."""
+    return tuple(stage for stage in STAGES if stage.is_wanted(config))
 
 
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
@@ -99,10 +108,10 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             try:
                 if dataset.stage("split").exists():
                     with log_to(dataset.path):
-                        return run_locally(config, dataset, STAGES, "review", None, progress)
+                        return run_locally(config, dataset, stages_of(config), "review", None, progress)
                 from pipeline.executors.ray.executor import review_on_cluster
 
-                return review_on_cluster(config, DatasetDir(dataset.path.absolute()), STAGES, progress, check)
+                return review_on_cluster(config, DatasetDir(dataset.path.absolute()), stages_of(config), progress, check)
             except SynthError:
                 write_text(dataset.reviews, format_reviews(before))
                 raise

@@ -137,6 +137,14 @@ IMAGE_GROUPS = pa.schema(
 
 NEAR_DUPLICATE = pa.schema([*SAMPLE, *list(IMAGE_GROUPS)[1:]])  # a sample that was rejected before it was asked about
 
+# select: of captions that were the best of several
+SELECTED = pa.schema(
+    [
+        pa.field("selection_score", FLOAT64),  # by which it was the best; its meaning is that of select.by
+        pa.field("rejected_text", STRING),  # the worst of the others; null if it scores the same, or says the same
+    ]
+)
+
 # dedupe: IMAGE_GROUPS without the id, and duplicate texts
 DEDUPED = pa.schema(
     [
@@ -173,13 +181,15 @@ CAPTION = pa.struct(fields(STRING, "text", "style", "prompt_id"))
 QA = pa.struct(
     [*fields(STRING, "question", "answer", "answer_type"), EVIDENCE, *fields(STRING, "expression", "prompt_id", "pair_id")]
 )
-# Scores of annotations, within `captions` and `qa`; a version has those that its run measured.
-SCORES = {
-    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC)]),
+REJECTED = pa.field("rejected", STRING)  # of a caption that was the best of several: the worst of them
+# What annotations may have beside the usual fields, within `captions` and `qa`: measured scores, and rejected texts.
+ADDED = {
+    "captions": pa.schema([*fields(FLOAT64, "precision", "coverage", "shared_words"), *fields(INT32, *RUBRIC), REJECTED]),
     "qa": pa.schema(fields(INT32, *RUBRIC)),
 }
-SCORE_NAMES = tuple(dict.fromkeys(name for schema in SCORES.values() for name in schema.names))
-SCORE_COLUMNS = {"precision": "agreement"}  # the column of annotations that a score comes from, if its name is another
+ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))
+SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name != REJECTED.name)
+ADDED_FROM = {"precision": "agreement", REJECTED.name: "rejected_text"}  # columns of annotations, if their name is another
 IMAGE = pa.struct({"bytes": pa.binary(), "path": STRING})  # as `datasets` stores an image
 
 ROW = pa.schema(
@@ -210,7 +220,7 @@ OPTIONAL = (*PIXELS, "context", "reference_qa", "facts", "page_facts")
 class Extras:
     """What the rows of a version have beside the columns of ROW."""
 
-    scores: tuple[str, ...] = ()  # of annotations (SCORES)
+    scores: tuple[str, ...] = ()  # and rejected texts, of annotations (ADDED)
     context: tuple[str, ...] = ()  # fields of the column `context`
     own: tuple["OwnColumn", ...] = ()
 
@@ -247,7 +257,7 @@ def row_schema(columns: Iterable[str], extras: Extras = NO_EXTRAS) -> pa.Schema:
 
 
 def _with_scores(field: pa.Field, scores: Collection[str]) -> pa.Field:
-    own = [score for score in SCORES.get(field.name, ()) if score.name in scores]
+    own = [score for score in ADDED.get(field.name, ()) if score.name in scores]
     return field.with_type(pa.list_(pa.struct([*field.type.value_type, *own]))) if own else field
 
 

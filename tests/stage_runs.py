@@ -22,7 +22,7 @@ BEFORE = "before"
 
 
 def plan_of(folder: Path, config: Config | None = None, kind: ImageKind | None = None) -> RunPlan:
-    return RunPlan(DatasetDir(folder), config or resolve(source="scenes"), "revision", kind, ())
+    return RunPlan(DatasetDir(folder), config or resolve(source="scenes"), "revision", kind)
 
 
 def run_stage(

@@ -227,7 +227,7 @@ def export(
         Option(
             "--format",
             metavar="FORMAT",
-            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco or csv.",
+            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv or dpo.",
             show_default="imagefolder",
         ),
     ] = None,

@@ -31,8 +31,8 @@ def generate(
         str | None,
         Option(
             metavar="STAGE",
-            help="Start at a stage, from what the one before it left: source, generate, validate, filter, verify, dedupe, "
-            "balance, split, review, version.",
+            help="Start at a stage, from what the one before it left: source, generate, validate, filter, verify, select, "
+            "dedupe, balance, split, review, version.",
             rich_help_panel=DATASET,
         ),
     ] = None,

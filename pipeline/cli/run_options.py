@@ -32,6 +32,9 @@ SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
     "enforced_schema": "--no-enforced-schema",
     "caption_styles": "--styles",
     "caption_words": "--words",
+    "samples": "--samples",
+    "by": "--select",
+    "pairs": "--pairs",
     "repair": "--repair",
     "judge": "--judge",
 }
@@ -179,6 +182,31 @@ def run_settings(
         int | None,
         Option(metavar="N", help="About how many words a caption should have.", show_default="by style", rich_help_panel=TEXTS),
     ] = None,
+    samples: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            min=1,
+            help="Ask for N captions of each style, and keep the best.",
+            show_default="1",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    select: Annotated[
+        str | None,
+        Option(
+            metavar="HOW",
+            help="Which of --samples is the best: consistency, clip, judge or longest.",
+            show_default="consistency",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    pairs: Annotated[
+        bool | None,
+        Option(
+            "--pairs", help="Keep the worst of --samples beside the best, to learn preferences from.", rich_help_panel=TEXTS
+        ),
+    ] = None,
     verify: Annotated[
         str | None,
         Option(
@@ -296,10 +324,11 @@ def run_settings(
         "enforced_schema": False if no_enforced_schema else None,
     }
     server = {name: value for name, value in server.items() if value is not None}
-    generate = {"caption_styles": styles.split(",") if styles else None, "caption_words": words}
+    generate = {"caption_styles": styles.split(",") if styles else None, "caption_words": words, "samples": samples}
     generate = {name: value for name, value in generate.items() if value is not None}
     checks = {"checks": verify.split(",") if verify else None, "repair": repair, "judge": judge}
     checks = {name: value for name, value in checks.items() if value is not None}
+    best = {name: value for name, value in {"by": select, "pairs": pairs}.items() if value is not None}
     human_texts = ("--only-missing", "fill") if only_missing else ("--keep-human", "keep" if keep_human else None)
     given: dict[str, tuple[str, Any]] = {  # config key -> (option, value)
         "source": ("--source", source),
@@ -321,6 +350,7 @@ def run_settings(
         "generate": ("", generate or None),
         "split": ("--group-by", {"group_by": group_by} if group_by else None),
         "verify": ("--verify", checks or None),
+        "select": ("", best or None),
         "seed": ("--seed", seed),
         "engine": ("--engine", engine),
         "model": ("--model", model),

@@ -26,13 +26,13 @@ from pipeline.errors import TableError
 from pipeline.storage.files import open_parquet, write_json, write_table, write_text
 from pipeline.storage.object_store import is_remote
 from pipeline.tables import (
+    ADDED_FIELDS,
+    ADDED_FROM,
     LEDGER,
     NO_EXTRAS,
     OPTIONAL,
     PIXELS,
     REVIEWED,
-    SCORE_COLUMNS,
-    SCORE_NAMES,
     SPLITS,
     TABLE_VERSION,
     Extras,
@@ -190,9 +190,9 @@ def _group_annotations(annotations: pa.Table, owner: Any, wanted: Any, count: in
 
 def _values(annotations: pa.Table, item: pa.Field) -> pa.Array:
     """Return the final values of a field; a score is null for a text that a person wrote, since it is of the text before."""
-    if item.name not in SCORE_NAMES:
+    if item.name not in ADDED_FIELDS:
         return final_column(annotations, item.name, item.type).combine_chunks()
-    scores = final_column(annotations, SCORE_COLUMNS.get(item.name, item.name), item.type)
+    scores = final_column(annotations, ADDED_FROM.get(item.name, item.name), item.type)
     is_edited = pc.equal(final_column(annotations, "prompt_id", pa.string()), REVIEWED)
     return pc.if_else(pc.fill_null(is_edited, False), pa.scalar(None, item.type), scores).combine_chunks()
 

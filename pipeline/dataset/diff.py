@@ -12,12 +12,12 @@ from pipeline.config import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.storage.files import read_batches
-from pipeline.tables import PIXELS, REVIEWED, SCORE_NAMES
+from pipeline.tables import ADDED_FIELDS, PIXELS, REVIEWED
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
 ROWS_AT_ONCE = 50_000  # of those that differ
-NOT_WRITTEN = ("pair_id", *SCORE_NAMES)
+NOT_WRITTEN = ("pair_id", *ADDED_FIELDS)
 MAX_SHOWN = 160  # characters of a value
 Row = dict[str, Any]
 Settings = dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ

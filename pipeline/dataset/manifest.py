@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.config import AT_SERVER, LOCAL_SOURCES, NO_MODEL, Config
 from pipeline.digests import file_digest, public_name
 from pipeline.images.metadata import REMOVED
-from pipeline.tables import RUBRIC, Extras
+from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.own import own_columns, publishable_task
@@ -38,19 +38,21 @@ def asked_tasks(config: Config) -> tuple[Task, ...]:
     return (*named, *(task for task, is_asked in asked.items() if is_asked))
 
 
-def measured_scores(config: Config) -> list[str]:
-    """Return the scores that the checks of a run give to annotations (tables.SCORES).
+def added_fields(config: Config) -> list[str]:
+    """Return what a run adds to annotations (tables.ADDED): the scores of its checks, and rejected texts.
 
     Claims of drawn scenes, which rules find, give none: their versions have the digests of earlier releases.
     """
     checks = config.verify.checks
     measured = {"precision": config.splits_claims, "coverage": "covers" in checks, "shared_words": "references" in checks}
-    return [score for score, is_measured in measured.items() if is_measured] + [*(RUBRIC if config.verify.judge else ())]
+    marks = RUBRIC if config.verify.judge else ()
+    pairs = (REJECTED.name,) if config.select.pairs else ()
+    return [*(score for score, is_measured in measured.items() if is_measured), *marks, *pairs]
 
 
 def row_extras(config: Config) -> Extras:
     """Return what the rows of a run have beside the usual columns."""
-    return Extras(tuple(measured_scores(config)), config.published_context, tuple(own_columns(config.own_tasks)))
+    return Extras(tuple(added_fields(config)), config.published_context, tuple(own_columns(config.own_tasks)))
 
 
 def describe_run(

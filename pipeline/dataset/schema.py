@@ -7,7 +7,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from pipeline.dataset.conversation import READER_COLUMNS
-from pipeline.tables import PIXELS, ROW, SCORE_NAMES, SPLITS, arrow_type_of
+from pipeline.tables import ADDED_FIELDS, PIXELS, ROW, SPLITS, arrow_type_of
 
 MAX_NAME = 1000  # characters
 MAX_DEPTH = 40  # of nested values
@@ -118,7 +118,7 @@ class Manifest(_Part):
             raise ValueError(f"has a column for readers that is unknown here: {strange[0]!r}")
         if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
             raise ValueError("has a context that is not that of its columns")
-        if strange := [name for name in self.scores if name not in SCORE_NAMES]:
+        if strange := [name for name in self.scores if name not in ADDED_FIELDS]:
             raise ValueError(f"has a score that is unknown here: {strange[0]!r}")
         if not {*self.rows} <= {*SPLITS}:
             raise ValueError(f"has a split {min({*self.rows} - {*SPLITS})!r}")

@@ -155,7 +155,10 @@ def publish(
 def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary]) -> Iterator[str]:
     """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change."""
     advice = {"source": ADVICE} | {stage.name: stage.advice for stage in stages}
+    choices = {stage.name for stage in stages if stage.is_choice}
     for summary in funnel:
+        if summary.stage in choices:
+            continue
         lost = sum(summary.rejected.values())
         if 2 * lost > summary.input:
             reason, count = max(summary.rejected.items(), key=lambda item: item[1])

@@ -13,7 +13,6 @@ from pipeline.executors.base import RunResult, T, compare_rows, describe_start, 
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
-from pipeline.inference.requests import requests_per_sample
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind
 from pipeline.sources.exclusions import ExclusionIndex
@@ -77,7 +76,7 @@ def run_locally(
     elif _was_compared(dataset, config) and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config):
         raise ConfigError("dedupe.images has changed since the source was read", hint="run without --from-stage")
     revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
-    plan = RunPlan(dataset, config, revision, choose_image_kind(config), requests_per_sample(config))
+    plan = RunPlan(dataset, config, revision, choose_image_kind(config))
     stats = stats or RequestStats()
     todo = [stage for stage in stages if order.index(stage.name) >= position]
     with open_engine(partial(_require_model, choose, revision)) as engine:

@@ -20,7 +20,7 @@ from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.tables import SPLITS
+from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
 MARKER = ".export.json"  # in an unfinished export: what it is of
@@ -68,7 +68,7 @@ def export_version(
         format_.abandon()
     if not written:
         remove(draft)
-        raise _nothing_to_write(version, style)
+        raise _nothing_to_write(version, style, kind)
     (draft / MARKER).unlink()
     files = sorted(path for path in draft.rglob("*") if path.is_file())
     sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
@@ -137,7 +137,10 @@ def _go_on(draft: Path, about: dict[str, Any]) -> None:
         write_text(marker, content)
 
 
-def _nothing_to_write(version: Version, style: str | None) -> ConfigError:
+def _nothing_to_write(version: Version, style: str | None, kind: str = "") -> ConfigError:
+    if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
+        hint = "generate some: synth generate --samples 4 --pairs"
+        return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
     known = ", ".join(version.manifest["measured"].get("captions", {})) or "none"
     wanted = f"a caption of the style {style}" if style else "a text"
     return ConfigError(f"no image of {version.name} has {wanted} for this format", hint=f"styles of its captions: {known}")

@@ -9,6 +9,7 @@
 | sharegpt | LLaMA-Factory and others: messages in JSON lines |
 | coco | pycocotools: captions, and boxes as instances |
 | csv | open_clip (`--csv-separator ,`): one line a caption |
+| dpo | TRL's DPOTrainer: Parquet, one row for each caption that was the best of several, with the worst |
 """
 
 import csv
@@ -20,8 +21,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from pipeline.dataset.conversation import turns
+import pyarrow as pa
+
+from pipeline.dataset.conversation import MESSAGE, messages, turns
+from pipeline.dataset.shards import SplitWriter
 from pipeline.export.items import Item
+from pipeline.tables import IMAGE, STRING, fields
 from pipeline.tasks.boxes import BOX_FIELDS
 
 SHARD_BYTES = 500_000_000  # of a tar file, before the next one begins
@@ -269,6 +274,54 @@ class Csv(_Format):
         return True
 
 
+class Preferences(_Format):
+    """Parquet files a split, with the columns of TRL's DPOTrainer: a row for each pair of a better and a worse caption."""
+
+    ROWS_AT_ONCE = 64
+    SCHEMA = pa.schema(
+        [
+            pa.field("sample_id", STRING),
+            pa.field("image", IMAGE),
+            *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
+        ]
+    )
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        super().__init__(folder, style)
+        self._rows: list[dict[str, Any]] = []
+        self._writer: SplitWriter | None = None
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        pairs = [pair for pair in item.pairs if self.style in (None, pair[0])]
+        if self._writer is None or self._writer.split != item.split:
+            self._end_split()
+            self._writer = SplitWriter(self.folder, item.split, self.SCHEMA)
+        for style, better, worse in pairs:
+            (asked, chosen), (_, rejected) = (messages(turns([(style, text)], [])) for text in (better, worse))
+            image = {"bytes": item.image, "path": None}
+            turns_of = {"prompt": [asked], "chosen": [chosen], "rejected": [rejected]}
+            self._rows.append({"sample_id": item.sample_id, "image": image, **turns_of})
+        if len(self._rows) >= self.ROWS_AT_ONCE:
+            self._write()
+        return bool(pairs)
+
+    def close(self) -> None:
+        """See Format."""
+        self._end_split()
+        super().close()
+
+    def _end_split(self) -> None:
+        if self._writer:
+            self._write()
+            self._writer.close()
+
+    def _write(self) -> None:
+        if self._writer and self._rows:
+            self._writer.add(pa.Table.from_pylist(self._rows, schema=self.SCHEMA))
+        self._rows = []
+
+
 FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "imagefolder": ImageFolder,
     "sidecar": Sidecar,
@@ -277,6 +330,7 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "sharegpt": ShareGpt,
     "coco": Coco,
     "csv": Csv,
+    "dpo": Preferences,
 }
 
 

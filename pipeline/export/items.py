@@ -35,6 +35,7 @@ class Item:
     references: Sequence[str]
     values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
     boxes: Sequence[dict[str, Any]] = ()  # of own tasks of that kind
+    pairs: Sequence[tuple[str, str, str]] = ()  # style of captions, the best of several and the worst
 
     @property
     def file_name(self) -> str:
@@ -88,5 +89,6 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         questions=[(pair["question"], pair["answer"]) for pair in row.get("qa") or ()],
         references=row.get("references") or (),
         values={task: row[task] for task in own},
+        pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in row.get("captions") or () if one.get("rejected")],
         boxes=[box for task, kind in own.items() if kind == "boxes" for box in row[task] or ()],
     )

@@ -247,6 +247,8 @@ def read_results(sample_id: str, config: Config, revision: str, journal: Journal
     for asked in rounds(config) if needed else ():
         wanted = [pair for pair in asked if result_name(*pair) in needed]
         for request in build_requests(sample_id, (), config, revision, context, results, wanted):
+            if result_name(request.task, request.style) in results:
+                continue  # of several captions, the first that can be used
             last = journal.last(request.id)
             value = last and read_result(request, last[0], config.own_tasks)
             if value is not None:

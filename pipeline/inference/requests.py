@@ -34,8 +34,8 @@ def build_requests(
 ) -> Iterator[Request]:
     """Yield the requests for one sample, in the order of the config's tasks and styles, or of those that are `asked` alone.
 
-    Prompts may use its `context`, and `results` of other tasks (JSON by name). A task is left out if what it needs is not
-    there, or its prompt cannot be rendered with it.
+    Prompts may use its `context`, and `results` of other tasks (JSON by name). A task is left out if what it needs is missing,
+    or its prompt cannot be rendered with it. Several captions to choose from are several requests (`count_replies`).
     """
     row = {"row": tuple(map(tuple, context))} if context else {}
     for name, style in requests_per_sample(config) if asked is None else asked:
@@ -46,15 +46,30 @@ def build_requests(
         generate = with_max_tokens(config.generate, task.max_tokens) if task.max_tokens else config.generate
         values = row | used | _values_of(sample_id, config, task)
         temperature = task.temperature(config.generate)
-        try:
-            fields, shared_digest = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
-        except ConfigError:
-            if not task.needs:
-                raise
-            continue  # this result does not fit the prompt, which was tried with others
-        request_id = digest({"image": sample_id, "about": shared_digest} | ({} if task.shows_image else {"pages": ()}))
         shown = {"images": images} if task.shows_image else {"images": (), "pages": ()}
-        yield Request(id=request_id, sample_id=sample_id, style=style, **shown, **fields)
+        for number in range(count_replies(task, config.generate)):
+            of_number = {} if number == 0 else {"number": number}
+            if number:
+                temperature = max(temperature, config.generate.sample_temperature)
+            try:
+                fields, about = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
+            except ConfigError:
+                if not task.needs:
+                    raise
+                break  # this result does not fit the prompt, which was tried with others
+            without_image = {} if task.shows_image else {"pages": ()}
+            request_id = digest({"image": sample_id, "about": about} | without_image | of_number)
+            yield Request(id=request_id, sample_id=sample_id, style=style, **shown, **fields)
+
+
+def count_replies(task: Task, generate: GenerateConfig) -> int:
+    """Return how many replies a task gets about an image: one, or as many captions as are wanted to choose from."""
+    return generate.samples if task.text_field and not task.rows_field else 1
+
+
+def count_requests(config: Config, asked: Sequence[tuple[str, str]]) -> int:
+    """Return the number of requests about one sample that is asked these (task, style) pairs."""
+    return sum(count_replies(find_task(name, config.own_tasks), config.generate) for name, _ in asked)
 
 
 @lru_cache(64)

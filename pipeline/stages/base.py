@@ -61,7 +61,6 @@ class RunPlan:
     config: Config
     revision: str  # of the model
     image_kind: ImageKind | None  # how images are compared; None: they are known to be distinct
-    requests: tuple[tuple[str, str], ...]  # (task, style) that every sample is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +114,13 @@ class Stage:
 
     name: str
     judge: Callable[[pa.Table, RunPlan], pa.Table]
+    is_wanted: Callable[[Config], bool] = lambda config: True  # whether a run with these settings has this stage
     prepare: Callable[[DatasetDir, Path, RunPlan, Services], Iterator[pa.Table]] | None = None
-    is_prepared: Callable[[Config], bool] = lambda config: False  # whether these settings want it
+    is_prepared: Callable[[Config], bool] = lambda config: False  # whether these settings want `prepare`
     compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
     adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
     advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
+    is_choice: bool = False  # between rows: what it rejects is no loss
 
 
 def step_order(stages: Sequence[Stage]) -> tuple[str, ...]:

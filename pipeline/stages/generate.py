@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
-from pipeline.inference.requests import requests_about, rounds
+from pipeline.inference.requests import count_requests, requests_about, requests_per_sample, rounds
 from pipeline.sources import holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
 from pipeline.storage.files import read_batches, write_table
@@ -24,19 +24,19 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
     samples, _ = require_stage(shard, "source")
     stats, progress = services.stats, services.progress
     texts = read_source_texts(shard, plan.config)
-    requests_per_sample = count_wanted(shard, plan) / max(1, samples)
+    per_sample = count_wanted(shard, plan) / max(1, samples)
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
         def start_engine() -> Engine:
             engine = services.engine()
-            progress("generate", int(stats.done / requests_per_sample), samples)  # the speed is measured from here on
+            progress("generate", int(stats.done / per_sample), samples)  # the speed is measured from here on
             return engine
 
         for round_number in range(len(rounds(plan.config))):
             batches = sample_batches(shard)
             for engine in ask_about(batches, plan.config, plan.revision, start_engine, journal, stats, texts, round_number):
                 metrics = engine.metrics() | stats.metrics(plan.config.server)
-                progress("generate", int(stats.done / requests_per_sample), samples, metrics)
+                progress("generate", int(stats.done / per_sample), samples, metrics)
         progress("generate", samples, samples)
         annotations = read_annotations(_sample_infos(shard, plan.config), plan.config, plan.revision, journal, texts)
         write_table(shard.stage("generate"), annotations, ANNOTATION)
@@ -68,14 +68,15 @@ def read_source_texts(shard: DatasetDir, config: Config) -> TextsById:
 def count_wanted(shard: DatasetDir, plan: RunPlan) -> int:
     """Return the number of requests that the samples of a shard are to be asked."""
     if plan.config.human_texts != "fill":
-        return require_stage(shard, "source")[0] * len(plan.requests)
-    return sum(len(requests_about(plan.config, texts)) for texts in read_source_texts(shard, plan.config).values())
+        return require_stage(shard, "source")[0] * count_requests(plan.config, requests_per_sample(plan.config))
+    texts = read_source_texts(shard, plan.config).values()
+    return sum(count_requests(plan.config, requests_about(plan.config, of_sample)) for of_sample in texts)
 
 
 def count_asked(shard: DatasetDir) -> int:
     """Return how many requests the annotations of a shard answer; those of one request are adjacent."""
     count, last = 0, None
-    for table in read_batches(shard.stage("generate"), ["sample_id", "task", "style", "prompt_id"]):
+    for table in read_batches(shard.stage("generate"), ["sample_id", "task", "style", "request_id", "prompt_id"]):
         by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
         if not by_model.num_rows:
             continue

@@ -48,6 +48,8 @@ IN_WORDS = {
     "evidence_not_sufficient": "the named pages are not enough",
     "evidence_not_necessary": "the named pages are not needed",
     "low_alignment": "fits its image less than others do",
+    # select
+    "not_the_best": "another caption of this image and style is better",
     # dedupe, balance, version
     "duplicate": "says the same as another text of this image",
     "caption_of_many_images": "says the same of too many images",
@@ -57,7 +59,7 @@ IN_WORDS = {
 }
 
 
-# What the scores of a version say (tables.SCORES).
+# What the scores of a version say, and its rejected texts (tables.ADDED).
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that are answered right from the caption alone",
@@ -66,6 +68,7 @@ SCORES_IN_WORDS = {
     "grounding": "mark of another model, 1 to 5: all of it can be seen",
     "correctness": "mark of another model, 1 to 5: things, numbers, colors, places and actions are right",
     "form": "mark of another model, 1 to 5: clear, complete, in good language",
+    "rejected": "another caption of the image, the worst of several of which this one was the best",
 }
 
 

@@ -22,7 +22,6 @@ from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_re
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
-from pipeline.inference.requests import requests_per_sample
 from pipeline.install import installed_version
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
@@ -87,7 +86,7 @@ def run_on_cluster(
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         write_json(dataset.run_file, config.model_dump(mode="json"))
         _forget_local_run(dataset, step_order(stages))
-        plan = RunPlan(dataset, config, choice.revision, choose_image_kind(config), requests_per_sample(config))
+        plan = RunPlan(dataset, config, choice.revision, choose_image_kind(config))
         readers = shard_count if is_divisible(config) else 1
         files = digest(named_files(config))
         run = ShardedRun(plan, Path.cwd(), shard_count, readers, choice.name, source.revision, files)
@@ -120,7 +119,7 @@ def review_on_cluster(
         check: raises if the lock is lost.
     """
     with open_cluster("local"):
-        plan = RunPlan(dataset, config, "", choose_image_kind(config), requests_per_sample(config))
+        plan = RunPlan(dataset, config, "", choose_image_kind(config))
         filled = tuple(read_json(dataset.finished)["filled"])
         files = digest(named_files(config))
         run = ShardedRun(plan, Path.cwd(), _count_shards(dataset, None), 1, "", "", files, "review", filled)
@@ -249,7 +248,7 @@ class RecordingProgress(NullProgress):
 def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any]) -> str:
     """Return the digest of everything that decides the content of filled shards."""
     config = run.config
-    later = {"base_url", "engine", "model", "server", "dedupe", "balance", "split", "title"}
+    later = {"base_url", "engine", "model", "server", "select", "dedupe", "balance", "split", "title"}
     earlier = {"license": None, "captions": (), "human_texts": "compare", "allow_partial": False}  # releases had none of these
     later |= {name for name, value in earlier.items() if getattr(config, name) == value}
     settings = config.model_dump(mode="json", exclude=later)

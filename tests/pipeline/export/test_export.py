@@ -46,6 +46,7 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
     texts = true_captions(samples).to_pylist()
     split_of = {row["sample_id"]: row["split"] for row in texts}
     for row in texts:
+        row["rejected_text"] = f"Not: {row['text']}" if row["style"] == "brief" else None
         row["annotation_id"] = hashlib.sha256(f"{row['sample_id']}{row['style']}".encode()).hexdigest()
     for number, sample in enumerate(samples):
         usual = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
@@ -59,7 +60,7 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
     table = pa.table({name: pa.array([row.get(name) for row in texts], STRING) for name in names})
     batches = sample_table(samples).to_batches()
     folder = tmp_path_factory.mktemp("data")
-    return publish_rows(folder, [table], batches, rows=Rows(), extras=Extras(own=(BOXES, NOTE)))[0]
+    return publish_rows(folder, [table], batches, rows=Rows(), extras=Extras(("rejected",), own=(BOXES, NOTE)))[0]
 
 
 def by_id(version: Version) -> dict[str, Any]:
@@ -192,6 +193,25 @@ def test_a_shard_that_was_finished_is_not_written_again(
         with tarfile.open(path) as tar:
             names += tar.getnames()
     assert len(names) == len({*names}) == 3 * COUNT
+
+
+def test_preferences_are_conversations_with_a_better_and_a_worse_end(version: Version, tmp_path: Path) -> None:
+    done = export_version(version, "dpo", tmp_path / "out")
+    assert (done.images, done.without_text) == (COUNT, 0)
+    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    items = by_id(version)
+    assert len(loaded) == version.manifest["rows"]["train"]
+    for row in loaded:
+        item = items[row["sample_id"]]
+        assert row["image"].size == (item.width_px, item.height_px)
+        (asked,), (better,), (worse,) = row["prompt"], row["chosen"], row["rejected"]
+        assert [part["type"] for part in asked["content"]] == ["image", "text"] and asked["role"] == "user"
+        texts = [better["content"][0]["text"], worse["content"][0]["text"]]
+        assert texts == [item.caption("brief"), f"Not: {item.caption('brief')}"]
+        assert {better["role"], worse["role"]} == {"assistant"}
+    none = tmp_path / "none"
+    with pytest.raises(ConfigError, match="has a caption of the style detailed"):
+        export_version(version, "dpo", none, style="detailed")
 
 
 def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sample], tmp_path: Path) -> None:

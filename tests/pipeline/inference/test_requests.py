@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import resolve
-from pipeline.inference.requests import build_requests
+from pipeline.inference.requests import build_requests, count_requests, requests_per_sample
 
 SAMPLE = "a" * 64
 
@@ -32,6 +32,20 @@ def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
 )
 def test_what_changes_the_reply_changes_every_id(changed: dict[str, Any]) -> None:
     assert not set(ids(**changed)) & set(ids())
+
+
+def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_the_same() -> None:
+    config = resolve(source="scenes", generate={"samples": 3})
+    requests = list(build_requests(SAMPLE, (), config, "r"))
+    assert [(r.style, r.sampling.temperature) for r in requests] == [
+        *(("brief", t) for t in (0.0, 0.8, 0.8)), *(("detailed", t) for t in (0.0, 0.8, 0.8)), ("", 0.3),
+    ]  # fmt: skip
+    assert len({r.id for r in requests}) == count_requests(config, requests_per_sample(config)) == 7
+    assert [requests[n].id for n in (0, 3, 6)] == ids()
+    assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}  # one more costs one more
+    assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id
+    hot = ids(generate={"samples": 2, "caption_temperature": 1.2})
+    assert hot[1] == ids(generate={"samples": 2, "caption_temperature": 1.2, "sample_temperature": 0.5})[1] != hot[0]
 
 
 def test_the_batch_size_and_the_limit_change_no_id() -> None:

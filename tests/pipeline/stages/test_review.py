@@ -48,7 +48,7 @@ class Reviewed:
             sample_id, content = text_name(self.rows[n])
             all_reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
         write_text(self.dataset.reviews, format_reviews(all_reviews))
-        plan = RunPlan(self.dataset, resolve(source="scenes"), "r", None, ())
+        plan = RunPlan(self.dataset, resolve(source="scenes"), "r", None)
         compare_stage(STAGE, self.shards, BEFORE, plan, NullProgress())
         for shard in self.shards:
             judge_stage(STAGE, shard, BEFORE, plan)

@@ -1,0 +1,93 @@
+"""Stage: select. Of several captions of one image in one style, keep the best.
+
+How good a caption is, by `select.by`:
+
+consistency   the share of its content words that the others have too, on average: what is made up differs from one to the next
+clip          the cosine of caption and image, as the check `alignment` measures it
+judge         the mean of another model's marks
+longest       its length: all that are left passed the check `claims`
+
+Words are compared as sets, by the F1 of two captions. The mean over the others is the choice by minimum Bayes risk of Kumar and
+Byrne (2004), with this F1 as the gain.
+"""
+
+from collections.abc import Iterator
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
+from pipeline.storage.database import load
+from pipeline.tables import FLOAT64, HUMAN, RUBRIC, SELECTED, STRING, fields
+from pipeline.text.content_keys import content_keys
+
+CANDIDATES = pa.schema(
+    [ROW, *fields(STRING, "sample_id", "task", "style", "clean_text", "words"), *fields(FLOAT64, "alignment", "mark", "length")]
+)
+_MEASURES = {"clip": "alignment", "judge": "mark", "longest": "length", "consistency": "agreed"}
+QUERY = """
+WITH worded AS (
+    SELECT *, list_sort(list_distinct(string_split(words, ' '))) AS bag FROM candidates
+), compared AS (
+    SELECT one.row, avg(2.0 * len(list_intersect(one.bag, other.bag)) / (len(one.bag) + len(other.bag))) AS agreed
+    FROM worded AS one JOIN worded AS other USING (sample_id, task, style)
+    WHERE one.row <> other.row GROUP BY one.row
+), scored AS (
+    SELECT worded.*, {measure} AS score FROM worded JOIN compared USING (row)
+), ranked AS (
+    SELECT *, row_number() OVER best AS place, first_value(score) OVER worst AS least,
+           first_value(clean_text) OVER worst AS last, first_value(bag) OVER worst AS last_bag
+    FROM scored
+    WINDOW best AS (PARTITION BY sample_id, task, style ORDER BY score DESC NULLS LAST, row),
+           worst AS (PARTITION BY sample_id, task, style ORDER BY score ASC NULLS LAST, row DESC)
+)
+SELECT row, score AS selection_score,
+       CASE WHEN place = 1 AND least < score AND bag <> last_bag THEN last END AS rejected_text,
+       CASE WHEN place > 1 THEN 'not_the_best' END AS reason
+FROM ranked
+"""
+
+
+def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+    """Return all captions that have others of their image and style beside them, with the `reason` of those to reject."""
+    load(comparison.db, "candidates", _candidates(comparison.rows), CANDIDATES)
+    return comparison.db.sql(QUERY.format(measure=_MEASURES[comparison.plan.config.select.by]))
+
+
+def _candidates(rows: AllRows) -> Iterator[pa.Table]:
+    available = rows.columns()
+    marks = [name for name in RUBRIC if name in available]
+    for table in rows.batches("sample_id", "task", "style", "prompt_id", "clean_text", "word_count", "alignment", *marks):
+        is_by_model = pc.not_equal(table["prompt_id"], HUMAN)
+        table = table.filter(pc.and_(pc.is_valid(table["clean_text"]), is_by_model))
+        words = content_keys(table["clean_text"].combine_chunks())
+        computed = {"words": words, "length": table["word_count"].cast(FLOAT64), "mark": _mean_mark(table)}
+        yield pa.table(
+            {name: computed.get(name, table[name] if name in table.column_names else None) for name in CANDIDATES.names}
+        )
+
+
+def _mean_mark(table: pa.Table) -> pa.Array:
+    marks = [table[name].cast(FLOAT64) for name in RUBRIC if name in table.column_names]
+    if not marks:
+        return pa.nulls(table.num_rows, FLOAT64)
+    total = marks[0]
+    for mark in marks[1:]:
+        total = pc.add(total, mark)
+    return pc.divide(total, float(len(marks))).combine_chunks()
+
+
+def judge_selected(table: pa.Table, _: RunPlan) -> pa.Table:
+    """Return the same rows: what is to be said of them comes from the comparison."""
+    return table
+
+
+STAGE = Stage(
+    "select",
+    judge_selected,
+    is_choice=True,
+    is_wanted=lambda config: config.generate.samples > 1,
+    compare=find_best,
+    adds=pa.schema([*SELECTED, pa.field("reason", STRING)]),
+)

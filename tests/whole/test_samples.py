@@ -1,0 +1,116 @@
+"""Several captions to choose from: each is paid once, the best is kept, and pairs of them teach a model what is better."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset.version import Version, read_version
+from pipeline.inference.engines import TINY_WEIGHTS
+from tests.warm import run_synth
+from tests.whole.test_readers import TRL
+
+IMAGES, SAMPLES = 30, 3
+SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher is sure of itself
+TRAIN = """
+import sys
+from datasets import load_dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer
+
+trainer = DPOTrainer(
+    model=AutoModelForImageTextToText.from_pretrained(sys.argv[1]),
+    args=DPOConfig(output_dir="out", max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
+                   save_strategy="no", max_length=None),
+    train_dataset=load_dataset("pairs", split="train"),
+    processing_class=AutoProcessor.from_pretrained(sys.argv[1]),
+)
+before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+loss = trainer.train().training_loss
+moved = [name for name, value in trainer.model.named_parameters() if not value.equal(before[name])]
+print(loss, any("visual" in name for name in moved), any("layers" in name for name in moved))
+"""
+
+
+def generate(folder: Path, *options: str) -> dict[str, Any]:
+    done = run_synth(
+        "generate", "--source", "scenes", "--limit", str(IMAGES), "--config", "s.yaml", "--out", "d", "--json", *options,
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def counts(version: Version, stage: str) -> dict[str, Any]:
+    return next((step for step in version.manifest["funnel"] if step["stage"] == stage), {})
+
+
+def captions(version: Version) -> list[dict[str, Any]]:
+    return [one for _, batch in version.batches(["captions"]) for row in batch.to_pylist() for one in row["captions"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    (folder / "s.yaml").write_text(SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chosen(folder: Path) -> tuple[Version, dict[str, Any]]:
+    """Return the version with pairs, and what a run said that asked for one caption first, then for several."""
+    generate(folder)
+    result = generate(folder, "--samples", str(SAMPLES), "--pairs")
+    return read_version(folder / "d/versions/v2.0.0"), result
+
+
+def test_further_captions_alone_are_paid_and_one_of_each_style_is_kept(chosen: tuple[Version, dict[str, Any]]) -> None:
+    version, result = chosen
+    assert result["requests"]["asked"] == IMAGES * 2 * (SAMPLES - 1)
+    assert counts(version, "generate")["kept"] == IMAGES * (2 * SAMPLES + 1)
+    rejected = counts(version, "select")["rejected"]
+    assert rejected.keys() == {"not_the_best"} and rejected["not_the_best"] > IMAGES
+    assert len(captions(version)) == IMAGES * 2
+    assert not any("select" in warning for warning in result.get("warnings", []))
+
+
+def test_a_pair_is_the_kept_caption_and_a_worse_one(chosen: tuple[Version, dict[str, Any]]) -> None:
+    version, _ = chosen
+    pairs = [(one["text"], one["rejected"]) for one in captions(version) if one["rejected"]]
+    assert 0 < len(pairs) < IMAGES * 2
+    assert all(better != worse for better, worse in pairs)
+    assert "`rejected`" in (version.path / "README.md").read_text()
+    assert "rejected" not in version.manifest["measured"].get("scores", {})
+
+
+def test_another_measure_asks_nothing_and_one_caption_is_as_before(
+    chosen: tuple[Version, dict[str, Any]], folder: Path
+) -> None:
+    checked = ("--samples", str(SAMPLES), "--verify", "claims")
+    generate(folder, *checked)
+    longest = generate(folder, *checked, "--select", "longest", "--from-stage", "select")
+    assert (longest["requests"]["asked"], longest["is_new"]) == (0, True)
+    alone = generate(folder)
+    first, last = read_version(folder / "d/versions/v1.0.0"), read_version(folder / alone["path"])
+    assert (alone["requests"]["asked"], last.manifest["digest"]) == (0, first.manifest["digest"])
+    assert not counts(last, "select") and not (folder / "d/stages/select").exists()
+    refused = run_synth("export", "--data", alone["path"], "--format", "dpo", cwd=folder)
+    assert refused.returncode == 1 and "--samples 4 --pairs" in refused.stderr
+
+
+def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
+    exported = run_synth("export", "--data", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
+    assert exported.returncode == 0, exported.stderr
+    env = os.environ | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"}
+    env |= {"HF_HOME": str(folder / "home")}
+    trained = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(TINY_WEIGHTS)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert trained.returncode == 0, trained.stderr
+    loss, *moved = trained.stdout.split()[-3:]
+    assert 0 < float(loss) < 100 and moved == ["True", "True"]
