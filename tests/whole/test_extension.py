@@ -65,7 +65,7 @@ STAGE = Stage(
 )
 ''',
     "pipeline/run.py": [
-        ("review, split, validate", "review, shortest, split, validate"),
+        ("review, select, split, validate", "review, select, shortest, split, validate"),
         ("dedupe.STAGE, balance", "dedupe.STAGE, shortest.STAGE, balance"),
     ],
 }
