@@ -56,8 +56,8 @@ PATTERNS = {  # what a value that does not match should be
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "seed", "exclude", "human_texts", "tasks",
-     "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance", "split")
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "rows", "seed", "exclude", "human_texts",
+     "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet")  # which name a place of a user's own behind a colon
 PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
@@ -363,7 +363,8 @@ class Config(Section):
     allow_partial: bool = False  # read what the Hub has converted, where that is a first part only
     follow_links: bool = False  # read files outside of the folder that links in it lead to
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None  # images that are read at most
+    rows: Annotated[int, Field(ge=1)] | None = None  # images that the version has: it is read on until so many are kept
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
     captions: Distinct[
@@ -417,6 +418,12 @@ class Config(Section):
     def _makes_something(self) -> "Config":
         if not self.tasks and self.human_texts == "compare":
             raise ValueError("no task is asked and no text of people is kept: name tasks, or human_texts: keep")
+        return self
+
+    @model_validator(mode="after")
+    def _may_read_as_many_images_as_it_keeps(self) -> "Config":
+        if self.limit is not None and self.rows is not None and self.limit < self.rows:
+            raise ValueError(f"rows: {self.rows} images cannot be kept of the {self.limit} that limit allows")
         return self
 
     @model_validator(mode="after")

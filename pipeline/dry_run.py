@@ -62,7 +62,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
             sample = _sample(source, config, choice.revision, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Excluded images are not looked for: their source may be large, and the real run reads it once.
-        sampled = config.model_copy(update={"exclude": (), "limit": None})
+        sampled = config.model_copy(update={"exclude": (), "limit": None, "rows": None})
         read = Source(name=source.name, revision=source.revision, rows=iter(sample.rows), decks=source.decks)
         try:
             funnel = run_locally(sampled, trial, stages_of(sampled), "source", read, StagesOnly(progress), stats).funnel
@@ -165,6 +165,8 @@ def _predict(
     # A limit counts images that are kept, a source also those that are not.
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
+    kept_images = of_stage["version"].kept if "version" in of_stage else 0
+    scales += [config.rows / kept_images] if config.rows and kept_images else []
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
     of_unanswered = sample.new / (sample.new + sample.complete) if sample.new else 0.0
@@ -189,7 +191,7 @@ def _predict(
         "bytes": round((image_bytes + BYTES_A_TOKEN * stats.reply_tokens) * scale),
         "annotations": round(written * scale),
         "kept_annotations": round(kept * scale),
-        "kept_images": round((of_stage["version"].kept if "version" in of_stage else 0) * scale),
+        "kept_images": round(kept_images * scale),
         "lost_share": wilson_interval(written - kept, written),
         "lost_by": {f"{summary.stage}: {reason}": count for summary in funnel for reason, count in summary.rejected.items()},
         "invalid_share": wilson_interval(sum(of_stage["validate"].rejected.values()), written),

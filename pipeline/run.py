@@ -12,18 +12,28 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.errors import ConfigError, SynthError, did_you_mean
 from pipeline.executors.base import ClusterOptions, RunResult
-from pipeline.executors.local import run_locally
+from pipeline.executors.local import first_reading, run_locally
 from pipeline.inference.requests import check_prompts
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.stages import balance, dedupe, review, select, split, validate, verify
+from pipeline.stages import balance, dedupe, review, select, split, trim, validate, verify
 from pipeline.stages import filter as filter_
 from pipeline.stages.base import AllRows, Stage, step_order
 from pipeline.stages.review import read_texts
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_text
 
-STAGES = (validate.STAGE, filter_.STAGE, verify.STAGE, select.STAGE, dedupe.STAGE, balance.STAGE, split.STAGE, review.STAGE)
+STAGES = (
+    validate.STAGE,
+    filter_.STAGE,
+    verify.STAGE,
+    select.STAGE,
+    dedupe.STAGE,
+    balance.STAGE,
+    trim.STAGE,
+    split.STAGE,
+    review.STAGE,
+)
 ORDER = step_order(STAGES)  # of a run that has all of them
 FILTER_KEYS = ("min_words", "max_words")  # of an own task
 
@@ -55,10 +65,13 @@ def generate_dataset(
     with translate_disk_errors(dataset.path):
         refuse_other_settings(dataset, config, start)
     if cluster is not None:
+        if config.rows is not None:
+            hint = "say how many images to read: --limit N"
+            raise ConfigError("--rows reads on until enough images are kept, which a cluster cannot", hint=hint)
         from pipeline.executors.ray.executor import run_on_cluster
 
         return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
-    source = open_source(config) if start == "source" else None
+    source = open_source(first_reading(config)) if start == "source" else None
     for text in source.messages if source else ():
         progress.message(text)
     with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):

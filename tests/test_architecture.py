@@ -27,8 +27,8 @@ FILES = {
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
     "pipeline/sources": """__init__ archive base captions columns exclusions flickr30k folder hub image_urls listing parquet
         questions remote scenes slidevqa vqav2""",
-    "pipeline/stages": """__init__ ask_checks balance base dedupe filter generate review select source split validate verify
-        version""",
+    "pipeline/stages": """__init__ ask_checks balance base dedupe filter generate review select source split trim validate
+        verify version""",
     "pipeline/storage": "__init__ database files lock object_store untrusted",
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",

@@ -32,7 +32,7 @@ def generate(
         Option(
             metavar="STAGE",
             help="Start at a stage, from what the one before it left: source, generate, validate, filter, verify, select, "
-            "dedupe, balance, split, review, version.",
+            "dedupe, balance, trim, split, review, version.",
             rich_help_panel=DATASET,
         ),
     ] = None,

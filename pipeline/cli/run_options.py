@@ -18,7 +18,7 @@ DATASET, CLUSTER = "Dataset", "Cluster"
 NO_TASKS = "none"
 IMPORT_OPTIONS = (
     "context", "source", "split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
-    "limit", "license_", "language", "group_by", "seed", "title", "config",
+    "limit", "rows", "license_", "language", "group_by", "seed", "title", "config",
 )  # fmt: skip
 
 SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
@@ -113,6 +113,16 @@ def run_settings(
         int | None,
         Option(
             metavar="N", min=1, help="Stop after this many images.", show_default="all; scenes: 1000", rich_help_panel=IMAGES
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            min=1,
+            help="Read on until N images are kept, and keep no more.",
+            show_default="all that were read",
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     drop_context: Annotated[
@@ -342,6 +352,7 @@ def run_settings(
         "split_list": ("--split-list", split_list),
         "exclude": ("--exclude", exclude or None),
         "limit": ("--limit", limit),
+        "rows": ("--rows", rows),
         "license": ("--license", license_),
         "human_texts": human_texts,
         "tasks": ("--tasks", tasks.split(",") if tasks else None),

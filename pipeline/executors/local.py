@@ -1,6 +1,8 @@
 """Run in one process: the dataset folder is the only shard."""
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind
+from pipeline.sources import choose_image_kind, open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import RunPlan, Services, Stage, require_stage, step_order
 from pipeline.stages.generate import generate_annotations
@@ -28,8 +30,11 @@ from pipeline.stages.source import (
     write_source,
 )
 from pipeline.stages.version import WrittenRows
-from pipeline.storage.files import read_json, write_json
+from pipeline.storage.files import read_batches, read_json, write_json
 from pipeline.types import Source
+
+LEAST_YIELD = 0.05  # of the images that were read
+SURPLUS = 1.1  # images that are read beyond those that should be enough: fewer rounds
 
 
 class LocalExecutor:
@@ -62,7 +67,8 @@ def run_locally(
     """Run all stages from `start` on, and return the new version. Raises SynthError; finished work stays on the disk.
 
     The caller holds the lock of the dataset folder, which has the files of the stage before `start`. `stages` are all between
-    generate and version, in order. `source` is None if it was read by an earlier run. `stats` counts requests.
+    generate and version, in order. `source` is None if it was read by an earlier run. `stats` counts requests. Where a number
+    of rows is wanted, the source is read on until so many images are kept (`first_reading`, `next_limit`).
     """
     order = step_order(stages)
     position = order.index(start)
@@ -71,27 +77,86 @@ def run_locally(
     if asks:
         progress.message(describe_start(config, choose(), dataset))  # before anything is written
     _forget_other_settings(dataset, config, order[position:])
-    if source is not None:
-        _read_source(dataset, config, source, progress)
-    elif _was_compared(dataset, config) and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config):
+    if (
+        source is None
+        and _was_compared(dataset, config)
+        and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config)
+    ):
         raise ConfigError("dedupe.images has changed since the source was read", hint="run without --from-stage")
     revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
     plan = RunPlan(dataset, config, revision, choose_image_kind(config))
     stats = stats or RequestStats()
     todo = [stage for stage in stages if order.index(stage.name) >= position]
-    with open_engine(partial(_require_model, choose, revision)) as engine:
-        services = Services(engine, stats, progress)
-        if asks:
-            import_shard_replies(dataset)
-            generate_annotations(dataset, plan, services)
-            write_json(dataset.provenance("generate"), {"name": public_name(choose().model), "revision": revision})
-        before = order[max(position, 2) - 1]
-        judge_rows(dataset, todo, before, plan, services)
-    executor = LocalExecutor(dataset)
     comparing = next((n for n, stage in enumerate(todo) if stage.compare), len(todo))
-    compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
+    before = order[max(position, 2) - 1]
+    executor, limit = LocalExecutor(dataset), _first_limit(config)
+    with ExitStack() as stack:
+        services = Services(stack.enter_context(open_engine(partial(_require_model, choose, revision))), stats, progress)
+        while True:
+            has_more = source is not None and _read_source(dataset, config, source, limit, progress)
+            if asks:
+                import_shard_replies(dataset)
+                generate_annotations(dataset, plan, services)
+                write_json(dataset.provenance("generate"), {"name": public_name(choose().model), "revision": revision})
+            judge_rows(dataset, todo, before, plan, services)
+            if config.rows is None:
+                stack.close()  # what follows needs the memory, and no model
+            compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
+            if config.rows is None or limit is None:
+                break
+            limit = next_limit(config, limit, _count_images(dataset), progress, has_more=has_more)
+            if limit is None:
+                break
+            source = open_source(_reading(config, limit))
+            stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, lambda: None)
     return RunResult(version, is_new, stats, funnel)
+
+
+def first_reading(config: Config) -> Config:
+    """Return the settings with which the source is opened first."""
+    limit = _first_limit(config)
+    return config if config.rows is None or limit is None else _reading(config, limit)
+
+
+def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
+    """Return how many images to read next, after `limit` of them, of which `kept` were; None if it was enough, or all.
+
+    It stops where nearly nothing is kept, since every image is paid for.
+    """
+    assert config.rows is not None
+    if kept >= config.rows:
+        return None
+    told = f"{kept:,} of {config.rows:,} rows are kept of {limit:,} images"
+    if not has_more:
+        progress.warn(f"{kept:,} of {config.rows:,} rows are kept: {config.source} has no more images")
+    elif limit == config.limit:
+        progress.warn(f"{told}, and --limit allows no more")
+    elif kept < LEAST_YIELD * limit:
+        progress.warn(f"{told}: too few to read on; see why others were rejected, change that, and run the same command")
+    else:
+        lacking = math.ceil((config.rows - kept) * limit / kept * SURPLUS)
+        following = min(limit + lacking, config.limit or limit + lacking)
+        progress.message(f"{told}: reading on, to image {following:,}")
+        return following
+    return None
+
+
+def _first_limit(config: Config) -> int | None:
+    return config.limit if config.rows is None else config.rows
+
+
+def _reading(config: Config, limit: int) -> Config:
+    """Return the settings for reading so many images, and one more, which tells whether there are more."""
+    return config.model_copy(update={"limit": limit + 1})
+
+
+def _count_images(dataset: DatasetDir) -> int:
+    """Return how many images have a row after the last stage that rejects any."""
+    ids: set[str] = set()
+    for table in read_batches(dataset.stage("review"), ["sample_id"]):
+        ids.update(table["sample_id"].to_pylist())
+    return len(ids)
 
 
 def import_shard_replies(dataset: DatasetDir) -> None:
@@ -115,12 +180,13 @@ def _forget_other_settings(dataset: DatasetDir, config: Config, stages: Sequence
     write_json(dataset.run_file, settings)
 
 
-def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
+def _read_source(dataset: DatasetDir, config: Config, source: Source, limit: int | None, progress: Progress) -> bool:
+    """Write the samples of a source, `limit` at most; return whether it has more."""
     excluded = write_exclusions(dataset, config, progress)
     kind = choose_image_kind(config)
     forget_near_duplicates(dataset)
     index = ExclusionIndex.of(read_exclusions(dataset), kind)
-    preview = write_source(dataset, source.rows, index, config.limit, progress, merges_texts=config.keeps_human_texts)
+    has_more = write_source(dataset, source.rows, index, limit, progress, merges_texts=config.keeps_human_texts)
     if kind is not None:
         reject_near_duplicates(dataset, kind)
     described = list(describe_rejected(dataset))
@@ -131,7 +197,9 @@ def _read_source(dataset: DatasetDir, config: Config, source: Source, progress: 
         files = "mend the files, or choose another source; stages/source/rejected.parquet names every row"
         hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
         raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
+    preview = has_more and config.rows is None
     write_json(dataset.provenance("source"), describe_source(source, excluded, kind, config.captions, preview=preview))
+    return has_more
 
 
 def _was_compared(dataset: DatasetDir, config: Config) -> bool:

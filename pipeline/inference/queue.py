@@ -47,6 +47,10 @@ class RequestStats:
     asking_s: float = 0.0  # seconds in which it was asked
     seconds: dict[str, float] | None = None  # by request id, how long its last reply took; counted only where it is a dict
 
+    def begin_pass(self) -> None:
+        """Forget the requests of the pass before, over fewer images; what was asked and paid stays counted."""
+        self.total = self.done = 0
+
     def add_reply(self, reply: Reply) -> None:
         """Count the tokens of a reply that came now."""
         self.prompt_tokens += reply.prompt_tokens

@@ -50,11 +50,12 @@ IN_WORDS = {
     "low_alignment": "fits its image less than others do",
     # select
     "not_the_best": "another caption of this image and style is better",
-    # dedupe, balance, version
+    # dedupe, balance, trim, version
     "duplicate": "says the same as another text of this image",
     "caption_of_many_images": "says the same of too many images",
     "answer_too_common": "too many such questions have this answer",
     "concepts_too_common": "names only what many captions name",
+    "beyond_rows": "more images were kept than were asked for",
     "no_annotation_left": "no text of this image was kept",
 }
 

@@ -65,7 +65,7 @@ STAGE = Stage(
 )
 ''',
     "pipeline/run.py": [
-        ("review, select, split, validate", "review, select, shortest, split, validate"),
+        ("review, select, split, trim", "review, select, shortest, split, trim"),
         ("dedupe.STAGE, balance", "dedupe.STAGE, shortest.STAGE, balance"),
     ],
 }

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError
-from pipeline.run import ORDER, stages_of
+from pipeline.run import stages_of
 from pipeline.stages.base import step_order
 from pipeline.stages.select import STAGE
 from pipeline.tables import HUMAN, RUBRIC
@@ -89,8 +89,8 @@ def test_captions_of_other_images_and_styles_people_and_questions_are_left_alone
 
 
 def test_only_a_run_that_asks_for_several_has_the_stage() -> None:
-    assert step_order(stages_of(resolve(source="scenes"))) == tuple(name for name in ORDER if name != "select")
-    assert step_order(stages_of(resolve(source="scenes", generate={"samples": 2}))) == ORDER
+    assert "select" not in step_order(stages_of(resolve(source="scenes")))
+    assert "select" in step_order(stages_of(resolve(source="scenes", generate={"samples": 2})))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,35 @@
+"""Stage: trim. Keep the first images of the source, as many as were asked for (`rows`), and reject the texts of the others."""
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
+from pipeline.storage.database import load
+from pipeline.tables import STRING, fields
+
+IMAGES = pa.schema([ROW, *fields(STRING, "sample_id")])
+QUERY = """
+SELECT row, 'beyond_rows' AS reason FROM images
+WHERE sample_id NOT IN (SELECT sample_id FROM images GROUP BY sample_id ORDER BY min(row) LIMIT {rows})
+"""
+
+
+def find_surplus(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+    """Return the rows of images beyond those that were asked for, with the `reason`."""
+    load(comparison.db, "images", comparison.rows.batches("sample_id"), IMAGES)
+    return comparison.db.sql(QUERY.format(rows=comparison.plan.config.rows))
+
+
+def judge_trimmed(table: pa.Table, _: RunPlan) -> pa.Table:
+    """Return the same rows: `reason` comes from the comparison."""
+    return table
+
+
+STAGE = Stage(
+    "trim",
+    judge_trimmed,
+    is_wanted=lambda config: config.rows is not None,
+    is_choice=True,
+    compare=find_surplus,
+    adds=pa.schema({"reason": STRING}),
+)

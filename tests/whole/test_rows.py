@@ -1,0 +1,147 @@
+"""A number of rows: the source is read on until so many images are kept, nothing is paid twice, and what is too much is cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config, resolve
+from pipeline.dataset.version import Version
+from pipeline.dry_run import predict_run
+from pipeline.errors import ConfigError, TableError
+from pipeline.executors.base import ClusterOptions, RunResult
+from pipeline.executors.local import next_limit
+from pipeline.progress import NullProgress
+from pipeline.run import generate_dataset
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+
+REFUSED = '{"caption":"I cannot see the image."}'
+
+
+class Notes(NullProgress):
+    """Keeps what a user would read."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        self.texts.append(text)
+
+    def warn(self, text: str) -> None:
+        self.texts.append(f"warning: {text}")
+
+
+def caption_of(body: dict[str, Any]) -> str:
+    """Return a caption that no other image has."""
+    words = " ".join(f"word{digit}" for digit in uuid_of(body)[:6])
+    return f'{{"caption":"A small ring beside {words} on a white background."}}'
+
+
+def refuse_some(share: float) -> ChatServer:
+    """Return a server that declines to caption a share of the images, whatever the attempt."""
+
+    def script(times: int, body: dict[str, Any]) -> Act:
+        return Act(REFUSED if int(uuid_of(body)[:4], 16) < share * 0x10000 else caption_of(body))
+
+    return ChatServer(script)
+
+
+def settings(chat: ChatServer, **more: Any) -> Config:
+    values: dict[str, Any] = {"source": "scenes", "tasks": ["caption"], "base_url": [chat.url], "model": "model"}
+    values["generate"] = {"caption_styles": ["brief"], "max_attempts": 1}
+    return resolve(**values | {"filter": {"language": None}, "server": {"max_failure_frac": 1}} | more)
+
+
+def run(folder: Path, chat: ChatServer, **more: Any) -> tuple[RunResult, list[str]]:
+    notes = Notes()
+    return generate_dataset(settings(chat, **more), folder, progress=notes), notes.texts
+
+
+def step(version: Version, name: str) -> dict[str, Any]:
+    return next(step for step in version.manifest["funnel"] if step["stage"] == name)
+
+
+def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: Path) -> None:
+    with running_chat(refuse_some(0.3)) as chat:
+        result, notes = run(tmp_path, chat, rows=50)
+        version = result.version
+        assert version.num_rows == 50
+        read = step(version, "source")["kept"]
+        assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
+        assert max(chat.times.values()) == 1
+        assert any("of 50 rows are kept of 50 images: reading on, to image" in text for text in notes)
+        trimmed = step(version, "trim")
+        assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_rows", 0) < 20
+        assert not version.is_preview and version.manifest["config"]["rows"] == 50
+        again, _ = run(tmp_path, chat, rows=50)
+        assert (again.is_new, again.stats.asked) == (False, 0)
+        more, _ = run(tmp_path, chat, rows=60)
+        assert more.version.num_rows == 60 and max(chat.times.values()) == 1
+        ids = [{*batch["sample_id"].to_pylist()} for v in (version, more.version) for _, batch in v.batches(["sample_id"])]
+        first = set().union(*ids[: len(version.manifest["files"])])
+        assert len(first) == 50 and first < set().union(*ids)
+
+
+def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    class Stop(NullProgress):
+        def message(self, text: str, *, transient: bool = False) -> None:
+            if "reading on" in text:
+                raise KeyboardInterrupt
+
+    with running_chat(refuse_some(0.3)) as chat:
+        with pytest.raises(KeyboardInterrupt):
+            generate_dataset(settings(chat, rows=50), tmp_path, progress=Stop())
+        asked = len(chat.bodies)
+        result, _ = run(tmp_path, chat, rows=50)
+        assert result.version.num_rows == 50 and asked == 50
+        assert len(chat.bodies) == asked + result.stats.asked and max(chat.times.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "more", "rows", "told"),
+    [
+        (0.4, {"rows": 20, "limit": 20}, 12, "--limit allows no more"),
+        (0.99, {"rows": 300}, None, "too few to read on"),
+        (0.0, {"rows": 20}, 20, None),
+    ],
+)
+def test_it_ends_where_there_is_no_more_or_nearly_none_is_kept(
+    share: float, more: dict[str, Any], rows: int | None, told: str | None, tmp_path: Path
+) -> None:
+    with running_chat(refuse_some(share)) as chat:
+        result, notes = run(tmp_path, chat, **more)
+    assert len(chat.bodies) == more["rows"]
+    assert told is None or any(told in note for note in notes)
+    assert abs(result.version.num_rows - (rows or 3)) <= 5
+
+
+def test_a_source_that_has_no_more_says_so() -> None:
+    notes = Notes()
+    config = resolve(source="scenes", rows=10)
+    assert next_limit(config, 10, 7, notes, has_more=False) is None
+    assert notes.texts == ["warning: 7 of 10 rows are kept: scenes has no more images"]
+    assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11  # half were kept: as many again, and a tenth more
+    assert next_limit(resolve(source="scenes", rows=10, limit=12), 10, 5, notes, has_more=True) == 12
+    assert next_limit(config, 10, 0, notes, has_more=True) is None
+    assert next_limit(config, 10, 10, notes, has_more=True) is None
+
+
+def test_where_none_is_kept_no_more_is_paid(tmp_path: Path) -> None:
+    with running_chat(refuse_some(1.0)) as chat, pytest.raises(TableError, match="no row is left"):
+        run(tmp_path, chat, rows=20)
+    assert len(chat.bodies) == 20
+
+
+def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:
+    with running_chat(refuse_some(0.5)) as chat:
+        predicted = predict_run(settings(chat, rows=500), tmp_path)
+    assert predicted["kept_images"] == pytest.approx(500, abs=2)
+    assert 700 < predicted["images"] < 1600
+
+
+def test_what_cannot_be_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rows: 20 images cannot be kept of the 10 that limit allows"):
+        resolve(source="scenes", rows=20, limit=10)
+    config = resolve(source="scenes", rows=5)
+    with pytest.raises(ConfigError, match="--rows reads on until enough images are kept, which a cluster cannot"):
+        generate_dataset(config, tmp_path, cluster=ClusterOptions())
