@@ -31,7 +31,7 @@ from pipeline.config import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.progress import NullProgress
-from pipeline.run import STAGES
+from pipeline.run import stages_of
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import STYLES, ask_number, ask_other, ask_yes_no, caption
 from pipeline.stages.base import RunPlan, compare_stage, judge_stage
@@ -172,7 +172,7 @@ def compare_only(count: int) -> None:
         if pid == 0:
             plan = RunPlan(dataset, resolve(source="scenes"), "r", None)
             before = "verify"
-            for stage in STAGES[3:]:
+            for stage in stages_of(plan.config)[3:]:
                 wall, cpu = time.monotonic(), time.process_time()
                 compare_stage(stage, [dataset], before, plan, NullProgress())
                 middle = time.process_time()

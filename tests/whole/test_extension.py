@@ -34,7 +34,7 @@ STAGE = Stage("quiet", judge_capitals)
 ''',
     "pipeline/run.py": [
         ("import balance, dedupe, review", "import balance, dedupe, quiet, review"),
-        ("filter_.STAGE, verify.STAGE", "filter_.STAGE, quiet.STAGE, verify.STAGE"),
+        ("    verify.STAGE,", "    quiet.STAGE,\n    verify.STAGE,"),
     ],
 }
 COMPARING_STAGE = {
@@ -66,7 +66,7 @@ STAGE = Stage(
 ''',
     "pipeline/run.py": [
         ("review, select, split, trim", "review, select, shortest, split, trim"),
-        ("dedupe.STAGE, balance", "dedupe.STAGE, shortest.STAGE, balance"),
+        ("    balance.STAGE,", "    shortest.STAGE,\n    balance.STAGE,"),
     ],
 }
 TASK = {

@@ -14,7 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, read_fill_result, read_slice
 from pipeline.progress import NullProgress
-from pipeline.run import STAGES
+from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.source import write_exclusions, write_source
@@ -54,7 +54,7 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     write_exclusions(plan.dataset, config, NullProgress())
     for index in reversed(range(parts)):
         read_slice(run, index)
-    worker = ShardWorker(run, STAGES)
+    worker = ShardWorker(run, stages_of(config))
     for index, shard in enumerate(run.shards):
         write_source(shard, worker.rows_of(index), worker.excluded, None, NullProgress())
     for which in ("kept", "rejected"):
