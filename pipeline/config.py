@@ -111,6 +111,7 @@ StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
 StylePrompts = Annotated[tuple[tuple[Style, StyleText], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
 
 
+BoxUnit = Literal["pixels", "thousandths"]  # of the image as the model sees it; of its sides
 Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
 
 
@@ -150,7 +151,7 @@ class TaskConfig(Section):
     language: Annotated[str, Field(pattern=LANGUAGE)] | None = (
         None  # of its texts; any; None: that of `filter`, if there is one
     )
-    coordinates: Literal["pixels", "thousandths"] = "pixels"  # of boxes: of the image as the model sees it, or 0 to 1000
+    coordinates: BoxUnit = "pixels"  # of boxes, as the model writes them
 
 
 def _named(entries: Any) -> Any:

@@ -9,12 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SynthError, one_line
 from pipeline.inference.engines import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
 from pipeline.sources import find_source
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
+MEMORY_FOR_WEIGHTS = 1.2  # times the weights: the rest is for what a model keeps of its requests
 DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),
@@ -34,9 +35,10 @@ class Finding:
     hint: str = ""
 
 
-def examine() -> list[Finding]:
-    """Run all checks, and return the findings in the order in which to fix them."""
+def examine(model: str | None = None) -> list[Finding]:
+    """Run all checks, and return the findings in the order in which to fix them; with a `model`, also whether it fits here."""
     return [
+        *([_model(model)] if model else []),
         _package(),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
@@ -84,18 +86,75 @@ def _vllm() -> Finding:
 def _gpu() -> Finding:
     if not has_gpu():
         return Finding("gpu", False, "none", "the 3B model needs one, or a server elsewhere: --base-url")
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603
+        return judge_gpus(_nvidia_smi())
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("gpu", False, f"nvidia-smi does not answer: {error}", "check the driver")
-    return judge_gpus(done.stdout)
+
+
+def _nvidia_smi() -> str:
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout  # noqa: S603
+
+
+def _cards(listed: str) -> list[list[str]]:
+    """Return name, total and free MiB of each card, of the lines of nvidia-smi."""
+    lines = [[part.strip() for part in line.split(",")] for line in listed.splitlines()]
+    return [card for card in lines if len(card) == 3 and card[1].isdigit() and card[2].isdigit()]
+
+
+def _model(name: str) -> Finding:
+    """Return whether the weights of a model fit into the memory of the roomiest GPU, or of this machine if there is none."""
+    from pipeline.inference.families import find_family
+
+    family = find_family(name)
+    known = f"; {family.name}: {family.license}" if family else ""
+    try:
+        weights_gib = weights_bytes(name) / 2**30
+    except (OSError, SynthError) as error:
+        return Finding("model", False, f"{name}: {error}", "check the name, the network, and HF_TOKEN if it is gated")
+    if not weights_gib:
+        return Finding("model", False, f"{name} has no weights", "a model has *.safetensors or *.bin files")
+    free_gib, where = _free_memory_gib()
+    needed_gib = weights_gib * MEMORY_FOR_WEIGHTS
+    found = f"{name}: {weights_gib:.2g} GiB of weights, {free_gib:.0f} GiB free in {where}{known}"
+    hint = f"it wants {needed_gib:.0f} GiB: a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
+    return Finding("model", free_gib >= needed_gib, found, "" if free_gib >= needed_gib else hint)
+
+
+def weights_bytes(name: str) -> int:
+    """Return how large the weights of a model are, in a folder or on the Hub. Raises ConfigError if it is not there."""
+    folder = Path(name)
+    if folder.is_dir():
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    else:
+        import httpx2
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            files = HfApi().model_info(name, files_metadata=True).siblings or []
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise ConfigError(f"no such model: {one_line(error)}") from None
+        except httpx2.TransportError as error:
+            raise ConfigError(f"the Hub does not answer: {one_line(error)}") from None
+        sizes = {file.rfilename: file.size or 0 for file in files}
+    for suffix in (".safetensors", ".bin"):  # a repository may hold the same weights as both
+        if of_kind := [size for file, size in sizes.items() if file.endswith(suffix)]:
+            return sum(of_kind)
+    return 0
+
+
+def _free_memory_gib() -> tuple[float, str]:
+    cards = _cards(_nvidia_smi()) if has_gpu() else []
+    if cards:
+        return max(int(card[2]) for card in cards) / 1024, "the GPU"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30, "memory"
 
 
 def judge_gpus(listed: str) -> Finding:
     """Judge the lines of nvidia-smi: `name, total MiB, free MiB` each."""
-    lines = [[part.strip() for part in line.split(",")] for line in listed.splitlines()]
-    cards = [card for card in lines if len(card) == 3 and card[1].isdigit() and card[2].isdigit()]
+    cards = _cards(listed)
     if not cards:
         return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
     name, total, free = max(cards, key=lambda card: int(card[2]))

@@ -20,6 +20,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, TableError
 from pipeline.inference.engines import EngineChoice
+from pipeline.inference.families import find_family
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.stages.base import (
@@ -104,7 +105,17 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
         from pipeline.inference.judge import choose_judge
 
         rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
-    return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}"
+    about_boxes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
+    return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}{about_boxes}"
+
+
+def describe_boxes(config: Config, model: str) -> Iterator[str]:
+    """Yield a note for each task whose boxes are read in another unit than the model is known to write."""
+    family = find_family(model)
+    for task in config.own_tasks if family and family.boxes else ():
+        if task.kind == "boxes" and family and task.coordinates != family.boxes:
+            told = f"{family.name} writes boxes in {family.boxes}"
+            yield f"{told}, and the task {task.name} reads them as {task.coordinates}: set its coordinates"
 
 
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:

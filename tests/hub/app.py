@@ -201,7 +201,11 @@ async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str =
         "downloads": 0,
         "cardData": _card(hub, commit),
     }
-    siblings = [{"rfilename": path} for path in sorted(commit.files)]
+    with_sizes = request.query_params.get("blobs", "").lower() == "true"
+    siblings = [
+        {"rfilename": path, **({"size": stored.size, "blobId": stored.git_oid} if with_sizes else {})}
+        for path, stored in sorted(commit.files.items())
+    ]
     return JSONResponse(fields | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.doctor import examine, judge_gpus
+from pipeline import doctor
+from pipeline.doctor import examine, judge_gpus, weights_bytes
 from pipeline.inference.engines import VLLM_PYTHON
 from pipeline.install import installed_version
 
@@ -37,6 +38,37 @@ def test_an_interpreter_that_has_no_vllm_is_found_out(monkeypatch: pytest.Monkey
     monkeypatch.setenv(VLLM_PYTHON, "/does/not/exist")
     (vllm,) = [finding for finding in examine() if finding.what == "vllm"]
     assert "cannot be run" in vllm.found
+
+
+def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:
+    """Make a folder with a sparse file of weights in two parts, and others that do not count."""
+    folder.mkdir()
+    for number in range(2):
+        with (folder / f"model-{number}.{suffix}").open("wb") as file:
+            file.truncate(size // 2)
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_free_memory_gib", lambda: (8.0, "the GPU"))
+    small = examine(model_of(tmp_path / "Qwen2.5-VL-3B", 6 << 30))[0]
+    assert (small.what, small.ok, small.hint) == ("model", True, "")
+    assert "6 GiB of weights, 8 GiB free in the GPU; Qwen2.5-VL: 3B: Qwen Research License" in small.found
+    large = examine(model_of(tmp_path / "large", 7 << 30, "bin"))[0]
+    assert not large.ok and "it wants 8 GiB" in large.hint
+    twice = Path(model_of(tmp_path / "twice", 6 << 30))
+    (twice / "pytorch_model.bin").write_bytes(bytes(99))
+    assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
+
+
+def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    assert examine(str(tmp_path / "empty"))[0].found.endswith("has no weights")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name, told in (("no name", "no such model"), ("ORG/NAME", "the Hub does not answer")):
+        finding = examine(name)[0]
+        assert not finding.ok and told in finding.found and finding.hint
 
 
 def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

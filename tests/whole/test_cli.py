@@ -17,8 +17,8 @@ from pipeline.tasks import CHECKING, TASKS
 from tests.whole.conftest import ROOT, SYNTH, Run, read_failure
 
 COMMANDS = (
-    "generate", "serve", "doctor", "sources", "versions", "diff", "push", "train", "evaluate", "caption", "experiment",
-    "report", "review",
+    "generate", "serve", "doctor", "models", "sources", "versions", "diff", "push", "train", "evaluate", "caption",
+    "experiment", "report", "review",
 )  # fmt: skip
 
 

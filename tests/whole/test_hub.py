@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
+from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub, running_hub
 from tests.warm import run_synth
 
@@ -70,6 +71,18 @@ def test_versions_say_what_there_is_and_where_it_was_pushed(maker: User, hub: Ru
     output = maker.synth("versions").stdout
     assert f"pushed to me/scenes@{tags['v1.0.0']}" in output
     assert "(from v1.0.0)" in output
+
+
+def test_a_model_on_the_hub_is_weighed_without_being_fetched(hub: RunningHub, reader: User) -> None:
+    api = HfApi(hub.endpoint, token=TOKEN)
+    api.create_repo("me/weights")
+    files = {"model-1.safetensors": 1 << 20, "model-2.safetensors": 1 << 20, "pytorch_model.bin": 1 << 21, "config.json": 2}
+    for name, size in files.items():
+        api.upload_file(path_or_fileobj=bytes(size), path_in_repo=name, repo_id="me/weights")
+    (finding, *_) = json.loads(reader.synth("doctor", "--model", "me/weights", "--json").stdout)
+    assert finding["ok"] and finding["found"].startswith("me/weights: 0.002 GiB of weights")
+    (missing, *_) = json.loads(reader.synth("doctor", "--model", "me/none", "--json").stdout)
+    assert not missing["ok"] and "no such model" in missing["found"]
 
 
 def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
