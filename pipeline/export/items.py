@@ -69,7 +69,7 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     image = row["image"]["bytes"]
     try:
-        with open_image(image) as header:
+        with open_image(image, is_decoded=False) as header:
             kind = header.format or ""
     except ImageError as error:
         raise ConfigError(

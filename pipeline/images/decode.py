@@ -116,7 +116,7 @@ def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, i
 
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:
     """Return the width and height in pixels of an image as its header says. Raise ImageError as `check_image` does."""
-    with open_image(data) as image:
+    with open_image(data, is_decoded=False) as image:
         return _upright_size(image)
 
 
@@ -128,8 +128,11 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(data: bytes | memoryview) -> Iterator[Image.Image]:
-    """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError."""
+def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator[Image.Image]:
+    """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError.
+
+    Only where pixels are decoded do many scans matter, whose counting takes half as long as the header.
+    """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:
         with warnings.catch_warnings():
@@ -137,7 +140,7 @@ def open_image(data: bytes | memoryview) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_size(image)
-                if image.format == "JPEG" and bytes(data).count(_SCAN) > MAX_SCANS:
+                if is_decoded and image.format == "JPEG" and bytes(data).count(_SCAN) > MAX_SCANS:
                     raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
                 if image.mode in ("I", "F"):
                     raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")

@@ -66,11 +66,11 @@ class RequestImages:
         return joined
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> bytes:
-        loop, kind = asyncio.get_running_loop(), sendable_format(image, bound)
+        kind = sendable_format(image, bound)
         if kind is None:
-            data, kind = await loop.run_in_executor(self._pool, reencode, image, bound), "jpeg"
-        else:  # an earlier release kept it in the file of the source
-            data = await loop.run_in_executor(self._pool, strip_metadata, image)
+            data, kind = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, bound), "jpeg"
+        else:  # an earlier release kept it in the file of the source; another thread would take longer to begin than this takes
+            data = strip_metadata(image)
         uuid = hashlib.sha256(data).hexdigest()
         if self._media is None:
             values = kind.encode(), base64.b64encode(data), uuid.encode()
@@ -88,7 +88,10 @@ class RequestImages:
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
     """Return the format of an image that can be sent unchanged, from its header alone; None if it must be re-encoded."""
-    with suppress(ImageError), open_image(image) as header:  # a second frame may be damaged: the first one is re-encoded
+    with (
+        suppress(ImageError),
+        open_image(image, is_decoded=False) as header,
+    ):  # a second frame may be damaged: the first one is re-encoded
         kind = _SENDABLE_FORMATS.get(header.format or "")
         plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
         turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1
