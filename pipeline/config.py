@@ -56,10 +56,19 @@ PATTERNS = {  # what a value that does not match should be
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "rows", "seed", "exclude", "human_texts",
-     "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance", "split")
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "rows", "frame_seconds", "seed", "exclude",
+     "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance",
+     "split")
 )  # fmt: skip
-LOCAL_SOURCES = ("folder", "archive", "list", "parquet")  # which name a place of a user's own behind a colon
+LOCAL_SOURCES = (
+    "folder",
+    "archive",
+    "list",
+    "parquet",
+    "pdf",
+    "pdf-pages",
+    "video",
+)  # which name a place of a user's own behind a colon
 PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
 TINY = "tiny"  # the model of the teachers of drawn scenes
 NO_MODEL = "none"  # stands for the model where nothing is asked
@@ -366,6 +375,7 @@ class Config(Section):
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None  # images that are read at most
     rows: Annotated[int, Field(ge=1)] | None = None  # images that the version has: it is read on until so many are kept
+    frame_seconds: Annotated[float, Field(gt=0)] | None = None  # between the frames that are read of a video; None: 5
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
     captions: Distinct[

@@ -19,14 +19,14 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ export formats items",
     "pipeline/hub": "__init__ package pull push",
-    "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs similarity",
+    "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs rendering similarity",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus journal queue
         judge pace probing request_images requests transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
-    "pipeline/sources": """__init__ archive base captions columns exclusions flickr30k folder hub image_urls listing parquet
-        questions remote scenes slidevqa vqav2""",
+    "pipeline/sources": """__init__ archive base captions columns documents exclusions flickr30k folder hub image_urls listing
+        parquet questions remote scenes slidevqa vqav2""",
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter generate review select source split trim validate
         verify version""",
     "pipeline/storage": "__init__ database files lock object_store untrusted",

@@ -18,7 +18,7 @@ DATASET, CLUSTER = "Dataset", "Cluster"
 NO_TASKS = "none"
 IMPORT_OPTIONS = (
     "context", "source", "split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
-    "limit", "rows", "license_", "language", "group_by", "seed", "title", "config",
+    "limit", "rows", "every", "license_", "language", "group_by", "seed", "title", "config",
 )  # fmt: skip
 
 SECTION_OPTIONS = {  # by key of `server`, `generate` or `verify`
@@ -122,6 +122,15 @@ def run_settings(
             min=1,
             help="Read on until N images are kept, and keep no more.",
             show_default="all that were read",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    every: Annotated[
+        float | None,
+        Option(
+            metavar="SECONDS",
+            help="Read a frame of a video every so many seconds.",
+            show_default="5",
             rich_help_panel=IMAGES,
         ),
     ] = None,
@@ -353,6 +362,7 @@ def run_settings(
         "exclude": ("--exclude", exclude or None),
         "limit": ("--limit", limit),
         "rows": ("--rows", rows),
+        "frame_seconds": ("--every", every),
         "license": ("--license", license_),
         "human_texts": human_texts,
         "tasks": ("--tasks", tasks.split(",") if tasks else None),

@@ -188,21 +188,7 @@ class _Worker:
     """A worker process. What it answers is parsed, and never unpickled: it may have been taken over."""
 
     def __init__(self) -> None:
-        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        root = str(Path(__file__).parents[2])
-        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-        try:
-            self._process = subprocess.Popen(  # noqa: S603  # our own module
-                [sys.executable, "-c", _SERVE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=kept | single | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])},
-                cwd="/",
-                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
-            )
-        except OSError as error:
-            raise SourceError(f"cannot start a process to decode images: {error}", hint="free some memory") from None
+        self._process = start_worker(_SERVE)
         assert self._process.stdin
         assert self._process.stdout
         self._is_overdue = threading.Event()
@@ -230,7 +216,7 @@ class _Worker:
         """Return the checked images, or the reason why they are unusable; a worker that dies of them is the reason."""
         try:
             with suppress(BrokenPipeError):  # it has died while it read: the answer says so
-                _send(self._to, [struct.pack(">q", len(images)), json.dumps(exif).encode(), *images])
+                send_messages(self._to, [struct.pack(">q", len(images)), json.dumps(exif).encode(), *images])
             return self._answer(images)
         except Exception as error:  # noqa: BLE001  # whatever it answered, if it answered
             log.info("a worker that decodes images ended, or was ended: %r", error)
@@ -238,22 +224,44 @@ class _Worker:
             code = self._process.wait()
             if self._is_overdue.is_set():
                 return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s")
-            return _death(code)
+            return death_reason(code)
 
     def _answer(self, images: tuple[bytes, ...]) -> Result:
-        answer = json.loads(_receive(self._from, 1_000_000) or b"")
+        answer = json.loads(receive_message(self._from, 1_000_000) or b"")
         if "reason" in answer:
             return ImageError(str(answer["reason"])[:40], str(answer["what"])[:200])
         checked = []
         for original, (width_px, height_px, pdq_hash, exif) in zip(images, answer["images"], strict=True):
-            data = _receive(self._from, max(2 * len(original), MAX_STRIPPED_BYTES))
+            data = receive_message(self._from, max(2 * len(original), MAX_STRIPPED_BYTES))
             info = ImageInfo(int(width_px), int(height_px), bytes.fromhex(pdq_hash))
             fields = {str(name): str(text)[:MAX_EXIF_CHARACTERS] for name, text in exif.items()}
             checked.append(CheckedImage(original if data is None else data, info, fields))
         return checked
 
 
-def _death(code: int) -> ImageError:
+def start_worker(code: str, stdin: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Start a process that decodes files of strangers, without keys in its environment; `stdin` is a pipe, or a file.
+
+    Raises SourceError if it cannot be started.
+    """
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    root = str(Path(__file__).parents[2])
+    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    try:
+        return subprocess.Popen(  # noqa: S603  # our own module
+            [sys.executable, "-c", code, *arguments],
+            stdin=subprocess.PIPE if stdin is None else stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=kept | single | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])},
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+        )
+    except OSError as error:
+        raise SourceError(f"cannot start a process to decode images: {error}", hint="free some memory") from None
+
+
+def death_reason(code: int) -> ImageError:
     """Return what an image has done to a worker that ended with this exit code."""
     if code == -signal.SIGXCPU:
         return ImageError("too_slow", f"decoding took more than {CPU_SECONDS} s of a processor")
@@ -264,23 +272,28 @@ def _death(code: int) -> ImageError:
 def serve() -> None:
     """Answer the requests of a `_Worker` on stdin and stdout until stdin ends: the main function of the process."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
+    limit_resources()
+    while True:
+        try:
+            (count,) = struct.unpack(">q", receive_message(source, 8) or b"")
+            exif = json.loads(receive_message(source, 1_000_000) or b"[]")
+            images = [receive_message(source, 1 << 40) or b"" for _ in range(count)]
+        except EOFError:
+            return
+        send_messages(target, _check(images, exif))
+
+
+def limit_resources() -> None:
+    """Limit the memory of this process to MEMORY_BYTES beyond what it has, and let it write no data to files."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         most = pages * resource.getpagesize() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while True:
-        try:
-            (count,) = struct.unpack(">q", _receive(source, 8) or b"")
-            exif = json.loads(_receive(source, 1_000_000) or b"[]")
-            images = [_receive(source, 1 << 40) or b"" for _ in range(count)]
-        except EOFError:
-            return
-        _send(target, _check(images, exif))
 
 
-def _allow_cpu() -> None:
+def allow_cpu() -> None:
     """Let this process use CPU_SECONDS more before the system ends it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
@@ -292,7 +305,7 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
     try:
         stripped, infos, fields = [], [], []
         for image in images:
-            _allow_cpu()
+            allow_cpu()
             stripped.append(strip_metadata(image))
             infos.append(check_image(stripped[-1]))
             fields.append(read_exif(image, exif) if exif else {})
@@ -305,7 +318,8 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
     return [json.dumps({"images": facts}).encode(), *changed]
 
 
-def _send(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
+def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
+    """Write messages, each after its length; None says that an image is as it was."""
     for message in messages:
         target.write(_LENGTH.pack(-1 if message is None else len(message)))
         if message:
@@ -313,7 +327,7 @@ def _send(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
     target.flush()
 
 
-def _receive(source: IO[bytes], max_bytes: int) -> bytes | None:
+def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
     """Return a message; None for an image that is as it was. Raises EOFError at the end, ValueError for one too large."""
     (length,) = _LENGTH.unpack(_exactly(source, _LENGTH.size))
     if length > max_bytes:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pipeline.config import TINY, Config, resolve
 from pipeline.errors import ConfigError, did_you_mean
+from pipeline.images import rendering
 from pipeline.images.similarity import ImageKind
-from pipeline.sources import archive, columns, flickr30k, folder, hub, listing, scenes, slidevqa, vqav2
+from pipeline.sources import archive, columns, documents, flickr30k, folder, hub, listing, scenes, slidevqa, vqav2
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ALL, Sample, Source, SourceSlice
@@ -19,6 +20,9 @@ SOURCES: tuple[SourceSpec, ...] = (
     folder.SPEC,
     archive.SPEC,
     listing.SPEC,
+    documents.PDF,
+    documents.PDF_PAGES,
+    documents.VIDEO,
     columns.SPEC,
     hub.SPEC,
     flickr30k.SPEC,
@@ -47,6 +51,7 @@ def _kind_of_file(name: str) -> str:
     if name.lower().endswith(archive.SUFFIXES):
         return f"archive:{name}"
     kinds = {".parquet": "parquet", **dict.fromkeys(listing.SUFFIXES, "list")}
+    kinds |= {suffix: kind for kind, suffixes in rendering.SUFFIXES.items() for suffix in suffixes}
     kind = kinds.get(Path(name).suffix.lower())
     return f"{kind}:{name}" if kind else f"folder:{Path(name).parent}"
 
@@ -76,6 +81,8 @@ def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None =
     elif unused := [name for name in own if name not in styles]:
         hint = f"add it to generate.caption_styles (--styles), as in {','.join([*styles, unused[0]])}"
         raise ConfigError(f"generate.style_prompts has a prompt of {unused[0]}, which is no style that is asked for", hint=hint)
+    if spec.usual_grouping and "group_by" not in config.split.model_fields_set:
+        changes["split"] = config.split.model_copy(update={"group_by": spec.usual_grouping})
     changes["generate"] = config.generate.model_copy(update={"prompt_version": version, "caption_styles": styles})
     return config.model_copy(update=changes)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import CONTEXT, Config
 from pipeline.errors import ConfigError, ImageError, SourceError
@@ -26,8 +26,9 @@ OPTIONS = {
     "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
     "license": (
         "states the license of its images, but --license was given",
-        "--license goes with images of your own: folder:, archive:, list: and parquet:",
+        "--license goes with images of your own: folder:, archive:, list:, parquet:, pdf: and video:",
     ),
+    "frame_seconds": ("has no frames, but --every was given", "--every goes with --source video:PATH alone"),
     "captions": ("has its own captions, but --captions was given", "--captions goes with --source folder:PATH alone"),
     "split.group_by": ("has no folders of images, but --group-by was given", "--group-by goes with --source folder:PATH alone"),
     "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
@@ -51,6 +52,7 @@ class SourceSpec:
     image_kind: ImageKind | None = "photos"  # for the search of near-duplicates; None: images are known to be distinct
     usual_split: str | None = None  # the split that models are scored on
     is_drawn: bool = False  # drawn scenes with known facts, which the tiny teachers know
+    usual_grouping: Literal["folder"] | None = None  # split.group_by, unless the settings say it
     is_divisible: bool = True  # several readers may read slices
     counts_rows: bool = True  # a limit is reached by counting rows, which needs a single reader
 

@@ -95,7 +95,7 @@ def open_folder(
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         hint = f"files that end in {suffixes} are read, in subfolders too"
         raise SourceError("; ".join([f"no image in {root}", *_describe_folders(content)]), hint=hint)
-    rows: dict[str, Path | Rejected] = {_row_name(path, root): path for path in content.images}
+    rows: dict[str, Path | Rejected] = {row_name(path, root): path for path in content.images}
     rows |= {row.source_row: row for row in content.rejected}
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
     paths = [row for _, row in own if isinstance(row, Path)]
@@ -144,7 +144,7 @@ def _more(references: References, path: Path) -> list[Any]:
 
 def _add_caption_files(references: References, files: Sequence[Path], root: Path, images: Sequence[Path]) -> None:
     """Add what files of captions say of the images of a folder. Raise SourceError if none of it is about them."""
-    by_name = {_row_name(path, root): path for path in images}
+    by_name = {row_name(path, root): path for path in images}
     read_before = {path.resolve() for path in references.files}
     for file in (path for path in files if path.resolve() not in read_before):
         matched, unknown = match_images(read_captions(file), list(by_name))
@@ -172,7 +172,7 @@ def list_files(root: Path) -> FolderContent:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            name, detail = _row_name(folder, root), error.strerror or "unknown"
+            name, detail = row_name(folder, root), error.strerror or "unknown"
             content.rejected.append(Rejected(source_row=name, reason="unreadable_folder", detail=detail))
             continue
         for entry in entries:
@@ -184,10 +184,10 @@ def list_files(root: Path) -> FolderContent:
             suffix = "" if path.name.startswith(APPLE_DOUBLE) else path.suffix.lower()
             if suffix in UNREAD_SUFFIXES:
                 detail = f"{suffix} files are not read: convert them to JPEG or PNG"
-                content.rejected.append(Rejected(source_row=_row_name(path, root), reason="unsupported_format", detail=detail))
+                content.rejected.append(Rejected(source_row=row_name(path, root), reason="unsupported_format", detail=detail))
             else:
                 (content.images if suffix in IMAGE_SUFFIXES else content.others).append(path)
-    content.others.sort(key=lambda path: _row_name(path, root))
+    content.others.sort(key=lambda path: row_name(path, root))
     return content
 
 
@@ -308,11 +308,11 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
 
 
 def _context_of(path: Path, root: Path, values: dict[str, str], columns: Sequence[str]) -> Context:
-    own = {"folder": "" if path.parent == root else _row_name(path.parent, root), "file_name": _row_name(path, root)}
+    own = {"folder": "" if path.parent == root else row_name(path.parent, root), "file_name": row_name(path, root)}
     return tuple((name, values.get(name) or own.get(name, "")) for name in columns)
 
 
-def _row_name(path: Path, root: Path) -> str:
+def row_name(path: Path, root: Path) -> str:
     """Return the path relative to the root; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 

@@ -1,0 +1,217 @@
+"""Turn documents and videos of strangers into images: each file in a process of its own.
+
+The process has the file as its standard input, and may open no other: not even a font of this machine, so that a page looks the
+same everywhere as long as pdfium is the same. Memory and time are limited as for images (isolation.py).
+"""
+
+import io
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import walk_packages
+from threading import Event, Timer
+from typing import IO, Any, Literal
+
+from PIL import Image
+
+from pipeline.errors import ImageError, one_line
+from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
+from pipeline.images.isolation import (
+    WALL_SECONDS,
+    allow_cpu,
+    death_reason,
+    limit_resources,
+    receive_message,
+    send_messages,
+    start_worker,
+)
+
+Kind = Literal["pdf", "video"]
+PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # extras have the names of the kinds
+PAGE_SIDE_PX = 1536  # the longer side of a page
+MAX_SIDE_PX = 2048  # the longer side of a frame; larger ones are scaled down
+JPEG_QUALITY = 92
+MAX_PNG_BYTES = 1_000_000  # a page that is larger, such as a scan, becomes a JPEG
+# A demuxer by suffix, since one that is guessed may be that of a playlist, which names other files and addresses.
+DEMUXERS = {
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp"), "mp4"),
+    **dict.fromkeys((".mkv", ".webm"), "matroska"),
+    **dict.fromkeys((".mpg", ".mpeg"), "mpeg"),
+    **dict.fromkeys((".ts", ".mts"), "mpegts"),
+    ".avi": "avi",
+    ".flv": "flv",
+    ".ogv": "ogg",
+    ".wmv": "asf",
+}
+SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
+_SERVE = "from pipeline.images.rendering import serve; serve()"
+_MAX_HEADER_BYTES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """An image of a file: its place there, a page counted from 1 or milliseconds from the start, and its encoded bytes."""
+
+    place: int
+    data: bytes
+
+
+def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> Iterator[Rendered]:
+    """Yield the pages of a document, or the frames of a video that are `every_s` seconds apart, in order.
+
+    `file` is a regular file, opened to read. Raise ImageError for one that is damaged, encrypted, or takes too much time or
+    memory; what came before was good.
+    """
+    process = start_worker(_SERVE, file, [kind, suffix, str(every_s)])
+    assert process.stdout
+    is_late = Event()
+
+    def end_late() -> None:
+        is_late.set()
+        process.kill()
+
+    try:
+        while True:
+            timer = Timer(WALL_SECONDS, end_late)
+            timer.daemon = True
+            timer.start()
+            try:
+                header = json.loads(receive_message(process.stdout, _MAX_HEADER_BYTES) or b"")
+                data = receive_message(process.stdout, MAX_IMAGE_BYTES) if "place" in header else None
+            finally:
+                timer.cancel()
+            if data is None:
+                break
+            yield Rendered(int(header["place"]), data)
+    except (EOFError, ValueError, TypeError, KeyError):  # whatever it answered, if it answered
+        process.kill()
+        code = process.wait()
+        if is_late.is_set():
+            raise ImageError("too_slow", f"rendering one image took more than {WALL_SECONDS:.0f} s") from None
+        raise death_reason(code) from None
+    finally:
+        with suppress(OSError):
+            process.kill()
+        process.wait()
+        process.stdout.close()
+    if "reason" in header:
+        raise ImageError(str(header["reason"])[:40], str(header["what"])[:200])
+
+
+def serve() -> None:
+    """Render the file on stdin to stdout: the main function of the process."""
+    kind, suffix, every_s = sys.argv[1:4]
+    file = os.fdopen(os.dup(0), "rb")
+    images = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], float(every_s))
+    out = sys.stdout.buffer
+    try:
+        for place, data in _limited(images):
+            send_messages(out, [json.dumps({"place": place}).encode(), data])
+        end: dict[str, Any] = {"end": True}
+    except ImageError as error:
+        end = {"reason": error.reason, "what": str(error)}
+    except MemoryError:
+        end = {"reason": "too_much_memory", "what": "it takes more memory than there is to decode it"}
+    except Exception as error:  # noqa: BLE001  # decoders raise any exception on damaged files
+        end = {"reason": "unreadable_file", "what": one_line(error)}
+    send_messages(out, [json.dumps(end).encode()])
+
+
+def _limited(images: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Yield images under the limits of this process, each with time of its own."""
+    for form in ("JPEG", "PNG"):  # Pillow and Python load modules when they first encode
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), form)
+    limit_resources()
+    opened = os.dup(0)  # the next number that is free
+    os.close(opened)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened, opened))
+    while True:
+        allow_cpu()
+        image = next(images, None)
+        if image is None:
+            return
+        yield image
+
+
+def _open_pdf(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    import pypdfium2
+
+    pypdfium2.PdfDocument.new().close()  # loads the library
+    return _pages(pypdfium2, file.read())
+
+
+def _pages(pdfium: Any, data: bytes) -> Iterator[tuple[int, bytes]]:
+    try:
+        document = pdfium.PdfDocument(data)
+    except pdfium.PdfiumError as error:
+        is_locked = "password" in str(error).lower()
+        reason, what = ("encrypted", "it wants a password") if is_locked else ("unreadable_file", one_line(error))
+        raise ImageError(reason, what) from None
+    if len(document) == 0:
+        raise ImageError("empty_file", "it has no page")
+    for number in range(len(document)):
+        page = document[number]
+        width, height = page.get_size()
+        if not min(width, height) > 0 or max(width, height) / min(width, height) > PAGE_SIDE_PX:
+            raise ImageError("unreadable_file", f"page {number + 1} is {width:.0f} by {height:.0f} points")
+        bitmap = page.render(scale=PAGE_SIDE_PX / max(width, height))
+        yield number + 1, _encode(bitmap.to_pil().convert("RGB"), may_be_png=True)
+        page.close()
+
+
+def _open_video(file: IO[bytes], demuxer: str, every_s: float) -> Iterator[tuple[int, bytes]]:
+    import av
+
+    for module in walk_packages(av.__path__, "av."):  # that are loaded when they are first used
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    av.logging.set_level(av.logging.PANIC)
+    return _frames(av, file, demuxer, every_s)
+
+
+def _frames(av: Any, file: IO[bytes], demuxer: str, every_s: float) -> Iterator[tuple[int, bytes]]:
+    try:
+        container = av.open(file, mode="r", format=demuxer)
+    except av.FFmpegError as error:
+        raise ImageError("unreadable_file", f"no {demuxer} video: {one_line(error.strerror or error)}") from None
+    with container:
+        if not container.streams.video:
+            raise ImageError("empty_file", "it has no picture")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels")
+        first_s, due_s, found = None, 0.0, False
+        for frame in container.decode(stream):
+            if frame.time is None:
+                continue
+            first_s = frame.time if first_s is None else first_s
+            at_s = frame.time - first_s
+            if at_s < due_s:
+                continue
+            found, due_s = True, (at_s // every_s + 1) * every_s
+            yield round(1000 * at_s), _encode(_upright(frame))
+        if not found:
+            raise ImageError("empty_file", "it has no picture")
+
+
+def _upright(frame: Any) -> Image.Image:
+    image: Image.Image = frame.to_image()
+    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _encode(image: Image.Image, *, may_be_png: bool = False) -> bytes:
+    out = io.BytesIO()
+    if may_be_png:
+        image.save(out, "PNG")
+        if out.tell() <= MAX_PNG_BYTES:
+            return out.getvalue()
+        out = io.BytesIO()
+    image.save(out, "JPEG", quality=JPEG_QUALITY)
+    return out.getvalue()

@@ -1,0 +1,66 @@
+"""Documents and videos that tests read, made by other programs than those that read them."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = ("red", "green", "blue", "orange", "purple", "black", "gray", "brown")
+
+
+def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360), first: int = 0) -> None:
+    """Write a document whose pages show a number, each another bar and another color."""
+    images = []
+    for number in range(first, first + pages):
+        image = Image.new("RGB", size_px, "white")
+        draw = ImageDraw.Draw(image)
+        draw.rectangle((20, 20, 30 + 11 * (number + 1), 150), fill=COLORS[number % len(COLORS)])
+        draw.text((40, 200), f"Page {number + 1}", fill="black", font_size=60)
+        images.append(image)
+    images[0].save(path, "PDF", save_all=True, append_images=images[1:])
+
+
+def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 200") -> bytes:
+    """Return a document of one page in a font that is not embedded; `more` stands in its catalog."""
+    content = f"BT /F1 48 Tf 20 80 Td ({text}) Tj ET"
+    objects = [
+        f"<< /Type /Catalog /Pages 2 0 R {more} >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        f"<< /Type /Page /Parent 2 0 R /MediaBox [{media_box}] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out = io.BytesIO(b"%PDF-1.4\n")
+    out.seek(0, io.SEEK_END)
+    places = []
+    for number, body in enumerate(objects, start=1):
+        places.append(out.tell())
+        out.write(f"{number} 0 obj\n{body}\nendobj\n".encode())
+    table = out.tell()
+    rows = "".join(f"{place:010d} 00000 n \n" for place in places)
+    out.write(f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{rows}".encode())
+    out.write(f"trailer << /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF".encode())
+    return out.getvalue()
+
+
+def write_video(path: Path, seconds: int, size_px: tuple[int, int] = (320, 240), rate: int = 10, shift: int = 0) -> None:
+    """Write a video that shows another picture in each second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = size_px
+        stream.pix_fmt = "yuv420p"
+        for picture in _pictures(seconds, size_px, shift):
+            for _ in range(rate):
+                for packet in stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")):
+                    container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def _pictures(seconds: int, size_px: tuple[int, int], shift: int) -> Iterable[Image.Image]:
+    for second in range(seconds):
+        rng = np.random.default_rng(second + shift)
+        yield Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)).resize(size_px)

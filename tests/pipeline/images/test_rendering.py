@@ -1,0 +1,171 @@
+"""Rendering: pages and frames come in order from a process that sees one file, and a bad file is a reason and no more."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import ImageError
+from pipeline.images import isolation, rendering
+from pipeline.images.rendering import DEMUXERS, Kind, Rendered, render
+from tests.media import text_pdf, write_pdf, write_video
+
+
+def rendered(path: Path, kind: Kind = "pdf", every_s: float = 1.0) -> list[Rendered]:
+    with path.open("rb") as file:
+        return list(render(kind, file, path.suffix, every_s))
+
+
+def image_of(one: Rendered) -> Image.Image:
+    return Image.open(io.BytesIO(one.data))
+
+
+def reason_of(path: Path, kind: Kind = "pdf") -> str:
+    with pytest.raises(ImageError) as caught:
+        rendered(path, kind)
+    return caught.value.reason
+
+
+def saved(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_pages_are_images_in_order_with_a_long_side_of_one_length(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", 3)
+    pages = rendered(tmp_path / "a.pdf")
+    assert [page.place for page in pages] == [1, 2, 3]
+    assert {image_of(page).size for page in pages} == {(1536, 864)}
+    bars = [image_of(page).convert("RGB").crop((0, 200, 1536, 201)).tobytes().count(b"\xff\xff\xff") for page in pages]
+    assert bars == sorted(bars, reverse=True) and bars[0] > bars[2]  # the bar grows
+
+
+def test_text_in_a_font_that_is_not_embedded_is_seen_and_looks_the_same_without_fonts_of_the_machine(tmp_path: Path) -> None:
+    (page,) = rendered(saved(tmp_path / "t.pdf", text_pdf()))
+    dark = sum(value < 100 for value in image_of(page).convert("L").tobytes())
+    assert 5_000 < dark < 200_000
+
+
+def test_frames_lie_so_many_seconds_apart(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 7)
+    assert [frame.place for frame in rendered(tmp_path / "a.mp4", "video", 2.0)] == [0, 2000, 4000, 6000]
+    frames = rendered(tmp_path / "a.mp4", "video", 0.5)
+    assert [frame.place for frame in frames] == list(range(0, 7000, 500))
+    assert {image_of(frame).size for frame in frames} == {(320, 240)}
+    assert len({image_of(frame).getpixel((10, 10)) for frame in frames}) >= 5  # another picture in each second
+
+
+@pytest.mark.parametrize("suffix", sorted({*DEMUXERS} - {".flv", ".ogv", ".wmv", ".webm", ".3gp"}))
+def test_containers_are_read_by_their_suffix(suffix: str, tmp_path: Path) -> None:
+    write_video(tmp_path / f"a{suffix if suffix != '.mts' else '.ts'}", 2, rate=25)
+    if suffix == ".mts":
+        (tmp_path / "a.ts").rename(tmp_path / "a.mts")
+    assert [frame.place // 1000 for frame in rendered(tmp_path / f"a{suffix}", "video")] == [0, 1]
+
+
+def test_large_frames_are_scaled_down(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 1, (2560, 1440), rate=2)
+    assert [image_of(frame).size for frame in rendered(tmp_path / "a.mp4", "video")] == [(2048, 1152)]
+
+
+PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
+CONCAT = b"ffconcat version 1.0\nfile /etc/hostname\n"
+DAMAGED: dict[str, Callable[[Path], bytes]] = {
+    "empty.pdf": lambda good: b"",
+    "cut.pdf": lambda good: (good / "good.pdf").read_bytes()[:1500],
+    "text.pdf": lambda good: b"not a document",
+    "empty.mp4": lambda good: b"",
+    "cut.mp4": lambda good: (good / "good.mp4").read_bytes()[:3000],
+    "playlist.mp4": lambda good: PLAYLIST,
+    "playlist.ts": lambda good: PLAYLIST,
+    "concat.mkv": lambda good: CONCAT,
+    "picture.mp4": lambda good: b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "pdf.mp4": lambda good: (good / "good.pdf").read_bytes(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_or_one_that_is_something_else_is_a_reason(name: str, tmp_path: Path) -> None:
+    write_pdf(tmp_path / "good.pdf", 1)
+    write_video(tmp_path / "good.mp4", 1)
+    path = saved(tmp_path / name, DAMAGED[name](tmp_path))
+    assert reason_of(path, "pdf" if path.suffix == ".pdf" else "video") in ("unreadable_file", "empty_file")
+
+
+def test_pages_that_are_lines_and_documents_that_want_a_password_are_reasons(tmp_path: Path) -> None:
+    assert reason_of(saved(tmp_path / "line.pdf", text_pdf(media_box="0 0 100000 2"))) == "unreadable_file"
+    (huge,) = rendered(saved(tmp_path / "huge.pdf", text_pdf(media_box="0 0 100000 50000")))
+    assert image_of(huge).size == (1536, 768)  # a page of 35 meters has no more pixels
+    locked = text_pdf().replace(b"/Root 1 0 R", b"/Root 1 0 R /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O (" + b"x" * 32
+                                + b") /U (" + b"y" * 32 + b") >> /ID [(a) (b)]")  # fmt: skip
+    assert reason_of(saved(tmp_path / "locked.pdf", locked)) == "encrypted"
+
+
+def test_a_script_in_a_document_is_not_run_and_the_page_is_rendered(tmp_path: Path) -> None:
+    script = f"/OpenAction << /S /JavaScript /JS (app.launchURL\\('file:///{tmp_path}/x'\\)) >>"
+    launch = f"/AA << /O << /S /Launch /F (/usr/bin/touch {tmp_path}/launched) >> >>"
+    assert len(rendered(saved(tmp_path / "js.pdf", text_pdf(more=f"{script} {launch}")))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["js.pdf"]
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "reason"),
+    [
+        ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
+        ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 300_000_000", "too_much_memory"),
+        ("os.kill(os.getpid(), 11)", "", "decoder_died"),
+        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("open('/etc/hostname')", "", "unreadable_file"),
+        ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
+    ],
+)
+def test_a_decoder_that_was_taken_over_gets_nothing(
+    attack: str, settings: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+import os, socket
+from pipeline.images import isolation, rendering
+{settings}
+pages = rendering._pages
+def patched(pdfium, data):
+    yield next(pages(pdfium, data))
+    {attack}
+rendering._pages = patched
+rendering.serve()
+"""
+    monkeypatch.setattr(rendering, "_SERVE", code)
+    write_pdf(tmp_path / "a.pdf", 2)
+    with (tmp_path / "a.pdf").open("rb") as file:
+        pages = render("pdf", file, ".pdf")
+        assert next(pages).place == 1  # what came before is good
+        with pytest.raises(ImageError) as caught:
+            next(pages)
+    assert caught.value.reason == reason
+    if reason == "unreadable_file":
+        assert "Too many open files" in str(caught.value)
+
+
+def test_the_process_ends_with_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def remember(*arguments: object) -> object:
+        started.append(isolation.start_worker(*arguments))  # type: ignore[arg-type]
+        return started[-1]
+
+    monkeypatch.setattr(rendering, "start_worker", remember)
+    write_pdf(tmp_path / "a.pdf", 30)
+    with (tmp_path / "a.pdf").open("rb") as file:
+        pages = render("pdf", file, ".pdf")
+        next(pages)
+        pages.close()  # type: ignore[attr-defined]
+    (process,) = started
+    assert process.returncode is not None
+
+
+def test_a_file_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "WALL_SECONDS", 1.0)
+    monkeypatch.setattr(rendering, "_SERVE", "import time; time.sleep(600)")
+    write_pdf(tmp_path / "a.pdf", 1)
+    assert reason_of(tmp_path / "a.pdf") == "too_slow"

@@ -1,0 +1,127 @@
+"""Documents and videos: pages and frames are samples by name, what cannot be rendered is rejected, and nothing else is read."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources import documents, find_source, open_source, with_source_defaults
+from pipeline.stages.split import name_key
+from pipeline.tasks.base import MAX_PAGES
+from pipeline.types import Rejected, Sample, Source, SourceSlice
+from tests.media import text_pdf, write_pdf, write_video
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "talks").mkdir()
+    write_pdf(folder / "talks" / "long.PDF", 2 * MAX_PAGES + 5, (160, 90))
+    write_pdf(folder / "short.pdf", 3)
+    (folder / "bad.pdf").write_bytes(b"%PDF-1.4 and no more")
+    write_video(folder / "talks" / "clip.mp4", 11)
+    write_video(folder / "one.mkv", 1, shift=50)
+    (folder / "._short.pdf").write_bytes(b"of a Mac")
+    (folder / "notes.txt").write_text("nothing to see")
+    (folder / "list.m3u8").write_text("#EXTM3U\nclip.mp4\n")
+    return folder
+
+
+def rows(source: Source) -> dict[str, Sample | Rejected]:
+    return {row.source_row: row for row in source.rows}
+
+
+def opened(source: str, **settings: Any) -> Source:
+    return open_source(resolve(source=source, **settings))
+
+
+def test_documents_are_decks_and_long_ones_several(files: Path) -> None:
+    source = opened(f"pdf:{files}")
+    found = rows(source)
+    pages = {name: len(row.images) if isinstance(row, Sample) else row.reason for name, row in found.items()}
+    assert pages == {
+        "bad.pdf": "unreadable_file",
+        "short.pdf": 3,
+        "talks/long.PDF/0001-0020": 20,
+        "talks/long.PDF/0021-0040": 20,
+        "talks/long.PDF/0041-0045": 5,
+    }
+    assert source.decks and source.name == "pdf"
+    assert "1 .m3u8 (list.m3u8)" in source.messages[0] and ".txt" in source.messages[0]
+
+
+def test_pages_may_be_images_of_their_own(files: Path) -> None:
+    source = opened(f"pdf-pages:{files / 'short.pdf'}")
+    assert list(rows(source)) == ["short.pdf/0001", "short.pdf/0002", "short.pdf/0003"]
+    assert not source.decks and not source.messages
+
+
+def test_frames_are_named_after_their_video_and_time(files: Path) -> None:
+    found = rows(opened(f"video:{files}"))
+    assert list(found) == ["one.mkv/00000.000s", *(f"talks/clip.mp4/{second:05d}.000s" for second in (0, 5, 10))]
+    assert len(rows(opened(f"video:{files}/talks/clip.mp4", frame_seconds=2))) == 6
+    assert len({row.id for row in found.values() if isinstance(row, Sample)}) == 4
+
+
+def test_what_comes_of_one_file_is_one_group(files: Path) -> None:
+    for source in ("pdf", "pdf-pages", "video"):
+        config = with_source_defaults(resolve(source=f"{source}:{files}"))
+        assert config.split.group_by == "folder"
+        given = resolve(source=f"{source}:{files}", split={"group_by": None})
+        assert with_source_defaults(given).split.group_by is None
+    keys = {name: name_key(name, "folder") for name in rows(opened(f"video:{files}"))}
+    assert set(keys.values()) == {"one.mkv", "talks/clip.mp4"}
+    assert name_key("talks/long.PDF/0001-0020", "folder") == "talks/long.PDF"
+
+
+def test_a_revision_follows_the_files_and_what_is_read_of_them(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 2)
+    write_pdf(tmp_path / "a.pdf", 1)
+    first = opened(f"video:{tmp_path}").revision
+    assert opened(f"video:{tmp_path}").revision == first
+    assert opened(f"video:{tmp_path}", frame_seconds=1).revision != first
+    pdf = opened(f"pdf:{tmp_path}").revision
+    write_pdf(tmp_path / "a.pdf", 2)
+    assert opened(f"pdf:{tmp_path}").revision != pdf
+    assert opened(f"video:{tmp_path}").revision == first
+
+
+def test_slices_are_disjoint_and_all(files: Path) -> None:
+    config = resolve(source=f"pdf:{files}")
+    parts = [set(rows(open_source(config, SourceSlice(number, 2)))) for number in range(2)]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == set(rows(open_source(config)))
+
+
+def test_a_link_to_a_private_document_is_read_only_where_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "private.pdf").write_bytes(text_pdf("secret"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.pdf").symlink_to(tmp_path / "private.pdf")
+    os.mkfifo(tmp_path / "folder" / "b.pdf")
+    found = rows(opened(f"pdf:{tmp_path / 'folder'}"))
+    assert {name: row.reason for name, row in found.items() if isinstance(row, Rejected)} == {
+        "a.pdf": "outside_folder", "b.pdf": "not_a_file",
+    }  # fmt: skip
+    allowed = rows(opened(f"pdf:{tmp_path / 'folder'}", follow_links=True))
+    assert isinstance(allowed["a.pdf"], Sample)
+
+
+def test_what_cannot_be_read_is_one_error(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("none.pdf", ""):
+        with pytest.raises(SourceError, match="no pdf file at"):
+            opened(f"pdf:{tmp_path / name}")
+    with pytest.raises(ConfigError, match="has no frames, but --every was given"):
+        opened(f"pdf:{files}", frame_seconds=2)
+    with pytest.raises(ConfigError, match="holds decks of pages"):
+        opened(f"pdf:{files}", tasks=["caption"])
+    for name, kind in (("a.pdf", "pdf"), ("a.mp4", "video")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ConfigError) as caught:
+            find_source(str(tmp_path / name))
+        assert f"did you mean {kind}:{tmp_path / name}?" in caught.value.hint
+    monkeypatch.setattr(documents, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="rendered by the package pypdfium2") as caught:
+        opened(f"pdf:{files}")
+    assert "pdf" in caught.value.hint
