@@ -1,8 +1,9 @@
 """Is the best of several captions truer than one? `python benchmarks/best_of_n.py [--images 300] [--temperature 1.3]`.
 
 The tiny teacher writes captions of drawn scenes, the first of each style greedily, the others at a temperature. Of each image
-and style one is taken: the first, any other, the choice of the stage `select`, and the truest by the facts, which nobody
-knows outside of drawn scenes. Printed are the shares of phrases that are true, and of objects that are named.
+and style one is taken: the first that the stage filter kept, any other, the choice of the stage `select`, and the truest by
+the facts, which nobody knows outside of drawn scenes. Printed are the shares of phrases that are true, and of objects that are
+named.
 """
 
 import argparse

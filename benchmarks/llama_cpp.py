@@ -74,6 +74,8 @@ def running(server: Path, model: Path, images: Path) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.2)
+        else:
+            raise SystemExit(f"{server} is not healthy after {START_SECONDS} s")
         yield f"http://127.0.0.1:{PORT}/v1"
     finally:
         process.terminate()

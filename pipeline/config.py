@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -440,8 +441,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _selects_by_what_is_measured(self) -> "Config":
         if self.generate.samples == 1:
-            if self.select.pairs:
-                raise ValueError("pairs of captions need several to choose from: --samples 4")
+            if self.select != SelectConfig():
+                raise ValueError("select chooses among several captions: --samples 4")
             return self
         checks = self.verify.checks
         if self.select.by == "clip" and "alignment" not in checks:
@@ -454,9 +455,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_the_servers_that_it_describes(self) -> "Config":
-        known = {url.rstrip("/") for url in (*self.base_url, self.judge_url) if url}
-        if unknown := [url for url in self.server.endpoints if url.rstrip("/") not in known]:
-            raise ValueError(f"server.endpoints describes {unknown[0]}, which base_url does not name")
+        used = [*self.base_url, *([self.judge_url] if self.judge_url else [])]
+        if unknown := [url for url in self.server.endpoints if address_of(url) not in map(address_of, used)]:
+            named = ", ".join(used) or "no server"
+            raise ValueError(f"server.endpoints describes {unknown[0]}, and base_url names {named}")
         return self
 
     @model_validator(mode="after")
@@ -479,12 +481,17 @@ class Config(Section):
         return f"{at.removeprefix('@')}{rest}"
 
     def endpoint(self, url: str) -> EndpointConfig:
-        """Return what the settings say of the server at this address: its own values, else those for all; the key its own."""
-        server = self.server
-        own = next((of for name, of in server.endpoints.items() if name.rstrip("/") == url.rstrip("/")), EndpointConfig())
+        """Return what the settings say of the server at this address: its own values, else those for all; the key its own.
+
+        Another address of the same host and port counts as well, if this one is not described.
+        """
+        server, described = self.server, self.server.endpoints.items()
+        exact = [of for name, of in described if address_of(name) == address_of(url)]
+        own = next(iter([*exact, *(of for name, of in described if origin_of(name) == origin_of(url))]), EndpointConfig())
+        own_names = {name.lower() for name in own.headers}
         return EndpointConfig(
             key_env=own.key_env,
-            headers=server.headers | own.headers,
+            headers={name: value for name, value in server.headers.items() if name.lower() not in own_names} | own.headers,
             requests_per_minute=own.requests_per_minute or server.requests_per_minute,
             tokens_per_minute=own.tokens_per_minute or server.tokens_per_minute,
             weight=own.weight,
@@ -517,6 +524,22 @@ class Config(Section):
         return "claims" in self.verify.checks and self.generate.prompt_version > 1
 
 
+def address_of(url: str) -> str:
+    """Return the address under which a server speaks the protocol: with /v1 where no path is given, and in one spelling."""
+    parts = urlsplit(url.rstrip("/").removesuffix("/chat/completions"))
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    user, at, _ = parts.netloc.rpartition("@")
+    usual = {"http": 80, "https": 443}[parts.scheme]
+    port = "" if parts.port in (None, usual) else f":{parts.port}"
+    return f"{parts.scheme}://{user}{at}{host}{port}{parts.path.rstrip('/') or '/v1'}"
+
+
+def origin_of(url: str) -> tuple[str, str]:
+    """Return the scheme, and the host with its port, of a server."""
+    parts = urlsplit(address_of(url))
+    return parts.scheme, parts.netloc.rpartition("@")[2]
+
+
 def current_settings(values: dict[str, Any], section: type[Section] = Config) -> dict[str, Any]:
     """Return settings under today's names of keys, in all sections."""
     renamed = {section.OLD_KEYS.get(key, key): value for key, value in values.items()}
@@ -537,6 +560,9 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
             values["generate"].setdefault("prompt_version", 1)  # earlier releases did not say it
     elif isinstance(values.get("own_tasks"), list):  # a manifest holds its tasks in full, and names no files
         values["own_tasks"] = [_whole_task(task) for task in values["own_tasks"]]
+    if flags.get("base_url") is not None and isinstance(values.get("server"), dict):
+        judge = [section.get("judge") for section in (flags.get("verify"), values.get("verify")) if isinstance(section, dict)]
+        values["server"] = _of_servers(values["server"], flags["base_url"], str(next(filter(None, judge), "")))
     if (given := flags.pop("own_tasks", None)) is not None:
         values["own_tasks"] = _with_others(given, values.get("own_tasks"))
     for name, value in flags.items():
@@ -547,6 +573,16 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     if "source" not in values:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
     return validate(Config, values)
+
+
+def _of_servers(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
+    """Return the section `server` of a file without what it says of servers that --base-url has left out."""
+    endpoints = server.get("endpoints")
+    used = [*map(str, base_url), *(judge[judge.index(AT_SERVER) + 1 :] for _ in range(AT_SERVER in judge))]
+    if not isinstance(endpoints, dict) or not all(re.match(BASE_URL, str(url)) for url in (*endpoints, *used)):
+        return server  # an error of its own
+    kept = {url: of for url, of in endpoints.items() if address_of(url) in map(address_of, used)}
+    return server | {"endpoints": kept}
 
 
 def _with_others(given: Any, of_file: Any) -> Any:

@@ -2,15 +2,16 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import TINY, Config
 from pipeline.errors import ConfigError, SynthError, one_line
-from pipeline.inference.engines import LARGE, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.inference.engines import LARGE, TINY_WEIGHTS, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
 from pipeline.sources import find_source
 
@@ -107,18 +108,19 @@ def _model(name: str) -> Finding:
     """Return whether the weights of a model fit into the memory of the roomiest GPU, or of this machine if there is none."""
     from pipeline.inference.families import find_family
 
+    path = str(TINY_WEIGHTS) if name == TINY else name
     family = find_family(name)
     known = f"; {family.name}: {family.license}" if family else ""
     try:
-        weights_gib = weights_bytes(name) / 2**30
-    except (OSError, SynthError) as error:
+        weights_gib = weights_bytes(path) / 2**30
+        free_gib, where = _free_memory_gib()
+    except (OSError, SynthError, subprocess.TimeoutExpired) as error:
         return Finding("model", False, f"{name}: {error}", "check the name, the network, and HF_TOKEN if it is gated")
     if not weights_gib:
         return Finding("model", False, f"{name} has no weights", "a model has *.safetensors or *.bin files")
-    free_gib, where = _free_memory_gib()
     needed_gib = weights_gib * MEMORY_FOR_WEIGHTS
-    found = f"{name}: {weights_gib:.2g} GiB of weights, {free_gib:.0f} GiB free in {where}{known}"
-    hint = f"it wants {needed_gib:.0f} GiB: a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
+    found = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {where}{known}"
+    hint = f"it wants {needed_gib:.1f} GiB: a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
     return Finding("model", free_gib >= needed_gib, found, "" if free_gib >= needed_gib else hint)
 
 
@@ -138,7 +140,7 @@ def weights_bytes(name: str) -> int:
             raise ConfigError(f"no such model: {one_line(error)}") from None
         except httpx2.TransportError as error:
             raise ConfigError(f"the Hub does not answer: {one_line(error)}") from None
-        sizes = {file.rfilename: file.size or 0 for file in files}
+        sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
     for suffix in (".safetensors", ".bin"):  # a repository may hold the same weights as both
         if of_kind := [size for file, size in sizes.items() if file.endswith(suffix)]:
             return sum(of_kind)
@@ -149,7 +151,10 @@ def _free_memory_gib() -> tuple[float, str]:
     cards = _cards(_nvidia_smi()) if has_gpu() else []
     if cards:
         return max(int(card[2]) for card in cards) / 1024, "the GPU"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30, "memory"
+    lines = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    if available := re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE):
+        return int(available[1]) / 2**20, "memory"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, "memory in all"
 
 
 def judge_gpus(listed: str) -> Finding:

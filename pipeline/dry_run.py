@@ -4,7 +4,7 @@ The images go through the stages in a folder of their own; their replies stay in
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -24,7 +24,7 @@ from pipeline.inference.queue import RequestStats, read_results
 from pipeline.inference.requests import build_requests, check_prompts, requests_about
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import stages_of
-from pipeline.sources import choose_image_kind, open_source, with_source_defaults
+from pipeline.sources import choose_image_kind, find_source, open_source, with_source_defaults
 from pipeline.stages.base import RunPlan
 from pipeline.stages.generate import as_row, source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
@@ -70,7 +70,10 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
             plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled))
             funnel = summarize_shards(LocalExecutor(trial), stages_of(sampled), plan)
         texts = _first_texts(trial)
-    return _predict(sample, funnel, source.count(), config, stats) | {"texts": texts}
+    is_endless = config.rows is not None and find_source(config.source).is_drawn
+    total = None if is_endless else source.count()
+    choices = {stage.name for stage in stages_of(sampled) if stage.is_choice}
+    return _predict(sample, funnel, total, config, stats, choices) | {"texts": texts}
 
 
 class StagesOnly(NullProgress):
@@ -158,7 +161,12 @@ def _first_texts(dataset: DatasetDir) -> list[str]:
 
 
 def _predict(
-    sample: SampledRows, funnel: list[StageSummary], total: int | None, config: Config, stats: RequestStats
+    sample: SampledRows,
+    funnel: list[StageSummary],
+    total: int | None,
+    config: Config,
+    stats: RequestStats,
+    choices: Collection[str],  # stages whose rejections are no losses
 ) -> dict[str, Any]:
     of_stage = {summary.stage: summary for summary in funnel}
     read, written, kept = of_stage["source"], of_stage["validate"].input, of_stage["review"].kept
@@ -173,6 +181,7 @@ def _predict(
     remaining = round(max(0, images - sample.answered) * of_unanswered)
     of_remaining = remaining / sample.new if sample.new else 0.0
     prompt_tokens, reply_tokens = round(stats.prompt_tokens * of_remaining), round(stats.reply_tokens * of_remaining)
+    passed_over = sum(sum(summary.rejected.values()) for summary in funnel if summary.stage in choices)
     first_attempts = of_stage["generate"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
@@ -192,8 +201,13 @@ def _predict(
         "annotations": round(written * scale),
         "kept_annotations": round(kept * scale),
         "kept_images": round(kept_images * scale),
-        "lost_share": wilson_interval(written - kept, written),
-        "lost_by": {f"{summary.stage}: {reason}": count for summary in funnel for reason, count in summary.rejected.items()},
+        "lost_share": wilson_interval(written - kept - passed_over, written - passed_over),
+        "lost_by": {
+            f"{summary.stage}: {reason}": count
+            for summary in funnel
+            if summary.stage not in choices
+            for reason, count in summary.rejected.items()
+        },
         "invalid_share": wilson_interval(sum(of_stage["validate"].rejected.values()), written),
     }
 

@@ -21,7 +21,7 @@ from pipeline.stages import balance, dedupe, review, select, split, trim, valida
 from pipeline.stages import filter as filter_
 from pipeline.stages.base import AllRows, Stage, step_order
 from pipeline.stages.review import read_texts
-from pipeline.storage.files import read_json, remove, translate_disk_errors, write_text
+from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
 STAGES = (
     validate.STAGE,
@@ -75,9 +75,6 @@ def generate_dataset(
     for text in source.messages if source else ():
         progress.message(text)
     with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):
-        for stage in STAGES:
-            if stage not in stages:  # of an earlier run, whose report would show what it rejected
-                remove(dataset.stage(stage.name).parent)
         return run_locally(config, dataset, stages, start, source, progress)
 
 
@@ -143,7 +140,9 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
         raise ConfigError(
             f"{dataset.path} holds data from {source}, not {config.source}", hint="choose another folder: --out DIR"
         )
-    free = {"base_url", "engine", "server", *ORDER[ORDER.index(start) :]}  # sections of stages that run now may have changed
+    later = ORDER[ORDER.index(start) :]
+    free = {"base_url", "engine", "server", *later}  # sections of stages that run now may have changed
+    free |= {"rows"} if "trim" in later else set()
     now = config.model_dump(mode="json")
     if start in ORDER[ORDER.index("filter") :]:
         now["own_tasks"], before["own_tasks"] = (_without_bounds(settings.get("own_tasks", [])) for settings in (now, before))

@@ -227,7 +227,7 @@ def export(
         Option(
             "--format",
             metavar="FORMAT",
-            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv or dpo.",
+            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, dpo or lance.",
             show_default="imagefolder",
         ),
     ] = None,

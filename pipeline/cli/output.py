@@ -179,11 +179,13 @@ def print_run_result(
 ) -> None:
     """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout."""
     from pipeline.config import NO_MODEL
+    from pipeline.run import STAGES
 
+    choices = {stage.name for stage in STAGES if stage.is_choice}
     for step in result.funnel:
         lost = ", ".join(f"{count:,} {reason}" for reason, count in step.rejected.items())
         text = f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}"
-        say(text, LOSS if 2 * step.kept < step.input else "")
+        say(text, LOSS if 2 * step.kept < step.input and step.stage not in choices else "")
     counts = result.stats
     retries = counts.asked - sum(counts.attempts.values())
     known = f"; {counts.total - sum(counts.attempts.values()):,} were in the journal" if counts.asked < counts.total else ""

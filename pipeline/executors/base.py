@@ -37,7 +37,8 @@ from pipeline.stages.base import (
 from pipeline.stages.generate import count_asked, count_wanted
 from pipeline.stages.source import ADVICE
 from pipeline.stages.version import WrittenRows, publish_shards, write_rows
-from pipeline.storage.files import read_json, scratch_folder
+from pipeline.storage.files import read_json, remove, scratch_folder
+from pipeline.storage.object_store import is_remote
 from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 
@@ -116,6 +117,15 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
         if task.kind == "boxes" and family and task.coordinates != family.boxes:
             told = f"{family.name} writes boxes in {family.boxes}"
             yield f"{told}, and the task {task.name} reads them as {task.coordinates}: set its coordinates"
+
+
+def forget_other_stages(shard: DatasetDir, order: Sequence[str]) -> None:
+    """Remove the files of stages that a run does not have, and an earlier one had: the report would show them."""
+    folder = shard.stage(order[0]).parent.parent
+    if not is_remote(folder) and folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink() and path.name not in order:
+                remove(path)
 
 
 def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
@@ -204,6 +214,6 @@ def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan)
 
 def _count_rows(shard: DatasetDir, names: Sequence[str], plan: RunPlan) -> tuple[dict[str, tuple[int, dict[str, int]]], bool]:
     """Return for each stage how many rows it kept, and rejected by reason; and whether all requests were asked."""
-    asked = count_asked(shard)
+    asked = count_asked(shard, plan.config)
     counts = {name: require_stage(shard, name) for name in names if name != "generate"}
     return counts | {"generate": (asked, {})}, asked == count_wanted(shard, plan)

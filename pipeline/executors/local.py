@@ -11,12 +11,12 @@ from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir, read_exclusions, require_file
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, SourceError
-from pipeline.executors.base import RunResult, T, compare_rows, describe_start, judge_rows, publish
+from pipeline.executors.base import RunResult, T, compare_rows, describe_start, forget_other_stages, judge_rows, publish
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind, open_source
+from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import RunPlan, Services, Stage, require_stage, step_order
 from pipeline.stages.generate import generate_annotations
@@ -34,6 +34,7 @@ from pipeline.storage.files import read_batches, read_json, write_json
 from pipeline.types import Source
 
 LEAST_YIELD = 0.05  # of the images that were read
+ENDLESS = 1 << 31
 SURPLUS = 1.1  # images that are read beyond those that should be enough: fewer rounds
 
 
@@ -76,7 +77,7 @@ def run_locally(
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
         progress.message(describe_start(config, choose(), dataset))  # before anything is written
-    _forget_other_settings(dataset, config, order[position:])
+    _forget_other_settings(dataset, config, order, position)
     if (
         source is None
         and _was_compared(dataset, config)
@@ -90,10 +91,11 @@ def run_locally(
     comparing = next((n for n, stage in enumerate(todo) if stage.compare), len(todo))
     before = order[max(position, 2) - 1]
     executor, limit = LocalExecutor(dataset), _first_limit(config)
+    excluded = write_exclusions(dataset, config, progress) if source is not None else []
     with ExitStack() as stack:
         services = Services(stack.enter_context(open_engine(partial(_require_model, choose, revision))), stats, progress)
         while True:
-            has_more = source is not None and _read_source(dataset, config, source, limit, progress)
+            has_more = source is not None and _read_source(dataset, config, source, excluded, limit, progress)
             if asks:
                 import_shard_replies(dataset)
                 generate_annotations(dataset, plan, services)
@@ -102,7 +104,7 @@ def run_locally(
             if config.rows is None:
                 stack.close()  # what follows needs the memory, and no model
             compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
-            if config.rows is None or limit is None:
+            if config.rows is None or limit is None or source is None:
                 break
             limit = next_limit(config, limit, _count_images(dataset), progress, has_more=has_more)
             if limit is None:
@@ -147,14 +149,17 @@ def _first_limit(config: Config) -> int | None:
 
 
 def _reading(config: Config, limit: int) -> Config:
-    """Return the settings for reading so many images, and one more, which tells whether there are more."""
-    return config.model_copy(update={"limit": limit + 1})
+    """Return the settings for reading so many images, and one more, which tells whether there are more.
+
+    Drawn scenes have no end, and their limit counts scenes, of which some may be rejected.
+    """
+    return config.model_copy(update={"limit": ENDLESS if find_source(config.source).is_drawn else limit + 1})
 
 
 def _count_images(dataset: DatasetDir) -> int:
-    """Return how many images have a row after the last stage that rejects any."""
+    """Return how many images the stage `trim` kept; marks of people come after it, and lower the number."""
     ids: set[str] = set()
-    for table in read_batches(dataset.stage("review"), ["sample_id"]):
+    for table in read_batches(dataset.stage("trim"), ["sample_id"]):
         ids.update(table["sample_id"].to_pylist())
     return len(ids)
 
@@ -170,19 +175,21 @@ def import_shard_replies(dataset: DatasetDir) -> None:
                 journal.import_replies(path, "", "g")  # above every digest
 
 
-def _forget_other_settings(dataset: DatasetDir, config: Config, stages: Sequence[str]) -> None:
-    """Remove stage files of other settings, so that a later run with --from-stage does not read them."""
+def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[str], position: int) -> None:
+    """Remove stage files of other settings, so that a later run with --from-stage, or the report, does not read them."""
+    forget_other_stages(dataset, order)
     settings = config.model_dump(mode="json")
     if not dataset.run_file.exists() or dataset.settings() != settings:
-        for name in stages:
+        for name in order[position:]:
             for which in ("kept", "rejected"):
                 dataset.stage(name, which).unlink(missing_ok=True)
     write_json(dataset.run_file, settings)
 
 
-def _read_source(dataset: DatasetDir, config: Config, source: Source, limit: int | None, progress: Progress) -> bool:
+def _read_source(
+    dataset: DatasetDir, config: Config, source: Source, excluded: list[dict[str, Any]], limit: int | None, progress: Progress
+) -> bool:
     """Write the samples of a source, `limit` at most; return whether it has more."""
-    excluded = write_exclusions(dataset, config, progress)
     kind = choose_image_kind(config)
     forget_near_duplicates(dataset)
     index = ExclusionIndex.of(read_exclusions(dataset), kind)

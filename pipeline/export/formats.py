@@ -9,6 +9,7 @@
 | sharegpt | LLaMA-Factory and others: messages in JSON lines |
 | coco | pycocotools: captions, and boxes as instances |
 | csv | open_clip (`--csv-separator ,`): one line a caption |
+| lance | Lance and LanceDB: a dataset a split (extra `lance`) |
 | dpo | TRL's DPOTrainer: Parquet, one row for each caption that was the best of several, with the worst |
 """
 
@@ -18,6 +19,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -25,7 +27,9 @@ import pyarrow as pa
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
-from pipeline.export.items import Item
+from pipeline.errors import ConfigError
+from pipeline.export.items import ROWS_AT_ONCE, Item
+from pipeline.install import install_command
 from pipeline.tables import IMAGE, STRING, fields
 from pipeline.tasks.boxes import BOX_FIELDS
 
@@ -277,7 +281,6 @@ class Csv(_Format):
 class Preferences(_Format):
     """Parquet files a split, with the columns of TRL's DPOTrainer: a row for each pair of a better and a worse caption."""
 
-    ROWS_AT_ONCE = 64
     SCHEMA = pa.schema(
         [
             pa.field("sample_id", STRING),
@@ -301,8 +304,8 @@ class Preferences(_Format):
             (asked, chosen), (_, rejected) = (messages(turns([(style, text)], [])) for text in (better, worse))
             image = {"bytes": item.image, "path": None}
             turns_of = {"prompt": [asked], "chosen": [chosen], "rejected": [rejected]}
-            self._rows.append({"sample_id": item.sample_id, "image": image, **turns_of})
-        if len(self._rows) >= self.ROWS_AT_ONCE:
+            self._rows.append({"sample_id": item.name, "image": image, **turns_of})
+        if len(self._rows) >= ROWS_AT_ONCE:
             self._write()
         return bool(pairs)
 
@@ -311,14 +314,74 @@ class Preferences(_Format):
         self._end_split()
         super().close()
 
+    def abandon(self) -> None:
+        """See Format."""
+        if self._writer:
+            self._writer.close()
+        super().abandon()
+
     def _end_split(self) -> None:
         if self._writer:
             self._write()
             self._writer.close()
+            self._writer = None
 
     def _write(self) -> None:
         if self._writer and self._rows:
             self._writer.add(pa.Table.from_pylist(self._rows, schema=self.SCHEMA))
+        self._rows = []
+
+
+class Lance(_Format):
+    """A Lance dataset a split: a row for each image, with all texts and values."""
+
+    SCHEMA = pa.schema(
+        [
+            pa.field("sample_id", STRING),
+            pa.field("image", pa.binary()),
+            *fields(pa.int32(), "width", "height"),
+            pa.field("text", STRING),
+            pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text")))),
+            pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer")))),
+            pa.field("references", pa.list_(STRING)),
+            *fields(STRING, "values", "license", "source_row"),  # values of own tasks are JSON
+        ]
+    )
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        super().__init__(folder, style)
+        if find_spec("lance") is None:
+            raise ConfigError("this format is written by the package pylance", hint=install_command("lance"))
+        self._rows: list[dict[str, Any]] = []
+        self._split = ""
+        self._begun: set[str] = set()
+
+    def add(self, item: Item) -> bool:
+        """See Format."""
+        if item.split != self._split or len(self._rows) >= ROWS_AT_ONCE:
+            self._write()
+            self._split = item.split
+        captions = [{"style": style, "text": text} for style, text in self.captions(item)]
+        questions = [{"question": question, "answer": answer} for question, answer in item.questions]
+        texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
+        about = {"license": item.license, "source_row": item.source_row, "values": _json(item.values)}
+        sizes = {"width": item.width_px, "height": item.height_px}
+        self._rows.append({"sample_id": item.sample_id, "image": item.image, **sizes, **texts, **about})
+        return True
+
+    def close(self) -> None:
+        """See Format."""
+        self._write()
+        super().close()
+
+    def _write(self) -> None:
+        if self._rows:
+            import lance
+
+            mode = "append" if self._split in self._begun else "overwrite"  # of an export that was interrupted
+            table = pa.Table.from_pylist(self._rows, schema=self.SCHEMA)
+            lance.write_dataset(table, str(self.folder / f"{self._split}.lance"), mode=mode)
+            self._begun.add(self._split)
         self._rows = []
 
 
@@ -331,6 +394,7 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "coco": Coco,
     "csv": Csv,
     "dpo": Preferences,
+    "lance": Lance,
 }
 
 

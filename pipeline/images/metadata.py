@@ -79,14 +79,20 @@ def strip_metadata(data: bytes) -> bytes:
 
     Raises ImageError if the image cannot be decoded.
     """
+    stripped = strip_undecoded(data)
+    return _encode(data) if stripped is None else stripped
+
+
+def strip_undecoded(data: bytes) -> bytes | None:
+    """Do as `strip_metadata` does without decoding; return None where that is not possible."""
     strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
-    if strip is not None:
-        try:
-            parts = b"".join(strip(data))
-            return data if parts == data else parts
-        except (ValueError, IndexError, struct.error):
-            pass  # decoders are more tolerant
-    return _encode(data)
+    if strip is None:
+        return None
+    try:
+        parts = b"".join(strip(data))
+    except (ValueError, IndexError, struct.error):  # decoders are more tolerant
+        return None
+    return data if parts == data else parts
 
 
 def _strip_jpeg(data: bytes) -> Iterator[bytes]:

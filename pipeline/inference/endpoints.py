@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from pipeline.config import Config
+from pipeline.config import Config, address_of
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
@@ -142,17 +142,19 @@ class Endpoints(list[Endpoint]):
         await cancel_tasks(self._waiters)
 
     async def pick(self, sample_id: str, remembered: int) -> Endpoint:
-        """Return the server that got this image before, else the least loaded one for its weight; wait while all are down.
+        """Return the server that got this image before, else the least loaded one that its pace lets answer now.
+
+        Wait while all are down.
 
         The servers of the last `remembered` samples are known. Raises EngineError if no server comes up.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
             await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
-        if endpoint is None or not endpoint.is_up.is_set():
-            endpoint = self._of_sample[sample_id] = min(
-                up, key=lambda candidate: (candidate.outstanding + 1) / candidate.weight
-            )
+        if endpoint is None or not endpoint.is_up.is_set() or endpoint.pace.delay() > 0:
+            # One that may be asked now, else the one that may be asked first: what waits for its pace, nobody else can take.
+            endpoint = min(up, key=lambda one: (max(0.0, one.pace.delay()), (one.outstanding + 1) / one.weight))
+            self._of_sample[sample_id] = endpoint
             if len(self._of_sample) > remembered:
                 del self._of_sample[next(iter(self._of_sample))]
         return endpoint
@@ -330,7 +332,7 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
         parts, settings = urlsplit(url), config.endpoint(url)
         usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
         name = settings.key_env or key_name or config.server.key_env or usual
-        address = url.rstrip("/").removesuffix("/chat/completions") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+        address = address_of(url)
         key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
         pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)

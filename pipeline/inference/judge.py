@@ -1,9 +1,8 @@
 """The judge: another model than the writer, on a server of its own, that rates texts by a rubric."""
 
 import os
-from urllib.parse import urlsplit
 
-from pipeline.config import AT_SERVER, Config
+from pipeline.config import AT_SERVER, Config, origin_of
 from pipeline.errors import ConfigError
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import JUDGE_KEY, find_model
@@ -22,7 +21,7 @@ def choose_judge(
     name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
     if not url:
         raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
-    is_known = _origin(url) in map(_origin, config.base_url)
+    is_known = origin_of(url) in map(origin_of, config.base_url)
     server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
     of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
     key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
@@ -41,8 +40,3 @@ def choose_judge(
 def _without_revision(name: str) -> str:
     """Return the name of a model without what `synth serve` appends, and without its folder."""
     return name.partition("@")[0].rpartition("/")[2]
-
-
-def _origin(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.netloc

@@ -23,6 +23,10 @@ class Pace:
         if (seconds := self.take()) > 0:
             await asyncio.sleep(seconds)
 
+    def delay(self) -> float:
+        """Return in how many seconds a request may be sent; negative if one might have been sent before."""
+        return max(self._by_requests, self._by_tokens) - self.clock()
+
     def take(self) -> float:
         """Count a request; return in how many seconds it may be sent."""
         now = self.clock()

@@ -7,11 +7,12 @@ import io
 import json
 from concurrent.futures import Executor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import ImageError
 from pipeline.images.decode import ORIENTATION, open_image, prepare_image
-from pipeline.images.metadata import strip_metadata
+from pipeline.images.metadata import strip_metadata, strip_undecoded
 from pipeline.tasks.prompts import user_content
 
 MAX_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
@@ -67,13 +68,15 @@ class RequestImages:
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> bytes:
         kind = sendable_format(image, bound)
-        if kind is None:
-            data, kind = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, bound), "jpeg"
-        else:  # an earlier release kept it in the file of the source; another thread would take longer to begin than this takes
-            data = strip_metadata(image)
+        # An earlier release kept metadata in the file. To look takes less time than to wake another thread; to decode does not.
+        data = strip_undecoded(image) if kind else None
+        if data is None:
+            work = partial(strip_metadata, image) if kind else partial(reencode, image, bound)
+            data = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            kind = kind or "jpeg"
         uuid = hashlib.sha256(data).hexdigest()
         if self._media is None:
-            values = kind.encode(), base64.b64encode(data), uuid.encode()
+            values = (kind or "jpeg").encode(), base64.b64encode(data), uuid.encode()
             return b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")

@@ -93,6 +93,9 @@ def check_prompts(config: Config) -> None:
     folder, version, own = config.generate.prompt_dir, config.generate.prompt_version, config.generate.style_prompts
     context = tuple((name, "") for name in config.context)
     check_needs(config)
+    replies = [count_replies(find_task(name, config.own_tasks), config.generate) for name in config.tasks]
+    if config.generate.samples > 1 and max(replies, default=1) == 1:
+        raise ConfigError("no captions are asked for of which the best could be chosen", hint="leave --samples out")
     for name, style in requests_per_sample(config):
         task = find_task(name, config.own_tasks)
         check_names(task, folder, version, config.context, own, style)

@@ -10,11 +10,12 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
-from pipeline.inference.requests import count_requests, requests_about, requests_per_sample, rounds
+from pipeline.inference.requests import count_replies, count_requests, requests_about, requests_per_sample, rounds
 from pipeline.sources import holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost, require_stage
 from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
+from pipeline.tasks import find_task
 from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, Sample, SampleInfo, SourceTexts
 
@@ -73,13 +74,18 @@ def count_wanted(shard: DatasetDir, plan: RunPlan) -> int:
     return sum(count_requests(plan.config, requests_about(plan.config, of_sample)) for of_sample in texts)
 
 
-def count_asked(shard: DatasetDir) -> int:
-    """Return how many requests the annotations of a shard answer; those of one request are adjacent."""
+def count_asked(shard: DatasetDir, config: Config) -> int:
+    """Return how many requests the annotations of a shard answer; those of one request are adjacent.
+
+    A row of a task that was not asked about an image stands for all of its requests.
+    """
     count, last = 0, None
     for table in read_batches(shard.stage("generate"), ["sample_id", "task", "style", "request_id", "prompt_id"]):
         by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
         if not by_model.num_rows:
             continue
+        not_asked = by_model.filter(pc.equal(by_model["request_id"], ""))["task"].to_pylist()
+        count += sum(count_replies(find_task(name, config.own_tasks), config.generate) - 1 for name in not_asked)
         keys = pc.binary_join_element_wise(*by_model.columns, " ").combine_chunks()
         count += (pc.sum(pc.not_equal(keys[1:], keys[:-1])).as_py() or 0) + (keys[0].as_py() != last)
         last = keys[-1].as_py()

@@ -22,7 +22,8 @@ TEXT_COLUMNS = (
     "sample_id", "task", "pages", "clean_text", "clean_question", "clean_answer", "clean_record", "answer_type",
     "evidence_pages", "expression", "prompt_id", "pair_id",
 )  # fmt: skip
-ADDS = pa.schema({"review": REVIEW, "is_pair_broken": BOOL})
+ADDS = pa.schema({"review": REVIEW, "is_pair_broken": BOOL, "is_rejected_bad": BOOL})
+REJECTED_TEXT = "rejected_text"  # of the stage select, where a run has it
 FINDINGS = pa.schema([ROW, *ADDS])
 CLEANED = ("text", "question", "answer", "record")  # whose final text is that of the stage filter
 
@@ -50,9 +51,22 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     for row in paired:
         if row["pair_id"] in broken:
             findings.setdefault(row["row"], {"review": None})["is_pair_broken"] = True
+    bad = {name for name, review in reviews.items() if review.mark == "bad"}
+    for row in _with_rejected_texts(comparison.rows, {sample_id for sample_id, _ in bad}):
+        if text_name(row | {"clean_text": row[REJECTED_TEXT]}) in bad:  # as it was published once
+            findings.setdefault(row["row"], {})["is_rejected_bad"] = True
     table = pa.Table.from_pylist([{"row": row, **values} for row, values in findings.items()], schema=FINDINGS)
     load(comparison.db, "findings", [table], FINDINGS)
     return comparison.db.table("findings")
+
+
+def _with_rejected_texts(rows: AllRows, samples: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the texts of some samples that have a worse one beside them."""
+    if REJECTED_TEXT not in rows.columns():
+        return []
+    value_set = pa.array(sorted(samples), pa.string())
+    tables = (table.filter(pc.is_in(table["sample_id"], value_set)) for table in rows.batches(*TEXT_COLUMNS, REJECTED_TEXT))
+    return [row for table in tables for row in table.to_pylist() if row[REJECTED_TEXT] is not None]
 
 
 def read_texts(rows: AllRows, values: Iterable[str], column: str) -> list[dict[str, Any]]:
@@ -98,7 +112,11 @@ def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
                 rows[n] |= {f"final_{name}": review[name] for name in EDITABLE if review[name] is not None}
                 rows[n]["final_prompt_id"] = REVIEWED
         columns = pa.Table.from_pylist(rows, schema=FINAL)
-    reviewed = table.drop_columns(["is_pair_broken"])
+    if REJECTED_TEXT in table.column_names:
+        is_bad = pc.fill_null(table["is_rejected_bad"], False)
+        index = table.column_names.index(REJECTED_TEXT)
+        table = table.set_column(index, REJECTED_TEXT, pc.if_else(is_bad, None, table[REJECTED_TEXT]))
+    reviewed = table.drop_columns(["is_pair_broken", "is_rejected_bad"])
     for field in FINAL:
         reviewed = reviewed.append_column(field, columns[field.name])
     return with_reason(reviewed, reasons)

@@ -5,21 +5,23 @@ How good a caption is, by `select.by`:
 consistency   the share of its content words that the others have too, on average: what is made up differs from one to the next
 clip          the cosine of caption and image, as the check `alignment` measures it
 judge         the mean of another model's marks
-longest       its length: all that are left passed the check `claims`
+longest       its length, if the check `claims` confirmed all that it says
 
 Words are compared as sets, by the F1 of two captions. The mean over the others is the choice by minimum Bayes risk of Kumar and
 Byrne (2004), with this F1 as the gain.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
+from pipeline.inference.requests import count_replies
+from pipeline.stages.base import ROW, AllRows, Comparison, Stage, judge_by_comparison
 from pipeline.storage.database import load
 from pipeline.tables import FLOAT64, HUMAN, RUBRIC, SELECTED, STRING, fields
+from pipeline.tasks import find_task
 from pipeline.text.content_keys import content_keys
 
 CANDIDATES = pa.schema(
@@ -30,7 +32,8 @@ QUERY = """
 WITH worded AS (
     SELECT *, list_sort(list_distinct(string_split(words, ' '))) AS bag FROM candidates
 ), compared AS (
-    SELECT one.row, avg(2.0 * len(list_intersect(one.bag, other.bag)) / (len(one.bag) + len(other.bag))) AS agreed
+    -- Rounded, since a sum of the same numbers in another order may differ in its last digit.
+    SELECT one.row, round(avg(2.0 * len(list_intersect(one.bag, other.bag)) / (len(one.bag) + len(other.bag))), 9) AS agreed
     FROM worded AS one JOIN worded AS other USING (sample_id, task, style)
     WHERE one.row <> other.row GROUP BY one.row
 ), scored AS (
@@ -51,18 +54,23 @@ FROM ranked
 
 def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return all captions that have others of their image and style beside them, with the `reason` of those to reject."""
-    load(comparison.db, "candidates", _candidates(comparison.rows), CANDIDATES)
-    return comparison.db.sql(QUERY.format(measure=_MEASURES[comparison.plan.config.select.by]))
+    config = comparison.plan.config
+    sampled = [name for name in config.tasks if count_replies(find_task(name, config.own_tasks), config.generate) > 1]
+    load(comparison.db, "candidates", _candidates(comparison.rows, sampled), CANDIDATES)
+    return comparison.db.sql(QUERY.format(measure=_MEASURES[config.select.by]))
 
 
-def _candidates(rows: AllRows) -> Iterator[pa.Table]:
+def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
     available = rows.columns()
     marks = [name for name in RUBRIC if name in available]
-    for table in rows.batches("sample_id", "task", "style", "prompt_id", "clean_text", "word_count", "alignment", *marks):
-        is_by_model = pc.not_equal(table["prompt_id"], HUMAN)
-        table = table.filter(pc.and_(pc.is_valid(table["clean_text"]), is_by_model))
+    columns = ("sample_id", "task", "style", "prompt_id", "clean_text", "word_count", "alignment", "agreement", *marks)
+    for table in rows.batches(*columns):
+        is_candidate = pc.and_(pc.is_in(table["task"], pa.array(sampled, STRING)), pc.not_equal(table["prompt_id"], HUMAN))
+        table = table.filter(pc.and_(pc.is_valid(table["clean_text"]), is_candidate))
         words = content_keys(table["clean_text"].combine_chunks())
-        computed = {"words": words, "length": table["word_count"].cast(FLOAT64), "mark": _mean_mark(table)}
+        is_confirmed = pc.fill_null(pc.equal(table["agreement"].cast(FLOAT64), 1.0), False)
+        length = pc.if_else(is_confirmed, table["word_count"].cast(FLOAT64), None)
+        computed = {"words": words, "length": length, "mark": _mean_mark(table)}
         yield pa.table(
             {name: computed.get(name, table[name] if name in table.column_names else None) for name in CANDIDATES.names}
         )
@@ -78,14 +86,9 @@ def _mean_mark(table: pa.Table) -> pa.Array:
     return pc.divide(total, float(len(marks))).combine_chunks()
 
 
-def judge_selected(table: pa.Table, _: RunPlan) -> pa.Table:
-    """Return the same rows: what is to be said of them comes from the comparison."""
-    return table
-
-
 STAGE = Stage(
     "select",
-    judge_selected,
+    judge_by_comparison,
     is_choice=True,
     is_wanted=lambda config: config.generate.samples > 1,
     compare=find_best,

@@ -3,7 +3,7 @@
 import duckdb
 import pyarrow as pa
 
-from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
+from pipeline.stages.base import ROW, Comparison, Stage, judge_by_comparison
 from pipeline.storage.database import load
 from pipeline.tables import STRING, fields
 
@@ -20,14 +20,9 @@ def find_surplus(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     return comparison.db.sql(QUERY.format(rows=comparison.plan.config.rows))
 
 
-def judge_trimmed(table: pa.Table, _: RunPlan) -> pa.Table:
-    """Return the same rows: `reason` comes from the comparison."""
-    return table
-
-
 STAGE = Stage(
     "trim",
-    judge_trimmed,
+    judge_by_comparison,
     is_wanted=lambda config: config.rows is not None,
     is_choice=True,
     compare=find_surplus,

@@ -60,7 +60,7 @@ IN_WORDS = {
 }
 
 
-# What the scores of a version say, and its rejected texts (tables.ADDED).
+# What the scores of a version say (tables.ADDED).
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that are answered right from the caption alone",
@@ -69,7 +69,6 @@ SCORES_IN_WORDS = {
     "grounding": "mark of another model, 1 to 5: all of it can be seen",
     "correctness": "mark of another model, 1 to 5: things, numbers, colors, places and actions are right",
     "form": "mark of another model, 1 to 5: clear, complete, in good language",
-    "rejected": "another caption of the image, the worst of several of which this one was the best",
 }
 
 

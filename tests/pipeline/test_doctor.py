@@ -1,6 +1,7 @@
 """Doctor: findings about the machine, tested on the output of other machines."""
 
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,12 +55,22 @@ def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeyp
     monkeypatch.setattr(doctor, "_free_memory_gib", lambda: (8.0, "the GPU"))
     small = examine(model_of(tmp_path / "Qwen2.5-VL-3B", 6 << 30))[0]
     assert (small.what, small.ok, small.hint) == ("model", True, "")
-    assert "6 GiB of weights, 8 GiB free in the GPU; Qwen2.5-VL: 3B: Qwen Research License" in small.found
+    assert "6.0 GiB of weights, 8.0 GiB free in the GPU; Qwen2.5-VL: 3B: Qwen Research License" in small.found
     large = examine(model_of(tmp_path / "large", 7 << 30, "bin"))[0]
-    assert not large.ok and "it wants 8 GiB" in large.hint
+    assert not large.ok and "it wants 8.4 GiB" in large.hint
     twice = Path(model_of(tmp_path / "twice", 6 << 30))
     (twice / "pytorch_model.bin").write_bytes(bytes(99))
     assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
+
+
+def test_a_gpu_that_does_not_answer_is_a_finding_and_the_tiny_teacher_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine("tiny")[0].ok
+
+    def hang() -> tuple[float, str]:
+        raise subprocess.TimeoutExpired("nvidia-smi", 30)
+
+    monkeypatch.setattr(doctor, "_free_memory_gib", hang)
+    assert "timed out" in examine("tiny")[0].found
 
 
 def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

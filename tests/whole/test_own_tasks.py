@@ -209,6 +209,15 @@ def test_a_task_is_not_asked_where_the_result_that_it_needs_is_unusable(shop: Pa
     assert 0 < len(rows) == model.asked["more"] < COUNT and {(row["ocr"], row["more"]) for row in rows} == {("fine", "more")}
     lost = COUNT - len(rows)
     assert f"rejected: {lost} refusal, {lost} result_missing" in result["stderr"]
+    model.replies["story"] = lambda prompt, image: {
+        "caption": f"A long story about number {model.asked['story']} of all those."
+    }
+    (shop / "story.yaml").write_text(
+        "{name: story, kind: caption, show_image: false, needs: [ocr], prompt: 'Tell: {{ results.ocr }}'}"
+    )
+    told = generate(shop, server, *tasks("ocr"), "--task", "story.yaml", "--samples", "2", "--out", "told")
+    assert f"rejected: {lost} refusal, {lost} result_missing" in told["stderr"]
+    assert model.asked["story"] == 2 * (COUNT - lost)
 
 
 def test_that_nothing_is_there_is_a_result_and_that_nothing_could_be_read_is_none(

@@ -1,18 +1,21 @@
 """A number of rows: the source is read on until so many images are kept, nothing is paid twice, and what is too much is cut."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import Config, resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
 from pipeline.dry_run import predict_run
 from pipeline.errors import ConfigError, TableError
 from pipeline.executors.base import ClusterOptions, RunResult
 from pipeline.executors.local import next_limit
 from pipeline.progress import NullProgress
-from pipeline.run import generate_dataset
+from pipeline.run import apply_reviews, generate_dataset
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 
 REFUSED = '{"caption":"I cannot see the image."}'
@@ -61,6 +64,10 @@ def step(version: Version, name: str) -> dict[str, Any]:
     return next(step for step in version.manifest["funnel"] if step["stage"] == name)
 
 
+def ids_of(version: Version) -> set[str]:
+    return {sample_id for _, batch in version.batches(["sample_id"]) for sample_id in batch["sample_id"].to_pylist()}
+
+
 def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.3)) as chat:
         result, notes = run(tmp_path, chat, rows=50)
@@ -77,9 +84,7 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         assert (again.is_new, again.stats.asked) == (False, 0)
         more, _ = run(tmp_path, chat, rows=60)
         assert more.version.num_rows == 60 and max(chat.times.values()) == 1
-        ids = [{*batch["sample_id"].to_pylist()} for v in (version, more.version) for _, batch in v.batches(["sample_id"])]
-        first = set().union(*ids[: len(version.manifest["files"])])
-        assert len(first) == 50 and first < set().union(*ids)
+        assert len(ids_of(version)) == 50 and ids_of(version) < ids_of(more.version)
 
 
 def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -100,19 +105,20 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "more", "rows", "told"),
     [
-        (0.4, {"rows": 20, "limit": 20}, 12, "--limit allows no more"),
-        (0.99, {"rows": 300}, None, "too few to read on"),
-        (0.0, {"rows": 20}, 20, None),
+        (0.4, {"rows": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
+        (0.99, {"rows": 300}, range(1, 15), "too few to read on"),
+        (0.0, {"rows": 20}, range(20, 21), None),
     ],
 )
 def test_it_ends_where_there_is_no_more_or_nearly_none_is_kept(
-    share: float, more: dict[str, Any], rows: int | None, told: str | None, tmp_path: Path
+    share: float, more: dict[str, Any], rows: range, told: str | None, tmp_path: Path
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
         result, notes = run(tmp_path, chat, **more)
     assert len(chat.bodies) == more["rows"]
-    assert told is None or any(told in note for note in notes)
-    assert abs(result.version.num_rows - (rows or 3)) <= 5
+    assert [note for note in notes if "rows are kept" in note] == [note for note in notes if told and told in note]
+    assert (told is None) == (not any("rows are kept" in note for note in notes))
+    assert result.version.num_rows in rows
 
 
 def test_a_source_that_has_no_more_says_so() -> None:
@@ -132,11 +138,47 @@ def test_where_none_is_kept_no_more_is_paid(tmp_path: Path) -> None:
     assert len(chat.bodies) == 20
 
 
+def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
+    with running_chat(refuse_some(0.0)) as chat:
+        first, _ = run(tmp_path, chat, rows=20)
+        sample_id, caption = next(
+            (row["sample_id"], row["captions"][0]["text"])
+            for _, batch in first.version.batches(["sample_id", "captions"])
+            for row in batch.to_pylist()
+        )
+        _, content = text_name({"sample_id": sample_id, "task": "caption", "text": caption})
+        marks = tmp_path / "marks.jsonl"
+        marks.write_text(json.dumps({"sample_id": sample_id, "content": content, "mark": "bad", "reason": "not_true"}) + "\n")
+        notes = Notes()
+        reviewed = apply_reviews(DatasetDir(tmp_path), [marks], notes)
+        assert reviewed.version.num_rows == 19
+        assert not any("rows are kept" in text for text in notes.texts)
+        again, texts = run(tmp_path, chat, rows=20)
+    assert (again.is_new, again.stats.asked, len(chat.bodies)) == (False, 0, 20)
+    assert not any("rows are kept" in text for text in texts)
+
+
+def test_drawn_scenes_have_no_end_whatever_is_left_out_of_them(tmp_path: Path) -> None:
+    with running_chat(refuse_some(0.0)) as chat:
+        result, _ = run(tmp_path, chat, rows=30, seed=0, exclude=["scenes"], dedupe={"images": "none"}, limit=None)
+    assert result.version.num_rows == 30
+    assert step(result.version, "source")["rejected"].get("banned_image", 0) > 0
+
+
+def test_fewer_rows_of_what_is_there_are_cut_without_asking(tmp_path: Path) -> None:
+    with running_chat(refuse_some(0.0)) as chat:
+        run(tmp_path, chat, rows=20)
+        fewer = generate_dataset(settings(chat, rows=12), tmp_path, from_stage="trim")
+    assert (fewer.version.num_rows, len(chat.bodies)) == (12, 20)
+
+
 def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
         predicted = predict_run(settings(chat, rows=500), tmp_path)
+        many = predict_run(settings(chat, rows=3000), tmp_path)
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
+    assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600  # drawn scenes have no end
 
 
 def test_what_cannot_be_is_one_error(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version, read_version
 from pipeline.inference.engines import TINY_WEIGHTS
 from tests.warm import run_synth
@@ -84,8 +86,28 @@ def test_a_pair_is_the_kept_caption_and_a_worse_one(chosen: tuple[Version, dict[
     pairs = [(one["text"], one["rejected"]) for one in captions(version) if one["rejected"]]
     assert 0 < len(pairs) < IMAGES * 2
     assert all(better != worse for better, worse in pairs)
-    assert "`rejected`" in (version.path / "README.md").read_text()
+    card = (version.path / "README.md").read_text()
+    assert "`captions[].rejected` is the worst of the others" in card and "Scores beside" not in card
+    assert "without its words (but for `captions[].rejected`)" in card
     assert "rejected" not in version.manifest["measured"].get("scores", {})
+
+
+def test_a_text_that_was_marked_as_bad_does_not_come_back_as_the_worse_one(
+    chosen: tuple[Version, dict[str, Any]], folder: Path
+) -> None:
+    version, _ = chosen
+    rows = [row for _, batch in version.batches(["sample_id", "captions"]) for row in batch.to_pylist()]
+    sample_id, pair = next((row["sample_id"], one) for row in rows for one in row["captions"] if one["rejected"])
+    _, content = text_name({"sample_id": sample_id, "task": "caption", "text": pair["rejected"]})
+    mark = {"sample_id": sample_id, "content": content, "mark": "bad", "reason": "private"}
+    reviews = DatasetDir(folder / "d").reviews
+    reviews.parent.mkdir(exist_ok=True)
+    reviews.write_text(json.dumps(mark) + "\n")
+    again = read_version(folder / generate(folder, "--samples", str(SAMPLES), "--pairs")["path"])
+    left = {one["text"]: one["rejected"] for one in captions(again)}
+    assert left[pair["text"]] is None
+    assert sum(text is not None for text in left.values()) > 0
+    reviews.unlink()
 
 
 def test_another_measure_asks_nothing_and_one_caption_is_as_before(
@@ -114,3 +136,23 @@ def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, d
     assert trained.returncode == 0, trained.stderr
     loss, *moved = trained.stdout.split()[-3:]
     assert 0 < float(loss) < 100 and moved == ["True", "True"]
+
+
+def test_a_command_that_fails_leaves_the_files_of_the_last_run(folder: Path) -> None:
+    generate(folder, "--samples", "2", "--out", "kept")
+    stage = folder / "kept" / "stages" / "select" / "kept.parquet"
+    assert stage.exists()
+    failed = run_synth(
+        "generate", "--source", "scenes", "--limit", str(IMAGES), "--out", "kept", "--base-url", "http://127.0.0.1:9/v1",
+        cwd=folder,
+    )  # fmt: skip
+    assert failed.returncode == 1 and stage.exists()
+
+
+def test_a_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
+    done = run_synth(
+        "generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--dry-run", "--json", "--out", "dry", cwd=folder
+    )
+    predicted = json.loads(done.stdout)
+    assert not any(name.startswith("select") for name in predicted["lost_by"])
+    assert predicted["lost_share"][0] < 0.3

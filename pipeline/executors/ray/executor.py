@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest, file_digest, public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, describe_start, publish
+from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, describe_start, forget_other_stages, publish
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_result, read_slice, sum_fill_results
@@ -91,6 +91,8 @@ def run_on_cluster(
         files = digest(named_files(config))
         run = ShardedRun(plan, Path.cwd(), shard_count, readers, choice.name, source.revision, files)
         _begin(run)
+        for shard in (dataset, *run.shards):
+            forget_other_stages(shard, step_order(stages))
         (excluded,) = map_on_cluster(1, partial(_write_exclusions, run))
         for text in excluded.messages:
             progress.message(text)

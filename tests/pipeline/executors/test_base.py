@@ -16,7 +16,7 @@ from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
-from pipeline.executors.base import compare_rows
+from pipeline.executors.base import compare_rows, forget_other_stages
 from pipeline.images.similarity import COMPARED_COLUMNS
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
@@ -198,3 +198,14 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
         world.compare()
     assert worlds[0].outcome() == worlds[1].outcome()
     assert any(not read_table(shard.stage("review")).num_rows for shard in worlds[1].shards)
+
+
+def test_stages_that_a_run_does_not_have_leave_nothing_behind(tmp_path: Path) -> None:
+    shard = DatasetDir(tmp_path)
+    for name in ("source", "select", "review"):
+        write_text(shard.stage(name), "rows")
+    (shard.stage("source").parent.parent / "elsewhere").symlink_to(tmp_path.parent)
+    forget_other_stages(shard, ("source", "review"))
+    assert [shard.stage(name).exists() for name in ("source", "select", "review")] == [True, False, True]
+    assert tmp_path.parent.exists()
+    forget_other_stages(DatasetDir(tmp_path / "new"), ("source",))

@@ -57,7 +57,8 @@ TOKENS: dict[str, Callable[[], int]] = {
     "Qwen2.5-VL": lambda: grid_tokens(14, 4 * 28**2, 16_384 * 28**2),
     "Qwen3-VL": lambda: grid_tokens(16, 64 * 32**2, 16_384 * 32**2),
     "InternVL3": lambda: 256 * internvl_tiles(),
-    "SmolVLM": lambda: 81 * tiles(idefics(1536, 384)),
+    "SmolVLM small": lambda: 64 * tiles(idefics(2048, 512)),
+    "SmolVLM 2.2B": lambda: 81 * tiles(idefics(1536, 384)),
     "Idefics3": lambda: 169 * tiles(idefics(1456, 364)),
     "Gemma 3": lambda: transformers.Gemma3Config().mm_tokens_per_image or 0,
     "Gemma 4": gemma4_tokens,
@@ -74,8 +75,14 @@ def test_a_photo_has_as_many_tokens_as_the_processor_makes_of_it(family: Any) ->
 def test_models_are_known_by_their_names_and_no_other_is() -> None:
     for family in FAMILIES:
         assert {find_family(model) for model in family.models} == {family}
-    served = {"qwen2.5vl:3b": "Qwen2.5-VL", "Qwen2.5-VL-7B-Instruct-AWQ": "Qwen2.5-VL", "models/gemma-3-27b-it": "Gemma 3",
-              "google/gemma-3n-E4B-it": None, "gpt-5": None, "qwen/qwen3-vl-8b-instruct": "Qwen3-VL", "tiny": None}  # fmt: skip
+    served = {
+        "qwen2.5vl:3b": "Qwen2.5-VL", "Qwen2.5-VL-7B-Instruct-AWQ": "Qwen2.5-VL", "qwen/qwen3-vl-8b-instruct": "Qwen3-VL",
+        "models/gemma-3-27b-it": "Gemma 3", "gemma3:4b": "Gemma 3", "unsloth/gemma-4-26B-A4B-it-GGUF": "Gemma 4",
+        "/models/Qwen3-VL-4B/": "Qwen3-VL", "gpt-5": None, "tiny": None, "google/gemma-3n-E4B-it": None,
+        "google/paligemma-3b-mix-448": None, "google/medgemma-4b-it": None, "google/gemma-3-270m": None,
+        "mistralai/Pixtral-Large-Instruct-2411": None, "/data/qwen3-vl-exp/llama": None, "OpenGVLab/InternVL3_5-8B": None,
+        "llava-hf/llava-onevision-qwen2-72b-ov-hf": None,
+    }  # fmt: skip
     found = {name: find_family(name) for name in served}
     assert {name: family and family.name for name, family in found.items()} == served
 

@@ -202,8 +202,52 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
     assert {(headers.get("X-All"), headers.get("X-Title")) for headers in second.headers} == {("yes", "mine")}
     assert len(first.bodies) + len(second.bodies) == 180
     assert len(second.bodies) > 1.5 * len(first.bodies)
-    with pytest.raises(ConfigError, match="http://elsewhere/v1, which base_url does not name"):
+    with pytest.raises(ConfigError, match="describes http://elsewhere/v1, and base_url names"):
         resolve(source="scenes", base_url=[first.url], server={"endpoints": {"http://elsewhere/v1": {}}})
+
+
+def test_a_server_with_a_pace_gets_what_it_may_answer_and_holds_up_nobody(tmp_path: Path) -> None:
+    slow = lambda times, body: Act(seconds=0.01)  # noqa: E731
+    with running_chat(ChatServer(slow)) as paced, running_chat(ChatServer(slow)) as free:
+        server = {"concurrency": 16, "endpoints": {paced.url: {"requests_per_minute": 60}}}
+        config = resolve(source="scenes", base_url=[paced.url, free.url], model="model", server=server)
+        chunks = iter([[(sample.id, sample.images) for sample in scene_samples(60)]])
+        with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
+            for _ in ask_about(chunks, config, "r", lambda: engine, journal, RequestStats()):
+                pass
+    assert len(paced.bodies) + len(free.bodies) == 180
+    assert 1 <= len(paced.bodies) <= 6  # one a second; of sixteen at once, half would have waited there
+
+
+JUDGES = ("https://models.example.com", "https://MODELS.example.com/v1/", "https://models.example.com:443/v1/chat/completions",
+          "https://models.example.com/v2")  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_the_key_of_a_host_is_its_own_however_its_address_is_spelled(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "of-local")
+    monkeypatch.setenv("EXAMPLE_KEY", "of-example")
+    own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
+    server = {"headers": {"Api-Key": "all"}, "endpoints": {"https://models.example.com/v1": own}}
+    urls = ["http://localhost:8000/v1", "https://models.example.com/v1"]
+    config = resolve(source="scenes", base_url=urls, model="m", server=server, verify={"judge": f"big@{judge}"})
+    (endpoint,) = named_endpoints(config.model_copy(update={"base_url": (config.judge_url,)}))
+    assert endpoint.headers["Authorization"] == "Bearer of-example"
+    assert {name.lower(): value for name, value in endpoint.headers.items()}["api-key"] == "example"
+    assert [name for name in endpoint.headers if name.lower() == "api-key"] == ["api-key"]
+    local, example = named_endpoints(config)
+    assert (local.headers["Authorization"], example.headers["Authorization"]) == ("Bearer of-local", "Bearer of-example")
+
+
+def test_what_a_file_says_of_servers_that_are_not_used_now_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "source: scenes\nbase_url: [http://a:1/v1, http://b:1/v1]\n"
+        "server: {endpoints: {http://a:1: {weight: 2}, http://b:1/v1: {weight: 3}}}\n"
+    )
+    assert resolve(file).endpoint("http://b:1/v1/").weight == 3
+    config = resolve(file, base_url=["http://a:1/v1"])
+    assert [*config.server.endpoints] == ["http://a:1"] and config.endpoint("http://a:1/v1").weight == 2
 
 
 @pytest.mark.parametrize(

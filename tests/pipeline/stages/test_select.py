@@ -16,7 +16,7 @@ from tests.stage_runs import run_stage
 TEXTS = ("annotation_id", "sample_id", "task", "style", "prompt_id", "clean_text", "clean_question")
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in TEXTS]
-    + [("word_count", pa.int32()), ("alignment", pa.float64())]
+    + [("word_count", pa.int32()), ("alignment", pa.float64()), ("agreement", pa.float64())]
     + [(name, pa.int32()) for name in RUBRIC]
 )
 
@@ -57,7 +57,10 @@ def test_what_one_caption_alone_says_is_likely_made_up() -> None:
 def test_the_best_is_the_best_aligned_the_best_marked_or_the_longest() -> None:
     rows = captions("A dog here.", "A dog on grass.", "A dog.", alignment=[0.2, 0.1, 0.3])
     assert kept(rows, by="clip") == ["A dog."]
-    assert kept(rows, by="longest") == ["A dog on grass."]
+    long = captions("A dog here.", "A dog on grass.", "A dog and a horse on grass.", agreement=[1.0, 1.0, 0.5])
+    assert kept(long, by="longest") == ["A dog on grass."]  # of a longer one not all was confirmed
+    unread = captions("A dog on grass.", "A dog.", agreement=[None, 1.0])
+    assert kept(unread, by="longest") == ["A dog."]
     marks = {name: [4, 5, 3] for name in RUBRIC} | {"form": [5, 1, 5]}
     assert kept(captions("One.", "Two.", "Three.", **marks), by="judge") == ["One."]
 
@@ -74,6 +77,15 @@ def test_of_equal_ones_the_first_is_kept_and_none_is_the_worse() -> None:
     marked = selected(captions("A dog.", "The dog.", "A dog!"))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].null_count == 3
+    for texts in (
+        ("A red dog runs.", "A cat sits on a mat.", "The dog runs fast here."),
+        ("One.", "Two three.", "Three four."),
+    ):
+        twins = [*texts, *texts]  # the same numbers are added up in another order
+        marked = selected(captions(*twins))
+        assert marked["reason"].to_pylist().index(None) < len(texts)
+        scores = marked["selection_score"].to_pylist()
+        assert scores[: len(texts)] == scores[len(texts) :]
     swapped = captions("A red ring, a star.", "A star, a red ring.", alignment=[0.2, 0.1])
     assert selected(swapped, by="clip")["rejected_text"].null_count == 2  # it has a lower score, and the same words
 
@@ -93,10 +105,23 @@ def test_only_a_run_that_asks_for_several_has_the_stage() -> None:
     assert "select" in step_order(stages_of(resolve(source="scenes", generate={"samples": 2})))
 
 
+def test_several_captions_of_one_reply_are_no_alternatives() -> None:
+    view = {"type": "object", "required": ["caption"], "properties": {"caption": {"type": "string"}}}
+    output = {"type": "object", "required": ["views"], "properties": {"views": {"type": "array", "items": view}}}
+    views = {"name": "views", "kind": "caption", "prompt": "Three views.", "rows": "views", "output": output}
+    rows = captions("A dog.", "A cat.", "A cow.", task="views", style="views")
+    marked = selected(rows, tasks=["caption", "views"], own_tasks=[views])
+    assert marked["reason"].null_count == 3
+    one = {"name": "short", "kind": "caption", "prompt": "Short."}
+    marked = selected(captions("A dog.", "A cat.", task="short", style="short"), own_tasks=[one])
+    assert marked["reason"].null_count == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"select": {"pairs": True}}, "need several to choose from: --samples 4"),
+        ({"select": {"pairs": True}}, "chooses among several captions: --samples 4"),
+        ({"select": {"by": "judge"}}, "chooses among several captions: --samples 4"),
         ({"select": {"by": "clip"}, "generate": {"samples": 2}}, "--verify alignment"),
         ({"select": {"by": "judge"}, "generate": {"samples": 2}}, "--judge MODEL@URL"),
         ({"select": {"by": "longest"}, "generate": {"samples": 2}}, "--verify claims"),
