@@ -262,7 +262,7 @@ def run_settings(
         str | None,
         Option(
             metavar="MODEL",
-            help="tiny, a folder, or a Hub id of a Qwen2.5-VL.",
+            help="tiny, a folder, or the Hub id of a vision-language model; `synth models` lists some.",
             show_default="by source and engine",
             rich_help_panel=MODEL,
         ),

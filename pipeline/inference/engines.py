@@ -29,7 +29,7 @@ LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 LAST_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
-    "--model takes a folder or a Hub id of a Qwen2.5-VL; --base-url a server that runs; "
+    "--model takes a folder or a Hub id of a vision-language model; --base-url a server that runs; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
 LONGEST_SIDE_PX = 10_000  # of an image that a processor takes as it is; a larger number is an area
@@ -160,7 +160,7 @@ def _model(config: Config) -> str:
         if unknown:
             raise EngineError(
                 f"the tiny teacher does not know the caption style {unknown[0]}",
-                hint=f"it knows {', '.join(STYLES)}; --model takes a larger Qwen2.5-VL",
+                hint=f"it knows {', '.join(STYLES)}; --model takes a larger model",
             )
     return model
 

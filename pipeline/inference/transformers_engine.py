@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL model in this process: transformers, constrained decoding by llguidance, batches of requests.
+"""A vision-language model in this process: transformers, constrained decoding by llguidance, batches of requests.
 
 The grammar is byte for byte that of vLLM's guidance backend. Each request has its own random numbers, seeded by its id:
 a reply does not depend on the rest of its batch, except for floating-point rounding.
@@ -17,9 +17,10 @@ import llguidance.hf
 import llguidance.numpy  # not .torch, whose import brings torch's compiler
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from llguidance import LLMatcher
 from torch import Tensor, nn
-from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import GenerateConfig
@@ -70,12 +71,15 @@ class EmbeddedEngine:
         processor, model = self._loaded
         images = [[prepare_image(image, self._max_pixels) for image in request.images] for request in requests]
         chats = [self._chat(request) for request in requests]
-        inputs = processor(text=chats, images=images if any(images) else None, padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device)
-        chooser = LogitsProcessorList([GrammarChooser(requests, self._grammars, model.config.text_config.vocab_size)])
-        max_tokens = requests[0].sampling.max_tokens
+        # Where the template writes the token with which a text begins, the tokenizer must not write it again.
+        bos = processor.tokenizer.bos_token
+        once = {"add_special_tokens": False} if bos and chats[0].startswith(bos) else {}
+        inputs = processor(text=chats, images=images if any(images) else None, padding=True, return_tensors="pt", **once)
+        inputs = inputs.to(model.device, dtype=model.dtype)
+        chooser = LogitsProcessorList([GrammarChooser(requests, self._grammars, _vocab_size(model))])
+        settings = {"max_new_tokens": requests[0].sampling.max_tokens, "do_sample": False, "eos_token_id": [*self._ends]}
         with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, logits_processor=chooser)
+            output = model.generate(**inputs, **settings, pad_token_id=self._pad, logits_processor=chooser)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         replies_BT = output[:, inputs["input_ids"].shape[1] :]
         replies = zip(requests, replies_BT.tolist(), prompt_tokens, strict=True)
@@ -87,14 +91,24 @@ class EmbeddedEngine:
         if request.failed:
             reply_text, feedback = request.failed
             messages += [{"role": "assistant", "content": reply_text}, {"role": "user", "content": feedback}]
-        return str(self._loaded[0].apply_chat_template(messages, add_generation_prompt=True))
+        for form in (_with_parts, list, _without_system):
+            try:
+                chat = str(self._loaded[0].apply_chat_template(form(messages), add_generation_prompt=True))
+            except (TemplateError, TypeError):  # it knows no system text, or none in this form
+                continue
+            # A template may leave out a text in the form that it does not expect, or print it as Python does.
+            if prompt.system.strip() in chat and prompt.text.strip() in chat and "'type':" not in chat:
+                return chat
+        raise EngineError(
+            f"the chat template of {self.model} leaves out the system text or the task",
+            hint="take a variant that was trained to follow instructions, or a server: --base-url",
+        )
 
     def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
-        tokenizer = self._loaded[0].tokenizer
-        finished = tokenizer.eos_token_id in ids
-        reply_ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
+        finished, reply_ids = end is not None, ids[:end]
         self._tokens += len(reply_ids)
-        text = tokenizer.decode(reply_ids, skip_special_tokens=True)
+        text = self._loaded[0].tokenizer.decode(reply_ids, skip_special_tokens=True)
         return request.reply(text, "stop" if finished else "length", prompt_tokens, len(reply_ids))
 
     @cached_property
@@ -103,19 +117,57 @@ class EmbeddedEngine:
         try:
             processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
             dtype = torch.float32 if _device() == "cpu" else torch.bfloat16  # as fast on a CPU, and its sums are steadier
-            load_model = Qwen2_5_VLForConditionalGeneration.from_pretrained
+            load_model = AutoModelForImageTextToText.from_pretrained
             model: nn.Module = load_model(self._path, revision=self._commit, dtype=dtype)
-        except (OSError, ValueError) as error:
+            processor.tokenizer.padding_side = "left"
+        except (OSError, ValueError, AttributeError, ImportError) as error:  # some processors want packages of their own
             raise EngineError(
                 f"cannot load {self.model}: {one_line(error, 300)}",
-                hint="--model takes a Qwen2.5-VL checkpoint: a folder, a Hub id, or tiny",
+                hint="--model takes a vision-language model of transformers: a folder, a Hub id, or tiny",
             ) from None
-        processor.tokenizer.padding_side = "left"
+        if not processor.chat_template:
+            hint = "take the variant that was trained to follow instructions"
+            raise EngineError(f"{self.model} has no chat template", hint=hint)
         return processor, model.to(_device()).eval()
 
     @cached_property
+    def _ends(self) -> frozenset[int]:
+        """The tokens that end a reply: that of the tokenizer, with which grammars end, and those of the model."""
+        processor, model = self._loaded
+        stated = model.generation_config.eos_token_id
+        return frozenset([processor.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]) - {None}
+
+    @property
+    def _pad(self) -> int:
+        tokenizer = self._loaded[0].tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    @cached_property
     def _grammars(self) -> "Grammars":
-        return Grammars(self._loaded[0].tokenizer, self._loaded[1].config.text_config.vocab_size)
+        return Grammars(self._loaded[0].tokenizer, _vocab_size(self._loaded[1]))
+
+
+def _vocab_size(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+Messages = list[dict[str, Any]]
+
+
+def _with_parts(messages: Messages) -> Messages:
+    """Return messages each of which has a list of parts, as most chat templates take them."""
+    return [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one["content"], str) else one
+        for one in messages
+    ]
+
+
+def _without_system(messages: Messages) -> Messages:
+    """Return messages whose system text stands at the beginning of what the user says."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, first, *others = _with_parts(messages)
+    return [{**first, "content": [*system["content"], *first["content"]]}, *others]
 
 
 def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:

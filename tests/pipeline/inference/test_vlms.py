@@ -1,0 +1,113 @@
+"""Other vision-language models in this process: each family replies by the schema, and sees all of its prompt."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from PIL import Image
+
+from pipeline.config import GenerateConfig, resolve
+from pipeline.errors import EngineError
+from pipeline.inference import families
+from pipeline.inference.requests import build_requests
+from pipeline.inference.transformers_engine import EmbeddedEngine
+from pipeline.tasks import TASKS
+from pipeline.types import Request
+from tests.pipeline.inference.tiny_vlms import FAMILIES, save
+
+UNTRIED = {"Qwen2.5-VL", "Gemma 4"}  # the first is the teachers'; tiny models of the other were not built
+
+
+def png(color: str, size_px: tuple[int, int]) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size_px, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def requests(count: int = 3, max_tokens: int = 120) -> list[Request]:
+    config = resolve(source="scenes", generate={"max_tokens": max_tokens, "caption_styles": ["brief"]}, tasks=["caption"])
+    colors, sizes = ("red", "blue", "green"), ((40, 30), (30, 50), (64, 64))
+    images = [png(color, size) for color, size in zip(colors, sizes, strict=True)][:count]
+    return [one for n, image in enumerate(images) for one in build_requests(f"{n:064x}", (image,), config, "r")]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
+    folder = save(request.param, tmp_path_factory.mktemp("model"))
+    return EmbeddedEngine(request.param, str(folder), "r", GenerateConfig())
+
+
+def test_every_family_that_is_listed_is_tried_or_named() -> None:
+    listed = {family.name.replace(" small", "").replace(" 2.2B", "") for family in families.FAMILIES}
+    assert listed - UNTRIED == set(FAMILIES) - {"LLaVA"}
+
+
+def test_replies_follow_the_schema_and_do_not_depend_on_their_company(engine: EmbeddedEngine) -> None:
+    asked = requests()
+    together = engine._answer(asked)
+    for request, reply in zip(asked, together, strict=True):
+        assert reply.text.startswith('{"caption":"') and reply.prompt_tokens > 50
+        if reply.finish_reason == "stop":
+            TASKS["caption"].output.model_validate(json.loads(reply.text))
+        assert engine._answer([request])[0].text == reply.text
+
+
+def test_the_whole_prompt_is_in_the_chat_once_and_its_first_token_too(engine: EmbeddedEngine) -> None:
+    (request,) = requests(1)
+    chat = engine._chat(request)
+    assert chat.count(request.system) == chat.count(request.text) == 1
+    assert "'type'" not in chat
+    processor = engine._loaded[0]
+    seen: list[list[int]] = []
+
+    class Spy:
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            inputs = processor(*arguments, **options)
+            seen.append(inputs["input_ids"][0].tolist())
+            return inputs
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(processor, name)
+
+    engine.__dict__["_loaded"] = (Spy(), engine._loaded[1])
+    engine._answer([request])
+    engine.__dict__["_loaded"] = (processor, engine._loaded[1])
+    bos = processor.tokenizer.bos_token_id
+    assert bos is None or seen[0].count(bos) <= 1
+
+
+def test_a_failed_reply_can_be_shown_and_pages_are_several_images(engine: EmbeddedEngine) -> None:
+    first, second, _ = requests()
+    shown = replace(first, failed=('{"caption":""}', "That reply cannot be used."))
+    assert "That reply cannot be used." in engine._chat(shown)
+    (reply,) = engine._answer([shown])
+    assert reply.text.startswith("{")
+    two = replace(first, images=(*first.images, *second.images), pages=(1, 2))
+    assert engine._answer([two])[0].prompt_tokens > engine._answer([first])[0].prompt_tokens
+
+
+def test_a_model_without_a_chat_template_or_with_one_that_hides_the_task_is_refused(tmp_path: Path) -> None:
+    folder = save("LLaVA", tmp_path)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    for template, told in (("{{ 'hello' }}", "leaves out the system text or the task"), (None, "no chat template")):
+        processor.chat_template = template
+        processor.tokenizer.chat_template = None
+        for file in folder.glob("chat_template*"):
+            file.unlink()
+        processor.save_pretrained(folder)
+        with pytest.raises(EngineError, match=told):
+            EmbeddedEngine("x", str(folder), "r", GenerateConfig())._answer(requests(1))
+
+
+def test_a_model_that_reads_no_images_is_one_error(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match="cannot load x") as caught:
+        EmbeddedEngine("x", str(tmp_path), "r", GenerateConfig())._answer(requests(1))
+    assert "vision-language model" in caught.value.hint

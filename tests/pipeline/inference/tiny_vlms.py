@@ -1,0 +1,243 @@
+"""Vision-language models of other families than the teachers': tiny, random, with true processors and chat templates.
+
+Templates are shortened forms of those that the families have on the Hub, with what matters in them: where a system text may
+stand, in which form, and whether the text begins with a token of its own.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers as tf
+from tokenizers.processors import TemplateProcessing
+
+from pipeline.inference.engines import TINY_WEIGHTS
+
+END = 2  # of a reply: <|im_end|> of the teacher's tokenizer
+IMAGE_PX = 32
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None,
+}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+# Idefics3 and SmolVLM walk over the parts of every message: a text that is no list of parts is left out without a word.
+PARTS_ALONE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Gemma 3 begins with a token that its tokenizer would add as well, and puts the system text before the first message.
+WITH_BOS = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'][0]['text'] + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}<start_of_turn>{{ message['role'] }}\n{{ first if loop.first else '' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in message['content'] %}"
+    "{{ '<start_of_image>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}{% endif %}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# Pixtral takes a system text that is no list of parts; a list it cannot add to a text.
+TEXT_ALONE = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}{% for message in rest %}{% if message['role'] == 'user' %}[INST]"
+    "{% if loop.first and system is defined %}{{ system + '\n\n' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '[IMG]' }}{% endfor %}{% endif %}[/INST]"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# LLaVA-1.5's kind: a system text is refused.
+NO_SYSTEM = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    "{{ message['role'] | upper }}: {% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<image>\n' }}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+Built = tuple[Any, Any]  # a processor and a model
+
+
+def _tokenizer(*tokens: str, **named: str) -> Any:
+    """Return the teacher's tokenizer with more tokens, some of which have a name as an attribute."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(TINY_WEIGHTS)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokens, *named.values()]})
+    for name, token in named.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer.init_kwargs.update(named)
+    return tokenizer
+
+
+def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
+    return TEXT | {"vocab_size": len(tokenizer)} | more
+
+
+def _size(side_px: int = IMAGE_PX) -> dict[str, int]:
+    return {"height": side_px, "width": side_px}
+
+
+def qwen3_vl() -> Built:
+    tokenizer = _tokenizer()
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+    area = {"shortest_edge": 64**2, "longest_edge": 64**2}
+    processor = tf.Qwen3VLProcessor(
+        image_processor=tf.Qwen2VLImageProcessor(patch_size=16, merge_size=2, size=area),
+        tokenizer=tokenizer,
+        video_processor=tf.Qwen3VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 16}
+    config = tf.Qwen3VLConfig(
+        text_config=_text(tokenizer, rope_parameters=rope),
+        vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    return processor, tf.Qwen3VLForConditionalGeneration(config)
+
+
+def _idefics3(kind: str) -> Built:
+    rows = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    tokenizer = _tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *rows)
+    sizes = {"size": {"longest_edge": 2 * IMAGE_PX}, "max_image_size": {"longest_edge": IMAGE_PX}}
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "image_seq_len": 4, "chat_template": PARTS_ALONE}
+    if kind == "SmolVLM":
+        parts |= {"image_processor": tf.SmolVLMImageProcessor(**sizes), "video_processor": tf.SmolVLMVideoProcessor()}
+    else:
+        parts |= {"image_processor": tf.Idefics3ImageProcessor(**sizes)}
+    config = getattr(tf, f"{kind}Config")(
+        text_config=_text(tokenizer, model_type="llama"),
+        vision_config=VISION | {"image_size": IMAGE_PX, "patch_size": 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    return getattr(tf, f"{kind}Processor")(**parts), getattr(tf, f"{kind}ForConditionalGeneration")(config)
+
+
+def gemma3() -> Built:
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = _tokenizer("<start_of_turn>", "<end_of_turn>", "<bos>", **named)
+    tokenizer.bos_token = "<bos>"
+    begin = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[begin])
+    processor = tf.Gemma3Processor(
+        image_processor=tf.Gemma3ImageProcessor(size=_size()), tokenizer=tokenizer, image_seq_length=4, chat_template=WITH_BOS
+    )
+    config = tf.Gemma3Config(
+        text_config=_text(tokenizer, bos_token_id=tokenizer.bos_token_id, sliding_window=64),
+        vision_config=VISION | {"image_size": IMAGE_PX, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    return processor, tf.Gemma3ForConditionalGeneration(config)
+
+
+def internvl() -> Built:
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = _tokenizer(**named, video_token="<video>")
+    template = tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+    processor = tf.InternVLProcessor(
+        image_processor=tf.GotOcr2ImageProcessor(size=_size(), crop_to_patches=True, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=tf.InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=template,
+    )
+    config = tf.InternVLConfig(
+        text_config=_text(tokenizer, model_type="qwen2"),
+        vision_config=VISION | {"image_size": [IMAGE_PX] * 2, "patch_size": [8, 8]},
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    return processor, tf.InternVLForConditionalGeneration(config)
+
+
+def llava_onevision() -> Built:
+    tokenizer = _tokenizer("<image>", "<video>")
+    pinpoints = [[height, width] for height in (32, 64) for width in (32, 64)]
+    processor = tf.LlavaOnevisionProcessor(
+        image_processor=tf.LlavaOnevisionImageProcessor(size=_size(), image_grid_pinpoints=pinpoints),
+        tokenizer=tokenizer,
+        video_processor=tf.LlavaOnevisionVideoProcessor(size=_size()),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"),
+    )
+    siglip = {"model_type": "siglip_vision_model", "image_size": IMAGE_PX, "patch_size": 8, "vision_use_head": False}
+    config = tf.LlavaOnevisionConfig(
+        text_config=_text(tokenizer, model_type="qwen2"),
+        vision_config=VISION | siglip,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    return processor, tf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def pixtral() -> Built:
+    tokenizer = _tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]")
+    patch = {"height": 16, "width": 16}
+    processor = tf.PixtralProcessor(
+        image_processor=tf.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=patch),
+        tokenizer=tokenizer,
+        patch_size=16,
+        chat_template=TEXT_ALONE,
+    )
+    return processor, _llava(
+        tokenizer, "[IMG]", "mistral", {"model_type": "pixtral", "image_size": 64, "patch_size": 16, "head_dim": 16}
+    )
+
+
+def llava() -> Built:
+    """Return a model whose chat template refuses a system text."""
+    tokenizer = _tokenizer("<image>")
+    processor = tf.LlavaProcessor(
+        image_processor=tf.CLIPImageProcessor(size={"shortest_edge": IMAGE_PX}, crop_size=_size()),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=NO_SYSTEM,
+    )
+    clip = {"model_type": "clip_vision_model", "image_size": IMAGE_PX, "patch_size": 8}
+    return processor, _llava(tokenizer, "<image>", "llama", clip, "default")
+
+
+def _llava(tokenizer: Any, image: str, text: str, vision: dict[str, Any], states: Literal["default", "full"] = "full") -> Any:
+    config = tf.LlavaConfig(
+        text_config=_text(tokenizer, model_type=text),
+        vision_config=VISION | vision,
+        image_token_index=tokenizer.convert_tokens_to_ids(image),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=states,
+    )
+    return tf.LlavaForConditionalGeneration(config)
+
+
+FAMILIES: dict[str, Callable[[], Built]] = {
+    "Qwen3-VL": qwen3_vl,
+    "InternVL3": internvl,
+    "SmolVLM": lambda: _idefics3("SmolVLM"),
+    "Idefics3": lambda: _idefics3("Idefics3"),
+    "Gemma 3": gemma3,
+    "LLaVA-OneVision": llava_onevision,
+    "Pixtral": pixtral,
+    "LLaVA": llava,
+}
+
+
+def save(family: str, folder: Path) -> Path:
+    """Write a model of a family with its processor, as on the Hub."""
+    torch.manual_seed(0)
+    processor, model = FAMILIES[family]()
+    model.generation_config.eos_token_id = [END]
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
