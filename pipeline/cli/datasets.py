@@ -227,7 +227,7 @@ def export(
         Option(
             "--format",
             metavar="FORMAT",
-            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, dpo or lance.",
+            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance.",
             show_default="imagefolder",
         ),
     ] = None,

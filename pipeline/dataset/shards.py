@@ -72,7 +72,7 @@ class SplitWriter:
 def writer_options(schema: pa.Schema) -> dict[str, object]:
     """Return the Parquet options of the columns: texts are compressed, and only they have dictionaries and statistics."""
     leaves = [path for field in schema for path in _leaves(field.name, field.type)]
-    texts = [path for path in leaves if path.split(".")[0] not in PIXELS]
+    texts = [path for path in leaves if path.split(".")[0] not in (*PIXELS, "images")]  # the last in an export
     return {
         "compression": {path: "zstd" if path in texts else "none" for path in leaves},
         "use_dictionary": texts,

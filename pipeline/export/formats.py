@@ -9,6 +9,7 @@
 | sharegpt | LLaMA-Factory and others: messages in JSON lines |
 | coco | pycocotools: captions, and boxes as instances |
 | csv | open_clip (`--csv-separator ,`): one line a caption |
+| cauldron | nanoVLM and other trainers of The Cauldron or FineVision: Parquet with `images` and `texts` |
 | lance | Lance and LanceDB: a dataset a split (extra `lance`) |
 | dpo | TRL's DPOTrainer: Parquet, one row for each caption that was the best of several, with the worst |
 """
@@ -278,36 +279,30 @@ class Csv(_Format):
         return True
 
 
-class Preferences(_Format):
-    """Parquet files a split, with the columns of TRL's DPOTrainer: a row for each pair of a better and a worse caption."""
+class _Parquet(_Format):
+    """Base of formats that are Parquet files a split, as `datasets` reads them, with the images in the rows."""
 
-    SCHEMA = pa.schema(
-        [
-            pa.field("sample_id", STRING),
-            pa.field("image", IMAGE),
-            *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
-        ]
-    )
+    SCHEMA: pa.Schema
 
     def __init__(self, folder: Path, style: str | None = None) -> None:
         super().__init__(folder, style)
         self._rows: list[dict[str, Any]] = []
         self._writer: SplitWriter | None = None
 
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        """Return the rows about one image."""
+        raise NotImplementedError
+
     def add(self, item: Item) -> bool:
         """See Format."""
-        pairs = [pair for pair in item.pairs if self.style in (None, pair[0])]
         if self._writer is None or self._writer.split != item.split:
             self._end_split()
             self._writer = SplitWriter(self.folder, item.split, self.SCHEMA)
-        for style, better, worse in pairs:
-            (asked, chosen), (_, rejected) = (messages(turns([(style, text)], [])) for text in (better, worse))
-            image = {"bytes": item.image, "path": None}
-            turns_of = {"prompt": [asked], "chosen": [chosen], "rejected": [rejected]}
-            self._rows.append({"sample_id": item.name, "image": image, **turns_of})
+        rows = self.rows_of(item)
+        self._rows += [{"sample_id": item.name, **row} for row in rows]
         if len(self._rows) >= ROWS_AT_ONCE:
             self._write()
-        return bool(pairs)
+        return bool(rows)
 
     def close(self) -> None:
         """See Format."""
@@ -330,6 +325,48 @@ class Preferences(_Format):
         if self._writer and self._rows:
             self._writer.add(pa.Table.from_pylist(self._rows, schema=self.SCHEMA))
         self._rows = []
+
+
+class Cauldron(_Parquet):
+    """The columns of The Cauldron and FineVision: images, and turns of a user and an assistant."""
+
+    TURN = pa.struct(fields(STRING, "user", "assistant"))
+    SCHEMA = pa.schema(
+        [
+            pa.field("sample_id", STRING),
+            pa.field("images", pa.list_(IMAGE)),
+            pa.field("texts", pa.list_(TURN)),
+            pa.field("source", STRING),
+        ]
+    )
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        """See _Parquet."""
+        texts = [{"user": asked, "assistant": answer} for asked, answer in turns(self.captions(item), item.questions)]
+        images = [{"bytes": item.image, "path": None}]
+        return [{"images": images, "texts": texts, "source": item.source_row}] if texts else []
+
+
+class Preferences(_Parquet):
+    """The columns of TRL's DPOTrainer: a row for each pair of a better and a worse caption."""
+
+    SCHEMA = pa.schema(
+        [
+            pa.field("sample_id", STRING),
+            pa.field("image", IMAGE),
+            *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
+        ]
+    )
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        """See _Parquet."""
+        rows = []
+        for style, better, worse in item.pairs:
+            if self.style in (None, style):
+                (asked, chosen), (_, rejected) = (messages(turns([(style, text)], [])) for text in (better, worse))
+                ends = {"prompt": [asked], "chosen": [chosen], "rejected": [rejected]}
+                rows.append({"image": {"bytes": item.image, "path": None}, **ends})
+        return rows
 
 
 class Lance(_Format):
@@ -393,6 +430,7 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "sharegpt": ShareGpt,
     "coco": Coco,
     "csv": Csv,
+    "cauldron": Cauldron,
     "dpo": Preferences,
     "lance": Lance,
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import lance
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from datasets import load_dataset
@@ -198,6 +199,22 @@ def test_a_shard_that_was_finished_is_not_written_again(
         with tarfile.open(path) as tar:
             names += tar.getnames()
     assert len(names) == len({*names}) == 3 * COUNT
+
+
+def test_a_row_of_the_cauldron_has_images_and_turns(version: Version, tmp_path: Path) -> None:
+    export_version(version, "cauldron", tmp_path / "out")
+    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    items = by_id(version)
+    assert len(loaded) == version.manifest["rows"]["train"]
+    for row in loaded:
+        item = items[row["sample_id"]]
+        assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
+        assert [turn["assistant"] for turn in row["texts"]] == [*(text for _, text in item.captions), item.questions[0][1]]
+        assert all(turn["user"] for turn in row["texts"])
+    (file,) = (tmp_path / "out").glob("train-*.parquet")
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    pixels = next(group.column(n) for n in range(group.num_columns) if group.column(n).path_in_schema.endswith("bytes"))
+    assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
 
 
 def test_lance_reads_all_texts_and_images(version: Version, tmp_path: Path) -> None:
