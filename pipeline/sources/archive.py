@@ -1,9 +1,10 @@
 """Source: images in archives (`archive:PATH`): tar files, WebDataset's among them, and zip files.
 
 Nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of `NAME.txt` are captions, and
-`NAME.json` may hold captions, a split, and columns for the context of prompts. Texts are read first, wherever they stand; of a
-tar file in a store, which is read once, those that stand next to their image. Links, devices, encrypted entries, odd names and
-entries that are too large are rejected; an archive that is damaged, or unpacks to very much more than its size, is an error.
+`NAME.json` may hold captions, questions, a split, and columns for the context of prompts. Texts are read first, wherever they
+stand; of a tar file in a store, which is read once, those that stand next to their image. Links, devices, encrypted entries,
+odd names and entries that are too large are rejected; an archive that is damaged, or unpacks to very much more than its size,
+is an error.
 """
 
 import bz2
@@ -33,15 +34,16 @@ from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
-from pipeline.sources.captions import SPLIT, decode_text, read_split, read_texts
+from pipeline.sources.captions import SPLIT, decode_text, read_question, read_split, read_texts
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
 from pipeline.sources.parquet import split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
-from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 TEXT_SUFFIXES = (".txt", ".json")
+QA = "qa"  # a list of questions in a JSON file
 MAX_TEXT_BYTES = 1_000_000  # of a file beside an image
 MAX_HEADER_BYTES = 1_000_000  # of a long name in a tar file
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000  # to how many times its size an archive may unpack, beyond the first
@@ -358,6 +360,23 @@ def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
     return list(dict.fromkeys(captions)), values
 
 
+def _questions_in(values: dict[str, Any]) -> tuple[ReferenceQA, ...]:
+    """Return the questions of a JSON file: its own, with their answers, and those of a list `qa`."""
+    listed = values.get(QA)
+    rows = [values, *(row for row in listed if isinstance(row, dict))] if isinstance(listed, list) else [values]
+    return tuple(question for row in rows if (question := read_question(row)))
+
+
+def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf) -> bool:
+    """Return whether the first archive has questions, in a store beside its first image: a column is of all images, or none."""
+    if archives.is_local:
+        with archives.translate_errors():
+            texts = list(index_of(names[0]).texts.values())
+        return any(_questions_in(_read_beside(of_key)[1]) for of_key in texts)
+    with closing(_read_images(archives, names[0], index_of)) as images:
+        return any(_questions_in(_read_beside(texts)[1]) for _, texts in islice(images, 1))
+
+
 def _decode(data: bytes) -> str:
     try:
         return decode_text(data)
@@ -432,6 +451,7 @@ def open_archives(
         raise SourceError(f"no archive is named after the split {split}", hint="the name of a file says its split: train-0.tar")
     index_of = lru_cache(1)(partial(_read_index, archives))  # columns are looked for in the first archive, which is read then
     _require_columns(archives, names, columns, index_of)
+    has_questions = _have_questions(archives, names, index_of)
     by_file = len(names) >= part.of
 
     def read() -> Iterator[RawSample | Rejected]:
@@ -443,7 +463,7 @@ def open_archives(
             for image, texts in _read_images(archives, name, index_of):
                 number += 1
                 if by_file or number % part.of == part.number:
-                    row = _row(f"{name}/{image.name}", image, texts, licence, columns, of_archive)
+                    row = _row(f"{name}/{image.name}", image, texts, licence, columns, of_archive, has_questions=has_questions)
                     if isinstance(row, Rejected) or split in (None, row.fields["split"]):
                         yield row if isinstance(row, Rejected) else _with_stored_split(row, split)
         if number < 0 and part == ALL:
@@ -482,7 +502,14 @@ def _with_stored_split(row: RawSample, requested: str | None) -> RawSample:
 
 
 def _row(
-    name: str, image: Entry, texts: Sequence[Entry], licence: str, columns: Sequence[str], split: str | None
+    name: str,
+    image: Entry,
+    texts: Sequence[Entry],
+    licence: str,
+    columns: Sequence[str],
+    split: str | None,
+    *,
+    has_questions: bool,
 ) -> RawSample | Rejected:
     if image.data is None:
         return Rejected(source_row=name, reason=image.reason, detail=_REASONS[image.reason])
@@ -493,7 +520,8 @@ def _row(
         return Rejected(source_row=name, reason="unknown_split", detail=str(error))
     values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
     context = tuple((column, as_text(values.get(column))) for column in columns)
-    fields = {"references": tuple(captions), "context": context, "split": split}
+    fields: dict[str, Any] = {"references": tuple(captions), "context": context, "split": split}
+    fields |= {"reference_qa": _questions_in(values)} if has_questions else {}
     return RawSample(source_row=name, images=(image.data,), licence=licence, fields=fields)
 
 

@@ -18,6 +18,7 @@ from datasets import load_dataset
 from PIL import Image
 from pycocotools.coco import COCO
 
+from pipeline.config import resolve
 from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
@@ -25,6 +26,7 @@ from pipeline.export.export import CHECKSUMS, export_version, write_beside
 from pipeline.export.formats import FORMATS, WebDataset
 from pipeline.export.items import read_items
 from pipeline.progress import NullProgress
+from pipeline.sources import open_source
 from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import Sample
@@ -105,6 +107,18 @@ def test_webdataset_reads_the_shards(version: Version, tmp_path: Path, monkeypat
         assert sample["png"].size == (item.width_px, item.height_px)
         seen += 1
     assert seen == version.manifest["rows"]["train"]
+
+
+def test_an_archive_that_was_exported_comes_back_with_captions_and_questions(version: Version, tmp_path: Path) -> None:
+    export_version(version, "webdataset", tmp_path / "out")
+    items = by_id(version)
+    rows = [row for row in open_source(resolve(source=f"archive:{tmp_path / 'out'}")).rows if isinstance(row, Sample)]
+    assert {row.id for row in rows} == {*items}
+    for row in rows:
+        item = items[row.id]
+        assert {*row.references} == {text for _, text in item.captions}
+        assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == item.questions
+        assert row.split == item.split
 
 
 def test_conversations_have_one_image_and_turns_in_order(version: Version, tmp_path: Path) -> None:

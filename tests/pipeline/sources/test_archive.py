@@ -113,6 +113,24 @@ def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> N
         rows(tmp_path / "p.zip", columns={"image": "title"})
 
 
+def test_questions_of_json_files_are_read_where_the_first_images_have_some(tmp_path: Path) -> None:
+    pairs = [
+        {"question": "How many?", "answer": "2"},
+        {"question": "Red?", "answers": ["yes", "no"], "answer_type": "yes/no"},
+        "odd",
+    ]
+    own = {"question": "What is it?", "answer": "a cup", "qa": pairs}
+    files = FILES | {"a/1.json": json.dumps(own).encode(), "b/IMG.002.json": b'{"qa": [{"question": "No answer?"}]}'}
+    (tmp_path / "a.tar").write_bytes(tar_of(files))
+    found = samples(tmp_path)
+    asked = {name: [(one.question, one.answers) for one in row.reference_qa or ()] for name, row in found.items()}
+    expected = [("What is it?", ("a cup",)), ("How many?", ("2",)), ("Red?", ("yes", "no"))]
+    assert asked == {name: expected if name == "a.tar/a/1.jpg" else [] for name in found}
+    assert all(row.reference_qa is not None for row in found.values())
+    (tmp_path / "a.tar").write_bytes(tar_of(FILES))
+    assert {row.reference_qa for row in samples(tmp_path).values()} == {None}  # as a version had it before
+
+
 def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
     """A key is the name up to the first dot, and what has it is one sample."""
     with webdataset.TarWriter(str(tmp_path / "train-000.tar")) as shard:
