@@ -4,10 +4,12 @@ The process has the file as its standard input, and may open no other: not even 
 same everywhere as long as pdfium is the same. Memory and time are limited as for images (isolation.py).
 """
 
+import ctypes
 import io
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -51,6 +53,7 @@ DEMUXERS = {
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
 _SERVE = "from pipeline.images.rendering import serve; serve()"
 _MAX_HEADER_BYTES = 100_000
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
 
 def serve() -> None:
     """Render the file on stdin to stdout: the main function of the process."""
+    _end_with_parent()
     kind, suffix, every_s = sys.argv[1:4]
     file = os.fdopen(os.dup(0), "rb")
     images = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], float(every_s))
@@ -120,6 +124,12 @@ def serve() -> None:
     except Exception as error:  # noqa: BLE001  # decoders raise any exception on damaged files
         end = {"reason": "unreadable_file", "what": one_line(error)}
     send_messages(out, [json.dumps(end).encode()])
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process with the one that started it, which may be killed while no image is due for long."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limited(images: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:

@@ -1,6 +1,9 @@
 """Rendering: pages and frames come in order from a process that sees one file, and a bad file is a reason and no more."""
 
 import io
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +165,39 @@ def test_the_process_ends_with_its_reader(tmp_path: Path, monkeypatch: pytest.Mo
         pages.close()  # type: ignore[attr-defined]
     (process,) = started
     assert process.returncode is not None
+
+
+def test_the_process_ends_when_its_reader_is_killed(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", 1)
+    worker = f"""
+import os, time
+from pipeline.images import rendering
+def slow(file):
+    open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+    time.sleep(600)
+rendering._open_pdf = slow
+rendering.serve()
+"""
+    (tmp_path / "reader.py").write_text(f"""
+import sys
+from pipeline.images import rendering
+rendering._SERVE = {worker!r}
+next(rendering.render("pdf", open(sys.argv[1], "rb"), ".pdf"))
+""")
+    reader = subprocess.Popen([sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "a.pdf")])
+    try:
+        while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+            assert reader.poll() is None
+            time.sleep(0.05)
+    finally:
+        reader.kill()
+        reader.wait()
+    process = Path(f"/proc/{pid}")
+    for _ in range(400):
+        if not process.exists() or "State:\tZ" in (process / "status").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it goes on without its reader")
 
 
 def test_a_file_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
