@@ -37,6 +37,7 @@ FIELD = r"^[A-Za-z][A-Za-z0-9_]*$"
 NEED = r"^[a-z][a-z0-9_-]*$"
 BASE_URL = r"^https?://[^/\s?#]+(/[^\s?#]*)?$"
 HEADER = r"^[A-Za-z0-9-]+$"
+HEADER_VALUE = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TITLE = r"^[^\x00-\x1f]+$"
 LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
@@ -47,6 +48,7 @@ PATTERNS = {  # what a value that does not match should be
     JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
     BASE_URL: "an address without a query, such as http://HOST:8000/v1",
     HEADER: "the name of a header",
+    HEADER_VALUE: "the value of a header, on one line",
     VARIABLE: "the name of an environment variable",
     FIELD: "the name of a field: letters, digits and _",
     NEED: "the name of a task or of a caption style",
@@ -189,11 +191,20 @@ class GenerateConfig(Section):
     batch_size: int = Field(default=64, ge=1)  # of the embedded engine; not part of the request id
 
 
+def _with_valid_port(url: str) -> str:
+    address_of(url)  # raises ValueError for a port that there is not
+    return url
+
+
+BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_with_valid_port)]
+Headers = dict[Annotated[str, Field(pattern=HEADER)], Annotated[str, Field(pattern=HEADER_VALUE)]]
+
+
 class EndpointConfig(Section):
     """What differs for one server of several. What is not set is as for all of them (ServerConfig)."""
 
     key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None
-    headers: dict[Annotated[str, Field(pattern=HEADER)], str] = {}  # beside those for all servers
+    headers: Headers = {}  # beside those for all servers
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
     weight: float = Field(default=1.0, gt=0)  # a server of weight 2 has twice as many requests in flight as one of 1
@@ -216,8 +227,8 @@ class ServerConfig(Section):
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # that are sent to each server; None: as it answers
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None  # that each server reads and writes
     key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None  # the environment variable of the key; None: SYNTH_API_KEY
-    headers: dict[Annotated[str, Field(pattern=HEADER)], str] = {}  # of each request; $NAME is of the environment
-    endpoints: dict[Annotated[str, Field(pattern=BASE_URL)], EndpointConfig] = {}  # by address, as in base_url
+    headers: Headers = {}  # of each request; $NAME is of the environment
+    endpoints: dict[BaseUrl, EndpointConfig] = {}  # by address, as in base_url
     enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused
     price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; for the display only
     price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
@@ -376,7 +387,9 @@ class Config(Section):
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None  # images that are read at most
     rows: Annotated[int, Field(ge=1)] | None = None  # images that the version has: it is read on until so many are kept
-    frame_seconds: Annotated[float, Field(gt=0)] | None = None  # between the frames that are read of a video; None: 5
+    frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # between the frames that are read of a video; None: 5
+    )
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
     captions: Distinct[
@@ -387,7 +400,7 @@ class Config(Section):
     own_tasks: tuple[TaskConfig, ...] = ()
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     model: str | None = None
-    base_url: Distinct[Annotated[str, Field(pattern=BASE_URL)]] = ()
+    base_url: Distinct[BaseUrl] = ()
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
     filter: FilterConfig = FilterConfig()
@@ -456,6 +469,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _has_the_servers_that_it_describes(self) -> "Config":
         used = [*self.base_url, *([self.judge_url] if self.judge_url else [])]
+        described = [address_of(url) for url in self.server.endpoints]
+        if twice := [url for url in described if described.count(url) > 1]:
+            raise ValueError(f"server.endpoints describes {twice[0]} twice")
         if unknown := [url for url in self.server.endpoints if address_of(url) not in map(address_of, used)]:
             named = ", ".join(used) or "no server"
             raise ValueError(f"server.endpoints describes {unknown[0]}, and base_url names {named}")
@@ -481,13 +497,9 @@ class Config(Section):
         return f"{at.removeprefix('@')}{rest}"
 
     def endpoint(self, url: str) -> EndpointConfig:
-        """Return what the settings say of the server at this address: its own values, else those for all; the key its own.
-
-        Another address of the same host and port counts as well, if this one is not described.
-        """
-        server, described = self.server, self.server.endpoints.items()
-        exact = [of for name, of in described if address_of(name) == address_of(url)]
-        own = next(iter([*exact, *(of for name, of in described if origin_of(name) == origin_of(url))]), EndpointConfig())
+        """Return what the settings say of the server at this address: its own values, else those for all; the key its own."""
+        server, address = self.server, address_of(url)
+        own = next((of for name, of in server.endpoints.items() if address_of(name) == address), EndpointConfig())
         own_names = {name.lower() for name in own.headers}
         return EndpointConfig(
             key_env=own.key_env,

@@ -104,7 +104,11 @@ def run_locally(
             if config.rows is None:
                 stack.close()  # what follows needs the memory, and no model
             compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
-            if config.rows is None or limit is None or source is None:
+            if config.rows is None or limit is None:
+                break
+            if source is None:
+                if position <= order.index("trim") and (kept := _count_images(dataset)) < config.rows:
+                    progress.warn(f"{kept:,} of {config.rows:,} rows are kept: without --from-stage, more images are read")
                 break
             limit = next_limit(config, limit, _count_images(dataset), progress, has_more=has_more)
             if limit is None:

@@ -51,6 +51,12 @@ DEMUXERS = {
     ".wmv": "asf",
 }
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
+COUNT = "count"
+MAX_PACKETS = 3_000_000  # of a video: over 24 hours of it
+MAX_DAMAGES = 1_000  # that are passed over
+ALIVE_PACKETS = 500  # after which a process says that it decodes, though no frame is due
+SPARE_MS = 1_000  # by which a video may be longer than it states
+Answer = tuple[dict[str, Any], bytes | None]
 _SERVE = "from pipeline.images.rendering import serve; serve()"
 _MAX_HEADER_BYTES = 100_000
 _PR_SET_PDEATHSIG = 1
@@ -58,19 +64,35 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """An image of a file: its place there, a page counted from 1 or milliseconds from the start, and its encoded bytes."""
+    """An image of a file: its place there, a page counted from 1 or milliseconds from the start, and its encoded bytes.
+
+    Of a page or a part of a video that is damaged, `fault` says so, and there are no bytes.
+    """
 
     place: int
-    data: bytes
+    data: bytes = b""
+    fault: str = ""
 
 
 def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> Iterator[Rendered]:
     """Yield the pages of a document, or the frames of a video that are `every_s` seconds apart, in order.
 
-    `file` is a regular file, opened to read. Raise ImageError for one that is damaged, encrypted, or takes too much time or
-    memory; what came before was good.
+    `file` is a regular file, opened to read. Raise ImageError for one that is damaged as a whole, encrypted, or takes too much
+    time or memory; what came before was good.
     """
-    process = start_worker(_SERVE, file, [kind, suffix, str(every_s)])
+    for header, data in _answers(file, [kind, suffix, str(every_s)]):
+        if "place" in header:
+            yield Rendered(int(header["place"]), data or b"", str(header.get("fault", ""))[:200])
+
+
+def count_images(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> int:
+    """Return how many pages a document has, or frames a video by the length it states. Raise ImageError as `render` does."""
+    return sum(int(header.get("count", 0)) for header, _ in _answers(file, [kind, suffix, str(every_s), COUNT]))
+
+
+def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+    """Run a process over a file, and yield what it answers until it says that it is done."""
+    process = start_worker(_SERVE, file, arguments)
     assert process.stdout
     is_late = Event()
 
@@ -85,12 +107,13 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
             timer.start()
             try:
                 header = json.loads(receive_message(process.stdout, _MAX_HEADER_BYTES) or b"")
-                data = receive_message(process.stdout, MAX_IMAGE_BYTES) if "place" in header else None
+                has_data = "place" in header and "fault" not in header
+                data = receive_message(process.stdout, MAX_IMAGE_BYTES) if has_data else None
             finally:
                 timer.cancel()
-            if data is None:
+            if "end" in header or "reason" in header:
                 break
-            yield Rendered(int(header["place"]), data)
+            yield header, data
     except (EOFError, ValueError, TypeError, KeyError):  # whatever it answered, if it answered
         process.kill()
         code = process.wait()
@@ -109,13 +132,16 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
 def serve() -> None:
     """Render the file on stdin to stdout: the main function of the process."""
     _end_with_parent()
-    kind, suffix, every_s = sys.argv[1:4]
-    file = os.fdopen(os.dup(0), "rb")
-    images = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], float(every_s))
+    kind, suffix, every_s, *wanted = sys.argv[1:]
+    file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
+    answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
     out = sys.stdout.buffer
     try:
-        for place, data in _limited(images):
-            send_messages(out, [json.dumps({"place": place}).encode(), data])
+        for header, data in _limited(answers):
+            if COUNT in header or not wanted:
+                send_messages(out, [json.dumps(header).encode(), *([data] if data else [])])
+            if COUNT in header and wanted:
+                break
         end: dict[str, Any] = {"end": True}
     except ImageError as error:
         end = {"reason": error.reason, "what": str(error)}
@@ -132,8 +158,8 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _limited(images: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """Yield images under the limits of this process, each with time of its own."""
+def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:
+    """Yield answers under the limits of this process, each with time of its own."""
     for form in ("JPEG", "PNG"):  # Pillow and Python load modules when they first encode
         Image.new("RGB", (8, 8)).save(io.BytesIO(), form)
     limit_resources()
@@ -142,20 +168,20 @@ def _limited(images: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened, opened))
     while True:
         allow_cpu()
-        image = next(images, None)
-        if image is None:
+        answer = next(answers, None)
+        if answer is None:
             return
-        yield image
+        yield answer
 
 
-def _open_pdf(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _open_pdf(file: IO[bytes]) -> Iterator[Answer]:
     import pypdfium2
 
     pypdfium2.PdfDocument.new().close()  # loads the library
     return _pages(pypdfium2, file.read())
 
 
-def _pages(pdfium: Any, data: bytes) -> Iterator[tuple[int, bytes]]:
+def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
     try:
         document = pdfium.PdfDocument(data)
     except pdfium.PdfiumError as error:
@@ -164,27 +190,33 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[tuple[int, bytes]]:
         raise ImageError(reason, what) from None
     if len(document) == 0:
         raise ImageError("empty_file", "it has no page")
+    document.init_forms()  # what is filled in is drawn
+    yield {COUNT: len(document)}, None
     for number in range(len(document)):
-        page = document[number]
-        width, height = page.get_size()
-        if not min(width, height) > 0 or max(width, height) / min(width, height) > PAGE_SIDE_PX:
-            raise ImageError("unreadable_file", f"page {number + 1} is {width:.0f} by {height:.0f} points")
-        bitmap = page.render(scale=PAGE_SIDE_PX / max(width, height))
-        yield number + 1, _encode(bitmap.to_pil().convert("RGB"), may_be_png=True)
+        try:
+            page = document[number]
+            width, height = page.get_size()
+            if not min(width, height) > 0 or max(width, height) / min(width, height) > PAGE_SIDE_PX:
+                raise ValueError(f"it is {width:.0f} by {height:.0f} points")
+            image = page.render(scale=PAGE_SIDE_PX / max(width, height)).to_pil().convert("RGB")
+        except (pdfium.PdfiumError, ValueError) as error:
+            yield {"place": number + 1, "fault": f"page {number + 1}: {one_line(error)}"}, None
+            continue
+        yield {"place": number + 1}, _encode(image, may_be_png=True)
         page.close()
 
 
-def _open_video(file: IO[bytes], demuxer: str, every_s: float) -> Iterator[tuple[int, bytes]]:
+def _open_video(file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[Answer]:
     import av
 
     for module in walk_packages(av.__path__, "av."):  # that are loaded when they are first used
         if not module.name.endswith("__main__"):
             import_module(module.name)
     av.logging.set_level(av.logging.PANIC)
-    return _frames(av, file, demuxer, every_s)
+    return _frames(av, file, demuxer, every_ms)
 
 
-def _frames(av: Any, file: IO[bytes], demuxer: str, every_s: float) -> Iterator[tuple[int, bytes]]:
+def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[Answer]:
     try:
         container = av.open(file, mode="r", format=demuxer)
     except av.FFmpegError as error:
@@ -196,22 +228,55 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_s: float) -> Iterator[
         stream.codec_context.thread_count = 1
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
             raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels")
-        first_s, due_s, found = None, 0.0, False
-        for frame in container.decode(stream):
-            if frame.time is None:
+        stated_ms = (container.duration or 0) // 1000  # FFmpeg counts microseconds
+        yield {COUNT: max(1, -(-stated_ms // every_ms))}, None
+        width_by_height = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+        first_s, due_ms, has_any = None, 0, False
+        for frame in _decoded(av, container, stream):
+            if isinstance(frame, str):
+                yield {"place": due_ms, "fault": frame}, None
+                continue
+            if frame is None or frame.time is None:
+                yield {}, None  # it is alive
                 continue
             first_s = frame.time if first_s is None else first_s
-            at_s = frame.time - first_s
-            if at_s < due_s:
+            at_ms = round(1000 * (frame.time - first_s))
+            if at_ms < due_ms:
                 continue
-            found, due_s = True, (at_s // every_s + 1) * every_s
-            yield round(1000 * at_s), _encode(_upright(frame))
-        if not found:
+            has_any, due_ms = True, (at_ms // every_ms + 1) * every_ms
+            yield {"place": at_ms}, _encode(_upright(frame, width_by_height))
+            if stated_ms and due_ms > stated_ms + SPARE_MS:
+                return
+        if not has_any:
             raise ImageError("empty_file", "it has no picture")
 
 
-def _upright(frame: Any) -> Image.Image:
+def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the frames of a video, None now and then, and a text at the first damage, after which it goes on."""
+    damages = 0
+    for count, packet in enumerate(container.demux(stream)):
+        allow_cpu()
+        if count == MAX_PACKETS:
+            raise ImageError("too_slow", f"more than {MAX_PACKETS:,} frames")
+        if count % ALIVE_PACKETS == 0:
+            yield None
+        try:
+            yield from packet.decode()
+        except av.InvalidDataError as error:
+            damages += 1
+            if damages == 1:
+                yield f"damaged from here on: {one_line(error.strerror or error)}"
+            elif damages > MAX_DAMAGES:
+                raise ImageError("unreadable_file", f"damaged in over {MAX_DAMAGES:,} places") from None
+
+
+def _upright(frame: Any, width_by_height: float) -> Image.Image:
+    """Return a frame as players show it, but for mirrored ones: of square pixels, and turned."""
     image: Image.Image = frame.to_image()
+    if not 0.1 < width_by_height < 10:
+        width_by_height = 1.0
+    if width_by_height != 1:
+        image = image.resize((max(1, round(image.width * width_by_height)), image.height))
     image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 

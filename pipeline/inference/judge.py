@@ -2,7 +2,7 @@
 
 import os
 
-from pipeline.config import AT_SERVER, Config, origin_of
+from pipeline.config import AT_SERVER, Config, address_of, origin_of
 from pipeline.errors import ConfigError
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import JUDGE_KEY, find_model
@@ -21,7 +21,10 @@ def choose_judge(
     name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
     if not url:
         raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
-    is_known = origin_of(url) in map(origin_of, config.base_url)
+    # A host whose servers have keys of their own gets none that is meant for others.
+    described, origin = config.server.endpoints, origin_of(url)
+    is_described = address_of(url) in map(address_of, described)
+    is_known = origin in map(origin_of, config.base_url) and (is_described or origin not in map(origin_of, described))
     server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
     of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
     key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY

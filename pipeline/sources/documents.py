@@ -5,10 +5,12 @@ a video, frames are read that lie `frame_seconds` apart. What comes of one file 
 last. Files are rendered in processes of their own (images/rendering.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
+from math import ceil
 from pathlib import Path
 
 from pipeline.config import Config
@@ -16,42 +18,54 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import APPLE_DOUBLE
-from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, render
+from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
 from pipeline.install import install_command
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
-from pipeline.sources.folder import REFUSALS, count_by_suffix, list_files, row_name
+from pipeline.sources.folder import (
+    REFUSALS,
+    UNREADABLE_FOLDER,
+    FolderContent,
+    count_by_suffix,
+    describe_folders,
+    describe_links,
+    list_files,
+    row_name,
+)
 from pipeline.storage.untrusted import TOO_LARGE, UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 FRAME_SECONDS = 5.0  # between frames, unless the settings say otherwise
 MAX_PDF_BYTES = 500_000_000  # it is held in memory
-Rows = Iterator[tuple[str, tuple[bytes, ...]]]  # the names of rows, and their images
-Split = Callable[[Iterator[tuple[int, bytes]]], Rows]  # of the images of a file into rows, which are named after the file
+Row = tuple[str, tuple[bytes, ...], str]  # what is added to the name of the file, its images, and why it cannot be used, if so
+Split = Callable[[Iterator[Rendered]], Iterator[Row]]  # of the images of a file into rows
 
 
-def split_into_decks(pages: Iterator[tuple[int, bytes]]) -> Rows:
-    """Yield decks of at most MAX_PAGES pages; a document that is one deck has no name of its own."""
-    deck: list[bytes] = []
-    last = 0
-    for number, page in pages:
+def split_into_decks(pages: Iterator[Rendered]) -> Iterator[Row]:
+    """Yield decks of at most MAX_PAGES pages; one with a page that cannot be rendered cannot be used."""
+    deck: list[Rendered] = []
+
+    def row() -> Row:
+        faults = "; ".join(page.fault for page in deck if page.fault)
+        return f"/{deck[0].place:04d}-{deck[-1].place:04d}", tuple(page.data for page in deck), faults
+
+    for page in pages:
         if len(deck) == MAX_PAGES:
-            yield f"/{last - len(deck) + 1:04d}-{last:04d}", tuple(deck)
+            yield row()
             deck = []
         deck.append(page)
-        last = number
-    first = last - len(deck) + 1
-    yield "" if first == 1 else f"/{first:04d}-{last:04d}", tuple(deck)
+    if deck:
+        yield row()
 
 
-def name_pages(pages: Iterator[tuple[int, bytes]]) -> Rows:
+def name_pages(pages: Iterator[Rendered]) -> Iterator[Row]:
     """Yield each page as an image."""
-    yield from ((f"/{number:04d}", (page,)) for number, page in pages)
+    yield from ((f"/{page.place:04d}", (page.data,), page.fault) for page in pages)
 
 
-def name_frames(frames: Iterator[tuple[int, bytes]]) -> Rows:
+def name_frames(frames: Iterator[Rendered]) -> Iterator[Row]:
     """Yield each frame as an image, named after its time."""
-    yield from ((f"/{milliseconds / 1000:09.3f}s", (frame,)) for milliseconds, frame in frames)
+    yield from ((f"/{frame.place / 1000:09.3f}s", (frame.data,), frame.fault) for frame in frames)
 
 
 def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: Config, *, decks: bool = False) -> Source:
@@ -62,15 +76,15 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     if find_spec(PACKAGES[kind]) is None:
         raise ConfigError(f"{kind} files are rendered by the package {PACKAGES[kind]}", hint=install_command(kind))
     suffixes, given = SUFFIXES[kind], root
-    others: list[Path] = []
+    content, others = FolderContent(), list[Path]()
     if root.is_dir():
         content = list_files(root)
         found = [path for path in content.others if path.suffix.lower() in suffixes]
         files = [path for path in found if not path.name.startswith(APPLE_DOUBLE)]
         others = [path for path in content.others if path not in {*files}] + content.images
     else:
-        files, root = [root] if root.suffix.lower() in suffixes else [], root.parent
-    if not files or not files[0].exists():
+        files, root = [root] if root.suffix.lower() in suffixes and root.exists() else [], root.parent
+    if not files:
         raise SourceError(f"no {kind} file at {given}", hint=f"a file, or a folder of files that end in {', '.join(suffixes)}")
     every_s = config.frame_seconds or FRAME_SECONDS
     bound = None if config.follow_links else root
@@ -78,13 +92,29 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     read = partial(_read, kind, root=root, bound=bound, split=split, licence=config.license or UNKNOWN, every_s=every_s)
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
     revision = digest([[row_name(path, root), _digest_of(path, bound)] for path in own] + renderer) if part == ALL else ""
+    unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER] if part.number == 0 else []
+    told = [*describe_folders(content), *describe_links(content), *([f"not read: {count_by_suffix(others)}"] if others else [])]
+    count = partial(_count_rows, kind, own, bound, every_s, MAX_PAGES if decks else 1)
     return Source(
         name=kind,
         revision=revision,
-        rows=check_samples(row for path in own for row in read(path)),
-        messages=(f"not read: {count_by_suffix(others)}",) if others and part == ALL else (),
+        rows=check_samples(chain(unreadable, (row for path in own for row in read(path)))),
+        count=count,
+        messages=tuple(told) if part == ALL else (),
         decks=decks,
     )
+
+
+def _count_rows(kind: Kind, files: Sequence[Path], bound: Path | None, every_s: float, images_a_row: int) -> int:
+    """Return about how many rows files have; one that cannot be opened has one, which is rejected."""
+    count = 0
+    for path in files:
+        try:
+            with open_regular(path, bound) as file:
+                count += ceil(count_images(kind, file, path.suffix.lower(), every_s) / images_a_row)
+        except (OSError, ImageError, UnsafeFileError):
+            count += 1
+    return count
 
 
 def _read(
@@ -94,9 +124,11 @@ def _read(
     name = row_name(path, root)
     try:
         with open_regular(path, bound, MAX_PDF_BYTES if kind == "pdf" else None) as file:
-            rendered = ((image.place, image.data) for image in render(kind, file, path.suffix.lower(), every_s))
-            for of_row, images in split(rendered):
-                yield RawSample(source_row=name + of_row, images=images, licence=licence, fields={})
+            for of_row, images, fault in split(render(kind, file, path.suffix.lower(), every_s)):
+                if fault:
+                    yield Rejected(source_row=name + of_row, reason="unreadable_image", detail=fault)
+                else:
+                    yield RawSample(source_row=name + of_row, images=images, licence=licence, fields={})
     except ImageError as error:
         yield Rejected(source_row=name, reason=error.reason, detail=str(error))
     except UnsafeFileError as error:

@@ -43,6 +43,7 @@ MAX_CAPTION_FILE_BYTES = 1_000_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REFERENCE_NAMES = ("text", "caption", "captions", "description")
 OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
+UNREADABLE_FOLDER = "unreadable_folder"
 REFUSALS = {  # by reason, without a path of this machine
     OUTSIDE: "a link to a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
@@ -94,7 +95,7 @@ def open_folder(
     if not content.images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         hint = f"files that end in {suffixes} are read, in subfolders too"
-        raise SourceError("; ".join([f"no image in {root}", *_describe_folders(content)]), hint=hint)
+        raise SourceError("; ".join([f"no image in {root}", *describe_folders(content)]), hint=hint)
     rows: dict[str, Path | Rejected] = {row_name(path, root): path for path in content.images}
     rows |= {row.source_row: row for row in content.rejected}
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
@@ -173,7 +174,7 @@ def list_files(root: Path) -> FolderContent:
             entries = list(os.scandir(folder))
         except OSError as error:
             name, detail = row_name(folder, root), error.strerror or "unknown"
-            content.rejected.append(Rejected(source_row=name, reason="unreadable_folder", detail=detail))
+            content.rejected.append(Rejected(source_row=name, reason=UNREADABLE_FOLDER, detail=detail))
             continue
         for entry in entries:
             path = folder / entry.name
@@ -193,7 +194,7 @@ def list_files(root: Path) -> FolderContent:
 
 def _describe_content(content: FolderContent, references: References) -> Iterator[str]:
     """Yield what a user should know of a folder: what cannot be read, captions beside images, files that are for nothing."""
-    yield from _describe_folders(content)
+    yield from describe_folders(content)
     if references.captions:
         captioned = [references.captions[path] for path in content.images if path in references.captions]
         count, total = sum(map(len, captioned)), len(content.images)
@@ -202,9 +203,7 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
         asked = [references.questions[path] for path in content.images if references.questions.get(path)]
         yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
     yield from references.messages
-    if content.links:
-        names = sorted(path.name for path in content.links)
-        yield f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"
+    yield from describe_links(content)
     files = {path.resolve() for path in references.files}
     if unread := [path for path in content.others if path.resolve() not in files]:
         yield f"not read: {count_by_suffix(unread)}"
@@ -220,9 +219,16 @@ def count_by_suffix(paths: Iterable[Path]) -> str:
     return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
 
 
-def _describe_folders(content: FolderContent) -> list[str]:
-    folders = sorted(row.source_row for row in content.rejected if row.reason == "unreadable_folder")
+def describe_folders(content: FolderContent) -> list[str]:
+    """Return which folders cannot be read."""
+    folders = sorted(row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER)
     return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
+
+
+def describe_links(content: FolderContent) -> list[str]:
+    """Return which links to folders are not entered."""
+    names = sorted(path.name for path in content.links)
+    return [f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"] if names else []
 
 
 def read_references(

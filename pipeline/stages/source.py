@@ -1,6 +1,6 @@
 """Stage: source. Write the samples of a source; reject unreadable rows, copies of an image, and excluded images."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,9 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
             name, split = parse_exclusion(given)
             urls = config.allow_urls and "allow_urls" in find_source(name).options
             partial = config.allow_partial and "allow_partial" in find_source(name).options
-            source = open_source(resolve(source=name, source_split=split, allow_urls=urls, allow_partial=partial))
+            every_s = config.frame_seconds if "frame_seconds" in find_source(name).options else None
+            options: dict[str, Any] = {"allow_urls": urls, "allow_partial": partial, "frame_seconds": every_s}
+            source = open_source(resolve(source=name, source_split=split, **options))
             label = f"{source.name}#{split}" if split else source.name
             rows: list[dict[str, Any]] = []
             unread = 0
@@ -209,7 +211,11 @@ def write_source(
         yield pa.Table.from_pylist(batch, schema=SAMPLE)
         progress("source", len(images.kept), limit and len(images.kept))
 
-    write_table(shard.stage("source"), tables(), SAMPLE)
+    try:
+        write_table(shard.stage("source"), tables(), SAMPLE)
+    finally:  # processes that render its files wait for what nobody will read
+        if isinstance(rows, Generator):
+            rows.close()
     if images.changes or images.texts:
         write_table(shard.stage("source"), map(images.apply, read_samples(shard)), SAMPLE)
     _write_rejected(shard, rejected)

@@ -62,13 +62,29 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
     loaded = load_dataset(str(tmp_path / result["path"]), cache_dir=str(tmp_path / "cache"))
     decks = {row["source_row"]: row["pages"] for rows in loaded.values() for row in rows}
     assert {name: len(pages) for name, pages in decks.items()} == {
-        "long.pdf/0001-0020": 20, "long.pdf/0021-0023": 3, "short.pdf": 3,
+        "long.pdf/0001-0020": 20, "long.pdf/0021-0023": 3, "short.pdf/0001-0003": 3,
     }  # fmt: skip
     assert len({split for split, rows in loaded.items() for name in rows["source_row"] if name.startswith("long")}) == 1
-    page = decks["short.pdf"][0]
+    page = decks["short.pdf/0001-0003"][0]
     assert (page if isinstance(page, Image.Image) else Image.open(io.BytesIO(page["bytes"]))).size == (1536, 864)
 
 
 def test_the_sources_are_listed(tmp_path: Path) -> None:
     shown = run_synth("sources", cwd=tmp_path).stdout
     assert all(f"{name}:PATH" in shown for name in ("pdf", "pdf-pages", "video"))
+
+
+def test_a_forecast_counts_pages_and_frames_and_an_excluded_video_is_read_as_closely(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for number in range(3):
+        write_video(tmp_path / "clips" / f"{number}.mp4", 40, (64, 48), rate=2, shift=100 * number)
+    usual = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
+    with running_chat(ChatServer(caption)) as chat:
+        predicted = generated(tmp_path, chat, *usual, "--dry-run")
+        (tmp_path / "s.yaml").unlink()
+        server = ("--base-url", chat.url, "--model", "model")
+        excluded = run_synth(
+            "generate", *usual, *server, "--exclude", "video:clips/0.mp4", "--out", "e", "--json", cwd=tmp_path
+        )
+    assert predicted["images"] == 120
+    assert json.loads(excluded.stdout)["stages"]["source"]["rejected"]["banned_image"] == 40

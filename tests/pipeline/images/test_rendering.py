@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.images import isolation, rendering
-from pipeline.images.rendering import DEMUXERS, Kind, Rendered, render
+from pipeline.images.rendering import DEMUXERS, Kind, Rendered, count_images, render
 from tests.media import text_pdf, write_pdf, write_video
 
 
@@ -68,6 +69,62 @@ def test_containers_are_read_by_their_suffix(suffix: str, tmp_path: Path) -> Non
     assert [frame.place // 1000 for frame in rendered(tmp_path / f"a{suffix}", "video")] == [0, 1]
 
 
+@pytest.mark.parametrize(("every_s", "count"), [(0.1, 50), (0.2, 25), (0.3, 17), (0.7, 8), (1000.0, 1), (1e9, 1)])
+def test_small_and_large_steps_find_the_frames_that_are_due(every_s: float, count: int, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 5)
+    places = [frame.place for frame in rendered(tmp_path / "a.mp4", "video", every_s)]
+    assert len(places) == count
+    assert all(place >= number * round(1000 * every_s) for number, place in enumerate(places))
+    with (tmp_path / "a.mp4").open("rb") as file:
+        assert count_images("video", file, ".mp4", every_s) == count
+
+
+def test_a_long_wait_for_a_frame_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4", 60)
+    slow = """
+import time
+from pipeline.images import isolation, rendering
+isolation.CPU_SECONDS, rendering.ALIVE_PACKETS = 1, 1
+decoded = rendering._decoded
+def slowly(*arguments):
+    for frame in decoded(*arguments):
+        until = time.process_time() + 0.02
+        while time.process_time() < until: pass
+        yield frame
+rendering._decoded = slowly
+rendering.serve()
+"""
+    monkeypatch.setattr(rendering, "_SERVE", slow)
+    monkeypatch.setattr(rendering, "WALL_SECONDS", 30.0)
+    assert [frame.place for frame in rendered(tmp_path / "a.mp4", "video", 50.0)] == [0, 50_000]  # over 1 s of a processor
+
+
+def test_damage_in_a_video_is_named_and_passed_over(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 20)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = len(data) // 5
+    data[at : at + 3000] = bytes(3000)
+    frames = rendered(saved(tmp_path / "b.mp4", bytes(data)), "video")
+    assert len([frame for frame in frames if frame.fault]) <= 1
+    assert len([frame for frame in frames if frame.data]) >= 15
+
+
+def test_fields_that_were_filled_in_are_seen(tmp_path: Path) -> None:
+    dark = []
+    for value in ("", "(FILLED IN)"):
+        field = "/AcroForm << /Fields [6 0 R] /NeedAppearances true /DA (/F1 40 Tf 0 g) /DR << /Font << /F1 5 0 R >> >> >>"
+        data = text_pdf(" ", more=field if value else "", field=value)
+        (page,) = rendered(saved(tmp_path / "f.pdf", data))
+        dark.append(sum(level < 100 for level in image_of(page).convert("L").tobytes()))
+    assert dark[0] == 0 and dark[1] > 500
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mkv", 1, (72, 58), shape=Fraction(64, 45))
+    (frame,) = rendered(tmp_path / "a.mkv", "video")
+    assert image_of(frame).size == (102, 58)
+
+
 def test_large_frames_are_scaled_down(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 1, (2560, 1440), rate=2)
     assert [image_of(frame).size for frame in rendered(tmp_path / "a.mp4", "video")] == [(2048, 1152)]
@@ -98,7 +155,8 @@ def test_a_damaged_file_or_one_that_is_something_else_is_a_reason(name: str, tmp
 
 
 def test_pages_that_are_lines_and_documents_that_want_a_password_are_reasons(tmp_path: Path) -> None:
-    assert reason_of(saved(tmp_path / "line.pdf", text_pdf(media_box="0 0 100000 2"))) == "unreadable_file"
+    (line,) = rendered(saved(tmp_path / "line.pdf", text_pdf(media_box="0 0 100000 2")))
+    assert line.data == b"" and "page 1: it is 100000 by 2 points" in line.fault
     (huge,) = rendered(saved(tmp_path / "huge.pdf", text_pdf(media_box="0 0 100000 50000")))
     assert image_of(huge).size == (1536, 768)  # a page of 35 meters has no more pixels
     locked = text_pdf().replace(b"/Root 1 0 R", b"/Root 1 0 R /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O (" + b"x" * 32
@@ -133,7 +191,9 @@ from pipeline.images import isolation, rendering
 {settings}
 pages = rendering._pages
 def patched(pdfium, data):
-    yield next(pages(pdfium, data))
+    answers = pages(pdfium, data)
+    yield next(answers)
+    yield next(answers)
     {attack}
 rendering._pages = patched
 rendering.serve()

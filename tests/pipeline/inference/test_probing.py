@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference import client, endpoints, probing
+from pipeline.inference import client, endpoints, judge, probing
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import find_model, named_endpoints, retry_seconds
 from pipeline.inference.journal import Journal
@@ -219,24 +219,63 @@ def test_a_server_with_a_pace_gets_what_it_may_answer_and_holds_up_nobody(tmp_pa
     assert 1 <= len(paced.bodies) <= 6  # one a second; of sixteen at once, half would have waited there
 
 
-JUDGES = ("https://models.example.com", "https://MODELS.example.com/v1/", "https://models.example.com:443/v1/chat/completions",
-          "https://models.example.com/v2")  # fmt: skip
+SPELLINGS = (
+    "https://models.example.com",
+    "https://MODELS.example.com/v1/",
+    "https://models.example.com:443/v1/chat/completions",
+)
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_the_key_of_a_host_is_its_own_however_its_address_is_spelled(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("address", SPELLINGS)
+def test_the_key_of_a_server_is_its_own_however_its_address_is_spelled(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-local")
     monkeypatch.setenv("EXAMPLE_KEY", "of-example")
     own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
     server = {"headers": {"Api-Key": "all"}, "endpoints": {"https://models.example.com/v1": own}}
-    urls = ["http://localhost:8000/v1", "https://models.example.com/v1"]
-    config = resolve(source="scenes", base_url=urls, model="m", server=server, verify={"judge": f"big@{judge}"})
-    (endpoint,) = named_endpoints(config.model_copy(update={"base_url": (config.judge_url,)}))
-    assert endpoint.headers["Authorization"] == "Bearer of-example"
-    assert {name.lower(): value for name, value in endpoint.headers.items()}["api-key"] == "example"
-    assert [name for name in endpoint.headers if name.lower() == "api-key"] == ["api-key"]
+    config = resolve(source="scenes", base_url=["http://localhost:8000/v1", address], model="m", server=server)
     local, example = named_endpoints(config)
     assert (local.headers["Authorization"], example.headers["Authorization"]) == ("Bearer of-local", "Bearer of-example")
+    assert [(name, value) for name, value in example.headers.items() if name.lower() == "api-key"] == [("api-key", "example")]
+    assert example.url == "https://models.example.com/v1"
+
+
+def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "of-all")
+    monkeypatch.setenv("SYNTH_JUDGE_API_KEY", "of-judge")
+    monkeypatch.setenv("WRITER_KEY", "of-writer")
+    asked: list[Any] = []
+
+    def find(config: Any, key_name: str | None) -> tuple[str, str]:
+        asked.extend(named_endpoints(config, key_name))
+        return "big", "revision"
+
+    monkeypatch.setattr(judge, "find_model", find)
+    writer, other = "http://127.0.0.1:1/w/v1", "http://127.0.0.1:1/j/v1"
+    own = {"key_env": "WRITER_KEY", "headers": {"X-Team": "a"}}
+    for address, key, team in ((other, "of-judge", None), (writer, "of-writer", "a")):
+        verify = {"judge": f"big@{address}", "judge_may_be_writer": True}
+        config = resolve(source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify)
+        judge.choose_judge(config, "r")
+        assert (asked[-1].headers["Authorization"], asked[-1].headers.get("X-Team")) == (f"Bearer {key}", team)
+    monkeypatch.delenv("SYNTH_JUDGE_API_KEY")
+    verify = {"judge": f"big@{other}", "judge_may_be_writer": True}
+    config = resolve(source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify)
+    judge.choose_judge(config, "r")
+    assert "Authorization" not in asked[-1].headers  # the key for all is not for a host whose servers have their own
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"base_url": ["http://127.0.0.1:99999/v1"]}, "Port out of range"),
+        ({"server": {"headers": {"X-A": "b\r\nHost: evil"}}}, "the value of a header, on one line"),
+        ({"server": {"endpoints": {"http://a/v1": {}, "http://A": {}}}, "base_url": ["http://a/v1"]}, "http://a/v1 twice"),
+        ({"source": "video:x", "frame_seconds": float("inf")}, "bad value for frame_seconds"),
+    ],
+)
+def test_an_address_or_a_value_that_cannot_be_is_one_error(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        resolve(**{"source": "scenes", **settings})
 
 
 def test_what_a_file_says_of_servers_that_are_not_used_now_is_passed_over(tmp_path: Path) -> None:

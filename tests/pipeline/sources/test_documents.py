@@ -44,7 +44,7 @@ def test_documents_are_decks_and_long_ones_several(files: Path) -> None:
     pages = {name: len(row.images) if isinstance(row, Sample) else row.reason for name, row in found.items()}
     assert pages == {
         "bad.pdf": "unreadable_file",
-        "short.pdf": 3,
+        "short.pdf/0001-0003": 3,
         "talks/long.PDF/0001-0020": 20,
         "talks/long.PDF/0021-0040": 20,
         "talks/long.PDF/0041-0045": 5,
@@ -72,6 +72,8 @@ def test_what_comes_of_one_file_is_one_group(files: Path) -> None:
         assert config.split.group_by == "folder"
         given = resolve(source=f"{source}:{files}", split={"group_by": None})
         assert with_source_defaults(given).split.group_by is None
+    decks = {name_key(name, "folder") for name in rows(opened(f"pdf:{files}")) if name != "bad.pdf"}
+    assert decks == {"short.pdf", "talks/long.PDF"}  # and not their folders
     keys = {name: name_key(name, "folder") for name in rows(opened(f"video:{files}"))}
     assert set(keys.values()) == {"one.mkv", "talks/clip.mp4"}
     assert name_key("talks/long.PDF/0001-0020", "folder") == "talks/long.PDF"
@@ -87,6 +89,33 @@ def test_a_revision_follows_the_files_and_what_is_read_of_them(tmp_path: Path) -
     write_pdf(tmp_path / "a.pdf", 2)
     assert opened(f"pdf:{tmp_path}").revision != pdf
     assert opened(f"video:{tmp_path}").revision == first
+
+
+def test_what_cannot_be_entered_or_rendered_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    (tmp_path / "000.mp4").symlink_to(tmp_path / "missing")
+    (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
+    write_video(tmp_path / "a.mp4", 3)
+    source = opened(f"video:{tmp_path}", frame_seconds=1)
+    assert source.count() == 4
+    assert "links to folders, which are not entered: 1 (elsewhere)" in source.messages
+    found = rows(source)
+    assert [name for name, row in found.items() if isinstance(row, Rejected)] == ["000.mp4"] and len(found) == 4
+
+
+def test_a_page_that_is_damaged_costs_itself_or_its_deck_alone(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", 45, (160, 90))
+    data = (tmp_path / "a.pdf").read_bytes()
+    kids = data[data.index(b"/Kids [") + 7 :].split(b"]")[0].split(b" R")
+    broken = kids[24].strip()  # the reference of page 25
+    (tmp_path / "a.pdf").write_bytes(data.replace(broken + b" R", b"9999 0 R"[: len(broken) + 2].ljust(len(broken) + 2), 1))
+    assert opened(f"pdf:{tmp_path}").count() == 3 and opened(f"pdf-pages:{tmp_path}").count() == 45
+    decks = rows(opened(f"pdf:{tmp_path}"))
+    assert [*decks] == ["a.pdf/0001-0020", "a.pdf/0021-0040", "a.pdf/0041-0045"]
+    (bad,) = (row for row in decks.values() if isinstance(row, Rejected))
+    assert bad.source_row == "a.pdf/0021-0040" and "page 25" in bad.detail
+    pages = rows(opened(f"pdf-pages:{tmp_path}"))
+    lost = [name for name, row in pages.items() if isinstance(row, Rejected)]
+    assert lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45  # pdfium loses the place of the next
 
 
 def test_slices_are_disjoint_and_all(files: Path) -> None:
@@ -105,7 +134,7 @@ def test_a_link_to_a_private_document_is_read_only_where_that_is_allowed(tmp_pat
         "a.pdf": "outside_folder", "b.pdf": "not_a_file",
     }  # fmt: skip
     allowed = rows(opened(f"pdf:{tmp_path / 'folder'}", follow_links=True))
-    assert isinstance(allowed["a.pdf"], Sample)
+    assert isinstance(allowed["a.pdf/0001-0001"], Sample)
 
 
 def test_what_cannot_be_read_is_one_error(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
