@@ -2,8 +2,10 @@
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Exit, Option
@@ -152,6 +154,10 @@ def push(
     space: Annotated[
         str | None, Option(help="Also push a page for this captioner, where anyone may try it, as a Space: ORG/NAME.")
     ] = None,
+    also: Annotated[
+        str | None,
+        Option(metavar="FORMAT,...", help="Push the same rows in these formats, too: webdataset, cauldron, dpo, lance."),
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     repair: Annotated[
         bool, Option("--repair", help="If this version lies damaged on the Hub, push its rows as the next patch.")
@@ -165,6 +171,8 @@ def push(
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.licenses import non_redistributable
     from pipeline.dataset.manifest import describe_data
+    from pipeline.export.export import export_version
+    from pipeline.export.formats import OF_FEW_FILES
     from pipeline.hub.package import build_package
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import DamagedPushError, check_repo_name
@@ -179,6 +187,10 @@ def push(
         say(f"captioner: {data}")
         push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
+    formats = [name.strip() for name in also.split(",")] if also else []
+    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
+        where = " is a config of every version" if unknown[0] == "messages" else f" is none of {', '.join(OF_FEW_FILES)}"
+        raise BadParameter(f"{unknown[0]}{where}", param_hint="--also")
     if space:
         raise BadParameter("goes with a captioner: name its folder", param_hint="--space")
     if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
@@ -193,7 +205,15 @@ def push(
 
     def push_version(version: "Version") -> "PushResult | None":
         restricted = non_redistributable(version.manifest["licences"])
-        with build_package(version, repo, images=images, acknowledged=acknowledge or (), stated=stated) as package:
+        with ExitStack() as stack:
+            exports = {}
+            if formats:
+                folder = Path(stack.enter_context(TemporaryDirectory()))
+                progress = stack.enter_context(show_progress())
+                exports = {name: export_version(version, name, folder / name, progress=progress).folder for name in formats}
+            package = stack.enter_context(
+                build_package(version, repo, images=images, acknowledged=acknowledge or (), stated=stated, exports=exports)
+            )
             rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
             say(f"dataset: {version.dataset_dir}")
             say(f"version: {version.name}, {rows}")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from math import isfinite
 from typing import Any
@@ -159,7 +159,10 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         "language_creators": _CREATORS[writers],
         "source_datasets": [upstream[1] if upstream else "original"],
         "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
-        "configs": [{"config_name": name, "data_files": data_files, **columns} for name, columns in configs.items()],
+        "configs": [
+            *({"config_name": name, "data_files": data_files, **columns} for name, columns in configs.items()),
+            *_export_configs(manifest, splits),
+        ],
         "dataset_info": _one_or_list(
             {
                 **({"config_name": name} if len(configs) > 1 else {}),
@@ -188,6 +191,15 @@ def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     if manifest["measured"].get("rows_without_text"):  # a conversation needs a turn
         return default
     return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
+
+
+def _export_configs(manifest: dict[str, Any], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield a config for each export that is Parquet, as `datasets` reads it."""
+    for name, entries in manifest.get("exports", {}).items():
+        found = [split for split in splits if any(re.fullmatch(rf"{split}-\d+\.parquet", file) for file in entries)]
+        if found:
+            data_files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in found]
+            yield {"config_name": name, "data_files": data_files}
 
 
 def _one_or_list(values: Iterable[Any]) -> Any:

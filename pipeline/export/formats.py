@@ -436,5 +436,8 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
 }
 
 
+OF_FEW_FILES = ("webdataset", "cauldron", "dpo", "lance")  # which a repository of the Hub may hold
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)

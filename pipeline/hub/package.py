@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
 
+NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
 
 
@@ -57,6 +59,14 @@ class Package:
         return self.kind == "dataset" and not doubtful.isdisjoint(card_licenses(self.manifest))
 
 
+def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest's entries of the files of exports, by their paths in the repository; of what is none, nothing."""
+    exports = manifest.get("exports")
+    folders = exports.items() if isinstance(exports, dict) else ()
+    files = ((f"{name}/{file}", entry) for name, of in folders if isinstance(of, dict) for file, entry in of.items())
+    return {path: entry for path, entry in files if isinstance(entry, dict) and isinstance(entry.get("sha256"), str)}
+
+
 @contextmanager
 def build_package(
     version: Version,
@@ -65,13 +75,15 @@ def build_package(
     images: bool | None = None,
     acknowledged: Sequence[str] = (),
     stated: dict[str, str] | None = None,
+    exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
     """Yield the package to push to `repo`; rewritten shards lie in a temporary folder that is removed afterwards.
 
     `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
     licenses under which the caller may redistribute pixels; the card says so. `stated` is what the caller says of the data
-    (dataset.manifest.describe_data). No image leaves with its metadata. Raise PushError if files of the version are missing,
-    or `images` includes pixels that may not be redistributed; StoreError if a file is damaged.
+    (dataset.manifest.describe_data). No image leaves with its metadata. `exports` are folders of the same rows in formats of
+    other tools, by name, which go into folders of that name. Raise PushError if files of the version are missing, `images`
+    includes pixels that may not be redistributed, or exports would; StoreError if a file is damaged.
     """
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
@@ -84,15 +96,20 @@ def build_package(
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
     with tempfile.TemporaryDirectory() as folder:
         if pixel_columns and (images is False or (images is None and restricted)):
+            if exports:
+                raise PushError(f"{', '.join(exports)} would hold the images, which are left out", hint="leave out --also")
             yield _pack(version, repo, without_pixels(version, Path(folder)) | (stated or {}), Path(folder))
             return
         acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
         manifest, files = version.manifest | acknowledgement | (stated or {}), version.path
         if pixel_columns and manifest.get("image_metadata") != REMOVED:  # made by an earlier release
+            if exports:
+                hint = "run `synth generate` again in its folder, which asks nothing, or leave out --also"
+                raise PushError(f"the images of {version.name} have metadata, and {', '.join(exports)} would, too", hint=hint)
             columns = [*version.manifest["columns"], *version.manifest.get("reader_columns", ())]
             entries = _copy_shards(version, Path(folder), columns, _without_metadata)
             manifest, files = manifest | {"files": entries, "image_metadata": REMOVED}, Path(folder)
-        yield _pack(version, repo, manifest, files)
+        yield _pack(version, repo, manifest, files, exports)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
@@ -138,7 +155,15 @@ def _strip(cell: Any) -> Any:
     return {"bytes": strip_metadata(cell["bytes"]), "path": None}
 
 
-def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -> Package:
+def _pack(
+    version: Version, repo: str, manifest: dict[str, Any], folder: Path, exports: Mapping[str, Path] = NO_EXPORTS
+) -> Package:
+    exported = {
+        name: {path.relative_to(of).as_posix(): path for path in sorted(of.rglob("*")) if path.is_file()}
+        for name, of in exports.items()
+    }
+    entries = {name: {file: file_entry(path) for file, path in files.items()} for name, files in exported.items()}
+    manifest = {key: value for key, value in manifest.items() if key != "exports"} | ({"exports": entries} if entries else {})
     return Package(
         kind="dataset",
         name=version.name,
@@ -146,6 +171,7 @@ def _pack(version: Version, repo: str, manifest: dict[str, Any], folder: Path) -
         manifest=manifest,
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
+            **{f"{name}/{file}": path for name, files in exported.items() for file, path in files.items()},
             LEDGER_FILE: version.path / LEDGER_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": _json(manifest),

@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pipeline.dataset.version import LEDGER_FILE, parse_version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, PushError, one_line
-from pipeline.hub.package import Package
+from pipeline.hub.package import Package, exported_files
 from pipeline.progress import NullProgress, Progress
 
 MAX_ATTEMPTS = 6
@@ -180,7 +180,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
         progress("push", done, len(large))
         api.preupload_lfs_files(repo, [addition], repo_type=package.kind, free_memory=False)
     progress("push", len(large), len(large))
-    stale = [path for path in remote.get("files", ()) if path in files and path not in package.files]
+    known = [*remote.get("files", ()), *exported_files(remote)]
+    stale = [path for path in known if path in files and path not in package.files]
     commit = api.create_commit(
         repo,
         [*additions, *map(CommitOperationDelete, stale)],
@@ -198,6 +199,9 @@ def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
     if remote.get("digest") != package.manifest["digest"]:
         hint = "a tag never moves: make a new version, or push to another repository"
         raise PushError(f"{repo} already has another {name}", hint=hint)
+    if missing := sorted({*package.manifest.get("exports", {})} - {*remote.get("exports", {})}):
+        hint = "a tag never moves: make a new version, or push to another repository"
+        raise PushError(f"{repo} already has {name} without {', '.join(missing)}", hint=hint)
     if remote.get("pixels") != package.manifest.get("pixels"):
         which = "without its images" if remote.get("pixels") else "with its images"
         raise PushError(f"{repo} already has {name} {which}", hint="a tag never moves: push to another repository")
@@ -222,7 +226,7 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
     """Compare the checksums of the files on the Hub with their manifest, and return it. Raises PushError if they differ."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
-    files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {})
+    files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {}) | exported_files(manifest)
     expected = {name: file["sha256"] for name, file in files.items()}
     actual: dict[str, str] = {}
     for entry in api.get_paths_info(repo, list(expected), repo_type=package.kind, revision=commit):

@@ -73,6 +73,46 @@ def test_versions_say_what_there_is_and_where_it_was_pushed(maker: User, hub: Ru
     assert "(from v1.0.0)" in output
 
 
+def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(hub: RunningHub, reader: User) -> None:
+    reader.synth("generate", "--source", "scenes", "--limit", "20", "--out", "d")
+    pushed = reader.json("push", "d", "--repo", "me/also", "--also", "webdataset,cauldron")
+    repo = hub.hub.storage.repos["dataset", "me/also"]
+    files = repo.commits[pushed["commit"]].files
+    assert len(repo.commits) == 2 and {"webdataset/train-000000.tar", "webdataset/SHA256SUMS"} < {*files}
+    manifest = json.loads(hub.hub.storage.path(files["manifest.json"].sha256).read_text())
+    for name, entries in manifest["exports"].items():
+        assert {file: entry["sha256"] for file, entry in entries.items()} == {
+            path.removeprefix(f"{name}/"): stored.sha256 for path, stored in files.items() if path.startswith(f"{name}/")
+        }
+    card = hub.hub.storage.path(files["README.md"].sha256).read_text()
+    assert "formats of other tools: `webdataset/`, `cauldron/`." in card
+    env = hub.env(reader.folder / "home")
+    code = (
+        "from datasets import load_dataset\n"
+        "print(len(load_dataset('me/also', split='train')), len(load_dataset('me/also', 'cauldron', split='train')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    assert loaded.returncode == 0, loaded.stderr
+    count = manifest["rows"]["train"]
+    assert loaded.stdout.split() == [str(count)] * 2
+    assert reader.json("push", "d", "--repo", "me/also", "--also", "webdataset")["commit"] == pushed["commit"]
+    refused = reader.synth("push", "d", "--repo", "me/also", "--also", "dpo,webdataset", fails=True).stderr
+    assert "no pairs of a better and a worse caption" in refused
+    reader.synth("push", "d", "--repo", "me/plain")
+    refused = reader.synth("push", "d", "--repo", "me/plain", "--also", "cauldron", fails=True).stderr
+    assert "already has v1.0.0 without cauldron" in refused
+    reader.synth("generate", "--source", "scenes", "--limit", "24", "--out", "d")
+    later = reader.json("push", "d", "--repo", "me/also", "--also", "cauldron")
+    left = repo.commits[later["commit"]].files
+    assert not [path for path in left if path.startswith("webdataset/")] and "cauldron/train-00000.parquet" in left
+    assert repo.tags["v1.0.0"] == pushed["commit"]
+    refused = reader.synth("push", "d", "--repo", "me/none", "--also", "cauldron", "--no-images", fails=True).stderr
+    assert "cauldron would hold the images, which are left out" in refused
+    for name in ("messages", "sidecar"):
+        wrong = run_synth("push", "d", "--repo", "me/none", "--also", name, cwd=reader.folder, env=env)
+        assert wrong.returncode == 2 and "--also" in wrong.stderr
+
+
 def test_a_model_on_the_hub_is_weighed_without_being_fetched(hub: RunningHub, reader: User) -> None:
     api = HfApi(hub.endpoint, token=TOKEN)
     api.create_repo("me/weights")
