@@ -63,15 +63,8 @@ MANIFEST_KEYS = frozenset(
      "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance",
      "split")
 )  # fmt: skip
-LOCAL_SOURCES = (
-    "folder",
-    "archive",
-    "list",
-    "parquet",
-    "pdf",
-    "pdf-pages",
-    "video",
-)  # which name a place of a user's own behind a colon
+# Sources that name a place of a user's own behind a colon.
+LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
 PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
 TINY = "tiny"  # the model of the teachers of drawn scenes
 NO_MODEL = "none"  # stands for the model where nothing is asked
@@ -387,9 +380,8 @@ class Config(Section):
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None  # images that are read at most
     rows: Annotated[int, Field(ge=1)] | None = None  # images that the version has: it is read on until so many are kept
-    frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
-        None  # between the frames that are read of a video; None: 5
-    )
+    # Seconds between the frames that are read of a video; None: 5.
+    frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: int = 0
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()  # SOURCE or SOURCE#SPLIT: images that must not be learned from
     captions: Distinct[
@@ -493,8 +485,7 @@ class Config(Section):
     @property
     def judge_url(self) -> str:
         """The address of the judge's server; empty if there is none."""
-        _, at, rest = (self.verify.judge or "").partition(AT_SERVER)
-        return f"{at.removeprefix('@')}{rest}"
+        return judge_address(self.verify.judge)
 
     def endpoint(self, url: str) -> EndpointConfig:
         """Return what the settings say of the server at this address: its own values, else those for all; the key its own."""
@@ -546,6 +537,12 @@ def address_of(url: str) -> str:
     return f"{parts.scheme}://{user}{at}{host}{port}{parts.path.rstrip('/') or '/v1'}"
 
 
+def judge_address(judge: str | None) -> str:
+    """Return the address in MODEL@URL; empty if there is none."""
+    _, at, rest = (judge or "").partition(AT_SERVER)
+    return at.removeprefix("@") + rest
+
+
 def origin_of(url: str) -> tuple[str, str]:
     """Return the scheme, and the host with its port, of a server."""
     parts = urlsplit(address_of(url))
@@ -590,7 +587,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
 def _of_servers(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
     """Return the section `server` of a file without what it says of servers that --base-url has left out."""
     endpoints = server.get("endpoints")
-    used = [*map(str, base_url), *(judge[judge.index(AT_SERVER) + 1 :] for _ in range(AT_SERVER in judge))]
+    used = [*map(str, base_url), *filter(None, [judge_address(judge)])]
     if not isinstance(endpoints, dict) or not all(re.match(BASE_URL, str(url)) for url in (*endpoints, *used)):
         return server  # an error of its own
     kept = {url: of for url, of in endpoints.items() if address_of(url) in map(address_of, used)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config import TINY, Config
 from pipeline.errors import ConfigError, SynthError, one_line
 from pipeline.inference.engines import LARGE, TINY_WEIGHTS, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.inference.families import find_family
 from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
 from pipeline.sources import find_source
 
@@ -106,8 +107,6 @@ def _cards(listed: str) -> list[list[str]]:
 
 def _model(name: str) -> Finding:
     """Return whether the weights of a model fit into the memory of the roomiest GPU, or of this machine if there is none."""
-    from pipeline.inference.families import find_family
-
     path = str(TINY_WEIGHTS) if name == TINY else name
     family = find_family(name)
     known = f"; {family.name}: {family.license}" if family else ""

@@ -115,8 +115,10 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
     family = find_family(model)
     for task in config.own_tasks if family and family.boxes else ():
         if task.kind == "boxes" and family and task.coordinates != family.boxes:
-            told = f"{family.name} writes boxes in {family.boxes}"
-            yield f"{told}, and the task {task.name} reads them as {task.coordinates}: set its coordinates"
+            yield (
+                f"{family.name} writes boxes in {family.boxes}, and the task {task.name} reads them as {task.coordinates}: "
+                "set its coordinates"
+            )
 
 
 def forget_other_stages(shard: DatasetDir, order: Sequence[str]) -> None:

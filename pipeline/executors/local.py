@@ -133,17 +133,17 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
     assert config.rows is not None
     if kept >= config.rows:
         return None
-    told = f"{kept:,} of {config.rows:,} rows are kept of {limit:,} images"
+    so_far = f"{kept:,} of {config.rows:,} rows are kept of {limit:,} images"
     if not has_more:
         progress.warn(f"{kept:,} of {config.rows:,} rows are kept: {config.source} has no more images")
     elif limit == config.limit:
-        progress.warn(f"{told}, and --limit allows no more")
+        progress.warn(f"{so_far}, and --limit allows no more")
     elif kept < LEAST_YIELD * limit:
-        progress.warn(f"{told}: too few to read on; see why others were rejected, change that, and run the same command")
+        progress.warn(f"{so_far}: too few to read on; see why others were rejected, change that, and run the same command")
     else:
         lacking = math.ceil((config.rows - kept) * limit / kept * SURPLUS)
         following = min(limit + lacking, config.limit or limit + lacking)
-        progress.message(f"{told}: reading on, to image {following:,}")
+        progress.message(f"{so_far}: reading on, to image {following:,}")
         return following
     return None
 

@@ -88,7 +88,7 @@ def write_beside(
     report = progress or NullProgress()
     captions = list(_own_images(version, folder, style))
     if not captions:
-        raise _nothing_to_write(version, style)
+        raise _nothing_to_write(version, style, "sidecar")
     counts = Counter(path for path, _ in captions)
     if twice := [path for path, count in counts.items() if count > 1]:
         raise ConfigError(f"two images would have the text file {twice[0]}", hint="give one of them another name")
@@ -137,7 +137,7 @@ def _go_on(draft: Path, about: dict[str, Any]) -> None:
         write_text(marker, content)
 
 
-def _nothing_to_write(version: Version, style: str | None, kind: str = "") -> ConfigError:
+def _nothing_to_write(version: Version, style: str | None, kind: str) -> ConfigError:
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
         hint = "generate some: synth generate --samples 4 --pairs"
         return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)

@@ -92,12 +92,15 @@ class EmbeddedEngine:
             reply_text, feedback = request.failed
             messages += [{"role": "assistant", "content": reply_text}, {"role": "user", "content": feedback}]
         for form in (_with_parts, list, _without_system):
+            formed = form(messages)
             try:
-                chat = str(self._loaded[0].apply_chat_template(form(messages), add_generation_prompt=True))
+                chat = str(self._loaded[0].apply_chat_template(formed, add_generation_prompt=True))
             except (TemplateError, TypeError):  # it knows no system text, or none in this form
                 continue
             # A template may leave out a text in the form that it does not expect, or print it as Python does.
-            if prompt.system.strip() in chat and prompt.text.strip() in chat and "'type':" not in chat:
+            parts = [part for one in formed for part in one["content"] if isinstance(part, dict)]
+            is_printed = any(str(part) in chat for part in parts)
+            if prompt.system.strip() in chat and prompt.text.strip() in chat and not is_printed:
                 return chat
         raise EngineError(
             f"the chat template of {self.model} leaves out the system text or the task",

@@ -93,14 +93,15 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
     revision = digest([[row_name(path, root), _digest_of(path, bound)] for path in own] + renderer) if part == ALL else ""
     unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER] if part.number == 0 else []
-    told = [*describe_folders(content), *describe_links(content), *([f"not read: {count_by_suffix(others)}"] if others else [])]
+    messages = [*describe_folders(content), *describe_links(content)]
+    messages += [f"not read: {count_by_suffix(others)}"] if others else []
     count = partial(_count_rows, kind, own, bound, every_s, MAX_PAGES if decks else 1)
     return Source(
         name=kind,
         revision=revision,
         rows=check_samples(chain(unreadable, (row for path in own for row in read(path)))),
         count=count,
-        messages=tuple(told) if part == ALL else (),
+        messages=tuple(messages) if part == ALL else (),
         decks=decks,
     )
 

@@ -17,21 +17,9 @@ from pipeline.executors.local import next_limit
 from pipeline.progress import NullProgress
 from pipeline.run import apply_reviews, generate_dataset
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.notes import Notes
 
 REFUSED = '{"caption":"I cannot see the image."}'
-
-
-class Notes(NullProgress):
-    """Keeps what a user would read."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str, *, transient: bool = False) -> None:
-        self.texts.append(text)
-
-    def warn(self, text: str) -> None:
-        self.texts.append(f"warning: {text}")
 
 
 def caption_of(body: dict[str, Any]) -> str:

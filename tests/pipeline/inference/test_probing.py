@@ -17,10 +17,10 @@ from pipeline.inference.endpoints import find_model, named_endpoints, retry_seco
 from pipeline.inference.journal import Journal
 from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.progress import NullProgress
 from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
+from tests.notes import Notes
 from tests.scene_data import scene_samples
 
 SAMPLES = scene_samples(10)
@@ -32,19 +32,6 @@ LEFT_OUT = {
     "mistral": {"repetition_detection", "uuid"},
 }
 EVERYTHING = {"repetition_detection", "temperature", "top_p", "max_tokens", "response_format"}
-
-
-class Notes(NullProgress):
-    """Keeps what a user would read."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str, *, transient: bool = False) -> None:
-        self.texts.append(text)
-
-    def warn(self, text: str) -> None:
-        self.texts.append(text)
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,8 @@ def test_a_failed_reply_can_be_shown_and_pages_are_several_images(engine: Embedd
     first, second, _ = requests()
     shown = replace(first, failed=('{"caption":""}', "That reply cannot be used."))
     assert "That reply cannot be used." in engine._chat(shown)
+    in_quotes = replace(first, failed=("{'type': 'text', 'text': 'a ring'}", "'type': is no key."))
+    assert "'type': is no key." in engine._chat(in_quotes)
     (reply,) = engine._answer([shown])
     assert reply.text.startswith("{")
     two = replace(first, images=(*first.images, *second.images), pages=(1, 2))
