@@ -1,12 +1,15 @@
-"""Do loaders of other projects read what `synth export` writes? `python benchmarks/readers.py [--nanovlm CHECKOUT]`.
+"""Do loaders of other projects read what `synth export` writes? `python benchmarks/readers.py [--nanovlm CHECKOUT] ...`.
 
-Needs `pip install open_clip_torch` for open_clip, whose own data loaders read the tables and the tar shards; and a checkout of
-huggingface/nanoVLM, whose dataset and collator read the columns of The Cauldron. Scenes with texts of the tiny teacher are
-exported, and every image and text has to come out. Printed is what was read, and the lines that a user has to write.
+Needs `pip install open_clip_torch` for open_clip, whose own data loaders read the tables and the tar shards; a checkout of
+huggingface/nanoVLM, whose dataset and collator read the columns of The Cauldron; and checkouts of haotian-liu/LLaVA and
+kohya-ss/sd-scripts, each with its requirements in its `.venv`, since they need older releases. Scenes with texts of the tiny
+teacher are exported, and every image and text has to come out. Printed is what was read, and the lines that a user writes.
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import tempfile
 from argparse import Namespace
@@ -23,6 +26,7 @@ from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.run import generate_dataset
 
 SIDE_PX = 32
+PEERS = Path(__file__).parent / "peers"
 
 
 def read_with_open_clip(version: Version, folder: Path) -> None:
@@ -82,10 +86,38 @@ def read_with_nanovlm(version: Version, folder: Path, checkout: Path) -> None:
     )
 
 
+def read_with_llava(version: Version, folder: Path, checkout: Path) -> None:
+    """Read the conversations with LLaVA's own dataset and collator."""
+    export_version(version, "llava", folder / "llava", splits=("train",))
+    arguments = [str(folder / "llava/train.json"), str(folder / "llava"), str(folder)]
+    read = run_peer("llava_peer.py", arguments, checkout)
+    images = f"{read['images']} of {version.manifest['rows']['train']} images"
+    print(f"LLaVA: {images}, {read['learned']} of {read['answers']} answers learned; 0 lines, --data_path and --image_folder")
+
+
+def read_with_kohya(version: Version, folder: Path, checkout: Path) -> None:
+    """Read the texts beside the images with the datasets of sd-scripts."""
+    export_version(version, "sidecar", folder / "sidecar", splits=("train",))
+    read = run_peer("kohya_peer.py", [str(folder / "sidecar/train")], checkout)
+    images = f"{read['images']} of {version.manifest['rows']['train']} images"
+    print(f"sd-scripts: {images}, {read['read']} of {read['captions']} captions; 0 lines, --caption_extension .txt")
+
+
+def run_peer(script: str, arguments: list[str], checkout: Path) -> dict[str, int]:
+    """Run one of `peers/` in the environment of a checkout, and return what it read."""
+    command = [str(checkout / ".venv/bin/python"), str(PEERS / script), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     """Make a version, and read it with each loader that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nanovlm", type=Path, help="a checkout of huggingface/nanoVLM")
+    parser.add_argument("--llava", type=Path, help="a checkout of haotian-liu/LLaVA with its .venv")
+    parser.add_argument("--kohya", type=Path, help="a checkout of kohya-ss/sd-scripts with its .venv")
     parser.add_argument("--images", type=int, default=60)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -95,6 +127,10 @@ def main() -> None:
             read_with_open_clip(version, folder)
         if options.nanovlm:
             read_with_nanovlm(version, folder, options.nanovlm)
+        if options.llava:
+            read_with_llava(version, folder, options.llava)
+        if options.kohya:
+            read_with_kohya(version, folder, options.kohya)
 
 
 if __name__ == "__main__":
