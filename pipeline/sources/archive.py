@@ -2,22 +2,12 @@
 
 Nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of `NAME.txt` are captions, and
 `NAME.json` may hold captions, questions, a split, and columns for the context of prompts. Texts are read first, wherever they
-stand; of a tar file in a store, which is read once, those that stand next to their image. Links, devices, encrypted entries,
-odd names and entries that are too large are rejected; an archive that is damaged, or unpacks to very much more than its size,
-is an error.
+stand; of a tar file in a store, which is read once, those that stand next to their image.
 """
 
-import bz2
-import gzip
 import json
-import lzma
 import os
 import posixpath
-import re
-import stat
-import tarfile
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -25,58 +15,28 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest, open_file_digest
-from pipeline.errors import SourceError, one_line
-from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.errors import SourceError
+from pipeline.images.decode import APPLE_DOUBLE
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.archive_entries import REASONS, Entry, is_text, read_entries
+from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import SPLIT, decode_text, read_question, read_split, read_texts
 from pipeline.sources.columns import stored_split
-from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES, UNREAD_SUFFIXES
+from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES
 from pipeline.sources.parquet import split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
-TEXT_SUFFIXES = (".txt", ".json")
 QA = "qa"  # a list of questions in a JSON file
-MAX_TEXT_BYTES = 1_000_000  # of a file beside an image
-MAX_HEADER_BYTES = 1_000_000  # of a long name in a tar file
-MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000  # to how many times its size an archive may unpack, beyond the first
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
-MAX_SPARSE_BLOCKS, MAX_ZERO_BLOCKS = 10_000, 20_000  # of the map of a sparse file, and behind the end of an archive
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
-BLOCK_BYTES = 1 << 20
-MAGIC_BYTES = 6
-_DRIVE = re.compile(r"[A-Za-z]:")
-_DECODERS: dict[bytes, Callable[[Any], Any]] = {  # by how a file begins; each reads several streams, and gives little at once
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    b"BZh": lambda file: bz2.BZ2File(file, "rb"),
-    b"\xfd7zXZ": lambda file: lzma.LZMAFile(file, "rb"),  # noqa: SIM115  # closed with the file below it
-}
-_DAMAGES = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,
-    ValueError,
-    LookupError,
-)
-_REASONS = {
-    "outside_archive": "its name leads out of the archive",
-    "not_a_file": "a link, a pipe or a device, not a regular file",
-    "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
-    "encrypted": "it is encrypted",
-    "unreadable_entry": "it is damaged, or packed by a method that is not known here",
-    "unsupported_format": "files of this kind are not read: convert them to JPEG or PNG",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +50,6 @@ class Archives:
     is_local: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An image or a text file of an archive; without `data` it is refused, for a reason."""
-
-    name: str
-    data: bytes | None
-    reason: str = ""
-
-    @property
-    def stem(self) -> str:
-        """Return the name without its suffix."""
-        return posixpath.splitext(self.name)[0]
-
-
 @dataclass(slots=True)
 class TextIndex:
     """The texts of an archive, or of neighboring entries, by key; and how many images have each key."""
@@ -113,7 +59,7 @@ class TextIndex:
 
     def add(self, entry: Entry) -> None:
         """Add a text, or count an image."""
-        if _is_text(entry.name):
+        if is_text(entry.name):
             self.texts.setdefault(key_of(entry.name), []).append(entry)
         else:
             self.images[key_of(entry.name)] += 1
@@ -125,29 +71,6 @@ class TextIndex:
 
 
 IndexOf = Callable[[str], TextIndex]  # of an archive, by its name
-Wanted = Literal["texts", "images", "both"]  # what is read of an archive; images have no data where texts are wanted
-
-
-def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator[Entry]:
-    """Yield the images and texts of an archive.
-
-    Raise SourceError if it is damaged, or a bomb.
-    """
-    try:
-        magic = file.read(MAGIC_BYTES)
-        file.seek(0)
-        if magic.startswith(b"PK"):
-            yield from _read_zip(file, name, wanted)
-        else:
-            packed = _CountedFile(file)
-            decode = next((decoder for start, decoder in _DECODERS.items() if magic.startswith(start)), lambda stream: stream)
-            yield from _read_tar(decode(packed), packed, name, wanted)
-    except OSError as error:
-        if error.errno is not None:  # of the disk; decoders raise others
-            raise
-        raise _damage_error(name, error) from None
-    except (*_DAMAGES, RuntimeError) as error:
-        raise _damage_error(name, error) from None
 
 
 def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
@@ -156,7 +79,7 @@ def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry
         index = TextIndex()
         for entry in group:
             index.add(entry)
-        yield from ((entry, index.of(entry)) for entry in group if not _is_text(entry.name))
+        yield from ((entry, index.of(entry)) for entry in group if not is_text(entry.name))
 
 
 def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -179,185 +102,26 @@ def key_of(name: str) -> str:
     return posixpath.join(folder, base.partition(".")[0])
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """A header of a stranger: long names are bounded, maps of sparse files are not read, and damage is no end.
-
-    tarfile reads names and maps into memory, however long they are, and takes a damaged header for the end of the archive.
-    """
-
-    _LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: Any) -> "_StrictTarInfo":
-        """Return the next header. Raise ValueError for a damaged one, or none, before the blocks that end an archive."""
-        try:
-            header = super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            tarfile_.zero_blocks = getattr(tarfile_, "zero_blocks", 0) + 1  # another archive may follow, as after `cat`
-            if tarfile_.zero_blocks > MAX_ZERO_BLOCKS:
-                raise tarfile.EmptyHeaderError("nothing but zeros") from None  # type: ignore[attr-defined]
-            raise
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            if not getattr(tarfile_, "zero_blocks", 0):
-                raise ValueError(str(error) if str(error) != "empty header" else "its end is missing") from None
-            raise tarfile.EmptyHeaderError("after the end") from None  # type: ignore[attr-defined]
-        tarfile_.zero_blocks = 0
-        return header
-
-    def _proc_member(self, tar: Any) -> tarfile.TarInfo:
-        if self.type in self._LONG and self.size > MAX_HEADER_BYTES:
-            raise ValueError(f"a header has {self.size:,} bytes")
-        return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # it is not in the stubs
-
-    def _proc_sparse(self, tar: Any) -> tarfile.TarInfo:
-        """Skip the map of a sparse file of GNU's old form."""
-        _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
-        for _ in range(MAX_SPARSE_BLOCKS):
-            if not is_extended:
-                break
-            is_extended = bool(tar.fileobj.read(tarfile.BLOCKSIZE)[504:505].strip(b"\0"))
-        else:
-            raise ValueError("the map of a sparse file has no end")
-        self.sparse = []  # type: ignore[assignment]
-        self.offset_data = tar.fileobj.tell()
-        tar.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
-        return self
-
-    def _proc_gnusparse_00(self, following: tarfile.TarInfo, *_: Any) -> None:
-        following.sparse = []  # type: ignore[assignment]  # it is refused
-
-    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
-
-
-class _CountedFile:
-    """A file that counts the bytes that were read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.num_bytes = file, 0
-
-    def read(self, size: int = -1) -> bytes:
-        """Read as the file does."""
-        data = self._file.read(size)
-        self.num_bytes += len(data)
-        return data
-
-
-def _read_tar(stream: Any, packed: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry]:
-    """Yield the entries of a tar file in its order; `packed` counts what was read for the stream."""
-    unpacked_bytes = 0
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo, ignore_zeros=True) as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # which would keep every header
-            is_wanted = _is_wanted(member.name, wanted)
-            if not member.isreg() or member.issparse():
-                if is_wanted:
-                    yield Entry(_as_text(member.name), None, "unreadable_entry" if member.isreg() else "not_a_file")
-                continue
-            content = tar.extractfile(member)
-            assert content is not None
-            if is_wanted and _has_data(member.name, wanted):
-                entry = _read_entry(member.name, member.size, content.read)
-                unpacked_bytes += len(entry.data or b"")
-                yield entry
-            elif is_wanted:
-                yield Entry(_as_text(member.name), b"")
-            while block := content.read(BLOCK_BYTES):  # it has to be unpacked to find the next entry
-                unpacked_bytes += len(block)
-                _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
-            _require_no_bomb(name, unpacked_bytes, packed.num_bytes)
-
-
-def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
-    """Yield the entries of a zip file; a name counts once."""
-    size = file.seek(0, 2)
-    with zipfile.ZipFile(file) as archive:
-        infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and _is_wanted(i.filename, wanted)}
-        _require_no_bomb(name, sum(info.file_size for info in infos.values()), size)
-        for info in infos.values():
-            if _has_data(info.filename, wanted):
-                yield _read_zip_entry(archive, info)
-            else:
-                yield Entry(_as_text(info.filename), b"")
-
-
-def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        return Entry(_as_text(info.filename), None, "not_a_file")
-    if info.flag_bits & 1:
-        return Entry(_as_text(info.filename), None, "encrypted")
-
-    def read(most_bytes: int) -> bytes:
-        with archive.open(info) as content:
-            return content.read(most_bytes)
-
-    try:
-        return _read_entry(info.filename, info.file_size, read)
-    except _DAMAGES:
-        return Entry(_as_text(info.filename), None, "unreadable_entry")
-
-
-def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
-    shown = _as_text(name)
-    if shown.startswith("/") or ".." in shown.split("/") or _DRIVE.match(shown):
-        return Entry(shown, None, "outside_archive")
-    if _has_suffix(name, UNREAD_SUFFIXES):
-        return Entry(shown, None, "unsupported_format")
-    most_bytes = MAX_TEXT_BYTES if _is_text(name) else MAX_IMAGE_BYTES
-    data = read(most_bytes + 1) if size <= most_bytes else b""
-    if size > most_bytes or len(data) > most_bytes:
-        return Entry(shown, None, "file_too_large")
-    return Entry(shown, data)
-
-
-def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
-    if unpacked_bytes > MAX_UNPACK_RATIO * packed_bytes + FREE_UNPACKED_BYTES:
-        message = f"{name} unpacks to over {unpacked_bytes:,} bytes from {packed_bytes:,}"
-        raise SourceError(message, hint="it may be made to fill memory: unpack it yourself, and read it as a folder")
-
-
-def _damage_error(name: str, error: Exception) -> SourceError:
-    return SourceError(f"{name} is damaged: {one_line(error)}", hint="fetch it again, or take it out of the folder")
-
-
-def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
-    base = posixpath.basename(_as_text(name))
-    return not base.startswith(APPLE_DOUBLE) and posixpath.splitext(base)[1].lower() in suffixes
-
-
-def _is_text(name: str) -> bool:
-    return _has_suffix(name, TEXT_SUFFIXES)
-
-
-def _is_wanted(name: str, wanted: Wanted) -> bool:
-    return _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES) or (wanted != "images" and _is_text(name))
-
-
-def _has_data(name: str, wanted: Wanted) -> bool:
-    return wanted != "texts" or _is_text(name)
-
-
-def _as_text(name: str) -> str:
-    """Return the name of an entry with slashes between folders, as text that UTF-8 can hold."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\\", "/").removeprefix("./")
-
-
 def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
     """Return the captions of the files beside an image, and the values of the JSON among them; what is no text is left out."""
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
-        text = _decode(entry.data or b"")
         if entry.name.lower().endswith(".txt"):
-            captions += read_texts({"text": text.splitlines()}, ["text"])
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
+            captions += read_texts({"text": _decode(entry.data or b"").splitlines()}, ["text"])
+        elif row := _read_json(entry):
             values |= row
             captions += read_texts(row, REFERENCE_NAMES)
     return list(dict.fromkeys(captions)), values
+
+
+def _read_json(entry: Entry) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is none."""
+    try:
+        row = json.loads(_decode(entry.data or b""))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _questions_in(values: dict[str, Any]) -> tuple[ReferenceQA, ...]:
@@ -365,6 +129,23 @@ def _questions_in(values: dict[str, Any]) -> tuple[ReferenceQA, ...]:
     listed = values.get(QA)
     rows = [values, *(row for row in listed if isinstance(row, dict))] if isinstance(listed, list) else [values]
     return tuple(question for row in rows if (question := read_question(row)))
+
+
+def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
+    """Yield what a user should know of the texts of an archive: captions beside images, and what is used for nothing."""
+    beside = {key: texts for key, texts in index.texts.items() if index.images[key]}
+    captions = [len(_read_beside(texts)[0]) for texts in beside.values()]
+    if any(captions):
+        images = sum(index.images.values())
+        yield f"captions of people in {archive}: {sum(captions):,}, and {images:,} images"
+    if alone := sorted(text.name for key, texts in index.texts.items() if key not in beside for text in texts):
+        yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
+    if odd := sorted(text.name for texts in beside.values() for text in texts if text.data is None or _is_odd_json(text)):
+        yield f"texts that are not read in {archive}: {len(odd):,} ({first_names(odd)})"
+
+
+def _is_odd_json(text: Entry) -> bool:
+    return text.name.lower().endswith(".json") and _read_json(text) is None
 
 
 def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf) -> bool:
@@ -471,7 +252,16 @@ def open_archives(
                 f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
             )
 
-    return Source(name="archive", revision=archives.revision if part == ALL else "", rows=check_samples(read(), columns))
+    messages: tuple[str, ...] = ()
+    if archives.is_local and part == ALL:
+        with archives.translate_errors():
+            messages = tuple(_describe_texts(names[0], index_of(names[0])))
+    return Source(
+        name="archive",
+        revision=archives.revision if part == ALL else "",
+        rows=check_samples(read(), columns),
+        messages=messages,
+    )
 
 
 def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
@@ -512,7 +302,7 @@ def _row(
     has_questions: bool,
 ) -> RawSample | Rejected:
     if image.data is None:
-        return Rejected(source_row=name, reason=image.reason, detail=_REASONS[image.reason])
+        return Rejected(source_row=name, reason=image.reason, detail=REASONS[image.reason])
     captions, values = _read_beside(texts)
     try:
         split = read_split(values.get(SPLIT)) or split

@@ -21,7 +21,7 @@ import webdataset
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import archive as archives
-from pipeline.sources import open_source
+from pipeline.sources import archive_entries, open_source
 from pipeline.types import ALL, Rejected, Sample, SourceSlice
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
@@ -129,6 +129,18 @@ def test_questions_of_json_files_are_read_where_the_first_images_have_some(tmp_p
     assert all(row.reference_qa is not None for row in found.values())
     (tmp_path / "a.tar").write_bytes(tar_of(FILES))
     assert {row.reference_qa for row in samples(tmp_path).values()} == {None}  # as a version had it before
+
+
+def test_a_user_is_told_which_texts_are_beside_images_and_which_are_for_nothing(tmp_path: Path) -> None:
+    files = FILES | {"a/9.txt": b"A boat.", "b/IMG.001.json": b"{odd", "c.json": b"[1]"}
+    (tmp_path / "p.zip").write_bytes(zip_of(files))
+    assert open_source(resolve(source=f"archive:{tmp_path}")).messages == (
+        "captions of people in p.zip: 3, and 4 images",
+        "texts beside no image in p.zip: 2 (a/9.txt, c.json)",
+        "texts that are not read in p.zip: 1 (b/IMG.001.json)",
+    )
+    (tmp_path / "p.zip").write_bytes(zip_of({"a.jpg": photo(0)}))
+    assert open_source(resolve(source=f"archive:{tmp_path}")).messages == ()
 
 
 def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
@@ -276,7 +288,7 @@ def test_an_entry_that_is_damaged_costs_itself_alone_in_a_zip_file(tmp_path: Pat
 
 
 def test_an_entry_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_IMAGE_BYTES", 5000)
+    monkeypatch.setattr(archive_entries, "MAX_IMAGE_BYTES", 5000)
     for name, data in (("p.tar", tar_of({"x.jpg": bytes(6000)})), ("p.zip", zip_of({"x.jpg": bytes(6000)}))):
         (tmp_path / name).write_bytes(data)
         (row,) = rows(tmp_path / name)
@@ -341,8 +353,8 @@ def test_a_name_that_comes_again_is_read_once_in_a_zip_file(tmp_path: Path, monk
 
 
 def test_large_files_of_another_kind_are_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "FREE_UNPACKED_BYTES", 1000)
-    monkeypatch.setattr(archives, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(archive_entries, "FREE_UNPACKED_BYTES", 1000)
+    monkeypatch.setattr(archive_entries, "BLOCK_BYTES", 5000)
     files = {"v.mp4": os.urandom(400_000), "0.jpg": photo(0)}
     for name, data in (("p.tar", tar_of(files)), ("p.tar.gz", tar_of(files, "w:gz"))):
         (tmp_path / name).write_bytes(data)
@@ -386,7 +398,7 @@ def test_a_split_that_is_asked_for_is_that_of_each_image(tmp_path: Path) -> None
 def test_texts_are_read_once_though_columns_are_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "0.json": b'{"title": "Bowl"}'}))
     passes: list[str] = []
-    read_entries = archives.read_entries
+    read_entries = archive_entries.read_entries
 
     def note(file: Any, name: str, wanted: Any = "both") -> Any:
         passes.append(wanted)
@@ -545,14 +557,14 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
     store.put_object(Bucket="archives", Key="mine/train-0.tar", Body=tar_of(files))
     store.put_object(Bucket="archives", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
     read: list[int] = []
-    count = archives._CountedFile.read
+    count = archive_entries._CountedFile.read
 
     def noted(self: Any, size: int = -1) -> bytes:
         data = count(self, size)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(archives._CountedFile, "read", noted)
+    monkeypatch.setattr(archive_entries._CountedFile, "read", noted)
     source = open_source(resolve(source="archive:s3://archives/mine"))
     assert source.revision and [row.split for row in source.rows if isinstance(row, Sample)].count("train") == 60
     whole = sum(read)
