@@ -63,7 +63,9 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Excluded images are not looked for: their source may be large, and the real run reads it once.
         sampled = config.model_copy(update={"exclude": (), "limit": None, "rows": None})
-        read = Source(name=source.name, revision=source.revision, rows=iter(sample.rows), decks=source.decks)
+        read = Source(
+            name=source.name, revision=source.revision, read=lambda start: iter(sample.rows[start:]), decks=source.decks
+        )
         try:
             funnel = run_locally(sampled, trial, stages_of(sampled), "source", read, StagesOnly(progress), stats).funnel
         except TableError:  # no row is left

@@ -12,7 +12,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.errors import ConfigError, SynthError, did_you_mean
 from pipeline.executors.base import ClusterOptions, RunResult
-from pipeline.executors.local import first_reading, run_locally
+from pipeline.executors.local import reading_settings, run_locally
 from pipeline.inference.requests import check_prompts
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
@@ -71,7 +71,7 @@ def generate_dataset(
         from pipeline.executors.ray.executor import run_on_cluster
 
         return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
-    source = open_source(first_reading(config)) if start == "source" else None
+    source = open_source(reading_settings(config)) if start == "source" else None
     for text in source.messages if source else ():
         progress.message(text)
     with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):

@@ -83,15 +83,20 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A named set of images. `revision` changes when its rows change."""
+    """A named set of images. `revision` changes when its rows change; it is empty where nobody can tell."""
 
     name: str
     revision: str
-    rows: Iterator[Sample | Rejected]
+    read: Callable[[int], Iterator[Sample | Rejected]]  # yields the rows behind so many first ones, in the same order each time
     count: Callable[[], int | None] = lambda: None  # number of rows, if it is known without reading all
     messages: tuple[str, ...] = ()  # what a user should know before the run: files that are not read, captions that were found
     decks: bool = False  # whether its samples are documents of several pages
     is_partial: bool = False  # whether it holds a first part only of what it is named after
+
+    @property
+    def rows(self) -> Iterator[Sample | Rejected]:
+        """All rows, from the first."""
+        return self.read(0)
 
 
 @dataclass(frozen=True, slots=True)

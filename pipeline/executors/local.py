@@ -8,27 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir, read_exclusions, require_file
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir, require_file
 from pipeline.digests import public_name
-from pipeline.errors import ConfigError, SourceError
+from pipeline.errors import ConfigError
 from pipeline.executors.base import RunResult, T, compare_rows, describe_start, forget_other_stages, judge_rows, publish
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind, find_source, open_source
-from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.base import RunPlan, Services, Stage, require_stage, step_order
+from pipeline.sources import choose_image_kind, find_source
+from pipeline.stages.base import RunPlan, Services, Stage, step_order
 from pipeline.stages.generate import generate_annotations
-from pipeline.stages.source import (
-    ADVICE,
-    describe_rejected,
-    describe_source,
-    forget_near_duplicates,
-    reject_near_duplicates,
-    write_exclusions,
-    write_source,
-)
+from pipeline.stages.source_reader import SourceReader
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_batches, read_json, write_json
 from pipeline.types import Source
@@ -69,7 +60,7 @@ def run_locally(
 
     The caller holds the lock of the dataset folder, which has the files of the stage before `start`. `stages` are all between
     generate and version, in order. `source` is None if it was read by an earlier run. `stats` counts requests. Where a number
-    of rows is wanted, the source is read on until so many images are kept (`first_reading`, `next_limit`).
+    of rows is wanted, the source is read on until so many images are kept (`reading_settings`, `next_limit`).
     """
     order = step_order(stages)
     position = order.index(start)
@@ -77,6 +68,9 @@ def run_locally(
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
         progress.message(describe_start(config, choose(), dataset))  # before anything is written
+    limit = config.limit if config.rows is None else config.rows
+    reader = SourceReader(dataset, config, source, limit, progress) if source is not None else None
+    limit = reader.first_limit if reader else limit
     _forget_other_settings(dataset, config, order, position)
     if (
         source is None
@@ -90,12 +84,15 @@ def run_locally(
     todo = [stage for stage in stages if order.index(stage.name) >= position]
     comparing = next((n for n, stage in enumerate(todo) if stage.compare), len(todo))
     before = order[max(position, 2) - 1]
-    executor, limit = LocalExecutor(dataset), _first_limit(config)
-    excluded = write_exclusions(dataset, config, progress) if source is not None else []
+    executor = LocalExecutor(dataset)
     with ExitStack() as stack:
         services = Services(stack.enter_context(open_engine(partial(_require_model, choose, revision))), stats, progress)
+        if reader is not None:
+            stack.callback(reader.close)
         while True:
-            has_more = source is not None and _read_source(dataset, config, source, excluded, limit, progress)
+            has_more = reader is not None and reader.read(limit)
+            if reader is not None and config.rows is None:
+                reader.finish()
             if asks:
                 import_shard_replies(dataset)
                 generate_annotations(dataset, plan, services)
@@ -106,23 +103,24 @@ def run_locally(
             compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
             if config.rows is None or limit is None:
                 break
-            if source is None:
+            if reader is None:
                 if position <= order.index("trim") and (kept := _count_images(dataset)) < config.rows:
                     progress.warn(f"{kept:,} of {config.rows:,} rows are kept: without --from-stage, more images are read")
                 break
             limit = next_limit(config, limit, _count_images(dataset), progress, has_more=has_more)
             if limit is None:
+                reader.finish()
                 break
-            source = open_source(_reading(config, limit))
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, lambda: None)
     return RunResult(version, is_new, stats, funnel)
 
 
-def first_reading(config: Config) -> Config:
-    """Return the settings with which the source is opened first."""
-    limit = _first_limit(config)
-    return config if config.rows is None or limit is None else _reading(config, limit)
+def reading_settings(config: Config) -> Config:
+    """Return the settings with which the source is opened: where a number of rows is wanted, it may be read to its end."""
+    if config.rows is None:
+        return config
+    return config.model_copy(update={"limit": ENDLESS if find_source(config.source).is_drawn else None})
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
@@ -146,18 +144,6 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
         progress.message(f"{so_far}: reading on, to image {following:,}")
         return following
     return None
-
-
-def _first_limit(config: Config) -> int | None:
-    return config.limit if config.rows is None else config.rows
-
-
-def _reading(config: Config, limit: int) -> Config:
-    """Return the settings for reading so many images, and one more, which tells whether there are more.
-
-    Drawn scenes have no end, and their limit counts scenes, of which some may be rejected.
-    """
-    return config.model_copy(update={"limit": ENDLESS if find_source(config.source).is_drawn else limit + 1})
 
 
 def _count_images(dataset: DatasetDir) -> int:
@@ -184,33 +170,10 @@ def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[
     forget_other_stages(dataset, order)
     settings = config.model_dump(mode="json")
     if not dataset.run_file.exists() or dataset.settings() != settings:
-        for name in order[position:]:
+        for name in order[max(position, 1) :]:  # the files of the source are the reader's
             for which in ("kept", "rejected"):
                 dataset.stage(name, which).unlink(missing_ok=True)
     write_json(dataset.run_file, settings)
-
-
-def _read_source(
-    dataset: DatasetDir, config: Config, source: Source, excluded: list[dict[str, Any]], limit: int | None, progress: Progress
-) -> bool:
-    """Write the samples of a source, `limit` at most; return whether it has more."""
-    kind = choose_image_kind(config)
-    forget_near_duplicates(dataset)
-    index = ExclusionIndex.of(read_exclusions(dataset), kind)
-    has_more = write_source(dataset, source.rows, index, limit, progress, merges_texts=config.keeps_human_texts)
-    if kind is not None:
-        reject_near_duplicates(dataset, kind)
-    described = list(describe_rejected(dataset))
-    for text in described:
-        progress.message(text)
-    kept, rejected = require_stage(dataset, "source")
-    if not kept:
-        files = "mend the files, or choose another source; stages/source/rejected.parquet names every row"
-        hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
-        raise SourceError(f"no image of {config.source} can be used; {'; '.join(described) or 'it is empty'}", hint=hint)
-    preview = has_more and config.rows is None
-    write_json(dataset.provenance("source"), describe_source(source, excluded, kind, config.captions, preview=preview))
-    return has_more
 
 
 def _was_compared(dataset: DatasetDir, config: Config) -> bool:

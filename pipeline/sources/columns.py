@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
+from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
@@ -48,10 +49,13 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
             return tables.count(split)
         return sum(names.get(str(value)) == split for value in tables.values(split_column))
 
-    def jobs() -> Iterator[Rejected | partial[RawSample | Rejected]]:
-        """Yield what is to be done for each row: an image that is named by its address is still to be fetched."""
+    def jobs(start: int) -> Iterator[Rejected | partial[RawSample | Rejected]]:
+        """Yield what is to be done for each row: an image that is named by its address is still to be fetched.
+
+        The rows of other splits are left out, where a column says it.
+        """
         wanted = [column for role_columns in columns.values() for column in role_columns]
-        for row_name, file_split, row in tables.rows(wanted, None if split_column else split):
+        for row_name, file_split, row in tables.rows(wanted, None if split_column else split, start):
             if isinstance(row, Rejected):
                 yield row
                 continue
@@ -80,11 +84,15 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 yield partial(build_sample, row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
 
     at_once = min(FETCHED_AT_ONCE, config.limit or FETCHED_AT_ONCE)
-    rows = fetch_ahead(jobs(), _do, at_once) if config.allow_urls else map(_do, jobs())
+
+    def read(start: int) -> Iterator[Sample | Rejected]:
+        todo = islice(jobs(0), start, None) if split_column and split else jobs(start)
+        return check_samples(fetch_ahead(todo, _do, at_once) if config.allow_urls else map(_do, todo), config.context)
+
     return Source(
         name=name,
         revision=tables.revision,
-        rows=check_samples(rows, config.context),
+        read=read,
         count=count,
         decks="pages" in columns,
         is_partial=tables.is_partial,

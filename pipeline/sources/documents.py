@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     return Source(
         name=kind,
         revision=revision,
-        rows=check_samples(chain(unreadable, (row for path in own for row in read(path)))),
+        read=lambda start: check_samples(islice(chain(unreadable, chain.from_iterable(map(read, own))), start, None)),
         count=count,
         messages=tuple(messages) if part == ALL else (),
         decks=decks,

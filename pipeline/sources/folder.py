@@ -121,7 +121,9 @@ def open_folder(
         if isinstance(row, Path)
     )
 
-    def read(row: Path, name: str) -> RawSample | Rejected:
+    def read(row: Path | Rejected, name: str) -> RawSample | Rejected:
+        if isinstance(row, Rejected):
+            return row
         texts: dict[str, Any] = {"references": references.captions.get(row, ()), "context": contexts.get(row, ())}
         if has_questions:
             texts["reference_qa"] = references.questions.get(row, ())
@@ -130,7 +132,7 @@ def open_folder(
     return Source(
         name="folder",
         revision=digest(list(contents)) if part == ALL else "",
-        rows=check_samples((row if isinstance(row, Rejected) else read(row, name) for name, row in own), columns),
+        read=lambda start: check_samples((read(row, name) for name, row in own[start:]), columns),
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )

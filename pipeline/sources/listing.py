@@ -169,11 +169,14 @@ def open_list(
         fields |= {"reference_qa": (image.question,) if image.question else ()} if has_questions else {}
         return RawSample(source_row=image.name, images=(data,), licence=licence, fields=fields)
 
+    def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
+        return fetch_ahead(images, read) if any(image.is_url for image in images) else map(read, images)
+
     file_digest = cache(partial(digest_of_file, bound=bound))  # a list of questions names a file again and again
     return Source(
         name="list",
         revision=digest([_content(image, root, file_digest) for image in own]) if part == ALL else "",
-        rows=check_samples(fetch_ahead(own, read) if any(image.is_url for image in own) else map(read, own), columns),
+        read=lambda start: check_samples(read_all(own[start:]), columns),
         count=lambda: len(own),
         messages=tuple(_describe(whole, columns)) if part == ALL else (),
     )

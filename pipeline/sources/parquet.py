@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -58,10 +58,11 @@ class Tables:
             raise SourceError(f"{first_path} of {self.name} has several columns {repeated[0]}", hint="give each its own name")
         return schema
 
-    def rows(self, columns: Sequence[str], split: str | None = None) -> Iterator[TableRow]:
-        """Yield (row name, split of its file, values) of one split or of all, within `part`.
+    def rows(self, columns: Sequence[str], split: str | None = None, start: int = 0) -> Iterator[TableRow]:
+        """Yield (row name, split of its file, values) of one split or of all, within `part`, behind the first `start` rows.
 
-        In place of values that are too large, or that are no UTF-8, stands the rejection of the row.
+        Row groups before these are not read. In place of values that are too large, or that are no UTF-8, stands the rejection
+        of the row.
         """
         files = self._files(split)
         by_file = len(files) >= self.part.of
@@ -75,13 +76,19 @@ class Tables:
                     raise SourceError(message, hint="do its files belong together?")
                 first_row = 0
                 for group in range(parquet.num_row_groups):
-                    if by_file or self._is_ours(file_index + group):
+                    num_rows = parquet.metadata.row_group(group).num_rows
+                    is_ours = by_file or self._is_ours(file_index + group)
+                    if is_ours and num_rows <= start:
+                        start -= num_rows
+                    elif is_ours:
                         size = _batch_rows(parquet, group, columns)
                         batches = parquet.iter_batches(size, [group], list(columns), use_threads=False)
                         names = (f"{path}:{row_number}" for row_number in count(first_row))
-                        for name, row in zip(names, (row for batch in batches for row in _values(batch)), strict=False):
+                        rows = zip(names, (row for batch in batches for row in _values(batch)), strict=False)
+                        for name, row in islice(rows, start, None):
                             yield name, file_split, replace(row, source_row=name) if isinstance(row, Rejected) else row
-                    first_row += parquet.metadata.row_group(group).num_rows
+                        start = 0
+                    first_row += num_rows
 
     def _is_ours(self, number: int) -> bool:
         return number % self.part.of == self.part.number

@@ -4,6 +4,7 @@ They are read twice: first the text columns of all rows, then the first row of e
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from pipeline.config import Config
@@ -48,7 +49,7 @@ def open_questions(
     return Source(
         name=config.source.partition("@")[0],
         revision=tables.revision,
-        rows=check_samples(rows()),
+        read=lambda start: check_samples(islice(rows(), start, None)),
         count=lambda: len(set(tables.values(key, split))),
         decks=decks,
         is_partial=tables.is_partial,

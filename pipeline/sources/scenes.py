@@ -2,6 +2,7 @@
 
 import io
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,9 +22,13 @@ LICENCE = "cc0-1.0"
 def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, decks: bool = False) -> Source:
     """Return a source of `limit` scenes or decks, or one slice of them. A longer run begins with the rows of a shorter one."""
     total, draw_row = limit or DEFAULT_LIMIT, draw_deck if decks else draw_sample
-    rows = (draw_row(seed, index) for index in range(part.number, total, part.of))
+    numbers = range(part.number, total, part.of)
     name, revision = "scenes-deck" if decks else "scenes", f"{REVISION}.{seed}"
-    return Source(name=name, revision=revision, rows=rows, count=lambda: total, decks=decks)
+
+    def read(start: int) -> Iterator[Sample]:
+        return (draw_row(seed, number) for number in numbers[start:])
+
+    return Source(name=name, revision=revision, read=read, count=lambda: total, decks=decks)
 
 
 def draw_sample(seed: int, index: int) -> Sample:

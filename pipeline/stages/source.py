@@ -1,6 +1,6 @@
 """Stage: source. Write the samples of a source; reject unreadable rows, copies of an image, and excluded images."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, 
 from pipeline.digests import canonical, file_digest
 from pipeline.errors import SourceError
 from pipeline.images.metadata import REMOVED
-from pipeline.images.similarity import COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples
+from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
-from pipeline.storage.files import read_batches, read_table, write_table
-from pipeline.tables import EXCLUSIONS, IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
+from pipeline.stages.source_parts import IS_COPY, PART, ReadBatch
+from pipeline.storage.files import read_table, write_table
+from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample, Source
 
 BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
 BATCH_BYTES = 16_000_000
+BATCH_ROWS = 1_024  # of the source, where most of them are rejected
 ADVICE = {  # by reason: what to change if it rejects too many rows
     "image_not_embedded": "the images are named by their address: --allow-urls fetches them",
     "unsupported_format": "convert the files to JPEG; HEIC is read with the package pillow-heif (extra `heic`)",
@@ -57,33 +59,33 @@ class DuplicateImages:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by sample id: new values of columns
     texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # by sample id: of all copies but the first that came
 
-    def add(self, sample: Sample) -> Sample | Rejected:
-        """Return a sample that is new, or the rejection of one of two copies.
+    def add(self, row: dict[str, Any]) -> Rejected | None:
+        """Take a sample as a row of tables.SAMPLE; return the rejection of one of two copies, or None for a new image.
 
         The references and the name of the copy stay whose row in the source comes first by its name.
         """
-        if sample.id not in self.kept:
-            self.kept[sample.id] = (sample.source_row, sample.split)
-            return sample
-        row, split = self.kept[sample.id]
+        sample_id, source_row, split = row["sample_id"], row["source_row"], row["split"]
+        if sample_id not in self.kept:
+            self.kept[sample_id] = (source_row, split)
+            return None
+        kept_row, kept_split = self.kept[sample_id]
         changes: dict[str, Any] = {}
         if self.merges_texts:
-            values = asdict(sample)
-            self.texts.setdefault(sample.id, []).append((sample.source_row, values["references"], values["reference_qa"]))
-        if sample.source_row < row:
-            changes = {name: value for name, value in asdict(sample).items() if name not in ("id", "images", "split")}
-        if SPLIT_RANK[sample.split] > SPLIT_RANK[split]:  # a copy in a held-out split holds out all of them
-            split = changes["split"] = sample.split
+            self.texts.setdefault(sample_id, []).append((source_row, row["references"], row["reference_qa"]))
+        if source_row < kept_row:
+            changes = {name: row[name] for name in SAMPLE.names if name not in ("sample_id", "images", "split")}
+        if SPLIT_RANK[split] > SPLIT_RANK[kept_split]:  # a copy in a held-out split holds out all of them
+            kept_split = changes["split"] = split
         if changes:
-            self.changes.setdefault(sample.id, {}).update(changes)
-        self.kept[sample.id] = (min(row, sample.source_row), split)
-        return Rejected(source_row=max(row, sample.source_row), reason="duplicate_image", detail=sample.id)
+            self.changes.setdefault(sample_id, {}).update(changes)
+        self.kept[sample_id] = (min(kept_row, source_row), kept_split)
+        return Rejected(source_row=max(kept_row, source_row), reason="duplicate_image", detail=sample_id)
 
-    def apply(self, batch: pa.RecordBatch) -> pa.Table:
+    def apply(self, samples: pa.Table) -> pa.Table:
         """Return samples (tables.SAMPLE) with the changes that their copies have led to."""
-        if (self.changes.keys() | self.texts.keys()).isdisjoint(batch["sample_id"].to_pylist()):
-            return pa.Table.from_batches([batch])
-        rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in batch.to_pylist()]
+        if not any(name in self.changes or name in self.texts for name in samples["sample_id"].to_pylist()):
+            return samples
+        rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in samples.to_pylist()]
         return pa.Table.from_pylist(rows, schema=SAMPLE)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,31 @@ def parse_exclusion(name: str) -> tuple[str, str | None]:
     return source, split or find_source(source).usual_split
 
 
-def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A source of --exclude that is open: as it was given, and under its own name."""
+
+    given: str
+    label: str
+    source: Source
+
+
+def open_exclusions(config: Config) -> list[Exclusion]:
+    """Open the sources of --exclude; no row is read."""
+    opened = []
+    for given in config.exclude:
+        name, split = parse_exclusion(given)
+        supported = find_source(name).options
+        kept = ("allow_urls", "allow_partial", "frame_seconds")
+        options: dict[str, Any] = {option: getattr(config, option) for option in kept if option in supported}
+        source = open_source(resolve(source=name, source_split=split, **options))
+        opened.append(Exclusion(given, f"{source.name}#{split}" if split else source.name, source))
+    return opened
+
+
+def write_exclusions(
+    dataset: DatasetDir, config: Config, progress: Progress, opened: Sequence[Exclusion] | None = None
+) -> list[dict[str, Any]]:
     """Read the sources of --exclude; return what they are: names, revisions, and numbers of images and texts.
 
     Raises SourceError if no image of one of them can be read.
@@ -115,28 +141,21 @@ def write_exclusions(dataset: DatasetDir, config: Config, progress: Progress) ->
     kind = choose_image_kind(config)
 
     def tables() -> Iterator[pa.Table]:
-        for given in config.exclude:
-            name, split = parse_exclusion(given)
-            urls = config.allow_urls and "allow_urls" in find_source(name).options
-            partial = config.allow_partial and "allow_partial" in find_source(name).options
-            every_s = config.frame_seconds if "frame_seconds" in find_source(name).options else None
-            options: dict[str, Any] = {"allow_urls": urls, "allow_partial": partial, "frame_seconds": every_s}
-            source = open_source(resolve(source=name, source_split=split, **options))
-            label = f"{source.name}#{split}" if split else source.name
-            rows: list[dict[str, Any]] = []
-            unread = 0
-            for sample in source.rows:
+        for exclusion in open_exclusions(config) if opened is None else opened:
+            label, rows, unread = exclusion.label, list[dict[str, Any]](), 0
+            for sample in exclusion.source.rows:
                 if isinstance(sample, Rejected):
                     unread += 1
                 else:
                     rows += exclusion_rows(label, [sample], kind)
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
-                raise SourceError(f"no image of {given} could be read, so none would be left out", hint="check --exclude")
+                problem = f"no image of {exclusion.given} could be read, so none would be left out"
+                raise SourceError(problem, hint="check --exclude")
             if unread:
                 progress.warn(f"exclude {label}: {unread} rows could not be read, and are not compared with")
             counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}
-            described.append({"name": label, "revision": source.revision, **counts})
+            described.append({"name": label, "revision": exclusion.source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)
 
     write_table(dataset.stage("source", "exclusions"), tables(), EXCLUSIONS)
@@ -169,101 +188,83 @@ def describe_source(
     }
 
 
+@dataclass(slots=True)
+class Intake:
+    """Takes the rows of a source; of several copies of an image one is kept, of an excluded one none."""
+
+    excluded: ExclusionIndex
+    images: DuplicateImages
+    copies: list[dict[str, str]] = field(default_factory=list)  # rejected
+
+    def batches(self, rows: Iterator[Sample | Rejected], limit: int | None = None) -> Iterator[ReadBatch]:
+        """Yield rows in batches, until `limit` images are kept; the row after the last one is not taken."""
+        samples: list[dict[str, Any]] = []
+        rejected: list[dict[str, str]] = []
+        num_rows = num_bytes = 0
+        while limit is None or len(self.images.kept) < limit:
+            if (row := next(rows, None)) is None:
+                break
+            num_rows += 1
+            if isinstance(row, Sample) and (name := self.excluded.find(row)):
+                row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
+            if isinstance(row, Rejected):
+                rejected.append(asdict(row))
+            else:
+                samples.append(self.add({"sample_id": row.id, **asdict(row)}))
+                num_bytes += sum(map(len, samples[-1]["images"]))
+            if len(samples) == BATCH_SAMPLES or num_bytes >= BATCH_BYTES or num_rows == BATCH_ROWS:
+                yield ReadBatch(pa.Table.from_pylist(samples, schema=PART), rejected, num_rows)
+                samples, rejected, num_rows, num_bytes = [], [], 0, 0
+        yield ReadBatch(pa.Table.from_pylist(samples, schema=PART), rejected, num_rows)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Take a sample as a row of tables.SAMPLE; return it as one of source_parts.PART."""
+        if copy := self.images.add(row):
+            self.copies.append(asdict(copy))
+        return row | ({"images": [], IS_COPY: True} if copy else {IS_COPY: False})
+
+
+def without_copies(samples: pa.Table) -> pa.Table:
+    """Return the samples (source_parts.PART) that are no copies of earlier ones."""
+    return samples.filter(pc.invert(samples[IS_COPY])).drop_columns([IS_COPY])
+
+
 def write_source(
     shard: DatasetDir,
-    rows: Iterable[Sample | Rejected],
+    rows: Iterator[Sample | Rejected],
     excluded: ExclusionIndex,
     limit: int | None,
     progress: Progress,
     *,
     merges_texts: bool = False,
-) -> bool:
-    """Write rows of a source, kept and rejected; of several copies of an image one is kept, of an excluded one none.
-
-    `merges_texts` gives it the captions and questions of all copies. Return whether the source has a row after those that the
-    limit allowed.
-    """
-    has_more = False
+) -> None:
+    """Write rows of a source, kept and rejected; `merges_texts` gives an image the captions and questions of all its copies."""
+    intake = Intake(excluded, DuplicateImages(merges_texts))
     rejected: list[dict[str, str]] = []
-    images = DuplicateImages(merges_texts)
 
     def tables() -> Iterator[pa.Table]:
-        nonlocal has_more
-        batch: list[dict[str, Any]] = []
-        batch_bytes = 0
-        for row in rows:
-            if len(images.kept) == limit:
-                has_more = True
-                break
-            if isinstance(row, Sample) and (name := excluded.find(row)):
-                row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
-            row = images.add(row) if isinstance(row, Sample) else row
-            if isinstance(row, Rejected):
-                rejected.append(asdict(row))
-                continue
-            batch.append({"sample_id": row.id, **asdict(row)})
-            batch_bytes += sum(map(len, row.images))
-            if len(batch) == BATCH_SAMPLES or batch_bytes >= BATCH_BYTES:
-                yield pa.Table.from_pylist(batch, schema=SAMPLE)
-                progress("source", len(images.kept), limit)
-                batch.clear()
-                batch_bytes = 0
-        yield pa.Table.from_pylist(batch, schema=SAMPLE)
-        progress("source", len(images.kept), limit and len(images.kept))
+        for batch in intake.batches(rows, limit):
+            rejected.extend(batch.rejected)
+            progress("source", len(intake.images.kept), limit)
+            yield without_copies(batch.samples)
 
-    try:
-        write_table(shard.stage("source"), tables(), SAMPLE)
-    finally:  # processes that render its files wait for what nobody will read
-        if isinstance(rows, Generator):
-            rows.close()
-    if images.changes or images.texts:
-        write_table(shard.stage("source"), map(images.apply, read_samples(shard)), SAMPLE)
-    _write_rejected(shard, rejected)
-    return has_more
+    write_table(shard.stage("source"), tables(), SAMPLE)
+    if intake.images.changes or intake.images.texts:
+        batches = map(pa.Table.from_batches, ([batch] for batch in read_samples(shard)))
+        write_table(shard.stage("source"), map(intake.images.apply, batches), SAMPLE)
+    write_rejected(shard, [*rejected, *intake.copies])
 
 
-def _write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
+def write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
+    """Write which rows of a source were rejected."""
     ordered = pa.Table.from_pylist(sorted(rows, key=lambda row: row["source_row"]), schema=SOURCE_REJECTED)
     write_table(shard.stage("source", "rejected"), [ordered], SOURCE_REJECTED)
 
 
 def forget_near_duplicates(dataset: DatasetDir) -> None:
-    """Remove what `reject_near_duplicates` of an earlier run has written."""
+    """Remove what a run in one process wrote about images that look alike."""
     for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
         dataset.stage("source", name).unlink(missing_ok=True)
-
-
-def reject_near_duplicates(dataset: DatasetDir, kind: ImageKind) -> None:
-    """Reject the samples that look like another one, before a model is asked about them.
-
-    `dataset` holds all samples. The groups of near-duplicates stay in a file for dedupe and split, the rejected samples in
-    another one for the report.
-    """
-    samples = pa.concat_tables(read_batches(dataset.stage("source"), COMPARED_COLUMNS))
-    groups = compare_samples(samples, kind)
-    write_table(dataset.stage("source", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
-    of_rejected = {row["sample_id"]: row for row in groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()}
-    if not of_rejected:
-        return
-    ids = pa.array(of_rejected, pa.string())
-    rows: list[dict[str, str]] = []
-
-    def near_duplicates() -> Iterator[pa.Table]:
-        for batch in read_samples(dataset):
-            samples = [
-                {**row, **of_rejected[row["sample_id"]]} for row in batch.filter(pc.is_in(batch["sample_id"], ids)).to_pylist()
-            ]
-            rows.extend(
-                {"source_row": row["source_row"], "reason": row["image_reason"], "detail": row["near_duplicate_of"]}
-                for row in samples
-            )
-            yield pa.Table.from_pylist(samples, schema=NEAR_DUPLICATE)
-
-    write_table(dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
-    rejected = read_table(dataset.stage("source", "rejected")).to_pylist()
-    _write_rejected(dataset, [*rejected, *rows])  # first: a row may be counted twice after a kill, and never be lost
-    others = (batch.filter(pc.invert(pc.is_in(batch["sample_id"], ids))) for batch in read_samples(dataset))
-    write_table(dataset.stage("source"), (pa.Table.from_batches([batch]) for batch in others), SAMPLE)
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

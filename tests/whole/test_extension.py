@@ -106,8 +106,8 @@ from pipeline.types import Sample, Source, SourceSlice
 
 def open_stripes(config: Config, _: str, part: SourceSlice) -> Source:
     """Return a source of images of 64 x 64 px."""
-    rows = (draw_stripes(n) for n in range(part.number, config.limit or 100, part.of))
-    return Source(name="stripes", revision="1", rows=rows)
+    numbers = range(part.number, config.limit or 100, part.of)
+    return Source(name="stripes", revision="1", read=lambda start: map(draw_stripes, numbers[start:]))
 
 
 def draw_stripes(number: int) -> Sample:

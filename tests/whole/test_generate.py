@@ -109,7 +109,8 @@ def test_after_many_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     command = [str(SYNTH), *GENERATE]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint)
-    time.sleep(4)
+    while process.poll() is None and not (tmp_path / "data/scenes/run.json").exists():
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, progress = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -354,10 +354,13 @@ def test_a_limit_downloads_little(hub: RunningHub) -> None:
     hub.hub.storage.seed("dataset", "me/large", files)
     whole = sum(len(data) for data in files.values())
     hub.hub.sent_bytes = 0
-    source = opened("hub:me/large")
+    opened_rows = opened("hub:me/large").rows
     for _ in range(20):
-        assert isinstance(next(source.rows), Sample)
-    source.rows.close()  # type: ignore[attr-defined]  # a generator
+        assert isinstance(next(opened_rows), Sample)
+    opened_rows.close()  # type: ignore[attr-defined]  # a generator
+    assert hub.hub.sent_bytes < whole / 4
+    hub.hub.sent_bytes = 0
+    assert len(list(opened("hub:me/large").read(560))) == 40  # the last rows of the second file
     assert hub.hub.sent_bytes < whole / 4
 
 

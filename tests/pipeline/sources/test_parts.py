@@ -1,5 +1,6 @@
 """Source slices: together they are the whole source, and no row is in two."""
 
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,31 @@ def test_parts_of_scenes_and_folders(tmp_path: Path) -> None:
     ):
         parts = [names(SourceSlice(number, 4), **settings) for number in range(4)]
         assert sum(parts, Counter()) == names(ALL, **settings)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 12, 40])
+def test_rows_behind_the_first_ones_are_those_of_the_whole(tmp_path: Path, start: int) -> None:
+    photos(tmp_path / "p", 3, 7)
+    (tmp_path / "f").mkdir()
+    for number in range(14):
+        (tmp_path / f"f/{number:02d}.jpg").write_bytes(datasets.photo(number))
+    (tmp_path / "list.txt").write_text("\n".join(f"f/{number:02d}.jpg" for number in range(15)))
+    with zipfile.ZipFile(tmp_path / "f.zip", "w") as archive:
+        for path in sorted((tmp_path / "f").iterdir()):
+            archive.write(path, path.name)
+    for settings in (
+        {"source": "scenes", "limit": 14},
+        {"source": "scenes-deck", "limit": 13},
+        {"source": f"folder:{tmp_path / 'f'}"},
+        {"source": f"list:{tmp_path / 'list.txt'}"},
+        {"source": f"archive:{tmp_path / 'f.zip'}"},
+        {"source": f"parquet:{tmp_path / 'p'}"},
+        {"source": f"parquet:{tmp_path / 'p'}", "source_split": "train", "columns": {"split": "caption"}},
+    ):
+        source = open_source(resolve(**settings))
+        assert list(source.read(start)) == list(source.rows)[start:], settings
+        slices = [open_source(resolve(**settings), SourceSlice(number, 2)) for number in range(2)]
+        assert all(list(part.read(start)) == list(part.rows)[start:] for part in slices), settings
 
 
 @pytest.mark.parametrize(

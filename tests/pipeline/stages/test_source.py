@@ -1,12 +1,13 @@
 """Stage source: of several copies of an image, the same one is kept in any order of arrival."""
 
 import itertools
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from pipeline.stages.generate import as_row
 from pipeline.stages.source import DuplicateImages
 from pipeline.tables import SAMPLE
 from pipeline.types import Sample
@@ -23,11 +24,11 @@ COPIES = (
 
 def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], set[tuple[str, str]]]:
     copies = DuplicateImages()
-    results = [copies.add(sample) for sample in samples]
-    kept_rows = [{"sample_id": sample.id, **asdict(sample)} for sample in results if isinstance(sample, Sample)]
-    batches = pa.Table.from_pylist(kept_rows, schema=SAMPLE).to_batches()
-    rows = [row for batch in batches for row in copies.apply(batch).to_pylist()]
-    rejected = {(row.source_row, row.detail) for row in results if not isinstance(row, Sample)}
+    rows = list(map(as_row, samples))
+    rejections = [copies.add(row) for row in rows]
+    kept_rows = [row for row, rejection in zip(rows, rejections, strict=True) if rejection is None]
+    rows = copies.apply(pa.Table.from_pylist(kept_rows, schema=SAMPLE)).to_pylist()
+    rejected = {(rejection.source_row, rejection.detail) for rejection in rejections if rejection}
     return sorted(rows, key=lambda row: str(row["source_row"])), rejected
 
 
@@ -43,6 +44,6 @@ def test_any_order_keeps_the_same_rows_and_rejects_the_same(samples: tuple[Sampl
 
 def test_without_copies_nothing_changes() -> None:
     copies = DuplicateImages()
-    assert copies.add(COPIED) is COPIED
-    assert copies.add(SINGLE) is SINGLE
+    assert copies.add(as_row(COPIED)) is None
+    assert copies.add(as_row(SINGLE)) is None
     assert copies.changes == {}

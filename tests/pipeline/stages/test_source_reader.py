@@ -1,0 +1,314 @@
+"""A source is read once: a run that was stopped is gone on with, and what was read stays while nothing of it has changed."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config, resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.errors import SourceError
+from pipeline.sources import open_source
+from pipeline.stages import source_parts
+from pipeline.stages.source_reader import READ_SETTINGS, SourceReader
+from pipeline.storage.files import read_table
+from pipeline.types import Rejected, Sample, Source
+from tests.notes import Notes
+from tests.pipeline.images import test_similarity
+
+# Settings of later stages, and those that stand in the key in another form: the revision, the kind of images, the texts kept.
+OTHER_SETTINGS = {
+    "title",
+    "drop_context",
+    "limit",
+    "rows",
+    "exclude",
+    "captions",
+    "human_texts",
+    "tasks",
+    "own_tasks",
+    "engine",
+}
+OTHER_SETTINGS |= {"model", "base_url", "generate", "server", "filter", "verify", "select", "dedupe", "balance", "split"}
+FILES = ("kept", "rejected", "image_groups", "near_duplicates", "exclusions")
+
+
+@cache
+def photo(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
+    """Return a JPEG of a picture that others are near to in another size."""
+    file = io.BytesIO()
+    test_similarity.photo(number).resize(size).save(file, "JPEG")
+    return file.getvalue()
+
+
+def fill(folder: Path, count: int = 40) -> None:
+    """Write photos, among them copies, a near-duplicate in a larger size, and files that are no image."""
+    for number in range(count):
+        data = photo(number)
+        if number % 9 == 4:
+            data = photo(number - 3)
+        elif number % 11 == 5:
+            data = photo(number - 2, (200, 150))
+        elif number % 10 == 7:
+            data = b"no image"
+        (folder / f"{number:03d}.jpg").write_bytes(data)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of photos that are read in batches of four, each a part of its own."""
+    monkeypatch.setattr("pipeline.stages.source.BATCH_SAMPLES", 4)
+    monkeypatch.setattr(source_parts, "PART_SECONDS", 0.0)
+    (tmp_path / "photos").mkdir()
+    fill(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def settings(photos: Path, **more: Any) -> Config:
+    return resolve(source=f"folder:{photos}", **more)
+
+
+class Reading:
+    """Reads a folder into a dataset; keeps from which row on it was read, and what a user was told."""
+
+    def __init__(self, dataset: Path, config: Config, *, stop_at: int | None = None, is_finished: bool = True) -> None:
+        self.starts: list[int] = []
+        self.notes = Notes()
+        source = open_source(config)
+        opened = replace(source, read=lambda start: self._rows(source, start, stop_at))
+        limit = config.limit if config.rows is None else config.rows
+        self.reader = SourceReader(DatasetDir(dataset), config, opened, limit, self.notes)
+        self.has_more = self.reader.read(self.reader.first_limit)
+        if is_finished:
+            self.reader.finish()
+
+    def _rows(self, source: Source, start: int, stop_at: int | None) -> Iterator[Sample | Rejected]:
+        self.starts.append(start)
+        for number, row in enumerate(source.read(start), start):
+            if number == stop_at:
+                raise SourceError("the line is cut", hint="run the same command")
+            yield row
+
+
+def contents(dataset: Path) -> dict[str, Any]:
+    paths = {name: DatasetDir(dataset).stage("source", name) for name in FILES}
+    return {name: path.read_bytes() if path.exists() else b"" for name, path in paths.items()}
+
+
+def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
+    return list(read_table(DatasetDir(dataset).stage("source", which)).to_pylist())
+
+
+def test_every_setting_is_of_the_source_or_of_what_comes_later() -> None:
+    assert {*READ_SETTINGS} | OTHER_SETTINGS == {*Config.model_fields}
+    assert not {*READ_SETTINGS} & OTHER_SETTINGS
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 9, 17, 23, 39])
+@pytest.mark.parametrize("limit", [None, 13])
+def test_a_reading_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
+    photos: Path, tmp_path: Path, stop_at: int, limit: int | None
+) -> None:
+    config = settings(photos, limit=limit, human_texts="keep")
+    Reading(tmp_path / "whole", config)
+    if limit and stop_at > 16:
+        return  # the limit comes first
+    with pytest.raises(SourceError, match="the line is cut"):
+        Reading(tmp_path / "cut", config, stop_at=stop_at)
+    again = Reading(tmp_path / "cut", config)
+    (start,) = again.starts
+    assert stop_at - 7 < start <= stop_at
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert any("were read by an earlier run" in text for text in again.notes.texts) == (start > 0)
+    assert not (tmp_path / "cut/stages/source/parts").exists()
+
+
+def test_there_are_copies_near_duplicates_and_files_that_are_no_image(photos: Path, tmp_path: Path) -> None:
+    """The other tests would prove less without them."""
+    Reading(tmp_path / "d", settings(photos))
+    reasons = {row["reason"] for row in rows(tmp_path / "d", "rejected")}
+    assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
+
+
+def test_what_was_read_is_read_once(photos: Path, tmp_path: Path) -> None:
+    Reading(tmp_path / "d", settings(photos))
+    before = contents(tmp_path / "d")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")}
+    again = Reading(tmp_path / "d", settings(photos, generate={"caption_styles": ["alt"]}, title="Bowls"))
+    assert again.starts == [] and not again.has_more
+    assert again.notes.texts[0] == "source: 33 images, as an earlier run has read them"
+    assert contents(tmp_path / "d") == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")} == written
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "starts"),
+    [
+        ({}, {"license": "cc-by-4.0"}, [0]),
+        ({}, {"dedupe": {"images": "none"}}, [0]),
+        ({}, {"human_texts": "keep"}, [0]),
+        ({}, {"limit": 10}, [0]),
+        ({}, {"limit": 33}, []),  # all that there are
+        ({"limit": 10}, {"limit": 10}, []),
+        ({"limit": 10}, {"limit": 12}, [0]),
+        ({"limit": 12}, {"limit": 10}, [0]),
+        ({"limit": 10}, {}, [0]),
+        ({"limit": 100}, {}, []),  # there was no more
+        ({"rows": 10}, {"rows": 8}, []),  # as many as there are, or more
+        ({"rows": 10}, {"rows": 12}, [0]),
+    ],
+)
+def test_it_is_read_again_if_other_samples_would_come(
+    photos: Path, tmp_path: Path, first: dict[str, Any], second: dict[str, Any], starts: list[int]
+) -> None:
+    Reading(tmp_path / "d", settings(photos, **first))
+    assert Reading(tmp_path / "d", settings(photos, **second)).starts == starts
+    Reading(tmp_path / "new", settings(photos, **second | ({"rows": 10} if second.get("rows") == 8 else {})))
+    assert contents(tmp_path / "d") == contents(tmp_path / "new")
+
+
+def test_a_file_that_has_changed_in_the_source_or_in_the_stage_is_noticed(photos: Path, tmp_path: Path) -> None:
+    Reading(tmp_path / "d", settings(photos))
+    whole = contents(tmp_path / "d")
+    for name in FILES:
+        path = DatasetDir(tmp_path / "d").stage("source", name)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        assert Reading(tmp_path / "d", settings(photos)).starts == [0], name
+        path.unlink()
+        assert Reading(tmp_path / "d", settings(photos)).starts == [0], name
+        assert contents(tmp_path / "d") == whole
+    (photos / "001.jpg").write_bytes(photo(99))
+    assert Reading(tmp_path / "d", settings(photos)).starts == [0]
+
+
+def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path, tmp_path: Path) -> None:
+    Reading(tmp_path / "whole", settings(photos))
+    parts = tmp_path / "d/stages/source/parts"
+
+    def stop() -> None:
+        with pytest.raises(SourceError, match="the line is cut"):
+            Reading(tmp_path / "d", settings(photos), stop_at=20)
+
+    stop()
+    (parts / "00002.json").write_text('{"key": 1')
+    assert Reading(tmp_path / "d", settings(photos)).starts == [9]  # what the first two parts do not hold
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+    (tmp_path / "d/stages/source/read.json").unlink()
+    stop()
+    (parts / "00000.parquet").write_bytes(b"PAR1")
+    assert Reading(tmp_path / "d", settings(photos)).starts == [0]
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+    (tmp_path / "d/stages/source/read.json").unlink()
+    stop()
+    assert Reading(tmp_path / "d", settings(photos, license="mit")).starts == [0]
+
+
+def test_a_smaller_limit_than_that_of_the_parts_begins_anew(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="the line is cut"):
+        Reading(tmp_path / "d", settings(photos), stop_at=20)
+    assert Reading(tmp_path / "d", settings(photos, limit=5)).starts == [0]
+    Reading(tmp_path / "new", settings(photos, limit=5))
+    assert contents(tmp_path / "d") == contents(tmp_path / "new")
+
+
+def test_until_it_is_read_nobody_takes_the_samples_of_other_settings(photos: Path, tmp_path: Path) -> None:
+    Reading(tmp_path / "d", settings(photos))
+    with pytest.raises(SourceError, match="the line is cut"):
+        Reading(tmp_path / "d", settings(photos, license="mit"), stop_at=3)
+    assert not DatasetDir(tmp_path / "d").stage("source").exists()
+
+
+def test_a_run_that_reads_on_reads_each_row_once(photos: Path, tmp_path: Path) -> None:
+    config = settings(photos, rows=8)
+    reading = Reading(tmp_path / "d", config, is_finished=False)
+    assert reading.has_more and reading.reader.read(20) and not reading.reader.read(100)
+    assert reading.starts == [0]
+    killed = Reading(tmp_path / "d", config)  # it was not finished: the parts hold it all
+    assert killed.starts == [40] and killed.reader.first_limit == 33
+    Reading(tmp_path / "whole", settings(photos))
+    assert all(rows(tmp_path / "d", name) == rows(tmp_path / "whole", name) for name in FILES)
+    assert Reading(tmp_path / "d", config).starts == []
+
+
+def test_what_may_be_read_another_time_is_tried_again(photos: Path, tmp_path: Path) -> None:
+    class Cut(Reading):
+        def _rows(self, source: Source, start: int, stop_at: int | None) -> Iterator[Sample | Rejected]:
+            yield from super()._rows(source, start, stop_at)
+            yield Rejected(source_row="https://example.org/1.jpg", reason="url_unreachable", detail="no answer")
+
+    Cut(tmp_path / "d", settings(photos))
+    assert Reading(tmp_path / "d", settings(photos)).starts == [0]
+
+
+def test_a_source_without_a_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
+    config = settings(photos)
+    source = replace(open_source(config), revision="")
+    for _ in range(2):
+        notes = Notes()
+        reader = SourceReader(DatasetDir(tmp_path / "d"), config, source, None, notes)
+        reader.read(None)
+        reader.finish()
+        assert not any("earlier run" in text for text in notes.texts)
+
+
+def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/a.jpg").write_bytes(photo(2))
+    config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
+    with pytest.raises(SourceError, match="the line is cut"):
+        Reading(tmp_path / "d", config, stop_at=20)
+    monkeypatch.setattr("pipeline.stages.source_reader.write_exclusions", lambda *_: pytest.fail("they are read again"))
+    Reading(tmp_path / "d", config)
+    assert Reading(tmp_path / "d", config).starts == []
+    assert [row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"] == ["002.jpg"]
+    monkeypatch.undo()
+    (tmp_path / "others/a.jpg").write_bytes(photo(3))
+    Reading(tmp_path / "d", config)
+    banned = [row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"]
+    assert banned == ["003.jpg", "005.jpg"]  # the second is the first in another size
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+import pipeline.run
+from pipeline.config import resolve
+from pipeline.stages import source, source_parts
+source.BATCH_SAMPLES, source_parts.PART_SECONDS = 4, 0.0
+opened = pipeline.run.open_source
+def read(rows):
+    for number, row in enumerate(rows):
+        if number == 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+def open_killed(config):
+    found = opened(config)
+    return replace(found, read=lambda start: read(found.read(start)))
+pipeline.run.open_source = open_killed
+pipeline.run.generate_dataset(resolve(source=sys.argv[1], tasks="none"), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_process_loses_nothing_that_it_wrote(photos: Path, tmp_path: Path) -> None:
+    texts = "\n".join(f'{{"file_name": "{path.name}", "text": "A bowl."}}' for path in sorted(photos.iterdir()))
+    (photos / "metadata.jsonl").write_text(texts)
+    config = settings(photos, tasks="none")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))}
+    command = [sys.executable, "-c", KILLED, config.source, str(tmp_path / "d")]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    again = Reading(tmp_path / "d", config)
+    assert 16 < again.starts[0] <= 25
+    Reading(tmp_path / "whole", config)
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
