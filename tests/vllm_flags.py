@@ -7,6 +7,7 @@ The flags of vLLM 0.33.0 lie in `vllm-0.33.0-flags.txt` beside this file; to wri
 """
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,20 +17,22 @@ from zipfile import ZipFile
 FLAGS_OF_NEWEST = Path(__file__).with_name("vllm-0.33.0-flags.txt")
 # The class that adds the arguments stands in the same place in 0.32 and 0.33; the module that it calls has moved.
 ASK_PARSER = """
+import json
 import sys
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 parser = FlexibleArgumentParser(prog="vllm")
 serve = ServeSubcommand().subparser_init(parser.add_subparsers())
-serve.parse_args(sys.argv[1:])
+for arguments in json.loads(sys.argv[1]):
+    serve.parse_args(arguments)
 print("accepted")
 """
 
 
-def parse_with(python: Path, arguments: list[str]) -> str:
-    """Parse arguments with the parser of an installed vLLM; return `accepted`, or what it says is wrong."""
-    command = [str(python), "-c", ASK_PARSER, *arguments]
+def parse_with(python: Path, *commands: list[str]) -> str:
+    """Parse the arguments of commands with the parser of an installed vLLM; return `accepted`, or what it says is wrong."""
+    command = [str(python), "-c", ASK_PARSER, json.dumps(commands)]
     done = subprocess.run(command, capture_output=True, text=True, env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""})
     return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-500:]
 

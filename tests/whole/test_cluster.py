@@ -29,6 +29,7 @@ from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
+from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
@@ -66,17 +67,40 @@ def chat() -> Iterator[ChatServer]:
         yield server
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> str:
-    """Write three files of photos, with copies and broken images among them; return the source."""
-    (tmp_path / "photos").mkdir()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ChatServer]]:
+    """Make a version of photos, with copies and damage among them, in `one` process and on a cluster, in `many` shards."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "photos").mkdir()
     for first, split in ((0, "train"), (20, "test"), (40, "validation")):
         rows = []
         for n in range(first, first + 24):  # the last four are also in the next file
             image = {"bytes": b"broken", "path": None} if n % 11 == 10 else datasets.cell(n)
             rows.append({"photo": image, "caption": f"Thing {n} of {split}."})
-        (tmp_path / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
-    return "parquet:photos"
+        (folder / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
+    (folder / "boxes.yaml").write_text("{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}")
+    output = "{type: object, required: [many], properties: {many: {type: integer}, sure: {type: boolean}}}"
+    asks = f"needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'"
+    (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
+    with running_chat(ChatServer(scripted_replies())) as server:
+        for options in (("--out", "one"), ("--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2")):
+            done = run_synth(*flags_of(server), *options, cwd=folder)
+            assert done.returncode == 0, done.stderr
+        yield folder, server
+
+
+def flags_of(chat: ChatServer) -> tuple[str, ...]:
+    """Return the command that makes `one` and `many`, without its folder and its executor."""
+    source = (
+        "--source",
+        "parquet:photos",
+        "--columns",
+        "image=photo,context=caption",
+        "--exclude",
+        "parquet:photos#validation",
+    )
+    tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml", "--verify", "round_trip,blind")
+    return ("generate", *source, *tasks, "--base-url", chat.url)
 
 
 def latest_version(folder: Path) -> Version:
@@ -87,39 +111,10 @@ def rows_of(version: Version) -> dict[str, Any]:
     return {row["sample_id"]: row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()}
 
 
-def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: str, chat: ChatServer, tmp_path: Path) -> None:
-    flags = (
-        "generate",
-        "--source",
-        photos,
-        "--columns",
-        "image=photo,context=caption",
-        "--base-url",
-        chat.url,
-        "--verify",
-        "round_trip,blind",
-    )
-    exclude = (
-        "--exclude",
-        "parquet:photos#validation",
-        "--tasks",
-        "caption,qa",
-        "--task",
-        "boxes.yaml",
-        "--task",
-        "count.yaml",
-    )
-    (tmp_path / "boxes.yaml").write_text("{name: boxes, kind: boxes, prompt: 'Where are the things of {{ row.caption }}'}")
-    output = "{type: object, required: [many], properties: {many: {type: integer}, sure: {type: boolean}}}"
-    count = (
-        f"{{name: count, kind: record, needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'}}"
-    )
-    (tmp_path / "count.yaml").write_text(count)
-    assert synth(*flags, *exclude, "--out", "one").returncode == 0
-    done = synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    local, distributed = latest_version(tmp_path / "one"), latest_version(tmp_path / "many")
-    assert distributed.manifest["digest"] == local.manifest["digest"] == json.loads(done.stdout)["digest"]
+def test_a_cluster_makes_the_version_that_one_machine_makes(made: tuple[Path, ChatServer]) -> None:
+    folder, chat = made
+    local, distributed = latest_version(folder / "one"), latest_version(folder / "many")
+    assert distributed.manifest["digest"] == local.manifest["digest"]
     assert rows_of(distributed) == rows_of(local)
     assert {len(row["boxes"]) for row in rows_of(local).values()} == {0, 1}
     assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
@@ -132,17 +127,14 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(synth: Run, photos: 
     for step in distributed.manifest["funnel"]:
         assert step["input"] == step["kept"] + sum(step["rejected"].values())
     # Each executor uses the replies that the other has journaled.
-    before = len(chat.bodies)
-    rerun = synth(*flags, *exclude, "--out", "one", "--executor", "ray", "--shards", "2")
-    assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
+    before, flags = len(chat.bodies), flags_of(chat)
+    for options in (("--out", "one", "--executor", "ray", "--shards", "2"), ("--out", "many")):
+        rerun = run_synth(*flags, *options, cwd=folder)
+        assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
-    rerun = synth(*flags, *exclude, "--out", "many")
-    assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
-    assert len(chat.bodies) == before
-    assert not (tmp_path / "many" / "exchange").exists()
-    assert (
-        "has 5 shards, not 3" in read_failure(synth(*flags, *exclude, "--out", "many", "--executor", "ray", "--shards", "3"))[0]
-    )
+    assert not (folder / "many" / "exchange").exists()
+    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "3", cwd=folder)
+    assert "has 5 shards, not 3" in read_failure(refused)[0]
 
 
 def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 240, shards: int = 6) -> "subprocess.Popen[bytes]":
@@ -212,10 +204,10 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 
 
-def test_a_report_and_a_review_of_what_a_cluster_made(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
-    flags = ("generate", "--source", "scenes", "--limit", "60", "--base-url", chat.url)
-    assert synth(*flags, "--out", "one").returncode == 0
-    assert synth(*flags, "--out", "many", "--executor", "ray", "--shards", "3").returncode == 0
+def test_a_report_and_a_review_of_what_a_cluster_made(made: tuple[Path, ChatServer], synth: Run, tmp_path: Path) -> None:
+    folder, chat = made
+    for out in ("one", "many"):
+        shutil.copytree(folder / out, tmp_path / out)
     parts = []
     for out in ("one", "many"):
         assert synth("report", out).returncode == 0

@@ -202,7 +202,7 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
 
 def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Takes two starts of vLLM."""
-    folder, scenes = tmp_path / "d", 256
+    folder, scenes = tmp_path / "d", 128
     command = generate(folder, "--engine", "vllm", scenes=scenes)
     with (tmp_path / "talk").open("w") as progress:
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=progress, text=True)
@@ -289,10 +289,13 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
     assert f"asked the model {scenes * 3 - before} times" in done.stderr  # answered requests are not sent again
 
 
-@pytest.mark.parametrize("gpus", [(), ("0",)])
-def test_its_own_parser_takes_all_our_flags_and_values(tmp_path: Path, gpus: tuple[str, ...]) -> None:
-    config = resolve(source="scenes")
-    command = plan_vllm_command("python", str(TINY_WEIGHTS), "r", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64)
-    arguments = [str(TINY_WEIGHTS), *command.command(8000, tmp_path)]
-    start = next(n for n, word in enumerate(arguments) if word.startswith("--") and word != "--model")
-    assert parse_with(PYTHON, [str(TINY_WEIGHTS), *arguments[start:]]) == "accepted"
+def test_its_own_parser_takes_all_our_flags_and_values(tmp_path: Path) -> None:
+    config, commands = resolve(source="scenes"), []
+    for gpus in ((), ("0",)):
+        command = plan_vllm_command(
+            "python", str(TINY_WEIGHTS), "r", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64
+        )
+        arguments = command.command(8000, tmp_path)
+        start = next(n for n, word in enumerate(arguments) if word.startswith("--") and word != "--model")
+        commands.append([str(TINY_WEIGHTS), *arguments[start:]])
+    assert parse_with(PYTHON, *commands) == "accepted"

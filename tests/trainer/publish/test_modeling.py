@@ -28,6 +28,7 @@ from trainer.publish.files import modeling_source, transformers_files
 from trainer.tokenizer import TargetText, train_tokenizer
 
 IMAGES = 100
+DECODERS = ("scratch", "prefix", "qwen3", "llama")
 BRIEF = TargetText("human", "", style="brief")
 QUESTIONS = ("How many?", "What is it?", "Is the one on the left red?")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
@@ -43,31 +44,35 @@ except ImportError:
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-folder, photos, questions = sys.argv[2], sys.argv[3:-1], json.loads(sys.argv[-1])
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-
-def write(images, text, **options):
-    inputs = processor(images=images, text=text, return_tensors="pt")
-    eos = model.generation_config.eos_token_id
-    rows = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1]:].tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
-
+folders, photos, questions = map(json.loads, sys.argv[2:])
 opened = [Image.open(path) for path in photos]
-pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-told = pipe(images=photos[:3], text=["", "", ""], batch_size=2)
-json.dump({
-    "greedy": write(photos, ""),
-    "beams": write(opened[:40], "", num_beams=3),
-    "detailed": write(opened[:8], "detailed"),
-    "questions": [write(photos[:8], question) for question in questions],
-    "padded": write(photos[: len(questions)], questions),
-    "pipeline": [one["generated_text"] for one in told],
-    "answer": pipe(images=photos[0], text=questions[0], return_full_text=False)[0]["generated_text"],
-    "texts": processor.batch_decode(write(photos[:3], ""), skip_special_tokens=True),
-    "sampled": len(write(photos[:2], "", do_sample=True, temperature=0.7)),
-    "classes": [type(model).__name__, type(processor).__name__],
-}, sys.stdout)
+
+def write_all(folder):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+
+    def write(images, text, **options):
+        inputs = processor(images=images, text=text, return_tensors="pt")
+        eos = model.generation_config.eos_token_id
+        rows = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1]:].tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    told = pipe(images=photos[:3], text=["", "", ""], batch_size=2)
+    return {
+        "greedy": write(photos, ""),
+        "beams": write(opened[:40], "", num_beams=3),
+        "detailed": write(opened[:8], "detailed"),
+        "questions": [write(photos[:8], question) for question in questions],
+        "padded": write(photos[: len(questions)], questions),
+        "pipeline": [one["generated_text"] for one in told],
+        "answer": pipe(images=photos[0], text=questions[0], return_full_text=False)[0]["generated_text"],
+        "texts": processor.batch_decode(write(photos[:3], ""), skip_special_tokens=True),
+        "sampled": len(write(photos[:2], "", do_sample=True, temperature=0.7)),
+        "classes": [type(model).__name__, type(processor).__name__],
+    }
+
+json.dump({name: write_all(folder) for name, folder in folders.items()}, sys.stdout)
 """
 
 
@@ -79,24 +84,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-@pytest.fixture(scope="module", params=["scratch", "prefix", "qwen3", "llama"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A captioner with random weights, large enough that its texts differ from image to image."""
-    root = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: save_captioner(name, tmp_path_factory.mktemp(name)) for name in DECODERS}
+
+
+@pytest.fixture(params=DECODERS)
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Path:
+    return checkpoints[request.param]
+
+
+def save_captioner(name: str, root: Path) -> Path:
+    """Save a captioner with random weights, large enough that its texts differ from image to image."""
     torch.manual_seed(4)
     decoder: Any
-    if request.param in ("scratch", "prefix"):
+    if name in ("scratch", "prefix"):
         texts = [
             TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
         ]
         words = train_tokenizer([*texts, *(TargetText("synthetic", "two", question=asked) for asked in QUESTIONS)], 400)
         decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=32, depth=2, heads=4)
         encoder = load_encoder(save_vit(root / "vit"))
-        if request.param == "prefix":
+        if name == "prefix":
             decoder, words = new_decoder(words, width=32, depth=2, heads=4)
     else:
-        decoder, words = load_decoder(save_language_model(root / "lm", request.param))
-        is_pooled = request.param == "llama"
+        decoder, words = load_decoder(save_language_model(root / "lm", name))
+        is_pooled = name == "llama"
         chosen: dict[str, Any] = {"layer": (-1, -2), "states": "2x2"} if is_pooled else {"layer": -2}
         encoder = load_encoder(save_clip(root / "clip"), **chosen)
     captioner = build_captioner(
@@ -127,15 +140,25 @@ def ours(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int 
     return loaded.captioner.generate(states, ids, DecodingConfig(beams=beams))
 
 
-def test_a_published_captioner_writes_the_same_tokens_without_this_package(
-    checkpoint: Path, photos: list[Path], tmp_path: Path
-) -> None:
-    folder = publish(checkpoint, tmp_path / "published")
-    command = [sys.executable, "-I", "-S", "-c", SCRIPT, sysconfig.get_paths()["purelib"], str(folder), *map(str, photos)]
-    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, json.dumps(QUESTIONS)], capture_output=True, text=True, env=env, timeout=300)
+@pytest.fixture(scope="module")
+def written(checkpoints: dict[str, Path], photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what published captioners write in one process that has transformers alone, by the name of the decoder."""
+    root = tmp_path_factory.mktemp("published")
+    folders = {name: str(publish(checkpoint, root / name)) for name, checkpoint in checkpoints.items()}
+    arguments = [json.dumps(value) for value in (folders, list(map(str, photos)), QUESTIONS)]
+    command = [sys.executable, "-I", "-S", "-c", SCRIPT, sysconfig.get_paths()["purelib"], *arguments]
+    env = {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
-    written, loaded = json.loads(done.stdout), load_checkpoint(checkpoint)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_published_captioner_writes_the_same_tokens_without_this_package(
+    name: str, checkpoints: dict[str, Path], written: dict[str, Any], photos: list[Path]
+) -> None:
+    written, loaded = written[name], load_checkpoint(checkpoints[name])
     brief, detailed = TargetText("human", "", style="brief"), TargetText("synthetic", "", style="detailed")
     assert written["classes"] == ["SynthCaptioner", "SynthCaptionerProcessor"]
     assert written["greedy"] == ours(loaded, photos, brief)
