@@ -3,7 +3,7 @@
 import filecmp
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import total_ordering
@@ -19,7 +19,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import flush_folder, move, open_parquet, read_json, remove, temporary_path
+from pipeline.storage.files import find_rows, flush_folder, move, open_parquet, read_json, remove, temporary_path
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import OPTIONAL, PIXELS, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
@@ -96,6 +96,21 @@ class Version:
                     for batch in self.open_shard(shard).iter_batches(batch_size=rows, columns=columns):
                         require_values(batch)
                         yield split, batch
+                except (OSError, ValueError, pa.ArrowException) as error:
+                    raise self.damage_error(error) from None
+
+    def find(self, columns: list[str], sample_ids: Collection[str], splits: Iterable[str] = SPLITS) -> Iterator[SplitBatch]:
+        """Yield the rows of some samples, with the split that they are in; of row groups that hold none, only ids are read.
+
+        Raises StoreError if a shard is damaged.
+        """
+        for split in splits:
+            for shard in self.shards(split):
+                try:
+                    for table in find_rows(self.open_shard(shard), columns, sample_ids):
+                        for batch in table.combine_chunks().to_batches():
+                            require_values(batch)
+                            yield split, batch
                 except (OSError, ValueError, pa.ArrowException) as error:
                     raise self.damage_error(error) from None
 

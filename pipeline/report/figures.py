@@ -2,7 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from math import sqrt
+from functools import reduce
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.report.rows import to_pylist
-from pipeline.storage.files import open_table
+from pipeline.storage.files import find_rows, open_table
 from pipeline.tables import ADDED_COLUMNS
 from pipeline.text.content_keys import content_words
 from pipeline.text.escape import visible
@@ -21,6 +22,7 @@ from pipeline.text.normalize import words_of
 MAX_CLUSTERS = 50  # of each kind, the largest
 MAX_MEMBERS = 12  # of a cluster
 MAX_BARS = 15
+MAX_COUNTED_TEXTS = 200_000  # of more, a share is counted
 MAX_QUESTION_TYPES = 6
 WORDS_A_BAR = 5  # of the lengths of captions
 MAX_BAR_WORDS = 60  # longer captions share a bar
@@ -61,27 +63,32 @@ def stages_match(folder: Path, manifest: dict[str, Any]) -> bool:
 def distributions_of(folder: Path) -> list[dict[str, Any]]:
     """Return counts before and after balance: lengths of captions, answers by question type, words of captions.
 
-    Each table has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). A version
-    that was made elsewhere has no stage files here, and so no tables.
+    Each table has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). Of very many
+    texts each second, third and so on is counted, and `are` says so. A version that was made elsewhere has no stage files here,
+    and so no tables.
     """
     kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in ("kept", "rejected"))
     if not kept:
         return []
+    every = max(1, ceil(sum(open_table(path).metadata.num_rows for path in (*kept, *rejected)) / MAX_COUNTED_TEXTS))
     lengths, concepts = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     answers: tuple[dict[str, Counter[str]], ...] = (defaultdict(Counter), defaultdict(Counter))
     for paths, sides in ((kept, (0, 1)), (rejected, (0,))):  # kept rows count before and after
-        for row in _read(paths, [*_TEXTS, "question_type"]):
-            for side in sides:
-                if row["clean_text"] is not None:
-                    lengths[side][_length(row["clean_text"])] += 1
-                    concepts[side].update(set(content_words(row["clean_text"])) - FUNCTION_WORDS)
-                elif row["clean_question"] is not None:
+        for row in _read(paths, [*_TEXTS, "question_type"], every=every):
+            if row["clean_text"] is not None:
+                length, words = _length(row["clean_text"]), {*content_words(row["clean_text"])} - FUNCTION_WORDS
+                for side in sides:
+                    lengths[side][length] += 1
+                    concepts[side].update(words)
+            elif row["clean_question"] is not None:
+                for side in sides:
                     answers[side][row["question_type"]][row["clean_answer"].casefold()] += 1
     by_length = sorted(lengths[0], key=lambda name: int(name.split("-")[0].rstrip("+")))
     tables = [_table("Words of a caption", "captions", *lengths, by_length)]
     common = sorted(answers[0], key=lambda kind: (-answers[0][kind].total(), kind))[:MAX_QUESTION_TYPES]
     tables += [_table(f"Answers to {visible(kind)} …", "questions", answers[0][kind], answers[1][kind]) for kind in common]
-    return [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
+    tables = [table for table in [*tables, _table("Words that captions name", "captions", *concepts)] if table["rows"]]
+    return [table | {"are": f"{table['are']}, one in {every}"} for table in tables] if every > 1 else tables
 
 
 def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -101,7 +108,8 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     texts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     captions: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for kept, rows in ((True, _read(kept_files, _DEDUPED)), (False, iter(rejected))):
+    in_clusters = {"image_group": groups, "annotation_id": duplicated_ids, "cluster": repeated_clusters}
+    for kept, rows in ((True, _read(kept_files, _DEDUPED, among=in_clusters)), (False, iter(rejected))):
         for row in rows:
             text = visible(" ".join(row[name] for name in _TEXTS if row.get(name)))
             member = {"id": row["sample_id"], "said": text, "kept": kept}
@@ -129,13 +137,9 @@ def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (sample id, first image as the source encodes it) of samples, which need not be in a version."""
     dataset = DatasetDir(folder)
     for path in [*dataset.stage_files("source"), *dataset.stage_files("source", NEAR_DUPLICATES_FILE)] if wanted else ():
-        file = open_table(path, "sample_id", "images")
-        for group in range(file.num_row_groups):
-            ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
-            indices = pc.indices_nonzero(pc.is_in(ids, pa.array(wanted, pa.string())))
-            if len(indices):
-                rows = file.read_row_group(group, columns=["sample_id", "images"]).take(indices)
-                yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
+        columns = ("sample_id", "images")
+        for rows in find_rows(open_table(path, *columns), columns, wanted):
+            yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
 
 
 def _groups_of_images(paths: Iterable[Path]) -> set[str]:
@@ -147,11 +151,19 @@ def _groups_of_images(paths: Iterable[Path]) -> set[str]:
     return set(counts.filter(pc.greater(counts["sample_id_count_distinct"], 1))["image_group"].to_pylist())
 
 
-def _read(paths: Iterable[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
+def _read(
+    paths: Iterable[Path], columns: list[str], every: int = 1, among: dict[str, set[str]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield rows: each `every`th of them, or those of which a column has one of the values in `among`."""
     for path in paths:
         stored = open_table(path).schema_arrow.names
         there = [name for name in columns if name in stored or name not in ADDED_COLUMNS]
         for batch in open_table(path, *there).iter_batches(columns=there):
+            if every > 1:
+                batch = batch.take(pa.array(range(0, batch.num_rows, every)))
+            if among is not None:
+                masks = [pc.is_in(batch[name], pa.array(values, pa.string())) for name, values in among.items()]
+                batch = batch.filter(reduce(pc.or_, masks))
             yield from to_pylist(batch)
 
 

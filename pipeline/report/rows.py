@@ -27,11 +27,12 @@ MAX_REJECTED = 1000  # shown for each reason of each stage
 
 def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, at_once: int) -> Iterator[list[dict[str, Any]]]:
     """Yield rows for the page, `at_once` at a time, of `splits` in their order; `chosen` are sample ids, None: all."""
-    for split, batch in version.batches(version.manifest["columns"], at_once, splits):
-        if chosen is not None:
-            indices = [index for index, sample_id in enumerate(batch["sample_id"].to_pylist()) if sample_id in chosen]
-            batch = batch.take(pa.array(indices, pa.int64()))
-        yield [_row(row, split, version.manifest.get("own_columns", {})) for row in to_pylist(batch)]
+    columns = version.manifest["columns"]
+    batches = version.batches(columns, at_once, splits) if chosen is None else version.find(columns, chosen, splits)
+    for split, batch in batches:
+        for start in range(0, batch.num_rows, at_once):
+            rows = to_pylist(batch.slice(start, at_once))
+            yield [_row(row, split, version.manifest.get("own_columns", {})) for row in rows]
 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:

@@ -11,13 +11,14 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, SynthError, TableError
@@ -148,6 +149,18 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
         yield current(pa.Table.from_batches([batch]))
     if is_empty:
         yield current(file.schema_arrow.empty_table())
+
+
+def find_rows(file: pq.ParquetFile, columns: Sequence[str], sample_ids: Collection[str]) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file that are about some samples; of row groups that have none, only ids are read."""
+    is_wanted = pc.is_in(file.read(["sample_id"])["sample_id"], pa.array(sample_ids, pa.string()))
+    start = 0
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        of_group = is_wanted.slice(start, num_rows)
+        if pc.any(of_group).as_py():
+            yield file.read_row_group(group, list(columns)).filter(of_group)
+        start += num_rows
 
 
 @contextmanager

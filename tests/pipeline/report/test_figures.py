@@ -53,6 +53,18 @@ def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None
     assert words["rows"][0] == ("red", 2, 1)  # a word counts once per caption
 
 
+def test_of_very_many_texts_a_share_is_counted_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.report.figures.MAX_COUNTED_TEXTS", 10)
+    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "question_type"))
+    captions = [{"clean_text": "a red cat" if number % 3 == 0 else "two dogs"} for number in range(24)]
+    write_stage(tmp_path, "balance", "kept", captions, blank)
+    write_stage(tmp_path, "balance", "rejected", captions[:6], blank)
+    lengths, words = distributions_of(tmp_path)
+    assert lengths["rows"] == [("1-5", 10, 8)]  # one in three: 8 of 24, and 2 of 6
+    assert (lengths["are"], words["are"]) == ("captions, one in 3", "captions, one in 3")
+    assert words["rows"][0] == ("cat", 10, 8)
+
+
 def test_a_version_without_stages_has_no_such_figures(tmp_path: Path) -> None:
     assert distributions_of(tmp_path) == []
     assert clusters_of(tmp_path) == {}

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StoreError
@@ -28,6 +30,22 @@ def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
         next(files.read_batches(tmp_path / "kept.parquet"))
     assert "without --from-stage" in caught.value.hint
+
+
+def test_of_row_groups_without_a_wanted_sample_only_ids_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table({"sample_id": [f"s{number}" for number in range(20)], "text": [str(number) for number in range(20)]})
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=4)
+    read, groups = pq.ParquetFile.read_row_group, list[int]()
+
+    def noted(file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        groups.append(group)
+        return read(file, group, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    tables = list(files.find_rows(pq.ParquetFile(tmp_path / "a.parquet"), ["text"], {"s1", "s2", "s19", "none"}))
+    assert [table["text"].to_pylist() for table in tables] == [["1", "2"], ["19"]]
+    assert groups == [0, 4]
+    assert list(files.find_rows(pq.ParquetFile(tmp_path / "a.parquet"), ["text"], set())) == []
 
 
 def test_a_planted_link_in_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
