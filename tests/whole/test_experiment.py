@@ -14,7 +14,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.warm import run_synth
 from tests.whole.conftest import SYNTH
 
-SETTINGS = {"steps": 40, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
+SETTINGS = {"steps": 20, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
