@@ -18,11 +18,12 @@ help:
 demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
+# Three at once on two cores: some tests wait for servers, and for processes that import much.
 test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests
 
 # The full sweeps of tests/hostile and tests/whole, of which `test` runs a part.
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/corpora

@@ -292,7 +292,7 @@ def export_model(
     int8: Annotated[bool, Option("--int8", help="Also with weights of 8 bits: smaller, and less exact.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export a captioner with a decoder from scratch to ONNX, which runs without torch."""
+    """Export a captioner to ONNX, which runs without torch."""
     from pipeline.storage.files import translate_disk_errors
     from trainer.config import require_checkpoint
     from trainer.hub import find_captioner

@@ -85,9 +85,12 @@ def _renew(path: Path, holder_id: str, every_seconds: float, ended: threading.Ev
 
 
 def _holder(path: Path) -> list[Any]:
-    """Return [holder id, number of its last heartbeat]; an empty list without a lease."""
+    """Return [holder id, number of its last heartbeat]; an empty list without a lease.
+
+    It is read in one request: a file that is opened has its tag asked first, and a heartbeat may come between.
+    """
     try:
-        return list(json.loads(path.read_bytes()))
+        return list(json.loads(filesystem_of(path).cat_file(key_of(path))))
     except FileNotFoundError:
         return []
 

@@ -76,7 +76,7 @@ NAMES = ("generate", "generate again", "preview", "dry run", "check", "repair", 
 PAIRS = list(combinations_with_replacement(NAMES, 2))
 
 
-@pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 14))
+@pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 8))
 def test_two_commands_at_once_end_well_or_say_that_the_other_is_there(
     first: str, second: str, folder: Path, chat: ChatServer
 ) -> None:

@@ -17,6 +17,7 @@ from pipeline.report import build
 from pipeline.report.build import write_report
 from pipeline.tables import SPLITS, Extras
 from tests.browser import PHONE, WIDE, Open, violations
+from tests.hostile import LONG
 from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
@@ -298,8 +299,10 @@ def test_a_folder_opens_from_the_disk_and_loads_its_parts(
     page.wait_for_function("[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), LOOKS if LONG else LOOKS[1:3])  # a wide dark one, and a light one of a phone
 def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewport: dict[str, int], scheme: str) -> None:
     page = opened(write_report(dataset, dataset.dataset_dir), viewport=viewport, color_scheme=scheme)
     text_of(page).get_by_role("button", name="Bad").click()

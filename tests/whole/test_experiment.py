@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.warm import run_synth
 from tests.whole.conftest import SYNTH
@@ -31,6 +32,7 @@ def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return run_synth("experiment", *arguments, cwd=folder)
 
 
+@pytest.mark.skipif(not LONG, reason="three grids take most of a minute: make test-long; test_runs.py skips finished cells")
 def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
     """Takes about twenty seconds: two cells are trained twice, each in a new process."""
     whole = experiment(folder, "which.yaml", "--jobs", "1", "--out", "whole")

@@ -1,12 +1,14 @@
 """Export a captioner to ONNX: an encoder, and a decoder for the first and for the following tokens.
 
-Names of files, inputs and outputs are those of transformers.js and Optimum. Each part is compared with PyTorch.
+Names of files, inputs and outputs are those of transformers.js and Optimum. Each part is compared with PyTorch. A language
+model reads the states of the image before the words: its keys and values of both are kept together.
 
-Shapes: B images, N image states, T tokens, S tokens before, V encoder width, D decoder width, H heads, K = D / H.
+Shapes: B images, N image states, T tokens, S tokens (and states) before, L = N + T, V encoder width, D decoder width.
 """
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers import DynamicCache
 
 from pipeline.errors import TrainError
 from pipeline.install import install_command
@@ -28,6 +31,7 @@ from trainer.checkpoint import load_checkpoint
 from trainer.model.captioner import CaptionerModel
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.hf_config import SIDES
+from trainer.model.language_model import PretrainedDecoder
 from trainer.publish.files import transformers_files
 from trainer.publish.run_onnx import prepare
 
@@ -35,6 +39,9 @@ ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_mode
 INT8 = "_quantized"  # behind the name of a part
 RUNNER = "caption.py"
 KINDS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")  # of a block: of the words, and of the image
+LANGUAGE_KINDS = ("key", "value")  # of a layer of a language model
+MAX_TEXT_TOKENS = 512  # of a question and its answer, which a window has to hold with the image
+MAX_BYTES_WITHIN = 1_500_000_000  # of weights in the file of a part, which may have 2 GiB; more lie beside it
 MAX_DIFFERENCE = 1e-3  # of any value, from that of PyTorch
 PIXEL_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
@@ -85,12 +92,53 @@ class _Next(_Decoder):
         return logits_B1V, *(part for cache in caches for part in cache.words or ())
 
 
+class _Language(nn.Module):
+    """One step of a language model behind an image, with the keys and values of a step before, or of none."""
+
+    def __init__(self, decoder: PretrainedDecoder) -> None:
+        super().__init__()
+        self.model = decoder.model
+
+    def step(self, embeds_BTD: Tensor, past: list[Tensor], before: int) -> tuple[Tensor, ...]:
+        """Return the logits (B, T, vocabulary), and the keys and values of all layers in the order of LANGUAGE_KINDS."""
+        cache, T = DynamicCache(), embeds_BTD.shape[1]
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        # A token sees itself and all before it: a single new one sees all. A mask that is added suits every kind of attention.
+        mask_TS = torch.zeros(T, before + T, dtype=embeds_BTD.dtype)
+        if T > 1:
+            mask_TS = torch.full_like(mask_TS, torch.finfo(mask_TS.dtype).min).triu(1)
+        logits_BTV = self.model(
+            inputs_embeds=embeds_BTD,
+            attention_mask=mask_TS[None, None],
+            position_ids=torch.arange(before, before + T)[None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        layers: list[Any] = cache.layers
+        return logits_BTV, *(part for layer in layers for part in (layer.keys, layer.values))
+
+
+class _LanguageFirst(_Language):
+    def forward(self, ids_BT: Tensor, states_BND: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits of a prompt behind images, and all keys and values."""
+        words_BTD = self.model.get_input_embeddings()(ids_BT)
+        logits_BLV, *kept = self.step(torch.cat([states_BND.to(words_BTD.dtype), words_BTD], 1), [], 0)
+        return logits_BLV[:, states_BND.shape[1] :], *kept
+
+
+class _LanguageNext(_Language):
+    def forward(self, ids_B1: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the logits of a token, and all keys and values."""
+        return self.step(self.model.get_input_embeddings()(ids_B1), past, past[0].shape[2])
+
+
 def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool = False) -> dict[str, int]:
     """Write a captioner to a new folder, and return the bytes of each file.
 
     `onnx/` holds the parts; with `int8` also with weights of 8 bits. `caption.py` runs them with onnxruntime, tokenizers, NumPy
-    and Pillow alone. Raises TrainError if the decoder is a language model, a package is missing, the folder is there already,
-    or a part gives other values than PyTorch.
+    and Pillow alone. Raises TrainError if the decoder keeps other things than keys and values, a package is missing, the folder
+    is there already, or a part gives other values than PyTorch.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -100,9 +148,6 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
     if out.exists():
         raise TrainError(f"{out} is there already", hint="choose another: --out DIR")
     captioner = load_checkpoint(checkpoint, torch.device("cpu")).captioner
-    if not isinstance(captioner.decoder, ScratchDecoder):
-        hint = "train one with --decoder scratch; Optimum exports language models"
-        raise TrainError("a captioner whose decoder is a language model is not exported", hint=hint)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         draft = Path(folder) / out.name
@@ -148,18 +193,24 @@ def _pixel_settings(captioner: CaptionerModel) -> dict[str, Any]:
 def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
     """Write the parts, and yield the name of each when it is written and compared."""
     decoder = captioner.decoder
-    assert isinstance(decoder, ScratchDecoder)
+    kinds: tuple[str, ...]
+    first: nn.Module
+    following: nn.Module
+    if isinstance(decoder, ScratchDecoder):
+        kinds, first, following = KINDS, _First(decoder).eval(), _Next(decoder).eval()
+    else:
+        decoder.model.set_attn_implementation("eager")  # whose products of matrices every runtime knows
+        kinds, first, following = LANGUAGE_KINDS, _LanguageFirst(decoder).eval(), _LanguageNext(decoder).eval()
     # Sizes of an example must not be 1, nor equal each other: the exporter takes such for constants.
     pixels_BCHW = captioner.encoder.pixels([_gradient(number) for number in range(2)])
     batch, tokens, states, before = Dim("batch"), Dim("tokens"), Dim("states"), Dim("before")
-    images, first, following = _Encoder(captioner).eval(), _First(decoder).eval(), _Next(decoder).eval()
+    images = _Encoder(captioner).eval()
+    ids_BT = torch.tensor([[2, 3, 4], [4, 3, 2]])
     with torch.inference_mode():
         states_BND = images(pixels_BCHW).clone()
-        ids_BT = torch.tensor([[2, 3, 4], [4, 3, 2]])
-        past = [part.clone() for part in first(ids_BT, states_BND)[1:]]
-    blocks = range(len(decoder.blocks))
-    kept = [f"{block}.{kind}" for block in blocks for kind in KINDS]
-    grown = [name for name in kept if ".decoder." in name]
+        past = _keys_and_values(first, ids_BT, states_BND)
+    kept = [f"{block}.{kind}" for block in range(len(past) // len(kinds)) for kind in kinds]
+    grown = [name for name in kept if ".encoder." not in name]
     _export(images, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["encoder_hidden_states"], [{0: batch}])
     yield ENCODER
     outputs = ["logits", *(f"present.{name}" for name in kept)]
@@ -168,9 +219,26 @@ def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
     yield FIRST
     inputs = ["input_ids", *(f"past_key_values.{name}" for name in kept)]
     outputs = ["logits", *(f"present.{name}" for name in grown)]
-    shapes = [{0: batch}, [{0: batch, 2: before if ".decoder." in name else states} for name in kept]]
+    shapes = [{0: batch}, [{0: batch, 2: before if name in grown else states} for name in kept]]
     _export(following, (ids_BT[:, :1], past), folder / NEXT, inputs, outputs, shapes)
     yield NEXT
+
+
+def _keys_and_values(first: nn.Module, ids_BT: Tensor, states_BND: Tensor) -> list[Tensor]:
+    """Return what a decoder keeps of a first step. Raises TrainError if that is no keys and values of all that was seen."""
+    config = getattr(getattr(first, "model", None), "config", None)
+    hint = "decoders that keep keys and values alone are exported: --decoder scratch, qwen3, smollm2"
+    window = getattr(config, "sliding_window", None) or math.inf
+    if window < states_BND.shape[1] + MAX_TEXT_TOKENS:
+        raise TrainError(f"a decoder that sees {window} tokens at once is not exported", hint=hint)
+    try:
+        _, *kept = first(ids_BT, states_BND)
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        what = "it keeps other things than keys and values, or takes no mask"
+        raise TrainError(
+            f"a decoder of the kind {getattr(config, 'model_type', '')} is not exported: {what}", hint=hint
+        ) from None
+    return [part.clone() for part in kept]
 
 
 def _export(
@@ -189,7 +257,7 @@ def _export(
             verbose=False,
         )
         assert program is not None
-        program.save(str(file), external_data=False)
+        program.save(str(file), external_data=_is_large(module))
     values = [value for argument in arguments for value in (argument if isinstance(argument, list) else [argument])]
     with torch.inference_mode():
         expected = module(*arguments)
@@ -197,6 +265,10 @@ def _export(
     for name, one, other in zip(outputs, values_of_part, expected if isinstance(expected, tuple) else [expected], strict=True):
         if one.shape != tuple(other.shape) or np.abs(one - other.numpy()).max() > MAX_DIFFERENCE:
             raise TrainError(f"{file.name} gives other values of {name} than PyTorch", hint="please report this bug")
+
+
+def _is_large(module: nn.Module) -> bool:
+    return sum(weights.nbytes for weights in module.parameters()) > MAX_BYTES_WITHIN
 
 
 def _quantize(file: Path, out: Path) -> None:

@@ -31,7 +31,7 @@ class OnnxCaptioner:
             json.loads((folder / name).read_text(encoding="utf-8"))
             for name in ("config.json", "preprocessor_config.json", "processor_config.json")
         )
-        self.prompts = [tuple(prompt) for prompt in processor["prompts"]]
+        self.prompts, self.kind = [tuple(prompt) for prompt in processor["prompts"]], processor.get("kind", "scratch")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # the name of a token in a question is not the token
 
@@ -69,10 +69,15 @@ class OnnxCaptioner:
         sources = [source for source, learned in self.prompts if learned == style]
         if not sources:
             raise ValueError(f"this captioner answers no questions; it knows the styles {', '.join(styles)}")
-        source = self._special(f"<{'human' if 'human' in sources else sources[0]}>")
+        source = "human" if "human" in sources else sources[0]
+        if self.kind == "pretrained":
+            return self._ids(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):")
         if not question:
-            return [source, self._special(f"<{style}>")]
-        return [source, *self.tokenizer.encode(question, add_special_tokens=False).ids, self._special(ANSWER)]
+            return [self._special(f"<{source}>"), self._special(f"<{style}>")]
+        return [self._special(f"<{source}>"), *self._ids(question), self._special(ANSWER)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _special(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)

@@ -116,6 +116,12 @@ def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
         assert time.monotonic() - start < 1  # the lease was released
 
 
+def test_a_lease_that_is_renewed_while_it_is_read_is_no_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lease(home / ".lock", 1.0) as check:
+        monkeypatch.setattr(type(home), "open", lambda *_, **__: pytest.fail("it is read in two requests"))
+        check()
+
+
 def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
     (home / ".lock").write_text('["dead", 7]')
     start = time.monotonic()
