@@ -92,6 +92,7 @@ class Source:
     messages: tuple[str, ...] = ()  # what a user should know before the run: files that are not read, captions that were found
     decks: bool = False  # whether its samples are documents of several pages
     is_partial: bool = False  # whether it holds a first part only of what it is named after
+    licence: str = ""  # of all its images, where the place says it that the source is read from
 
     @property
     def rows(self) -> Iterator[Sample | Rejected]:

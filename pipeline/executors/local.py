@@ -69,9 +69,9 @@ def run_locally(
     if asks:
         progress.message(describe_start(config, choose(), dataset))  # before anything is written
     limit = config.limit if config.rows is None else config.rows
-    reader = SourceReader(dataset, config, source, limit, progress) if source is not None else None
-    limit = reader.first_limit if reader else limit
-    _forget_other_settings(dataset, config, order, position)
+    reader = SourceReader(dataset, config, source, progress) if source is not None else None
+    is_read = reader is not None and reader.has_read(limit)
+    _forget_other_settings(dataset, config, order, order[1:] if is_read else order[position:])
     if (
         source is None
         and _was_compared(dataset, config)
@@ -109,7 +109,6 @@ def run_locally(
                 break
             limit = next_limit(config, limit, _count_images(dataset), progress, has_more=has_more)
             if limit is None:
-                reader.finish()
                 break
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, lambda: None)
@@ -165,12 +164,12 @@ def import_shard_replies(dataset: DatasetDir) -> None:
                 journal.import_replies(path, "", "g")  # above every digest
 
 
-def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[str], position: int) -> None:
-    """Remove stage files of other settings, so that a later run with --from-stage, or the report, does not read them."""
+def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[str], later: Sequence[str]) -> None:
+    """Remove files of stages that run now, if they are of other settings: neither --from-stage nor the report takes them."""
     forget_other_stages(dataset, order)
     settings = config.model_dump(mode="json")
     if not dataset.run_file.exists() or dataset.settings() != settings:
-        for name in order[max(position, 1) :]:  # the files of the source are the reader's
+        for name in later:
             for which in ("kept", "rejected"):
                 dataset.stage(name, which).unlink(missing_ok=True)
     write_json(dataset.run_file, settings)

@@ -7,6 +7,7 @@ from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -64,7 +65,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     """Return counts before and after balance: lengths of captions, answers by question type, words of captions.
 
     Each table has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). Of very many
-    texts each second, third and so on is counted, and `are` says so. A version that was made elsewhere has no stage files here,
+    texts a share is counted, drawn by lot, and `are` says so. A version that was made elsewhere has no stage files here,
     and so no tables.
     """
     kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in ("kept", "rejected"))
@@ -154,13 +155,14 @@ def _groups_of_images(paths: Iterable[Path]) -> set[str]:
 def _read(
     paths: Iterable[Path], columns: list[str], every: int = 1, among: dict[str, set[str]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows: each `every`th of them, or those of which a column has one of the values in `among`."""
+    """Yield rows: one in `every`, drawn by lot, or those of which a column has one of the values in `among`."""
+    draw = np.random.default_rng(0)  # rows may alternate: each second one could be of one style
     for path in paths:
         stored = open_table(path).schema_arrow.names
         there = [name for name in columns if name in stored or name not in ADDED_COLUMNS]
         for batch in open_table(path, *there).iter_batches(columns=there):
             if every > 1:
-                batch = batch.take(pa.array(range(0, batch.num_rows, every)))
+                batch = batch.filter(pa.array(draw.random(batch.num_rows) < 1 / every))
             if among is not None:
                 masks = [pc.is_in(batch[name], pa.array(values, pa.string())) for name, values in among.items()]
                 batch = batch.filter(reduce(pc.or_, masks))

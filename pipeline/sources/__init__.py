@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import TINY, Config, resolve
+from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.images import rendering
 from pipeline.images.similarity import ImageKind
@@ -95,6 +96,15 @@ def choose_image_kind(config: Config) -> ImageKind | None:
         return config.dedupe.images
     spec = find_source(config.source)
     return "graphics" if spec.image_kind and holds_decks(config) else spec.image_kind
+
+
+def files_of_source(config: Config) -> dict[str, Any]:
+    """Return the digests of files beside the source that say which samples it yields, by setting."""
+    split_list, captions = config.split_list, config.captions
+    return {
+        "split_list": file_digest(split_list) if split_list and split_list.exists() else None,
+        **({"captions": [file_digest(path) for path in captions if path.exists()]} if captions else {}),
+    }
 
 
 def holds_decks(config: Config) -> bool:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +82,20 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 more: dict[str, Any] = {"references": references, "context": context, **asked}
                 yield partial(build_sample, row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
 
+    def first_row(column: str, start: int) -> int:
+        """Return which row of the tables follows the first `start` rows of the split; images are not read for it."""
+        yielded = number = 0
+        for _, _, row in tables.rows([column]):
+            if yielded == start:
+                break
+            yielded += isinstance(row, Rejected) or names.get(str(row[column])) in (None, split)
+            number += 1
+        return number
+
     at_once = min(FETCHED_AT_ONCE, config.limit or FETCHED_AT_ONCE)
 
     def read(start: int) -> Iterator[Sample | Rejected]:
-        todo = islice(jobs(0), start, None) if split_column and split else jobs(start)
+        todo = jobs(first_row(split_column, start) if split_column and split else start)
         return check_samples(fetch_ahead(todo, _do, at_once) if config.allow_urls else map(_do, todo), config.context)
 
     return Source(
@@ -96,6 +105,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         count=count,
         decks="pages" in columns,
         is_partial=tables.is_partial,
+        licence=tables.licence,
         messages=(PARTIAL_MESSAGE.format(name=tables.name),) if tables.is_partial else (),
     )
 

@@ -186,7 +186,8 @@ def _content(image: ListedImage, root: Path, file_digest: Callable[[Path], str])
     """Return what the revision has of a line: the content of a file, the address of another image, and the texts."""
     data = image.address.encode("utf-8", "replace").decode() if image.is_url else file_digest(root / image.address)
     asked = [image.question.question, image.question.answers, image.question.answer_type] if image.question else None
-    return [image.name, data, image.captions, asked, image.split, image.context]
+    fault = [image.fault] if image.fault else []  # nothing where there is none, as in earlier releases
+    return [image.name, data, image.captions, asked, image.split, image.context, *fault]
 
 
 def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_urls: bool) -> bytes:

@@ -4,7 +4,6 @@ They are read twice: first the text columns of all rows, then the first row of e
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from pipeline.config import Config
@@ -32,14 +31,23 @@ def open_questions(
     split = config.source_split
     check_split(tables, split)
 
-    def rows() -> Iterator[RawSample | Rejected]:
+    def rows(start: int) -> Iterator[RawSample | Rejected]:
         questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
+        yielded = first_row = 0
         for _, file_split, row in tables.rows(texts, split):
             if isinstance(row, Rejected):
-                yield row
+                yielded += 1
+                if yielded > start:
+                    yield row
                 continue
             questions.setdefault((file_split, row[key]), []).append(read_question(row))
-        for name, file_split, row in tables.rows((key, *images), split):
+        if yielded < start:  # pass over images that nobody wants, by their keys alone
+            for _, file_split, row in tables.rows((key,), split):
+                if yielded == start:
+                    break
+                yielded += isinstance(row, Rejected) or questions.pop((file_split, row[key]), None) is not None
+                first_row += 1
+        for name, file_split, row in tables.rows((key, *images), split, first_row):
             if isinstance(row, Rejected):
                 yield row
             elif reference_qa := questions.pop((file_split, row[key]), None):  # its first row
@@ -49,7 +57,7 @@ def open_questions(
     return Source(
         name=config.source.partition("@")[0],
         revision=tables.revision,
-        read=lambda start: check_samples(islice(rows(), start, None)),
+        read=lambda start: check_samples(rows(start)),
         count=lambda: len(set(tables.values(key, split))),
         decks=decks,
         is_partial=tables.is_partial,

@@ -1,5 +1,6 @@
 """Stage: source. Write the samples of a source; reject unreadable rows, copies of an image, and excluded images."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,14 +19,15 @@ from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
-from pipeline.stages.source_parts import IS_COPY, PART, ReadBatch
-from pipeline.storage.files import read_table, write_table
+from pipeline.stages.source_parts import IS_COPY, PART, PART_SECONDS, POSITION, ReadBatch, RejectedRow, without_copies
+from pipeline.storage.files import read_table, remove, write_table
 from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample, Source
 
+READING_FILE, PARTS_FOLDER = "read.json", "parts"  # beside the files of the stage
 BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
 BATCH_BYTES = 16_000_000
-BATCH_ROWS = 1_024  # of the source, where most of them are rejected
+BATCH_ROWS = 1_024  # of the source, where most of them are rejected, or copies
 ADVICE = {  # by reason: what to change if it rejects too many rows
     "image_not_embedded": "the images are named by their address: --allow-urls fetches them",
     "unsupported_format": "convert the files to JPEG; HEIC is read with the package pillow-heif (extra `heic`)",
@@ -131,7 +133,7 @@ def open_exclusions(config: Config) -> list[Exclusion]:
 
 
 def write_exclusions(
-    dataset: DatasetDir, config: Config, progress: Progress, opened: Sequence[Exclusion] | None = None
+    dataset: DatasetDir, config: Config, exclusions: Sequence[Exclusion], progress: Progress
 ) -> list[dict[str, Any]]:
     """Read the sources of --exclude; return what they are: names, revisions, and numbers of images and texts.
 
@@ -141,7 +143,7 @@ def write_exclusions(
     kind = choose_image_kind(config)
 
     def tables() -> Iterator[pa.Table]:
-        for exclusion in open_exclusions(config) if opened is None else opened:
+        for exclusion in exclusions:
             label, rows, unread = exclusion.label, list[dict[str, Any]](), 0
             for sample in exclusion.source.rows:
                 if isinstance(sample, Rejected):
@@ -194,39 +196,63 @@ class Intake:
 
     excluded: ExclusionIndex
     images: DuplicateImages
+    num_rows: int = 0  # of the source that were taken
     copies: list[dict[str, str]] = field(default_factory=list)  # rejected
 
     def batches(self, rows: Iterator[Sample | Rejected], limit: int | None = None) -> Iterator[ReadBatch]:
         """Yield rows in batches, until `limit` images are kept; the row after the last one is not taken."""
-        samples: list[dict[str, Any]] = []
-        rejected: list[dict[str, str]] = []
-        num_rows = num_bytes = 0
+        batch = _Batch()
         while limit is None or len(self.images.kept) < limit:
             if (row := next(rows, None)) is None:
                 break
-            num_rows += 1
             if isinstance(row, Sample) and (name := self.excluded.find(row)):
                 row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
             if isinstance(row, Rejected):
-                rejected.append(asdict(row))
+                batch.rejected.append((self.num_rows, asdict(row)))
             else:
-                samples.append(self.add({"sample_id": row.id, **asdict(row)}))
-                num_bytes += sum(map(len, samples[-1]["images"]))
-            if len(samples) == BATCH_SAMPLES or num_bytes >= BATCH_BYTES or num_rows == BATCH_ROWS:
-                yield ReadBatch(pa.Table.from_pylist(samples, schema=PART), rejected, num_rows)
-                samples, rejected, num_rows, num_bytes = [], [], 0, 0
-        yield ReadBatch(pa.Table.from_pylist(samples, schema=PART), rejected, num_rows)
+                batch.add(self.add({"sample_id": row.id, **asdict(row), POSITION: self.num_rows}))
+            self.num_rows += 1
+            batch.num_rows, batch.last_row = batch.num_rows + 1, row.source_row
+            if batch.is_full:
+                yield batch.read()
+                batch = _Batch()
+        if batch.num_rows:
+            yield batch.read()
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Take a sample as a row of tables.SAMPLE; return it as one of source_parts.PART."""
+        """Take a sample as a row of tables.SAMPLE with its position; return it as one of source_parts.PART."""
         if copy := self.images.add(row):
             self.copies.append(asdict(copy))
         return row | ({"images": [], IS_COPY: True} if copy else {IS_COPY: False})
 
 
-def without_copies(samples: pa.Table) -> pa.Table:
-    """Return the samples (source_parts.PART) that are no copies of earlier ones."""
-    return samples.filter(pc.invert(samples[IS_COPY])).drop_columns([IS_COPY])
+@dataclass(slots=True)
+class _Batch:
+    """Rows of a source that are being read."""
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
+    num_rows: int = 0
+    last_row: str = ""
+    num_images: int = 0
+    num_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row of source_parts.PART."""
+        self.samples.append(row)
+        self.num_images += not row[IS_COPY]
+        self.num_bytes += sum(map(len, row["images"]))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is written now: by its size, or since the source is slow."""
+        is_large = self.num_images == BATCH_SAMPLES or self.num_bytes >= BATCH_BYTES or self.num_rows == BATCH_ROWS
+        return is_large or time.monotonic() - self.started >= PART_SECONDS
+
+    def read(self) -> ReadBatch:
+        """Return what was read."""
+        return ReadBatch(pa.Table.from_pylist(self.samples, schema=PART), self.rejected, self.num_rows, self.last_row)
 
 
 def write_source(
@@ -244,7 +270,7 @@ def write_source(
 
     def tables() -> Iterator[pa.Table]:
         for batch in intake.batches(rows, limit):
-            rejected.extend(batch.rejected)
+            rejected.extend(row for _, row in batch.rejected)
             progress("source", len(intake.images.kept), limit)
             yield without_copies(batch.samples)
 
@@ -265,6 +291,12 @@ def forget_near_duplicates(dataset: DatasetDir) -> None:
     """Remove what a run in one process wrote about images that look alike."""
     for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
         dataset.stage("source", name).unlink(missing_ok=True)
+
+
+def forget_reading(dataset: DatasetDir) -> None:
+    """Remove what a run in one process has written down of its source, and the parts of one that was stopped."""
+    dataset.stage("source").with_name(READING_FILE).unlink(missing_ok=True)
+    remove(dataset.stage("source").with_name(PARTS_FOLDER))
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

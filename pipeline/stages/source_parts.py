@@ -1,7 +1,8 @@
 """What was read of a source so far, in files: a run that was killed goes on behind the last of them.
 
 A part is a Parquet file of samples in the order in which they were read, and a JSON file that is written after it: the rejected
-rows, and how many rows of the source all parts up to this one hold. A copy of an image that came before has no pixels there.
+rows, how many rows of the source all parts up to this one hold, and the name of the last one. A copy of an image that came
+before has no pixels there.
 """
 
 import time
@@ -13,15 +14,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.digests import file_digest
 from pipeline.errors import SynthError
 from pipeline.storage.files import open_parquet, read_json, remove, write_json, write_table
 from pipeline.tables import SAMPLE
 
 PART_BYTES = 256_000_000
 PART_SECONDS = 30.0  # a slow source loses no more than these
-IS_COPY = "is_copy"
-PART = SAMPLE.append(pa.field(IS_COPY, pa.bool_(), nullable=False))
+POSITION, IS_COPY = "position", "is_copy"  # of the row in the source, counted from 0; whether its image came before
+PART = SAMPLE.append(pa.field(POSITION, pa.int64(), nullable=False)).append(pa.field(IS_COPY, pa.bool_(), nullable=False))
 WITHOUT_PIXELS = [name for name in PART.names if name != "images"]
+# Why a row may be rejected now and read another time, or on another machine.
+PASSING_REASONS = frozenset(("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died"))
+RejectedRow = tuple[int, dict[str, str]]  # the position of a row in the source, and the row as one of SOURCE_REJECTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,53 +34,56 @@ class ReadBatch:
     """Rows of a source that were read together."""
 
     samples: pa.Table  # of schema PART
-    rejected: list[dict[str, str]]  # rows that are no copies
+    rejected: list[RejectedRow]  # rows that are no copies
     num_rows: int
+    last_row: str  # its name in the source
 
 
 @dataclass(slots=True)
 class SourceParts:
-    """The parts in a folder that belong to a key, which says what is read; parts of another key are removed."""
+    """The parts in a folder that belong to a key, which says what is read; all others are removed.
+
+    A part that is damaged, or in which a row failed for a reason that may pass, is none, nor are those after it.
+    """
 
     folder: Path
     key: str
     num_rows: int = 0  # of the source
-    num_images: int = 0  # without copies
-    rejected: list[dict[str, str]] = field(default_factory=list)
+    last_row: str = ""
+    rejected: list[RejectedRow] = field(default_factory=list)
     _count: int = 0
-    _written_rows: int = 0
-    _pending: list[pa.Table] = field(default_factory=list)
-    _pending_rejected: list[dict[str, str]] = field(default_factory=list)
+    _pending: list[ReadBatch] = field(default_factory=list)
     _written_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        while (found := self._read(self._count)) is not None:
-            self.num_rows, self.num_images = found["rows"], found["images"]
-            self.rejected += found["rejected"]
+        while (about := self._read(self._count)) is not None:
+            self.num_rows, self.last_row = about["rows"], about["last_row"]
+            self.rejected += [(position, row) for position, row in about["rejected"]]
             self._count += 1
-        self._written_rows = self.num_rows
+        for path in self.folder.glob("*") if self._count else ():
+            if not path.stem.isdecimal() or int(path.stem) >= self._count:
+                path.unlink()
         if not self._count:
             remove(self.folder)
 
     def add(self, batch: ReadBatch) -> None:
         """Take a batch; it is written with those that come after it."""
-        self._pending.append(batch.samples)
-        self._pending_rejected += batch.rejected
+        self._pending.append(batch)
         self.num_rows += batch.num_rows
-        self.num_images += pc.sum(pc.invert(batch.samples[IS_COPY])).as_py() or 0
+        self.rejected += batch.rejected
+        self.last_row = batch.last_row
         is_due = time.monotonic() - self._written_at >= PART_SECONDS
-        if is_due or sum(table.nbytes for table in self._pending) >= PART_BYTES:
+        if is_due or sum(waiting.samples.nbytes for waiting in self._pending) >= PART_BYTES:
             self.write()
 
     def write(self) -> None:
         """Write what was taken since the last part, if anything was."""
-        if self.num_rows > self._written_rows:
-            write_table(self._samples(self._count), self._pending, PART)
-            about = {"key": self.key, "rows": self.num_rows, "images": self.num_images, "rejected": self._pending_rejected}
-            write_json(self._about(self._count), about)
-            self.rejected += self._pending_rejected
-            self._count, self._written_rows = self._count + 1, self.num_rows
-            self._pending, self._pending_rejected = [], []
+        if self._pending:
+            write_table(self._samples(self._count), (batch.samples for batch in self._pending), PART)
+            rejected = [row for batch in self._pending for row in batch.rejected]
+            about = {"key": self.key, "rows": self.num_rows, "last_row": self.last_row, "rejected": rejected}
+            write_json(self._about(self._count), about | {"sha256": file_digest(self._samples(self._count))})
+            self._count, self._pending = self._count + 1, []
         self._written_at = time.monotonic()
 
     def tables(self, columns: Sequence[str] = PART.names, holding: Container[str] | None = None) -> Iterator[pa.Table]:
@@ -91,17 +99,17 @@ class SourceParts:
     def forget(self) -> None:
         """Remove the parts."""
         remove(self.folder)
-        self.num_rows = self.num_images = self._count = self._written_rows = 0
-        self.rejected, self._pending, self._pending_rejected = [], [], []
+        self.num_rows, self.last_row, self.rejected, self._count, self._pending = 0, "", [], 0, []
 
     def _read(self, number: int) -> dict[str, Any] | None:
-        """Return what is said about a part, or None if there is none of this key that can be read."""
+        """Return what is said about a part, or None if there is none that can be taken."""
         try:
             about = read_json(self._about(number))
-            is_ours = about["key"] == self.key and open_parquet(self._samples(number)).schema_arrow.equals(PART)
-            has_counts = isinstance(about["rows"] + about["images"], int) and isinstance(about["rejected"], list)
-            return about if is_ours and has_counts else None
-        except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, SynthError):
+            is_ours = about["key"] == self.key and about["sha256"] == file_digest(self._samples(number))
+            reasons = {row["reason"] for _, row in about["rejected"]}
+            fits = isinstance(about["rows"], int) and isinstance(about["last_row"], str) and about["rows"] > self.num_rows
+            return about if is_ours and fits and reasons.isdisjoint(PASSING_REASONS) else None
+        except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None
 
     def _samples(self, number: int) -> Path:
@@ -109,3 +117,11 @@ class SourceParts:
 
     def _about(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
+
+
+def without_copies(samples: pa.Table, most_rows: int | None = None) -> pa.Table:
+    """Return the samples (of schema PART) that are no copies of earlier ones, of so many first rows of the source."""
+    is_taken = pc.invert(samples[IS_COPY])
+    if most_rows is not None:
+        is_taken = pc.and_(is_taken, pc.less(samples[POSITION], most_rows))
+    return samples.filter(is_taken).drop_columns([POSITION, IS_COPY])

@@ -7,6 +7,7 @@ where nothing of that has changed, and no file either, the next run takes them a
 
 import secrets
 from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from pipeline.errors import SourceError, SynthError
 from pipeline.images.decode import has_heif
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind, find_source
+from pipeline.sources import choose_image_kind, files_of_source, find_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import require_stage
 from pipeline.stages.source import (
     ADVICE,
+    PARTS_FOLDER,
+    READING_FILE,
     DuplicateImages,
     Exclusion,
     Intake,
@@ -33,17 +36,16 @@ from pipeline.stages.source import (
     describe_source,
     forget_near_duplicates,
     open_exclusions,
-    without_copies,
     write_exclusions,
     write_rejected,
 )
-from pipeline.stages.source_parts import IS_COPY, WITHOUT_PIXELS, SourceParts
+from pipeline.stages.source_parts import IS_COPY, PART, PASSING_REASONS, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
 from pipeline.storage.files import read_json, read_table, write_json, write_table
 from pipeline.tables import IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE
 from pipeline.types import Rejected, Sample, Source
 
 READING = 1  # raise it when the same bytes would be read as other samples
-# Settings that say which samples a source yields; all others are those of later stages, or stand in the key by themselves.
+# Settings that say which samples a source yields; all others are those of later stages, or stand in the key in another form.
 READ_SETTINGS = (
     "source",
     "source_split",
@@ -52,131 +54,156 @@ READ_SETTINGS = (
     "allow_urls",
     "allow_partial",
     "follow_links",
-    "split_list",
     "frame_seconds",
-    "seed",
-)
-# Why a row may be rejected now and read another time, or on another machine.
-PASSING_REASONS = frozenset(
-    ("url_unreachable", "unreadable_file", "unreadable_folder", "too_slow", "too_much_memory", "decoder_died")
 )
 
 
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
     """Return a digest of all that says which samples are read; a new one each time if a source has no revision."""
     revisions = [source.revision, *(exclusion.source.revision for exclusion in exclusions)]
+    if not all(revisions):
+        return secrets.token_hex(32)
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
-    captions = [file_digest(path) for path in config.captions]
-    about = [READING, source.name, revisions, settings, captions, list(config.exclude), config.keeps_human_texts]
-    return digest([*about, choose_image_kind(config), has_heif()]) if all(revisions) else secrets.token_hex(32)
+    # Some sources, such as drawn scenes, end where the limit says.
+    limit = None if find_source(config.source).counts_rows else ["rows", config.limit][config.rows is None]
+    compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
+    return digest(
+        [READING, source.name, source.licence, revisions, settings, files_of_source(config), limit, compared, has_heif()]
+    )
 
 
 class SourceReader:
-    """Reads the samples of a source into a dataset folder, whose lock the caller holds."""
+    """Reads the samples of a source into a dataset folder, whose lock the caller holds.
 
-    def __init__(self, dataset: DatasetDir, config: Config, source: Source, limit: int | None, progress: Progress) -> None:
+    Where a number of rows is wanted, the parts stay: the next run with it begins with as few of their images as this one.
+    """
+
+    def __init__(self, dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
         self.dataset, self.config, self.source, self.progress = dataset, config, source, progress
         self._exclusions = open_exclusions(config)
-        self._path = dataset.provenance("source").with_name("read.json")
-        key = reading_key(config, source, self._exclusions)
-        self._result = self._find_result(key) or {"key": key, "files": {}}
-        self._parts = SourceParts(dataset.stage("source").with_name("parts"), key)
+        self._key = reading_key(config, source, self._exclusions)
+        self._path = dataset.provenance("source").with_name(READING_FILE)
+        self._results: dict[int | None, dict[str, Any] | None] = {}
         self._intake: Intake | None = None
+        self._written: Iterator[dict[str, Any]] = iter(())  # rows of the parts, without their pixels
         self._opened: Iterator[Sample | Rejected] = iter(())
-        self._rows = self._opened
-        # How many images to read first: as many as are there, where the run reads on until enough are kept.
-        there = max(self._result.get("limit") or 0, self._parts.num_images) if config.rows is not None else 0
-        self.first_limit = limit and max(limit, min(there, config.limit or there))
-        if not self._has_result(self.first_limit):
-            self._result.pop("images", None)
-            for which in ("kept", "rejected"):  # nobody shall take them for the samples of these settings
-                dataset.stage("source", which).unlink(missing_ok=True)
+        self._rows = self._opened  # behind the parts
+
+    def has_read(self, limit: int | None) -> bool:
+        """Return whether an earlier run has written the files of the stage that reading up to this limit would give."""
+        return self.config.rows is None and self._find_result(limit) is not None
 
     def read(self, limit: int | None) -> bool:
         """Write the samples of the source, `limit` at most; return whether it has more. Raise SourceError if there is none."""
-        if self._has_result(limit):
-            self.progress.message(f"source: {self._result['images']:,} images, as an earlier run has read them")
+        result = self._find_result(limit) if self.config.rows is None else None
+        if result is not None:
+            self.progress.message(f"source: {result['images']:,} images were read by an earlier run, and are not read again")
         else:
-            self._read_exclusions()
-            self._read_on(limit)
+            result = self._read_on(limit)
         self._require_samples()
-        has_more = bool(self._result["has_more"])
-        kind, preview = choose_image_kind(self.config), has_more and self.config.rows is None
-        described = describe_source(self.source, self._result["exclusions"], kind, self.config.captions, preview=preview)
+        kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.rows is None
+        described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
         write_json(self.dataset.provenance("source"), described)
-        return has_more
+        return bool(result["has_more"])
 
     def finish(self) -> None:
-        """Write down what was read, so that the next run may take the files as they are; parts are not needed any more."""
+        """End the reading: the next run may take the files as they are. Parts are not needed any more."""
         self.close()
         if self._intake is not None:
             files = {path.name: file_digest(path) for path in sorted(self._path.parent.glob("*.parquet"))}
-            self._result["files"] = files
-            write_json(self._path, self._result)
-        self._parts.forget()
+            write_json(self._path, self._state() | {"result": self._result, "files": files})
+            self._parts.forget()
 
     def close(self) -> None:
         """End the processes that render files of the source, which wait for what nobody will read."""
         if isinstance(self._opened, Generator):
             self._opened.close()
 
-    def _find_result(self, key: str) -> dict[str, Any] | None:
-        """Return what an earlier run wrote down, if it read the same source and its files are as they were."""
+    @cached_property
+    def _found(self) -> dict[str, Any]:
+        """What an earlier run wrote down, if it read the same source; nothing if excluded images could not all be read."""
         try:
             found = read_json(self._path)
-            files = [(self._path.with_name(Path(name).name), sha256) for name, sha256 in found["files"].items()]
-            return found if found["key"] == key and all(file_digest(path) == sha256 for path, sha256 in files) else None
+            is_whole = found["key"] == self._key and not any(one["unread"] for one in found["exclusions"])
+            is_there = is_whole and self._is_unchanged(found["excluded_sha256"], "exclusions.parquet")
+            return found if is_there else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SynthError):
+            return {}
+
+    def _find_result(self, limit: int | None) -> dict[str, Any] | None:
+        """Return what an earlier run read, if its files are as they were, and reading now would give no others."""
+        if limit not in self._results:  # it takes a second for each gigabyte
+            self._results[limit] = self._look_for_result(limit)
+        return self._results[limit]
+
+    def _look_for_result(self, limit: int | None) -> dict[str, Any] | None:
+        try:
+            result = self._found["result"]
+            is_all = not result["has_more"] and (result["limit"] is None or result["images"] < result["limit"])
+            if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
+                return None
+            if not all(self._is_unchanged(sha256, name) for name, sha256 in self._found["files"].items()):
+                return None
+            reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
+            return dict(result) if PASSING_REASONS.isdisjoint(reasons.to_pylist()) else None
+        except (OSError, LookupError, TypeError, AttributeError):
             return None
 
-    def _has_result(self, limit: int | None) -> bool:
-        """Return whether the files of the stage are those that reading up to this limit would give."""
-        found = self._result
-        if "images" not in found or not (limit == found["limit"] or self._is_all(limit)):
-            return False
-        reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
-        return PASSING_REASONS.isdisjoint(reasons.to_pylist())
+    def _is_unchanged(self, sha256: str, name: str) -> bool:
+        return file_digest(self._path.with_name(Path(name).name)) == sha256
 
-    def _is_all(self, limit: int | None) -> bool:
-        """Return whether the whole source was read, and the limit allows as much; some sources end where the limit says."""
-        is_limitless = find_source(self.config.source).counts_rows and not self._result["has_more"]
-        return is_limitless and (limit is None or limit >= self._result["images"])
+    @cached_property
+    def _excluded(self) -> list[dict[str, Any]]:
+        """The images that are left out, which are read unless an earlier run has."""
+        if self._found:
+            return list(self._found["exclusions"])
+        return write_exclusions(self.dataset, self.config, self._exclusions, self.progress)
 
-    def _read_exclusions(self) -> None:
-        """Read the images that are left out, unless an earlier run has."""
-        if "exclusions" not in self._result:
-            described = write_exclusions(self.dataset, self.config, self.progress, self._exclusions)
-            path = self.dataset.stage("source", "exclusions")
-            self._result |= {"exclusions": described, "files": {path.name: file_digest(path)}}
-            write_json(self._path, self._result)
+    def _state(self) -> dict[str, Any]:
+        excluded = self._excluded  # which may write the file
+        sha256 = file_digest(self.dataset.stage("source", "exclusions"))
+        return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
 
-    def _read_on(self, limit: int | None) -> None:
-        """Read behind what was read, and write the files of the stage."""
-        intake = self._start(limit) if self._intake is None else self._intake
+    def _read_on(self, limit: int | None) -> dict[str, Any]:
+        """Read behind what was read, write the files of the stage, and return what was read."""
+        intake = self._intake = self._intake or self._begin()
+        while (limit is None or len(intake.images.kept) < limit) and (row := next(self._written, None)) is not None:
+            intake.add(row | {"images": []})
+            intake.num_rows = row[POSITION] + 1
+        if limit is None or len(intake.images.kept) < limit:
+            intake.num_rows = self._parts.num_rows
         try:
             for batch in intake.batches(self._rows, limit):
                 self._parts.add(batch)
                 self.progress("source", len(intake.images.kept), limit)
         finally:
             self._parts.write()
-        following = next(self._rows, None)
-        self._rows = self._rows if following is None else chain([following], self._rows)
+        has_more = intake.num_rows < self._parts.num_rows
+        if not has_more and (following := next(self._rows, None)) is not None:
+            has_more, self._rows = True, chain([following], self._rows)
+        self.progress("source", len(intake.images.kept), limit and len(intake.images.kept))
         self._write_stage(intake)
-        self._result |= {"limit": limit, "images": len(intake.images.kept), "has_more": following is not None}
+        self._result = {"limit": limit, "images": len(intake.images.kept), "has_more": has_more}
+        return self._result
 
-    def _start(self, limit: int | None) -> Intake:
-        """Take what lies in the parts, and open the source behind it."""
-        if limit is not None and self._parts.num_images > limit:
-            self._parts.forget()
+    def _begin(self) -> Intake:
+        """Open the source behind what lies in the parts, if its last row is still at its place."""
+        state = self._state()
+        write_json(self._path, state)
+        self._parts = parts = SourceParts(self.dataset.stage("source").with_name(PARTS_FOLDER), digest(state))
+        self._opened = self.source.read(max(0, parts.num_rows - 1))
+        if parts.num_rows:
+            last = next(self._opened, None)
+            if last is not None and last.source_row == parts.last_row:
+                self.progress.message(f"source: goes on behind {parts.num_rows:,} rows that an earlier run has read")
+            else:
+                self.close()
+                parts.forget()
+                self._opened = self.source.read(0)
+        self._rows = self._opened
+        self._written = (row for table in parts.tables(WITHOUT_PIXELS) for row in table.drop_columns([IS_COPY]).to_pylist())
         index = ExclusionIndex.of(read_exclusions(self.dataset), choose_image_kind(self.config))
-        self._intake = intake = Intake(index, DuplicateImages(self.config.keeps_human_texts))
-        for table in self._parts.tables(WITHOUT_PIXELS):
-            for row in table.drop_columns([IS_COPY]).to_pylist():
-                intake.add(row | {"images": []})
-        if self._parts.num_rows:
-            self.progress.message(f"source: {self._parts.num_rows:,} rows were read by an earlier run, which goes on")
-        self._rows = self._opened = self.source.read(self._parts.num_rows)
-        return intake
+        return Intake(index, DuplicateImages(self.config.keeps_human_texts))
 
     def _write_stage(self, intake: Intake) -> None:
         """Write the samples that are kept, those that look like another one, and all rows that were rejected."""
@@ -188,7 +215,7 @@ class SourceReader:
 
         def near_duplicates() -> Iterator[pa.Table]:
             for samples in self._parts.tables(holding=of_near):
-                samples = intake.images.apply(without_copies(samples))
+                samples = intake.images.apply(without_copies(samples, intake.num_rows))
                 samples = samples.filter(pc.is_in(samples["sample_id"], ids))
                 rows = [row | of_near[row["sample_id"]] for row in samples.to_pylist()]
                 near_rows.extend(
@@ -199,7 +226,7 @@ class SourceReader:
 
         def kept() -> Iterator[pa.Table]:
             for samples in self._parts.tables():
-                samples = without_copies(samples)
+                samples = without_copies(samples, intake.num_rows)
                 samples = samples.filter(pc.invert(pc.is_in(samples["sample_id"], ids)))
                 if samples.num_rows:
                     yield intake.images.apply(samples)
@@ -207,12 +234,14 @@ class SourceReader:
         if of_near:
             write_table(self.dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
         write_table(self.dataset.stage("source"), kept(), SAMPLE)
-        write_rejected(self.dataset, [*self._parts.rejected, *intake.copies, *near_rows])
+        rejected = [row for position, row in self._parts.rejected if position < intake.num_rows]
+        write_rejected(self.dataset, [*rejected, *intake.copies, *near_rows])
 
     def _compare(self, intake: Intake, kind: ImageKind) -> pa.Table:
         """Return the groups of samples that look alike, which dedupe and split read (tables.IMAGE_GROUPS)."""
-        tables = [without_copies(table) for table in self._parts.tables([*COMPARED_COLUMNS, IS_COPY])]
-        samples = pa.concat_tables(tables)
+        columns = [*COMPARED_COLUMNS, POSITION, IS_COPY]
+        tables = [PART.empty_table().select(columns), *self._parts.tables(columns)]
+        samples = pa.concat_tables([without_copies(table, intake.num_rows) for table in tables])
         splits = pa.array([intake.images.kept[name][1] for name in samples["sample_id"].to_pylist()], pa.string())
         samples = samples.set_column(samples.schema.get_field_index("split"), "split", splits)
         groups = compare_samples(samples, kind)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from pipeline.errors import TrainError
+from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from trainer.checkpoint import load_checkpoint
@@ -40,6 +40,7 @@ INT8 = "_quantized"  # behind the name of a part
 RUNNER = "caption.py"
 KINDS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")  # of a block: of the words, and of the image
 LANGUAGE_KINDS = ("key", "value")  # of a layer of a language model
+EXPORTED_HINT = "decoders that see all, and keep keys and values alone, are exported: --decoder scratch, qwen3, smollm2"
 MAX_TEXT_TOKENS = 512  # of a question and its answer, which a window has to hold with the image
 MAX_BYTES_WITHIN = 1_500_000_000  # of weights in the file of a part, which may have 2 GiB; more lie beside it
 MAX_DIFFERENCE = 1e-3  # of any value, from that of PyTorch
@@ -100,7 +101,7 @@ class _Language(nn.Module):
         self.model = decoder.model
 
     def step(self, embeds_BTD: Tensor, past: list[Tensor], before: int) -> tuple[Tensor, ...]:
-        """Return the logits (B, T, vocabulary), and the keys and values of all layers in the order of LANGUAGE_KINDS."""
+        """Return the logits of the last token (B, 1, vocabulary), and keys and values of all layers, as in LANGUAGE_KINDS."""
         cache, T = DynamicCache(), embeds_BTD.shape[1]
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
@@ -114,6 +115,7 @@ class _Language(nn.Module):
             position_ids=torch.arange(before, before + T)[None],
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,  # a vocabulary may have 150,000 tokens
         ).logits
         layers: list[Any] = cache.layers
         return logits_BTV, *(part for layer in layers for part in (layer.keys, layer.values))
@@ -121,10 +123,9 @@ class _Language(nn.Module):
 
 class _LanguageFirst(_Language):
     def forward(self, ids_BT: Tensor, states_BND: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits of a prompt behind images, and all keys and values."""
+        """Return the logits of what follows a prompt behind images, and all keys and values."""
         words_BTD = self.model.get_input_embeddings()(ids_BT)
-        logits_BLV, *kept = self.step(torch.cat([states_BND.to(words_BTD.dtype), words_BTD], 1), [], 0)
-        return logits_BLV[:, states_BND.shape[1] :], *kept
+        return self.step(torch.cat([states_BND.to(words_BTD.dtype), words_BTD], 1), [], 0)
 
 
 class _LanguageNext(_Language):
@@ -227,16 +228,15 @@ def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
 def _keys_and_values(first: nn.Module, ids_BT: Tensor, states_BND: Tensor) -> list[Tensor]:
     """Return what a decoder keeps of a first step. Raises TrainError if that is no keys and values of all that was seen."""
     config = getattr(getattr(first, "model", None), "config", None)
-    hint = "decoders that keep keys and values alone are exported: --decoder scratch, qwen3, smollm2"
     window = getattr(config, "sliding_window", None) or math.inf
     if window < states_BND.shape[1] + MAX_TEXT_TOKENS:
-        raise TrainError(f"a decoder that sees {window} tokens at once is not exported", hint=hint)
+        raise TrainError(f"a decoder that sees {window} tokens at once is not exported", hint=EXPORTED_HINT)
     try:
         _, *kept = first(ids_BT, states_BND)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         what = "it keeps other things than keys and values, or takes no mask"
         raise TrainError(
-            f"a decoder of the kind {getattr(config, 'model_type', '')} is not exported: {what}", hint=hint
+            f"a decoder of the kind {getattr(config, 'model_type', '')} is not exported: {what}", hint=EXPORTED_HINT
         ) from None
     return [part.clone() for part in kept]
 
@@ -247,15 +247,18 @@ def _export(
     """Write one part, and compare its values with those of PyTorch. Raises TrainError if they differ."""
     file = path.with_suffix(".onnx")
     with _quietly():
-        program = torch.onnx.export(
-            module,
-            arguments,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=tuple(shapes),
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module,
+                arguments,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=tuple(shapes),
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise TrainError(f"PyTorch cannot export {path.name}: {one_line(error)}", hint=EXPORTED_HINT) from None
         assert program is not None
         program.save(str(file), external_data=_is_large(module))
     values = [value for argument in arguments for value in (argument if isinstance(argument, list) else [argument])]
@@ -275,9 +278,9 @@ def _quantize(file: Path, out: Path) -> None:
     """Write a part with weights of 8 bits; activations are quantized as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quietly(), TemporaryDirectory(dir=file.parent) as scratch:
-        quantize_dynamic(str(file), Path(scratch) / out.name, weight_type=QuantType.QInt8)
-        (Path(scratch) / out.name).rename(out)
+    is_large = file.with_name(f"{file.name}.data").exists()
+    with _quietly():
+        quantize_dynamic(str(file), str(out), weight_type=QuantType.QInt8, use_external_data_format=is_large)
 
 
 def _session(file: Path) -> Any:

@@ -31,7 +31,7 @@ class OnnxCaptioner:
             json.loads((folder / name).read_text(encoding="utf-8"))
             for name in ("config.json", "preprocessor_config.json", "processor_config.json")
         )
-        self.prompts, self.kind = [tuple(prompt) for prompt in processor["prompts"]], processor.get("kind", "scratch")
+        self.prompts, self.kind = [tuple(prompt) for prompt in processor["prompts"]], processor["kind"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # the name of a token in a question is not the token
 

@@ -27,7 +27,7 @@ from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.stages.base import RunPlan, Stage, step_order
-from pipeline.stages.source import describe_source, forget_near_duplicates, write_exclusions
+from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading, open_exclusions, write_exclusions
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
@@ -206,6 +206,7 @@ def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
         for which in ("kept", "rejected"):
             dataset.stage(name, which).unlink(missing_ok=True)
     forget_near_duplicates(dataset)
+    forget_reading(dataset)
     if dataset.journal.exists() and not is_remote(dataset.path):
         with Journal(dataset.journal):
             pass  # merges the write-ahead log of a killed run
@@ -226,7 +227,9 @@ class _Excluded:
 def _write_exclusions(run: ShardedRun, _: int) -> _Excluded:
     def write() -> _Excluded:
         progress = RecordingProgress()
-        return _Excluded(write_exclusions(run.plan.dataset, run.config, progress), progress.messages)
+        return _Excluded(
+            write_exclusions(run.plan.dataset, run.config, open_exclusions(run.config), progress), progress.messages
+        )
 
     return run_exclusively(run, "exclude", 0, write)
 

@@ -17,6 +17,7 @@ from pipeline.digests import digest, file_digest, weights_revision
 from pipeline.errors import ClusterError
 from pipeline.executors.ray.shuffle import Indices, Shuffle
 from pipeline.logs import keep_log_in
+from pipeline.sources import files_of_source
 from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_json, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote
@@ -123,8 +124,7 @@ def named_files(config: Config) -> dict[str, Any]:
     clip, entries, generate = Path(config.verify.clip_model), config.balance.entries, config.generate
     return {
         "prompts": prompt_texts(asked_tasks(config), generate.prompt_dir, generate.prompt_version, generate.style_prompts),
-        "split_list": file_digest(config.split_list) if config.split_list and config.split_list.exists() else None,
-        **({"captions": [file_digest(path) for path in config.captions if path.exists()]} if config.captions else {}),
+        **files_of_source(config),
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,
     }

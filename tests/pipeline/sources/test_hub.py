@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -118,6 +119,29 @@ def test_vqav2_is_one_sample_a_photo_with_all_its_questions(hub: RunningHub) -> 
         assert {qa.question for qa in sample.reference_qa} == {f"How many things of kind {k} are there?" for k in range(3)}
         assert {qa.answers for qa in sample.reference_qa} == {("2", "2", "2")}  # as the official evaluation compares them
         assert (sample.split, sample.licence) == ("validation", "flickr-terms")
+
+
+@pytest.mark.parametrize("start", range(0, 24, 3))
+def test_of_named_data_sets_the_rows_behind_the_first_ones_are_those_of_the_whole(hub: RunningHub, start: int) -> None:
+    datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
+    datasets.seed_flickr30k(hub.hub.storage, 20)
+    for source, split in (("vqav2", "validation"), ("flickr30k", None), ("flickr30k", "train"), ("flickr30k", "test")):
+        whole = opened(source, source_split=split)
+        assert list(whole.read(start)) == list(whole.rows)[start:], (source, split)
+
+
+def test_images_that_are_passed_over_are_not_fetched(hub: RunningHub) -> None:
+    rows = [
+        {"image": {"bytes": datasets.photo(n) + Random(n).randbytes(200_000), "path": None}, "split": ("train", "val")[n % 2]}
+        for n in range(80)
+    ]
+    schema = pa.schema([("image", datasets.IMAGE), ("split", pa.string())])
+    data = datasets.parquet(rows, schema, rows_a_group=20)
+    hub.hub.storage.seed("dataset", "me/split", {"data/all.parquet": data})
+    source = opened("hub:me/split", source_split="validation")
+    hub.hub.sent_bytes = 0
+    assert len(list(source.read(35))) == 5
+    assert hub.hub.sent_bytes < len(data) / 2
 
 
 def test_the_test_split_of_vqav2_has_questions_without_answers(hub: RunningHub) -> None:

@@ -69,7 +69,7 @@ def test_rows_behind_the_first_ones_are_those_of_the_whole(tmp_path: Path, start
         {"source": f"list:{tmp_path / 'list.txt'}"},
         {"source": f"archive:{tmp_path / 'f.zip'}"},
         {"source": f"parquet:{tmp_path / 'p'}"},
-        {"source": f"parquet:{tmp_path / 'p'}", "source_split": "train", "columns": {"split": "caption"}},
+        {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},  # of no known split: all are rejected
     ):
         source = open_source(resolve(**settings))
         assert list(source.read(start)) == list(source.rows)[start:], settings

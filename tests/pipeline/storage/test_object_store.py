@@ -25,7 +25,7 @@ from pipeline.storage.files import (
     write_table,
 )
 from pipeline.storage.lock import lease
-from pipeline.storage.object_store import is_remote, parse_dataset_path, translate_store_errors
+from pipeline.storage.object_store import filesystem_of, is_remote, parse_dataset_path, translate_store_errors
 from tests.s3 import running_s3
 
 TABLE = pa.table({"a": [1, 2], "b": ["x", "y"]})
@@ -117,8 +117,8 @@ def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
 
 
 def test_a_lease_that_is_renewed_while_it_is_read_is_no_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lease(home / ".lock", 1.0) as check:
-        monkeypatch.setattr(type(home), "open", lambda *_, **__: pytest.fail("it is read in two requests"))
+    with lease(home / ".lock", 1.0) as check, monkeypatch.context() as patched:
+        patched.setattr(filesystem_of(home), "open", lambda *_, **__: pytest.fail("it is read in two requests"))
         check()
 
 

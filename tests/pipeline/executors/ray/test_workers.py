@@ -17,7 +17,7 @@ from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.source import write_exclusions, write_source
+from pipeline.stages.source import open_exclusions, write_exclusions, write_source
 from pipeline.storage.files import remove, write_json
 from pipeline.storage.object_store import parse_dataset_path
 from tests.hub import datasets
@@ -45,13 +45,13 @@ def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
 def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, limit: int | None, shards: int) -> None:
     config = resolve(source=f"folder:{photos}", limit=limit, exclude=[f"folder:{photos.parent / 'held-out'}"])
     single = DatasetDir(tmp_path / "one")
-    write_exclusions(single, config, NullProgress())
+    write_exclusions(single, config, open_exclusions(config), NullProgress())
     exclusions = ExclusionIndex.of(read_exclusions(single), choose_image_kind(config))
     write_source(single, open_source(config).rows, exclusions, limit, NullProgress())
     parts = shards if is_divisible(config) else 1
     plan = plan_of(tmp_path / "many", config, choose_image_kind(config))
     run = ShardedRun(plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs")
-    write_exclusions(plan.dataset, config, NullProgress())
+    write_exclusions(plan.dataset, config, open_exclusions(config), NullProgress())
     for index in reversed(range(parts)):
         read_slice(run, index)
     worker = ShardWorker(run, stages_of(config))
