@@ -17,7 +17,7 @@ from tests.hostile.faults import KILLED, chosen, run
 from tests.hub.server import RunningHub, running_hub
 from tests.scene_data import make_version, scene_samples
 
-COUNT = 3  # faults of each kind for each command in a short run
+COUNT = 2  # faults of each kind for each command in a short run
 
 
 @pytest.fixture(scope="module")

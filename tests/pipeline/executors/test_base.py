@@ -29,6 +29,7 @@ from pipeline.storage.files import read_table, remove, write_table, write_text
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.text.wordnet import names
+from tests.hostile import LONG
 from tests.stage_runs import ShardList, plan_of, with_results
 
 THINGS = ("ring", "rimg", "star", "cat", "statue", "statur", "lamp", "table")  # some of them misspelled
@@ -156,7 +157,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     remove(path)
 
 
-@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize("shards", [1, 3, 8] if LONG else [3])
 @pytest.mark.parametrize("seed", OUTCOMES)
 def test_the_same_rows_go_for_the_same_reasons_over_any_shards(
     home: Path, seed: int, shards: int, monkeypatch: pytest.MonkeyPatch
