@@ -52,8 +52,6 @@ REASONS = {
     "unreadable_entry": "it is damaged, or packed by a method that is not known here",
     "unsupported_format": "files of this kind are not read: convert them to JPEG or PNG",
 }
-
-
 Wanted = Literal["texts", "images", "both"]  # what is read of an archive; images have no data where texts are wanted
 
 

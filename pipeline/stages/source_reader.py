@@ -64,8 +64,9 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     if not all(revisions):
         return secrets.token_hex(32)
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
-    # Some sources, such as drawn scenes, end where the limit says.
-    limit = None if find_source(config.source).counts_rows else ["rows", config.limit][config.rows is None]
+    limit: int | str | None = None
+    if not find_source(config.source).counts_rows:  # such as drawn scenes, which end where the limit says
+        limit = config.limit if config.rows is None else "rows"
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     return digest(
         [READING, source.name, source.licence, revisions, settings, files_of_source(config), limit, compared, has_heif()]
@@ -120,7 +121,7 @@ class SourceReader:
             self._opened.close()
 
     @cached_property
-    def _found(self) -> dict[str, Any]:
+    def _earlier(self) -> dict[str, Any]:
         """What an earlier run wrote down, if it read the same source; nothing if excluded images could not all be read."""
         try:
             found = read_json(self._path)
@@ -138,11 +139,11 @@ class SourceReader:
 
     def _look_for_result(self, limit: int | None) -> dict[str, Any] | None:
         try:
-            result = self._found["result"]
+            result = self._earlier["result"]
             is_all = not result["has_more"] and (result["limit"] is None or result["images"] < result["limit"])
             if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
                 return None
-            if not all(self._is_unchanged(sha256, name) for name, sha256 in self._found["files"].items()):
+            if not all(self._is_unchanged(sha256, name) for name, sha256 in self._earlier["files"].items()):
                 return None
             reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
             return dict(result) if PASSING_REASONS.isdisjoint(reasons.to_pylist()) else None
@@ -155,8 +156,8 @@ class SourceReader:
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
         """The images that are left out, which are read unless an earlier run has."""
-        if self._found:
-            return list(self._found["exclusions"])
+        if self._earlier:
+            return list(self._earlier["exclusions"])
         return write_exclusions(self.dataset, self.config, self._exclusions, self.progress)
 
     def _state(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 import trainer
 from pipeline.errors import ImageError, TrainError
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.tiny_models import save_vit
+from tests.trainer.tiny_models import save_vit, strengthen
 from trainer import Captioner
 from trainer.captioning import PREPARED_BATCHES
 from trainer.checkpoint import Checkpoint
@@ -33,9 +33,7 @@ def save_captioner(folder: Path, prompts: list[tuple[str, str]] = PROMPTS, seed:
     encoder = load_encoder(save_vit(folder.with_name(f"{folder.name}-vit")), **encoder_options)
     torch.manual_seed(seed)  # saving the encoder has set another
     captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=words.eos_id, max_caption_tokens=8, data={})
-    with torch.no_grad():
-        for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
-            weight.mul_(6 if weight.dim() > 1 else 1)
+    strengthen(captioner, 6)
     folder.mkdir()
     Checkpoint(captioner, words).save(folder)
     return folder

@@ -19,6 +19,8 @@ from transformers import (
     ViTModel,
 )
 
+from trainer.model.captioner import CaptionerModel
+
 SIDE_PX = 28
 TOWER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 14}
@@ -56,3 +58,10 @@ def save_language_model(folder: Path, kind: str) -> str:
     tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "<end>"})
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def strengthen(captioner: CaptionerModel, factor: float) -> None:
+    """Multiply random weights, so that texts differ from image to image."""
+    with torch.no_grad():
+        for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
+            weight.mul_(factor if weight.dim() > 1 else 1)

@@ -258,7 +258,8 @@ def _export(
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise TrainError(f"PyTorch cannot export {path.name}: {one_line(error)}", hint=EXPORTED_HINT) from None
+            hint = "train with another encoder" if path.name == ENCODER else EXPORTED_HINT
+            raise TrainError(f"PyTorch cannot export {path.name}: {one_line(error)}", hint=hint) from None
         assert program is not None
         program.save(str(file), external_data=_is_large(module))
     values = [value for argument in arguments for value in (argument if isinstance(argument, list) else [argument])]

@@ -83,12 +83,12 @@ def settings(photos: Path, **more: Any) -> Config:
 
 
 class Reading:
-    """Reads a folder into a dataset; keeps from which row on it was read, and what a user was told."""
+    """Reads a source into a dataset; keeps from which row on it was read, and what a user reads."""
 
     def __init__(self, dataset: Path, config: Config, *, stop_at: int | None = None) -> None:
         self.starts: list[int] = []
         self.notes = Notes()
-        source = open_source(config)
+        source = open_source(reading_settings(config))
         opened = replace(source, read=lambda start: self._rows(source, start, stop_at))
         self.reader = SourceReader(DatasetDir(dataset), config, opened, self.notes)
         self.has_more = self.reader.read(config.limit if config.rows is None else config.rows)
@@ -289,15 +289,7 @@ def test_what_the_place_says_of_the_license_is_part_of_the_key(photos: Path) -> 
 
 def test_drawn_scenes_to_a_limit_and_without_end_are_two_sources(tmp_path: Path) -> None:
     def read(**more: Any) -> Reading:
-        config = resolve(source="scenes", **more)
-        source = open_source(reading_settings(config))
-        reading = Reading.__new__(Reading)
-        reading.notes = Notes()
-        reading.reader = SourceReader(DatasetDir(tmp_path / "d"), config, source, reading.notes)
-        reading.has_more = reading.reader.read(config.limit if config.rows is None else config.rows)
-        if config.rows is None:
-            reading.reader.finish()
-        return reading
+        return Reading(tmp_path / "d", resolve(source="scenes", **more))
 
     assert not read(limit=6).has_more
     assert read(rows=6).has_more

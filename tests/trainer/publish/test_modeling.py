@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
+from tests.trainer.tiny_models import save_clip, save_language_model, save_vit, strengthen
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
@@ -115,9 +115,7 @@ def save_captioner(name: str, root: Path) -> Path:
     captioner = build_captioner(
         encoder, decoder, prompts=PROMPTS, eos_id=words.eos_id, max_caption_tokens=12, contrast_width=8, data={}
     )
-    with torch.no_grad():  # strong enough for images to matter
-        for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
-            weight.mul_(8 if weight.dim() > 1 else 1)
+    strengthen(captioner, 8)
     (root / "checkpoint").mkdir()
     Checkpoint(captioner, words).save(root / "checkpoint")
     return root / "checkpoint"

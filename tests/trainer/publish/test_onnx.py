@@ -17,7 +17,7 @@ from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.test_captioning import save_captioner
-from tests.trainer.tiny_models import save_language_model, save_vit
+from tests.trainer.tiny_models import save_language_model, save_vit, strengthen
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.captioner import build_captioner
 from trainer.model.decoding import GREEDY
@@ -123,9 +123,7 @@ def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, words: Caption
     """Save a captioner whose images are a prefix of a language model with random weights."""
     encoder = load_encoder(save_vit(root / "vit"))
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=words.eos_id, max_caption_tokens=8, data={})
-    with torch.no_grad():  # strong enough for images to matter
-        for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
-            weight.mul_(8 if weight.dim() > 1 else 1)
+    strengthen(captioner, 8)
     (root / "c").mkdir()
     Checkpoint(captioner, words).save(root / "c")
     return root / "c"
