@@ -19,14 +19,14 @@ demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
 # Three at once on two cores: some tests wait for servers, and for processes that import much.
-test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
+test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests
 
 # The full sweeps of tests/hostile and tests/whole, of which `test` runs a part.
-test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/corpora
+test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js .stamps/corpora
 	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile tests/whole
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
@@ -81,6 +81,13 @@ check-real: .stamps/venv
 		safehttpx semantic-version tomlkit opentelemetry-api uvicorn
 	@touch $@
 
+# transformers.js, in which exported captioners run in Node and in a page. Its scripts would fetch what a GPU needs.
+.stamps/js: Makefile
+	@mkdir -p .stamps .venv-js
+	@if { command -v npm || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends nodejs npm; }; } > .stamps/js.log 2>&1 \
+	&& npm install --prefix .venv-js --ignore-scripts --no-save --no-audit --no-fund '@huggingface/transformers@4.3.2' >> .stamps/js.log 2>&1; \
+	then touch $@; else rm -rf .venv-js; echo "transformers.js cannot be installed here: $$(tail -n 1 .stamps/js.log)"; fi
+
 # A real browser for the tests of pages: the machine's, else from its packages, else the one that Playwright brings.
 .stamps/browser: .stamps/venv
 	@if command -v chromium > /dev/null \
@@ -98,6 +105,6 @@ check-real: .stamps/venv
 	|| echo 'the test files of Parquet cannot be fetched here'
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .venv-js .stamps demo check-real build dist *.egg-info
 
 .PHONY: help demo test test-long resolve format teacher experiment check-real clean

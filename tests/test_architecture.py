@@ -40,7 +40,7 @@ FILES = {
         presets probing prompts self_critical
         side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
-    "trainer/publish": "__init__ files modeling onnx run_onnx space",
+    "trainer/publish": "__init__ files modeling onnx onnx_merge run_onnx space",
     "trainer/serving": "__init__ batching protocol server",
     "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model lora packing states",
 }

@@ -77,13 +77,18 @@ class Encoder(nn.Module):
 
         Raises TrainError if the encoder has no such states.
         """
+        states_BNV = self.exact_states(pixels_BCHW)
+        return states_BNV.bfloat16().float() if self.config.frozen else states_BNV
+
+    def exact_states(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the states before those of a frozen encoder are rounded; see forward."""
         states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layers)
         try:
             states_BNV = choose_states(states_BNV, self.config.states)
         except ValueError as error:
             hint = "choose all states, or an encoder like ViT and CLIP"
             raise TrainError(f"{error}: it has no states {self.config.states!r}", hint=hint) from None
-        return states_BNV.bfloat16().float() if self.config.frozen else states_BNV
+        return states_BNV
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Preprocess RGB images as in the encoder's training: -> (B, 3, H, W)."""

@@ -1,7 +1,8 @@
 """Export a captioner to ONNX: an encoder, and a decoder for the first and for the following tokens.
 
-Names of files, inputs and outputs are those of transformers.js and Optimum. Each part is compared with PyTorch. A language
-model reads the states of the image before the words: its keys and values of both are kept together.
+Names of files, inputs and outputs are those of transformers.js, which loads both steps of the decoder from one file, and of
+Optimum. Each part is compared with PyTorch. A language model reads the states of the image before the words: its keys and
+values of both are kept together.
 
 Shapes: B images, N image states, T tokens, S tokens (and states) before, L = N + T, V encoder width, D decoder width.
 """
@@ -9,7 +10,6 @@ Shapes: B images, N image states, T tokens, S tokens (and states) before, L = N 
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +27,21 @@ from transformers import DynamicCache
 from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.progress import Progress
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.captioner import CaptionerModel
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.hf_config import SIDES
 from trainer.model.language_model import PretrainedDecoder
+from trainer.prompts import scored_prompt
 from trainer.publish.files import transformers_files
+from trainer.publish.onnx_merge import merge_steps
 from trainer.publish.run_onnx import prepare
+from trainer.tokenizer import TargetText
 
 ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_model"
+BOTH = "decoder_model_merged"  # steps of the decoder
 INT8 = "_quantized"  # behind the name of a part
-RUNNER = "caption.py"
+RUNNER, JS_RUNNER = "caption.py", "caption.mjs"
 KINDS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")  # of a block: of the words, and of the image
 LANGUAGE_KINDS = ("key", "value")  # of a layer of a language model
 EXPORTED_HINT = "decoders that see all, and keep keys and values alone, are exported: --decoder scratch, qwen3, smollm2"
@@ -60,8 +64,20 @@ class _Encoder(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the states of images: (B, N, D)."""
-        states_BND: Tensor = self.connector(self.encoder(pixels_BCHW))
+        states_BNV = self.encoder.exact_states(pixels_BCHW)
+        if self.encoder.config.frozen:
+            states_BNV = _round_to_bfloat16(states_BNV)
+        states_BND: Tensor = self.connector(states_BNV)
         return states_BND
+
+
+def _round_to_bfloat16(values: Tensor) -> Tensor:
+    """Round float32 to the 8 significant bits of bfloat16 by products and differences alone: browsers have no such type.
+
+    Dekker (1971) splits numbers so; halfway between two of them the other one may be taken.
+    """
+    wide = values * (2.0**16 + 1)
+    return wide - (wide - values)
 
 
 class _Decoder(nn.Module):
@@ -138,8 +154,8 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
     """Write a captioner to a new folder, and return the bytes of each file.
 
     `onnx/` holds the parts; with `int8` also with weights of 8 bits. `caption.py` runs them with onnxruntime, tokenizers, NumPy
-    and Pillow alone. Raises TrainError if the decoder keeps other things than keys and values, a package is missing, the folder
-    is there already, or a part gives other values than PyTorch.
+    and Pillow alone, `caption.mjs` with transformers.js. Raises TrainError if the decoder keeps other things than keys and
+    values, a package is missing, the folder is there already, or a part gives other values than PyTorch.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -148,27 +164,78 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
         raise TrainError(f"the export needs the package {error.name}", hint=install_command("onnx")) from None
     if out.exists():
         raise TrainError(f"{out} is there already", hint="choose another: --out DIR")
-    captioner = load_checkpoint(checkpoint, torch.device("cpu")).captioner
+    loaded = load_checkpoint(checkpoint, torch.device("cpu"))
+    captioner = loaded.captioner
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         draft = Path(folder) / out.name
         parts = draft / "onnx"
         parts.mkdir(parents=True)
-        for done, name in enumerate(_export_parts(captioner, parts), start=1):
-            progress("export", done, 6 if int8 else 3, {"last": name})
-        for done, name in enumerate((ENCODER, FIRST, NEXT) if int8 else (), start=4):
-            _quantize(parts / f"{name}.onnx", parts / f"{name}{INT8}.onnx")
-            progress("export", done, 6, {"last": f"{name}{INT8}"})
-        for name, data in transformers_files(checkpoint).items():
-            if not name.endswith(".py"):
-                (draft / name).write_bytes(data)
-        (draft / "preprocessor_config.json").write_text(
-            json.dumps(_pixel_settings(captioner), indent=2) + "\n", encoding="utf-8"
-        )
-        shutil.copy(checkpoint / "tokenizer.json", draft / "tokenizer.json")
-        shutil.copy(Path(__file__).with_name("run_onnx.py"), draft / RUNNER)
+        written: list[str] = []
+        for name in _export_parts(captioner, parts):
+            written.append(name)
+            progress("export", len(written), 8 if int8 else 4, {"last": name})
+        if int8:
+            for name in (ENCODER, FIRST, NEXT):
+                _quantize(parts / f"{name}.onnx", parts / f"{name}{INT8}.onnx")
+                written.append(f"{name}{INT8}")
+                progress("export", len(written), 8, {"last": written[-1]})
+        for suffix in ("", INT8) if int8 else ("",):
+            first, following = (parts / f"{name}{suffix}.onnx" for name in (FIRST, NEXT))
+            if not first.with_name(f"{first.name}.data").exists():  # no page loads so large a one
+                merge_steps(first, following, parts / f"{BOTH}{suffix}.onnx")
+            written.append(f"{BOTH}{suffix}")
+            progress("export", len(written), 8 if int8 else 4, {"last": written[-1]})
+        files = {name: data for name, data in transformers_files(checkpoint).items() if not name.endswith(".py")}
+        files["config.json"] = _as_json(_config(captioner, json.loads(files["processor_config.json"])))
+        files["generation_config.json"] = _as_json(json.loads(files["generation_config.json"]) | _start(loaded))
+        files["preprocessor_config.json"] = _as_json(_pixel_settings(captioner))
+        files["tokenizer.json"] = (checkpoint / "tokenizer.json").read_bytes()
+        files[RUNNER] = Path(__file__).with_name("run_onnx.py").read_bytes()
+        files[JS_RUNNER] = Path(__file__).with_name("run_onnx.mjs").read_bytes()
+        for name, data in files.items():
+            (draft / name).write_bytes(data)
         draft.rename(out)
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config(captioner: CaptionerModel, processor: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that transformers.js takes for that of a known encoder-decoder, with the same names of caches."""
+    decoder, config = captioner.decoder, captioner.config
+    if isinstance(decoder, ScratchDecoder):
+        shape = config.decoder
+        sizes = {"decoder_layers": shape["depth"], "decoder_attention_heads": shape["heads"], "d_model": shape["width"]}
+        kind = {"model_type": "trocr", **sizes}  # keys and values of the words and of the image
+    else:
+        text = decoder.model.config
+        layers, heads = text.num_hidden_layers, getattr(text, "num_key_value_heads", text.num_attention_heads)
+        kind = {"model_type": "qwen3", "num_hidden_layers": layers, "num_key_value_heads": heads}  # of both together
+    return {
+        "model_type": "vision-encoder-decoder",
+        "is_encoder_decoder": True,
+        "decoder": kind,
+        "prompts": processor["prompts"],
+        "kind": processor["kind"],
+        "eos_id": config.eos_id,
+        "max_caption_tokens": config.max_caption_tokens,
+    }
+
+
+def _start(loaded: Checkpoint) -> dict[str, int]:
+    """Return where a pipeline of transformers.js begins if nobody says more: with the usual prompt, if that is two tokens."""
+    prompts = loaded.captioner.config.prompts
+    if not any(style for _, style in prompts):
+        return {}
+    source, style = scored_prompt(prompts)
+    prompt = loaded.words.prompt(TargetText(source, "", style=style))
+    if len(prompt) != 2:
+        return {}
+    longest = loaded.captioner.config.max_caption_tokens + 1  # the second token of the prompt is counted
+    return {"decoder_start_token_id": prompt[0], "forced_bos_token_id": prompt[1], "max_new_tokens": longest}
 
 
 def _pixel_settings(captioner: CaptionerModel) -> dict[str, Any]:
@@ -204,7 +271,7 @@ def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
         kinds, first, following = LANGUAGE_KINDS, _LanguageFirst(decoder).eval(), _LanguageNext(decoder).eval()
     # Sizes of an example must not be 1, nor equal each other: the exporter takes such for constants.
     pixels_BCHW = captioner.encoder.pixels([_gradient(number) for number in range(2)])
-    batch, tokens, states, before = Dim("batch"), Dim("tokens"), Dim("states"), Dim("before")
+    batch, tokens, states, before = Dim("batch_size"), Dim("tokens"), Dim("states"), Dim("before")
     images = _Encoder(captioner).eval()
     ids_BT = torch.tensor([[2, 3, 4], [4, 3, 2]])
     with torch.inference_mode():
@@ -212,7 +279,7 @@ def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
         past = _keys_and_values(first, ids_BT, states_BND)
     kept = [f"{block}.{kind}" for block in range(len(past) // len(kinds)) for kind in kinds]
     grown = [name for name in kept if ".encoder." not in name]
-    _export(images, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["encoder_hidden_states"], [{0: batch}])
+    _export(images, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["last_hidden_state"], [{0: batch}])
     yield ENCODER
     outputs = ["logits", *(f"present.{name}" for name in kept)]
     shapes: list[Any] = [{0: batch, 1: tokens}, {0: batch, 1: states}]
@@ -261,6 +328,8 @@ def _export(
             hint = "train with another encoder" if path.name == ENCODER else EXPORTED_HINT
             raise TrainError(f"PyTorch cannot export {path.name}: {one_line(error)}", hint=hint) from None
         assert program is not None
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # traces of the exporter, with the paths of this machine
         program.save(str(file), external_data=_is_large(module))
     values = [value for argument in arguments for value in (argument if isinstance(argument, list) else [argument])]
     with torch.inference_mode():

@@ -1,18 +1,27 @@
-"""An exported captioner runs without torch, and writes the tokens that it writes here."""
+"""An exported captioner runs without torch, in Python and in transformers.js, and writes the tokens that it writes here."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import onnx as onnx_format
 import pytest
 import torch
+from playwright.sync_api import Browser, expect
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.progress import NullProgress
+from tests.browser import browser
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
@@ -27,6 +36,8 @@ from trainer.publish import onnx
 from trainer.publish.onnx import export_onnx
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
+__all__ = ["browser"]  # a fixture
+NODE_MODULES = Path(__file__).parents[3] / ".venv-js" / "node_modules"
 IMAGES = 100
 QUESTION = "How many?"
 SCRIPT = """
@@ -50,6 +61,41 @@ if sys.argv[3] == "int8":
     found["int8"] = small.tokens(pixels, small.prompt(""))
 json.dump(found, sys.stdout)
 """
+JS_SCRIPT = """
+import { env, pipeline } from '@huggingface/transformers';
+import { loadCaptioner } from './caption.mjs';
+
+env.allowRemoteModels = false;
+const folder = import.meta.dirname, photos = process.argv.slice(2);
+const captioner = await loadCaptioner(folder), found = {};
+found.tokens = await captioner.tokens(photos);
+found.detailed = await captioner.tokens(photos.slice(0, 8), 'detailed');
+found.answers = await captioner.tokens(photos.slice(0, 8), 'How many?');
+found.unknown = await captioner.tokens(photos.slice(0, 1), 'brief?').catch((error) => error.message);
+if (process.env.INT8) found.int8 = await (await loadCaptioner(folder, { int8: true })).tokens(photos);
+if (process.env.PIPELINE) {
+    const write = await pipeline('image-to-text', folder, { dtype: 'fp32' });
+    found.pipeline = (await write(photos.slice(0, 8))).map(([{ generated_text }]) => generated_text);
+    found.texts = await captioner.caption(photos.slice(0, 8));
+}
+console.log(JSON.stringify(found));
+"""
+PAGE = """<!doctype html><meta charset=utf-8><title>Caption</title><input type=file><output></output>
+<script type=importmap>{"imports": {
+    "@huggingface/transformers": "/js/@huggingface/transformers/dist/transformers.web.js",
+    "onnxruntime-common": "/js/onnxruntime-common/dist/esm/index.js",
+    "onnxruntime-web/webgpu": "/js/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs"}}</script>
+<script type=module>
+    import { env } from '@huggingface/transformers';
+    import { loadCaptioner } from '/models/captioner/caption.mjs';
+    Object.assign(env, { allowLocalModels: true, allowRemoteModels: false, localModelPath: '/models/' });
+    env.backends.onnx.wasm.wasmPaths = '/js/onnxruntime-web/dist/';
+    const captioner = await loadCaptioner('captioner');
+    document.querySelector('input').addEventListener('change', async ({ target }) => {
+        document.querySelector('output').textContent = JSON.stringify(await captioner.tokens([...target.files]));
+    });
+    document.title = 'Ready';
+</script>"""
 # A window of 128 tokens, recurrent states, a convolution, positions in the scores.
 REFUSED = ("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "mamba", "bloom")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
@@ -89,6 +135,29 @@ def run_exported(exported: Path, photos: list[Path], *, int8: bool = False) -> d
     return found
 
 
+@pytest.fixture(scope="module")
+def node_modules() -> Path:
+    """Return the folder that has transformers.js."""
+    if not (NODE_MODULES / "@huggingface" / "transformers").is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail("there is no transformers.js, and CI must not pass without it")
+        pytest.skip("NOT RUN: there is no transformers.js; `make test` installs it where there is Node")
+    return NODE_MODULES
+
+
+def run_in_node(exported: Path, photos: list[Path], node_modules: Path, **environment: str) -> dict[str, Any]:
+    """Return what an exported captioner writes in Node, with transformers.js."""
+    (exported / "node_modules").symlink_to(node_modules)
+    (exported / "run.mjs").write_text(JS_SCRIPT)
+    command = ["node", str(exported / "run.mjs"), *map(str, photos)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    (exported / "node_modules").unlink()
+    (exported / "run.mjs").unlink()
+    return found
+
+
 def require_same(found: dict[str, Any], checkpoint: Path, photos: list[Path], different: int) -> None:
     """Require that an exported captioner has written what PyTorch writes, and so many texts: its images matter."""
     loaded = load_checkpoint(checkpoint, torch.device("cpu"))
@@ -119,6 +188,79 @@ def test_the_tokens_of_100_images_are_those_of_pytorch_and_torch_is_not_needed(
     assert same > IMAGES / 2 and found["int8"] != found["tokens"]  # nearly the same model, and not the same
 
 
+def test_transformers_js_writes_the_same_tokens_in_node_and_its_pipeline_the_usual_caption(
+    exported: Path, photos: list[Path], node_modules: Path
+) -> None:
+    expected = run_exported(exported, photos, int8=True)
+    found = run_in_node(exported, photos, node_modules, INT8="1", PIPELINE="1")
+    assert {name: found[name] for name in ("tokens", "detailed", "answers")} == {
+        name: expected[name] for name in ("tokens", "detailed", "answers")
+    }
+    assert found["pipeline"] == found["texts"]
+    same = sum(one == other for one, other in zip(found["int8"], expected["int8"], strict=True))
+    assert same > IMAGES / 2 and found["int8"] != found["tokens"]  # the weights of 8 bits were taken
+
+
+def test_a_page_captions_a_photo_with_transformers_js_and_asks_nothing_of_others(
+    exported: Path, photos: list[Path], node_modules: Path, browser: Browser, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "captioner").symlink_to(exported)
+    (tmp_path / "js").symlink_to(node_modules)
+    (tmp_path / "index.html").write_text(PAGE)
+    expected = run_exported(exported, photos[:12])["tokens"]
+    with serving(tmp_path) as address:
+        page = browser.new_page()
+        strange: list[str] = []
+        page.on("request", lambda request: strange.append(request.url) if address not in request.url else None)
+        page.on("pageerror", lambda error: strange.append(str(error)))
+        page.goto(address)
+        expect(page).to_have_title("Ready", timeout=60_000)
+        page.locator("input").evaluate("input => { input.multiple = true }")
+        page.locator("input").set_input_files(photos[:12])
+        expect(page.locator("output")).not_to_be_empty(timeout=60_000)
+        assert json.loads(page.locator("output").inner_text()) == expected
+        assert [url for url in strange if not url.startswith("data:")] == []
+        page.close()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder and prints nothing."""
+
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
+
+    def log_message(self, *args: Any) -> None:
+        """Print nothing."""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve a folder, and yield its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_export_names_no_path_of_the_machine_that_wrote_it(exported: Path) -> None:
+    for path in exported.rglob("*.onnx"):
+        data = path.read_bytes()
+        assert not [name for name in (b"trainer/", b"site-packages", str(Path.home()).encode() + b"/") if name in data], path
+
+
+def test_the_merged_steps_share_their_weights(exported: Path) -> None:
+    def weights(name: str) -> int:
+        graph = onnx_format.load(str(exported / "onnx" / name)).graph
+        return sum(len(weight.SerializeToString()) for weight in graph.initializer)
+
+    assert weights("decoder_model_merged.onnx") < 1.1 * weights("decoder_model.onnx")
+    assert weights("decoder_model_merged_quantized.onnx") < 1.1 * weights("decoder_model_quantized.onnx")
+
+
 def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, words: CaptionTokenizer) -> Path:
     """Save a captioner whose images are a prefix of a language model with random weights."""
     encoder = load_encoder(save_vit(root / "vit"))
@@ -129,9 +271,9 @@ def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, words: Caption
     return root / "c"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "prefix"] if LONG else ["qwen3"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "prefix"] if LONG else ["qwen3", "prefix"])
 def test_a_language_model_is_exported_with_the_image_as_its_prefix(
-    name: str, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, photos: list[Path], node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "qwen3":  # as if it were large: its weights lie beside the parts
         monkeypatch.setattr(onnx, "MAX_BYTES_WITHIN", 0)
@@ -148,6 +290,13 @@ def test_a_language_model_is_exported_with_the_image_as_its_prefix(
     assert ("onnx/decoder_model.onnx.data" in files) == (name == "qwen3")
     found = run_exported(tmp_path / "out", photos[:40], int8="onnx/encoder_model_quantized.onnx" in files)
     require_same(found, checkpoint, photos[:40], different=10)
+    merged = name != "qwen3"
+    assert ("onnx/decoder_model_merged.onnx" in files) == merged
+    if merged:
+        in_node = run_in_node(tmp_path / "out", photos[:40], node_modules)
+        assert [in_node[part] for part in ("tokens", "detailed", "answers")] == [
+            found[part] for part in ("tokens", "detailed", "answers")
+        ]
 
 
 @pytest.mark.parametrize("family", FAMILIES if LONG else ["lfm2"])
@@ -171,7 +320,7 @@ def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(
     with pytest.raises(TrainError, match="is there already"):
         export_onnx(checkpoint, tmp_path, NullProgress())
     monkeypatch.setattr(onnx, "MAX_DIFFERENCE", -1.0)
-    with pytest.raises(TrainError, match=r"encoder_model\.onnx gives other values of encoder_hidden_states"):
+    with pytest.raises(TrainError, match=r"encoder_model\.onnx gives other values of last_hidden_state"):
         export_onnx(checkpoint, tmp_path / "out", NullProgress())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(TrainError, match="the export needs the package onnxscript"):
