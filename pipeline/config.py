@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from pipeline.errors import ConfigError, did_you_mean, one_line
+from pipeline.text.escape import without_passwords
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -481,6 +482,16 @@ class Config(Section):
         if "_type" in self.context:
             raise ValueError("a column of the context cannot be named _type, which `datasets` takes for a description")
         return self
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as a folder keeps them (run.json): without passwords in the addresses of servers."""
+        values = self.model_dump(mode="json")
+        values["base_url"] = [without_passwords(url) for url in self.base_url]
+        values["server"]["endpoints"] = {
+            without_passwords(url): settings for url, settings in values["server"]["endpoints"].items()
+        }
+        values["verify"]["judge"] = self.verify.judge and without_passwords(self.verify.judge)
+        return values
 
     @property
     def judge_url(self) -> str:

@@ -143,7 +143,7 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
     later = ORDER[ORDER.index(start) :]
     free = {"base_url", "engine", "server", *later}  # sections of stages that run now may have changed
     free |= {"rows"} if "trim" in later else set()
-    now = config.model_dump(mode="json")
+    now = config.recorded()
     if start in ORDER[ORDER.index("filter") :]:
         now["own_tasks"], before["own_tasks"] = (_without_bounds(settings.get("own_tasks", [])) for settings in (now, before))
     before.setdefault("own_tasks", [])  # of an earlier release

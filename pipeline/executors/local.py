@@ -167,7 +167,7 @@ def import_shard_replies(dataset: DatasetDir) -> None:
 def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[str], later: Sequence[str]) -> None:
     """Remove files of stages that run now, if they are of other settings: neither --from-stage nor the report takes them."""
     forget_other_stages(dataset, order)
-    settings = config.model_dump(mode="json")
+    settings = config.recorded()
     if not dataset.run_file.exists() or dataset.settings() != settings:
         for name in later:
             for which in ("kept", "rejected"):

@@ -12,6 +12,7 @@ MAX_SHOWN_CHARACTERS = 2000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 # Lines and tabs may stand on a terminal.
 _OF_A_TERMINAL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/,\"']+(?=@)")  # of an address
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
 _LINKED = {"://": "&#58;//", "www.": "www&#46;", "@": "&#64;"}  # what renderers of Markdown turn into links by themselves
 
@@ -29,8 +30,16 @@ def visible(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text for a terminal: with characters that it would obey as escapes, such as \\x1b; lines and tabs stay."""
-    return _OF_A_TERMINAL.sub(lambda match: ascii(match[0])[1:-1], text)
+    """Return a text for a terminal or a log: no password of an address, no character that a terminal obeys.
+
+    Such characters become escapes, such as \\x1b; lines and tabs stay.
+    """
+    return _OF_A_TERMINAL.sub(lambda match: ascii(match[0])[1:-1], without_passwords(text))
+
+
+def without_passwords(text: str) -> str:
+    """Return a text in which passwords of addresses are asterisks: http://user:***@host."""
+    return _PASSWORD.sub(r"\1***", text)
 
 
 def on_one_line(text: str) -> str:

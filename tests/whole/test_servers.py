@@ -58,3 +58,25 @@ def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) ->
     assert "The server was not required to enforce the JSON schema of the task" in card
     manifest = json.loads((photos / "d/versions/v1.0.0/manifest.json").read_text())
     assert manifest["model"]["revision"].endswith("+unenforced")
+
+
+def test_a_password_in_the_address_reaches_the_server_and_no_file_or_message(photos: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        address = chat.url.replace("://", "://bob:s3cret@")
+        arguments = ("generate", "--source", "folder:photos", "--out", "d", "--tasks", "caption", "--base-url")
+        made = run_synth(*arguments, address, "--json", cwd=photos, timeout=120)
+        assert made.returncode == 0, made.stderr
+        assert all(sent and sent.startswith("Basic ") for sent in chat.authorizations)
+        asked = len(chat.bodies)
+        judged = run_synth(*arguments, address, "--judge", f"other@{address}/wrong", cwd=photos, timeout=120)
+        again = run_synth(*arguments, address, cwd=photos, timeout=120)
+        assert (again.returncode, len(chat.bodies)) == (0, asked), again.stderr
+    refused = run_synth(*arguments, address, "--seed", "2", cwd=photos, timeout=120)
+    unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos, timeout=120)
+    assert (judged.returncode, refused.returncode, unread.returncode) == (1, 1, 1)
+    shown = [text for done in (made, judged, again, refused, unread) for text in (done.stdout, done.stderr)]
+    assert (
+        "http://bob:***@" in refused.stderr and "bob:***@" in unread.stderr and not [text for text in shown if "s3cret" in text]
+    )
+    files = [path for path in (photos / "d").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if b"s3cret" in path.read_bytes()]

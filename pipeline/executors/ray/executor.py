@@ -84,7 +84,7 @@ def run_on_cluster(
     with open_cluster(options.address), translate_disk_errors(dataset.path), locked as check, logged:
         workers = plan_workers(options.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
-        write_json(dataset.run_file, config.model_dump(mode="json"))
+        write_json(dataset.run_file, config.recorded())
         _forget_local_run(dataset, step_order(stages))
         plan = RunPlan(dataset, config, choice.revision, choose_image_kind(config))
         readers = shard_count if is_divisible(config) else 1

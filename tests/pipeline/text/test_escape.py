@@ -50,6 +50,19 @@ def test_what_a_terminal_would_obey_is_an_escape(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no server at http://bob:s3:cr@t@host:8000/v1, said x@y", "no server at http://bob:***@host:8000/v1, said x@y"),
+        ("judge@https://:s3cret@[::1]/v1", "judge@https://:***@[::1]/v1"),
+        ("""["http://a:80", "http://b:s3cret@c", "d@e"]""", """["http://a:80", "http://b:***@c", "d@e"]"""),
+        ("http://host:8000/a@b and http://bob@host", "http://host:8000/a@b and http://bob@host"),
+    ],
+)
+def test_a_password_of_an_address_is_not_shown(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
 def test_markup_links_and_line_breaks_are_no_markdown() -> None:
     assert markdown("a\n# b") == r"a \# b"
     assert markdown("<b>`x`</b>") == r"&lt;b&gt;\`x\`&lt;/b&gt;"
