@@ -4,15 +4,21 @@ A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with a caption of 
 workers, the search for near-duplicates, all stages, and the version. Prints seconds, the peak memory of the command and of its
 workers, and bytes, and the same of a second run with nothing changed; memory by the second is written to DIR/memory.csv. A
 million take half an hour and 8 GB of disk.
+
+With `--ask`, `synth generate` asks for a caption of each image instead, at a mock endpoint that answers at once
+(benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request.
 """
 
 import argparse
 import io
+import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +51,8 @@ NOUNS = [
 ]
 KINDS = ("red", "blue", "old", "small", "wooden", "striped", "broken", "shiny", "pale", "narrow")
 BATCH = 5000
+PORT = 18_770  # of the mock endpoint
+MAX_PROBES = 20  # requests with which a run finds out what a server can do
 
 
 def caption_of(number: int) -> str:
@@ -78,9 +86,18 @@ def memory_mb(process: int) -> tuple[float, float]:
     return sizes[0], sum(sizes[1:])
 
 
-def watch(command: list[str], folder: Path, kill_after_s: float = float("inf")) -> None:
+def asked(mock: str) -> int:
+    """Return how many requests a mock endpoint has had; 0 if there is none."""
+    if not mock:
+        return 0
+    with urllib.request.urlopen(f"{mock}/stats") as response:
+        return int(json.load(response)["came"])
+
+
+def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float = float("inf")) -> None:
     """Run a command, kill it after so many seconds, and print what it took."""
     start, peak = time.monotonic(), (0.0, 0.0)
+    before, first_s = asked(mock), float("nan")
     with (folder / "memory.csv").open("w") as log, (folder / "log.txt").open("ab") as printed:
         log.write("seconds,command_mb,workers_mb\n")
         process = subprocess.Popen([*command, "--out", str(folder / "dataset")], stdout=printed, stderr=printed)
@@ -92,13 +109,15 @@ def watch(command: list[str], folder: Path, kill_after_s: float = float("inf")) 
             except OSError:  # one of them has ended
                 continue
             peak = max(peak[0], now[0]), max(peak[1], now[1])
+            if math.isnan(first_s) and asked(mock) > before + MAX_PROBES:
+                first_s = time.monotonic() - start
             log.write(f"{time.monotonic() - start:.0f},{now[0]:.0f},{now[1]:.0f}\n")
             time.sleep(1)
     size = sum(path.stat().st_size for path in (folder / "dataset").rglob("*") if path.is_file())
     memory = f"{peak[0]:,.0f} MB, workers {peak[1]:,.0f} MB"
-    print(
-        f"exit code {process.returncode}: {time.monotonic() - start:,.0f} s; {memory}; dataset {size / 1e9:.2f} GB", flush=True
-    )
+    requests = f"; {asked(mock) - before:,} requests, the first after {first_s:.0f} s" if mock else ""
+    seconds = time.monotonic() - start
+    print(f"exit code {process.returncode}: {seconds:,.0f} s; {memory}; dataset {size / 1e9:.2f} GB{requests}", flush=True)
 
 
 def main() -> None:
@@ -106,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--kill-after-s", type=float, help="kill -9 the first run after so many seconds, and start it again")
+    parser.add_argument("--ask", action="store_true", help="have a mock model write the captions")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "million-images")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -113,12 +133,24 @@ def main() -> None:
     if not images.exists():
         make(images.with_suffix(".part"), options.images)
         images.with_suffix(".part").rename(images)
-    command = [sys.executable, "-m", "pipeline", "import", "--source", f"parquet:{images}", "--columns", "references=caption"]
     print(f"{options.images:,} images of {images.stat().st_size / 1e9:.2f} GB", flush=True)
-    if options.kill_after_s:
-        watch(command, options.out, options.kill_after_s)
-    for _ in range(2):
-        watch(command, options.out)
+    command, mock, endpoint = [sys.executable, "-m", "pipeline"], "", None
+    if options.ask:
+        mock = f"http://127.0.0.1:{PORT}"
+        script = Path(__file__).with_name("mock_chat.py")
+        endpoint = subprocess.Popen([sys.executable, str(script), str(PORT), "0", "various"], stdout=subprocess.DEVNULL)
+        command += ["generate", "--source", f"parquet:{images}", "--tasks", "caption", "--styles", "brief", "--base-url", mock]
+        time.sleep(5)
+    else:
+        command += ["import", "--source", f"parquet:{images}", "--columns", "references=caption"]
+    try:
+        if options.kill_after_s:
+            watch(command, options.out, mock, options.kill_after_s)
+        for _ in range(2):
+            watch(command, options.out, mock)
+    finally:
+        if endpoint is not None:
+            endpoint.kill()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,37 @@
 """Compare two versions: rows added, removed or changed, field by field, with the causes that are known."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
-from pipeline.digests import annotation_digest, digest
+from pipeline.digests import annotation_digest
+from pipeline.storage.database import load, open_cursor, open_database, read
 from pipeline.storage.files import read_batches
-from pipeline.tables import ADDED_FIELDS, PIXELS, REVIEWED
+from pipeline.tables import ADDED_FIELDS, LEDGER, PIXELS, REVIEWED
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
-ROWS_AT_ONCE = 50_000  # of those that differ
+ROWS_AT_ONCE = 10_000  # of those that differ
+DIGESTS = "SELECT sample_id, md5_number(to_json(incoming)::VARCHAR) AS digest FROM incoming"  # of all values, and the split
+DIFFERENT = """CREATE TABLE different AS
+SELECT sample_id FROM old_digests o FULL JOIN new_digests n USING (sample_id) WHERE o.digest IS DISTINCT FROM n.digest"""
+SAME = "SELECT count(*) FROM old_digests o JOIN new_digests n USING (sample_id) WHERE o.digest = n.digest"
+ROWS_THAT_DIFFER = "SELECT * FROM incoming SEMI JOIN different USING (sample_id)"
+REJECTIONS_THAT_MATTER = """SELECT * FROM incoming
+WHERE coalesce(sample_id, '') = '' OR sample_id IN (SELECT sample_id FROM different)"""
+PAIRS = """SELECT sample_id, o AS old, n AS new
+FROM old_rows o FULL JOIN new_rows n USING (sample_id) ORDER BY sample_id"""
 NOT_WRITTEN = ("pair_id", *ADDED_FIELDS)
 MAX_SHOWN = 160  # characters of a value
 Row = dict[str, Any]
@@ -97,49 +112,87 @@ def _short(value: Any) -> str:
 def diff_versions(before: Version, after: Version, most: int | None = None) -> Diff:
     """Compare two versions, and keep `most` of their changes; None: all. Pixels are compared by `sample_id`.
 
-    Memory holds a digest of each row, ROWS_AT_ONCE of the rows that differ, and why rows that differ were rejected.
+    A digest of each row, rows that differ, and why they were rejected lie in a database in the temporary folder. Raises
+    StoreError if that is full, or a version is damaged.
     """
     columns = [c for c in before.manifest["columns"] if c in after.manifest["columns"] and c not in PIXELS]
     scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}  # of one version alone
-    old, new = _digests(before, columns, scores), _digests(after, columns, scores)
-    differ = sorted(sample_id for sample_id in old.keys() | new.keys() if old.get(sample_id) != new.get(sample_id))
     settings = _settings(before.manifest, after.manifest)
-    diff = Diff(before.name, after.name, len((old.keys() & new.keys()).difference(differ)), [], settings)
-    old_ledger, new_ledger = _Ledger(before, differ), _Ledger(after, differ)
-    for start in range(0, len(differ), ROWS_AT_ONCE):
-        sample_ids = differ[start : start + ROWS_AT_ONCE]
-        old_rows, new_rows = (_rows(version, columns, scores, sample_ids) for version in (before, after))
-        for sample_id in sample_ids:
-            old_row, new_row = old_rows.get(sample_id), new_rows.get(sample_id)
-            if old_row is None:
-                assert new_row is not None
-                why = [f"was rejected: {reason}" for reason in old_ledger.about_sample(sample_id, new_row["source_row"])]
-                change = Change(sample_id, new_row["source_row"], "added", why=why)
-            elif new_row is None:
-                why = new_ledger.about_sample(sample_id, old_row["source_row"]) or ["the source does not yield it any more"]
-                change = Change(sample_id, old_row["source_row"], "removed", why=why)
-            else:
-                change = _changed(old_row, new_row, old_ledger, new_ledger, settings)
-            diff.add(change, keep=most is None or len(diff.changes) < most)
+    with TemporaryDirectory(prefix="synth-diff-") as folder, open_database(Path(folder)) as db:
+        for side, version in (("old", before), ("new", after)):
+            _load(db, f"{side}_digests", DIGESTS, _tables(version, columns, scores))
+        db.execute(DIFFERENT)
+        for side, version in (("old", before), ("new", after)):
+            _load(db, f"{side}_rows", ROWS_THAT_DIFFER, _tables(version, columns, scores))
+        ledgers = _Ledger(db, "old", before), _Ledger(db, "new", after)
+        ((same,),) = db.execute(SAME).fetchall()
+        diff = Diff(before.name, after.name, same, [], settings)
+        for batch in db.sql(PAIRS).to_arrow_reader(ROWS_AT_ONCE):
+            for ledger in ledgers:
+                ledger.look_up(batch["sample_id"])
+            for pair in batch.to_pylist():
+                change = _change(pair["old"], pair["new"], *ledgers, settings)
+                if change is None:
+                    diff.same += 1  # such as the same fields in another order
+                else:
+                    diff.add(change, keep=most is None or len(diff.changes) < most)
     return diff
+
+
+def _tables(version: Version, columns: list[str], left_out: Collection[str]) -> Iterator[pa.Table]:
+    """Yield the rows of a version with their split, without some scores of their annotations; at least one table."""
+    empty = pa.table({name: pa.array([], version.schema.field(name).type) for name in columns})
+    batches = chain([("", empty)], ((split, pa.table(batch)) for split, batch in version.batches(columns)))
+    for split, table in batches:
+        for name in LISTS if left_out else ():
+            if name in columns:
+                table = table.set_column(columns.index(name), name, _without(table[name], left_out))
+        yield table.append_column("split", pa.array([split] * table.num_rows, pa.string()))
+
+
+def _without(lists: pa.ChunkedArray, left_out: Collection[str]) -> pa.Array:
+    """Return lists of annotations that lack some scores."""
+    array = lists.combine_chunks()
+    values, fields = array.flatten(), [item for item in array.type.value_type if item.name not in left_out]
+    kept = pa.StructArray.from_arrays([values.field(item.name) for item in fields], fields=fields)
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int32(), mask=np.r_[array.is_null(), False])
+    return pa.ListArray.from_arrays(offsets, kept)
+
+
+def _load(db: duckdb.DuckDBPyConnection, name: str, query: str, tables: Iterator[pa.Table]) -> None:
+    """Make a table of what a query takes from rows."""
+    first = next(tables)
+    load(db, name, chain([first], tables), first.schema, query)
 
 
 class _Ledger:
     """The rejections of a version of some samples, and of rows that are no sample, by sample, source row and content."""
 
-    def __init__(self, version: Version, sample_ids: Sequence[str]) -> None:
-        path, wanted = version.path / LEDGER_FILE, pa.array(sample_ids, pa.string())
-        self.by_sample: dict[str, list[str]] = {}
+    def __init__(self, db: duckdb.DuckDBPyConnection, side: str, version: Version) -> None:
+        path = version.path / LEDGER_FILE
+        self._db, self._name = open_cursor(db), f"{side}_ledger"  # the rows that differ are read by the other one
+        load(db, self._name, read_batches(path) if path.exists() else (), LEDGER, REJECTIONS_THAT_MATTER)
         self.by_source_row: dict[str, list[str]] = {}
+        for row in self._rows("coalesce(sample_id, '') = '' AND source_row <> ''"):
+            self.by_source_row.setdefault(row["source_row"], []).append(f"{row['stage']}: {row['reason']}")
+        self.look_up(pa.array([], pa.string()))
+
+    def look_up(self, sample_ids: pa.Array) -> None:
+        """Read the rejections of these samples, in place of those before."""
+        self.by_sample: dict[str, list[str]] = {}
         self.by_content: dict[tuple[str, str], str] = {}
-        for row in (row for table in (read_batches(path) if path.exists() else ()) for row in _select(table, wanted)):
+        self._db.register("wanted", pa.table({"sample_id": sample_ids}))
+        for row in self._rows("sample_id IN (SELECT sample_id FROM wanted)"):
             reason = f"{row['stage']}: {row['reason']}"
             if row["content_digest"]:
                 self.by_content[row["sample_id"], row["content_digest"]] = reason
-            if row["sample_id"]:
-                self.by_sample.setdefault(row["sample_id"], []).append(reason)
-            elif row["source_row"]:
-                self.by_source_row.setdefault(row["source_row"], []).append(reason)
+            self.by_sample.setdefault(row["sample_id"], []).append(reason)
+        self._db.unregister("wanted")
+
+    def _rows(self, condition: str) -> Iterator[Row]:
+        for table in read(self._db.sql(f"SELECT * FROM {self._name} WHERE {condition}")):  # noqa: S608  # texts of ours
+            yield from table.to_pylist()
 
     def about_sample(self, sample_id: str, source_row: str) -> list[str]:
         """Return why a sample has no row."""
@@ -148,6 +201,20 @@ class _Ledger:
     def about(self, sample_id: str, annotation: dict[str, Any]) -> str | None:
         """Return why an annotation was rejected, or None."""
         return self.by_content.get((sample_id, annotation_digest(annotation)))
+
+
+def _change(old_row: Row, new_row: Row, old: _Ledger, new: _Ledger, settings: Settings) -> Change | None:
+    """Return the change of a row, whose values are all null in a version that lacks it; None if its values are equal."""
+    if old_row["sample_id"] is None:
+        sample_id, source_row = new_row["sample_id"], new_row["source_row"]
+        why = [f"was rejected: {reason}" for reason in old.about_sample(sample_id, source_row)]
+        return Change(sample_id, source_row, "added", why=why)
+    if new_row["sample_id"] is None:
+        sample_id, source_row = old_row["sample_id"], old_row["source_row"]
+        why = new.about_sample(sample_id, source_row) or ["the source does not yield it any more"]
+        return Change(sample_id, source_row, "removed", why=why)
+    change = _changed(old_row, new_row, old, new, settings)
+    return change if change.fields else None
 
 
 def _changed(old_row: Row, new_row: Row, old: _Ledger, new: _Ledger, settings: Settings) -> Change:
@@ -190,41 +257,6 @@ def _why(sample_id: str, removed: list[Row], added: list[Row], old: _Ledger, new
 def _as_written(item: dict[str, Any]) -> dict[str, Any]:
     """Return an annotation without its scores and its pair, which may change while its text does not."""
     return {name: value for name, value in item.items() if name not in NOT_WRITTEN}
-
-
-def _digests(version: Version, columns: list[str], left_out: Collection[str]) -> dict[str, str]:
-    """Return a digest of each row and its split, by sample; of annotations without the scores that are `left_out`."""
-    return {
-        row["sample_id"]: digest([split, _without(row, left_out)])
-        for split, batch in version.batches(columns)
-        for row in batch.to_pylist()
-    }
-
-
-def _rows(version: Version, columns: list[str], left_out: Collection[str], sample_ids: Sequence[str]) -> dict[str, Row]:
-    """Return the rows of some samples, with their split."""
-    wanted = pa.array(sample_ids, pa.string())
-    batches = ((split, batch.filter(pc.is_in(batch["sample_id"], wanted))) for split, batch in version.batches(columns))
-    rows = (_without(row, left_out) | {"split": split} for split, batch in batches for row in batch.to_pylist())
-    return {row["sample_id"]: row for row in rows}
-
-
-def _select(table: pa.Table, sample_ids: pa.Array) -> list[Row]:
-    """Return the rows of a ledger that are about one of these samples, or about a row that is no sample."""
-    ids = table["sample_id"]
-    has_none = pc.equal(pc.fill_null(ids, ""), "")
-    return list(table.filter(pc.or_(has_none, pc.is_in(ids, sample_ids))).to_pylist())
-
-
-def _without(row: Row, left_out: Collection[str]) -> Row:
-    """Return a row whose annotations lack some scores."""
-    if not left_out:
-        return row
-    lists = {name: row[name] for name in LISTS if row.get(name)}
-    return row | {
-        name: [{key: value for key, value in item.items() if key not in left_out} for item in items]
-        for name, items in lists.items()
-    }
 
 
 def _settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:

@@ -49,8 +49,16 @@ def _quiet(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     return db
 
 
-def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Make a table from Arrow tables, one in memory at a time. Their maker may query the database by its own cursor only.
+def load(
+    db: duckdb.DuckDBPyConnection,
+    name: str,
+    batches: Iterable[pa.Table],
+    schema: pa.Schema,
+    query: str = "SELECT * FROM incoming",
+) -> None:
+    """Make a table of what a query takes from Arrow tables, one in memory at a time.
+
+    The maker of the tables may query the database by its own cursor only.
 
     Errors of the maker are raised as they are: DuckDB would hide them within errors of its own.
     """
@@ -66,7 +74,7 @@ def load(db: duckdb.DuckDBPyConnection, name: str, batches: Iterable[pa.Table], 
 
     db.register("incoming", pa.RecordBatchReader.from_batches(schema, cast_batches()))
     try:
-        db.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")  # noqa: S608  # a name of ours
+        db.execute(f"CREATE TABLE {name} AS {query}")
     except duckdb.Error:
         if raised:
             raise raised[0] from None
