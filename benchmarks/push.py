@@ -1,10 +1,11 @@
 """Measure a push of a dataset of images: time, memory, and bytes for a child version, beside `Dataset.push_to_hub`.
 
-    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--mode xet|lfs]
+    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90] [--mode xet|lfs] [--shard-megabytes 2]
 
-Both push the same rows (random bytes of 90 kB stand for JPEGs, which do not compress either) to the same Hub-protocol server on
+Both push the same rows (random bytes stand for JPEGs, which do not compress either) to the same Hub-protocol server on
 loopback, each in a process of its own, one after the other. Peak memory is VmHWM of the process minus its memory after the
-imports. Then 1 % of the rows change, spread over the dataset, and both push again.
+imports. Then 1 % of the rows change, spread over the dataset, and both push again. Small shards show what very many
+of them take.
 """
 
 import argparse
@@ -15,19 +16,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.dataset import shards
 from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.version import Version
 from pipeline.tables import ROW
 from tests.hub.server import RunningHub, running_hub
 from tests.scene_data import publish_tables
 
-IMAGE_BYTES = 90_000
 CHANGED = 0.01
 MEASURE = """
 import json, re, sys, time
@@ -53,14 +54,14 @@ THEIRS = {
 }
 
 
-def pixels(number: int) -> bytes:
+def pixels(number: int, size_bytes: int) -> bytes:
     """Return random bytes in place of an image."""
-    return random.Random(number).randbytes(IMAGE_BYTES)
+    return random.Random(number).randbytes(size_bytes)
 
 
-def row(number: int, image: int, text: str) -> dict[str, Any]:
+def row(number: int, image: int, image_bytes: int, text: str) -> dict[str, Any]:
     """Return one row of a version; the same image and text are the same row."""
-    data = pixels(image)
+    data = pixels(image, image_bytes)
     caption = {"text": text, "style": "brief", "prompt_id": "caption/v1@test"}
     return {
         "sample_id": hashlib.sha256(data).hexdigest(),
@@ -77,7 +78,9 @@ def row(number: int, image: int, text: str) -> dict[str, Any]:
     }
 
 
-def make(folder: Path, count: int, *, new_texts: set[int] = frozenset(), new_images: set[int] = frozenset()) -> Version:  # type: ignore[assignment]
+def make(
+    folder: Path, count: int, image_bytes: int, *, new_texts: Set[int] = frozenset(), new_images: Set[int] = frozenset()
+) -> Version:
     """Write the next version of a dataset; some rows have another text or another image than in the first."""
     rows = Rows()
     words = " ".join(f"word{n}" for n in range(20))
@@ -85,7 +88,12 @@ def make(folder: Path, count: int, *, new_texts: set[int] = frozenset(), new_ima
     def tables() -> Iterator[pa.Table]:
         for first in range(0, count, 100):
             batch = [
-                row(n, n + (count if n in new_images else 0), f"{'Another' if n in new_texts else 'A'} caption {n} {words}")
+                row(
+                    n,
+                    n + (count if n in new_images else 0),
+                    image_bytes,
+                    f"{'Another' if n in new_texts else 'A'} caption {n} {words}",
+                )
                 for n in range(first, min(count, first + 100))
             ]
             table = pa.Table.from_pylist(batch, schema=with_split(ROW))
@@ -111,9 +119,15 @@ def main() -> None:
     """Measure and print a table with ratios."""
     parser = argparse.ArgumentParser(description="Push a dataset of images, beside Dataset.push_to_hub.")
     parser.add_argument("--megabytes", type=int, default=2000)
+    parser.add_argument("--image-kilobytes", type=int, default=90)
     parser.add_argument("--mode", choices=("xet", "lfs"), default="xet")
+    parser.add_argument("--shard-megabytes", type=float, help="end shards at this size")
     arguments = parser.parse_args()
-    count = arguments.megabytes * 1_000_000 // IMAGE_BYTES
+    if arguments.shard_megabytes:
+        shards.MIN_SHARD_BYTES = round(arguments.shard_megabytes * 500_000)
+        shards.MAX_SHARD_BYTES = 2 * shards.MIN_SHARD_BYTES
+    image_bytes = 1000 * arguments.image_kilobytes
+    count = arguments.megabytes * 1_000_000 // image_bytes
     changed_rows = set(random.Random(0).sample(range(count), max(1, int(count * CHANGED))))
     with tempfile.TemporaryDirectory() as name, running_hub(Path(name) / "hub") as hub:
         root = Path(name)
@@ -124,7 +138,7 @@ def main() -> None:
             "1 % other images": {"new_images": changed_rows},
         }
         for title, change in changes.items():
-            version = make(root / "data", count, **change)
+            version = make(root / "data", count, image_bytes, **change)
             size_mb = sum(entry["bytes"] for entry in version.manifest["files"].values()) / 1e6
             print(f"{title}, {version.name}, {size_mb:.0f} MB in {len(version.manifest['files'])} shards")
             for client, code in (("synth", OURS), ("push_to_hub", THEIRS)):
