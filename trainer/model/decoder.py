@@ -58,9 +58,13 @@ class Cache:
     def keep(self, rows_C: Tensor) -> None:
         """Go on with these rows alone, where each row has an image of its own."""
         self.reorder(rows_C)
+        self.keep_images(rows_C)
+
+    def keep_images(self, images_B: Tensor) -> None:
+        """Go on with these images alone; the rows are those about them."""
         for block in self.blocks:
             assert block.image is not None
-            block.image = block.image[0][rows_C], block.image[1][rows_C]
+            block.image = block.image[0][images_B], block.image[1][images_B]
 
 
 class ScratchDecoder(nn.Module):
@@ -105,7 +109,7 @@ class ScratchDecoder(nn.Module):
         """Generate one text per image; see CaptionerModel.generate."""
         step, cache = self._next_scores(memory_BND)
         if search.beams > 1:
-            return beam_search(step, cache.reorder, prompt_BT, search, max_tokens, eos_id)
+            return beam_search(step, cache.reorder, cache.keep_images, prompt_BT, search, max_tokens, eos_id)
         return write(step, cache.keep, prompt_BT, search, max_tokens, eos_id)
 
     def _next_scores(self, memory_BND: Tensor) -> tuple[Step, Cache]:
@@ -122,7 +126,8 @@ class ScratchDecoder(nn.Module):
     ) -> list[tuple[float, list[int]]]:
         """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
         step, cache = self._next_scores(memory_1ND)
-        return beam_texts(step, cache.reorder, prompt_1T, DecodingConfig(beams=beams), max_tokens, eos_id)[0]
+        search = DecodingConfig(beams=beams)
+        return beam_texts(step, cache.reorder, cache.keep_images, prompt_1T, search, max_tokens, eos_id)[0]
 
     def attention_to_image(self, ids_1T: Tensor, memory_1ND: Tensor) -> Tensor:
         """Return the share of each state of the image in what each token attends to, a mean over blocks and heads: (T, N)."""

@@ -24,7 +24,7 @@ GREEDY = DecodingConfig()
 LEFT_OUT = 0.25  # of the rows have ended when they are no longer computed
 Step = Callable[[Tensor], Tensor]  # new tokens (R, T) -> logits of the next token (R, V)
 Reorder = Callable[[Tensor], None]  # for each row, the index of the row that it continues: (R,)
-Keep = Callable[[Tensor], None]  # the indices of the rows that go on
+Keep = Callable[[Tensor], None]  # the indices of the rows, or groups of beams, that go on
 
 
 def write(step: Step, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int) -> list[list[int]]:
@@ -61,54 +61,82 @@ def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:
 
 
 def beam_search(
-    step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability."""
-    finished = beam_texts(step, reorder, prompt_BT, search, max_tokens, eos_id)
+    finished = beam_texts(step, reorder, keep, prompt_BT, search, max_tokens, eos_id)
     return [texts[0][1] if texts else [] for texts in finished]
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What ended at one step of a beam search, for B rows of the prompt with K candidates each."""
+
+    rows: list[int]  # of the prompt: (B,)
+    mean_BK: Tensor  # log-probability of each text, per token; of a candidate that did not end, -inf
+    texts_BKL: Tensor  # without EOS
+
+
 def beam_texts(
-    step: Step, reorder: Reorder, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[tuple[float, list[int]]]]:
     """Return the finished texts of each row with their mean log-probabilities, best first, until none can be better.
 
-    `step` gets rows in groups of `beams`; `reorder` is called with their origins before each step but the first.
+    `step` gets rows in groups of `beams`; `reorder` is called with their origins before each step but the first, and after it
+    `keep` with the groups that go on, where some do not. Besides what `step` does, the device is waited for once a step.
     """
-    B, K = len(prompt_BT), search.beams
-    device = prompt_BT.device
-    total_BK = torch.full((B, K), -torch.inf, device=device)
+    K, device = search.beams, prompt_BT.device
+    rows = list(range(len(prompt_BT)))  # of the prompt, that are still searched
+    total_BK = torch.full((len(rows), K), -torch.inf, device=device)
     total_BK[:, 0] = 0.0  # all beams are the same at first: only one of them counts
-    written: list[list[list[int]]] = [[[] for _ in range(K)] for _ in range(B)]
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
-    new_RT = prompt_BT.repeat_interleave(K, 0)
+    best_B = torch.full((len(rows),), -torch.inf, device=device)
+    written_BKL = prompt_BT.new_empty(len(rows), K, 0)
+    new_RT, steps = prompt_BT.repeat_interleave(K, 0), list[_Finished]()
     for length in range(1, max_tokens + 1):
         scores_RV = step(new_RT).float().log_softmax(-1)
-        V = scores_RV.shape[-1]
-        grown_BE = (total_BK[:, :, None] + scores_RV.view(B, K, V)).flatten(1)
-        # Twice the number of beams: each beam has at most one EOS.
-        value_BE, index_BE = grown_BE.topk(2 * K)
-        total_BK = torch.full((B, K), -torch.inf, device=device)
-        origin_BK = torch.zeros(B, K, dtype=torch.long, device=device)
-        token_BK = torch.full((B, K), eos_id, device=device)
-        for b in range(B):
-            kept, texts = 0, []
-            for rank, (value, index) in enumerate(zip(value_BE[b].tolist(), index_BE[b].tolist(), strict=True)):
-                beam, token = divmod(index, V)
-                # An end that is none of the likeliest candidates ends nothing, as in transformers and fairseq.
-                if rank < K and (token == eos_id or length == max_tokens):
-                    text = written[b][beam] + ([] if token == eos_id else [token])
-                    finished[b].append((value / length, text))
-                if token != eos_id and kept < K:
-                    total_BK[b, kept], origin_BK[b, kept], token_BK[b, kept] = value, beam, token
-                    texts.append([*written[b][beam], token])
-                    kept += 1
-            written[b] = texts + [[]] * (K - kept)
+        B, V = len(rows), scores_RV.shape[-1]
+        # Twice the number of beams: each beam has at most one EOS, so that at least K candidates go on.
+        value_BE, index_BE = (total_BK[:, :, None] + scores_RV.view(B, K, V)).flatten(1).topk(2 * K)
+        beam_BE, token_BE = index_BE // V, index_BE % V
+        is_end_BE = token_BE == eos_id
+        # An end that is none of the likeliest candidates ends nothing, as in transformers and fairseq.
+        ends_BK = is_end_BE[:, :K] if length < max_tokens else torch.ones_like(is_end_BE[:, :K])
+        mean_BK = (value_BE[:, :K] / length).masked_fill(~ends_BK, -torch.inf)
+        texts_BEL = torch.cat([_of_beams(written_BKL, beam_BE), token_BE[:, :, None]], 2)
+        steps.append(_Finished(rows, mean_BK, texts_BEL[:, :K]))
+        best_B = torch.maximum(best_B, mean_BK.amax(1))
+        onward_BK = is_end_BE.to(torch.uint8).argsort(dim=1, stable=True)[:, :K]
+        total_BK, origin_BK = value_BE.gather(1, onward_BK), beam_BE.gather(1, onward_BK)
+        written_BKL = _of_beams(texts_BEL, onward_BK)
         # The final mean of an unfinished text is at most its sum so far divided by the maximum length.
-        bound_B = total_BK.max(1).values / max_tokens
-        best_B = [max((score for score, _ in texts), default=-torch.inf) for texts in finished]
-        if all(bound <= best for bound, best in zip(bound_B.tolist(), best_B, strict=True)):
+        is_over = (total_BK.amax(1) / max_tokens <= best_B).tolist()
+        if all(is_over) or length == max_tokens:
             break
-        reorder((origin_BK + torch.arange(B, device=device)[:, None] * K).flatten())
-        new_RT = token_BK.flatten()[:, None]
+        first_R = torch.arange(B, device=device)[:, None] * K
+        if sum(is_over) >= LEFT_OUT * B:
+            going_on = torch.tensor([index for index, over in enumerate(is_over) if not over], device=device)
+            rows = [row for row, over in zip(rows, is_over, strict=True) if not over]
+            total_BK, origin_BK, best_B = total_BK[going_on], origin_BK[going_on], best_B[going_on]
+            written_BKL = written_BKL[going_on]
+            reorder((origin_BK + first_R[going_on]).flatten())
+            keep(going_on)
+        else:
+            reorder((origin_BK + first_R).flatten())
+        new_RT = written_BKL[:, :, -1].reshape(-1, 1)
+    return _best_first(steps, len(prompt_BT), eos_id)
+
+
+def _of_beams(texts_BKL: Tensor, beams_BE: Tensor) -> Tensor:
+    """Return the texts of these beams: (B, E, L)."""
+    return texts_BKL.gather(1, beams_BE[:, :, None].expand(-1, -1, texts_BKL.shape[2]))
+
+
+def _best_first(steps: list[_Finished], count: int, eos_id: int) -> list[list[tuple[float, list[int]]]]:
+    """Return the finished texts of each row of a prompt, best first; of equal ones, the shortest."""
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(count)]
+    for one in steps:
+        means, texts = one.mean_BK.cpu(), one.texts_BKL.cpu()
+        for index, beam in torch.isfinite(means).nonzero().tolist():
+            text = texts[index, beam].tolist()
+            finished[one.rows[index]].append((means[index, beam].item(), text[:-1] if text[-1] == eos_id else text))
     return [sorted(texts, key=lambda scored: -scored[0]) for texts in finished]

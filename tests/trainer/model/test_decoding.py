@@ -67,14 +67,14 @@ def test_rows_that_have_ended_are_no_longer_computed() -> None:
 def test_a_text_without_end_is_cut_at_the_longest() -> None:
     chain = Chain([[0.0, 1.0, 0.0, 0.0]] * WORDS)
     assert write(chain.step, all_go_on, PROMPT, DecodingConfig(), 5, EOS) == [[1] * 5]
-    assert beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=2), 5, EOS) == [[1] * 5]
+    assert beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, DecodingConfig(beams=2), 5, EOS) == [[1] * 5]
 
 
 @pytest.mark.parametrize("beams", [2, 3])
 def test_beams_find_the_likeliest_text_where_greedy_walks_into_a_trap(beams: int) -> None:
     chain = Chain(TRAP)
     (greedy,) = write(chain.step, all_go_on, PROMPT, DecodingConfig(), 4, EOS)
-    (best,) = beam_search(chain.step, lambda rows: None, PROMPT, DecodingConfig(beams=beams), 4, EOS)
+    (best,) = beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, DecodingConfig(beams=beams), 4, EOS)
     candidates = [list(text) for n in range(1, 4) for text in itertools.product(range(1, WORDS), repeat=n)]
     assert best == [2] == max(candidates, key=chain.mean_log)
     assert greedy[0] == 1
@@ -92,9 +92,45 @@ def test_beams_go_on_from_where_they_came() -> None:
     def reorder(rows: Tensor) -> None:
         history.append([list(history[-1][row]) for row in rows.tolist()])
 
-    beam_search(step, reorder, PROMPT, DecodingConfig(beams=2), 3, EOS)
+    beam_search(step, reorder, all_go_on, PROMPT, DecodingConfig(beams=2), 3, EOS)
     assert all(len(row) == len(history[-1][0]) for row in history[-1])
     assert len({tuple(row) for row in history[-1]}) == 2
+
+
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_beams_of_a_batch_find_what_each_row_finds_alone_and_rows_that_are_over_are_left_out(beams: int) -> None:
+    """Each row has a chain of its own, which `keep` must follow, and a state that counts its steps, which `reorder` must."""
+    count, words, longest = 12, 14, 9
+    torch.manual_seed(beams)
+    logs = (3 * torch.randn(count, words, words)).log_softmax(-1)
+    logs[:4, :, EOS] += 4  # these end early
+
+    def search(rows: list[int]) -> tuple[list[list[int]], list[int]]:
+        chains, steps, computed = logs[rows], torch.zeros(len(rows) * beams, dtype=torch.long), []
+
+        def step(new_RT: Tensor) -> Tensor:
+            computed.append(len(new_RT))
+            assert steps.tolist() == [len(computed) - 1] * len(new_RT)
+            steps.add_(1)
+            return chains[torch.arange(len(new_RT)) // beams, new_RT[:, -1]]
+
+        def reorder(origins: Tensor) -> None:
+            nonlocal steps
+            assert (origins // beams).unique_consecutive().tolist() == (origins[::beams] // beams).tolist()
+            steps = steps[origins]
+
+        def keep(groups: Tensor) -> None:
+            nonlocal chains
+            assert len(groups) * beams == len(steps)
+            chains = chains[groups]
+
+        prompt = torch.zeros(len(rows), 1, dtype=torch.long)
+        return beam_search(step, reorder, keep, prompt, DecodingConfig(beams=beams), longest, EOS), computed
+
+    together, computed = search(list(range(count)))
+    assert together == [search([row])[0][0] for row in range(count)]
+    assert computed == sorted(computed, reverse=True) and computed[-1] < computed[0]
+    assert len({len(text) for text in together}) > 2
 
 
 def test_sampling_keeps_to_the_words_that_hold_the_probability() -> None:
