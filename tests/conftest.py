@@ -1,12 +1,14 @@
 """Shared fixtures, and the order of tests under pytest-xdist."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.browser import browser, opened
+from tests.remembered import FILE
 from tests.warm import close_parents
 
 __all__ = ["browser", "opened"]
@@ -25,6 +27,14 @@ def working_directory() -> Iterator[None]:
         now = None
     os.chdir(here)
     assert now == here
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name a file of replies that all processes of this run share."""
+    if not os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[FILE] = f"{folder.name}/replies.sqlite"
 
 
 def pytest_sessionfinish() -> None:

@@ -4,7 +4,7 @@ A command still has a process, a folder, an environment and streams of its own. 
 a command imports what it needs, and no more, is what tests of whole/test_cli.py and test_install.py look at. Packages that read
 their environment when they are imported are left to the command, if it has another environment than the tests; where Python
 itself has another one, the command is started as a user starts it. All commands of a test process share the seed of hashes:
-tests of whether two runs agree start them as a user does.
+tests of whether two runs agree start them as a user does. Replies of the embedded model are remembered (tests/remembered.py).
 """
 
 import atexit
@@ -25,12 +25,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from tests.remembered import remember_replies
+
 ROOT = Path(__file__).parents[1]
 SYNTH = str(Path(sys.executable).with_name("synth"))
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "XDG_", "HOME")  # by huggingface_hub and what imports it
 READ_BY_PYTHON = ("OMP_", "PYTHON", "LC_", "LANG", "TZ")
 PACKAGES = (
     "torch",
+    "torch._dynamo",
+    "torchvision",
     "duckdb",
     "pyarrow.parquet",
     "pyarrow.compute",
@@ -248,5 +252,6 @@ if __name__ == "__main__":
         importlib.import_module(package)
     if sys.argv[2:] == ["all"]:
         _import_all()
+    remember_replies()
     _require_one_thread()
     _Server(sys.argv[1]).serve()

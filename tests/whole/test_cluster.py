@@ -83,7 +83,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ChatS
     asks = f"needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'"
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
     with running_chat(ChatServer(scripted_replies())) as server:
-        for options in (("--out", "one"), ("--out", "many", "--executor", "ray", "--shards", "5", "--workers", "2")):
+        for options in (("--out", "one"), ("--out", "many", "--executor", "ray", "--shards", "3", "--workers", "2")):
             done = run_synth(*flags_of(server), *options, cwd=folder)
             assert done.returncode == 0, done.stderr
             shutil.copytree(folder / options[1], folder / "as made" / options[1])  # a test runs in them again
@@ -135,11 +135,11 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(made: tuple[Path, Ch
         assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
     assert not (folder / "many" / "exchange").exists()
-    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "3", cwd=folder)
-    assert "has 5 shards, not 3" in read_failure(refused)[0]
+    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
+    assert "has 3 shards, not 5" in read_failure(refused)[0]
 
 
-def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 240, shards: int = 6) -> "subprocess.Popen[bytes]":
+def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 160, shards: int = 4) -> "subprocess.Popen[bytes]":
     command = [str(SYNTH), "generate", "--source", "scenes", "--limit", f"{limit}", "--out", out, *options]
     command += ["--executor", "ray", "--shards", f"{shards}", "--workers", "2"]
     with (tmp_path / "many.log").open("ab") as log:
@@ -175,18 +175,18 @@ def count_journaled(home: Path) -> tuple[int, int]:
 
 
 def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
-    flags = ("generate", "--source", "scenes", "--limit", "240", "--base-url", chat.url)
+    flags = ("generate", "--source", "scenes", "--limit", "160", "--base-url", chat.url)
     assert synth(*flags, "--out", "one").returncode == 0
     undisturbed = Counter(chat.times)
     chat.times.clear()
     chat.script = scripted_replies(1.0)
     driver = ray_run(tmp_path, "--base-url", chat.url)
-    wait_for(lambda: sum(chat.times.values()) > 150)
+    wait_for(lambda: sum(chat.times.values()) > 100)
     workers = descendants_with(driver.pid, "ray::MapWorker")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     before = sum(chat.times.values())
-    wait_for(lambda: sum(chat.times.values()) > before + 150)
+    wait_for(lambda: sum(chat.times.values()) > before + 100)
     alive = descendants_with(driver.pid, "ray::MapWorker")
     assert driver.poll() is None
     os.kill(driver.pid, signal.SIGKILL)
