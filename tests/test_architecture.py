@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check config digests doctor dry_run errors install logs preview progress project rules
         run tables types""",
-    "pipeline/cli": "__init__ __main__ datasets features generate options output run_options training versions",
+    "pipeline/cli": "__init__ __main__ captioners datasets features generate options output run_options training versions",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
         rejections removal reviews schema shards statistics version""",
     "pipeline/executors": "__init__ base local",
@@ -172,7 +172,8 @@ def test_the_trainer_imports_only_what_data_is_read_with() -> None:
 def test_only_training_commands_import_the_trainer() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
-            names = imports(path, top_only=module in ("pipeline.cli.features", "pipeline.cli.training"))
+            is_of_captioners = module in ("pipeline.cli.captioners", "pipeline.cli.features", "pipeline.cli.training")
+            names = imports(path, top_only=is_of_captioners)
             assert not [name for name in names if is_within(name, "trainer")], module
 
 

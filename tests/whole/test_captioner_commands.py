@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import trainer.loop
+from pipeline.cli.captioners import compare, look
 from pipeline.cli.features import features_list, features_prune
-from pipeline.cli.training import compare, look, train
+from pipeline.cli.training import train
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError
 from tests.pipeline.images.test_similarity import photo

@@ -1,0 +1,310 @@
+"""The commands that use a captioner: on images, on a page, by a server, in other formats."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+from typer import Argument, BadParameter, Option
+
+from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, NumBeams, Style
+from pipeline.cli.output import echo, say, show
+from pipeline.cli.training import open_data
+from pipeline.errors import TrainError
+from pipeline.progress import WARNING, show_progress
+
+if TYPE_CHECKING:
+    from pipeline.dataset.version import Version
+    from trainer.caption_files import Existing
+    from trainer.side_by_side import Shown
+
+PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def caption(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    images: Annotated[list[str], Argument(help="Image files, folders, patterns in quotes; - reads names from stdin.")],
+    style: Annotated[
+        str | None, Option(help="Which style to write; all: each that it has learned.", show_default="brief")
+    ] = None,
+    question: Annotated[str, Option(help="Answer this about each image instead.")] = "",
+    num_beams: NumBeams = 1,
+    batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
+    out: Annotated[
+        Path | None,
+        Option(help="A .jsonl, .csv or .parquet file; txt: a text file beside each image.", show_default="stdout"),
+    ] = None,
+    skip: Annotated[bool, Option("--skip-existing", help="Leave images that have a text file.")] = False,
+    append: Annotated[bool, Option("--append", help="Add to what is there.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Write anew what is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a caption for each image, or the answer to a question about it.
+
+    With --out FILE, the same command goes on where it was stopped.
+    """
+    from pipeline.storage.files import translate_disk_errors
+    from trainer.caption_files import find_images
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    chosen = [name for name, is_given in (("skip", skip), ("append", append), ("overwrite", overwrite)) if is_given]
+    if len(chosen) > 1 or (chosen and out is None):
+        raise BadParameter("--skip-existing, --append and --overwrite go with --out, and not with each other")
+    if style and question:
+        raise BadParameter("a question is answered in no style", param_hint="--style")
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+    given = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
+    if not given:
+        raise BadParameter("no image was named", param_hint="IMAGES")
+    paths = find_images(given)
+
+    from trainer.caption_images import Job, caption_images
+    from trainer.captioning import Captioner  # see train
+
+    loaded = Captioner.from_pretrained(folder)
+    styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
+    job = Job(loaded, paths, styles, question, num_beams, batch_size)
+    with show_progress() as progress, translate_disk_errors(out or Path()):
+        existing = cast("Existing", chosen[0] if chosen else "refuse")
+        names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))
+        show_row = partial(_print_caption, names=names, as_json=as_json)
+        unread = caption_images(job, out, existing, folder, progress, show_row)
+    for path, error in unread:
+        say(f"cannot read {path}: {error}", WARNING)
+    if len(unread) == len(paths):
+        raise TrainError("no image could be read", hint="pass image files")
+
+
+def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool) -> None:
+    """Print a row of `caption_images`: as JSON with these of its values, or as a line."""
+    style = f" ({row['style']})" if "style" in names else ""
+    text = row.get("caption", row.get("answer"))
+    echo(
+        json.dumps({name: value for name, value in row.items() if name in names})
+        if as_json
+        else f"{row['image']}{style}: {text}"
+    )
+
+
+def export_model(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    out: Annotated[Path | None, Option(**LOCAL_PATH, help="A new folder for the files.", show_default="CAPTIONER-onnx")] = None,
+    int8: Annotated[bool, Option("--int8", help="Also with weights of 8 bits: smaller, and less exact.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a captioner to ONNX, which runs without torch."""
+    from pipeline.storage.files import translate_disk_errors
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+
+    from trainer.publish.onnx import RUNNER, export_onnx  # see train
+
+    target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
+    with show_progress() as progress, translate_disk_errors(target):
+        files = export_onnx(folder, target, progress, int8=int8)
+    for file, size in files.items():
+        if file.endswith(".onnx"):
+            say(f"{file}: {size / 1e6:.1f} MB")
+    say(f"try it: python {target / RUNNER} photo.jpg", "dim")
+    show({"path": str(target), "files": files}, as_json, "path")
+
+
+def look(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    image: Annotated[Path, Argument(**LOCAL_PATH, help="A photo.")],
+    style: Style = None,
+    question: Annotated[str, Option(help="Look at what answers this.")] = "",
+    out: Annotated[
+        Path | None, Option(**LOCAL_PATH, help="The picture (.png, .jpg, .webp).", show_default="PHOTO-look.png here")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a captioner looks at for each word, and what else it might have written."""
+    from pipeline.storage.files import atomic_write, translate_disk_errors
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    target = out or Path(f"{image.stem}-look.png")
+    kind = PICTURE_KINDS.get(target.suffix.lower())
+    if kind is None:
+        raise BadParameter(f"{target.name} is none of {', '.join(PICTURE_KINDS)}", param_hint="--out")
+    if style and question:
+        raise BadParameter("a question is answered in no style", param_hint="--style")
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+
+    from trainer.captioning import Captioner  # see train
+    from trainer.look import draw
+    from trainer.look import look as look_at
+
+    seen = look_at(Captioner.from_pretrained(folder), image, style, question)
+    with translate_disk_errors(target), atomic_write(target) as draft:
+        draw(seen).save(draft, kind)
+    for text, score in seen.alternatives:
+        say(f"{score:.3f}  {text}", "dim")
+    show(seen.values() | {"path": str(target)}, as_json, "text")
+
+
+def compare(
+    captioners: Annotated[list[str], Argument(help="Checkpoint folders, or ORG/NAME of the Hub: two or more.")],
+    images: Annotated[
+        list[str] | None, Option(help="Image files, folders or patterns; several times. Else those of --data.")
+    ] = None,
+    captions: Annotated[
+        Path | None, Option(help="What people say of --images: COCO, Karpathy, CSV, JSON lines or Flickr30k.")
+    ] = None,
+    data: DataName = None,
+    split: Annotated[str, Option(help="Of --data: train, validation or test.")] = "test",
+    style: Style = None,
+    num_beams: NumBeams = 1,
+    limit: Annotated[int, Option(min=1, help="Images at most.")] = 1000,
+    out: Annotated[Path | None, Option(**LOCAL_PATH, help="The page.", show_default="compare.html")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the captions of several captioners side by side, on one page, with scores where people have captioned the images."""
+    from pipeline.storage.files import translate_disk_errors
+    from pipeline.tables import SPLITS
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    if len(captioners) < 2:
+        raise BadParameter("there is nothing to compare one captioner with", param_hint="CAPTIONERS")
+    if len(set(captioners)) < len(captioners):
+        raise BadParameter("one captioner is named twice", param_hint="CAPTIONERS")
+    if split not in SPLITS:
+        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+    if (data and images) or (captions and not images):
+        raise BadParameter("--images goes with --captions, and --data with --split")
+    folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
+    for folder in folders.values():
+        require_checkpoint(folder)
+    shown = _images_named(images, captions, limit) if images else _images_of(open_data(data, None), split, limit)
+
+    from trainer.side_by_side import compare_captioners, write_page  # see train
+
+    page = out or Path("compare.html")
+    with show_progress() as progress, translate_disk_errors(page):
+        result = compare_captioners(folders, shown, style, num_beams, progress)
+        write_page(result, shown, page)
+    for one in result["captioners"]:
+        say(
+            f"{one['name']}: "
+            + (f"CIDEr-D {one['scores']['cider_d']:.3f}, " if "scores" in one else "")
+            + f"{one['words']:.1f} words"
+        )
+    for one in result["differences"]:
+        say(f"{one['captioner']} than {one['than']}: {one['difference']:+.3f}, {one['verdict']}")
+    for name, reason in result["unread"].items():
+        say(f"cannot read {name}: {reason}", WARNING)
+    show(result | {"path": str(page)}, as_json, "path")
+
+
+def _short_name(name: str, names: list[str]) -> str:
+    """Return the last part of a captioner's name, or all of it where another one ends so."""
+    last = Path(name).name
+    return name if sum(Path(other).name == last for other in names) > 1 else last
+
+
+def _images_named(names: list[str], captions: Path | None, limit: int) -> list["Shown"]:
+    """Return the images that names lead to, with what a file of captions says of them."""
+    from pipeline.sources.captions import describe_unknown, match_images, read_captions
+    from trainer.caption_files import find_images
+    from trainer.side_by_side import Shown
+
+    paths = {str(path): path for path in find_images(names)}
+    written, unknown = match_images(read_captions(captions), list(paths)) if captions else ({}, [])
+    for warning in describe_unknown(captions, unknown) if captions and unknown else ():
+        say(warning, WARNING)
+    chosen = list(paths.items())[:limit]
+    return [Shown(name, path, tuple(written[name].captions) if name in written else ()) for name, path in chosen]
+
+
+def _images_of(version: "Version", split: str, limit: int) -> list["Shown"]:
+    """Return the images of a split with their references."""
+    from trainer.image_index import map_images
+    from trainer.side_by_side import Shown
+
+    rows = version.read(split, ["sample_id", "references"]).slice(0, limit).to_pylist()
+    images = map_images(version, split)
+    return [Shown(row["sample_id"], bytes(images[row["sample_id"]].read()), tuple(row["references"])) for row in rows]
+
+
+def serve_captioner(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    host: Annotated[str, Option(help="The address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 8200,
+    name: Annotated[str | None, Option(help="Of the model, in requests.", show_default="the folder's")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
+    num_beams: NumBeams = 1,
+) -> None:
+    """Serve a captioner by OpenAI's chat protocol, with a page to try it.
+
+    A key in SYNTH_API_KEY is asked of every request but /health; there is no page then.
+    """
+    _serve(captioner, host, port, name, batch_size, num_beams, os.environ.get("SYNTH_API_KEY", ""), say)
+
+
+def demo(
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 0,
+    no_browser: Annotated[bool, Option("--no-browser", help="Only print the address.")] = False,
+) -> None:
+    """Open a page where you drop photos, and see captions and what each word looks at; nothing leaves this machine."""
+
+    import webbrowser
+    from threading import Thread
+
+    def open_page(address: str) -> None:
+        say(address)
+        if not no_browser:  # on a thread: a browser in this terminal would keep the server from answering
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    _serve(captioner, "127.0.0.1", port, None, 32, 1, "", open_page)
+
+
+def _serve(
+    captioner: str,
+    host: str,
+    port: int,
+    name: str | None,
+    batch_size: int,
+    num_beams: int,
+    key: str,
+    announce: Callable[[str], None],
+) -> None:
+    import asyncio
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+
+    from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
+
+    folder = find_captioner(captioner)
+    require_checkpoint(folder)
+
+    from trainer.captioning import Captioner  # see train
+    from trainer.serving.server import CaptionServer, is_loopback, serve
+
+    if not is_loopback(host) and not key:
+        say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
+    # Loaded where it runs: OpenMP has its threads spin for the first thread that needs some, which is 1.5 times faster.
+    thread = ThreadPoolExecutor(1)
+    loaded = thread.submit(Captioner.from_pretrained, folder).result()
+    shown = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
+    server = CaptionServer(loaded, shown, key, host, batch_size, num_beams, model_thread=thread)
+    try:
+        asyncio.run(serve(server, port, announce))
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, socket.gaierror | UnicodeError):
+            raise TrainError(f"there is no address {host}", hint="name one of this machine: --host 127.0.0.1") from None
+        raise TrainError(
+            f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}", hint="choose another port: --port"
+        ) from None
