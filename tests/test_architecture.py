@@ -35,8 +35,8 @@ FILES = {
     "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize objects pii questions "
     "reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ averaging caption_files caption_images captioning chair checkpoint config data distributed evaluate
-        feature_store features forecast generate hub image_index java_scores look loop metrics optimizer
+    "trainer": """__init__ augmentation averaging caption_files caption_images captioning chair checkpoint config data
+        distributed evaluate feature_store features forecast generate hub image_index java_scores look loop metrics optimizer
         presets probing prompts self_critical
         side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",

@@ -14,6 +14,7 @@ from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, EncoderSta
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
+MAX_VIEWS = 64
 MAX_LAYERS = 8  # of an encoder, side by side
 EVALUATIONS = 20  # while training, at most
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -24,7 +25,7 @@ DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encode
 LATER_KEYS = (
     "label_smoothing", "average_decay", "lr_floor_frac", "align_epochs", "evaluate_epochs", "patience", "lora_rank",
     "lora_dropout", "checkpoint_blocks", "min_steps", "scst_steps", "scst_lr", "scst_samples", "encoder_states",
-    "feature_storage",
+    "feature_storage", "augment_views",
 )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ class TrainConfig(Section):
     encoder_layer: int | tuple[int, ...] = -1  # whose hidden states are used: -1 the last, -2 the one before; or several
     encoder_states: EncoderStates = "all"  # of the layers: all, patches averaged 2x2 or together (mean), or the class token
     feature_storage: FeatureStorage = "bf16"  # of the states of a frozen encoder on the disk
+    augment_views: int = Field(default=0, ge=0, le=MAX_VIEWS)  # of each training image, shown in turn with it
     decoder: str = "scratch"
     decoder_width: int = Field(default=192, ge=32)
     decoder_depth: int = Field(default=3, ge=1)

@@ -15,6 +15,7 @@ from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.tables import HUMAN, PIXELS, REVIEWED
+from trainer.augmentation import view_of
 from trainer.config import Mixture, keeps_human_texts
 from trainer.image_index import StoredImage, map_images
 from trainer.tokenizer import TargetText
@@ -41,10 +42,17 @@ class Example:
     texts: tuple[TargetText, ...]
     references: tuple[str, ...]
     questions: tuple[Question, ...] = ()
+    view: int = 0  # of the image, which is shown instead of it: trainer/augmentation.py
+
+    @property
+    def image_id(self) -> str:
+        """The name of what is shown: the image, or a view of it."""
+        return f"{self.sample_id}~{self.view}" if self.view else self.sample_id
 
     def open(self) -> Image.Image:
-        """Decode the image to RGB."""
-        return prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
+        """Decode the image to RGB, or a view of it."""
+        picture = prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
+        return view_of(picture, self.sample_id, self.view) if self.view else picture
 
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
@@ -165,11 +173,15 @@ def most_common(answers: tuple[str, ...]) -> str:
     return max(answers, key=answers.count)
 
 
-def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
-    """Yield the example indices of each step from `first_step` on, without end; the order of an epoch depends on the seed."""
+def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the example indices of each step from `first_step` on, each with its epoch, without end.
+
+    The order of an epoch depends on the seed.
+    """
     for step in itertools.count(first_step):
         positions = range(step * size, (step + 1) * size)
-        yield [_order(count, seed, position // count)[position % count] for position in positions]
+        places = [divmod(position, count) for position in positions]
+        yield [(_order(count, seed, epoch)[place], epoch) for epoch, place in places]
 
 
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

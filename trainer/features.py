@@ -54,7 +54,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Hidden states of images on the disk, by sample id."""
+    """Hidden states of images and of views on the disk, by the id of the image or view."""
 
     rows: dict[str, int]
     stored: np.memmap  # (images, bytes)
@@ -74,7 +74,7 @@ class Features:
         return self.record.unpack(loaded.to(device, non_blocking=True))
 
     def _read(self, examples: Sequence[Example]) -> Tensor:
-        return torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
+        return torch.from_numpy(self.stored[[self.rows[example.image_id] for example in examples]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def store_features(
     suffix = "" if precision == "bf16" else f"-{precision}"
     store = FeatureStore(folder / f"{slugify(config.made_from['name'])}-{encoder.key()[:16]}{suffix}", record.num_bytes)
     about = {"encoder": config.made_from, "layers": config.layers, "states": config.states, "shape": [*record.shape]}
-    example_of = {id_digest(example.sample_id): example for example in examples}
+    example_of = {id_digest(example.image_id): example for example in examples}
     with store.lock(about | {"precision": precision}, progress):
         row_of = store.rows()
         missing = [one for one in example_of if one not in row_of]
@@ -153,4 +153,4 @@ def store_features(
             row_of |= {one: row for row, one in enumerate(batch, len(row_of))}
             progress("features", start + len(batch), len(missing))
         stored = store.open(len(row_of))  # as long as nobody can remove it
-    return Features({example.sample_id: row_of[one] for one, example in example_of.items()}, stored, record)
+    return Features({example.image_id: row_of[one] for one, example in example_of.items()}, stored, record)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.digests import digest
 from pipeline.errors import TrainError, one_line
 from pipeline.progress import Progress
+from trainer.augmentation import view_in_epoch
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import Checkpoint, Log, save_resume
 from trainer.config import TrainConfig
@@ -140,12 +141,17 @@ class Trainer:
         loaded = [(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
         return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
 
-    def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield the batches of examples in an order, each loaded by a thread while the step before it is computed."""
+    def example(self, index: int, epoch: int) -> Example:
+        """Return an example as it is shown in an epoch: its image, or a view of it."""
+        example, views = self.train[index], self.config.augment_views
+        return replace(example, view=view_in_epoch(example.sample_id, epoch, views)) if views else example
+
+    def load_ahead(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]:
+        """Yield the batches of an order (`data.batches`), each loaded by a thread while the step before it is computed."""
         with ThreadPoolExecutor(1) as pool:
             coming: Future[Batch] | None = None
-            for indices in order:
-                following = pool.submit(self.load, [self.train[index] for index in indices])
+            for places in order:
+                following = pool.submit(self.load, [self.example(*place) for place in places])
                 if coming:
                     yield coming.result()
                 coming = following

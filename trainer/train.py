@@ -83,7 +83,8 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     features: LoadedFeatures = OnlineFeatures(encoder, device)
     if encoder.config.frozen and config.feature_storage != "none":
-        examples, folder = [*train_set, *sets["validation"], *sets["test"]], version.dataset_dir / FEATURES
+        views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in train_set)
+        examples, folder = [*train_set, *views, *sets["validation"], *sets["test"]], version.dataset_dir / FEATURES
         features = store_features(encoder, examples, folder, device, report, config.feature_storage)
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")  # high: TF32, not for the store
     trainer = _trainer_of(checkpoint, config, train_set, sets["validation"], features, device)

@@ -143,8 +143,9 @@ def test_the_answer_of_most_people_wins_and_the_first_of_equals() -> None:
 def test_every_example_comes_once_an_epoch_in_another_order_each_time() -> None:
     steps = list(islice(batches(count=10, size=5, seed=0, first_step=0), 4))
     first, second = steps[0] + steps[1], steps[2] + steps[3]
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
+    assert sorted(first) == [(index, 0) for index in range(10)]
+    assert sorted(second) == [(index, 1) for index in range(10)]
+    assert [index for index, _ in first] != [index for index, _ in second]
 
 
 @pytest.mark.parametrize("size", [3, 5, 7])
@@ -155,3 +156,7 @@ def test_starting_late_gives_the_rest_of_the_same_order(size: int) -> None:
 
 def test_another_seed_gives_another_order() -> None:
     assert next(batches(50, 50, 0, 0)) != next(batches(50, 50, 1, 0))
+
+
+def test_a_batch_may_end_one_epoch_and_begin_the_next() -> None:
+    assert [epoch for _, epoch in list(islice(batches(count=5, size=3, seed=0, first_step=0), 2))[1]] == [0, 0, 1]

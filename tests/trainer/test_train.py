@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as data_replace
@@ -337,6 +338,35 @@ def test_the_test_is_of_states_that_a_captioner_computes(
     assert [type(features) for features in used] == [kind]
 
 
+@pytest.mark.parametrize("storage", ["bf16", "none"])
+def test_epochs_show_views_in_turn_which_are_kept_like_images(
+    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    config = replace(encoder=clip, augment_views=2, steps=0, epochs=6, feature_storage=storage, batch_size=8)
+    shown: Counter[tuple[int, int]] = Counter()
+    show = Trainer.example
+
+    def note(self: Trainer, index: int, epoch: int) -> Example:
+        example = show(self, index, epoch)
+        shown[index, example.view] += epoch < config.epochs  # the last batch may begin another one
+        return example
+
+    monkeypatch.setattr(Trainer, "example", note)
+    metrics = train(version, config, tmp_path / "views")
+    images = {index for index, _ in shown}
+    assert len(images) > 20 and shown == {(index, view): 2 for index in images for view in range(3)}
+    monkeypatch.undo()
+    assert weights(tmp_path / "views") != weights(train_to(tmp_path / "plain", version, config, augment_views=0))
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
+    assert train(version, config, tmp_path / "cut", resume=True) == metrics
+    assert weights(tmp_path / "cut") == weights(tmp_path / "views")
+
+
+def train_to(folder: Path, version: Version, config: TrainConfig, **changes: Any) -> Path:
+    train(version, config.model_copy(update=changes), folder)
+    return folder
+
+
 def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, clip: str, tmp_path: Path) -> None:
     config = replace(encoder=clip, decoder="prefix", encoder_states="2x2", steps=6, evaluate_every=3, decoder_width=48)
     metrics = train(version, config, tmp_path / "whole")
@@ -634,11 +664,11 @@ def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) ->
     checkpoint = trainer.train._build(version, config, examples)
     trained = Trainer(checkpoint, config, examples, [], OnlineFeatures(checkpoint.captioner.encoder, CPU), CPU)
     order = [[0, 1], [5, 2], [7]]
-    ahead = list(trained.load_ahead(order))
+    ahead = list(trained.load_ahead([[(index, 0) for index in indices] for indices in order]))
     for indices, batch in zip(order, ahead, strict=True):
         (own,) = trained.load([examples[index] for index in indices]).parts
         assert torch.equal(batch.parts[0][0], own[0])
         assert torch.equal(batch.parts[0][1].ids_CT, own[1].ids_CT)
         assert (batch.images, batch.tokens) == (len(indices), int(own[1].learned_CT.sum()))
     with pytest.raises(IndexError):
-        list(trained.load_ahead([[0], [9999]]))
+        list(trained.load_ahead([[(0, 0)], [(9999, 0)]]))
