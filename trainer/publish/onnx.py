@@ -171,21 +171,8 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
         draft = Path(folder) / out.name
         parts = draft / "onnx"
         parts.mkdir(parents=True)
-        written: list[str] = []
-        for name in _export_parts(captioner, parts):
-            written.append(name)
-            progress("export", len(written), 8 if int8 else 4, {"last": name})
-        if int8:
-            for name in (ENCODER, FIRST, NEXT):
-                _quantize(parts / f"{name}.onnx", parts / f"{name}{INT8}.onnx")
-                written.append(f"{name}{INT8}")
-                progress("export", len(written), 8, {"last": written[-1]})
-        for suffix in ("", INT8) if int8 else ("",):
-            first, following = (parts / f"{name}{suffix}.onnx" for name in (FIRST, NEXT))
-            if not first.with_name(f"{first.name}.data").exists():  # no page loads so large a one
-                merge_steps(first, following, parts / f"{BOTH}{suffix}.onnx")
-            written.append(f"{BOTH}{suffix}")
-            progress("export", len(written), 8 if int8 else 4, {"last": written[-1]})
+        for done, name in enumerate(_write_parts(captioner, parts, int8=int8), start=1):
+            progress("export", done, 8 if int8 else 4, {"last": name})
         files = {name: data for name, data in transformers_files(checkpoint).items() if not name.endswith(".py")}
         files["config.json"] = _as_json(_config(captioner, json.loads(files["processor_config.json"])))
         files["generation_config.json"] = _as_json(json.loads(files["generation_config.json"]) | _start(loaded))
@@ -197,6 +184,19 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
             (draft / name).write_bytes(data)
         draft.rename(out)
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
+    """Write all parts, and yield the name of each when it is there."""
+    yield from _export_parts(captioner, folder)
+    for name in (ENCODER, FIRST, NEXT) if int8 else ():
+        _quantize(folder / f"{name}.onnx", folder / f"{name}{INT8}.onnx")
+        yield f"{name}{INT8}"
+    for suffix in ("", INT8) if int8 else ("",):
+        first, following = (folder / f"{name}{suffix}.onnx" for name in (FIRST, NEXT))
+        if not first.with_name(f"{first.name}.data").exists():  # no page loads so large a one
+            merge_steps(first, following, folder / f"{BOTH}{suffix}.onnx")
+        yield f"{BOTH}{suffix}"
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -25,13 +25,10 @@ def merge_steps(first: Path, following: Path, out: Path) -> None:
     given = {value.name for value in steps[1].graph.output}
     for value in outputs:
         if value.name not in given:
-            kept, past = f"next_{value.name}", value.name.replace("present", "past_key_values")
-            branches[1].node.append(helper.make_node("Identity", [past], [kept]))
-            branches[1].output.append(helper.make_value_info(kept, value.type))
-    names = [value.name.removeprefix("next_") for value in branches[1].output]
-    in_order = [branches[1].output[names.index(value.name)] for value in outputs]
-    del branches[1].output[:]
-    branches[1].output.extend(in_order)
+            past = value.name.replace("present", "past_key_values")
+            branches[1].node.append(helper.make_node("Identity", [past], [f"next_{value.name}"]))
+    del branches[1].output[:]  # in the order of the first step
+    branches[1].output.extend(helper.make_value_info(f"next_{value.name}", value.type) for value in outputs)
     chosen = helper.make_node(
         "If", [BRANCH], [value.name for value in outputs], then_branch=branches[1], else_branch=branches[0]
     )
