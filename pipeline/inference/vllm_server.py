@@ -106,7 +106,8 @@ class Server:
 
     async def _start(self) -> None:
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
+        own_sockets = {"VLLM_RPC_BASE_PATH": str(self.media)}  # of vLLM's processes: a killed one leaves them where they are
+        environment = own_sockets | os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
         self._process = None
         if self.socket:
             self.socket.unlink(missing_ok=True)

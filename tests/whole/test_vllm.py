@@ -49,8 +49,15 @@ def vllm() -> None:
         pytest.skip(f"NOT RUN: {reason}")
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"SYNTH_VLLM_PYTHON": str(PYTHON), "SYNTH_API_KEY": KEY}
+def environment(temporary: Path | None = None) -> dict[str, str]:
+    folder = {"TMPDIR": str(temporary)} if temporary else {}
+    return os.environ | {"SYNTH_VLLM_PYTHON": str(PYTHON), "SYNTH_API_KEY": KEY} | folder
+
+
+def media_of(server: int) -> Path:
+    """Return the folder from which a running server may read images."""
+    arguments = Path(f"/proc/{server}/cmdline").read_bytes().decode().split("\0")
+    return Path(arguments[arguments.index("--allowed-local-media-path") + 1])
 
 
 def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
@@ -104,13 +111,13 @@ def replies(folder: Path) -> int:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run `synth serve` as in a second terminal. A start takes half a minute; no cheaper test replaces it."""
-    folder = tmp_path_factory.mktemp("serve")
+    folder, temporary = tmp_path_factory.mktemp("serve"), tmp_path_factory.mktemp("temporary")
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as progress:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment(),
+            env=environment(temporary),
             stdout=subprocess.PIPE,
             stderr=progress,
             text=True,
@@ -123,12 +130,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
     finally:
         family = descendants(process.pid)
+        media = media_of(servers(process)[0])
+        assert [path for path in media.iterdir() if path.is_socket()]
         process.send_signal(signal.SIGINT)
         process.wait(60)
     assert process.returncode == 130
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C", 20)
     assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag was passed on
-    assert not list(Path("/dev/shm").glob(f"synth-{process.pid}-*"))
+    assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +211,15 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
 
 def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Takes two starts of vLLM."""
-    folder, scenes = tmp_path / "d", 128
+    folder, scenes, temporary = tmp_path / "d", 128, tmp_path / "temporary"
+    temporary.mkdir()
     command = generate(folder, "--engine", "vllm", scenes=scenes)
     with (tmp_path / "talk").open("w") as progress:
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=progress, text=True)
+        process = subprocess.Popen(command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True)
         wait_until(lambda: replies(folder) > 100 or process.poll() is not None, "a hundred replies")
         assert process.poll() is None, (tmp_path / "talk").read_text()
         (server,) = children(process.pid)
-        family = descendants(process.pid)
+        family, media = descendants(process.pid), media_of(server)
         os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=START_SECONDS)
     log = (tmp_path / "talk").read_text()
@@ -220,7 +230,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
     assert funnel["generate"]["kept"] == scenes * 3
     assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
     assert not any(map(is_alive, family))
-    assert not list(Path("/dev/shm").glob(f"synth-{process.pid}-*"))
+    assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
@@ -249,7 +259,7 @@ def filter_by_command(pids: list[int], *words: str) -> list[int]:
     return [pid for pid, command in commands.items() if any(word in command for word in words)]
 
 
-def servers(process: "subprocess.Popen[bytes]") -> list[int]:
+def servers(process: "subprocess.Popen[Any]") -> list[int]:
     """Return the running vLLM servers that a command has started."""
     return filter_by_command(descendants(process.pid), "vllm.entrypoints")
 
