@@ -115,8 +115,10 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
     if (pages == 1).all():
         _, first, of_hash = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
         by_first = np.argsort(first)
-        of_sample = len(first) + np.arange(count)
+        of_sample = np.full(count, -1)
         of_sample[owners] = np.argsort(by_first)[of_hash.ravel()]
+        is_flat = of_sample < 0  # without a hash: each is an image of its own
+        of_sample[is_flat] = len(first) + np.arange(is_flat.sum())
         return DistinctImages(of_sample, near_hashes(hashes[first[by_first]], kind))
     near = near_hashes(hashes, kind)
     first, second = owners[near.first], owners[near.second]

@@ -159,6 +159,17 @@ def test_empty_pictures_are_near_nothing() -> None:
     assert compare_samples(samples(*rows), "photos")["image_group"].to_pylist() == ["s0", "s1", "s2"]
 
 
+@pytest.mark.parametrize("flat_at", range(4))
+def test_a_flat_image_among_photos_that_are_near_is_a_group_of_its_own(photos: list[Image.Image], flat_at: int) -> None:
+    rows = [{"pdq_hashes": hashes_of(photo)} for photo in (photos[0], cropped(photos[0]), photos[1])]
+    rows.insert(flat_at, {"pdq_hashes": [b""]})
+    names = [name for name in ("s0", "s1", "s2", "s3") if name != f"s{flat_at}"]
+    groups = dict(
+        zip(["s0", "s1", "s2", "s3"], compare_samples(samples(*rows), "photos")["image_group"].to_pylist(), strict=True)
+    )
+    assert groups == {f"s{flat_at}": f"s{flat_at}", names[0]: names[0], names[1]: names[0], names[2]: names[2]}
+
+
 def test_every_pair_within_reach_is_found_across_blocks() -> None:
     rng = np.random.default_rng(5)
     hashes = rng.integers(0, 2**63, (BLOCK_HASHES + 300, 4), dtype=np.uint64)
