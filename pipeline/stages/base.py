@@ -41,6 +41,7 @@ from pipeline.storage.files import (
     read_batches,
     read_json,
     read_table,
+    temporary_path,
     write_json,
     write_table,
 )
@@ -234,6 +235,8 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
             timed = before["timed"] + stats.asked - asked  # a killed pass leaves no time
             seconds = round(before["seconds"] + time.monotonic() - start, 1)
             write_json(dataset.cost, {**journal.totals(), "timed": timed, "seconds": seconds})
+        else:
+            temporary_path(dataset.cost).unlink(missing_ok=True)  # of a run that was killed while it wrote
 
 
 class _InOrder:

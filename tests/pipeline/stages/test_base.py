@@ -10,10 +10,12 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import RequestStats
 from pipeline.progress import NullProgress
 from pipeline.stages import base
-from pipeline.stages.base import Comparison, RunPlan, Stage, collect_less_often
-from pipeline.storage.files import read_table, write_table
+from pipeline.stages.base import Comparison, RunPlan, Stage, collect_less_often, record_cost
+from pipeline.storage.files import read_table, temporary_path, write_table
 from tests.stage_runs import plan_of, run_stage
 
 ADDS = pa.schema([pa.field("label", pa.string()), pa.field("reason", pa.string())])
@@ -90,3 +92,13 @@ def test_the_garbage_collector_runs_as_before_afterwards() -> None:
         assert gc.get_threshold()[0] > before[0]
         raise ZeroDivisionError
     assert gc.get_threshold() == before
+
+
+def test_a_pass_that_asks_nothing_removes_what_a_killed_one_was_writing(tmp_path: Path) -> None:
+    dataset = DatasetDir(tmp_path)
+    left_over = temporary_path(dataset.cost)
+    left_over.parent.mkdir(parents=True)
+    left_over.write_text("{")
+    with Journal(dataset.journal) as journal, record_cost(dataset, journal, RequestStats()):
+        pass
+    assert list(left_over.parent.iterdir()) == []
