@@ -120,10 +120,10 @@ def diff_versions(before: Version, after: Version, most: int | None = None) -> D
     settings = _settings(before.manifest, after.manifest)
     with TemporaryDirectory(prefix="synth-diff-") as folder, open_database(Path(folder)) as db:
         for side, version in (("old", before), ("new", after)):
-            _load(db, f"{side}_digests", DIGESTS, _tables(version, columns, scores))
+            _load(db, f"{side}_digests", DIGESTS, version, columns, scores)
         db.execute(DIFFERENT)
         for side, version in (("old", before), ("new", after)):
-            _load(db, f"{side}_rows", ROWS_THAT_DIFFER, _tables(version, columns, scores))
+            _load(db, f"{side}_rows", ROWS_THAT_DIFFER, version, columns, scores)
         ledgers = _Ledger(db, "old", before), _Ledger(db, "new", after)
         ((same,),) = db.execute(SAME).fetchall()
         diff = Diff(before.name, after.name, same, [], settings)
@@ -140,10 +140,9 @@ def diff_versions(before: Version, after: Version, most: int | None = None) -> D
 
 
 def _tables(version: Version, columns: list[str], left_out: Collection[str]) -> Iterator[pa.Table]:
-    """Yield the rows of a version with their split, without some scores of their annotations; at least one table."""
-    empty = pa.table({name: pa.array([], version.schema.field(name).type) for name in columns})
-    batches = chain([("", empty)], ((split, pa.table(batch)) for split, batch in version.batches(columns)))
-    for split, table in batches:
+    """Yield the rows of a version with their split, without some scores of their annotations."""
+    for split, batch in version.batches(columns):
+        table = pa.table(batch)
         for name in LISTS if left_out else ():
             if name in columns:
                 table = table.set_column(columns.index(name), name, _without(table[name], left_out))
@@ -160,10 +159,16 @@ def _without(lists: pa.ChunkedArray, left_out: Collection[str]) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, kept)
 
 
-def _load(db: duckdb.DuckDBPyConnection, name: str, query: str, tables: Iterator[pa.Table]) -> None:
-    """Make a table of what a query takes from rows."""
-    first = next(tables)
-    load(db, name, chain([first], tables), first.schema, query)
+def _load(
+    db: duckdb.DuckDBPyConnection, name: str, query: str, version: Version, columns: list[str], left_out: Collection[str]
+) -> None:
+    """Make a table of what a query takes from the rows of a version. Raises StoreError if its files do not fit together."""
+    tables = _tables(version, columns, left_out)
+    first = next(tables, pa.table({column: pa.array([], pa.string()) for column in [*columns, "split"]}))
+    try:
+        load(db, name, chain([first], tables), first.schema, query)
+    except pa.ArrowException as error:
+        raise version.damage_error(error) from None
 
 
 class _Ledger:

@@ -74,7 +74,7 @@ class _Finished:
 
     rows: list[int]  # of the prompt: (B,)
     mean_BK: Tensor  # log-probability of each text, per token; of a candidate that did not end, -inf
-    texts_BKL: Tensor  # without EOS
+    texts_BKL: Tensor  # of ids; EOS is the last one of those that ended so
 
 
 def beam_texts(
