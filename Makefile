@@ -25,9 +25,11 @@ test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stam
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests
 
-# The full sweeps of tests/hostile and tests/whole, of which `test` runs a part.
+# The full sweeps of which `test` runs a part: of tests/hostile and tests/whole, and some beside their code.
+LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/pipeline/executors/test_base.py \
+	tests/trainer/publish/test_onnx.py
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js .stamps/corpora
-	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/hostile tests/whole
+	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
 resolve: .stamps/venv

@@ -1,6 +1,7 @@
 """Architecture: every file is listed, imports run one way, and no stage imports another."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,3 +189,11 @@ def test_no_heavy_package_is_loaded_before_it_is_needed(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'vllm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_test_that_has_a_long_form_is_in_the_long_run() -> None:
+    (named,) = re.findall(r"^LONG := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    paths = [ROOT / name for name in named.replace("\\\n", " ").split()]
+    files = [path for path in (ROOT / "tests").rglob("*.py") if re.search(r"\bimport .*\bLONG\b", path.read_text())]
+    assert len(files) > 10 and all(path.exists() for path in paths)
+    assert not [path for path in files if not any(path.is_relative_to(name) for name in paths)]
