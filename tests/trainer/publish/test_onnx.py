@@ -67,18 +67,17 @@ import { loadCaptioner } from './caption.mjs';
 
 env.allowRemoteModels = false;
 const folder = import.meta.dirname, photos = process.argv.slice(2);
-const captioner = await loadCaptioner(folder), found = {};
-found.tokens = await captioner.tokens(photos);
-found.detailed = await captioner.tokens(photos.slice(0, 8), 'detailed');
-found.answers = await captioner.tokens(photos.slice(0, 8), 'How many?');
-found.unknown = await captioner.tokens(photos.slice(0, 1), 'brief?').catch((error) => error.message);
-if (process.env.INT8) found.int8 = await (await loadCaptioner(folder, { int8: true })).tokens(photos);
+const captioner = await loadCaptioner(folder), written = {};
+written.tokens = await captioner.tokens(photos);
+written.detailed = await captioner.tokens(photos.slice(0, 8), 'detailed');
+written.answers = await captioner.tokens(photos.slice(0, 8), 'How many?');
+if (process.env.INT8) written.int8 = await (await loadCaptioner(folder, { int8: true })).tokens(photos);
 if (process.env.PIPELINE) {
     const write = await pipeline('image-to-text', folder, { dtype: 'fp32' });
-    found.pipeline = (await write(photos.slice(0, 8))).map(([{ generated_text }]) => generated_text);
-    found.texts = await captioner.caption(photos.slice(0, 8));
+    written.pipeline = (await write(photos.slice(0, 8))).map(([{ generated_text }]) => generated_text);
+    written.texts = await captioner.caption(photos.slice(0, 8));
 }
-console.log(JSON.stringify(found));
+console.log(JSON.stringify(written));
 """
 PAGE = """<!doctype html><meta charset=utf-8><title>Caption</title><input type=file><output></output>
 <script type=importmap>{"imports": {
@@ -152,10 +151,10 @@ def run_in_node(exported: Path, photos: list[Path], node_modules: Path, **enviro
     command = ["node", str(exported / "run.mjs"), *map(str, photos)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    written: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     (exported / "node_modules").unlink()
     (exported / "run.mjs").unlink()
-    return found
+    return written
 
 
 def require_same(found: dict[str, Any], checkpoint: Path, photos: list[Path], different: int) -> None:
@@ -192,13 +191,13 @@ def test_transformers_js_writes_the_same_tokens_in_node_and_its_pipeline_the_usu
     exported: Path, photos: list[Path], node_modules: Path
 ) -> None:
     expected = run_exported(exported, photos, int8=True)
-    found = run_in_node(exported, photos, node_modules, INT8="1", PIPELINE="1")
-    assert {name: found[name] for name in ("tokens", "detailed", "answers")} == {
+    written = run_in_node(exported, photos, node_modules, INT8="1", PIPELINE="1")
+    assert {name: written[name] for name in ("tokens", "detailed", "answers")} == {
         name: expected[name] for name in ("tokens", "detailed", "answers")
     }
-    assert found["pipeline"] == found["texts"]
-    same = sum(one == other for one, other in zip(found["int8"], expected["int8"], strict=True))
-    assert same > IMAGES / 2 and found["int8"] != found["tokens"]  # the weights of 8 bits were taken
+    assert written["pipeline"] == written["texts"]
+    same = sum(one == other for one, other in zip(written["int8"], expected["int8"], strict=True))
+    assert same > IMAGES / 2 and written["int8"] != written["tokens"]  # the weights of 8 bits were taken
 
 
 def test_a_page_captions_a_photo_with_transformers_js_and_asks_nothing_of_others(
