@@ -1,5 +1,6 @@
 """The installed package: its name and version, its extras, and whether its modules are really its own."""
 
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
@@ -57,6 +58,16 @@ def extra_of(package: str) -> str:
         if any(f'extra == "{extra}"' in line for line in requirements):
             return install_command(extra)
     return install_command() if requirements else f"{sys.executable} -m pip install {package}"
+
+
+def needed_packages() -> dict[str, str]:
+    """Return the version of each package that this one cannot do without; nothing where it is not installed itself."""
+    try:
+        requirements = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
+        names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements]
+        return {name: version(name) for name in names}
+    except PackageNotFoundError:
+        return {}
 
 
 def _names(requirement: str, package: str) -> bool:

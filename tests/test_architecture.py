@@ -28,7 +28,7 @@ FILES = {
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
     "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions flickr30k folder hub
         image_urls listing parquet questions remote scenes slidevqa vqav2""",
-    "pipeline/stages": """__init__ ask_checks balance base dedupe filter generate review select source source_parts
+    "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_parts
         source_reader split trim validate verify version""",
     "pipeline/storage": "__init__ database files lock object_store untrusted",
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa

@@ -34,6 +34,7 @@ from pipeline.stages.base import (
     step_order,
     summarize_stage,
 )
+from pipeline.stages.finished import FinishedStages
 from pipeline.stages.generate import count_asked, count_wanted
 from pipeline.stages.source import ADVICE
 from pipeline.stages.version import WrittenRows, publish_shards, write_rows
@@ -130,32 +131,71 @@ def forget_other_stages(shard: DatasetDir, order: Sequence[str]) -> None:
                 remove(path)
 
 
-def judge_rows(shard: DatasetDir, stages: Sequence[Stage], before: str, plan: RunPlan, services: Services) -> None:
-    """Run the stages of a shard up to the first that compares rows of all shards; of that stage, only prepare."""
+def judge_rows(
+    shard: DatasetDir,
+    stages: Sequence[Stage],
+    before: str,
+    plan: RunPlan,
+    services: Services,
+    finished: FinishedStages | None = None,
+) -> None:
+    """Run the stages of a shard up to the first that compares rows of all shards; of that stage, only prepare.
+
+    What earlier runs have `finished` is not judged again.
+    """
     for stage in stages:
         prepare_stage(stage, shard, before, plan, services)
         if stage.compare:
             return
-        judge_stage(stage, shard, before, plan)
+        _unless_finished(finished, stage, before, partial(judge_stage, stage, shard, before, plan))
         before = stage.name
 
 
-def compare_rows(executor: Executor, stages: Sequence[Stage], before: str, plan: RunPlan, progress: Progress) -> None:
-    """Run the stages from the first that compares rows: compare in this process, judge shard by shard."""
+def compare_rows(
+    executor: Executor,
+    stages: Sequence[Stage],
+    before: str,
+    plan: RunPlan,
+    progress: Progress,
+    finished: FinishedStages | None = None,
+) -> None:
+    """Run the stages from the first that compares rows: compare in this process, judge shard by shard.
+
+    What earlier runs have `finished` is neither compared nor judged again.
+    """
     for done, stage in enumerate(stages, start=1):
-        if stage.compare:
-            compare_stage(stage, executor.shards, before, plan, progress)
-        executor.map(partial(judge_stage, stage, before=before, plan=plan))
-        for shard in executor.shards if stage.compare else ():  # only now: a worker may be lost, and its shard judged again
-            shard.stage(stage.name, "compared").unlink(missing_ok=True)
+        _unless_finished(finished, stage, before, partial(_compare_and_judge, executor, stage, before, plan, progress))
         progress("curate", done, len(stages), {"last": stage.name})
         before = stage.name
 
 
+def _compare_and_judge(executor: Executor, stage: Stage, before: str, plan: RunPlan, progress: Progress) -> None:
+    if stage.compare:
+        compare_stage(stage, executor.shards, before, plan, progress)
+    executor.map(partial(judge_stage, stage, before=before, plan=plan))
+    for shard in executor.shards if stage.compare else ():  # only now: a worker may be lost, and its shard judged again
+        shard.stage(stage.name, "compared").unlink(missing_ok=True)
+
+
+def _unless_finished(finished: FinishedStages | None, stage: Stage, before: str, run: Callable[[], None]) -> None:
+    if finished is None:
+        run()
+    elif not finished.has(stage, before):
+        run()
+        finished.add(stage, before)
+
+
 def publish(
-    executor: Executor, stages: Sequence[Stage], plan: RunPlan, check: Callable[[], None]
+    executor: Executor,
+    stages: Sequence[Stage],
+    plan: RunPlan,
+    check: Callable[[], None] = lambda: None,
+    finished: FinishedStages | None = None,
 ) -> tuple[Version, bool, list[StageSummary]]:
-    """Publish the rows that the shards hold as a version; see `stages.version.publish_shards`."""
+    """Publish the rows that the shards hold as a version; see `stages.version.publish_shards`.
+
+    The version that an earlier run has `finished` is not written again, to be compared and thrown away.
+    """
     funnel = summarize_shards(executor, stages, plan)
     if not funnel[2].input and plan.config.keeps_human_texts:
         hint = "name a file of them: --captions FILE, or a column: --columns references=COLUMN; --tasks caption asks a model"
@@ -166,12 +206,17 @@ def publish(
         raise TableError(f"no row is left to make a version of: {losses}", hint=hint)
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
+    if finished is not None and (found := finished.find_version(names[-1])):
+        version, summary = found
+        return version, False, [*funnel, summary]
     check()
     with scratch_folder(plan.dataset.path / "versions") as draft:
         config = plan.config
         write = partial(write_rows, stages=names, source=source, extras=row_extras(config))
         written = executor.map_with_scratch(write, draft)
         version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
+    if finished is not None:
+        finished.add_version(names[-1], version, funnel[-1])
     return version, is_new, funnel
 
 

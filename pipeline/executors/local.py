@@ -18,6 +18,7 @@ from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source
 from pipeline.stages.base import RunPlan, Services, Stage, step_order
+from pipeline.stages.finished import FinishedStages
 from pipeline.stages.generate import generate_annotations
 from pipeline.stages.source_reader import SourceReader
 from pipeline.stages.version import WrittenRows
@@ -97,10 +98,12 @@ def run_locally(
                 import_shard_replies(dataset)
                 generate_annotations(dataset, plan, services)
                 write_json(dataset.provenance("generate"), {"name": public_name(choose().model), "revision": revision})
-            judge_rows(dataset, todo, before, plan, services)
+            finished = FinishedStages(plan)
+            judge_rows(dataset, todo, before, plan, services, finished)
             if config.rows is None:
                 stack.close()  # what follows needs the memory, and no model
-            compare_rows(executor, todo[comparing:], todo[comparing - 1].name if comparing else before, plan, progress)
+            judged = todo[comparing - 1].name if comparing else before
+            compare_rows(executor, todo[comparing:], judged, plan, progress, finished)
             if config.rows is None or limit is None:
                 break
             if reader is None:
@@ -111,7 +114,7 @@ def run_locally(
             if limit is None:
                 break
             stats.begin_pass()
-    version, is_new, funnel = publish(executor, stages, plan, lambda: None)
+    version, is_new, funnel = publish(executor, stages, plan, finished=finished)
     return RunResult(version, is_new, stats, funnel)
 
 

@@ -354,6 +354,7 @@ STAGE = Stage(
     judge=lambda table, plan: table,
     compare=balance,
     adds=ADDS,
+    reads=lambda plan: [path] if (path := plan.config.balance.entries) else (),
     advice={
         "answer_too_common": "raise balance.max_answer_frac or balance.max_yes_no_frac",
         "concepts_too_common": "raise balance.tail_frac, or leave it out",

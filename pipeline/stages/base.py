@@ -120,6 +120,7 @@ class Stage:
     is_prepared: Callable[[Config], bool] = lambda config: False  # whether these settings want `prepare`
     compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
     adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
+    reads: Callable[[RunPlan], Sequence[Path]] = lambda plan: ()  # files beside the rows and what the source gave
     advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
     is_choice: bool = False  # between rows: what it rejects is no loss
 
@@ -144,7 +145,7 @@ def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, s
 
 def compare_stage(stage: Stage, shards: Sequence[DatasetDir], before: str, plan: RunPlan, progress: Progress) -> None:
     """Compare the rows of all shards, and write the findings about its rows to each. Raises TableError for an unknown row."""
-    rows = AllRows([_input(stage, shard, before, plan) for shard in shards])
+    rows = AllRows([stage_input(stage, shard, before, plan) for shard in shards])
     assert stage.compare
     with open_database(plan.dataset.path) as db:
         relation = stage.compare(Comparison(db, rows, shards, plan, progress))
@@ -164,7 +165,7 @@ def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> 
 
     Raises TableError if the stage did not return exactly the rows that it was given, or a finding names a row twice.
     """
-    source = _input(stage, shard, before, plan)
+    source = stage_input(stage, shard, before, plan)
     compared = shard.stage(stage.name, "compared")
     findings = _InOrder(read_batches(compared), pa.schema([ROW, *stage.adds])) if stage.compare else None
 
@@ -178,6 +179,12 @@ def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> 
 
     with collect_less_often():
         write_stage_output(shard, stage.name, judged())
+
+
+def stage_input(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> Path:
+    """Return the file of the rows that a stage compares and judges. Raise ConfigError if it is missing."""
+    prepared = stage.prepare is not None and stage.is_prepared(plan.config)
+    return require_file(shard.stage(stage.name, "prepared") if prepared else shard.stage(before))
 
 
 @contextmanager
@@ -260,11 +267,6 @@ class _InOrder:
     def is_empty(self) -> bool:
         """Return True if no rows remain."""
         return self._pending.num_rows == 0 and next(self._tables, None) is None
-
-
-def _input(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> Path:
-    prepared = stage.prepare is not None and stage.is_prepared(plan.config)
-    return require_file(shard.stage(stage.name, "prepared") if prepared else shard.stage(before))
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:

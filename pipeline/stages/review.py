@@ -122,4 +122,4 @@ def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
     return with_reason(reviewed, reasons)
 
 
-STAGE = Stage("review", review_annotations, compare=find_reviews, adds=ADDS)
+STAGE = Stage("review", review_annotations, compare=find_reviews, adds=ADDS, reads=lambda plan: (plan.dataset.reviews,))

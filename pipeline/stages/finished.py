@@ -1,0 +1,100 @@
+"""Leave out what an earlier run has finished: a stage that would see the same rows under the same settings.
+
+A run that was killed, or has nothing new, would otherwise judge every row again and write the same files. Beside its files a
+stage leaves `finished.json`: a key of all that its result follows from, and a digest of each file. The next run takes the files
+as they are if both are what they were. Of a run in one process only.
+"""
+
+from dataclasses import asdict
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.version import Version
+from pipeline.digests import digest, file_digest
+from pipeline.errors import SynthError
+from pipeline.install import ROOT, installed_version, needed_packages
+from pipeline.stages.base import RunPlan, Stage, stage_input
+from pipeline.storage.files import read_json, write_json
+
+FINISHED_FILE = "finished.json"
+OUTPUTS = ("kept", "rejected")
+CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # the folders of what stages run, and the files there
+VERSION = "version"
+
+
+class FinishedStages:
+    """What earlier runs have finished in a dataset folder.
+
+    The caller holds its lock; its source is read, and its images are asked about.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan, self.dataset = plan, plan.dataset
+
+    def has(self, stage: Stage, before: str) -> bool:
+        """Return whether the files of a stage are those that it would write from the rows which `before` kept."""
+        found = self._read(stage.name)
+        return bool(found) and found == self._describe(stage, before)
+
+    def add(self, stage: Stage, before: str) -> None:
+        """Write down that a stage has written its files."""
+        write_json(self._path(stage.name), self._describe(stage, before))
+
+    def find_version(self, last: str) -> tuple[Version, StageSummary] | None:
+        """Return the newest version if it was made of what the stage `last` kept and all stages rejected, else None."""
+        found = self._read(VERSION)
+        versions = self.dataset.versions() if found and found.get("key") == self._version_key(last) else []
+        if not versions or versions[-1].name != found["version"]:
+            return None
+        return versions[-1], StageSummary(**found["summary"])
+
+    def add_version(self, last: str, version: Version, summary: StageSummary) -> None:
+        """Write down which version was made of what the stages kept and rejected."""
+        described = {"key": self._version_key(last), "version": version.name, "summary": asdict(summary)}
+        write_json(self._path(VERSION), described)
+
+    def _describe(self, stage: Stage, before: str) -> dict[str, Any]:
+        """Return the key of a stage, and a digest of each of its files; None for one that is not there."""
+        own = [digest_of(path) for path in (stage_input(stage, self.dataset, before, self.plan), *stage.reads(self.plan))]
+        outputs = {which: digest_of(self.dataset.stage(stage.name, which)) for which in OUTPUTS}
+        return {"key": digest([self._of_run, stage.name, own]), "files": outputs}
+
+    def _version_key(self, last: str) -> str:
+        rejected = sorted(self.dataset.path.glob("stages/*/rejected.parquet"))
+        of_stages = [[path.parent.name, digest_of(path)] for path in rejected if path.parent.name != VERSION]
+        return digest([self._of_run, digest_of(self.dataset.stage(last)), of_stages])
+
+    @cached_property
+    def _of_run(self) -> str:
+        """A digest of what every stage depends on: code, settings, model, and the samples."""
+        dataset, plan = self.dataset, self.plan
+        # The file of the samples may have many gigabytes, and a time of its last change to the nanosecond.
+        files = [(path.name, path.stat()) for path in sorted(dataset.stage("source").parent.glob("*.parquet"))]
+        samples = [[name, state.st_size, state.st_mtime_ns] for name, state in files]
+        made_by = [read_json(dataset.provenance(stage)) for stage in ("source", "generate")]
+        return digest([code_digest(), plan.config.recorded(), plan.revision, plan.image_kind, samples, made_by])
+
+    def _path(self, stage: str) -> Path:
+        return self.dataset.stage(stage).with_name(FINISHED_FILE)
+
+    def _read(self, stage: str) -> dict[str, Any]:
+        """Return what a stage left; nothing if it left nothing that can be read."""
+        try:
+            return read_json(self._path(stage))
+        except (OSError, ValueError, RecursionError, SynthError):
+            return {}
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the code and the word lists of this package, and of the versions of the packages that it needs."""
+    files = [path for name, kinds in CODE.items() for path in sorted((ROOT / name).rglob("*")) if path.suffix in kinds]
+    contents = [[str(path.relative_to(ROOT)), file_digest(path)] for path in files]
+    return digest([installed_version(), needed_packages(), contents])
+
+
+def digest_of(path: Path) -> str | None:
+    """Return the digest of a file, or None if it is not there."""
+    return file_digest(path) if path.exists() else None

@@ -1,0 +1,229 @@
+"""Stages that an earlier run has finished are left out, and only those."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config, resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.removal import remove_versions
+from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.executors.base import RunResult
+from pipeline.run import generate_dataset, stages_of
+from pipeline.stages import base as stage_base
+from pipeline.stages import finished, version
+from pipeline.stages.base import Stage
+from pipeline.storage.files import read_table, write_json
+from tests.pipeline.stages.test_source_reader import photo
+
+CAPTIONS = (
+    "A red bus waits at a stop.",
+    "Two dogs run over wet sand.",
+    "A red bus waits at a stop.",
+    "bad",
+    "Boats lie in a harbour.",
+)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.jpg").write_bytes(photo(number))
+        (folder / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)])
+    return folder
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list of the stages that are judged from now on, and of `version` where rows are written."""
+    names: list[str] = []
+
+    def judge(stage: Stage, *arguments: Any, **named: Any) -> None:
+        names.append(stage.name)
+        stage_base.judge_stage(stage, *arguments, **named)
+
+    def publish(*arguments: Any) -> Any:
+        names.append("version")
+        return version.publish_shards(*arguments)
+
+    monkeypatch.setattr("pipeline.executors.base.judge_stage", judge)
+    monkeypatch.setattr("pipeline.executors.base.publish_shards", publish)
+    return names
+
+
+def settings(photos: Path, **more: Any) -> Config:
+    return resolve(**{"source": f"folder:{photos}", "tasks": "none", "human_texts": "keep", **more})
+
+
+def run(photos: Path, folder: Path, judged: list[str], **more: Any) -> RunResult:
+    """Run once, and empty the list of judged stages before it."""
+    judged.clear()
+    return generate_dataset(settings(photos, **more), folder)
+
+
+def content(result: RunResult) -> tuple[Any, ...]:
+    """Return what a run says of its rows: the same for each run that makes the same version."""
+    return result.version.manifest["digest"], result.version.manifest["rows"], result.funnel
+
+
+def all_stages(photos: Path, **more: Any) -> list[str]:
+    return [*(stage.name for stage in stages_of(settings(photos, **more))), "version"]
+
+
+def test_an_equal_run_judges_nothing_and_says_the_same(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    first = run(photos, tmp_path / "d", judged)
+    assert judged == all_stages(photos) and first.is_new
+    second = run(photos, tmp_path / "d", judged)
+    assert judged == [] and not second.is_new
+    assert content(second) == content(first)
+    assert {reason for summary in first.funnel for reason in summary.rejected} >= {"too_short"}
+
+
+def test_a_run_that_was_stopped_at_the_version_goes_on_with_it(
+    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.executors.base.write_rows", stop)
+        run(photos, tmp_path / "d", judged)
+    resumed = run(photos, tmp_path / "d", judged)
+    assert judged == ["version"]
+    assert content(resumed) == content(run(photos, tmp_path / "whole", judged))
+
+
+def test_a_run_that_was_stopped_between_stages_goes_on_behind_them(
+    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: Stage, *arguments: Any) -> None:
+        if stage.name == "balance":
+            raise KeyboardInterrupt
+        stage_base.compare_stage(stage, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.executors.base.compare_stage", stop)
+        run(photos, tmp_path / "d", judged)
+    resumed = run(photos, tmp_path / "d", judged)
+    assert judged == ["balance", "split", "review", "version"]
+    assert content(resumed) == content(run(photos, tmp_path / "whole", judged))
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the first stage that runs again
+    "a damaged file of kept rows": (lambda dataset: damage(dataset.stage("filter")), "filter"),
+    "a damaged file of rejected rows": (lambda dataset: damage(dataset.stage("filter", "rejected")), "filter"),
+    "a file that is gone": (lambda dataset: dataset.stage("split").unlink(), "split"),
+    "rows of another stage": (
+        lambda dataset: dataset.stage("balance").write_bytes(dataset.stage("review").read_bytes()), "balance"
+    ),
+    "a record that is no JSON": (lambda dataset: damage(dataset.stage("dedupe").with_name("finished.json")), "dedupe"),
+    "a record of something else": (
+        lambda dataset: write_json(dataset.stage("dedupe").with_name("finished.json"), {"key": 1}), "dedupe"
+    ),
+    "a version that was moved away": (
+        lambda dataset: (dataset.path / "versions" / "v1.0.0").rename(dataset.path / "elsewhere"), "version"
+    ),
+    "a record of a version that is none": (
+        lambda dataset: write_json(dataset.stage("version").with_name("finished.json"), {}), "version"
+    ),
+    "samples that were written anew": (lambda dataset: touch(dataset.stage("source", "rejected")), "validate"),
+}  # fmt: skip
+
+
+def touch(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_not_as_it_was_is_done_again(name: str, photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    first = run(photos, tmp_path / "d", judged)
+    change, stage = CHANGES[name]
+    change(DatasetDir(tmp_path / "d"))
+    again = run(photos, tmp_path / "d", judged)
+    assert judged and judged[0] == stage
+    assert content(again) == content(first)
+    assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
+
+
+def test_other_settings_judge_every_row_again(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    for more in ({}, {"filter": {"min_caption_words": 1}}, {"seed": 3}, {}):
+        result = run(photos, tmp_path / "d", judged, **more)
+        assert judged == all_stages(photos)
+        assert content(result) == content(run(photos, tmp_path / str(len(list(tmp_path.iterdir()))), judged, **more))
+
+
+def test_other_code_judges_every_row_again(
+    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(photos, tmp_path / "d", judged)
+    monkeypatch.setattr(finished, "code_digest", lambda: "other")
+    assert not run(photos, tmp_path / "d", judged).is_new
+    assert judged == all_stages(photos)
+
+
+def test_the_digest_of_the_code_follows_each_file_and_each_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_now() -> str:
+        return finished.code_digest.__wrapped__()
+
+    (tmp_path / "pipeline").mkdir()
+    monkeypatch.setattr(finished, "ROOT", tmp_path)
+    seen = {of_now()}
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("words.gz", "1"), ("notes.txt", "1")):
+        (tmp_path / "pipeline" / name).write_text(text)
+        seen.add(of_now())
+    assert len(seen) == 4  # notes.txt is neither code nor words
+    monkeypatch.setattr(finished, "needed_packages", lambda: {"duckdb": "0"})
+    assert of_now() not in seen
+
+
+def test_a_mark_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    run(photos, tmp_path / "d", judged)
+    dataset = DatasetDir(tmp_path / "d")
+    row = read_table(dataset.stage("split")).to_pylist()[0]
+    sample_id, digits = text_name(row)
+    review = Review(sample_id=sample_id, content=digits, mark="bad", reason="not_true")
+    dataset.reviews.parent.mkdir()
+    dataset.reviews.write_text(format_reviews([review]))
+    marked = run(photos, dataset.path, judged)
+    assert judged == ["review", "version"]
+    assert marked.is_new and marked.funnel[-2].rejected == {"marked_not_true": 1}
+    assert run(photos, dataset.path, judged).version.name == marked.version.name and judged == []
+
+
+def test_a_changed_file_of_entries_balances_anew(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    entries = tmp_path / "entries.txt"
+    entries.write_text("bus\n")
+    balance = {"entries": str(entries), "tail_frac": 0.5}
+    run(photos, tmp_path / "d", judged, balance=balance)
+    entries.write_text("dogs\nbus\n")
+    run(photos, tmp_path / "d", judged, balance=balance)
+    assert judged[0] == "balance"
+
+
+def test_a_version_that_was_removed_is_made_again_under_another_name(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    first = run(photos, tmp_path / "d", judged)
+    remove_versions(DatasetDir(tmp_path / "d"), [first.version.name])
+    again = run(photos, tmp_path / "d", judged)
+    assert judged == ["version"]
+    assert (again.version.name, again.is_new) == ("v2.0.0", True)
+
+
+def test_more_photos_are_judged(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+    run(photos, tmp_path / "d", judged)
+    (photos / "new.jpg").write_bytes(photo(20))
+    (photos / "new.txt").write_text("An old tractor stands in a field.")
+    more = run(photos, tmp_path / "d", judged)
+    assert judged == all_stages(photos)
+    assert more.funnel[0].kept == 11
