@@ -1,11 +1,12 @@
 """Measure captions per second of one training step, beside nanoVLM's, and the gain of a feature cache.
 
-    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--rounds 5]
+    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--precision bf16] [--rounds 5]
 
 With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same towers, 20 tokens a
-caption behind 49 image tokens (ours: 50), float32, encoder frozen, AdamW, one thread, interleaved rounds, medians of CPU time.
+caption behind 49 image tokens (ours: 50), encoder frozen, AdamW, one thread, interleaved rounds, medians of CPU time.
 It trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one shared prefix,
-from cached states. Without `--nanovlm` only our own variants are compared.
+from cached states. `--precision bf16` multiplies in bfloat16 on both sides, as nanoVLM's own `train.py` does on a CPU too; a
+CPU without instructions for it is no faster then. Without `--nanovlm` only our own variants are compared.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from transformers import CLIPImageProcessor
 
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
+from trainer.precision import products_in
+from trainer.presets import Precision
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
@@ -51,6 +54,7 @@ QWEN3 = {  # the sizes of Qwen3-0.6B-Base
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
+CPU = torch.device("cpu")
 Step = Callable[[], float]
 
 
@@ -68,13 +72,15 @@ def texts(seed: int = 0) -> TextBatch:
     return TextBatch(of_image, ids, ones, ones * TOKENS, ones.bool())
 
 
-def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | None = None) -> Step:
+def our_step(
+    decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | None = None, precision: Precision = "fp32"
+) -> Step:
     """Return one training step of ours; with `cached`, hidden states are precomputed."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
     config = encoder_config(**(tower or TOWER))
     captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **fields))
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)  # as trainer.optimizer has it
     pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX)
     with torch.no_grad():
         states_BNV: Tensor = captioner.encoder(pixels_BCHW)
@@ -84,8 +90,9 @@ def our_step(decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | N
         batch = texts()
         with torch.no_grad():
             batch_BNV = states_BNV if cached else captioner.encoder(pixels_BCHW)
-        loss = captioner.loss(batch_BNV, batch) / int(batch.learned_CT.sum())
-        loss.backward()
+        with products_in(precision, CPU):
+            loss = captioner.loss(batch_BNV, batch) / int(batch.learned_CT.sum())
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         return loss.item()
@@ -98,7 +105,7 @@ def vars_of(config: EncoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model", "processor", "layer", "frozen", "made_from")}
 
 
-def nanovlm_step(checkout: Path) -> Step:
+def nanovlm_step(checkout: Path, precision: Precision) -> Step:
     """Return one training step of a real checkout: its model, its loss, its optimiser."""
     sys.path.insert(0, str(checkout))
     import models.vision_language_model as theirs  # type: ignore[import-not-found]
@@ -140,7 +147,8 @@ def nanovlm_step(checkout: Path) -> Step:
         targets[:, -1] = -100
         targets[:, 48] = -100  # the first token of a caption is its prompt, as with ours
         optimizer.zero_grad()
-        _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):  # as in its train.py
+            _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -166,6 +174,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="One training step of ours, beside nanoVLM's.")
     parser.add_argument("--nanovlm", type=Path, help="A checkout of nanoVLM; only then is anything said about it.")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="Of products of matrices, on both sides.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--qwen3", action="store_true", help="One step of Qwen3-0.6B at full size (random weights), no more.")
     arguments = parser.parse_args()
@@ -182,13 +191,13 @@ def main() -> None:
         return
     pretrained = {"language_model": LANGUAGE}
     steps = {
-        "synth, cached": our_step(pretrained, cached=True),
-        "synth, encoder in the step": our_step(pretrained, cached=False),
+        "synth, cached": our_step(pretrained, cached=True, precision=arguments.precision),
+        "synth, encoder in the step": our_step(pretrained, cached=False, precision=arguments.precision),
     }
     if arguments.nanovlm:
-        steps["nanoVLM"] = nanovlm_step(arguments.nanovlm)
+        steps["nanoVLM"] = nanovlm_step(arguments.nanovlm, arguments.precision)
     seconds = measure(steps, arguments.rounds)
-    print(f"{IMAGES} images x {CAPTIONS} captions of {TOKENS} tokens, float32, 1 thread, CPU seconds a step:")
+    print(f"{IMAGES} images x {CAPTIONS} captions of {TOKENS} tokens, {arguments.precision}, 1 thread, CPU seconds a step:")
     for name, value in seconds.items():
         print(f"  {name:<28} {value:7.3f}   {IMAGES * CAPTIONS / value:7.1f} captions/s")
     if arguments.nanovlm:

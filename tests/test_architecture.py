@@ -38,7 +38,7 @@ FILES = {
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ augmentation averaging caption_files caption_images captioning chair checkpoint config data
         distributed evaluate feature_store features forecast generate hub image_index java_scores look loop metrics optimizer
-        presets probing prompts self_critical
+        precision presets probing prompts self_critical
         side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx onnx_merge run_onnx space",

@@ -10,7 +10,7 @@ from pipeline.config import NO_MODEL, Section, read_yaml, validate
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, EncoderStates, FeatureStorage, Preset
+from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, EncoderStates, FeatureStorage, Precision, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
@@ -89,7 +89,7 @@ class TrainConfig(Section):
     lora_rank: int = Field(default=0, ge=0)  # of the matrices that a language model learns beside its own (LoRA); 0: all of it
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     checkpoint_blocks: bool = False  # compute the blocks of a language model twice instead of keeping their states
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products on a GPU; weights are float32 in each
+    precision: Precision = "fp32"  # of products of matrices; weights are float32 in each
     compile: bool = False
     evaluate_every: int = Field(default=0, ge=0)  # steps; 0: derived from `evaluate_epochs`
     evaluate_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)  # 0: four times in all; else at most EVALUATIONS

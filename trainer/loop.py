@@ -33,6 +33,7 @@ from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import LoadedFeatures
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import build_optimizer, set_stage
+from trainer.precision import autocast, products_in
 from trainer.prompts import scored_prompt
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import EncodedText, TextBatch, collate
@@ -105,13 +106,17 @@ class Trainer:
         """Accumulate gradients; return the mean loss per token of the step, over all micro-batches and processes."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         for loaded, texts, _ in batch.parts:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                states_BNV = self.features.states(loaded, self.device)
-                loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
-                total += loss.detach()
-                if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
-                    loss = loss + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, texts) / batch.part_count
-            loss.backward()
+            with products_in(self.config.precision, self.device):
+                with autocast(self.config.precision, self.device):
+                    states_BNV = self.features.states(loaded, self.device)
+                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
+                    total += loss.detach()
+                    if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
+                        loss = (
+                            loss
+                            + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, texts) / batch.part_count
+                        )
+                loss.backward()
         mean = total.item()
         return all_reduce_gradients(captioner, mean, self.device) if self.processes > 1 else mean
 
@@ -121,12 +126,13 @@ class Trainer:
         captioner, total = self.checkpoint.captioner, 0.0
         self.rewards = []
         for loaded, _, examples in batch.parts:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                states_BNV = self.features.states(loaded, self.device)
-                drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
-                loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
-                loss = loss / (batch.images * self.critic.samples)
-            loss.backward()
+            with products_in(self.config.precision, self.device):
+                with autocast(self.config.precision, self.device):
+                    states_BNV = self.features.states(loaded, self.device)
+                    drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
+                    loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
+                    loss = loss / (batch.images * self.critic.samples)
+                loss.backward()
             total += loss.item()
             self.rewards += drawn.rewards
         return all_reduce_gradients(captioner, total, self.device) if self.processes > 1 else total

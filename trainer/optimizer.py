@@ -29,8 +29,8 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
 
 def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.optim.AdamW:
     """Return the optimizer of a training, whose learning rates `set_stage` sets."""
-    is_on_gpu = next(captioner.connector.parameters()).is_cuda
-    return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=is_on_gpu)
+    # Fused, also on a CPU: one pass over weights, gradients and moments instead of about ten.
+    return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
 def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> str:

@@ -10,6 +10,7 @@ from pipeline.images.clip import CLIP_MODELS
 
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]  # auto: `choose_preset`, by the command
 EncoderStates = Literal["all", "2x2", "mean", "class"]  # that a decoder reads: trainer/model/states.py
+Precision = Literal["fp32", "tf32", "bf16"]  # of products of matrices; tf32 is of GPUs
 FeatureStorage = Literal["bf16", "int8", "none"]  # none: states are computed in each step
 FEW_IMAGES = 2_000  # below which a wide decoder learns its images by heart
 
@@ -63,8 +64,8 @@ def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
     return "photos-few" if images < FEW_IMAGES else "photos"
 
 
-def usual_precision(preset: Preset, *, on_gpu: bool) -> str:
-    """Return the precision of a preset: what a GPU multiplies fast, and full precision elsewhere."""
-    if not on_gpu:
-        return "fp32"
-    return "tf32" if preset == "scenes" else "bf16"
+def usual_precision(preset: Preset, *, on_gpu: bool, has_bfloat16: bool) -> Precision:
+    """Return the precision of a preset: what the device multiplies fast, but for drawn scenes no less than TF32."""
+    if preset == "scenes":
+        return "tf32" if on_gpu else "fp32"
+    return "bf16" if has_bfloat16 else "fp32"

@@ -36,6 +36,7 @@ from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder, weights_digest
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
+from trainer.precision import products_in
 from trainer.presets import PREFIX
 from trainer.prompts import scored_prompt
 from trainer.self_critical import SelfCritic
@@ -86,7 +87,6 @@ def train(
         views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in train_set)
         examples, folder = [*train_set, *views, *sets["validation"], *sets["test"]], version.dataset_dir / FEATURES
         features = store_features(encoder, examples, folder, device, report, config.feature_storage)
-    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")  # high: TF32, not for the store
     trainer = _trainer_of(checkpoint, config, train_set, sets["validation"], features, device)
     trainer.rank, trainer.processes = rank, processes
     ids = [example.sample_id for example in train_set]
@@ -95,24 +95,26 @@ def train(
         return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
     state = load_resume(out, run_of, processes) if resume else None
-    forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
-    log = None
-    if rank == 0:
-        (out / "metrics.json").unlink(missing_ok=True)  # stale: the weights are about to change
-        remove(out / LAST)
-        write_json(out / "train.json", config.model_dump(mode="json"))
-        log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
-        if not state:
-            log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
-    run_steps(trainer, out, run_of(processes), log, report, state)
-    if rank == 0 and trainer.unimproved:
-        (out / LAST).mkdir(exist_ok=True)
-        with trainer.averaged():
-            checkpoint.save(out / LAST)
-    metrics = _test(trainer, out, sets["test"]) if rank == 0 else {}
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    # Only now: states in the store are float32. bfloat16 is for the steps alone, captions that are scored get TF32 at least.
+    with products_in("fp32" if config.precision == "fp32" else "tf32", device):
+        forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
+        log = None
+        if rank == 0:
+            (out / "metrics.json").unlink(missing_ok=True)  # stale: the weights are about to change
+            remove(out / LAST)
+            write_json(out / "train.json", config.model_dump(mode="json"))
+            log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
+            if not state:
+                log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
+        run_steps(trainer, out, run_of(processes), log, report, state)
+        if rank == 0 and trainer.unimproved:
+            (out / LAST).mkdir(exist_ok=True)
+            with trainer.averaged():
+                checkpoint.save(out / LAST)
+        metrics = _test(trainer, out, sets["test"]) if rank == 0 else {}
+        if processes > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     return metrics
 
 

@@ -99,15 +99,17 @@ def train(
         flags["preset"] = choose_preset(is_drawn=is_drawn, images=rows, decoder=settings.decoder)
         settings = resolve(config, **flags)
 
-    import torch  # takes seconds: only once paths and settings are right
-
+    # What imports torch takes seconds: only once paths and settings are right.
+    from trainer.distributed import best_device
+    from trainer.precision import multiplies_bfloat16
     from trainer.train import choose_encoder
     from trainer.train import train as train_captioner
 
     if "encoder" not in settings.model_fields_set:
         settings = settings.model_copy(update={"encoder": choose_encoder(say, is_drawn=is_drawn)})
     if settings.preset and "precision" not in settings.model_fields_set:
-        usual = usual_precision(settings.preset, on_gpu=torch.cuda.is_available())
+        device = best_device()
+        usual = usual_precision(settings.preset, on_gpu=device.type == "cuda", has_bfloat16=multiplies_bfloat16(device))
         settings = settings.model_copy(update={"precision": usual})
     if "text_source" not in settings.model_fields_set:
         settings = settings.model_copy(update={"text_source": usual_texts(version.manifest)})

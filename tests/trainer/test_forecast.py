@@ -87,6 +87,21 @@ def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, mon
     assert tried[0] == tried[1] > tried[2]
 
 
+def test_a_training_of_few_steps_tries_one(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def forward_backward(self: Trainer, batch: Batch) -> float:
+        steps.append(batch.tokens)
+        return 1.0
+
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
+    fit_and_forecast(trainer, NullProgress())
+    assert len(steps) == 3
+    trainer.config = trainer.config.model_copy(update={"steps": 9})
+    fit_and_forecast(trainer, NullProgress())
+    assert len(steps) == 4
+
+
 def test_gradients_without_bound_change_no_weights(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(self: Trainer, batch: Batch) -> float:
         for weights in self.checkpoint.captioner.parameters():

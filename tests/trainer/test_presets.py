@@ -20,8 +20,9 @@ def test_a_preset_is_chosen_by_the_images_and_the_decoder() -> None:
 
 
 def test_products_are_fast_on_a_gpu_only() -> None:
-    assert [usual_precision(name, on_gpu=True) for name in ("scenes", "photos")] == ["tf32", "bf16"]
-    assert usual_precision("photos", on_gpu=False) == "fp32"
+    assert [usual_precision(name, on_gpu=True, has_bfloat16=True) for name in ("scenes", "photos")] == ["tf32", "bf16"]
+    assert [usual_precision(name, on_gpu=False, has_bfloat16=True) for name in ("scenes", "photos")] == ["fp32", "bf16"]
+    assert usual_precision("photos", on_gpu=False, has_bfloat16=False) == "fp32"
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as data_replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import Features, OnlineFeatures
 from trainer.loop import Trainer
 from trainer.metrics import derangement
+from trainer.model.captioner import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import parameter_groups, schedule, set_stage
 from trainer.tokenizer import collate
@@ -285,6 +286,28 @@ def test_with_a_contrast_images_and_captions_find_each_other_better(version: Ver
 def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) -> None:
     train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
+
+
+def test_half_precision_is_for_the_steps_alone(
+    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[tuple[str, bool]]] = {"loss": set(), "generate": set()}
+
+    def noting(name: str) -> Callable[..., Any]:
+        method = getattr(CaptionerModel, name)
+
+        def noted(*arguments: Any, **named: Any) -> Any:
+            seen[name].add((torch.get_float32_matmul_precision(), torch.is_grad_enabled()))
+            return method(*arguments, **named)
+
+        return noted
+
+    for name in seen:
+        monkeypatch.setattr(CaptionerModel, name, noting(name))
+    train(version, replace(encoder=clip, steps=1, precision="bf16"), tmp_path)
+    assert seen["loss"] == {("medium", True), ("high", False)}  # of steps, and of the validation split
+    assert {setting for setting, _ in seen["generate"]} == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 PROCESS = """

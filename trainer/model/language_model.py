@@ -27,6 +27,9 @@ from trainer.presets import DECODERS
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 HEAD_TOKENS = 1024  # whose logits are in memory at once
+KEPT_SCORES = (
+    1 << 25
+)  # logits of a batch that are kept for the gradient (134 MB); where there are more, they are computed again
 Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
 PACKED: tuple[Packing, ...] = ("mask", "additive mask")
 PROBE_TOKENS = 6  # of each of two texts that are compared
@@ -90,6 +93,8 @@ class PretrainedDecoder(nn.Module):
             states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed, self.packing)), packed.labels_K
             text_K = packed.text_K
         weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
+        if len(labels_K) * self.model.config.vocab_size <= KEPT_SCORES:
+            return self._nll(states_KD, labels_K, label_smoothing, weight_K)
         total: Tensor = states_KD.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels_K), HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS)
