@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,6 +101,7 @@ def precision_of(name: str) -> Precision:
     return cast(Precision, name.partition("+")[0])
 
 
+@cache
 def gemm_flops(device: torch.device, precision: str) -> float:
     """Return the FLOP/s of one large product of matrices."""
     side, products = GEMM_SIDE[device.type], precision_of(precision)
@@ -116,6 +118,7 @@ def gemm_flops(device: torch.device, precision: str) -> float:
     return 2 * side**3 / statistics.median(seconds[1:])  # without the first, for which kernels are made
 
 
+@cache
 def flops_of_step(name: str, images: int, device: torch.device) -> int:
     """Return the operations in products of matrices of a packed step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
@@ -170,7 +173,7 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def captions_per_s(name: str, images: int, search: DecodingConfig, device: torch.device) -> tuple[float, float]:
+def captions_per_s(name: str, images: int, rounds: int, search: DecodingConfig, device: torch.device) -> tuple[float, float]:
     """Return captions of 20 tokens a second, and how many times the floor they take."""
     captioner = build(name, device).eval()
     memory_BND = captioner.connector(torch.randn(images, STATES, WIDTH, device=device))
@@ -181,7 +184,7 @@ def captions_per_s(name: str, images: int, search: DecodingConfig, device: torch
         _wait(device)
 
     seconds = []
-    for _ in range(4):
+    for _ in range(min(rounds, 3) + 1):
         started = time.monotonic()
         write()
         seconds.append(time.monotonic() - started)
@@ -234,7 +237,7 @@ def main() -> None:
                 figures = "  ".join(f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str))
                 print(f"{name:<20} {precision:<13} {row['texts']:<7} {figures}", flush=True)
     written = {
-        f"{name}, {search.beams} beams": captions_per_s(name, images, search, device)
+        f"{name}, {search.beams} beams": captions_per_s(name, images, arguments.rounds, search, device)
         for name in names
         for search in (GREEDY, DecodingConfig(beams=3))
     }

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+
+from trainer.precision import multiplies_bfloat16
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,11 +19,12 @@ def test_the_training_benchmark_measures_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert [(row["decoder"], row["texts"]) for row in figures["steps"]] == [
-        (decoder, texts) for decoder in ("192 x 3", "512 x 6") for texts in ("packed", "apart")
+    precisions = ("fp32", "bf16") if multiplies_bfloat16(torch.device("cpu")) else ("fp32",)
+    assert [(row["decoder"], row["precision"], row["texts"]) for row in figures["steps"]] == [
+        *product(("192 x 3", "512 x 6"), precisions, ("packed", "apart"))
     ]
     assert all(row["captions_per_s"] > 0 and row["of_the_floor"] > 0 for row in figures["steps"])
-    assert len(figures["captions_per_s"]) == 4
+    assert len(figures["captions_per_s"]) == 4 and all(min(pair) > 0 for pair in figures["captions_per_s"].values())
 
 
 def test_without_a_gpu_it_says_what_to_do() -> None:

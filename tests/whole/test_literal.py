@@ -19,7 +19,7 @@ from trainer.presets import DECODERS, ENCODERS
 def hub(tmp_path: Path) -> Iterator[RunningHub]:
     with running_hub(tmp_path / "hub") as running:
         storage = running.hub.storage
-        datasets.seed_flickr30k(storage, 40)
+        datasets.seed_flickr30k(storage, 24)
         save_clip(tmp_path / "clip")
         save_language_model(tmp_path / "qwen3", "qwen3")
         for name, folder in (

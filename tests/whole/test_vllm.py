@@ -22,13 +22,14 @@ from pipeline.inference.vllm_launch import plan_vllm_command
 from tests.hostile import LONG
 from tests.scene_data import scene_samples, score_annotations
 from tests.vllm_flags import parse_with
+from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, restore_sigint
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 KEY = "test-key-of-nobody"
 SEED = 8001
-SCENES = 64
+SCENES = 48
 START_SECONDS = 300
 
 
@@ -62,7 +63,7 @@ def media_of(server: int) -> Path:
 
 def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
     options = ["--source", "scenes", "--seed", str(SEED), "--limit", str(scenes), "--json", "--out", str(folder)]
-    return [str(SYNTH), "generate", *options, *arguments]
+    return ["generate", *options, *arguments]
 
 
 def annotations(folder: Path) -> list[dict[str, Any]]:
@@ -143,7 +144,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded") / "d"
-    subprocess.run(generate(folder, "--engine", "embedded"), capture_output=True, check=True)
+    done = run_synth(*generate(folder, "--engine", "embedded"), cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -151,7 +153,7 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     served: str, embedded: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "d"
-    done = subprocess.run(generate(folder, "--base-url", served), capture_output=True, text=True, env=environment())
+    done = run_synth(*generate(folder, "--base-url", served), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert DatasetDir(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
@@ -179,7 +181,7 @@ def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_pat
     task = tmp_path / "things.yaml"
     task.write_text(json.dumps({"name": "things", "kind": "record", "prompt": "What is there?", "output": output}))
     options = ("--task", str(task), "--base-url", served)
-    done = subprocess.run(generate(tmp_path / "d", *options, scenes=8), capture_output=True, text=True, env=environment())
+    done = run_synth(*generate(tmp_path / "d", *options, scenes=8), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "d").version()
     things = [row["things"] for _, batch in version.batches(["things"]) for row in batch.to_pylist()]
@@ -211,12 +213,12 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
 
 def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Takes two starts of vLLM."""
-    folder, scenes, temporary = tmp_path / "d", 128, tmp_path / "temporary"
+    folder, scenes, temporary = tmp_path / "d", 64, tmp_path / "temporary"
     temporary.mkdir()
-    command = generate(folder, "--engine", "vllm", scenes=scenes)
+    command = [str(SYNTH), *generate(folder, "--engine", "vllm", scenes=scenes)]
     with (tmp_path / "talk").open("w") as progress:
         process = subprocess.Popen(command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True)
-        wait_until(lambda: replies(folder) > 100 or process.poll() is not None, "a hundred replies")
+        wait_until(lambda: replies(folder) > 30 or process.poll() is not None, "thirty replies")
         assert process.poll() is None, (tmp_path / "talk").read_text()
         (server,) = children(process.pid)
         family, media = descendants(process.pid), media_of(server)
@@ -234,7 +236,8 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
 
 
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
-    process = subprocess.Popen(generate(tmp_path / "d", "--engine", "vllm"), env=environment(), stderr=subprocess.DEVNULL)
+    command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     wait_until(lambda: children(process.pid), "a server process", 60)
     time.sleep(5)
     family = descendants(process.pid)
@@ -245,7 +248,7 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -> None:
     command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = run_synth(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 1
     error, hint = done.stderr.strip().splitlines()[-2:]
     assert error.startswith("synth: vLLM ended while it started")
@@ -274,9 +277,8 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
     folder, scenes = tmp_path / "d", 256
     cluster = ("--executor", "ray", "--shards", "4", "--workers", "1")
     with (tmp_path / "talk").open("w") as progress:
-        process = subprocess.Popen(
-            generate(folder, "--engine", "vllm", *cluster, scenes=scenes), env=environment(), stderr=progress
-        )
+        command = [str(SYNTH), *generate(folder, "--engine", "vllm", *cluster, scenes=scenes)]
+        process = subprocess.Popen(command, env=environment(), stderr=progress)
         wait_until(lambda: shard_replies(folder) > 60 or process.poll() is not None, "sixty replies")
         (server,) = servers(process)
         os.kill(server, signal.SIGKILL)
@@ -290,9 +292,7 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
         process.wait()
     wait_until(lambda: not any(map(is_alive, family)), "workers and server are gone", 60)
     before = shard_replies(folder)
-    done = subprocess.run(
-        generate(folder, "--base-url", served, *cluster, scenes=scenes), env=environment(), capture_output=True, text=True
-    )
+    done = run_synth(*generate(folder, "--base-url", served, *cluster, scenes=scenes), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
