@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Threads that wait without spinning: much faster where cores are few or shared.
 export OMP_WAIT_POLICY ?= passive
+# Hundreds of processes of the tests import this project: compiled once, also where a container says that nothing is to be kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make demo    set up, then generate, push to a loopback Hub, load back, train, score and report'
