@@ -23,7 +23,7 @@ from pathlib import Path
 from client_overhead import make_images
 
 BATCH = 256
-TOKEN = "benchmark"  # noqa: S105  # of a server on loopback
+TOKEN = "benchmark"  # of a server on loopback
 READ = "Processing item data"  # in the log of the worker, once for each image
 WAIT_SECONDS = 300
 
@@ -66,7 +66,9 @@ class Cluster:
         env = os.environ | {"HOME": str(out), "HF_HUB_OFFLINE": "1", "CAPTIONFLOW_LOG_LEVEL": log_level}
         with (out / "log").open("a") as log:
             start = {"stdout": log, "stderr": log, "env": env, "cwd": out, "start_new_session": True}
-            self.orchestrator = subprocess.Popen([command, "orchestrator", "--config", "orchestrator.yaml", "--no-ssl"], **start)
+            self.orchestrator = subprocess.Popen(
+                [command, "orchestrator", "--config", "orchestrator.yaml", "--no-ssl"], **start
+            )
             self._wait(self._listens, "the orchestrator listens")
             server = ["--server", f"ws://127.0.0.1:{self.port}", "--token", TOKEN, "--vllm"]
             self.worker = subprocess.Popen([command, "worker", *server], **start)
@@ -152,8 +154,12 @@ def main() -> None:
             many = measure(arguments.python, folders[arguments.rows], arguments.rows, scratch / "many")
             slopes.append((many[0] - few[0]) / (arguments.rows - short) * 1000)
         _, peak_mb, used = many
-        print(f"CPU {statistics.median(slopes):.2f} ms an image, peak {peak_mb:.0f} MB, {used / arguments.rows:.0f} B a caption on disk")
-        print(f"redone after kill -9: {count_redone(arguments.python, folders[arguments.rows], arguments.rows, scratch / 'killed')}")
+        print(
+            f"CPU {statistics.median(slopes):.2f} ms an image, peak {peak_mb:.0f} MB, {used / arguments.rows:.0f} B a caption on disk"
+        )
+        print(
+            f"redone after kill -9: {count_redone(arguments.python, folders[arguments.rows], arguments.rows, scratch / 'killed')}"
+        )
 
 
 if __name__ == "__main__":

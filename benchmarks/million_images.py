@@ -102,9 +102,7 @@ def asked(mock: str) -> int:
         return int(json.load(response)["came"])
 
 
-def watch(
-    command: list[str], folder: Path, mock: str = "", kill_after_s: float = float("inf"), name: str = "dataset"
-) -> None:
+def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float = float("inf"), name: str = "dataset") -> None:
     """Run a command, kill it after so many seconds, and print what it took."""
     start, peak = time.monotonic(), (0.0, 0.0)
     before, first_s = asked(mock), float("nan")
