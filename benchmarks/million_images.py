@@ -1,13 +1,13 @@
 """Make a version of very many images without a model: `python benchmarks/million_images.py [--images 1000000] [--out DIR]`.
 
-A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with a caption of its own, goes through `synth import`: reading in
-workers, the search for near-duplicates, all stages, and the version. Prints seconds, the peak memory of the command and of its
-workers, and bytes, and the same of a second run with nothing changed; memory by the second is written to DIR/memory.csv. A
-million take half an hour and 8 GB of disk.
+A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with a caption of its own, goes through `synth generate` without a
+task: reading in workers, the search for near-duplicates, all stages, and the version. Prints seconds, the peak memory of the
+command and of its workers, and bytes, and the same of a second run with nothing changed; memory by the second is written to
+DIR/memory.csv. A million take half an hour and 8 GB of disk.
 
 With `--ask`, `synth generate` asks for a caption of each image instead, at a mock endpoint that answers at once
-(benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request. With `--ray`, the same is made
-once more by a Ray cluster on this machine in two halves, and the digests of both versions are printed.
+(benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request. With `--ray`, the same is
+made once more by a Ray cluster on this machine in two halves, and the digests of both versions are printed.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def main() -> None:
         command += ["generate", "--source", f"parquet:{images}", "--tasks", "caption", "--styles", "brief", "--base-url", mock]
         time.sleep(5)
     else:
-        command += ["import", "--source", f"parquet:{images}", "--columns", "references=caption"]
+        command += ["generate", "--tasks", "none", "--keep-human"]  # `synth import`, which has no --executor
+        command += ["--source", f"parquet:{images}", "--columns", "references=caption"]
     try:
         if options.kill_after_s:
             watch(command, options.out, mock, options.kill_after_s)
