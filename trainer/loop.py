@@ -112,10 +112,8 @@ class Trainer:
                     loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
                     total += loss.detach()
                     if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
-                        loss = (
-                            loss
-                            + self.config.contrastive_weight * captioner.contrast_loss(states_BNV, texts) / batch.part_count
-                        )
+                        contrast = captioner.contrast_loss(states_BNV, texts) / batch.part_count
+                        loss = loss + self.config.contrastive_weight * contrast
                 loss.backward()
         mean = total.item()
         return all_reduce_gradients(captioner, mean, self.device) if self.processes > 1 else mean

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    folder = out / "images"  # it takes all images of a folder
+    folder = out.with_name(f"{out.name}-images-{arguments.rows}")  # it takes all images of a folder, which are not its own
     folder.mkdir(exist_ok=True)
     for path in sorted(arguments.images.glob("*.jpg"))[: arguments.rows]:
         if not (folder / path.name).exists():

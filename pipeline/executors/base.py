@@ -37,7 +37,7 @@ from pipeline.stages.base import (
 from pipeline.stages.finished import FinishedStages
 from pipeline.stages.generate import count_asked, count_wanted
 from pipeline.stages.source import ADVICE
-from pipeline.stages.version import WrittenRows, publish_shards, write_rows
+from pipeline.stages.version import WrittenRows, publish_shards, summarize_version, write_rows
 from pipeline.storage.files import read_json, remove, scratch_folder
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks import find_task
@@ -207,8 +207,7 @@ def publish(
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
     if finished is not None and (found := finished.find_version(names[-1])):
-        version, summary = found
-        return version, False, [*funnel, summary]
+        return found, False, [*funnel, summarize_version(found.num_rows, funnel[0].kept - found.num_rows)]
     check()
     with scratch_folder(plan.dataset.path / "versions") as draft:
         config = plan.config
@@ -216,7 +215,7 @@ def publish(
         written = executor.map_with_scratch(write, draft)
         version, is_new = publish_shards(executor.shards, written, draft, plan, funnel, check)
     if finished is not None:
-        finished.add_version(names[-1], version, funnel[-1])
+        finished.add_version(names[-1], version)
     return version, is_new, funnel
 
 

@@ -5,12 +5,10 @@ stage leaves `finished.json`: a key of all that its result follows from, and a d
 as they are if both are what they were. Of a run in one process only.
 """
 
-from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.version import Version
 from pipeline.digests import digest, file_digest
 from pipeline.errors import SynthError
@@ -42,18 +40,16 @@ class FinishedStages:
         """Write down that a stage has written its files."""
         write_json(self._path(stage.name), self._describe(stage, before))
 
-    def find_version(self, last: str) -> tuple[Version, StageSummary] | None:
+    def find_version(self, last: str) -> Version | None:
         """Return the newest version if it was made of what the stage `last` kept and all stages rejected, else None."""
-        found = self._read(VERSION)
-        versions = self.dataset.versions() if found and found.get("key") == self._version_key(last) else []
-        if not versions or versions[-1].name != found["version"]:
+        if not (found := self._read(VERSION)):
             return None
-        return versions[-1], StageSummary(**found["summary"])
+        newest = self.dataset.versions()[-1:]
+        return newest[0] if newest and found == self._describe_version(last, newest[0]) else None
 
-    def add_version(self, last: str, version: Version, summary: StageSummary) -> None:
+    def add_version(self, last: str, version: Version) -> None:
         """Write down which version was made of what the stages kept and rejected."""
-        described = {"key": self._version_key(last), "version": version.name, "summary": asdict(summary)}
-        write_json(self._path(VERSION), described)
+        write_json(self._path(VERSION), self._describe_version(last, version))
 
     def _describe(self, stage: Stage, before: str) -> dict[str, Any]:
         """Return the key of a stage, and a digest of each of its files; None for one that is not there."""
@@ -61,10 +57,11 @@ class FinishedStages:
         outputs = {which: digest_of(self.dataset.stage(stage.name, which)) for which in OUTPUTS}
         return {"key": digest([self._of_run, stage.name, own]), "files": outputs}
 
-    def _version_key(self, last: str) -> str:
+    def _describe_version(self, last: str, version: Version) -> dict[str, Any]:
         rejected = sorted(self.dataset.path.glob("stages/*/rejected.parquet"))
         of_stages = [[path.parent.name, digest_of(path)] for path in rejected if path.parent.name != VERSION]
-        return digest([self._of_run, digest_of(self.dataset.stage(last)), of_stages])
+        key = digest([self._of_run, digest_of(self.dataset.stage(last)), of_stages])
+        return {"key": key, "version": version.name}
 
     @cached_property
     def _of_run(self) -> str:
@@ -96,5 +93,5 @@ def code_digest() -> str:
 
 
 def digest_of(path: Path) -> str | None:
-    """Return the digest of a file, or None if it is not there."""
-    return file_digest(path) if path.exists() else None
+    """Return the digest of a file, or None if there is none, or something else that could be read without an end."""
+    return file_digest(path) if path.is_file() else None

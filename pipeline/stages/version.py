@@ -95,7 +95,7 @@ def publish_shards(
     source, model = (read_json(plan.dataset.provenance(stage)) for stage in ("source", "generate"))
     rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
     lost = sum(part.without_annotation for part in written)
-    funnel.append(summarize_stage(NAME, "images", sum(rows.values()), {NO_ANNOTATION: lost} if lost else {}))
+    funnel.append(summarize_version(sum(rows.values()), lost))
     if funnel[-1].input != funnel[0].kept:
         raise TableError(
             f"stage version was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
@@ -127,6 +127,11 @@ def publish_shards(
     )
     rejections = (table for shard in shards for table in read_batches(shard.stage(NAME, "rejections")))
     return publish_version(plan.dataset, draft, content, provenance, rejections, check)
+
+
+def summarize_version(rows: int, without_annotation: int) -> StageSummary:
+    """Return the summary of this stage: images that are rows, and images of which no annotation is left."""
+    return summarize_stage(NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {})
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from tests.whole.conftest import SYNTH, Run, restore_sigint
 
 SCENES = 128
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
-KILLS = 10 if LONG else 1
+KILLS = 10 if LONG else 2
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:

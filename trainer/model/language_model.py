@@ -27,9 +27,7 @@ from trainer.presets import DECODERS
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
 HEAD_TOKENS = 1024  # whose logits are in memory at once
-KEPT_SCORES = (
-    1 << 25
-)  # logits of a batch that are kept for the gradient (134 MB); where there are more, they are computed again
+KEPT_SCORES = 1 << 25  # logits of a batch (134 MB) up to which they are kept for the gradient, and not computed again
 Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
 PACKED: tuple[Packing, ...] = ("mask", "additive mask")
 PROBE_TOKENS = 6  # of each of two texts that are compared

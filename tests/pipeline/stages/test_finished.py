@@ -1,5 +1,6 @@
 """Stages that an earlier run has finished are left out, and only those."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,17 @@ CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the fi
     "a record of a version that is none": (
         lambda dataset: write_json(dataset.stage("version").with_name("finished.json"), {}), "version"
     ),
+    "a record of a version that is no object": (
+        lambda dataset: dataset.stage("version").with_name("finished.json").write_text("[1]"), "version"
+    ),
+    "a pipe in the place of a file": (lambda dataset: put_pipe(dataset.stage("filter", "rejected")), "filter"),
     "samples that were written anew": (lambda dataset: touch(dataset.stage("source", "rejected")), "validate"),
 }  # fmt: skip
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def touch(path: Path) -> None:
