@@ -1,13 +1,14 @@
-"""Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400]`.
+"""Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400] [--photos FOLDER]`.
 
-JPEGs of 500 x 375 px, each read, decoded in full, checked and hashed as every source does, beside a bare Pillow loop that only
-reads and decodes; then the work of a server's client: deciding whether the bytes can be sent unchanged, and re-encoding.
-Interleaved rounds, CPU seconds of this process and of the workers that decode.
+JPEGs of 500 x 375 px, or photos of yours, each read, decoded, checked and hashed as every source does, beside a bare Pillow
+loop that only reads and decodes; then the work of a server's client: deciding whether the bytes can be sent unchanged, and
+re-encoding. Interleaved rounds, CPU seconds of this process and of the workers that decode.
 """
 
 import argparse
 import io
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -65,20 +66,26 @@ def main() -> None:
     """Print images a CPU second, and the ratio to the bare loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, which are taken again until there are --images")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     steps: dict[str, Callable[[Path], None]] = {"bare": bare, "ours": ours, "send": send, "shrink": shrink}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make(folder, arguments.images)
+        photos = sorted(arguments.photos.rglob("*.jpg")) if arguments.photos else []
+        for number in range(arguments.images) if photos else ():
+            shutil.copy(photos[number % len(photos)], folder / f"{number:05d}.jpg")
+        if not photos:
+            make(folder, arguments.images)
         for _ in range(arguments.rounds):
             for name, step in steps.items():
                 started = cpu_seconds()
                 step(folder)
                 seconds[name].append(cpu_seconds() - started)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{arguments.images} JPEGs of 500 x 375 px, medians of {arguments.rounds} rounds")
+    what = f"photos of {arguments.photos}" if arguments.photos else "JPEGs of 500 x 375 px"
+    print(f"{arguments.images} {what}, medians of {arguments.rounds} rounds")
     for name, value in middle.items():
         print(f"{name:<8} {arguments.images / value:8.0f} images a CPU second, {value / middle['bare']:.2f} of the bare loop")
 

@@ -5,11 +5,13 @@ Training, every engine and the report use `prepare_image`, so that models always
 
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 
 import numpy as np
 import pdqhash
@@ -28,7 +30,8 @@ SIDEWAYS = (5, 6, 7, 8)  # its values of images that are turned by a quarter
 MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
-MAX_SCANS, _SCAN = 100, b"\xff\xda"  # of a progressive JPEG: encoders write about ten
+MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten
+_SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 BAND_PX = 512  # rows that are laid over white at once
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
@@ -57,18 +60,18 @@ class ImageInfo:
 
 def check_image(data: bytes) -> ImageInfo:
     """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
-    image, (width_px, height_px) = _decode(data, MIN_HASHED_SIDE_PX)
+    image, (width_px, height_px) = _decode(data, for_hash=True)
     return ImageInfo(width_px, height_px, pdq_hash(image))
 
 
 def pdq_hash(image: Image.Image) -> bytes:
-    """Return the PDQ hash (Facebook, 2019) of an RGB image: 32 bytes, of which few bits change with size or quality.
+    """Return the PDQ hash (Facebook, 2019) of an image in RGB or L: 32 bytes, of which few bits change with size or quality.
 
     The hash is empty if the image has too little detail. It is computed from 64 x 64 pixels, to which PDQ itself downsamples:
     four times as fast as from 256 x 256, and as stable (docs/experiments/curation.md).
     """
     small = image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
-    bits, quality = pdqhash.compute(np.asarray(small))
+    bits, quality = pdqhash.compute(np.asarray(small.convert("RGB")))
     return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
 
 
@@ -79,26 +82,31 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
-def _decode(data: bytes | memoryview, min_side_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
     """Return an image, upright in RGB over white, and its size.
 
-    With `min_side_px`, the sides of a large JPEG are halved up to three times while both keep that length: all of the file is
-    parsed, and what is damaged is found.
+    With `for_hash`, of a JPEG the luma alone is decoded, which it holds by itself and which is all that PDQ looks at. The sides
+    of a large one are halved up to three times while both keep MIN_HASHED_SIDE_PX. Still all of the file is parsed, and what is
+    damaged is found.
     """
     with open_image(data) as image:
         size_px, upright_px = image.size, _upright_size(image)
-        if min_side_px:
-            image.draft(None, (min_side_px, min_side_px))
+        if for_hash:
+            image.draft("L", (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
         is_reduced = image.size != size_px
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
-        rgb = _over_white(image)
-        return rgb, upright_px if is_reduced else rgb.size
+        is_luma = for_hash and image.format == "JPEG" and image.mode == "L"
+        upright = image if is_luma else _over_white(image)
+        return upright, upright_px if is_reduced else upright.size
 
 
 def decode_for_hash(data: bytes) -> Image.Image:
-    """Return an image to hash, upright in RGB over white; a large JPEG is reduced. Raise ImageError as `check_image` does."""
-    return _decode(data, MIN_HASHED_SIDE_PX)[0]
+    """Return an image to hash, upright: the luma of a JPEG, which is reduced if it is large, or RGB over white.
+
+    Raise ImageError as `check_image` does.
+    """
+    return _decode(data, for_hash=True)[0]
 
 
 def prepare_opened(image: Image.Image) -> Image.Image:
@@ -131,7 +139,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator[Image.Image]:
     """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError.
 
-    Only where pixels are decoded do many scans matter, whose counting takes half as long as the header.
+    Only where pixels are decoded do many scans matter, whose counting takes longer than the header.
     """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:
@@ -140,7 +148,7 @@ def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_size(image)
-                if is_decoded and image.format == "JPEG" and bytes(data).count(_SCAN) > MAX_SCANS:
+                if is_decoded and image.format == "JPEG" and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
                     raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
                 if image.mode in ("I", "F"):
                     raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")

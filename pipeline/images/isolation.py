@@ -33,6 +33,9 @@ MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
 CPU_SECONDS = 30
 WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a machine may be busy
 TICK_SECONDS = 0.5  # between looks at how long workers take
+# Waking a worker for each small image takes a fifth of the time of decoding it: those that come at once go to it together.
+BATCH_IMAGES, BATCH_BYTES, BATCH_SECONDS = 16, 1_000_000, 0.005
+FLUSH_SECONDS = 0.02  # an answer waits no longer for those of the images after it
 MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -58,11 +61,12 @@ Result = list[CheckedImage] | ImageError
 def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()) -> Iterator[tuple[T, Result]]:
     """Check the images of each job in worker processes; yield the jobs in order, with their images or why they are unusable.
 
-    `exif` names fields to read of each image (metadata.read_exif). As many jobs are read ahead as there are workers. An error
-    of `jobs` is raised after the jobs before it. Raise SourceError if no worker can be started.
+    `exif` names fields to read of each image (metadata.read_exif). As many batches of jobs are read ahead as there are workers.
+    The first is of one image, and each of twice as many, as far as they come at once. An error of `jobs` is raised after the
+    jobs before it. Raise SourceError if no worker can be started.
     """
     pool = _pool()
-    waiting: deque[tuple[T, Future[Result], int]] = deque()
+    waiting: deque[tuple[list[T], Future[list[Result]], int]] = deque()
     try:
         yield from _in_order(pool, jobs, tuple(exif), waiting)
     finally:  # of a run that ends before its images do
@@ -74,29 +78,45 @@ def _in_order(
     pool: "_Pool",
     jobs: Iterator[tuple[T, Sequence[bytes]]],
     exif: tuple[str, ...],
-    waiting: "deque[tuple[T, Future[Result], int]]",
+    waiting: "deque[tuple[list[T], Future[list[Result]], int]]",
 ) -> Iterator[tuple[T, Result]]:
-    waiting_bytes = 0
+    waiting_bytes, batch_images = 0, 1  # a run that is limited to a few rows reads few ahead
     error: Exception | None = None
     while True:
         while error is None and len(waiting) <= pool.size and waiting_bytes <= AHEAD_BYTES:
-            try:
-                key, images = next(jobs)
-            except StopIteration as end:
-                error = end
-            except Exception as failure:  # noqa: BLE001  # raised below, in its turn
-                error = failure
-            else:
-                size = sum(map(len, images))
-                waiting.append((key, pool.submit(images, exif), size))
+            keys, batch, error = _next_batch(jobs, batch_images)
+            batch_images = min(2 * batch_images, BATCH_IMAGES)
+            if batch:
+                size = sum(len(image) for images in batch for image in images)
+                waiting.append((keys, pool.submit(batch, exif), size))
                 waiting_bytes += size
         if not waiting:
             break
-        key, future, size = waiting.popleft()
+        keys, future, size = waiting.popleft()
         waiting_bytes -= size
-        yield key, future.result()
+        yield from zip(keys, future.result(), strict=True)
     if error is not None and not isinstance(error, StopIteration):
         raise error
+
+
+def _next_batch(
+    jobs: Iterator[tuple[T, Sequence[bytes]]], most_images: int
+) -> tuple[list[T], list[tuple[bytes, ...]], Exception | None]:
+    """Return the keys and images of jobs that come at once, one job at least, and what ended the jobs, if they ended."""
+    keys: list[T] = []
+    batch: list[tuple[bytes, ...]] = []
+    images = size = 0
+    end = time.monotonic() + BATCH_SECONDS
+    while not batch or (images < most_images and size < BATCH_BYTES and time.monotonic() < end):
+        try:
+            key, pages = next(jobs)
+        except Exception as error:  # noqa: BLE001  # raised behind the jobs before it, in its turn
+            return keys, batch, error
+        keys.append(key)
+        batch.append(tuple(pages))
+        images += max(1, len(pages))  # rows without an image are waited for as well
+        size += sum(map(len, pages))
+    return keys, batch, None
 
 
 class _Watchdog:
@@ -139,17 +159,23 @@ class _Pool:
         self._workers: list[_Worker] = []
         self._watchdog = _Watchdog()
 
-    def submit(self, images: Sequence[bytes], exif: tuple[str, ...]) -> "Future[Result]":
-        """Check images in the next free worker."""
-        return self._threads.submit(self._check, tuple(images), exif)
+    def submit(self, batch: Sequence[tuple[bytes, ...]], exif: tuple[str, ...]) -> "Future[list[Result]]":
+        """Check the images of each job of a batch in the next free worker."""
+        return self._threads.submit(self._check, batch, exif)
 
-    def _check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
+    def _check(self, batch: Sequence[tuple[bytes, ...]], exif: tuple[str, ...]) -> list[Result]:
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is None or not worker.is_alive():
             worker = self._own.worker = _Worker()
             self._workers.append(worker)
-        with self._watchdog.watching(worker, WALL_SECONDS * len(images) + 1):
-            return worker.check(images, exif)
+        with self._watchdog.watching(worker, WALL_SECONDS * max(map(len, batch)) + 1):
+            results, death = worker.check(batch, exif)
+        if death is None:
+            return results
+        if len(batch) == 1:
+            return [death]
+        alone = [self._check([images], exif) for images in batch[len(results) :]]  # one of them has ended the worker
+        return results + [result for one in alone for result in one]
 
     def close(self) -> None:
         """End the threads, and kill all workers: nobody waits for an image that is slow to decode."""
@@ -212,19 +238,24 @@ class _Worker:
             with suppress(OSError):
                 pipe.close()
 
-    def check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
-        """Return the checked images, or the reason why they are unusable; a worker that dies of them is the reason."""
+    def check(self, batch: Sequence[tuple[bytes, ...]], exif: tuple[str, ...]) -> tuple[list[Result], ImageError | None]:
+        """Return the result of each job; if the worker ends before, those that it gave, and why it ended."""
+        results: list[Result] = []
         try:
             with suppress(BrokenPipeError):  # it has died while it read: the answer says so
-                send_messages(self._to, [struct.pack(">q", len(images)), json.dumps(exif).encode(), *images])
-            return self._answer(images)
+                request = {"jobs": [len(images) for images in batch], "exif": exif}
+                send_messages(self._to, [json.dumps(request).encode(), *(image for images in batch for image in images)])
+            for images in batch:
+                result = self._answer(images)
+                results.append(result)
         except Exception as error:  # noqa: BLE001  # whatever it answered, if it answered
             log.info("a worker that decodes images ended, or was ended: %r", error)
             self.kill()
             code = self._process.wait()
             if self._is_overdue.is_set():
-                return ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s")
-            return death_reason(code)
+                return results, ImageError("too_slow", f"decoding took more than {WALL_SECONDS:.0f} s")
+            return results, death_reason(code)
+        return results, None
 
     def _answer(self, images: tuple[bytes, ...]) -> Result:
         answer = json.loads(receive_message(self._from, 1_000_000) or b"")
@@ -275,12 +306,17 @@ def serve() -> None:
     limit_resources()
     while True:
         try:
-            (count,) = struct.unpack(">q", receive_message(source, 8) or b"")
-            exif = json.loads(receive_message(source, 1_000_000) or b"[]")
-            images = [receive_message(source, 1 << 40) or b"" for _ in range(count)]
+            request = json.loads(receive_message(source, 1_000_000) or b"")
+            batch = [[receive_message(source, 1 << 40) or b"" for _ in range(count)] for count in request["jobs"]]
         except EOFError:
             return
-        send_messages(target, _check(images, exif))
+        flushed = time.monotonic()
+        for images in batch:
+            write_messages(target, _check(images, request["exif"]))
+            if time.monotonic() > flushed + FLUSH_SECONDS:
+                target.flush()
+                flushed = time.monotonic()
+        target.flush()
 
 
 def limit_resources() -> None:
@@ -319,12 +355,17 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
 
 
 def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
+    """Write messages as `write_messages` does, and send them at once."""
+    write_messages(target, messages)
+    target.flush()
+
+
+def write_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
     """Write messages, each after its length; None says that an image is as it was."""
     for message in messages:
         target.write(_LENGTH.pack(-1 if message is None else len(message)))
         if message:
             target.write(message)
-    target.flush()
 
 
 def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest, open_file_digest
+from pipeline.digests import digest
 from pipeline.errors import SourceError
-from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
     MAX_METADATA_BYTES,
@@ -29,7 +29,7 @@ from pipeline.sources.base import (
     refuse_roles,
 )
 from pipeline.sources.captions import QUESTION, describe_unknown, match_images, most_held_out, read_captions, read_question
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
@@ -328,8 +328,7 @@ def row_name(path: Path, root: Path) -> str:
 def digest_of_file(path: Path, bound: Path | None) -> str:
     """Return the sha256 of an image file, or that it cannot be read."""
     try:
-        with open_regular(path, bound, MAX_IMAGE_BYTES) as file:
-            return open_file_digest(file)
+        return image_id(read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES))
     except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
 

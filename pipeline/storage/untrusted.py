@@ -40,8 +40,8 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
-        # A folder of the path may have been replaced.
-        if os.path.realpath(path) != real or not os.path.samestat(status, Path(real).stat()):
+        # A folder of the path may have been replaced. Where the system does not say what is open, the path is followed again.
+        if _path_of(handle) != real and (os.path.realpath(path) != real or not os.path.samestat(status, Path(real).stat())):
             raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
         if max_bytes is not None and status.st_size > max_bytes:
             raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
@@ -51,10 +51,21 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         raise
 
 
+def _path_of(handle: int) -> str:
+    """Return the path of an open file, without links; nothing where the system does not tell."""
+    try:
+        return str(Path(f"/proc/self/fd/{handle}").readlink())
+    except OSError:
+        return ""
+
+
 def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> bytes:
     """Return the content of a regular file, as `open_regular` opens it, also if the file grows meanwhile."""
     with open_regular(path, root, max_bytes) as file:
-        data = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1)  # `read` takes the memory first that it is told
+        if len(data) > size:  # it grows, or its size is not known
+            data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
     return data

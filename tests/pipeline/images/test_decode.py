@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
+from pipeline.images import decode
 from pipeline.images.decode import BAND_PX, check_image, decode_for_hash, image_id, pdq_hash, prepare_image, upright_size
 from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
@@ -160,10 +161,36 @@ def test_a_large_photo_that_was_taken_sideways_is_turned(large: Image.Image) -> 
     assert hamming_distances(as_hashes([info.pdq_hash]), as_hashes([upright.pdq_hash]))[0, 0] <= MAX_COPY_BITS
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_a_large_jpeg_of_any_mode_is_reduced_to_rgb(mode: str, large: Image.Image) -> None:
+@pytest.mark.parametrize(("mode", "decoded"), [("L", "L"), ("RGB", "L"), ("CMYK", "RGB")])
+def test_a_large_jpeg_of_any_mode_is_reduced(mode: str, decoded: str, large: Image.Image) -> None:
     reduced = decode_for_hash(encoded(large.convert(mode), "JPEG"))
-    assert (reduced.mode, reduced.size) == ("RGB", (720, 540))
+    assert (reduced.mode, reduced.size) == (decoded, (720, 540))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_what_a_model_sees_of_a_jpeg_is_always_rgb(mode: str) -> None:
+    assert prepare_image(encoded(photo(3).convert(mode), "JPEG")).mode == "RGB"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"quality": 100}])
+def test_the_luma_of_a_jpeg_has_the_hash_of_its_colors(options: dict[str, Any]) -> None:
+    for number in range(8):
+        data = encoded(photo(number), "JPEG", **options)
+        hashes = as_hashes([check_image(data).pdq_hash, pdq_hash(prepare_image(data))])
+        assert hamming_distances(hashes[:1], hashes[1:])[0, 0] <= 4
+
+
+def test_colors_are_not_decoded_for_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def hash_of(image: Image.Image) -> bytes:
+        seen.append(image.mode)
+        return b""
+
+    monkeypatch.setattr(decode, "pdq_hash", hash_of)
+    check_image(encoded(photo(3), "JPEG"))
+    check_image(encoded(photo(3), "PNG"))
+    assert seen == ["L", "RGB"]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9, 0.999])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -89,6 +90,37 @@ def test_results_come_in_the_order_of_the_images() -> None:
     assert [(side, side) for side in sides] == [(key, r[0].info.width_px) for key, r in check_all(jobs)]  # type: ignore[index]
 
 
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many jobs each batch has that goes to a worker; all jobs come at once, however busy the machine is."""
+    sizes: list[int] = []
+    submit = isolation._Pool.submit
+
+    def remember(pool: Any, batch: Any, exif: Any) -> Any:
+        sizes.append(len(batch))
+        return submit(pool, batch, exif)
+
+    monkeypatch.setattr(isolation._Pool, "submit", remember)
+    monkeypatch.setattr(isolation, "BATCH_SECONDS", 600.0)
+    return sizes
+
+
+def test_images_that_come_at_once_go_to_a_worker_together(batches: list[int]) -> None:
+    assert [reason(result) for result in check(*[png()] * 40)] == ["fine"] * 40
+    assert batches == [1, 2, 4, 8, 16, 9]
+
+
+def test_images_that_are_large_or_slow_to_come_go_to_a_worker_one_by_one(
+    batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(isolation, "BATCH_BYTES", len(png()))
+        check(*[png()] * 5)
+    monkeypatch.setattr(isolation, "BATCH_SECONDS", 0.0)
+    check(*[png()] * 5)
+    assert batches == [1] * 10
+
+
 def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
     def jobs() -> Iterator[tuple[int, tuple[bytes, ...]]]:
         yield 0, (png(),)
@@ -130,7 +162,8 @@ def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
 def test_a_worker_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "WALL_SECONDS", 1.0)
     patch(monkeypatch, "import time; time.sleep(600)")
-    assert [reason(result) for result in check(b"EVIL", png())] == ["too_slow", "fine"]
+    results = check(png(), png(20), b"EVIL", png())
+    assert [reason(result) for result in results] == ["fine", "fine", "too_slow", "fine"]
 
 
 def test_each_page_of_a_deck_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
