@@ -1,6 +1,7 @@
 """Mock chat endpoint: answers any request with a caption after a fixed time, so that only the client is measured.
 
-`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, the caption depends on the request. GET
+`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, captions depend on the request, and
+requests for questions get some. GET
 /stats counts requests that came (also by client), were answered, and were different; POST /reset clears the counts. The
 endpoint enforces no schema, but answers the schema probe as expected.
 """
@@ -34,6 +35,21 @@ def caption(key: bytes) -> str:
     return f"A man in a {words[0]} {words[1]} walks {number} {words[2]} dogs along a wet {words[3]} under a {words[4]} sky."
 
 
+def pairs(key: bytes) -> list[dict[str, str]]:
+    """Return four questions with answers, one answered by yes or no and one by a number."""
+    words = [options[byte % 8] for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)]
+    return [
+        {"answer_type": "yes/no", "question": f"Is the {words[1]} {words[0]}?", "answer": ("yes", "no")[key[5] % 2]},
+        {
+            "answer_type": "number",
+            "question": f"How many {words[2]} dogs are at the {words[3]}?",
+            "answer": str(2 + key[6] % 16),
+        },
+        {"answer_type": "other", "question": f"What color is the sky over the {words[3]}?", "answer": words[4]},
+        {"answer_type": "other", "question": f"Where is the man in the {words[0]} {words[1]}?", "answer": f"at the {words[3]}"},
+    ]
+
+
 class Mock:
     """Endpoint that counts requests by the hash of the body's messages."""
 
@@ -59,7 +75,10 @@ class Mock:
         key = hashlib.sha1(raw[raw.find(b'"messages"') :], usedforsecurity=False).digest()
         await asyncio.sleep(self.seconds)
         self.answered[key] += 1
-        body = answer(json.dumps({"caption": caption(key)})) if self.various else self.body
+        body = self.body
+        if self.various:
+            asked_for_pairs = b"Task: qa" in raw  # the last line of the prompt
+            body = answer(json.dumps({"qa": pairs(key)} if asked_for_pairs else {"caption": caption(key)}))
         return web.Response(body=body, content_type="application/json")
 
     async def stats(self, _request: web.Request) -> web.Response:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.tables import PIXELS, with_features
+from pipeline.storage.files import writer_options
+from pipeline.tables import with_features
 
 GROUP_ROWS = 64  # of a row group, on average
 SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
@@ -67,22 +68,3 @@ class SplitWriter:
         if self._writer and ends:
             self._writer.close()
             self._writer = None
-
-
-def writer_options(schema: pa.Schema) -> dict[str, object]:
-    """Return the Parquet options of the columns: texts are compressed, and only they have dictionaries and statistics."""
-    leaves = [path for field in schema for path in _leaves(field.name, field.type)]
-    texts = [path for path in leaves if path.split(".")[0] not in (*PIXELS, "images")]  # the last in an export
-    return {
-        "compression": {path: "zstd" if path in texts else "none" for path in leaves},
-        "use_dictionary": texts,
-        "write_statistics": texts,
-        "write_page_checksum": True,  # readers of ours notice a rotten bit
-    }
-
-
-def _leaves(path: str, kind: pa.DataType) -> list[str]:
-    """Return the names that Parquet gives to the columns of a nested type."""
-    if pa.types.is_struct(kind):
-        return [leaf for n in range(kind.num_fields) for leaf in _leaves(f"{path}.{kind.field(n).name}", kind.field(n).type)]
-    return _leaves(f"{path}.list.element", kind.value_type) if pa.types.is_list(kind) else [path]

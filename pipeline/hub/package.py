@@ -18,12 +18,11 @@ from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN, non_redistributable
-from pipeline.dataset.shards import writer_options
 from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
-from pipeline.storage.files import open_parquet, read_json
+from pipeline.storage.files import open_parquet, read_json, writer_options
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
 

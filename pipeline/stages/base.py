@@ -35,7 +35,6 @@ from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import (
-    STAGE_WRITER,
     atomic_write,
     open_table,
     read_batches,
@@ -44,6 +43,7 @@ from pipeline.storage.files import (
     temporary_path,
     write_json,
     write_table,
+    writer_options,
 )
 from pipeline.tables import current_names, require_columns
 from pipeline.types import Engine
@@ -209,8 +209,8 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
         for table in judged:
             if kept is None or rejected is None:
                 kept_schema = table.drop_columns(["reason"]).schema
-                kept = stack.enter_context(pq.ParquetWriter(kept_path, kept_schema, **STAGE_WRITER))
-                rejected = stack.enter_context(pq.ParquetWriter(rejected_path, table.schema, **STAGE_WRITER))
+                kept = stack.enter_context(pq.ParquetWriter(kept_path, kept_schema, **writer_options(kept_schema)))
+                rejected = stack.enter_context(pq.ParquetWriter(rejected_path, table.schema, **writer_options(table.schema)))
             is_kept = pc.is_null(table["reason"])
             kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
             if table["reason"].null_count < table.num_rows:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import arrow_location, is_remote, move_all, remove_folder, translate_store_errors, upload
 from pipeline.storage.untrusted import read_regular
-from pipeline.tables import ADDED_COLUMNS, current_names, old_name
+from pipeline.tables import ADDED_COLUMNS, PIXELS, current_names, old_name
 
 log = logging.getLogger(__name__)
 _DISK_ERRORS = {
@@ -54,7 +54,6 @@ _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
 BATCH_ROWS = 16_384  # read at once
-STAGE_WRITER = {"compression": "zstd", "write_page_checksum": True}  # options of files between stages
 SCRATCH = ".next"  # the name of scratch folders
 TEMPORARY_FILES = ".*.tmp"  # a pattern of the names of files that are being written
 MAX_JSON_BYTES = 100_000_000  # of a file of our own, such as a manifest
@@ -122,9 +121,30 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write tables one after another to a Parquet file, atomically; one table is in memory at a time."""
-    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, **STAGE_WRITER) as writer:
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer:
         for table in tables:
             writer.write_table(table.select(schema.names).cast(schema))
+
+
+def writer_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return the Parquet options of the columns: all but pixels are compressed, and have dictionaries and statistics."""
+    leaves = [path for field in schema for path in _leaves(field.name, field.type)]
+    texts = [
+        path for path in leaves if path.split(".")[0] not in (*PIXELS, "images")
+    ]  # the last between stages, and in exports
+    return {
+        "compression": {path: "zstd" if path in texts else "none" for path in leaves},
+        "use_dictionary": texts,
+        "write_statistics": texts,
+        "write_page_checksum": True,  # readers of ours notice a rotten bit
+    }
+
+
+def _leaves(path: str, kind: pa.DataType) -> list[str]:
+    """Return the names that Parquet gives to the columns of a nested type."""
+    if pa.types.is_struct(kind):
+        return [leaf for n in range(kind.num_fields) for leaf in _leaves(f"{path}.{kind.field(n).name}", kind.field(n).type)]
+    return _leaves(f"{path}.list.element", kind.value_type) if pa.types.is_list(kind) else [path]
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

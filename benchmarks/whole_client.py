@@ -1,0 +1,88 @@
+"""Measure what an image costs from its file to the version: `python benchmarks/whole_client.py [--peer DIR]`.
+
+`synth generate` reads a folder of distinct JPEGs of 500 x 375 px (56 kB), asks a mock endpoint that answers at once for two
+captions and one set of four questions about each (benchmarks/mock_chat.py), and writes a version: three requests and six
+texts an image. CPU seconds are those of the command and of its workers, not of the endpoint; those of an image are the slope
+between a small and a large folder, so that imports and start-up do not count.
+
+With --peer, the root of another checkout of `synth` runs in turn with this one, in the same environment.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from read_images import make
+
+HERE = Path(__file__).parent
+
+
+def run(checkout: Path, images: Path, url: str, out: Path) -> float:
+    """Make a version of a folder of images; return the CPU seconds that it took."""
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "generate",
+        "--source",
+        f"folder:{images}",
+        "--base-url",
+        url,
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status or not list(out.glob("versions/v*/manifest.json")):
+        raise SystemExit(f"no version: {' '.join(command)}")
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    """Print CPU milliseconds an image of each round, and their median."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs=2, default=[500, 2500], help="of the small and of the large folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", type=Path, help="the root of another checkout")
+    options = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(port), "0", "various"])
+    checkouts = {"this checkout": HERE.parent} | ({str(options.peer): options.peer.resolve()} if options.peer else {})
+    costs_ms: dict[str, list[float]] = {name: [] for name in checkouts}
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health")
+                break
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        with tempfile.TemporaryDirectory() as temporary:
+            folders = [Path(temporary) / f"images-{count}" for count in options.images]
+            for folder, count in zip(folders, options.images, strict=True):
+                folder.mkdir()
+                make(folder, count)
+            for number in range(options.rounds):
+                for place, (name, checkout) in enumerate(checkouts.items()):
+                    outs = [Path(temporary) / f"{number}-{place}-{folder.name}" for folder in folders]
+                    small, large = (run(checkout, folder, url, out) for folder, out in zip(folders, outs, strict=True))
+                    costs_ms[name].append((large - small) / (options.images[1] - options.images[0]) * 1e3)
+                    print(f"{name}: {costs_ms[name][-1]:.2f} CPU ms an image ({small:.1f} and {large:.1f} s)", flush=True)
+    finally:
+        mock.kill()
+    for name, costs in costs_ms.items():
+        print(f"{name}: median {statistics.median(costs):.2f} CPU ms an image")
+
+
+if __name__ == "__main__":
+    main()
