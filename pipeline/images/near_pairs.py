@@ -6,7 +6,8 @@ agree in all of them are compared, and this is done again with other bits until 
 grows with about the 1.4th power of the number of hashes.
 
 Bits are drawn in two steps. Those of a round part the hashes, and each part is copied, so that the tables of this round (each
-of more drawn bits) read memory that a core has at hand: 10 million hashes then take a third of the time.
+of more drawn bits) read memory that a core has at hand: 10 million hashes then take a third of the time. Most pairs that meet
+are told apart by a quarter of their bits, and all but a few by a half, before all bits are compared.
 """
 
 import math
@@ -25,16 +26,21 @@ from pipeline.images.hash_distance import HASH_BITS, MIRRORED_BITS, WORD_BITS, B
 
 WORDS = HASH_BITS // WORD_BITS
 RECALL = 0.995  # of pairs that are as many bits apart as `find_near_pairs` is told; of nearer ones it is higher
-MEETINGS = 3.0  # unrelated hashes that agree with a hash in all drawn bits, on average
+MEETINGS = 6.0  # unrelated hashes that agree with a hash in all drawn bits, on average
 MAX_MEETINGS = 256  # in a crowd of more that agree, each is compared with the next so many, and with the first of the crowd
 CROWD_HEADS = 16
-PART_ROWS = 1 << 15  # that the tables of a round work on at once
+PART_ROWS = 1 << 16  # that the tables of a round work on at once
+DENSE_STEPS = 6  # neighbors in a table that are compared for all rows at once: few rows have more of equal keys
 ALL_PAIRS_ROWS = 256  # a part of so few rows is compared each with each
-EXPECTED = 0.3  # tables of a round that find a pair which the round has not parted; more of them find the same pairs again
+EXPECTED = 0.5  # tables of a round that find a pair which the round has not parted; more of them find the same pairs again
+LOOKED_AT = 0.99  # of near pairs that meet in a table, by a quarter of their bits, and then by a half
 MERGED_PAIRS = 4_000_000  # in memory, before those that were found in several tables are merged
 
 # Odd numbers that spread the bits of a word over the upper half of its product (multiply-shift hashing, Dietzfelbinger 1996).
 FACTORS = (np.random.default_rng(0).integers(0, 1 << 63, WORDS, dtype=np.uint64) << np.uint64(1)) | np.uint64(1)
+
+# Sixteen bits of each word, a fourth of a hash: of each word another four columns of the cosine transform, all of its rows.
+QUARTERS = [np.uint64(0x1111_1111_1111_1111 << column) for column in range(4)]
 
 Words = npt.NDArray[np.uint64]  # [N]: pairs of rows as (row << 32 | later row), or keys
 Rows = npt.NDArray[np.int64]
@@ -56,6 +62,8 @@ class Plan:
     table_bits: int
     rounds: int
     tables: int  # of each round
+    quarter_bits: int  # that near hashes may differ in, of a fourth of their bits
+    half_bits: int
 
 
 def plan_search(count: int, recall_bits: int) -> Plan:
@@ -64,14 +72,25 @@ def plan_search(count: int, recall_bits: int) -> Plan:
     round_bits = min(all_bits - 1, max(1, math.ceil(math.log2(max(count, 2) / PART_ROWS)) + 1))
     table_bits = all_bits - round_bits
     in_table = _agreeing(table_bits, recall_bits, HASH_BITS - round_bits)  # the others are drawn, of hashes that agree in these
+    in_table *= LOOKED_AT**2
     tables = max(1, round(EXPECTED / in_table))
     in_round = _agreeing(round_bits, recall_bits, HASH_BITS) * (1 - (1 - in_table) ** tables)
-    return Plan(round_bits, table_bits, math.ceil(math.log(1 - RECALL) / math.log1p(-in_round)), tables)
+    rounds = math.ceil(math.log(1 - RECALL) / math.log1p(-in_round))
+    return Plan(round_bits, table_bits, rounds, tables, *(_most_apart(recall_bits, HASH_BITS // part) for part in (4, 2)))
 
 
 def _agreeing(drawn: int, apart: int, bits: int) -> float:
     """Return the probability that two rows of `bits` bits, of which `apart` differ, agree in all of `drawn` ones."""
     return math.prod((bits - apart - n) / (bits - n) for n in range(drawn))
+
+
+def _most_apart(apart: int, drawn: int) -> int:
+    """Return in how many of `drawn` bits two hashes differ at most that are `apart`, with the probability LOOKED_AT."""
+    likely, most = 0.0, -1
+    while likely < LOOKED_AT:  # the hypergeometric distribution
+        most += 1
+        likely += math.comb(apart, most) * math.comb(HASH_BITS - apart, drawn - most) / math.comb(HASH_BITS, drawn)
+    return most
 
 
 def find_near_pairs(hashes: Hashes, max_bits: int, recall_bits: int, *, mirrored: bool) -> NearPairs:
@@ -112,18 +131,19 @@ def find_in_round(hashes: Hashes, plan: Plan, max_bits: int, number: int, *, mir
     masks = _masks(order[: plan.round_bits])
     others = order[plan.round_bits :]
     tables = [_masks(rng.permutation(others)[: plan.table_bits].tolist()) for _ in range(plan.tables)]
+    quarters = QUARTERS[number % 4 :] + QUARTERS[: number % 4]
 
     def unmirrored(rows: Rows | slice) -> Hashes:
         return hashes[rows] ^ flips[rows, None] if mirrored else hashes[rows]
 
-    keys = np.concatenate([_keys(unmirrored(slice(n, n + PART_ROWS)), masks) for n in range(0, len(hashes), PART_ROWS)])
+    keys = np.concatenate([_keys(unmirrored(slice(n, n + PART_ROWS)).T, masks) for n in range(0, len(hashes), PART_ROWS)])
     by_key = np.argsort(keys, kind="stable")
     ends = np.flatnonzero(np.diff(keys[by_key])) + 1
     near: list[Words] = [np.zeros(0, np.uint64)]
     for start, end in pairwise([0, *ends.tolist(), len(keys)]):
         rows = by_key[start:end]
         part = unmirrored(rows)
-        for first, second in _near_in_part(part, tables, max_bits, mirrored=mirrored):
+        for first, second in _near_in_part(part, tables, quarters, plan, max_bits, mirrored=mirrored):
             pairs = np.sort(np.stack([rows[first], rows[second]]), axis=0).astype(np.uint64)
             near.append(pairs[0] << np.uint64(32) | pairs[1])
     return np.unique(np.concatenate(near))
@@ -134,16 +154,22 @@ def _masks(bits: Sequence[int]) -> list[np.uint64]:
     return [np.uint64(sum(1 << bit % WORD_BITS for bit in bits if bit // WORD_BITS == word)) for word in range(WORDS)]
 
 
-def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
-    """Return a number for each hash, equal where the masked bits are; others are equal by chance once in 2^32."""
-    keys = np.zeros(len(hashes), np.uint64)
-    for word, mask, factor in zip(hashes.T, masks, FACTORS, strict=True):
+def _keys(columns: Hashes, masks: Sequence[np.uint64]) -> Words:
+    """Return a number for each hash ([4, N]), equal where the masked bits are; others are equal by chance once in 2^32."""
+    keys = np.zeros(columns.shape[1], np.uint64)
+    for word, mask, factor in zip(columns, masks, FACTORS, strict=True):
         keys += (word & mask) * factor
     return keys >> np.uint64(32)
 
 
 def _near_in_part(
-    part: Hashes, tables: Sequence[Sequence[np.uint64]], max_bits: int, *, mirrored: bool
+    part: Hashes,
+    tables: Sequence[Sequence[np.uint64]],
+    quarters: Sequence[np.uint64],
+    plan: Plan,
+    max_bits: int,
+    *,
+    mirrored: bool,
 ) -> Iterator[tuple[Rows, Rows]]:
     """Yield rows of a part and rows that are near them, of those that agree in the bits of a table; in a small part, of all."""
     count = len(part)
@@ -154,26 +180,55 @@ def _near_in_part(
         is_near = row_distances(part[first], part[second], mirrored=mirrored) <= max_bits
         yield first[is_near], second[is_near]
         return
+    columns = np.ascontiguousarray(part.T)
+    quarter = _union(columns, quarters)
+    other_quarter = _union(columns, [*quarters[2:], *quarters[:2]])
     row_bits = np.uint64((count - 1).bit_length())
     numbers = np.arange(count, dtype=np.uint64)
+    met: list[Rows] = []
     for masks in tables:
-        keys = _keys(part, masks) << row_bits | numbers
+        keys = _keys(columns, masks) << row_bits | numbers
         keys.sort()
         rows = (keys & (np.uint64(1) << row_bits) - np.uint64(1)).astype(np.int64)
         keys >>= row_bits
-        in_order = part.take(rows, axis=0)
-        first = np.flatnonzero(keys[1:] == keys[:-1])
-        for step in range(1, MAX_MEETINGS + 1):
-            if not len(first):
-                break
-            distances = row_distances(in_order.take(first, axis=0), in_order.take(first + step, axis=0), mirrored=mirrored)
-            hits = first[distances <= max_bits]
-            if len(hits):
-                yield rows[hits], rows[hits + step]
-            first = first[: np.searchsorted(first, count - step - 1)]
-            first = first[keys.take(first) == keys.take(first + (step + 1))]
-        if len(first):
-            yield from _near_heads(in_order, keys, rows, max_bits, mirrored=mirrored)
+        met.append(rows.take(_near_in_order(keys, quarter.take(rows), plan.quarter_bits)))
+        if np.any(keys[MAX_MEETINGS + 1 :] == keys[: -MAX_MEETINGS - 1]):
+            yield from _near_heads(part.take(rows, axis=0), keys, rows, max_bits, mirrored=mirrored)
+    first, second = np.concatenate(met, axis=1)
+    apart = np.bitwise_count(quarter.take(first) ^ quarter.take(second))
+    apart += np.bitwise_count(other_quarter.take(first) ^ other_quarter.take(second))
+    may_be_near = np.flatnonzero(apart <= plan.half_bits)
+    first, second = first.take(may_be_near), second.take(may_be_near)
+    is_near = row_distances(part.take(first, axis=0), part.take(second, axis=0), mirrored=mirrored) <= max_bits
+    yield first[is_near], second[is_near]
+
+
+def _union(columns: Hashes, masks: Sequence[np.uint64]) -> Words:
+    """Return the masked bits of hashes ([4, N]) in one word; no two of the masks have a bit in common."""
+    united = np.zeros(columns.shape[1], np.uint64)
+    for word, mask in zip(columns, masks, strict=True):
+        united |= word & mask
+    return united
+
+
+def _near_in_order(keys: Words, quarter: Words, most_bits: int) -> Rows:
+    """Return pairs of positions, [2, P], of equal keys in order whose quarters of hashes differ in so many bits at most."""
+    first_of, second_of = [], []
+    for step in range(1, DENSE_STEPS + 1):
+        is_near = np.bitwise_count(quarter[step:] ^ quarter[:-step]) <= most_bits
+        is_near &= keys[step:] == keys[:-step]
+        first_of.append(np.flatnonzero(is_near))
+        second_of.append(first_of[-1] + step)
+    step = DENSE_STEPS + 1
+    first = np.flatnonzero(keys[step:] == keys[:-step])
+    while len(first) and step <= MAX_MEETINGS:
+        is_near = np.bitwise_count(quarter.take(first) ^ quarter.take(first + step)) <= most_bits
+        first_of.append(first.take(np.flatnonzero(is_near)))
+        second_of.append(first_of[-1] + step)
+        step += 1
+        first = first[: np.searchsorted(first, len(keys) - step)]
+        first = first.take(np.flatnonzero(keys.take(first) == keys.take(first + step)))
+    return np.stack([np.concatenate(first_of), np.concatenate(second_of)])
 
 
 def _near_heads(in_order: Hashes, keys: Words, rows: Rows, max_bits: int, *, mirrored: bool) -> Iterator[tuple[Rows, Rows]]:
