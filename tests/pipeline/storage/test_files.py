@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import tables
 from pipeline.errors import StoreError
 from pipeline.storage import files
 
@@ -30,6 +31,17 @@ def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
         next(files.read_batches(tmp_path / "kept.parquet"))
     assert "without --from-stage" in caught.value.hint
+
+
+def test_between_stages_texts_are_compressed_and_pixels_lie_as_they_are(tmp_path: Path) -> None:
+    image, text = b"all of it the same " * 400, "a dog on a beach " * 400  # zstd would shrink both
+    row = {"sample_id": "a", "images": [image], "references": [text], "pdq_hashes": [], "split": "train"}
+    schema = pa.schema([tables.SAMPLE.field(name) for name in row])
+    files.write_table(tmp_path / "a.parquet", [pa.Table.from_pylist([row], schema=schema)], schema)
+    data = (tmp_path / "a.parquet").read_bytes()
+    assert image in data
+    assert text.encode() not in data
+    assert files.read_table(tmp_path / "a.parquet").to_pylist() == [row]
 
 
 def test_of_row_groups_without_a_wanted_sample_only_ids_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
