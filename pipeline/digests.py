@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,7 @@ def annotation_digest(annotation: dict[str, Any]) -> str:
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
-        return open_file_digest(file)
-
-
-def open_file_digest(file: BufferedReader) -> str:
-    """Return the sha256 of what is left to read of an open file."""
-    return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_to_unit(*parts: object) -> float:

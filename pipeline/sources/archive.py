@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest, open_file_digest
+from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import APPLE_DOUBLE
 from pipeline.images.metadata import is_exif_name
@@ -27,9 +27,10 @@ from pipeline.sources.archive_entries import REASONS, Entry, is_text, read_entri
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import SPLIT, decode_text, read_question, read_split, read_texts
 from pipeline.sources.columns import stored_split
+from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES
 from pipeline.sources.parquet import split_of_path
-from pipeline.storage.untrusted import UnsafeFileError, open_regular
+from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -197,8 +198,9 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
     with translate():
         contents = []
         for name, file_path in path_of.items():
-            with open_regular(file_path, bound) as file:
-                contents += [[name, open_file_digest(file)]] if is_whole else []
+            require_regular(file_path, bound)
+            if is_whole:
+                contents.append([name, digest_of_file(file_path, partial(open_regular, file_path, bound))])
     return Archives([*path_of], digest(contents) if is_whole else "", open_local, translate, is_local=True)
 
 

@@ -14,14 +14,15 @@ import pyarrow as pa
 
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest, open_file_digest
+from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import read_question
+from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
-from pipeline.storage.untrusted import UnsafeFileError, open_regular
+from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
@@ -124,8 +125,9 @@ def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fa
     digests = []
     try:
         for name in names:
-            with open_regular(root / name, bound) as file:
-                digests += [[name, open_file_digest(file)]] if part == ALL else []
+            require_regular(root / name, bound)
+            if part == ALL:
+                digests.append([name, digest_of_file(root / name, partial(open_regular, root / name, bound))])
     except UnsafeFileError as error:
         raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
     revision = digest(digests) if part == ALL else ""

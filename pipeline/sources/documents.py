@@ -15,12 +15,13 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
-from pipeline.digests import digest, open_file_digest
+from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import APPLE_DOUBLE
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
 from pipeline.install import install_command
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
+from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.folder import (
     REFUSALS,
     UNREADABLE_FOLDER,
@@ -141,8 +142,7 @@ def _read(
 
 def _digest_of(path: Path, bound: Path | None) -> str:
     try:
-        with open_regular(path, bound) as file:
-            return open_file_digest(file)
+        return digest_of_file(path, partial(open_regular, path, bound))
     except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError
-from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES, image_id
+from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
     MAX_METADATA_BYTES,
@@ -29,7 +30,8 @@ from pipeline.sources.base import (
     refuse_roles,
 )
 from pipeline.sources.captions import QUESTION, describe_unknown, match_images, most_held_out, read_captions, read_question
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, read_regular
+from pipeline.sources.file_digests import digest_of_file
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
@@ -112,7 +114,7 @@ def open_folder(
     contents = (
         [
             name,
-            digest_of_file(row, bound),
+            digest_of_image(row, bound),
             references.captions.get(row, ()),
             *([contexts[row]] if contexts else []),
             *_more(references, row),
@@ -325,10 +327,10 @@ def row_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 
 
-def digest_of_file(path: Path, bound: Path | None) -> str:
+def digest_of_image(path: Path, bound: Path | None) -> str:
     """Return the sha256 of an image file, or that it cannot be read."""
     try:
-        return image_id(read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES))
+        return digest_of_file(path, partial(open_regular, path, bound, MAX_IMAGE_BYTES))
     except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
 

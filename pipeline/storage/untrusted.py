@@ -71,6 +71,6 @@ def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> byt
     return data
 
 
-def require_regular(path: Path, root: Path) -> None:
+def require_regular(path: Path, root: Path | None) -> None:
     """Raise UnsafeFileError unless a path is a regular file below `root`."""
     open_regular(path, root).close()

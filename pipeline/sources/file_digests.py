@@ -1,0 +1,104 @@
+"""Digests of the files of a source, from which its revision follows.
+
+Photos and archives may be hundreds of gigabytes. A file is not read again for its digest while it lies at the same place of the
+disk, with the same size and times: among them the time of its last change (ctime), which the system sets whatever a program
+says. Of a file that has changed within FRESH_NS this is not known: it may change again at the same time.
+"""
+
+import hashlib
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.errors import SynthError
+from pipeline.progress import NullProgress, Progress
+from pipeline.storage.files import atomic_write, read_file
+
+FRESH_NS = 2_000_000_000  # the coarsest clock of a file system in use, that of FAT
+MAX_BYTES = 4_000_000_000
+SMALL_BYTES = 1_000_000  # of a file that is read at once, and would go on in the next run if it grew meanwhile
+T = TypeVar("T", bound="FileDigests | None")
+_MAGIC = b"synth 1\n"
+_STATE = struct.Struct(">QQqqq")  # device, inode, size, and the times of the last write and of the last change
+_RECORD_BYTES = _STATE.size + hashlib.sha256().digest_size
+
+
+@dataclass(slots=True)
+class FileDigests:
+    """The sha256 of files by their state: those that are known, and those that were asked for."""
+
+    known: dict[bytes, bytes] = field(default_factory=dict)
+    used: dict[bytes, bytes] = field(default_factory=dict)
+    progress: Progress = field(default_factory=NullProgress)
+    count: int = 0
+
+    @classmethod
+    def read(cls, path: Path, progress: Progress) -> "FileDigests":
+        """Return the digests that `save` wrote; none if there is no such file."""
+        try:
+            data = read_file(path, MAX_BYTES)
+        except (OSError, SynthError):
+            data = b""
+        starts = range(len(_MAGIC), len(data), _RECORD_BYTES) if data.startswith(_MAGIC) else range(0)
+        records = (data[start : start + _RECORD_BYTES] for start in starts)
+        return cls({one[: _STATE.size]: one[_STATE.size :] for one in records if len(one) == _RECORD_BYTES}, progress=progress)
+
+    def save(self, path: Path) -> None:
+        """Write the digests that were used, which are those of the files that are there."""
+        if self.used:
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(_MAGIC + b"".join(sorted(state + sha256 for state, sha256 in self.used.items())))
+
+    def digest(self, path: Path, opened: Callable[[], BufferedReader]) -> str:
+        """Return the sha256 of a file, which is opened only if it is not known. Raises what `opened` raises."""
+        self.count += 1
+        self.progress("files of the source", self.count, None)
+        state = _state_of(path.stat()) if self.known else b""
+        if (sha256 := self.known.get(state)) is None:
+            with opened() as file:
+                state, now_ns = _state_of(os.fstat(file.fileno())), time.time_ns()
+                sha256 = _sha256(file)
+                after = os.fstat(file.fileno())
+            if _state_of(after) != state or max(after.st_mtime_ns, after.st_ctime_ns) > now_ns - FRESH_NS:
+                return sha256.hex()
+        self.used[state] = sha256
+        return sha256.hex()
+
+
+_current: ContextVar[FileDigests | None] = ContextVar("file_digests")
+
+
+@contextmanager
+def using(digests: T) -> Iterator[T]:
+    """Take the digests of files from these, and add to them, while a source is opened.
+
+    With None, no file is read for one: digests and the revision of the source say nothing, to a command that needs neither.
+    """
+    token = _current.set(digests)
+    try:
+        yield digests
+    finally:
+        _current.reset(token)
+
+
+def digest_of_file(path: Path, opened: Callable[[], BufferedReader]) -> str:
+    """Return the sha256 of a file of a source, which `opened` opens. Raises what it raises, or OSError."""
+    digests = _current.get(FileDigests())
+    return "" if digests is None else digests.digest(path, opened)
+
+
+def _state_of(status: os.stat_result) -> bytes:
+    return _STATE.pack(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _sha256(file: BufferedReader) -> bytes:
+    if os.fstat(file.fileno()).st_size > SMALL_BYTES:
+        return hashlib.file_digest(file, "sha256").digest()
+    return hashlib.sha256(file.read(SMALL_BYTES)).digest()  # half of the time for a photo
