@@ -31,6 +31,7 @@ MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table
 MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
 MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten
+_JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 BAND_PX = 512  # rows that are laid over white at once
 HASH_SIDE_PX = 64
@@ -60,8 +61,11 @@ class ImageInfo:
 
 def check_image(data: bytes) -> ImageInfo:
     """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
-    image, (width_px, height_px) = _decode(data, for_hash=True)
-    return ImageInfo(width_px, height_px, pdq_hash(image))
+    image, (width_px, height_px) = _decode_for_hash(data)
+    found = pdq_hash(image)
+    if not found and image.mode == "L":  # its detail may be in its colors
+        found = pdq_hash(_decode(data)[0])
+    return ImageInfo(width_px, height_px, found)
 
 
 def pdq_hash(image: Image.Image) -> bytes:
@@ -82,31 +86,46 @@ def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Im
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
-def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an image, upright in RGB over white, and its size.
-
-    With `for_hash`, of a JPEG the luma alone is decoded, which it holds by itself and which is all that PDQ looks at. The sides
-    of a large one are halved up to three times while both keep MIN_HASHED_SIDE_PX. Still all of the file is parsed, and what is
-    damaged is found.
-    """
-    with open_image(data) as image:
-        size_px, upright_px = image.size, _upright_size(image)
-        if for_hash:
-            image.draft("L", (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
-        is_reduced = image.size != size_px
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
-        is_luma = for_hash and image.format == "JPEG" and image.mode == "L"
-        upright = image if is_luma else _over_white(image)
-        return upright, upright_px if is_reduced else upright.size
-
-
 def decode_for_hash(data: bytes) -> Image.Image:
     """Return an image to hash, upright: the luma of a JPEG, which is reduced if it is large, or RGB over white.
 
     Raise ImageError as `check_image` does.
     """
-    return _decode(data, for_hash=True)[0]
+    return _decode_for_hash(data)[0]
+
+
+def _decode_for_hash(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    try:
+        return _decode(data, for_hash=True)
+    except ImageError:
+        if not data.startswith(_JPEG):
+            raise
+        return _decode(data)  # a lossless JPEG cannot be decoded as luma; what is damaged is refused again
+
+
+def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an image, upright in RGB over white, and its size.
+
+    With `for_hash`, the colors of a JPEG are parsed and not decoded: PDQ looks at the luma alone. The sides of a large one are
+    halved up to three times while both keep MIN_HASHED_SIDE_PX. Still what is damaged is found, since all is parsed.
+    """
+    with open_image(data) as image:
+        size_px, upright_px = image.size, _upright_size(image)
+        if for_hash:
+            image.draft("L" if _has_usual_sampling(image) else None, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
+        is_reduced = image.size != size_px
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
+        is_luma = for_hash and image.format in _JPEG_FORMATS and image.mode == "L"
+        upright = image if is_luma else _over_white(image)
+        return upright, upright_px if is_reduced else upright.size
+
+
+def _has_usual_sampling(image: Image.Image) -> bool:
+    """Return whether the sides of a JPEG's colors are whole fractions of those of its luma: others libjpeg cannot enlarge."""
+    layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # number, rows, columns, and table of each
+    rows, columns = ([layer[side] for layer in layers] for side in (1, 2))
+    return all(max(of_side) % one == 0 for of_side in (rows, columns) for one in of_side)
 
 
 def prepare_opened(image: Image.Image) -> Image.Image:
@@ -148,7 +167,7 @@ def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_size(image)
-                if is_decoded and image.format == "JPEG" and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
+                if is_decoded and image.format in _JPEG_FORMATS and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
                     raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
                 if image.mode in ("I", "F"):
                     raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")

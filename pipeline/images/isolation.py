@@ -2,7 +2,8 @@
 
 A decoder is the likeliest part of all to be attacked by a file: a worker has no keys in its environment, cannot write data to a
 file, and is killed when an image takes more than MEMORY_BYTES or CPU_SECONDS. The image is then the only thing that is lost. It
-is no sandbox: a worker runs as the user, and images that it has accepted are decoded in process later.
+is no sandbox: a worker runs as the user, and may say anything of images that it was given together; and images that it has
+accepted are decoded in process later.
 """
 
 import atexit
@@ -35,7 +36,7 @@ WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a 
 TICK_SECONDS = 0.5  # between looks at how long workers take
 # Waking a worker for each small image takes a fifth of the time of decoding it: those that come at once go to it together.
 BATCH_IMAGES, BATCH_BYTES, BATCH_SECONDS = 16, 1_000_000, 0.005
-FLUSH_SECONDS = 0.02  # an answer waits no longer for those of the images after it
+FLUSH_SECONDS = 0.02  # answers wait so long for those to the images after them, which may end the worker
 MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -62,8 +63,8 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = (
     """Check the images of each job in worker processes; yield the jobs in order, with their images or why they are unusable.
 
     `exif` names fields to read of each image (metadata.read_exif). As many batches of jobs are read ahead as there are workers.
-    The first is of one image, and each of twice as many, as far as they come at once. An error of `jobs` is raised after the
-    jobs before it. Raise SourceError if no worker can be started.
+    They are of one image until the first is done, and then each is of twice as many, up to BATCH_IMAGES, as far as these come
+    at once. An error of `jobs` is raised after the jobs before it. Raise SourceError if no worker can be started.
     """
     pool = _pool()
     waiting: deque[tuple[list[T], Future[list[Result]], int]] = deque()
@@ -85,7 +86,6 @@ def _in_order(
     while True:
         while error is None and len(waiting) <= pool.size and waiting_bytes <= AHEAD_BYTES:
             keys, batch, error = _next_batch(jobs, batch_images)
-            batch_images = min(2 * batch_images, BATCH_IMAGES)
             if batch:
                 size = sum(len(image) for images in batch for image in images)
                 waiting.append((keys, pool.submit(batch, exif), size))
@@ -95,6 +95,7 @@ def _in_order(
         keys, future, size = waiting.popleft()
         waiting_bytes -= size
         yield from zip(keys, future.result(), strict=True)
+        batch_images = min(2 * batch_images, BATCH_IMAGES)
     if error is not None and not isinstance(error, StopIteration):
         raise error
 
@@ -102,7 +103,7 @@ def _in_order(
 def _next_batch(
     jobs: Iterator[tuple[T, Sequence[bytes]]], most_images: int
 ) -> tuple[list[T], list[tuple[bytes, ...]], Exception | None]:
-    """Return the keys and images of jobs that come at once, one job at least, and what ended the jobs, if they ended."""
+    """Return the keys and images of jobs that come at once, of one if there is one, and what ended the jobs, if they ended."""
     keys: list[T] = []
     batch: list[tuple[bytes, ...]] = []
     images = size = 0

@@ -33,14 +33,12 @@ PART_ROWS = 1 << 16  # that the tables of a round work on at once
 DENSE_STEPS = 6  # neighbors in a table that are compared for all rows at once: few rows have more of equal keys
 ALL_PAIRS_ROWS = 256  # a part of so few rows is compared each with each
 EXPECTED = 0.5  # tables of a round that find a pair which the round has not parted; more of them find the same pairs again
+MET_PAIRS = 4 * PART_ROWS  # in memory, before those that are near are told from the others
 LOOKED_AT = 0.99  # of near pairs that meet in a table, by a quarter of their bits, and then by a half
 MERGED_PAIRS = 4_000_000  # in memory, before those that were found in several tables are merged
 
 # Odd numbers that spread the bits of a word over the upper half of its product (multiply-shift hashing, Dietzfelbinger 1996).
 FACTORS = (np.random.default_rng(0).integers(0, 1 << 63, WORDS, dtype=np.uint64) << np.uint64(1)) | np.uint64(1)
-
-# Sixteen bits of each word, a fourth of a hash: of each word another four columns of the cosine transform, all of its rows.
-QUARTERS = [np.uint64(0x1111_1111_1111_1111 << column) for column in range(4)]
 
 Words = npt.NDArray[np.uint64]  # [N]: pairs of rows as (row << 32 | later row), or keys
 Rows = npt.NDArray[np.int64]
@@ -131,7 +129,11 @@ def find_in_round(hashes: Hashes, plan: Plan, max_bits: int, number: int, *, mir
     masks = _masks(order[: plan.round_bits])
     others = order[plan.round_bits :]
     tables = [_masks(rng.permutation(others)[: plan.table_bits].tolist()) for _ in range(plan.tables)]
-    quarters = QUARTERS[number % 4 :] + QUARTERS[: number % 4]
+    sixteens = rng.permutation(WORD_BITS).reshape(4, -1)  # bits of a word, which make up a quarter with others of other words
+    quarters = [
+        _masks([word * WORD_BITS + bit for word in range(WORDS) for bit in sixteens[(word + turn) % 4].tolist()])
+        for turn in (0, 1)
+    ]
 
     def unmirrored(rows: Rows | slice) -> Hashes:
         return hashes[rows] ^ flips[rows, None] if mirrored else hashes[rows]
@@ -165,7 +167,7 @@ def _keys(columns: Hashes, masks: Sequence[np.uint64]) -> Words:
 def _near_in_part(
     part: Hashes,
     tables: Sequence[Sequence[np.uint64]],
-    quarters: Sequence[np.uint64],
+    quarters: Sequence[Sequence[np.uint64]],
     plan: Plan,
     max_bits: int,
     *,
@@ -181,26 +183,35 @@ def _near_in_part(
         yield first[is_near], second[is_near]
         return
     columns = np.ascontiguousarray(part.T)
-    quarter = _union(columns, quarters)
-    other_quarter = _union(columns, [*quarters[2:], *quarters[:2]])
+    quarter, other_quarter = (_union(columns, masks) for masks in quarters)
     row_bits = np.uint64((count - 1).bit_length())
     numbers = np.arange(count, dtype=np.uint64)
     met: list[Rows] = []
+
+    def near_of_met() -> Iterator[tuple[Rows, Rows]]:
+        pairs = np.concatenate(met, axis=1)
+        met.clear()
+        for start in range(0, pairs.shape[1], PART_ROWS):
+            first, second = pairs[:, start : start + PART_ROWS]
+            apart = np.bitwise_count(quarter.take(first) ^ quarter.take(second))
+            apart += np.bitwise_count(other_quarter.take(first) ^ other_quarter.take(second))
+            may_be_near = np.flatnonzero(apart <= plan.half_bits)
+            first, second = first.take(may_be_near), second.take(may_be_near)
+            is_near = row_distances(part.take(first, axis=0), part.take(second, axis=0), mirrored=mirrored) <= max_bits
+            yield first[is_near], second[is_near]
+
     for masks in tables:
         keys = _keys(columns, masks) << row_bits | numbers
         keys.sort()
         rows = (keys & (np.uint64(1) << row_bits) - np.uint64(1)).astype(np.int64)
         keys >>= row_bits
         met.append(rows.take(_near_in_order(keys, quarter.take(rows), plan.quarter_bits)))
+        if sum(pairs.shape[1] for pairs in met) > MET_PAIRS:  # in a crowd, all are near each other
+            yield from near_of_met()
         if np.any(keys[MAX_MEETINGS + 1 :] == keys[: -MAX_MEETINGS - 1]):
             yield from _near_heads(part.take(rows, axis=0), keys, rows, max_bits, mirrored=mirrored)
-    first, second = np.concatenate(met, axis=1)
-    apart = np.bitwise_count(quarter.take(first) ^ quarter.take(second))
-    apart += np.bitwise_count(other_quarter.take(first) ^ other_quarter.take(second))
-    may_be_near = np.flatnonzero(apart <= plan.half_bits)
-    first, second = first.take(may_be_near), second.take(may_be_near)
-    is_near = row_distances(part.take(first, axis=0), part.take(second, axis=0), mirrored=mirrored) <= max_bits
-    yield first[is_near], second[is_near]
+    if met:
+        yield from near_of_met()
 
 
 def _union(columns: Hashes, masks: Sequence[np.uint64]) -> Words:

@@ -129,9 +129,8 @@ def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> No
 def writer_options(schema: pa.Schema) -> dict[str, Any]:
     """Return the Parquet options of the columns: all but pixels are compressed, and have dictionaries and statistics."""
     leaves = [path for field in schema for path in _leaves(field.name, field.type)]
-    texts = [
-        path for path in leaves if path.split(".")[0] not in (*PIXELS, "images")
-    ]  # the last between stages, and in exports
+    pixels = (*PIXELS, "images")  # the columns of a version, and the one of stages and exports
+    texts = [path for path in leaves if path.split(".")[0] not in pixels]
     return {
         "compression": {path: "zstd" if path in texts else "none" for path in leaves},
         "use_dictionary": texts,
@@ -144,6 +143,9 @@ def _leaves(path: str, kind: pa.DataType) -> list[str]:
     """Return the names that Parquet gives to the columns of a nested type."""
     if pa.types.is_struct(kind):
         return [leaf for n in range(kind.num_fields) for leaf in _leaves(f"{path}.{kind.field(n).name}", kind.field(n).type)]
+    if pa.types.is_map(kind):
+        key, value = f"{path}.key_value.key", f"{path}.key_value.value"
+        return [*_leaves(key, kind.key_type), *_leaves(value, kind.item_type)]
     return _leaves(f"{path}.list.element", kind.value_type) if pa.types.is_list(kind) else [path]
 
 

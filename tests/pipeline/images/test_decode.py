@@ -1,5 +1,6 @@
 """Image decoding: valid images become upright RGB; unreadable or oversized ones are refused with a reason."""
 
+import base64
 import contextlib
 import io
 import random
@@ -12,7 +13,16 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.images import decode
-from pipeline.images.decode import BAND_PX, check_image, decode_for_hash, image_id, pdq_hash, prepare_image, upright_size
+from pipeline.images.decode import (
+    BAND_PX,
+    MAX_SCANS,
+    check_image,
+    decode_for_hash,
+    image_id,
+    pdq_hash,
+    prepare_image,
+    upright_size,
+)
 from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
 
@@ -185,12 +195,56 @@ def test_colors_are_not_decoded_for_a_hash(monkeypatch: pytest.MonkeyPatch) -> N
 
     def hash_of(image: Image.Image) -> bytes:
         seen.append(image.mode)
-        return b""
+        return b"some"
 
     monkeypatch.setattr(decode, "pdq_hash", hash_of)
     check_image(encoded(photo(3), "JPEG"))
     check_image(encoded(photo(3), "PNG"))
     assert seen == ["L", "RGB"]
+
+
+def test_a_jpeg_whose_detail_is_in_its_colors_has_a_hash() -> None:
+    blue, red = (photo(number).convert("L") for number in (3, 5))
+    flat = Image.merge("YCbCr", [Image.new("L", blue.size, 20), blue, red])
+    assert check_image(encoded(flat, "JPEG", quality=95, subsampling=0)).pdq_hash
+    assert not check_image(encoded(Image.new("RGB", (80, 60), "red"), "JPEG")).pdq_hash
+
+
+@pytest.mark.parametrize("sampling", [(0x31, 0x21, 0x11), (0x13, 0x12, 0x11)], ids=["in a row", "in a column"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_a_jpeg_whose_colors_cannot_be_enlarged_is_refused_though_its_luma_can_be_decoded(
+    sampling: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    data = bytearray(encoded(photo(3).resize((96, 72)), "JPEG", subsampling=0, **options))
+    frame = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+    for component, of_component in enumerate(sampling):
+        data[frame + 11 + 3 * component] = of_component
+    for look in (check_image, prepare_image):
+        with pytest.raises(ImageError):
+            look(bytes(data))
+
+
+def test_a_lossless_jpeg_is_decoded_in_full() -> None:
+    lossless = (
+        "/9j/7gAOQWRvYmUAZAAAAAAA/8MAEQgABAAEA1IRAEcRAEIRAP/EABUAAQEAAAAAAAAAAAAAAAAAAAAH/9oADANSAEcAQgABAAACkUikAAAAAAAD/9k="
+    )
+    info = check_image(base64.b64decode(lossless))
+    assert (info.width_px, info.height_px) == (4, 4)
+
+
+def test_scans_of_an_mpo_are_counted_as_well() -> None:
+    jpeg = encoded(photo(3), "JPEG", progressive=True)
+    last_scan = jpeg[jpeg.rfind(b"\xff\xda") : -2]
+    many = jpeg[:-2] + last_scan * MAX_SCANS + jpeg[-2:]
+    mpo = encoded(photo(3), "MPO", save_all=True, append_images=[photo(4)])
+    start = mpo.find(b"\xff\xe2")
+    index = mpo[start : start + 2 + int.from_bytes(mpo[start + 2 : start + 4])]
+    for data, kind in ((many, "JPEG"), (many[:2] + index + many[2:], "MPO")):
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.format == kind
+        with pytest.raises(ImageError) as caught:
+            check_image(data)
+        assert caught.value.reason == "too_many_scans"
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9, 0.999])

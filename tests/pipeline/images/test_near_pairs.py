@@ -98,6 +98,22 @@ def test_few_hashes_have_few_pairs(count: int) -> None:
     assert as_list(find_near_pairs(hashes, 70, 64, mirrored=True)) == ([(0, 1, 0)] if count == 2 else [])
 
 
+def test_in_a_crowd_pairs_are_told_apart_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    crowd = changed(np.repeat(random_hashes(1, 7), 800, axis=0), 20)
+    at_once = as_list(find_near_pairs(crowd, 70, 64, mirrored=True))
+    monkeypatch.setattr(near_pairs, "MET_PAIRS", 1000)
+    held: list[int] = []
+    concatenate = np.concatenate
+
+    def counted(parts: Any, **options: Any) -> Any:
+        held.append(sum(np.size(part) for part in parts) if options else 0)
+        return concatenate(parts, **options)
+
+    monkeypatch.setattr(np, "concatenate", counted)
+    assert as_list(find_near_pairs(crowd, 70, 64, mirrored=True)) == at_once
+    assert 0 < max(held) <= 2 * (1000 + 800 * near_pairs.MAX_MEETINGS)  # those of one table, beyond those that are held
+
+
 def test_pairs_found_in_many_rounds_are_merged_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_pairs, "MERGED_PAIRS", 50)
     merged: list[int] = []

@@ -44,6 +44,15 @@ def test_between_stages_texts_are_compressed_and_pixels_lie_as_they_are(tmp_path
     assert files.read_table(tmp_path / "a.parquet").to_pylist() == [row]
 
 
+@pytest.mark.parametrize("name", [name for name, value in vars(tables).items() if isinstance(value, pa.Schema)])
+def test_each_column_of_a_table_is_written_as_it_is_said(name: str, tmp_path: Path) -> None:
+    schema = getattr(tables, name)
+    files.write_table(tmp_path / "a.parquet", [schema.empty_table()], schema)
+    metadata = pq.read_metadata(tmp_path / "a.parquet")
+    written = {metadata.schema.column(n).path for n in range(metadata.num_columns)}
+    assert set(files.writer_options(schema)["compression"]) == written
+
+
 def test_of_row_groups_without_a_wanted_sample_only_ids_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pa.table({"sample_id": [f"s{number}" for number in range(20)], "text": [str(number) for number in range(20)]})
     pq.write_table(rows, tmp_path / "a.parquet", row_group_size=4)
