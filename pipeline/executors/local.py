@@ -19,7 +19,7 @@ from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source
 from pipeline.stages.base import RunPlan, Services, Stage, step_order
 from pipeline.stages.finished import FinishedStages
-from pipeline.stages.generate import generate_annotations
+from pipeline.stages.generate import ask_about_shard, write_annotations
 from pipeline.stages.source_reader import SourceReader
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_batches, read_json, write_json
@@ -94,11 +94,14 @@ def run_locally(
             has_more = reader is not None and reader.read(limit)
             if reader is not None and config.rows is None:
                 reader.finish()
+            finished = FinishedStages(plan)
             if asks:
                 import_shard_replies(dataset)
-                generate_annotations(dataset, plan, services)
+                ask_about_shard(dataset, plan, services)
+                if not finished.has_annotations():
+                    write_annotations(dataset, plan)
+                    finished.add_annotations()
                 write_json(dataset.provenance("generate"), {"name": public_name(choose().model), "revision": revision})
-            finished = FinishedStages(plan)
             judge_rows(dataset, todo, before, plan, services, finished)
             if config.rows is None:
                 stack.close()  # what follows needs the memory, and no model

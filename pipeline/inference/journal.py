@@ -130,6 +130,14 @@ class Journal:
             with self._db:
                 self._db.executemany(_KEEP, (_require_intact(path, row) for row in rows))
 
+    def digest(self) -> str:
+        """Return a digest of all replies, by their checksums."""
+        found = hashlib.sha256()
+        of_reply = "request_id, attempt, COALESCE(checksum, finish_reason || text)"  # an earlier release kept no checksum
+        for row in self._db.execute(f"SELECT {of_reply} FROM replies ORDER BY request_id, attempt"):  # noqa: S608
+            found.update(repr(row).encode("utf-8", "surrogateescape"))
+        return found.hexdigest()
+
     def totals(self) -> dict[str, int]:
         """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""
         (sent,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()

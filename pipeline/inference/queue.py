@@ -87,7 +87,10 @@ class RequestQueue:
     def has_work(self) -> bool:
         """Return whether a request must be sent; reads no further than the next chunk that has one."""
         while not self._new and not self._retries and (chunk := next(self._chunks, None)) is not None:
-            for request in chunk:
+            distinct = {request.id: request for request in chunk}  # a user's prompt may be the same for two styles
+            self._counts.total += len(chunk) - len(distinct)
+            self._counts.done += len(chunk) - len(distinct)
+            for request in distinct.values():
                 assert request.id not in self._open, f"{request.sample_id} is there twice"
                 self._enqueue(request)
         return bool(self._new or self._retries)

@@ -12,14 +12,17 @@ from typing import Any
 from pipeline.dataset.version import Version
 from pipeline.digests import digest, file_digest
 from pipeline.errors import SynthError
+from pipeline.inference.journal import Journal
 from pipeline.install import ROOT, installed_version, needed_packages
 from pipeline.stages.base import RunPlan, Stage, stage_input
 from pipeline.storage.files import read_json, write_json
+from pipeline.tasks import find_task
+from pipeline.tasks.prompts import prompt_texts
 
 FINISHED_FILE = "finished.json"
 OUTPUTS = ("kept", "rejected")
 CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # the folders of what stages run, and the files there
-VERSION = "version"
+GENERATE, VERSION = "generate", "version"
 
 
 class FinishedStages:
@@ -40,6 +43,15 @@ class FinishedStages:
         """Write down that a stage has written its files."""
         write_json(self._path(stage.name), self._describe(stage, before))
 
+    def has_annotations(self) -> bool:
+        """Return whether the annotations are those that the journal would give; of a user's own tasks, nobody knows."""
+        found = self._read(GENERATE)
+        return bool(found) and not self.plan.config.own_tasks and found == self._describe_annotations()
+
+    def add_annotations(self) -> None:
+        """Write down that the annotations are those of the journal."""
+        write_json(self._path(GENERATE), self._describe_annotations())
+
     def find_version(self, last: str) -> Version | None:
         """Return the newest version if it was made of what the stage `last` kept and all stages rejected, else None."""
         if not (found := self._read(VERSION)):
@@ -57,6 +69,14 @@ class FinishedStages:
         outputs = {which: digest_of(self.dataset.stage(stage.name, which)) for which in OUTPUTS}
         return {"key": digest([self._of_run, stage.name, own]), "files": outputs}
 
+    def _describe_annotations(self) -> dict[str, Any]:
+        config, generate = self.plan.config, self.plan.config.generate
+        tasks = [find_task(name, config.own_tasks) for name in config.tasks]
+        prompts = prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+        with Journal(self.dataset.journal) as journal:
+            key = digest([self._of_settings, prompts, journal.digest()])
+        return {"key": key, "files": {"kept": digest_of(self.dataset.stage(GENERATE))}}
+
     def _describe_version(self, last: str, version: Version) -> dict[str, Any]:
         rejected = sorted(self.dataset.path.glob("stages/*/rejected.parquet"))
         of_stages = [[path.parent.name, digest_of(path)] for path in rejected if path.parent.name != VERSION]
@@ -65,13 +85,17 @@ class FinishedStages:
 
     @cached_property
     def _of_run(self) -> str:
-        """A digest of what every stage depends on: code, settings, model, and the samples."""
+        """A digest of what every stage after `generate` depends on: that, and where samples and replies came from."""
+        return digest([self._of_settings, *(read_json(self.dataset.provenance(stage)) for stage in ("source", GENERATE))])
+
+    @cached_property
+    def _of_settings(self) -> str:
+        """A digest of code, settings, model, and the samples."""
         dataset, plan = self.dataset, self.plan
         # The file of the samples may have many gigabytes, and a time of its last change to the nanosecond.
         files = [(path.name, path.stat()) for path in sorted(dataset.stage("source").parent.glob("*.parquet"))]
         samples = [[name, state.st_size, state.st_mtime_ns] for name, state in files]
-        made_by = [read_json(dataset.provenance(stage)) for stage in ("source", "generate")]
-        return digest([code_digest(), plan.config.recorded(), plan.revision, plan.image_kind, samples, made_by])
+        return digest([code_digest(), plan.config.recorded(), plan.revision, plan.image_kind, samples])
 
     def _path(self, stage: str) -> Path:
         return self.dataset.stage(stage).with_name(FINISHED_FILE)

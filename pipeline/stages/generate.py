@@ -21,7 +21,13 @@ from pipeline.types import Engine, Sample, SampleInfo, SourceTexts
 
 
 def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -> None:
-    """Ask what the journal of a shard does not hold yet, then write what all replies say (tables.ANNOTATION)."""
+    """Ask what the journal of a shard does not hold yet, then write what all replies say."""
+    ask_about_shard(shard, plan, services)
+    write_annotations(shard, plan)
+
+
+def ask_about_shard(shard: DatasetDir, plan: RunPlan, services: Services) -> None:
+    """Ask a model about the samples of a shard what its journal does not hold yet."""
     samples, _ = require_stage(shard, "source")
     stats, progress = services.stats, services.progress
     texts = read_source_texts(shard, plan.config)
@@ -39,6 +45,12 @@ def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -
                 metrics = engine.metrics() | stats.metrics(plan.config.server)
                 progress("generate", int(stats.done / per_sample), samples, metrics)
         progress("generate", samples, samples)
+
+
+def write_annotations(shard: DatasetDir, plan: RunPlan) -> None:
+    """Write what the replies in the journal of a shard say, and what people wrote (tables.ANNOTATION)."""
+    texts = read_source_texts(shard, plan.config)
+    with Journal(shard.journal) as journal:
         annotations = read_annotations(_sample_infos(shard, plan.config), plan.config, plan.revision, journal, texts)
         write_table(shard.stage("generate"), annotations, ANNOTATION)
 

@@ -1,7 +1,9 @@
 """Stages that an earlier run has finished are left out, and only those."""
 
 import os
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.removal import remove_versions
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.executors.base import RunResult
+from pipeline.inference import requests
 from pipeline.run import generate_dataset, stages_of
 from pipeline.stages import base as stage_base
-from pipeline.stages import finished, version
+from pipeline.stages import finished, generate, version
 from pipeline.stages.base import Stage
 from pipeline.storage.files import read_table, write_json
+from pipeline.tasks import prompts
+from tests.chat.server import Act, ChatServer, running_chat
 from tests.pipeline.stages.test_source_reader import photo
 
 CAPTIONS = (
@@ -165,6 +170,81 @@ def test_what_is_not_as_it_was_is_done_again(name: str, photos: Path, tmp_path: 
     assert judged and judged[0] == stage
     assert content(again) == content(first)
     assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
+
+
+def ask(photos: Path, folder: Path, server: ChatServer, **more: Any) -> RunResult:
+    """Have a model write a caption of each photo."""
+    asked: dict[str, Any] = {"tasks": ("caption",), "human_texts": "compare", "base_url": [server.url], "model": "model"}
+    return generate_dataset(settings(photos, **asked | more), folder)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list of the folders whose annotations are written from now on."""
+    folders: list[Path] = []
+
+    def write(dataset: DatasetDir, plan: Any) -> None:
+        folders.append(dataset.path)
+        generate.write_annotations(dataset, plan)
+
+    monkeypatch.setattr("pipeline.executors.local.write_annotations", write)
+    return folders
+
+
+def change_reply(dataset: DatasetDir, value: str) -> None:
+    """Change a reply as an earlier release would have stored it: without a checksum."""
+    with closing(sqlite3.connect(dataset.journal)) as db, db:
+        db.execute(f"UPDATE replies SET {value}, checksum = NULL WHERE request_id = (SELECT MIN(request_id) FROM replies)")
+
+
+CHANGES_OF_REPLIES: dict[str, Callable[[DatasetDir], object]] = {
+    "another text": lambda dataset: change_reply(
+        dataset, """text = '{"caption": "Nobody is on the long, grey beach today."}'"""
+    ),
+    "a reply that was cut": lambda dataset: change_reply(dataset, "finish_reason = 'length', flaw = 'cut_short', attempt = 99"),
+    "damaged annotations": lambda dataset: damage(dataset.stage("generate")),
+    "annotations that are gone": lambda dataset: dataset.stage("generate").unlink(),
+    "no record": lambda dataset: dataset.stage("generate").with_name("finished.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_OF_REPLIES)
+def test_annotations_are_written_again_only_if_a_reply_or_their_file_has_changed(
+    name: str, photos: Path, tmp_path: Path, written: list[Path]
+) -> None:
+    with running_chat(ChatServer()) as server:
+        first = ask(photos, tmp_path / "d", server)
+        assert content(ask(photos, tmp_path / "d", server)) == content(first)
+        assert len(written) == 1
+        CHANGES_OF_REPLIES[name](DatasetDir(tmp_path / "d"))
+        ask(photos, tmp_path / "d", server)
+        assert len(written) == 2
+        ask(photos, tmp_path / "d", server)
+        assert len(written) == 2
+
+
+def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_path: Path, written: list[Path]) -> None:
+    prompt = tmp_path / "prompts" / "caption" / "v1.j2"
+    prompt.parent.mkdir(parents=True)
+    found = []
+    with running_chat(ChatServer()) as server:
+        for text in ("Write a caption.", "Write another caption.", "Write a caption."):
+            prompt.write_text(f'{text} Reply as {{"caption": "..."}}.\nTask: caption\n')
+            for remembered in (*vars(prompts).values(), *vars(requests).values()):
+                if hasattr(remembered, "cache_clear"):
+                    remembered.cache_clear()  # as in a new process
+            ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1]), "prompt_version": 1})
+            found.append(set(read_table(DatasetDir(tmp_path / "d").stage("generate"), ["prompt_id"])["prompt_id"].to_pylist()))
+    assert len(written) == 3  # all replies to the third were there, and those to the second were written
+    assert found[0] == found[2] != found[1]
+
+
+def test_annotations_of_own_tasks_are_read_each_time(photos: Path, tmp_path: Path, written: list[Path]) -> None:
+    task = {"name": "mood", "kind": "caption", "prompt": "Say what the mood is."}
+    with running_chat(ChatServer(lambda *_: Act('{"caption": "It is a calm and quiet morning."}'))) as server:
+        for _ in range(2):
+            ask(photos, tmp_path / "d", server, tasks=("mood",), own_tasks=[task])
+    assert len(written) == 2
 
 
 def test_other_settings_judge_every_row_again(photos: Path, tmp_path: Path, judged: list[str]) -> None:
