@@ -41,9 +41,9 @@ def main() -> None:
     images = [path.read_bytes() for path in paths]
     images = images * max(1, 400 // len(images))
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    in_workers(images[:8])
-    results: dict[str, list[tuple[float, float]]] = {"in workers": [], "one worker": [], "in process": []}
     pool = isolation._pool()
+    in_workers(images[: 2 * pool.size])
+    results: dict[str, list[tuple[float, float]]] = {"in workers": [], "one worker": [], "in process": []}
     for _ in range(rounds):
         for name, run in (("in workers", in_workers), ("one worker", in_workers), ("in process", in_process)):
             pids = [worker._process.pid for worker in pool._workers if worker.is_alive()]

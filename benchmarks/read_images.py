@@ -73,10 +73,13 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        photos = sorted(arguments.photos.rglob("*.jpg")) if arguments.photos else []
-        for number in range(arguments.images) if photos else ():
-            shutil.copy(photos[number % len(photos)], folder / f"{number:05d}.jpg")
-        if not photos:
+        if arguments.photos:
+            photos = sorted(path for path in arguments.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+            if not photos:
+                raise SystemExit(f"no JPEG in {arguments.photos}")
+            for number in range(arguments.images):
+                shutil.copy(photos[number % len(photos)], folder / f"{number:05d}.jpg")
+        else:
             make(folder, arguments.images)
         for _ in range(arguments.rounds):
             for name, step in steps.items():

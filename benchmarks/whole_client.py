@@ -39,10 +39,12 @@ def run(checkout: Path, images: Path, url: str, out: Path) -> float:
         "--out",
         str(out),
     ]
-    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
+    log = out.with_suffix(".log")
+    with log.open("w") as printed:
+        process = subprocess.Popen(command, cwd=checkout, stdout=printed, stderr=printed)
+        _, status, used = os.wait4(process.pid, 0)
     if status or not list(out.glob("versions/v*/manifest.json")):
-        raise SystemExit(f"no version: {' '.join(command)}")
+        raise SystemExit(f"no version: {' '.join(command)}\n{log.read_text()[-2000:]}")
     return used.ru_utime + used.ru_stime
 
 
@@ -61,7 +63,7 @@ def main() -> None:
     checkouts = {"this checkout": HERE.parent} | ({str(options.peer): options.peer.resolve()} if options.peer else {})
     costs_ms: dict[str, list[float]] = {name: [] for name in checkouts}
     try:
-        while True:
+        while mock.poll() is None:
             try:
                 urllib.request.urlopen(f"{url}/health")
                 break

@@ -23,7 +23,7 @@ from pipeline.storage.files import atomic_write, read_file
 
 FRESH_NS = 2_000_000_000  # the coarsest clock of a file system in use, that of FAT
 MAX_BYTES = 4_000_000_000
-SMALL_BYTES = 1_000_000  # of a file that is read at once, and would go on in the next run if it grew meanwhile
+SMALL_BYTES = 1_000_000  # of a file that is read at once
 T = TypeVar("T", bound="FileDigests | None")
 _MAGIC = b"synth 1\n"
 _STATE = struct.Struct(">QQqqq")  # device, inode, size, and the times of the last write and of the last change
