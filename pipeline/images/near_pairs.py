@@ -129,11 +129,7 @@ def find_in_round(hashes: Hashes, plan: Plan, max_bits: int, number: int, *, mir
     masks = _masks(order[: plan.round_bits])
     others = order[plan.round_bits :]
     tables = [_masks(rng.permutation(others)[: plan.table_bits].tolist()) for _ in range(plan.tables)]
-    sixteens = rng.permutation(WORD_BITS).reshape(4, -1)  # bits of a word, which make up a quarter with others of other words
-    quarters = [
-        _masks([word * WORD_BITS + bit for word in range(WORDS) for bit in sixteens[(word + turn) % 4].tolist()])
-        for turn in (0, 1)
-    ]
+    quarters = _two_quarters(rng)
 
     def unmirrored(rows: Rows | slice) -> Hashes:
         return hashes[rows] ^ flips[rows, None] if mirrored else hashes[rows]
@@ -154,6 +150,15 @@ def find_in_round(hashes: Hashes, plan: Plan, max_bits: int, number: int, *, mir
 def _masks(bits: Sequence[int]) -> list[np.uint64]:
     """Return a mask of each word of a hash, with these of the 256 bits."""
     return [np.uint64(sum(1 << bit % WORD_BITS for bit in bits if bit // WORD_BITS == word)) for word in range(WORDS)]
+
+
+def _two_quarters(rng: np.random.Generator) -> list[list[np.uint64]]:
+    """Return masks of two quarters of the bits of a hash: sixteen of each word, and no bit in both."""
+    sixteens = rng.permutation(WORD_BITS).reshape(4, -1)
+    return [
+        _masks([word * WORD_BITS + bit for word in range(WORDS) for bit in sixteens[(word + turn) % 4].tolist()])
+        for turn in (0, 1)
+    ]
 
 
 def _keys(columns: Hashes, masks: Sequence[np.uint64]) -> Words:

@@ -63,10 +63,10 @@ class FileDigests:
         state = _state_of(path.stat()) if self.known else b""
         if (sha256 := self.known.get(state)) is None:
             with opened() as file:
-                state, now_ns = _state_of(os.fstat(file.fileno())), time.time_ns()
-                sha256 = _sha256(file)
-                after = os.fstat(file.fileno())
-            if _state_of(after) != state or max(after.st_mtime_ns, after.st_ctime_ns) > now_ns - FRESH_NS:
+                status = os.fstat(file.fileno())  # a change from now on leads to another state
+                is_fresh = max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - FRESH_NS
+                state, sha256 = _state_of(status), _sha256(file)
+            if is_fresh:
                 return sha256.hex()
         self.used[state] = sha256
         return sha256.hex()

@@ -71,6 +71,13 @@ def test_pairs_in_clusters_are_nearly_all_of_those_of_comparing_each_with_each(s
     assert len(all_pairs - found) <= 2
 
 
+def test_the_parts_of_a_hash_that_are_looked_at_first_are_two_quarters_of_each_word() -> None:
+    first, second = near_pairs._two_quarters(np.random.default_rng(3))
+    for one, other in zip(first, second, strict=True):
+        assert (int(one).bit_count(), int(other).bit_count(), int(one) & int(other)) == (16, 16, 0)
+    assert len({*map(int, first), *map(int, second)}) == 4  # other bits of other words
+
+
 def test_mirrored_images_are_not_near_where_mirroring_matters() -> None:
     hashes = random_hashes(50)
     assert as_list(find_near_pairs(np.concatenate([hashes, hashes ^ MIRRORED_BITS]), 70, 64, mirrored=False)) == []
