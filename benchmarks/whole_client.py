@@ -27,18 +27,8 @@ HERE = Path(__file__).parent
 
 def run(checkout: Path, images: Path, url: str, out: Path) -> float:
     """Make a version of a folder of images; return the CPU seconds that it took."""
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        "generate",
-        "--source",
-        f"folder:{images}",
-        "--base-url",
-        url,
-        "--out",
-        str(out),
-    ]
+    options = ["--source", f"folder:{images}", "--base-url", url, "--out", str(out)]
+    command = [sys.executable, "-m", "pipeline", "generate", *options]
     log = out.with_suffix(".log")
     with log.open("w") as printed:
         process = subprocess.Popen(command, cwd=checkout, stdout=printed, stderr=printed)

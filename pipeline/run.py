@@ -72,8 +72,10 @@ def generate_dataset(
         from pipeline.executors.ray.executor import run_on_cluster
 
         return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
-    with using(FileDigests.read(dataset.source_digests, progress)) as digests:
-        source = open_source(reading_settings(config)) if start == "source" else None
+    digests, source = FileDigests(), None
+    if start == "source":
+        with using(FileDigests.read(dataset.source_digests, progress)) as digests:
+            source = open_source(reading_settings(config))
     for text in source.messages if source else ():
         progress.message(text)
     with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):

@@ -62,10 +62,10 @@ class ImageInfo:
 def check_image(data: bytes) -> ImageInfo:
     """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
     image, (width_px, height_px) = _decode_for_hash(data)
-    found = pdq_hash(image)
-    if not found and image.mode == "L":  # its detail may be in its colors
-        found = pdq_hash(_decode(data)[0])
-    return ImageInfo(width_px, height_px, found)
+    pdq = pdq_hash(image)
+    if not pdq and image.mode == "L":  # its detail may be in its colors
+        pdq = pdq_hash(_decode(data)[0])
+    return ImageInfo(width_px, height_px, pdq)
 
 
 def pdq_hash(image: Image.Image) -> bytes:

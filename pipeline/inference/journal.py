@@ -132,11 +132,11 @@ class Journal:
 
     def digest(self) -> str:
         """Return a digest of all replies, by their checksums."""
-        found = hashlib.sha256()
+        replies = hashlib.sha256()
         of_reply = "request_id, attempt, COALESCE(checksum, finish_reason || text)"  # an earlier release kept no checksum
         for row in self._db.execute(f"SELECT {of_reply} FROM replies ORDER BY request_id, attempt"):  # noqa: S608
-            found.update(repr(row).encode("utf-8", "surrogateescape"))
-        return found.hexdigest()
+            replies.update(repr(row).encode())  # which has escapes for halves of surrogate pairs
+        return replies.hexdigest()
 
     def totals(self) -> dict[str, int]:
         """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""

@@ -51,10 +51,12 @@ class FileDigests:
         return cls({one[: _STATE.size]: one[_STATE.size :] for one in records if len(one) == _RECORD_BYTES}, progress=progress)
 
     def save(self, path: Path) -> None:
-        """Write the digests that were used, which are those of the files that are there."""
+        """Write the digests that were used, which are those of the files that are there, and forget all."""
         if self.used:
             with atomic_write(path) as temporary:
                 temporary.write_bytes(_MAGIC + b"".join(sorted(state + sha256 for state, sha256 in self.used.items())))
+        self.known.clear()  # those of a million files would stay in memory as long as the run
+        self.used.clear()
 
     def digest(self, path: Path, opened: Callable[[], BufferedReader]) -> str:
         """Return the sha256 of a file, which is opened only if it is not known. Raises what `opened` raises."""

@@ -137,6 +137,16 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     assert after["a"] == hashlib.sha256(b"z" * 1000).hexdigest()
 
 
+def test_digests_are_held_no_longer_than_a_source_is_opened(folder: Folder, tmp_path: Path) -> None:
+    folder.digests(tmp_path / "saved")
+    known = FileDigests.read(tmp_path / "saved", NullProgress())
+    with using(known):
+        digest_of_file(folder.path / "a", (folder.path / "a").open("rb").__enter__)
+    known.save(tmp_path / "saved")
+    assert (known.known, known.used) == ({}, {})
+    assert len(FileDigests.read(tmp_path / "saved", NullProgress()).known) == 1
+
+
 def test_files_that_are_gone_are_forgotten(folder: Folder, tmp_path: Path) -> None:
     folder.digests(tmp_path / "saved")
     size = (tmp_path / "saved").stat().st_size
