@@ -21,6 +21,7 @@ from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_json
+from trainer.allocation import keep_freed_memory
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, write_captions
 from trainer.config import TrainConfig
@@ -71,6 +72,8 @@ def train(
     report = progress or NullProgress()
     rank, processes = join_processes()
     device = best_device(rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     sets = {split: read_examples(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)

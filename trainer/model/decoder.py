@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, write
-from trainer.model.packing import pack, visible, weighted_loss
+from trainer.model.packing import pack, visible
+from trainer.model.token_loss import token_loss
 from trainer.tokenizer import TextBatch
 
 
@@ -91,9 +92,8 @@ class ScratchDecoder(nn.Module):
         packed = pack(texts, len(memory_BND)).to(memory_BND.device)
         table = rope_table(packed.positions_BS[:, None], self.head_width)
         states_BSD = self._states(packed.ids_BS, memory_BND, table, visible(packed.segments_BS)[:, None])
-        scores_KV = self.head(packed.learned(states_BSD))  # no logits for other positions
-        weight_K = None if weight_C is None else weight_C.to(scores_KV.device)[packed.text_K]
-        return weighted_loss(scores_KV, packed.labels_K, label_smoothing, weight_K)
+        weight_K = None if weight_C is None else weight_C.to(states_BSD.device)[packed.text_K]
+        return token_loss(packed.learned(states_BSD), self.embedding, packed.labels_K, label_smoothing, weight_K)
 
     def read(self, texts: TextBatch) -> Tensor:
         """Return the state of the last token of each text, without any image: (C, D)."""

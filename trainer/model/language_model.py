@@ -3,8 +3,7 @@
 All texts about an image are packed into one sequence behind a shared prefix: position ids of each text continue from the
 prefix, and the mask lets a token attend to the prefix and its own text only. That is right for attention that obeys such a
 mask, and for nothing else: layers with convolutions or a recurrent state carry words from one text to the next. So before the
-first step two texts are computed packed and apart, and where they differ, each text gets a sequence of its own. Logits are
-computed for target tokens only, and in chunks, since a vocabulary may have 150,000 tokens.
+first step two texts are computed packed and apart, and where they differ, each text gets a sequence of its own.
 
 Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all texts of an image, L = P + S, D width.
 """
@@ -15,19 +14,17 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import config_of, settings_of, silence_transformers
 from trainer.model.lora import add_adapters, is_adapter
-from trainer.model.packing import PackedTexts, pack, visible, weighted_loss
+from trainer.model.packing import PackedTexts, pack, visible
+from trainer.model.token_loss import token_loss
 from trainer.presets import DECODERS
 from trainer.tokenizer import CaptionTokenizer, TextBatch
 
-HEAD_TOKENS = 1024  # whose logits are in memory at once
-KEPT_SCORES = 1 << 25  # logits of a batch (134 MB) up to which they are kept for the gradient, and not computed again
 Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
 PACKED: tuple[Packing, ...] = ("mask", "additive mask")
 PROBE_TOKENS = 6  # of each of two texts that are compared
@@ -91,16 +88,9 @@ class PretrainedDecoder(nn.Module):
             states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed, self.packing)), packed.labels_K
             text_K = packed.text_K
         weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
-        if len(labels_K) * self.model.config.vocab_size <= KEPT_SCORES:
-            return self._nll(states_KD, labels_K, label_smoothing, weight_K)
-        total: Tensor = states_KD.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(labels_K), HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
-            weights = None if weight_K is None else weight_K[part]
-            total = total + checkpoint(
-                self._nll, states_KD[part], labels_K[part], label_smoothing, weights, use_reentrant=False
-            )
-        return total
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)  # as that of each language model of transformers
+        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
         """Return the states (B, S, D) of packed texts."""
@@ -217,9 +207,6 @@ class PretrainedDecoder(nn.Module):
             raise TrainError("this language model does not tell its attention", hint="look at a decoder from scratch")
         shares_TP = torch.stack(shares_by_layer).mean(0)
         return shares_TP / shares_TP.sum(-1, keepdim=True)
-
-    def _nll(self, states_KD: Tensor, labels_K: Tensor, label_smoothing: float, weight_K: Tensor | None) -> Tensor:
-        return weighted_loss(self.model.get_output_embeddings()(states_KD), labels_K, label_smoothing, weight_K)
 
 
 def _without_eos(ids_BT: Tensor, eos_id: int) -> list[list[int]]:

@@ -63,14 +63,6 @@ def pack(texts: TextBatch, images: int) -> PackedTexts:
     )
 
 
-def weighted_loss(scores_KV: Tensor, labels_K: Tensor, label_smoothing: float = 0.0, weight_K: Tensor | None = None) -> Tensor:
-    """Return the sum of the negative log-likelihoods of tokens, each times its weight."""
-    if weight_K is None:
-        return functional.cross_entropy(scores_KV.float(), labels_K, reduction="sum", label_smoothing=label_smoothing)
-    losses_K = functional.cross_entropy(scores_KV.float(), labels_K, reduction="none", label_smoothing=label_smoothing)
-    return (losses_K * weight_K).sum()
-
-
 def visible(segments_BS: Tensor, prefix: int = 0) -> Tensor:
     """Return the attention mask (B, L, L), L = prefix + S: True where a token sees another, of its text or the prefix."""
     order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which every text sees

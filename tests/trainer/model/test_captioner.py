@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.captioner import CaptionerModel, ContrastiveHead, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import PretrainedDecoder, load_decoder
+from trainer.model.language_model import load_decoder
 from trainer.tokenizer import TextBatch
 
 WORDS, V, N, EOS = 30, 32, 5, 1
@@ -176,26 +175,6 @@ def test_writing_stops_as_soon_as_all_texts_have_ended(build: Build, monkeypatch
     monkeypatch.setattr(captioner.decoder, "head", lambda states: always_eos.expand(len(states), -1))
     assert captioner.generate(torch.randn(4, N, V), torch.tensor([[2, 3]] * 4), GREEDY) == [[], [], [], []]
     assert len(calls) == 1
-
-
-def test_many_scores_are_computed_in_pieces_that_add_up(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    captioner, states = build("qwen3"), torch.randn(2, N, V)
-
-    def loss_and_gradients() -> list[Tensor]:
-        captioner.zero_grad()
-        loss = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
-        loss.backward()
-        return [loss.detach(), *(weights.grad for weights in captioner.decoder.parameters() if weights.grad is not None)]
-
-    heads: list[int] = []
-    assert isinstance(captioner.decoder, PretrainedDecoder)
-    captioner.decoder.model.get_output_embeddings().register_forward_hook(lambda *_: heads.append(1))
-    whole = loss_and_gradients()
-    assert heads == [1]
-    monkeypatch.setattr("trainer.model.language_model.KEPT_SCORES", 0)
-    monkeypatch.setattr("trainer.model.language_model.HEAD_TOKENS", 2)
-    torch.testing.assert_close(loss_and_gradients(), whole)
-    assert len(heads) > 5  # of pieces, each once more for the gradient
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,90 @@
+"""The loss of tokens is that of `cross_entropy`, and so are its gradients, with the scores of a part in memory at once."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.model.token_loss import SCORES_AT_ONCE, token_loss
+
+TOKENS, WIDTH, VOCABULARY = 7, 4, 11
+Words = nn.Embedding | nn.Linear
+
+
+def words(kind: str) -> Words:
+    torch.manual_seed(0)
+    return nn.Embedding(VOCABULARY, WIDTH) if kind == "embedding" else nn.Linear(WIDTH, VOCABULARY, bias=kind == "with a bias")
+
+
+def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    return list(torch.autograd.grad(loss / 3, [tensor for tensor in tensors if tensor is not None]))
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 2 * VOCABULARY, 1000])
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["embedding", "linear", "with a bias"])
+def test_loss_and_gradients_are_those_of_cross_entropy(
+    kind: str, label_smoothing: float, weights: Tensor | None, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", scores_at_once)
+    of, states = words(kind), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (TOKENS,))
+    bias = getattr(of, "bias", None)
+    scores = functional.linear(states, of.weight, bias)
+    losses = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
+    expected = (losses if weights is None else losses * weights).sum()
+    loss = token_loss(states, of, labels, label_smoothing, weights)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
+
+
+def test_no_more_scores_than_allowed_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", 3 * VOCABULARY)
+    rows, linear = [], functional.linear
+
+    def counted(states: Tensor, *others: Tensor | None) -> Tensor:
+        rows.append(len(states))
+        return linear(states, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(functional, "linear", counted)
+    of = words("embedding")
+    token_loss(torch.randn(TOKENS, WIDTH, requires_grad=True), of, torch.zeros(TOKENS, dtype=torch.long)).backward()
+    assert rows == [3, 3, 1]  # and none again for the gradient
+
+
+def test_frozen_words_get_no_gradient_and_no_gradient_is_computed_where_none_is_wanted() -> None:
+    of, states, labels = (
+        words("linear").requires_grad_(False),
+        torch.randn(TOKENS, WIDTH),
+        torch.zeros(TOKENS, dtype=torch.long),
+    )
+    token_loss(states.requires_grad_(), of, labels).backward()
+    assert of.weight.grad is None
+    assert states.grad is not None
+    with torch.no_grad():
+        assert token_loss(states, of, labels).grad_fn is None
+    assert token_loss(states.detach(), of, labels).grad_fn is None
+
+
+def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
+    of, states, labels = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long)
+    exact = token_loss(states, of, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = token_loss(states, of, labels)
+        expected = functional.cross_entropy(of(states).float(), labels, reduction="sum")
+    assert rounded.dtype == torch.float32
+    assert rounded != exact
+    torch.testing.assert_close(rounded, expected)
+    rough = gradients(rounded, states, of.weight)
+    assert {gradient.dtype for gradient in rough} == {torch.float32}
+    torch.testing.assert_close(rough, gradients(exact, states, of.weight), rtol=0.05, atol=0.02)
+
+
+def test_the_loss_of_an_improbable_token_is_finite() -> None:
+    of = nn.Embedding.from_pretrained(torch.eye(2) * 1e4, freeze=False)
+    loss = token_loss(torch.tensor([[1.0, 0.0]], requires_grad=True), of, torch.tensor([1]))
+    assert loss.item() == 1e4
+    loss.backward()
+    assert of.weight.grad is not None
+    assert of.weight.grad.tolist() == [[1.0, 0.0], [-1.0, 0.0]]

@@ -1,0 +1,90 @@
+"""The loss of tokens, from the states that predict them: the scores of a part of the tokens are in memory at once.
+
+A vocabulary may have 150,000 words. `cross_entropy` keeps the probabilities of all of them for each token, and their gradient
+takes as much again. Here the gradient of a part is computed as soon as its scores are, which are then let go.
+
+Shapes: K tokens that are learned, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCORES_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}  # float32; more on a GPU, which reads all words again for each part
+
+
+def token_loss(
+    states_KD: Tensor,
+    words: nn.Embedding | nn.Linear,
+    labels_K: Tensor,
+    label_smoothing: float = 0.0,
+    weight_K: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of the negative log-likelihoods of tokens, each times its weight.
+
+    `words` maps states to scores: an embedding of words (V, D), or a linear layer. With label smoothing e (Szegedy et al.,
+    2016), a target is 1 - e for the token and e / V for each word. Its gradient can be taken once, and not differentiated.
+    """
+    bias_V = words.bias if isinstance(words, nn.Linear) else None
+    arguments = (states_KD, words.weight, bias_V, labels_K, label_smoothing, weight_K, torch.is_grad_enabled())
+    loss: Tensor = _TokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_KD: Tensor,
+        table_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_K: Tensor,
+        label_smoothing: float,
+        weight_K: Tensor | None,
+        needs_gradient: bool,  # noqa: FBT001  # `apply` takes no names
+    ) -> Tensor:
+        device, V = states_KD.device.type, len(table_VD)
+        # Here autocast would cast all words anew for each part.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
+        cast_KD, cast_VD = states_KD.to(dtype), table_VD.to(dtype)
+        cast_V = None if bias_V is None else bias_V.to(dtype)
+        of_states, of_table, of_bias = (needed and needs_gradient for needed in ctx.needs_input_grad[:3])
+        grad_KD = torch.empty_like(states_KD) if of_states else None
+        grad_VD = torch.zeros_like(table_VD) if of_table else None
+        grad_V = torch.zeros_like(bias_V) if of_bias and bias_V is not None else None
+        total = torch.zeros((), device=states_KD.device)
+        size = max(1, SCORES_AT_ONCE.get(device, SCORES_AT_ONCE["cpu"]) // V)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(labels_K), size):
+                part = slice(start, start + size)
+                label_K1 = labels_K[part, None]
+                logs_KV = torch.log_softmax(nn.functional.linear(cast_KD[part], cast_VD, cast_V), -1, dtype=torch.float32)
+                losses_K = (label_smoothing - 1) * logs_KV.gather(1, label_K1)[:, 0]
+                if label_smoothing:
+                    losses_K -= label_smoothing * logs_KV.mean(-1)
+                total += (losses_K if weight_K is None else losses_K * weight_K[part]).sum()
+                if not (of_states or of_table or of_bias):
+                    continue
+                # The gradient of the scores is softmax - target.
+                error_KV = logs_KV.exp_()
+                if label_smoothing:
+                    error_KV -= label_smoothing / V
+                error_KV.scatter_add_(1, label_K1, torch.full_like(label_K1, label_smoothing - 1, dtype=torch.float32))
+                if weight_K is not None:
+                    error_KV *= weight_K[part, None]
+                error_KV = error_KV.to(dtype)
+                if grad_KD is not None:
+                    grad_KD[part] = error_KV @ cast_VD
+                if grad_VD is not None:
+                    grad_VD += error_KV.T @ cast_KD[part]
+                if grad_V is not None:
+                    grad_V += error_KV.sum(0)
+        ctx.save_for_backward(grad_KD, grad_VD, grad_V)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if gradient is None else gradient * grads[0] for gradient in ctx.saved_tensors)
+        return (*scaled, None, None, None, None)
