@@ -17,12 +17,13 @@ from pipeline.dataset.version import LEDGER_FILE
 from pipeline.errors import SourceError, did_you_mean, one_line
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
-from pipeline.sources.parquet import SPLITS, Tables, group_by_split, split_of_path
+from pipeline.sources.parquet import Tables, group_by_split, split_of_path
 from pipeline.types import Source, SourceSlice
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+DEFAULT = "default"  # the name of a config, on a card and as a folder
 CONVERSION_BRANCH = "refs/convert/parquet"
 PARTIAL = re.compile(r"(^|/)partial-")  # of a split, of which the Hub has converted the first 5 GB
 BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a small --limit needs in all
@@ -105,7 +106,10 @@ Files = dict[str | None, list[str]]  # paths by split
 
 
 def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
-    """Return the files of each config that the card of a repository declares, by split. What is odd is left out."""
+    """Return the files of each config that the card of a repository declares, by split. What is odd is left out.
+
+    One that is declared to be the default has that name as well.
+    """
     declared: dict[str, Files] = {}
     for config in configs if isinstance(configs, list) else ():
         data_files = config.get("data_files") if isinstance(config, dict) else None
@@ -115,9 +119,11 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
             split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else (None, entry)
             for path in paths:
                 if any(fnmatch(path, str(one)) for one in (patterns if isinstance(patterns, list) else [patterns])):
-                    files.setdefault(SPLITS.get(str(split)) if split else split_of_path(path), []).append(path)
+                    files.setdefault(split_of_path(str(split) if split else path), []).append(path)
         if files and isinstance(config.get("config_name"), str):
             declared[config["config_name"]] = files
+            if config.get("default") is True:
+                declared.setdefault(DEFAULT, files)
     return declared
 
 
@@ -134,17 +140,24 @@ def _of_config(repo: str, config: str, declared: dict[str, Files], paths: list[s
 
 
 def _one_config(repo: str, files: Files, declared: dict[str, Files]) -> Files:
-    """Return all files of a repository with one configuration (a folder), else those of `default`, or raise SourceError."""
-    folders = {path.partition("/")[0] if path.count("/") > 1 else "" for paths in files.values() for path in paths}
-    if len(folders) == 1:
-        return files
-    if "default" in declared:
-        return declared["default"]
-    if "default" not in folders:
-        hint = f"name one: --source hub:{repo}:{sorted(declared or folders)[0]}"
-        raise SourceError(f"{repo} holds several tables: {', '.join(sorted(declared or folders))}", hint=hint)
-    default_files = {split: [path for path in paths if path.startswith("default/")] for split, paths in files.items()}
-    return {split: paths for split, paths in default_files.items() if paths}
+    """Return the files of the only config, or of the default one; a config is what the card declares, else a folder.
+
+    Raise SourceError if there are several, and none is the default.
+    """
+    configs = declared
+    if not declared:
+        configs = {}
+        for split, paths in files.items():
+            for path in paths:
+                folder = path.partition("/")[0] if path.count("/") > 1 else ""
+                configs.setdefault(folder, {}).setdefault(split, []).append(path)
+    if DEFAULT in configs:
+        return configs[DEFAULT]
+    first, *others = configs.values()
+    if any(other != first for other in others):
+        hint = f"name one: --source hub:{repo}:{min(filter(None, configs))}"
+        raise SourceError(f"{repo} holds several tables: {', '.join(sorted(configs))}", hint=hint)
+    return first
 
 
 def _parquet(api: "HfApi", repo: str, commit: str) -> list[str]:

@@ -313,6 +313,35 @@ def test_a_config_is_read_by_its_name(hub: RunningHub) -> None:
     assert [row.images for row in default] == [(datasets.photo(0),)]
 
 
+def test_of_configs_as_push_to_hub_declares_them_one_is_read(hub: RunningHub) -> None:
+    tables = {n: datasets.parquet([{"photo": datasets.cell(n)}], PLAIN) for n in range(2)}
+    files = {f"{name}/train-00000-of-00001.parquet": tables[n] for n, name in enumerate(("chartqa", "aokvqa"))}
+
+    def declared(**flags: str) -> bytes:
+        configs = [f"- config_name: {name}\n  data_files: {name}/train-*\n{flags.get(name, '')}" for name in ("chartqa", "aokvqa")]
+        return f"---\nconfigs:\n{''.join(configs)}---\n".encode()
+
+    hub.hub.storage.seed("dataset", "me/several", {**files, "README.md": declared()})
+    with pytest.raises(SourceError, match="holds several tables: aokvqa, chartqa") as caught:
+        opened("hub:me/several")
+    assert "--source hub:me/several:aokvqa" in caught.value.hint
+    assert [row.images for row in read("hub:me/several:aokvqa", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
+    hub.hub.storage.seed("dataset", "me/flagged", {**files, "README.md": declared(aokvqa="  default: true\n")})
+    assert [row.images for row in read("hub:me/flagged", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
+    only = b"---\nconfigs:\n- config_name: mine\n  data_files:\n  - {split: testA, path: chartqa/*}\n---\n"
+    hub.hub.storage.seed("dataset", "me/only", {**files, "README.md": only})  # with other files, which are none of it
+    rows, _ = read("hub:me/only", columns={"image": "photo"})
+    assert [(row.images, row.split) for row in rows] == [((datasets.photo(0),), "test")]
+
+
+def test_configs_that_read_columns_of_the_same_files_are_one_table(hub: RunningHub) -> None:
+    files = {"train-00000.parquet": datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)}
+    entry = "\n  data_files:\n  - {split: train, path: train-*.parquet}\n"
+    card = f"---\nconfigs:\n- config_name: texts{entry}- config_name: messages{entry}---\n".encode()
+    hub.hub.storage.seed("dataset", "me/columns", {**files, "README.md": card})
+    assert len(read("hub:me/columns", columns={"image": "photo"})[0]) == 1
+
+
 def test_a_config_may_be_pinned_to_a_commit(hub: RunningHub) -> None:
     table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
     hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": table, "fr/train/0.parquet": table})
