@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ PACKAGES = {  # the top-level packages that this distribution installs, by how t
 ROOT = Path(__file__).parents[1]
 
 
+@cache
 def installed_version() -> str:
     """Return the version of this package; `unknown` where it runs from a folder without being installed."""
     try:

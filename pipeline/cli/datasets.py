@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Exit, Option
 
-from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images
+from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images, read_names
 from pipeline.cli.output import echo, last_dataset, note_previews, print_run_result, say, show
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
@@ -187,7 +187,7 @@ def push(
         say(f"captioner: {data}")
         push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
-    formats = [name.strip() for name in also.split(",")] if also else []
+    formats = read_names(also) or []
     if unknown := [name for name in formats if name not in OF_FEW_FILES]:
         where = " is a config of every version" if unknown[0] == "messages" else f" is none of {', '.join(OF_FEW_FILES)}"
         raise BadParameter(f"{unknown[0]}{where}", param_hint="--also")

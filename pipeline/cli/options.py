@@ -38,6 +38,11 @@ def vllm_flags(context: Context) -> dict[str, Any] | None:
     return {"flags": context.args}
 
 
+def read_names(text: str | None) -> list[str] | None:
+    """Parse NAME,NAME into a list; None for no text."""
+    return [name.strip() for name in text.split(",")] if text else None
+
+
 def read_pairs(text: str, option: str) -> dict[str, str]:
     """Parse NAME=VALUE,NAME=VALUE into a dictionary; NAME=VALUE,VALUE is one value with a comma. Raises BadParameter."""
     parts = re.sub(r",(?=[^,=]+(?:,|$))", "\0", text).split(",")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
 
-from pipeline.cli.options import read_pairs, vllm_flags
+from pipeline.cli.options import read_names, read_pairs, vllm_flags
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -343,9 +343,9 @@ def run_settings(
         "enforced_schema": False if no_enforced_schema else None,
     }
     server = {name: value for name, value in server.items() if value is not None}
-    generate = {"caption_styles": styles.split(",") if styles else None, "caption_words": words, "samples": samples}
+    generate = {"caption_styles": read_names(styles), "caption_words": words, "samples": samples}
     generate = {name: value for name, value in generate.items() if value is not None}
-    checks = {"checks": verify.split(",") if verify else None, "repair": repair, "judge": judge}
+    checks = {"checks": read_names(verify), "repair": repair, "judge": judge}
     checks = {name: value for name, value in checks.items() if value is not None}
     best = {name: value for name, value in {"by": select, "pairs": pairs}.items() if value is not None}
     human_texts = ("--only-missing", "fill") if only_missing else ("--keep-human", "keep" if keep_human else None)
@@ -365,7 +365,7 @@ def run_settings(
         "frame_seconds": ("--every", every),
         "license": ("--license", license_),
         "human_texts": human_texts,
-        "tasks": ("--tasks", tasks.split(",") if tasks else None),
+        "tasks": ("--tasks", read_names(tasks)),
         "own_tasks": ("--task", task or None),
         "filter": ("--language", {"language": None if language == "any" else language} if language else None),
         "generate": ("", generate or None),

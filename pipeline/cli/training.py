@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style
+from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style, read_names
 from pipeline.cli.output import last_dataset, note_previews, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import show_progress
@@ -82,7 +82,7 @@ def train(
     from trainer.presets import choose_preset, usual_precision
 
     flags: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
-    flags |= {"encoder_layer": encoder_layer and encoder_layer.split(","), "text_source": text_source}
+    flags |= {"encoder_layer": read_names(encoder_layer), "text_source": text_source}
     flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
     flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
     if not resume:

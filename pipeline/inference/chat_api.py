@@ -26,8 +26,9 @@ MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any nu
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
 MAX_REASON_CHARACTERS = 100
+STOPPED = frozenset({"eos", "eos_token", "end_turn", "stop_sequence", "STOP"})  # "stop", as some servers say it
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
-PROBE_TOKENS = 256  # for a model that thinks first
+PROBE_TOKENS = (256, 4096)  # the second for a model that thinks first, and longer than that
 ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
 
 
@@ -107,6 +108,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
         text, finish_reason = _text_of(choice["message"]), choice.get("finish_reason") or "stop"
         if not text and choice["message"].get("refusal"):
             text, finish_reason = choice["message"]["refusal"], REFUSED
+        finish_reason = "stop" if finish_reason in STOPPED else finish_reason
         usage = value.get("usage")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
@@ -143,7 +145,7 @@ def error_message(answer: bytes) -> str:
     return " ".join(str(message).split())[:500] or "no message"
 
 
-def probe(model: str, dialect: Dialect = FULL) -> bytes:
+def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS[0]) -> bytes:
     """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives.
 
     It has the optional fields of a request too, so that a server refuses here what it does not know.
@@ -157,7 +159,7 @@ def probe(model: str, dialect: Dialect = FULL) -> bytes:
     values = {"model": model, "messages": [{"role": "user", "content": ask}]}
     return b"%s%s%s}" % (
         json.dumps(values).encode()[:-1],
-        _sampling(0.0, PROBE_TOKENS, dialect),
+        _sampling(0.0, max_tokens, dialect),
         b"" if dialect.format == "text" else b',"response_format":' + json.dumps(form).encode(),
     )
 
@@ -167,6 +169,15 @@ def proves_schemas(answer: bytes) -> bool:
     try:
         return bool(parse_json(parse_json(answer)["choices"][0]["message"]["content"]) == {"word": _PROOF})
     except (ValueError, LookupError, TypeError):
+        return False
+
+
+def is_cut_before_text(answer: bytes) -> bool:
+    """Return whether all tokens went to something before the text of an answer: a model thinks first."""
+    try:
+        choice = parse_json(answer)["choices"][0]
+        return choice.get("finish_reason") == "length" and not _text_of(choice["message"]).strip()
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False
 
 

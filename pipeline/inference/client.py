@@ -28,7 +28,6 @@ from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file
 from pipeline.inference.endpoints import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
-    NO_SUCH_PAGE,
     REFUSED_STATUSES,
     BusyTime,
     Endpoint,
@@ -48,7 +47,7 @@ from pipeline.inference.endpoints import (
 from pipeline.inference.probing import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, MAX_FAULTS, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.vllm_launch import VllmCommand
-from pipeline.inference.vllm_server import Server, run_servers, status_of
+from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
@@ -130,6 +129,10 @@ class Client:
         try:
             while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
+        except KeyboardInterrupt:  # by Ctrl-C, while replies were awaited
+            if in_flight.replies:  # whoever asked keeps them, and is interrupted when it comes for more
+                yield in_flight.replies
+            raise
         finally:
             self._runner.run(cancel_tasks(in_flight.running))
 
@@ -199,25 +202,28 @@ class Client:
         lengths: list[int | None] = []
         for endpoint in self._endpoints:
             try:
-                models = await list_models(self._session_of(endpoint), endpoint)
+                lengths.append(await self._check_server(endpoint))
             except ServerFaultError:
                 endpoint.is_up.clear()
-                continue
-            if models is None:  # whatever it answers to anything is a sign of life
-                endpoint.health, endpoint.healthy_below = endpoint.url, 500
-                lengths.append(None)
-                continue
-            if self._name not in models:
-                raise not_served(endpoint, self._name, models)
-            lengths.append(models[self._name].max_model_len)
-            if await status_of(endpoint.health, endpoint.headers) in NO_SUCH_PAGE:
-                endpoint.health = f"{endpoint.url}/models"  # other servers than vLLM may have no /health
         if not lengths:
             raise no_server(self._endpoints)
         for endpoint in self._endpoints:
             if not endpoint.is_up.is_set():
                 self._progress.warn(f"{endpoint.url} does not answer; going on without it")
         return min((length for length in lengths if length), default=None)
+
+    async def _check_server(self, endpoint: Endpoint) -> int | None:
+        """Return the context of our model on a server in tokens, or None if unknown.
+
+        Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
+        """
+        models = await list_models(self._session_of(endpoint), endpoint)
+        endpoint.is_checked = True
+        if models is None:
+            return None
+        if self._name not in models:
+            raise not_served(endpoint, self._name, models)
+        return models[self._name].max_model_len
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -309,6 +315,9 @@ class Client:
                     return await self._post(endpoint, request, in_flight)
                 except OtherDialectError:
                     continue
+                except EngineError as refusal:
+                    self._retire(endpoint, refusal)
+                    continue
                 except ServerBusyError as complaint:
                     busy_until = busy_until or time.monotonic() + self._config.server.request_timeout_s
                     if time.monotonic() > busy_until:
@@ -351,7 +360,11 @@ class Client:
         sent = time.monotonic()
         try:
             async with self._session_of(endpoint).post(
-                f"{endpoint.url}/chat/completions", data=body, headers=endpoint.headers, allow_redirects=False
+                f"{endpoint.url}/chat/completions",
+                data=body,
+                headers=endpoint.headers,
+                proxy=endpoint.proxy,
+                allow_redirects=False,
             ) as answer:
                 text = await read_body(answer, chat_api.max_answer_bytes(request))
         except CONNECTION_ERRORS as error:
@@ -385,6 +398,8 @@ class Client:
         async with endpoint.learning:
             if not endpoint.is_learned:
                 server = self._config.server
+                if not (endpoint.is_checked or self._launches):  # it was down when the run began
+                    await self._check_server(endpoint)
                 await learn_dialect(endpoint, self._session_of(endpoint), self._name, server, self._progress, self._busy)
                 endpoint.is_learned = True
 
@@ -425,6 +440,13 @@ class Client:
         if self._endpoints.mark_down(endpoint):
             self._progress.warn(f"{endpoint.url} does not answer; waiting for it")
             log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
+
+    def _retire(self, endpoint: Endpoint, refusal: EngineError) -> None:
+        """Go on without a server that answers no request of ours. Raise its refusal if there is no other."""
+        if self._endpoints.retire(endpoint):
+            if all(one.is_retired for one in self._endpoints):
+                raise refusal
+            self._progress.warn(f"{refusal}; going on without it")
 
     async def _poll(self) -> None:
         """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""

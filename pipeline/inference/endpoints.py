@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -29,6 +30,7 @@ from pipeline.inference.vllm_server import status_of
 KEY = "SYNTH_API_KEY"  # environment variables
 JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for the judge's server, if it is another one: that must not get the key of the first
 OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BUSY_STATUSES = (429, 503)
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 REFUSED_STATUSES = (400, 422)  # for something in the request
@@ -94,8 +96,8 @@ class Endpoint:
     pace: Pace = field(default_factory=Pace)
     weight: float = 1.0  # its share of the requests, beside those of other servers
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    health: str = ""  # URL that answers 200 while the server is healthy
-    healthy_below: int = 300  # status of an answer from there
+    is_checked: bool = False  # whether it is known to serve the model
+    is_retired: bool = False  # it refuses what every request would ask
     has_metrics: bool = True
     dialect: Dialect = FULL
     is_learned: bool = False  # whether the dialect is known
@@ -105,14 +107,18 @@ class Endpoint:
     waiting: float = 0
     running: float = 0
     cache: tuple[float, float] = (0, 0)  # tokens queried in the prefix cache, and hits, since the server started
+    proxy: str | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.health = f"{self.root}/health"
+        self.proxy = proxy_for(self.url)
 
     async def is_healthy(self) -> bool:
-        """Return whether the server says so itself, or answers at all if it has no page that does."""
-        status = await status_of(self.health, self.headers, socket_path=self.socket_path)
-        return status is not None and status < self.healthy_below
+        """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
+        for page in (f"{self.root}/health", f"{self.url}/models"):
+            status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
+            if status not in NO_SUCH_PAGE:
+                return status is not None and status < 300
+        return True
 
     @property
     def root(self) -> str:
@@ -167,6 +173,12 @@ class Endpoints(list[Endpoint]):
         self.wait_for(endpoint)
         return True
 
+    def retire(self, endpoint: Endpoint) -> bool:
+        """Choose a server no more; return False if it was retired already."""
+        was_retired, endpoint.is_retired = endpoint.is_retired, True
+        endpoint.is_up.clear()
+        return not was_retired
+
     def wait_for(self, endpoint: Endpoint) -> None:
         """Start a task that marks a server as up as soon as it answers."""
         waiter = asyncio.create_task(self._revive(endpoint))
@@ -179,7 +191,11 @@ class Endpoints(list[Endpoint]):
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
                     async with session_of(endpoint).get(
-                        f"{endpoint.root}/metrics", headers=endpoint.headers, allow_redirects=False, timeout=METRICS_TIMEOUT
+                        f"{endpoint.root}/metrics",
+                        headers=endpoint.headers,
+                        proxy=endpoint.proxy,
+                        allow_redirects=False,
+                        timeout=METRICS_TIMEOUT,
                     ) as answer:
                         page = await read_body(answer, MAX_BODY_BYTES) if answer.status == 200 else b""
                         endpoint.has_metrics = answer.status not in NO_SUCH_PAGE
@@ -204,7 +220,8 @@ class Endpoints(list[Endpoint]):
                 break  # wakes the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)
         endpoint.cache = (0, 0)
-        endpoint.is_up.set()
+        if not endpoint.is_retired:
+            endpoint.is_up.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +272,9 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
     Raises ServerFaultError if it does not answer as it should; see also `raise_for_access`.
     """
     try:
-        async with session.get(f"{endpoint.url}/models", headers=endpoint.headers, allow_redirects=False) as answer:
+        async with session.get(
+            f"{endpoint.url}/models", headers=endpoint.headers, proxy=endpoint.proxy, allow_redirects=False
+        ) as answer:
             text = await read_body(answer, MAX_BODY_BYTES)
         if answer.status in (404, 405, 501):
             return None
@@ -302,6 +321,14 @@ def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answe
         raise EngineError(f"{endpoint.url} {wants}", hint=f"put it into the environment: {endpoint.key_name}=...")
     if status == 404:
         raise EngineError(f"{endpoint.url}: {chat_api.error_message(answer)}", hint="check --base-url and --model")
+
+
+def proxy_for(url: str) -> str | None:
+    """Return the proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY); none for one of this machine."""
+    parts = urlsplit(url)
+    if parts.hostname in LOOPBACK or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 def retry_seconds(header: str) -> float | None:

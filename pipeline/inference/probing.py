@@ -31,8 +31,16 @@ async def learn_dialect(
 
     Raises EngineError if it answers nothing, or does not enforce schemas and must.
     """
+    max_tokens = chat_api.PROBE_TOKENS[0]
     while True:
-        status, answer = await _probe(endpoint, session, model, server, progress, busy)
+        probe = chat_api.probe(model, endpoint.dialect, max_tokens)
+        status, answer = await _probe(endpoint, session, probe, server, progress, busy)
+        if status == 200 and chat_api.is_cut_before_text(answer):
+            if max_tokens == chat_api.PROBE_TOKENS[-1]:
+                hint = "turn its thinking off where it is served, or serve a model that answers at once"
+                raise EngineError(f"{endpoint.url} thinks for more than {max_tokens:,} tokens before it says a word", hint=hint)
+            max_tokens = chat_api.PROBE_TOKENS[-1]
+            continue
         is_enforcing = endpoint.dialect.format == "json_schema"
         if status == 200 and (not is_enforcing or chat_api.proves_schemas(answer)):
             break
@@ -65,17 +73,18 @@ def _tell(endpoint: Endpoint, progress: Progress) -> None:
 
 
 async def _probe(
-    endpoint: Endpoint, session: aiohttp.ClientSession, model: str, server: ServerConfig, progress: Progress, busy: BusyTime
+    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, server: ServerConfig, progress: Progress, busy: BusyTime
 ) -> tuple[int, bytes]:
-    """Return status and body of the answer to `chat_api.probe`, which is sent again while the server is busy or fails."""
+    """Return status and body of the answer to a probe, which is sent again while the server is busy or fails."""
     loop = asyncio.get_running_loop()
     faults, refusals, busy_until = 0, 0, loop.time() + server.startup_timeout_s
     while True:
         try:
             async with session.post(
                 f"{endpoint.url}/chat/completions",
-                data=chat_api.probe(model, endpoint.dialect),
+                data=probe,
                 headers=endpoint.headers,
+                proxy=endpoint.proxy,
                 allow_redirects=False,
             ) as answer:
                 text = await read_body(answer, MAX_BODY_BYTES)

@@ -201,7 +201,11 @@ async def answers_200(url: str, headers: dict[str, str] | None = None, socket_pa
 
 
 async def status_of(
-    url: str, headers: dict[str, str] | None = None, seconds: float = 5, socket_path: Path | None = None
+    url: str,
+    headers: dict[str, str] | None = None,
+    seconds: float = 5,
+    socket_path: Path | None = None,
+    proxy: str | None = None,
 ) -> int | None:
     """Return the HTTP status of a GET; None if nothing answers. No connection pool: a dead server would poison it."""
     import aiohttp
@@ -211,7 +215,7 @@ async def status_of(
         connector = aiohttp.UnixConnector(str(socket_path)) if socket_path else None
         async with (
             aiohttp.ClientSession(timeout=limit, headers=headers, connector=connector) as session,
-            session.get(url, allow_redirects=False) as answer,
+            session.get(url, proxy=proxy, allow_redirects=False) as answer,
         ):
             return int(answer.status)
     except (aiohttp.ClientError, TimeoutError, OSError):

@@ -20,6 +20,7 @@ from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from pipeline.errors import ImageError, one_line
+from pipeline.install import DISTRIBUTION, installed_version
 
 MAX_BYTES = 50_000_000
 MAX_SECONDS = 30.0
@@ -159,7 +160,11 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
         secure = parts.scheme == "https"
         connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", target, headers={"Accept": "image/*"})
+        headers = {
+            "Accept": "image/*",
+            "User-Agent": f"{DISTRIBUTION}/{installed_version()}",
+        }  # Wikimedia refuses who has no name
+        connection.request("GET", target, headers=headers)
         return _read(connection.getresponse(), host, deadline)
     finally:
         timer.cancel()

@@ -133,10 +133,16 @@ def _repeats(words: list[str]) -> bool:
 
 
 def _with_texts(item: Any) -> Any:
-    """Return an item whose numbers are texts: a server that enforces no schema writes a count, or a mark, as a number."""
+    """Return an item whose values are texts: a server that enforces no schema writes a count as a number, and yes as true."""
     if not isinstance(item, dict):
         return item
-    return {name: str(value) if type(value) in (int, float) else value for name, value in item.items()}
+    said = {True: "yes", False: "no"}
+    texts = {name: said[value] if isinstance(value, bool) else str(value) for name, value in item.items() if _is_scalar(value)}
+    return item | texts
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 def _is_readable(item: Any) -> bool:

@@ -197,8 +197,7 @@ class CaptionServer:
 
     async def models(self, _: web.Request) -> web.Response:
         """List the one model."""
-        most = self.captioner.checkpoint.captioner.config.max_caption_tokens
-        one = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth", "max_model_len": most}
+        one = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth"}
         return web.json_response({"object": "list", "data": [one]})
 
     async def health(self, _: web.Request) -> web.Response:

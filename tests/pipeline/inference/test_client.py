@@ -1,6 +1,7 @@
 """Client against a scripted server over real sockets: whatever the server does, each request ends in one stored reply."""
 
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -326,6 +327,10 @@ def after_first_requests(chat: ChatServer, act: Callable[[], None]) -> None:
     threading.Thread(target=wait).start()
 
 
+def start(chat: ChatServer, port: int, stack: ExitStack) -> None:
+    stack.enter_context(running_chat(chat, port))
+
+
 def test_one_of_two_servers_may_die(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as stays, ExitStack() as stack:
         dies = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.05))))
@@ -500,3 +505,90 @@ def test_an_image_that_cannot_be_sent_is_the_reason_of_its_own_requests_alone(tm
         stats, errors = run(tmp_path / "j", chat.url, samples=[bad, *SAMPLES[1:3]])
     assert stats.done == 9
     assert errors == {None: 6, "refused_by_server": 3}
+
+
+def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "GROUP_SECONDS", 60)  # of replies that wait to be kept together
+    answered: list[int] = []
+
+    def script(times: int, body: dict[str, Any]) -> Act:
+        answered.append(1)
+        return Act() if len(answered) <= 3 else Act(seconds=1)
+
+    config = resolve(source="scenes", model="model", server={"concurrency": 64})
+    with running_chat(ChatServer(script)) as chat, Journal(tmp_path / "j") as journal, ExitStack() as stack:
+        asking = stack.enter_context(Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})))
+        arrived = threading.Event()
+        count = Client._done
+
+        def interrupt(self: Client, task: Any, in_flight: Any) -> None:
+            count(self, task, in_flight)
+            if len(in_flight.replies) == 3 and not arrived.is_set():
+                arrived.set()
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Client, "_done", interrupt)
+        chunks = iter([[(sample.id, sample.images) for sample in SAMPLES]])
+        with pytest.raises(KeyboardInterrupt):
+            for _ in ask_about(chunks, config, "r", lambda: asking, journal, RequestStats()):
+                pass
+        assert journal.totals()["replies"] == 3
+
+
+@pytest.mark.parametrize("act", [Act(status=404), Act(status=401), Act(status=307, headers={"Location": "http://elsewhere/"})])
+def test_a_server_that_refuses_what_every_request_asks_is_left_out_where_there_is_another(tmp_path: Path, act: Act) -> None:
+    stays = ChatServer(lambda times, body: Act(seconds=0.02))
+    with running_chat(stays) as first, running_chat(ChatServer()) as leaves:
+        leaves.script = lambda times, body: act if len(leaves.bodies) > 3 else Act(seconds=0.02)
+        _, errors = run(tmp_path / "j", first.url, leaves.url, samples=scene_samples(40), server={"concurrency": 4})
+    assert errors == {None: 120}
+    assert 3 < len(leaves.bodies) < 12
+
+
+def test_the_refusal_of_the_last_server_is_the_error(tmp_path: Path) -> None:
+    with (
+        running_chat(ChatServer(lambda times, body: Act(status=404))) as one,
+        running_chat(ChatServer(lambda times, body: Act(status=401))) as other,
+        pytest.raises(EngineError, match=r"wants a key|scripted 404"),
+    ):
+        run(tmp_path / "j", one.url, other.url)
+
+
+def test_a_server_of_another_model_that_comes_later_is_left_out(tmp_path: Path) -> None:
+    first, late = ChatServer(lambda times, body: Act(seconds=0.05)), ChatServer(model="another")
+    late.has_health = False  # nor does it matter that it has no such page
+    with running_chat(late):
+        port = int(late.url.split(":")[2].split("/")[0])
+    with running_chat(first), ExitStack() as stack:
+        after_first_requests(first, lambda: start(late, port, stack))
+        _, errors = run(tmp_path / "j", first.url, late.url, samples=scene_samples(60), server={"concurrency": 4})
+        assert errors == {None: 180}
+        assert any("User-Agent" in headers for headers in late.headers)  # it was asked for its models
+    assert not late.bodies
+
+
+def test_a_server_without_a_health_page_that_comes_later_is_used(tmp_path: Path) -> None:
+    first, late = ChatServer(lambda times, body: Act(seconds=0.05)), ChatServer()
+    late.has_health = False
+    with running_chat(late):
+        port = int(late.url.split(":")[2].split("/")[0])
+    with running_chat(first), ExitStack() as stack:
+        after_first_requests(first, lambda: start(late, port, stack))
+        _, errors = run(tmp_path / "j", first.url, late.url, samples=scene_samples(60), server={"concurrency": 4})
+    assert errors == {None: 180}
+    assert late.bodies
+
+
+def test_the_proxy_of_the_environment_is_used_for_other_machines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_chat(ChatServer()) as chat:  # it takes the requests for any host, as a proxy does
+        monkeypatch.setenv("HTTP_PROXY", chat.url.removesuffix("/v1"))
+        _, errors = run(tmp_path / "j", "http://model.invalid:8000/v1")
+        assert errors == {None: ASKED}
+        assert {headers["Host"] for headers in chat.headers} == {"model.invalid:8000"}
+        chat.headers.clear()
+        monkeypatch.setenv("NO_PROXY", "model.invalid")
+        with pytest.raises(EngineError, match="no server answers"):
+            run(tmp_path / "k", "http://model.invalid:8000/v1")
+        assert not chat.headers
+    with running_chat(ChatServer()) as here:  # and that proxy is gone
+        run(tmp_path / "l", here.url)

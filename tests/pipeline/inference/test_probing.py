@@ -366,3 +366,37 @@ def test_an_address_may_name_the_whole_path_and_a_key_may_end_a_line(tmp_path: P
         chat.url += "/chat/completions"
         ask(tmp_path / "j", chat)
         assert chat.authorizations == {"Bearer mine"}
+
+
+def thinking(tokens: int) -> ServerKind:
+    """Return a kind of server whose model thinks for so many tokens before it says a word."""
+
+    def think(body: dict[str, Any]) -> tuple[int, Any] | None:
+        is_probe = body.get("response_format", {}).get("json_schema", {}).get("name") == "probe"
+        if not is_probe or body["max_tokens"] > tokens:
+            return None
+        message = {"role": "assistant", "content": None, "reasoning": "The user says hello. So"}
+        return 200, {"choices": [{"message": message, "finish_reason": "length"}]}
+
+    return ServerKind(name="thinks", model_fields={}, extra=think)
+
+
+def test_a_model_that_thinks_first_gets_the_tokens_for_it(tmp_path: Path) -> None:
+    with running_chat(ChatServer(kind=thinking(1000))) as chat:
+        errors, *_ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None}
+
+
+def test_a_model_that_thinks_on_and_on_is_refused_for_that(tmp_path: Path) -> None:
+    with (
+        running_chat(ChatServer(kind=thinking(100_000))) as chat,
+        pytest.raises(EngineError, match="thinks for more than 4,096"),
+    ):
+        ask(tmp_path / "j", chat)
+
+
+@pytest.mark.parametrize("reason", ["eos", "eos_token", "end_turn", "STOP"])
+def test_a_reply_that_has_ended_is_one_however_a_server_says_so(tmp_path: Path, reason: str) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(finish_reason=reason))) as chat:
+        errors, *_ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None}

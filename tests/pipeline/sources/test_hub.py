@@ -318,7 +318,9 @@ def test_of_configs_as_push_to_hub_declares_them_one_is_read(hub: RunningHub) ->
     files = {f"{name}/train-00000-of-00001.parquet": tables[n] for n, name in enumerate(("chartqa", "aokvqa"))}
 
     def declared(**flags: str) -> bytes:
-        configs = [f"- config_name: {name}\n  data_files: {name}/train-*\n{flags.get(name, '')}" for name in ("chartqa", "aokvqa")]
+        configs = [
+            f"- config_name: {name}\n  data_files: {name}/train-*\n{flags.get(name, '')}" for name in ("chartqa", "aokvqa")
+        ]
         return f"---\nconfigs:\n{''.join(configs)}---\n".encode()
 
     hub.hub.storage.seed("dataset", "me/several", {**files, "README.md": declared()})

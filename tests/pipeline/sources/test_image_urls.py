@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +19,10 @@ from tests.hub.datasets import photo
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    agents: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
+        self.agents.append(self.headers["User-Agent"])
         kind, _, rest = self.path.strip("/").partition("/")
         if kind == "loop":
             self.send_response(302)
@@ -58,6 +62,7 @@ def refused(url: str, allowed: image_urls.Allowed = is_public) -> str:
 def test_an_image_is_fetched_and_redirects_are_followed(server: str) -> None:
     assert fetch_image(f"{server}/photo", anywhere) == photo(1)
     assert fetch_image(f"{server}/loop/loop/photo", anywhere) == photo(1)
+    assert Handler.agents[-1].startswith("synth-captioner/")  # Wikimedia refuses requests without a name
 
 
 def test_every_bound_holds(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,12 @@ def test_a_reply_is_flawed_only_when_nothing_in_it_is_sound() -> None:
     assert find_flaw(BRIEF, reply('{"caption":""}')) == "caption_string_too_short"
 
 
+@pytest.mark.parametrize(("value", "answer"), [("true", "yes"), ("false", "no"), ("3", "3"), ("2.5", "2.5")])
+def test_an_answer_of_a_server_that_enforces_no_schema_may_be_a_truth_value_or_a_number(value: str, answer: str) -> None:
+    (row,) = parse_reply(QA, reply(f'{{"qa":[{{"answer_type":"what","question":"Is it red?","answer":{value}}}]}}'))
+    assert (row["answer"], row["reply_error"] or "") == (answer, "")
+
+
 @pytest.mark.parametrize(
     ("text", "caption"),
     [

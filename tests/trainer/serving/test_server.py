@@ -132,6 +132,7 @@ def test_an_answer_counts_its_tokens_and_says_whether_it_was_cut(url: str, capti
 def test_the_model_is_listed_and_another_is_not_there(url: str) -> None:
     _, listed, _ = asyncio.run(ask(url, "/v1/models"))
     assert [model["id"] for model in listed["data"]] == [NAME]
+    assert "max_model_len" not in listed["data"][0]  # a captioner has no context of tokens that images take a part of
     assert asyncio.run(ask(url, "/health"))[1]["status"] == "ok"
     status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)) | {"model": "gpt"}))
     assert status == 404 and f"but {NAME}" in answer["error"]["message"]
