@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConfigError
 from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES
 from pipeline.storage.files import atomic_write, write_text
+from pipeline.storage.own_lines import note_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -227,6 +228,7 @@ def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None
     """Write captions beside an image, one a line; appended are those that are not there."""
     target = image.with_suffix(".txt")
     lines = _lines(target) if existing == "append" and target.exists() else []
+    note_own_lines(target, texts)
     write_text(target, "\n".join([*lines, *(text for text in texts if text not in lines)]) + "\n")
 
 

@@ -19,6 +19,7 @@ from pipeline.export.items import read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
+from pipeline.storage.own_lines import note_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
 
@@ -97,11 +98,13 @@ def write_beside(
         hint = "say what becomes of them: --skip-existing, --append or --overwrite"
         raise ConfigError(f"{len(there)} of {len(captions)} text files are there already, such as {there[0]}", hint=hint)
     written = 0
-    for number, (path, text) in enumerate(captions, start=1):
+    for number, (path, caption) in enumerate(captions, start=1):
+        text = caption
         if existing == "append" and path.exists():
             before = read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES).decode("utf-8")
             text = before if text in before.splitlines() else f"{before.rstrip()}\n{text}".lstrip()
         if existing != "skip" or not path.exists():
+            note_own_lines(path, caption.splitlines())
             write_text(path, text.rstrip() + "\n")
             written += 1
         report("export", number, len(captions))

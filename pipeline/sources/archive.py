@@ -25,10 +25,10 @@ from pipeline.images.decode import APPLE_DOUBLE
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
-from pipeline.sources.captions import SPLIT, decode_text, read_question, read_split, read_texts
+from pipeline.sources.captions import CAPTION_COLUMNS, SPLIT, decode_text, read_question, read_split, read_texts
 from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
-from pipeline.sources.folder import OF_EVERY_IMAGE, REFERENCE_NAMES
+from pipeline.sources.folder import OF_EVERY_IMAGE
 from pipeline.sources.parquet import split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
@@ -112,7 +112,7 @@ def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
             captions += read_texts({"text": _decode(entry.data or b"").splitlines()}, ["text"])
         elif row := _read_json(entry):
             values |= row
-            captions += read_texts(row, REFERENCE_NAMES)
+            captions += read_texts(row, CAPTION_COLUMNS)
     return list(dict.fromkeys(captions)), values
 
 

@@ -32,7 +32,8 @@ from pipeline.types import ReferenceQA
 
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
-CAPTIONS = ("text", "caption", "captions", "description", "comment", "sentences", "references", "title")
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
+CAPTIONS = (*CAPTION_COLUMNS, "comment", "references", "title")  # in a file that a user calls one of captions
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")

@@ -18,7 +18,7 @@ from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.captions import read_question
+from pipeline.sources.captions import CAPTION_COLUMNS, read_question
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
@@ -29,7 +29,6 @@ from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source
 Columns = dict[str, list[str]]  # of each role
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
-_REFERENCE_NAMES = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
@@ -148,7 +147,7 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
     if "references" not in mapping:
-        texts = [name for name in _REFERENCE_NAMES if name in schema.names and _is_text(schema.field(name).type)]
+        texts = [name for name in CAPTION_COLUMNS if name in schema.names and _is_text(schema.field(name).type)]
         columns["references"] = texts[:1]
     if ("question" in columns) != ("answer" in columns):
         raise SourceError("questions need answers", hint="name both columns: --columns question=COLUMN,answer=COLUMN")

@@ -6,7 +6,6 @@ prompts, and so may `folder` and `file_name`, which every image has.
 """
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +28,20 @@ from pipeline.sources.base import (
     first_names,
     refuse_roles,
 )
-from pipeline.sources.captions import QUESTION, describe_unknown, match_images, most_held_out, read_captions, read_question
+from pipeline.sources.captions import (
+    CAPTION_COLUMNS,
+    QUESTION,
+    decode_text,
+    describe_unknown,
+    match_images,
+    most_held_out,
+    read_captions,
+    read_question,
+    read_table,
+    read_texts,
+)
 from pipeline.sources.file_digests import digest_of_file
+from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
@@ -43,7 +54,6 @@ UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
 )  # fmt: skip
 MAX_CAPTION_FILE_BYTES = 1_000_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-REFERENCE_NAMES = ("text", "caption", "captions", "description")
 OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
 UNREADABLE_FOLDER = "unreadable_folder"
 REFUSALS = {  # by reason, without a path of this machine
@@ -264,15 +274,24 @@ def read_references(
                 for row in rows:
                     if (question := read_question(row)) and (path := folder / str(row["file_name"])) in images:
                         references.questions[path] = (*references.questions.get(path, ()), question)
+    own_lines, own_count = dict[Path, frozenset[str]](), 0
     for path in paths:
         if (caption_file := path.with_suffix(".txt")).is_file():
             references.files.add(caption_file)
             try:
                 text = read_regular(caption_file, bound, max_bytes=MAX_CAPTION_FILE_BYTES).decode("utf-8-sig", "replace")
+                if path.parent not in own_lines:
+                    own_lines[path.parent] = read_own_lines(path.parent, bound)
+                    references.files.add(path.parent / OWN_LINES)
             except (OSError, UnsafeFileError) as error:
                 unread.append(str(error))
                 continue
-            captions.setdefault(path, []).extend(line.strip() for line in text.splitlines() if line.strip())
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            of_people = [line for line in lines if not is_own_line(caption_file, line, own_lines[path.parent])]
+            captions.setdefault(path, []).extend(of_people)
+            own_count += len(lines) - len(of_people)
+    if own_count:
+        references.messages.append(f"captions that synth wrote, which are none of people: {own_count:,}")
     if unread:
         references.messages.append(f"captions that are not read: {len(unread):,} ({first_names(unread)})")
     references.captions = {path: tuple(captions[path]) for path in paths if captions.get(path)}
@@ -283,27 +302,22 @@ def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, l
     """Add the captions of a metadata file; return messages about what of it was not used."""
     missing = []
     for row in rows:
-        texts = [row[column] for column in REFERENCE_NAMES if row.get(column)]
-        values = texts[0] if texts and isinstance(texts[0], list) else texts[:1]
         path = file.parent / str(row["file_name"])
         if path not in images:
             missing.append(str(row["file_name"]))
-        # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
-        captions.setdefault(path, []).extend(str(text).encode("utf-8", "replace").decode() for text in values)
+        captions.setdefault(path, []).extend(read_texts(row, CAPTION_COLUMNS))
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
-    if rows and not any(column in row for row in rows for column in (*REFERENCE_NAMES, QUESTION)):
+    if rows and not any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
         columns = ", ".join(str(name) for name in rows[0])
-        messages.append(f"{file} gives no captions: they stand in {', '.join(REFERENCE_NAMES)}, and it has {columns}")
+        messages.append(f"{file} gives no captions: they stand in {', '.join(CAPTION_COLUMNS)}, and it has {columns}")
     return messages
 
 
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     try:
-        text = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES).decode("utf-8-sig")  # spreadsheets put a mark first
+        text = decode_text(read_regular(file, bound, max_bytes=MAX_METADATA_BYTES))
         if file.suffix == ".csv":
-            header = text.partition("\n")[0]
-            lines = io.StringIO(text, newline="")
-            rows: list[dict[str, Any]] = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
+            rows = list(read_table(text))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # other line ends may be in a string
         if not all(row["file_name"] for row in rows):
@@ -312,7 +326,7 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
         problem = "no column file_name" if isinstance(error, KeyError) else str(error)
-        hint = f"it holds file_name and one of {', '.join(REFERENCE_NAMES)}, in UTF-8"
+        hint = f"it holds file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
         raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
     return rows
 

@@ -23,6 +23,7 @@ from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check
 from pipeline.sources.captions import (
     ANSWER_TYPE,
     ANSWERS,
+    CAPTION_COLUMNS,
     FILE_NAMES,
     QUESTION,
     SPLIT,
@@ -33,7 +34,7 @@ from pipeline.sources.captions import (
     read_texts,
 )
 from pipeline.sources.columns import stored_split
-from pipeline.sources.folder import REFERENCE_NAMES, REFUSALS, digest_of_image
+from pipeline.sources.folder import REFUSALS, digest_of_image
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
@@ -41,7 +42,7 @@ from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Sourc
 TABLE_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", *TABLE_SUFFIXES, *JSON_SUFFIXES)
 IMAGE_COLUMNS = (*FILE_NAMES, "url", "image_url")
-READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *REFERENCE_NAMES, SPLIT, QUESTION, *ANSWERS, ANSWER_TYPE))
+READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *CAPTION_COLUMNS, SPLIT, QUESTION, *ANSWERS, ANSWER_TYPE))
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -124,7 +125,7 @@ def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path
     except ValueError as error:
         split, fault = None, str(error)
     context = tuple((column, as_text(row.get(column))) for column in columns)
-    captions = tuple(read_texts(values, REFERENCE_NAMES))
+    captions = tuple(read_texts(values, CAPTION_COLUMNS))
     return ListedImage(name, address, captions, read_question(values), split, context, fault)
 
 

@@ -23,6 +23,10 @@ class UnsafeFileError(SynthError):
         super().__init__(what, hint="put a copy of the file there, if it is to be read")
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["UnsafeFileError"], tuple[str, str]]:
+        """Let it cross processes: an exception is pickled as its message alone."""
+        return UnsafeFileError, (self.reason, str(self))
+
 
 def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = None) -> io.BufferedReader:
     """Open a regular file to read. Links are followed if they end below `root`, or anywhere without one.

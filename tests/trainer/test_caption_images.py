@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.progress import NullProgress
+from pipeline.sources.folder import open_folder
+from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
@@ -147,6 +149,8 @@ def test_texts_beside_images_are_written_added_to_or_left(model: Path, photos: P
     for _ in range(2):  # a second time adds nothing
         run(model, [str(photos)], Path("txt"), "append", styles=("brief", "detailed"))
         assert (photos / "0.txt").read_text().splitlines() == ["My own.", *by_image[str(photos / "0.png")]]
+    of_people = [row.references for row in open_folder(photos).rows if isinstance(row, Sample) and row.references]
+    assert of_people == [("My own.",)]
     run(model, [str(photos)], Path("txt"), "overwrite")
     assert (photos / "0.txt").read_text() == by_image[str(photos / "0.png")][0] + "\n"
 

@@ -27,6 +27,7 @@ from pipeline.export.formats import FORMATS, WebDataset
 from pipeline.export.items import read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
+from pipeline.sources.folder import open_folder
 from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import Sample
@@ -320,6 +321,20 @@ def test_captions_are_written_beside_ones_own_images(photos: tuple[Path, Version
         assert first.read_text() == f"by hand\n{texts[next(iter(texts))]}\n"
     write_beside(version, folder, style="brief", existing="overwrite")
     assert first.read_text() == f"{texts[next(iter(texts))]}\n"
+
+
+def test_captions_that_were_written_beside_images_are_no_captions_of_people(photos: tuple[Path, Version]) -> None:
+    folder, version = photos
+    write_beside(version, folder, style="brief")
+    changed, added, *_ = (path.with_suffix(".txt") for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg"))
+    changed.write_text("By hand.\n")
+    added.write_text(f"{added.read_text()}One more.\n")
+    source = open_folder(folder)
+    references = {row.references for row in source.rows if isinstance(row, Sample)}
+    assert references == {(), ("By hand.",), ("One more.",)}
+    assert "captions of people: 2 for 2 of 4 images" in source.messages
+    assert "captions that synth wrote, which are none of people: 3" in source.messages
+    assert not any("not read" in message for message in source.messages)
 
 
 def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: tuple[Path, Version], tmp_path: Path) -> None:

@@ -231,8 +231,8 @@ def test_captions_beside_images_are_counted(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     assert source.messages[:3] == (
         "captions of people: 3 for 2 of 3 images",
-        f"{tmp_path}/metadata.jsonl gives no captions: they stand in text, caption, captions, description, "
-        "and it has file_name, title",
+        f"{tmp_path}/metadata.jsonl gives no captions: they stand in caption, captions, text, sentences, "
+        "alt_text, original_alt_text, description, and it has file_name, title",
         f"{tmp_path}/b/metadata.csv names 1 images that are not here: gone.png",
     )
     references = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
@@ -276,3 +276,18 @@ def test_a_value_that_no_prompt_can_say_is_one_error(value: str, tmp_path: Path)
     with pytest.raises(SourceError, match=r"cannot read|holds objects or lists"):
         open_folder(tmp_path, columns=("title",))
     assert open_folder(tmp_path).revision
+
+
+def test_a_caption_with_commas_that_is_not_quoted_is_an_error_and_is_not_cut(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.JPG,A dog, a cat and a bird\n")
+    with pytest.raises(SourceError, match=r"cannot read .*metadata\.csv: line 2 has more columns than the first line"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_metadata_may_be_in_the_encodings_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
+    fill(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name\talt_text\na.JPG\tEin grüner Käfer\n", encoding=encoding)
+    rows = list(open_folder(tmp_path).rows)
+    assert [row.references for row in rows if isinstance(row, Sample) and row.references] == [("Ein grüner Käfer",)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -145,3 +146,9 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         with pytest.raises(UnsafeFileError):
             open_regular(tmp_path / "pipe", tmp_path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_error_crosses_processes_whole() -> None:
+    error = UnsafeFileError(TOO_LARGE, "a.png has more than 5 bytes")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.reason, str(again), again.hint) == (error.reason, str(error), error.hint)
